@@ -1,0 +1,116 @@
+"""Every way a job can fail, one class for each wire code.
+
+    JobError
+    ├── InvalidPrompt          INVALID_PROMPT
+    ├── ContentRefused         CONTENT_REFUSED
+    ├── Unauthorized           UNAUTHORIZED
+    ├── RateLimited            RATE_LIMITED           retryable
+    ├── WorkerUnavailable      WORKER_UNAVAILABLE     retryable
+    ├── ModelLoadError         MODEL_LOAD_ERROR       retryable
+    ├── OutOfMemory            OOM_ERROR              retryable
+    ├── ReferenceFrameError    REFERENCE_FRAME_ERROR
+    ├── DeadlinePassed         TIMEOUT_ERROR          retryable
+    ├── Cancelled              CANCELLED
+    ├── UploadError            UPLOAD_ERROR           retryable
+    └── InternalError          INTERNAL_ERROR         retryable
+
+The message of a JobError travels to the caller as it is. So it names a field, a stage or a
+count, never a path, a secret or a prompt; and since the caller searches error texts for the
+letters `inf` and `nan`, no message may contain them in its own words ("generation", never
+"inference"). What an error was `raised from` stays in the worker.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class JobError(Exception):
+    """A job that ends as a failure document instead of assets."""
+
+    code: ClassVar[str]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+
+class InvalidPrompt(JobError):
+    """Raised when the payload does not validate; the message names the field."""
+
+    code = "INVALID_PROMPT"
+
+
+class ContentRefused(JobError):
+    """Raised when the content floor refuses; the message says "content policy"."""
+
+    code = "CONTENT_REFUSED"
+
+
+class Unauthorized(JobError):
+    """Raised when the worker wants a key and the job brings none, or a wrong one."""
+
+    code = "UNAUTHORIZED"
+
+
+class RateLimited(JobError):
+    """Raised when a user or the endpoint is over its limit; `retry_after` is in seconds."""
+
+    code = "RATE_LIMITED"
+    retryable = True
+
+
+class WorkerUnavailable(JobError):
+    """Raised when this endpoint does not serve the job type, or is shutting down."""
+
+    code = "WORKER_UNAVAILABLE"
+    retryable = True
+
+
+class ModelLoadError(JobError):
+    """Raised when weights are missing, corrupt, or of another architecture."""
+
+    code = "MODEL_LOAD_ERROR"
+    retryable = True
+
+
+class OutOfMemory(JobError):
+    """Raised when the device ran out of memory and the smaller way did not fit either."""
+
+    code = "OOM_ERROR"
+    retryable = True
+
+
+class ReferenceFrameError(JobError):
+    """Raised when a reference image could not be fetched or decoded."""
+
+    code = "REFERENCE_FRAME_ERROR"
+
+
+class DeadlinePassed(JobError):
+    """Raised at the first step after the job's time is up."""
+
+    code = "TIMEOUT_ERROR"
+    retryable = True
+
+
+class Cancelled(JobError):
+    """Raised at the first step after the platform stopped the job."""
+
+    code = "CANCELLED"
+
+
+class UploadError(JobError):
+    """Raised when storage refused an asset, or failed at every try."""
+
+    code = "UPLOAD_ERROR"
+    retryable = True
+
+
+class InternalError(JobError):
+    """Raised for whatever nobody foresaw; the log has the traceback, the caller has not."""
+
+    code = "INTERNAL_ERROR"
+    retryable = True
