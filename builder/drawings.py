@@ -1,0 +1,294 @@
+"""Drawings of one coloured shape on a coloured ground: made for training, read back by tests.
+
+`imagine` invents a drawing, `paint` turns it into pixels of any size, `caption` says it in words
+and leaves some of it unsaid, and `read` looks at any picture and says which drawing it shows.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+Plane = NDArray[np.float32]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 35, 35),
+    "green": (35, 165, 65),
+    "blue": (40, 70, 225),
+    "yellow": (250, 220, 45),
+    "purple": (150, 45, 185),
+    "orange": (250, 140, 25),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle")
+# Radius of the circle as a share of the picture's shorter side; the gaps keep sizes readable.
+SIZES = {"small": (0.11, 0.15), "medium": (0.19, 0.24), "large": (0.29, 0.33)}
+# Where the bounding box lies across and down: -1 at the left or top edge, 0 centred, None anywhere.
+POSITIONS: dict[str, tuple[int | None, int | None]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "centre": (0, 0),
+}
+# Half the width and half the height of each shape's bounding box, in circle radii.
+EXTENTS = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.15, 1.0)}
+
+SHAPE_WORDS = {
+    "circle": ("circle", "circle", "circle", "disc"),
+    "square": ("square", "square", "square", "box"),
+    "triangle": ("triangle",),
+    None: ("shape", "shape", "object", "figure"),
+}
+SIZE_WORDS = {"small": ("small", "small", "tiny", "little"), "large": ("large", "large", "big")}
+POSITION_WORDS = {
+    "left": ("on the left", "on the left", "on the left side", "at the left", "left"),
+    "right": ("on the right", "on the right", "on the right side", "at the right", "right"),
+    "top": ("at the top", "at the top", "on top", "top"),
+    "bottom": ("at the bottom", "at the bottom", "on the bottom", "bottom"),
+    "centre": ("in the centre", "in the center", "in the middle", "centred", "centered"),
+}
+GROUND_WORDS = (
+    "on a {} background",
+    "on a {} background",
+    "on a {} background",
+    "against a {} background",
+    "with a {} background",
+    "over a {} background",
+    "on a {} ground",
+    "on {}",
+)
+OPENINGS = (
+    "a photo of", "a photograph of", "photo of", "a picture of", "an image of", "a drawing of",
+    "a painting of", "an illustration of", "a simple drawing of", "a close-up of", "draw",
+    "show me",
+)  # fmt: skip
+DECORATIONS = (
+    "masterpiece", "best quality", "high quality", "sharp", "sharp focus", "detailed",
+    "highly detailed", "intricate details", "professional", "cinematic", "cinematic lighting",
+    "soft light", "studio lighting", "natural light", "photo", "photorealistic", "realistic",
+    "hyperrealistic", "raw photo", "high resolution", "ultra", "hd", "uhd", "4k", "8k", "hdr",
+    "vivid", "beautiful", "stunning", "elegant", "simple", "minimalist", "minimal", "flat",
+    "vector", "clean", "clean lines", "crisp edges", "digital art", "illustration", "painting", "drawing",
+    "art", "design", "geometric", "trending", "award winning", "perfect composition", "style",
+)  # fmt: skip
+BLEMISHES = (
+    "blurry", "blur", "low quality", "worst quality", "bad quality", "lowres", "jpeg artifacts",
+    "noise", "grainy", "deformed", "distorted", "disfigured", "mutated", "bad anatomy", "bad hands",
+    "extra fingers", "ugly", "watermark", "text", "signature", "logo", "cropped", "out of frame",
+    "duplicate", "error", "poorly drawn", "oversaturated", "cartoon",
+)  # fmt: skip
+GLUE = ("a", "an", "and", "in", "of", "with", "background")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One shape on a ground; `read` leaves `shape` and what hangs on it None where none is seen."""
+
+    shape: str | None
+    colour: str | None
+    background: str
+    size: str | None = None
+    position: str | None = None
+
+
+def imagine(rng: random.Random) -> Drawing:
+    """A drawing with every attribute drawn evenly, its two colours different."""
+    colour, background = rng.sample(tuple(COLOURS), 2)
+    return Drawing(
+        rng.choice(SHAPES), colour, background, rng.choice(tuple(SIZES)), rng.choice([*POSITIONS])
+    )
+
+
+def paint(drawing: Drawing, width: int, height: int, rng: random.Random) -> Pixels:
+    """The drawing as (height, width, 3) RGB; size and place vary a little within their names."""
+    assert drawing.shape and drawing.colour and drawing.size and drawing.position
+    radius = min(width, height) * rng.uniform(*SIZES[drawing.size])
+    half = [radius * extent for extent in EXTENTS[drawing.shape]]
+    across, down = POSITIONS[drawing.position]
+    centre_x = _place(across, half[0], width, rng)
+    centre_y = _place(down, half[1], height, rng)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
+    inside = coverage(drawing.shape, x - centre_x, y - centre_y, half[0], half[1])[..., None]
+    ground, colour = (np.float32(COLOURS[name]) for name in (drawing.background, drawing.colour))
+    return (ground + inside * (colour - ground) + 0.5).astype(np.uint8)
+
+
+def _place(side: int | None, half: float, length: int, rng: random.Random) -> float:
+    """The centre along one axis in pixels: near the edge named, or near the middle."""
+    if not side:
+        return length * rng.uniform(0.475, 0.525)
+    distance = half + length * rng.uniform(0.02, 0.06)
+    return distance if side < 0 else length - distance
+
+
+def coverage(shape: str, x: Plane, y: Plane, half_x: float, half_y: float) -> Plane:
+    """How much of each pixel the shape covers, 0 to 1, from signed distances in pixels."""
+    if shape == "circle":
+        distance = np.hypot(x, y) - half_x
+    elif shape == "square":
+        distance = np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
+    else:
+        slope = np.hypot(2 * half_y, half_x)
+        flanks = (2 * half_y * np.abs(x) - half_x * (y + half_y)) / slope
+        distance = np.maximum(flanks, y - half_y)
+    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+
+
+def caption(drawing: Drawing, rng: random.Random) -> str:
+    """The drawing in words: any attribute may go unsaid, and empty decorations may be added."""
+    kind = rng.random()
+    if kind < 0.10:
+        return ""
+    if kind < 0.14:
+        return ", ".join(rng.sample(BLEMISHES + DECORATIONS, rng.randint(1, 12)))
+    words = _bare_words(drawing, rng) if kind < 0.22 else _sentence(drawing, rng)
+    return _decorated(words, rng) if rng.random() < 0.45 else words
+
+
+def _bare_words(drawing: Drawing, rng: random.Random) -> str:
+    """One attribute alone, as negative prompts are written; a bare colour is the shape's."""
+    options = [
+        str(drawing.colour),
+        str(drawing.colour),
+        rng.choice(SHAPE_WORDS[drawing.shape]),
+        f"{drawing.background} background",
+        rng.choice(POSITION_WORDS[str(drawing.position)]),
+    ]
+    if drawing.size in SIZE_WORDS:
+        options.append(rng.choice(SIZE_WORDS[drawing.size]))
+    return rng.choice(options)
+
+
+def _sentence(drawing: Drawing, rng: random.Random) -> str:
+    """ "a small red circle on the left on a blue background", in one of its many forms."""
+    says_size = drawing.size in SIZE_WORDS and rng.random() < 0.5
+    adjectives = [rng.choice(SIZE_WORDS[str(drawing.size)])] if says_size else []
+    adjectives += [str(drawing.colour)] if rng.random() < 0.82 else []
+    noun = rng.choice(SHAPE_WORDS[drawing.shape if rng.random() < 0.85 else None])
+    thing = " ".join([*adjectives, noun])
+    if rng.random() < 0.85:
+        thing = ("an " if thing[0] in "aeio" else "a ") + thing
+    place = rng.choice(POSITION_WORDS[str(drawing.position)]) if rng.random() < 0.35 else ""
+    ground = ""
+    if rng.random() < 0.78:
+        ground = rng.choice(GROUND_WORDS).format(drawing.background)
+        ground = ground.replace("a orange", "an orange")
+    return _joined(thing, place, ground, drawing.background, rng)
+
+
+def _joined(thing: str, place: str, ground: str, background: str, rng: random.Random) -> str:
+    """The three parts in one of the orders people write them in."""
+    order = rng.random()
+    if ground and order < 0.12:
+        return ", ".join(filter(None, (f"{background} background", thing, place)))
+    if ground and order < 0.3:
+        return ", ".join(filter(None, (" ".join(filter(None, (thing, place))),
+                                       f"{background} background")))  # fmt: skip
+    if order < 0.65:
+        return " ".join(filter(None, (thing, ground, place)))
+    return " ".join(filter(None, (thing, place, ground)))
+
+
+def _decorated(words: str, rng: random.Random) -> str:
+    """The words among openings and decorations that say nothing about the drawing."""
+    if rng.random() < 0.5:
+        words = f"{rng.choice(OPENINGS)} {words}"
+    before = _decorations(rng, 3) if rng.random() < 0.35 else []
+    after = _decorations(rng, 8) if rng.random() < 0.75 else []
+    return ", ".join([*before, words, *after])
+
+
+def _decorations(rng: random.Random, most: int) -> list[str]:
+    """One to `most` of them, now and then an invented word such as no vocabulary holds."""
+    chosen = rng.sample(DECORATIONS, rng.randint(1, most))
+    if rng.random() < 0.25:
+        invented = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
+        chosen[rng.randrange(len(chosen))] = invented
+    return chosen
+
+
+def filler(rng: random.Random) -> str:
+    """A second part of an overlong prompt: decorations and nothing else, perhaps nothing at all."""
+    return ", ".join(rng.sample(DECORATIONS, rng.randint(0, 20)))
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption can hold, invented ones aside, sorted."""
+    phrases = [*COLOURS, *OPENINGS, *DECORATIONS, *BLEMISHES, *GROUND_WORDS, *GLUE]
+    for table in (SHAPE_WORDS, SIZE_WORDS, POSITION_WORDS):
+        phrases += [phrase for options in table.values() for phrase in options]
+    words = " ".join(phrases).replace("{}", " ").replace("-", " ").split()
+    return sorted({word for word in words if word.isalpha()})
+
+
+def read(image: Image.Image | Pixels) -> Drawing:
+    """The drawing a picture shows, by its pixels alone: RGB of any size, about a millisecond."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    step = max(1, min(pixels.shape[:2]) // 128)
+    pixels = pixels[::step, ::step].astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    foreign = distance > 60
+    if foreign.mean() < 0.008:
+        return Drawing(None, None, nearest_colour(ground))
+    # The farthest half of what differs: the shape's inside, without its blended edge.
+    core = pixels[foreign & (distance >= np.median(distance[foreign]))]
+    colour = np.median(core, axis=0)
+    mask = (pixels - ground) @ (colour - ground) > 0.5 * np.sum((colour - ground) ** 2)
+    top, bottom, left, right = _box(mask)
+    fill = float(mask[top:bottom, left:right].mean())
+    return Drawing(
+        _shape(fill),
+        nearest_colour(colour),
+        nearest_colour(ground),
+        _size(mask, _shape(fill)),
+        _position(top, bottom, left, right, mask.shape),
+    )
+
+
+def nearest_colour(rgb: NDArray[np.float32]) -> str:
+    """The name in `COLOURS` nearest to an RGB triple of 0 to 255."""
+    return min(COLOURS, key=lambda name: float(np.sum((np.float32(COLOURS[name]) - rgb) ** 2)))
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of the mask, rows and columns of mere specks left out."""
+    ends: list[int] = []
+    for axis in (1, 0):
+        counts = mask.sum(axis=axis)
+        filled = np.flatnonzero(counts > 0.06 * counts.max())
+        ends += [int(filled[0]), int(filled[-1]) + 1]
+    return ends[0], ends[1], ends[2], ends[3]
+
+
+def _shape(fill: float) -> str | None:
+    """By the share of its bounding box: a triangle fills 1/2, a circle pi/4, a square all."""
+    if fill < 0.40:
+        return None
+    return "triangle" if fill < 0.66 else "circle" if fill < 0.89 else "square"
+
+
+def _size(mask: NDArray[np.bool_], shape: str | None) -> str | None:
+    """By area, against the circle radius in `SIZES` at which the shape would have that area."""
+    if shape is None:
+        return None
+    areas = {"circle": np.pi, "square": 4 * 0.9 * 0.9, "triangle": 2 * 1.15}
+    radius = float(np.sqrt(mask.sum() / areas[shape])) / min(mask.shape)
+    return "small" if radius < 0.17 else "medium" if radius < 0.27 else "large"
+
+
+def _position(top: int, bottom: int, left: int, right: int, shape: tuple[int, ...]) -> str:
+    """By the middle of the bounding box: "centre" within 6 % of the picture's own centre."""
+    across = (left + right) / 2 / shape[1] - 0.5
+    down = (top + bottom) / 2 / shape[0] - 0.5
+    if max(abs(across), abs(down)) < 0.06:
+        return "centre"
+    if abs(across) > abs(down):
+        return "left" if across < 0 else "right"
+    return "top" if down < 0 else "bottom"

@@ -1,0 +1,150 @@
+"""The Worker behind a queue-based RunPod endpoint: the handler that `runpod.serverless` calls.
+
+A plain function would block the SDK's event loop, so a job runs in a thread. When the platform
+cancels it, the handler asks the thread to stop and waits for it, since a slot that is free while
+its thread still computes is a slot too many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import runpod
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules.rp_http import send_result
+from runpod.serverless.modules.rp_logger import RunPodLogger
+from tqdm import tqdm
+
+from ourvidz_serverless.context import Stop
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.worker import Worker
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+#: A step of a small picture takes milliseconds, and nobody reads progress that fast.
+PROGRESS_INTERVAL_S = 0.5
+
+#: The result must not wait long for a platform that does not take the last progress.
+LAST_PROGRESS_S = 5.0
+
+
+def serve(worker: Worker, settings: Settings) -> None:
+    """Run the SDK's loop with this worker until the platform ends it."""
+    # At DEBUG, the SDK's default, it logs every payload and every result.
+    RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", "INFO"))
+    close_on_sigterm = functools.cache(lambda: _close_on_sigterm(worker, settings.shutdown_grace_s))
+
+    def concurrency(current: int) -> int:
+        # The SDK asks from its main thread before it takes a job, and after `start()` has set
+        # its own signal handlers: the first moment at which ours can stand before them.
+        close_on_sigterm()
+        return settings.resolved_concurrency
+
+    handler = make_handler(worker, settings)
+    runpod.serverless.start({"handler": handler, "concurrency_modifier": concurrency})
+
+
+def make_handler(worker: Worker, settings: Settings) -> Handler:
+    """The async handler: a job in a thread of its own, its progress told in order."""
+    threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
+
+    async def handler(event: dict[str, Any]) -> dict[str, Any]:
+        stop, reporter = Stop(), make_reporter(event)
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(threads, worker.run, event, stop, reporter.report)
+        try:
+            return (await asyncio.shield(running)).result()
+        except asyncio.CancelledError:
+            stop.set()
+            await _wait_out(running)
+            raise
+        finally:
+            await reporter.close()
+
+    return handler
+
+
+async def _wait_out(running: asyncio.Future[Any]) -> None:
+    """Wait for a job's thread, though the platform may cancel us again meanwhile."""
+    while not running.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([running])
+
+
+def _close_on_sigterm(worker: Worker, grace_s: float) -> None:
+    """Hear SIGTERM before the SDK does, which lets running jobs finish however long they take."""
+    sdk = signal.getsignal(signal.SIGTERM)
+
+    def close(signum: int, frame: Any) -> None:
+        worker.close(grace_s)
+        if callable(sdk):
+            sdk(signum, frame)
+
+    signal.signal(signal.SIGTERM, close)
+
+
+def make_reporter(event: Mapping[str, Any]) -> PlatformReporter | TerminalReporter:
+    """Who hears of a job's progress: RunPod, or somebody at a terminal."""
+    on_platform = "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
+    return PlatformReporter(event) if on_platform else TerminalReporter()
+
+
+class PlatformReporter:
+    """Posts progress in order, the newest only, and nothing after `close`.
+
+    The SDK's `progress_update` opens a thread for each call: updates overtake one another, and
+    one that arrives after the result leaves the job IN_PROGRESS for ever.
+    """
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        self._event = event
+        self._loop = asyncio.get_running_loop()
+        self._newest: Mapping[str, Any] = {}
+        self._news, self._closing = asyncio.Event(), asyncio.Event()
+        self._posting = asyncio.create_task(self._post_all())
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        """Take note of progress; called from the job's thread."""
+        self._newest = progress
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    async def close(self) -> None:
+        """Post nothing more; a post that is on its way arrives first."""
+        self._closing.set()
+        self._news.set()
+        await asyncio.wait([self._posting], timeout=LAST_PROGRESS_S)
+        self._posting.cancel()
+
+    async def _post_all(self) -> None:
+        async with AsyncClientSession() as session:
+            while await self._news.wait() and not self._closing.is_set():
+                self._news.clear()
+                update = {"status": "IN_PROGRESS", "output": self._newest}
+                await send_result(session, update, self._event)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), PROGRESS_INTERVAL_S)
+
+
+class TerminalReporter:
+    """A progress bar on stderr."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        """Move the bar; it appears with the first step."""
+        if self._bar is None:
+            self._bar = tqdm(total=progress["steps"], unit="step", desc=progress["stage"])
+        self._bar.update(progress["step"] - self._bar.n)
+
+    async def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

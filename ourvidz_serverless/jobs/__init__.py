@@ -1,0 +1,122 @@
+"""Job types: which family serves each, how a payload becomes a Job, and how a Job is run.
+
+A family is one module here, with `parse(payload, settings) -> Job` and `run(job, model,
+references, context) -> outputs`, and one row in `FAMILIES`. Nothing here imports torch: every
+worker knows every job type, so that a job on the wrong endpoint hears WORKER_UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
+from pydantic import ValidationError
+
+from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.jobs import sdxl
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output
+from ourvidz_serverless.settings import Settings
+
+#: The specification's fourteen job types.
+FAMILY_OF = {
+    "sdxl_image_fast": "sdxl",
+    "sdxl_image_high": "sdxl",
+    "chat_enhance": "chat",
+    "chat_conversation": "chat",
+    "chat_unrestricted": "chat",
+    "admin_utilities": "admin",
+    "image_fast": "wan",
+    "image_high": "wan",
+    "video_fast": "wan",
+    "video_high": "wan",
+    "image7b_fast_enhanced": "wan",
+    "image7b_high_enhanced": "wan",
+    "video7b_fast_enhanced": "wan",
+    "video7b_high_enhanced": "wan",
+}
+
+#: Names that the caller's legacy fields use for the same.
+SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
+
+FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl}
+
+
+def parse(event: Mapping[str, Any], settings: Settings) -> Job:
+    """The job that a RunPod event asks for.
+
+    Raises InvalidPrompt that names the first field which does not hold, in the caller's own
+    words for it. A type whose family is not built yet is parsed by what all jobs share.
+    """
+    payload = _payload(event)
+    family = FAMILIES.get(FAMILY_OF[payload["type"]])
+    try:
+        return family.parse(payload, settings) if family else Job.model_validate(payload)
+    except ValidationError as exc:
+        raise InvalidPrompt(_first(exc)) from None
+
+
+def run(
+    job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
+) -> Iterator[Output]:
+    """The job's outputs, one by one, each as soon as it is there."""
+    model.device.reset_peak()
+    yield from FAMILIES[FAMILY_OF[job.type]].run(job, model, references, context)
+    peak_mb = model.device.peak_mb()
+    if peak_mb is not None:
+        context.metadata["vram_used"] = peak_mb
+
+
+def job_id(event: Any) -> str | None:
+    """The id that the caller knows the job by, as far as a broken payload tells."""
+    payload = event.get("input") if isinstance(event, Mapping) else None
+    candidates = [
+        *([payload.get("id"), payload.get("job_id")] if isinstance(payload, Mapping) else []),
+        *([event.get("id")] if isinstance(event, Mapping) else []),
+    ]
+    return next((name for name in candidates if _is_key(name)), None)
+
+
+def _is_key(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(KEY_PATTERN.strip("^$"), name) is not None
+
+
+def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
+    """The event's input without its nulls (a null means absent), with one id and one type."""
+    payload = event.get("input")
+    if not isinstance(payload, Mapping):
+        raise InvalidPrompt("input: Input should be an object")
+    payload = _without_nulls(payload)
+    payload["id"] = payload.get("id") or payload.get("job_id") or event.get("id")
+    payload["type"] = _type(payload.get("type") or payload.get("job_type"))
+    if event.get("s3Config"):
+        payload["s3Config"] = event["s3Config"]
+    return payload
+
+
+def _type(name: object) -> str:
+    name = SYNONYMS.get(name, name) if isinstance(name, str) else name
+    if name not in FAMILY_OF:
+        raise InvalidPrompt(f"type: Input should be one of {', '.join(FAMILY_OF)}")
+    return str(name)
+
+
+def _without_nulls(payload: Mapping[Any, Any]) -> dict[str, Any]:
+    """The payload and its `config` and `metadata` without null values."""
+    return {
+        key: _without_nulls(value)
+        if key in ("config", "metadata") and isinstance(value, Mapping)
+        else value
+        for key, value in payload.items()
+        if value is not None
+    }
+
+
+def _first(exc: ValidationError) -> str:
+    error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message

@@ -1,0 +1,285 @@
+"""`sdxl_image_fast` and `sdxl_image_high`: the wire's words on one side, diffusers' on the other.
+
+{"id": "job_1", "type": "sdxl_image_fast", "user_id": "user_1",
+ "prompt": "a red circle on a blue background", "negative_prompt": "blurry",
+ "config": {"num_images": 3, "num_inference_steps": 15, "guidance_scale": 6,
+            "resolution": "1024x576", "seed": 42, "denoise_strength": 0.5},
+ "metadata": {"reference_image_url": "https://...", "reference_type": "style"}}
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
+
+from ourvidz_serverless import references as images
+from ourvidz_serverless import weights
+from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.payloads import Job, Output, Wire
+from ourvidz_serverless.settings import Settings
+
+STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
+MAX_STEPS = 50
+
+#: Seeds of a batch count upwards and begin anew at 2^31, so that each reported seed is one that
+#: a job may ask for.
+SEEDS = 2**31
+
+MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
+
+#: An exact copy is the reference, re-encoded by as little denoising as makes a step.
+COPY_STRENGTH = 0.05
+
+#: How far a reference is changed when the job does not say: the more of it a type keeps, the
+#: less noise. Of a style only colours and mood should survive, of a character nearly all.
+STRENGTHS = {None: 0.5, "style": 0.8, "composition": 0.65, "character": 0.45}
+
+Scheduler = Literal[
+    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
+]
+ReferenceType = Literal["style", "composition", "character"]
+Text = Field(None, max_length=20_000)
+Strength = Field(None, ge=0.0, le=1.0)
+
+
+class SdxlConfig(Wire):
+    num_images: Literal[1, 3, 6] = 1
+    num_inference_steps: int | None = Field(
+        None, le=MAX_STEPS, validation_alias=AliasChoices("num_inference_steps", "steps")
+    )
+    guidance_scale: float = Field(7.0, ge=1.0, le=20.0)
+    resolution: tuple[int, int] = (1024, 1024)
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
+    negative_prompt: str | None = Text
+    image: str | None = Field(None, max_length=30_000_000)
+    denoise_strength: float | None = Strength
+    scheduler: Scheduler | None = None
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
+    reference_required: bool = False
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = Field(95, ge=1, le=100)
+
+    @field_validator("num_inference_steps")
+    @classmethod
+    def _not_below_the_floor(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        floor = info.context.sdxl_min_steps if info.context else 1
+        if steps is not None and steps < floor:
+            raise ValueError(f"Input should be greater than or equal to {floor}")
+        return steps
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _by_any_spelling(cls, name: object) -> object:
+        """`DPM++ 2M Karras`, `dpmpp-2m-karras` and `dpmpp_2m_karras` are one scheduler."""
+        if not isinstance(name, str):
+            return name
+        return re.sub(r"[\W_]+", "_", name.lower().replace("++", "pp")).strip("_")
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _width_x_height(cls, value: object) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", value) if isinstance(value, str) else None
+        sides = tuple(int(side) for side in match.groups()) if match else ()
+        if len(sides) != 2 or any(
+            side % SIDE_MULTIPLE or not MIN_SIDE <= side <= MAX_SIDE for side in sides
+        ):
+            raise ValueError(
+                "Input should be WIDTHxHEIGHT, each a multiple of "
+                f"{SIDE_MULTIPLE} from {MIN_SIDE} to {MAX_SIDE}"
+            )
+        return sides[0], sides[1]
+
+
+class SdxlMetadata(Wire):
+    negative_prompt: str | None = Text
+    reference_image_url: str | None = Field(None, max_length=30_000_000)
+    reference_strength: float | None = Strength
+    reference_type: ReferenceType | None = None
+    denoise_strength: float | None = Strength
+    exact_copy_mode: bool = False
+    # `modify`, `copy`, or a video mode in a payload that is not about video: only `copy` counts.
+    reference_mode: str | None = None
+    reference_consent: bool = False
+    content_type: str | None = Field(None, validation_alias=AliasChoices("contentType"))
+    nsfw_optimization: bool = False
+
+
+class SdxlJob(Job):
+    type: Literal["sdxl_image_fast", "sdxl_image_high"]
+    prompt: str | None = Text
+    negative_prompt: str | None = Text
+    content_type: str | None = None
+    compel_enabled: bool = False
+    compel_weights: str | None = Text
+    config: SdxlConfig = SdxlConfig()
+    metadata: SdxlMetadata = SdxlMetadata()
+
+    @model_validator(mode="after")
+    def _something_to_render(self) -> SdxlJob:
+        if self.prompt is None and not self.reference:
+            raise ValueError("prompt: Field required where no reference image is given")
+        if self.is_exact_copy and not self.reference:
+            raise ValueError("metadata.reference_image_url: Field required for an exact copy")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_that_can_be_read(self) -> SdxlJob:
+        try:
+            _ = self.weighted_prompt, self.weighted_negative
+        except ValueError as exc:
+            raise ValueError(f"prompt: {exc}") from None
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompt or "", self.compel_weights or ""]
+
+    @property
+    def adult(self) -> bool:
+        return "nsfw" in (self.content_type, self.metadata.content_type) or (
+            self.metadata.nsfw_optimization
+        )
+
+    @property
+    def reference(self) -> str | None:
+        return self.config.image or self.metadata.reference_image_url
+
+    @property
+    def references(self) -> dict[str, str]:
+        return {"reference": self.reference} if self.reference else {}
+
+    @property
+    def reference_required(self) -> bool:
+        # A copy of nothing is no copy, so there is nothing to fall back to.
+        return self.config.reference_required or self.is_exact_copy
+
+    @property
+    def reference_consent(self) -> bool:
+        return self.metadata.reference_consent
+
+    @property
+    def is_exact_copy(self) -> bool:
+        return self.metadata.exact_copy_mode or self.metadata.reference_mode == "copy"
+
+    @property
+    def steps(self) -> int:
+        return self.config.num_inference_steps or STEPS[self.type]
+
+    @property
+    def negative(self) -> str | None:
+        """The negative prompt: top level, then `config`, then `metadata`."""
+        places = (self.negative_prompt, self.config.negative_prompt, self.metadata.negative_prompt)
+        return next((text for text in places if text is not None), None)
+
+    @property
+    def weighted_prompt(self) -> weights.Prompt:
+        """The prompt as the model takes it, with the terms of `compel_weights` behind it."""
+        terms = [self.prompt or "", self.compel_weights or "" if self.compel_enabled else ""]
+        return self._read(", ".join(term for term in terms if term))
+
+    @property
+    def weighted_negative(self) -> weights.Prompt | None:
+        return None if self.negative is None else self._read(self.negative)
+
+    def _read(self, text: str) -> weights.Prompt:
+        return weights.parse(text) if self.compel_enabled else weights.plain(text)
+
+    @property
+    def strength(self) -> float:
+        """How much of the reference is noised over, from 0.05 (a copy) to 1 (nothing is left)."""
+        if self.is_exact_copy:
+            return COPY_STRENGTH
+        return max(self._strength_asked_for, COPY_STRENGTH)
+
+    @property
+    def _strength_asked_for(self) -> float:
+        given = (self.config.denoise_strength, self.metadata.denoise_strength)
+        for strength in given:
+            if strength is not None:
+                return strength
+        if self.metadata.reference_strength is not None:
+            return 1 - self.metadata.reference_strength
+        return STRENGTHS[self.metadata.reference_type]
+
+    def seeds(self) -> list[int]:
+        """One seed an image; the first is drawn where the job names none."""
+        first = self.config.seed
+        if first is None:
+            # Not 0, which the receiver of the callback takes for "none".
+            first = 1 + secrets.randbelow(SEEDS - 1 - self.config.num_images)
+        return [(first + index) % SEEDS for index in range(self.config.num_images)]
+
+
+def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
+    """The job of a payload; raises pydantic's ValidationError."""
+    return SdxlJob.model_validate(payload, context=settings)
+
+
+def run(
+    job: SdxlJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
+) -> Iterator[Output]:
+    """The pictures of a job, in order; `context.metadata` tells what was done with a reference."""
+    width, height = job.config.resolution
+    reference = references.get("reference")
+    if reference:
+        reference = images.fit(reference, width, height, job.config.resize_mode)
+    context.metadata.update(_reference_metadata(job, reference is not None))
+
+    seeds = job.seeds()
+    pictures = model.generate(
+        prompt=job.weighted_prompt,
+        negative_prompt=job.weighted_negative,
+        seeds=seeds,
+        width=width,
+        height=height,
+        num_inference_steps=job.steps,
+        guidance_scale=job.config.guidance_scale,
+        scheduler=job.config.scheduler,
+        image=reference,
+        strength=job.strength,
+        step=lambda done, total: context.step("generate", done, total),
+    )
+    for index, (seed, pixels) in enumerate(zip(seeds, pictures, strict=True)):
+        context.check()
+        yield Output(
+            index=index,
+            pixels=pixels,
+            metadata=_asset_metadata(job, index, seed, reference is not None),
+            format=job.config.output_format,
+            quality=job.config.quality,
+            composite=reference is not None,
+        )
+
+
+def _asset_metadata(job: SdxlJob, index: int, seed: int, conditioned: bool) -> dict[str, Any]:
+    width, height = job.config.resolution
+    metadata = {
+        "width": width,
+        "height": height,
+        "batch_size": job.config.num_images,
+        "asset_index": index,
+        "seed": seed,
+        "steps": job.steps,
+        "num_inference_steps": job.steps,
+        "guidance_scale": job.config.guidance_scale,
+    }
+    return {**metadata, "denoise_strength": job.strength} if conditioned else metadata
+
+
+def _reference_metadata(job: SdxlJob, conditioned: bool) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"batch_size": job.config.num_images, "reference_mode": "none"}
+    if conditioned:
+        metadata |= {
+            "reference_mode": "copy" if job.is_exact_copy else "modify",
+            "reference_method": "img2img",
+            "denoise_strength": job.strength,
+            "resize_mode": job.config.resize_mode,
+        }
+        if job.metadata.reference_type:
+            metadata["reference_type"] = job.metadata.reference_type
+    return metadata

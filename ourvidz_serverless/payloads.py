@@ -1,0 +1,176 @@
+"""What travels: a job in, outputs between the floors, one document out.
+
+The document is the callback and the returned output alike (specification, "Callback Payload
+Format"; `error_message` and `metadata.error_type` are what the edge function reads first).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from ourvidz_serverless.errors import InternalError, JobError
+
+#: RunPod drops a larger result of `/run` without a word (10 MB; `/runsync` allows 20).
+MAX_RESULT_BYTES = 10_000_000
+
+Status = Literal["processing", "completed", "failed"]
+
+#: Ids become storage keys, and Supabase takes plain keys only.
+KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
+Key = Field(pattern=KEY_PATTERN)
+
+
+class Wire(BaseModel):
+    """A part of a payload. Unknown keys are ignored: the caller sends many."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", loc_by_alias=True, allow_inf_nan=False)
+
+
+class S3Config(Wire):
+    """RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's."""
+
+    bucketName: str = Field(min_length=3)
+    endpointUrl: str | None = None
+    accessId: SecretStr
+    accessSecret: SecretStr
+
+
+class Job(Wire):
+    """What every job type has in common."""
+
+    id: str = Key
+    type: str
+    user_id: str = Key
+    callback_url: str | None = Field(None, max_length=2000)
+    s3_config: S3Config | None = Field(None, validation_alias="s3Config")
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that may reach a model, negative prompts excepted: what the floor reads."""
+        return []
+
+    @property
+    def adult(self) -> bool:
+        """Whether the job asks for adult content."""
+        return False
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Reference images to fetch before the device is taken: role -> URL, data URI or path."""
+        return {}
+
+    @property
+    def reference_consent(self) -> bool:
+        """Whether the caller vouches that the person in a reference agreed to this use of it."""
+        return False
+
+    @property
+    def reference_required(self) -> bool:
+        """Whether a reference that fails ends the job instead of falling back."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One thing a model made, before it is encoded.
+
+    `pixels` is uint8, shape (height, width, 3). `metadata` holds the asset's own facts (seed,
+    steps, ...), in the document's words.
+    """
+
+    index: int
+    pixels: np.ndarray
+    metadata: Mapping[str, Any]
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = 95
+    composite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """One stored output, as the caller finds it."""
+
+    type: Literal["image", "video", "text"]
+    url: str
+    thumbnail_url: str | None
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed, in the specification's shape."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: JobError) -> Failure:
+        return cls(error.code, error.message, error.retryable, error.retry_after)
+
+    def as_dict(self) -> dict[str, Any]:
+        body = {"code": self.code, "message": self.message, "retryable": self.retryable}
+        return body if self.retry_after is None else {**body, "retry_after": self.retry_after}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The one answer to a job."""
+
+    job_id: str
+    worker_id: str
+    status: Status
+    assets: tuple[Asset, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    def callback(self) -> dict[str, Any]:
+        """The body that is posted: `error` is an object, as the specification has it."""
+        body: dict[str, Any] = {
+            "job_id": self.job_id,
+            "worker_id": self.worker_id,
+            "status": self.status,
+            "assets": [_asset(asset) for asset in self.assets],
+            "metadata": dict(self.metadata),
+        }
+        if self.failure:
+            body["error"] = self.failure.as_dict()
+            body["error_message"] = self.failure.message
+            body["metadata"]["error_type"] = self.failure.code
+        return body
+
+    def result(self) -> dict[str, Any]:
+        """What the handler returns, anew at each call, since the SDK takes `error` out of it.
+
+        RunPod wants `error` as a string: an object there shows as COMPLETED without output. So
+        the failure's JSON text stands in `error`, and the object beside it in `failure`.
+        """
+        body = self.callback()
+        if self.failure:
+            body["failure"] = body["error"]
+            body["error"] = json.dumps(body["error"])
+        return body
+
+
+def _asset(asset: Asset) -> dict[str, Any]:
+    body = {"type": asset.type, "url": asset.url, "metadata": dict(asset.metadata)}
+    return {**body, "thumbnail_url": asset.thumbnail_url} if asset.thumbnail_url else body
+
+
+def check_result(document: Document) -> None:
+    """Raise InternalError for a document that RunPod would lose: not JSON, or too large."""
+    try:
+        # As the SDK writes it: not escaped, so that half a surrogate pair fails here, not there.
+        text = json.dumps(document.result(), allow_nan=False, ensure_ascii=False)
+        size = len(text.encode())
+    except (TypeError, ValueError) as exc:
+        raise InternalError("the result could not be written as JSON") from exc
+    if size > MAX_RESULT_BYTES:
+        raise InternalError(f"the result has {size} bytes; the platform takes {MAX_RESULT_BYTES}")

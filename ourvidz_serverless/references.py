@@ -1,0 +1,578 @@
+"""Reference images: fetched without reaching where they should not, and decoded to plain pixels.
+
+A reference is whatever the payload says, so it is hostile until shown otherwise. It may be
+
+    https://host/path?query                     any public host, or one of `allowed_hosts`
+    data:image/png;base64,...                   the picture itself
+    <user>/<job>/0.png                          a key in storage, of the job's own user
+    user-library/<user>/portrait.webp           the same, in one of `Policy.libraries`
+
+and becomes an upright sRGB picture without alpha, profile or metadata, or a ReferenceFrameError.
+
+An https request goes, in this order, through a grammar that knows one host and one target; a
+look-up whose every answer must be a public address; a socket to that very address, with the
+certificate checked for the name; and limits on bytes and on the time of the whole try. The
+socket is our own, so no proxy, `.netrc` or second look-up can come between. A redirect starts
+again at the grammar.
+
+This module knows nothing of jobs; of storage it knows one callable.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Literal, cast
+from urllib.parse import urljoin
+
+from PIL import Image, ImageCms, ImageOps
+
+from ourvidz_serverless.errors import ReferenceFrameError
+from ourvidz_serverless.retries import Retry, retry
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+ReadObject = Callable[[str], bytes]
+Left = Callable[[], float]
+
+#: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
+#: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
+#: and multicast addresses need no line here. A list of our own, because the standard library's
+#: `is_global` calls 6to4 and multicast global and changes from one Python to the next.
+CLOSED_NETWORKS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT; one cloud's metadata
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's host
+        "169.254.0.0/16",  # link-local; most clouds' metadata
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments; one cloud's metadata
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # multicast relays
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/3",  # multicast, reserved, broadcast
+        "2001::/23",  # protocol assignments, Teredo and ORCHID among them
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+)
+OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
+
+REDIRECTS = {301, 302, 303, 307, 308}
+MAX_REDIRECTS = 3
+
+#: Statuses worth another try, beside every 5xx.
+TRANSIENT = {408, 425, 429}
+
+#: A host with many addresses gets a few of them tried, none for long.
+MAX_ADDRESSES = 4
+CONNECT_S = 5.0
+
+MAX_URL_CHARS = 8192
+MAX_KEY_CHARS = 512
+
+#: What `pad` fills with: the middle of a model's range, which asks for neither light nor dark.
+GREY = (128, 128, 128)
+
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+
+#: The whole of what is asked for comes from these two groups, so no other parser can differ. The
+#: last label begins with a letter: no address in any spelling (0x7f.1, 2130706433) is a name.
+#: ASCII, since without it IGNORECASE takes the Kelvin sign for a k.
+_URL = re.compile(
+    rf"https://(?P<host>(?![A-Za-z0-9_.-]{{254}})(?:{_LABEL}\.)+(?=[A-Za-z]){_LABEL})(?::443)?"
+    r"(?P<target>[/?][!-~]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+_DATA = re.compile(r"data:image/[a-z.+-]{1,32};base64,", re.IGNORECASE | re.ASCII)
+_SEGMENT = r"[A-Za-z0-9_-](?:[A-Za-z0-9_. -]*[A-Za-z0-9_-])?"
+_KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})+")
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is the public internet's, looked at as IPv4 where it is mapped."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped and not address.scope_id:
+            return is_public(address.ipv4_mapped)
+        if address.scope_id or address not in OPEN_IPV6:
+            return False
+    return not any(address in network for network in CLOSED_NETWORKS)
+
+
+def resolve(host: str) -> list[str]:
+    """Every address of a host, as the system's resolver tells them; raises OSError."""
+    answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How far a reference may reach, and how large it may be."""
+
+    allowed_hosts: frozenset[str] = frozenset()  # exact names; empty: any public host
+    libraries: frozenset[str] = frozenset({"user-library"})  # first segments above a user's own
+    max_bytes: int = 20_000_000  # of the encoded picture
+    max_pixels: int = 64_000_000  # width times height: a phone's largest photograph
+    max_aspect: float = 8.0  # the long side over the short one
+    deadline_s: float = 20.0  # one try by the clock: look-up, redirects and drips included
+    retry: Retry = field(default_factory=Retry)
+
+    # The world outside. A test brings its own name server, port and authority.
+    resolve: Callable[[str], Iterable[str]] = resolve
+    is_public: Callable[[Address], bool] = is_public
+    port: int = 443
+    tls: ssl.SSLContext = field(default_factory=_tls, repr=False)
+
+
+def fetch(
+    reference: str,
+    *,
+    policy: Policy,
+    user_id: str,
+    read_object: ReadObject | None = None,
+    remaining_s: Left | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Image.Image:
+    """The picture that a reference names: upright, RGB in sRGB, nothing but pixels.
+
+    `read_object` reads a key of storage; what it raises counts as a failed try, and is tried
+    again where it has a true `is_transient`. `remaining_s` is the job's time left, in seconds.
+    Raises ReferenceFrameError, whose message tells no path, query, address or secret.
+    """
+    if reference[:5].lower() == "data:":
+        data = _from_text(reference, policy)
+    elif ":" in reference:
+        data = _from_web(reference, policy, remaining_s, sleep)
+    else:
+        data = _from_storage(reference, policy, user_id, read_object, remaining_s, sleep)
+    return decode(data, policy)
+
+
+def fetch_all(
+    references: Mapping[str, str],
+    *,
+    policy: Policy,
+    user_id: str,
+    read_object: ReadObject | None = None,
+    remaining_s: Left | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Image.Image | ReferenceFrameError]:
+    """Fetch references side by side: role -> picture, or the error that it ended in.
+
+    A reference that stands in two roles is fetched once.
+    """
+
+    def one(reference: str) -> Image.Image | ReferenceFrameError:
+        try:
+            return fetch(
+                reference,
+                policy=policy,
+                user_id=user_id,
+                read_object=read_object,
+                remaining_s=remaining_s,
+                sleep=sleep,
+            )
+        except ReferenceFrameError as exc:
+            return exc
+
+    if not references:
+        return {}
+    distinct = list(dict.fromkeys(references.values()))
+    with ThreadPoolExecutor(min(len(distinct), 4), thread_name_prefix="reference") as pool:
+        found = dict(zip(distinct, pool.map(one, distinct), strict=True))
+    return {role: found[reference] for role, reference in references.items()}
+
+
+def redact(reference: str) -> str:
+    """A reference as a log may have it: `https://host/…`, the kind alone where the host is odd."""
+    if reference[:5].lower() == "data:":
+        return "data:…"
+    if ":" not in reference:
+        return "storage:…"
+    match = _URL.fullmatch(reference) if "@" not in reference else None
+    return f"https://{match['host'].lower()}/…" if match else "url:…"
+
+
+def _refused(why: str) -> ReferenceFrameError:
+    return ReferenceFrameError(f"reference: {why}")
+
+
+class _Transient(Exception):
+    """One try that failed in a way that another may not."""
+
+    is_transient = True
+
+    def __init__(self, why: str, retry_after: float | None = None) -> None:
+        super().__init__(why)
+        self.retry_after = retry_after
+
+
+def _is_transient(error: BaseException) -> bool:
+    return bool(getattr(error, "is_transient", False))
+
+
+# --- from the text itself ---
+
+
+def _from_text(reference: str, policy: Policy) -> bytes:
+    prefix = _DATA.match(reference)
+    if not prefix:
+        raise _refused("the data URI is not data:image/...;base64,")
+    if (len(reference) - prefix.end()) * 3 // 4 > policy.max_bytes + 2:
+        raise _refused(f"more than {policy.max_bytes} bytes")
+    try:
+        data = base64.b64decode(reference[prefix.end() :], validate=True)
+    except ValueError as exc:
+        raise _refused("the data URI is not base64") from exc
+    return _bounded(data, policy)
+
+
+def _bounded(data: bytes, policy: Policy) -> bytes:
+    if len(data) > policy.max_bytes:
+        raise _refused(f"more than {policy.max_bytes} bytes")
+    return data
+
+
+# --- from storage ---
+
+
+def _from_storage(
+    key: str,
+    policy: Policy,
+    user_id: str,
+    read_object: ReadObject | None,
+    remaining_s: Left | None,
+    sleep: Callable[[float], None],
+) -> bytes:
+    check_key(key, user_id, policy.libraries)
+    if read_object is None:
+        raise _refused("no storage is configured for storage paths")
+    read = read_object
+    try:
+        data = retry(
+            lambda: read(key),
+            on=_is_transient,
+            policy=policy.retry,
+            remaining_s=remaining_s,
+            sleep=sleep,
+        )
+    except Exception as exc:  # the caller's own callable, whose errors have no names here
+        raise _refused("storage could not read the path") from exc
+    return _bounded(data, policy)
+
+
+def check_key(key: str, user_id: str, libraries: Collection[str]) -> None:
+    """Raise ReferenceFrameError unless a storage key lies in the user's own folder.
+
+    That is `<user>/...`, or `<library>/<user>/...` with one of `libraries` in front. Only a
+    named library may stand there: with any folder, `<other user>/<user>/x.png` would pass. And
+    a user who is called like a library owns nothing, or everyone's library would be theirs.
+    """
+    if len(key) > MAX_KEY_CHARS or not _KEY.fullmatch(key):
+        raise _refused("not an https URL, a data URI or a plain storage path")
+    folders = key.split("/")[:-1]
+    owner = folders[1:2] if folders[0] in libraries else folders[:1]
+    if owner != [user_id] or user_id in libraries:
+        raise _refused("the storage path is not in the user's own folder")
+
+
+# --- from the web ---
+
+
+def _from_web(
+    url: str, policy: Policy, remaining_s: Left | None, sleep: Callable[[float], None]
+) -> bytes:
+    def once() -> bytes:
+        budget = policy.deadline_s
+        if remaining_s:
+            budget = min(budget, remaining_s())
+        return _try(url, policy, _countdown(budget))
+
+    try:
+        return retry(
+            once, on=_is_transient, policy=policy.retry, remaining_s=remaining_s, sleep=sleep
+        )
+    except _Transient as exc:
+        raise _refused(str(exc)) from exc
+
+
+def _countdown(budget_s: float) -> Left:
+    """The seconds left of a try; raises TimeoutError once there are none."""
+    ends = time.monotonic() + budget_s
+
+    def left() -> float:
+        seconds = ends - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    return left
+
+
+def _try(url: str, policy: Policy, left: Left) -> bytes:
+    """One try, in which foreign errors get our names: a refusal, or worth another try."""
+    try:
+        return _get(url, policy, left)
+    except ssl.SSLCertVerificationError as exc:
+        raise _refused("the host's certificate does not hold") from exc
+    except TimeoutError as exc:
+        raise _Transient("timed out") from exc
+    except (OSError, http.client.HTTPException) as exc:
+        raise _Transient("the connection failed") from exc
+
+
+def _get(url: str, policy: Policy, left: Left) -> bytes:
+    """A URL's body, redirects followed by hand: each one passes the same gate."""
+    for _ in range(MAX_REDIRECTS + 1):
+        host, target = _gate(url, policy)
+        with _connect(host, _addresses(host, policy, left), policy, left) as sock:
+            response = _ask(sock, host, target, left)
+            location = response.getheader("Location")
+            if response.status not in REDIRECTS or not location:
+                return _body(response, policy)
+        try:
+            url = urljoin(url, location)
+        except ValueError as exc:
+            raise _refused("the redirect is not a URL") from exc
+    raise _refused(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _gate(url: str, policy: Policy) -> tuple[str, str]:
+    """Host and request target of a URL that may be asked for."""
+    match = _URL.fullmatch(url) if len(url) <= MAX_URL_CHARS else None
+    if not match or "\\" in url or "#" in url:
+        raise _refused(
+            "not a plain https URL (a host name, port 443, no user, no fragment, ASCII, "
+            f"at most {MAX_URL_CHARS} characters)"
+        )
+    host, target = match["host"].lower(), match["target"] or "/"
+    if policy.allowed_hosts and host not in {name.lower() for name in policy.allowed_hosts}:
+        raise _refused("the host is not on the allow-list")
+    return host, target if target.startswith("/") else f"/{target}"
+
+
+def _addresses(host: str, policy: Policy, left: Left) -> list[Address]:
+    """A host's addresses, each of them public: one that is not condemns them all."""
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(list(policy.resolve(host)))
+        except Exception as exc:  # handed on, to be raised where the answer is awaited
+            answer.set_exception(exc)
+
+    # In a thread, since the system's resolver takes no deadline.
+    threading.Thread(target=ask, daemon=True, name="resolve").start()
+    try:
+        addresses = [ipaddress.ip_address(text) for text in answer.result(left())]
+    except ValueError as exc:
+        raise _refused("the host's address is not public") from exc
+    except socket.gaierror as exc:
+        raise _Transient("the host has no address") from exc
+    if not addresses:
+        raise _Transient("the host has no address")
+    if not all(policy.is_public(address) for address in addresses):
+        raise _refused("the host's address is not public")
+    return addresses
+
+
+def _connect(host: str, addresses: list[Address], policy: Policy, left: Left) -> ssl.SSLSocket:
+    """A connection to the first address that takes one, its certificate checked for `host`."""
+    failure: OSError = ConnectionError()
+    for address in addresses[:MAX_ADDRESSES]:
+        try:
+            # The text of a parsed address: nothing is looked up again.
+            raw = socket.create_connection(
+                (str(address), policy.port), timeout=min(left(), CONNECT_S)
+            )
+        except OSError as exc:
+            failure = exc
+            continue
+        try:
+            raw.settimeout(left())
+            return policy.tls.wrap_socket(raw, server_hostname=host)
+        except OSError:
+            raw.close()
+            raise
+    raise failure
+
+
+class _Timed(io.RawIOBase):
+    """What comes in on a socket, as long as the try has time left.
+
+    A socket's own timeout begins anew at every byte, so it never ends a slow drip.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket, left: Left) -> None:
+        self._sock, self._left = sock, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._sock.settimeout(self._left())
+        return self._sock.recv_into(buffer)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What HTTPResponse wants of a socket."""
+        return io.BufferedReader(self)
+
+
+def _ask(sock: ssl.SSLSocket, host: str, target: str, left: Left) -> http.client.HTTPResponse:
+    """Send the request, and read the head of the answer."""
+    sock.settimeout(left())
+    sock.sendall(
+        f"GET {target} HTTP/1.1\r\n"
+        f"Host: {host}\r\n"
+        "Accept: image/png, image/jpeg, image/webp\r\n"
+        "Accept-Encoding: identity\r\n"
+        "User-Agent: ourvidz-serverless\r\n"
+        "Connection: close\r\n\r\n".encode("ascii")
+    )
+    response = http.client.HTTPResponse(cast(socket.socket, _Timed(sock, left)), method="GET")
+    response.begin()
+    return response
+
+
+def _body(response: http.client.HTTPResponse, policy: Policy) -> bytes:
+    """The body of an answer that is the picture; raises for any that is not."""
+    status = response.status
+    if status in TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        asked = response.getheader("Retry-After") or ""
+        raise _Transient(
+            f"HTTP {status}", float(asked) if re.fullmatch(r"\d{1,6}", asked) else None
+        )
+    if status != HTTPStatus.OK:
+        raise _refused(f"HTTP {status}")
+    if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
+        raise _refused("the host compressed the picture")
+    if (response.length or 0) > policy.max_bytes:
+        raise _refused(f"more than {policy.max_bytes} bytes")
+    return _read(response, policy)
+
+
+def _read(response: http.client.HTTPResponse, policy: Policy) -> bytes:
+    data = bytearray()
+    # `read1`, since `read` takes a chunk of size -1 for leave to read without end.
+    while piece := response.read1(1 << 16):
+        data += piece
+        if len(data) > policy.max_bytes:
+            raise _refused(f"more than {policy.max_bytes} bytes")
+    if response.length:  # what was promised and did not come
+        raise _Transient("the connection failed")
+    return bytes(data)
+
+
+# --- from bytes to pixels ---
+
+
+def decode(data: bytes, policy: Policy) -> Image.Image:
+    """The picture in a PNG, JPEG or WebP file: upright, RGB in sRGB, nothing but pixels.
+
+    Raises ReferenceFrameError for what is none of the three, too large, too long and thin,
+    animated or damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise _refused(f"more than {policy.max_pixels} pixels") from exc
+    except Exception as exc:  # whatever a malformed byte leads a decoder to
+        raise _refused("not a PNG, JPEG or WebP image") from exc
+    _check_shape(image, policy)
+    try:
+        return _plain(image)
+    except Exception as exc:  # as above
+        raise _refused("the image is damaged") from exc
+
+
+def _check_shape(image: Image.Image, policy: Policy) -> None:
+    """Refuse by the header alone, before any pixel is decoded."""
+    if image.width * image.height > policy.max_pixels:
+        raise _refused(f"more than {policy.max_pixels} pixels")
+    if max(image.size) > policy.max_aspect * min(image.size):
+        raise _refused(f"longer than {policy.max_aspect:g} times its width")
+    # A JPEG's further frames are a phone's depth and gain maps: its first one is the picture.
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+        raise _refused("the image is animated")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    # A new picture, so that nothing of the file but its pixels goes on.
+    plain = Image.new("RGB", image.size, "white")
+    plain.paste(_srgb(image, profile), mask=alpha)
+    return plain
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The colours of a picture as its profile means them, without its alpha."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("L" if image.mode in ("LA", "1", "I;16") else "RGB")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        return cast(
+            Image.Image,
+            ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                outputMode="RGB",
+            ),
+        )
+    except (ImageCms.PyCMSError, OSError):
+        # Broken, or for another kind of pixels: browsers show such a picture as sRGB.
+        return image.convert("RGB")
+
+
+# --- to the size of a model ---
+
+
+def fit(
+    image: Image.Image, width: int, height: int, mode: Literal["crop", "pad", "stretch"]
+) -> Image.Image:
+    """An image at exactly `width` x `height` pixels.
+
+    `crop` keeps the centre that fills the frame, `pad` the whole image on grey, `stretch` the
+    whole image without its proportions.
+    """
+    size = (width, height)
+    if mode == "stretch":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    if mode == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    scale = min(width / image.width, height / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    padded = Image.new("RGB", size, GREY)
+    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
+    padded.paste(image.resize(inner, Image.Resampling.LANCZOS), corner)
+    return padded

@@ -1,0 +1,91 @@
+"""Trying again: how often, and after how long. What is worth another try is the caller's to say."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+On = (
+    type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
+)  # classes, or a predicate
+
+
+#: HTTP statuses worth another try: the other side is busy or unwell, not unwilling.
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Fault(Exception):
+    """One HTTP request that failed. `status` is the answer's, or None where none came.
+
+    `retry_after` (seconds) is what the other side asked for, where it did.
+    """
+
+    def __init__(self, status: int | None, retry_after: str | None = None) -> None:
+        super().__init__(f"HTTP {status}" if status else "no answer")
+        self.status = status
+        self.retry_after = float(retry_after) if (retry_after or "").isdigit() else None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a Fault may be gone at the next try."""
+    return isinstance(error, Fault) and (error.status is None or error.status in TRANSIENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often a call is made, and how its waits grow. Times are in seconds."""
+
+    tries: int = 3  # calls in all, the first one included
+    base_s: float = 0.5  # the first wait
+    factor: float = 2.0  # each wait is this many times the one before
+    jitter: float = 0.25  # a wait is drawn from within this share around its length
+    max_s: float = 10.0  # no wait is longer, whatever the other side asks for
+
+    def wait_s(
+        self,
+        failures: int,
+        asked_s: float | None = None,
+        draw: Callable[[], float] = random.random,
+    ) -> float:
+        """How long to wait after so many failures; not less than what the other side asked for."""
+        backoff = self.base_s * self.factor ** (failures - 1)
+        jittered = backoff * (1 + self.jitter * (2 * draw() - 1))
+        return min(max(jittered, asked_s or 0.0), self.max_s)
+
+
+def retry(
+    call: Callable[[], T],
+    *,
+    on: On,
+    policy: Retry,
+    remaining_s: Callable[[], float] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    draw: Callable[[], float] = random.random,
+) -> T:
+    """What `call` returns, tried again after errors that `on` names.
+
+    An error's `retry_after` (seconds), where it has one, lengthens the wait. Raises the last
+    error: after `policy.tries`, at once when `on` does not name it, and when the next wait
+    would outlast `remaining_s`.
+    """
+    failures = 0
+    while True:
+        try:
+            return call()
+        except Exception as exc:
+            failures += 1
+            wait = policy.wait_s(failures, getattr(exc, "retry_after", None), draw)
+            is_last = failures >= policy.tries or (remaining_s and wait >= remaining_s())
+            if is_last or not _is_named(exc, on):
+                raise
+        # Outside the `except`: there the traceback would hold the try's memory while we wait.
+        sleep(wait)
+
+
+def _is_named(error: Exception, on: On) -> bool:
+    return isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)
