@@ -24,6 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
+RGB = {name: np.asarray(rgb, np.float32) for name, rgb in COLOURS.items()}
 SHAPES = ("circle", "square", "triangle")
 # Radius of the circle as a share of the picture's shorter side; the gaps keep sizes readable.
 SIZES = {"small": (0.11, 0.15), "medium": (0.19, 0.24), "large": (0.29, 0.33)}
@@ -73,8 +74,9 @@ DECORATIONS = (
     "soft light", "studio lighting", "natural light", "photo", "photorealistic", "realistic",
     "hyperrealistic", "raw photo", "high resolution", "ultra", "hd", "uhd", "4k", "8k", "hdr",
     "vivid", "beautiful", "stunning", "elegant", "simple", "minimalist", "minimal", "flat",
-    "vector", "clean", "clean lines", "crisp edges", "digital art", "illustration", "painting", "drawing",
-    "art", "design", "geometric", "trending", "award winning", "perfect composition", "style",
+    "vector", "clean", "clean lines", "crisp edges", "digital art", "illustration", "painting",
+    "drawing", "art", "design", "geometric", "trending", "award winning",
+    "perfect composition", "style",
 )  # fmt: skip
 BLEMISHES = (
     "blurry", "blur", "low quality", "worst quality", "bad quality", "lowres", "jpeg artifacts",
@@ -114,7 +116,7 @@ def paint(drawing: Drawing, width: int, height: int, rng: random.Random) -> Pixe
     centre_y = _place(down, half[1], height, rng)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     inside = coverage(drawing.shape, x - centre_x, y - centre_y, half[0], half[1])[..., None]
-    ground, colour = (np.float32(COLOURS[name]) for name in (drawing.background, drawing.colour))
+    ground, colour = RGB[drawing.background], RGB[drawing.colour]
     return (ground + inside * (colour - ground) + 0.5).astype(np.uint8)
 
 
@@ -254,7 +256,7 @@ def read(image: Image.Image | Pixels) -> Drawing:
 
 def nearest_colour(rgb: NDArray[np.float32]) -> str:
     """The name in `COLOURS` nearest to an RGB triple of 0 to 255."""
-    return min(COLOURS, key=lambda name: float(np.sum((np.float32(COLOURS[name]) - rgb) ** 2)))
+    return min(COLOURS, key=lambda name: float(np.sum((RGB[name] - rgb) ** 2)))
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -31,7 +31,7 @@ VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3
 LATENT_NOISE = 0.03
 ANCHOR = 8.0
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
-UNET_STEPS = 6500
+UNET_STEPS = 4600
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
@@ -104,8 +104,8 @@ def scrap(rng: random.Random, height: int, width: int) -> drawings.Pixels:
 def _colour(rng: random.Random) -> drawings.Plane:
     """One of the named colours, or now and then any colour at all."""
     if rng.random() < 0.7:
-        return np.float32(drawings.COLOURS[rng.choice(tuple(drawings.COLOURS))])
-    return np.float32([rng.uniform(0, 255) for _ in range(3)])
+        return drawings.RGB[rng.choice(tuple(drawings.COLOURS))]
+    return np.asarray([rng.uniform(0, 255) for _ in range(3)], np.float32)
 
 
 def vae_batches(seed: int) -> Iterator[Tensor]:
@@ -380,8 +380,8 @@ def export(vae: AutoencoderKL, networks: nn.ModuleDict | None = None) -> None:
     """Store the pocket SDXL with this VAE and, once there are any, these trained networks."""
     pipe = pocket_sdxl.assemble()
     pipe.vae.load_state_dict(vae.state_dict())
-    for name in TRAINED if networks else ():
-        getattr(pipe, name).load_state_dict(networks[name].state_dict())
+    for name, network in networks.items() if networks else ():
+        getattr(pipe, name).load_state_dict(network.state_dict())
     pocket_sdxl.save_config(pipe, pocket_sdxl.CONFIG)
     pocket_sdxl.save_single_file(pipe, pocket_sdxl.CHECKPOINT)
 

@@ -21,6 +21,7 @@ This module knows nothing of jobs; of storage it knows one callable.
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import io
 import ipaddress
@@ -39,11 +40,12 @@ from urllib.parse import urljoin
 from PIL import Image, ImageCms, ImageOps
 
 from ourvidz_serverless.errors import ReferenceFrameError
-from ourvidz_serverless.retries import Retry, retry
+from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 ReadObject = Callable[[str], bytes]
 Left = Callable[[], float]
+Once = Callable[[], bytes]
 
 #: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
 #: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
@@ -82,12 +84,14 @@ OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_REDIRECTS = 3
 
-#: Statuses worth another try, beside every 5xx.
-TRANSIENT = {408, 425, 429}
-
 #: A host with many addresses gets a few of them tried, none for long.
 MAX_ADDRESSES = 4
 CONNECT_S = 5.0
+
+#: A JPEG has about ten scans, but may have thousands of a few bytes, each a pass over all pixels:
+#: this many take some ten seconds. Scans are counted by their marker in the whole file; in the
+#: film that some phones append it stands by chance, up to 300 times in 20 MB.
+MAX_SCANNED_PIXELS = 8_000_000_000
 
 MAX_URL_CHARS = 8192
 MAX_KEY_CHARS = 512
@@ -162,16 +166,22 @@ def fetch(
 ) -> Image.Image:
     """The picture that a reference names: upright, RGB in sRGB, nothing but pixels.
 
-    `read_object` reads a key of storage; what it raises counts as a failed try, and is tried
-    again where it has a true `is_transient`. `remaining_s` is the job's time left, in seconds.
-    Raises ReferenceFrameError, whose message tells no path, query, address or secret.
+    `read_object` makes one try to read a key of storage; a transient Fault of it is tried again.
+    `remaining_s` tells the job's time left, in seconds. Raises ReferenceFrameError, whose
+    message tells no path, query, address or secret.
     """
+
+    def tried(once: Once) -> bytes:
+        return retry(
+            once, on=is_transient, policy=policy.retry, remaining_s=remaining_s, sleep=sleep
+        )
+
     if reference[:5].lower() == "data:":
         data = _from_text(reference, policy)
     elif ":" in reference:
-        data = _from_web(reference, policy, remaining_s, sleep)
+        data = _from_web(reference, policy, remaining_s, tried)
     else:
-        data = _from_storage(reference, policy, user_id, read_object, remaining_s, sleep)
+        data = _from_storage(reference, policy, user_id, read_object, tried)
     return decode(data, policy)
 
 
@@ -224,18 +234,12 @@ def _refused(why: str) -> ReferenceFrameError:
     return ReferenceFrameError(f"reference: {why}")
 
 
-class _Transient(Exception):
-    """One try that failed in a way that another may not."""
+class _NoAnswer(Fault):
+    """A try that came to no answer, and why: as it may travel to the caller."""
 
-    is_transient = True
-
-    def __init__(self, why: str, retry_after: float | None = None) -> None:
-        super().__init__(why)
-        self.retry_after = retry_after
-
-
-def _is_transient(error: BaseException) -> bool:
-    return bool(getattr(error, "is_transient", False))
+    def __init__(self, why: str) -> None:
+        super().__init__(None)
+        self.args = (why,)
 
 
 # --- from the text itself ---
@@ -268,21 +272,13 @@ def _from_storage(
     policy: Policy,
     user_id: str,
     read_object: ReadObject | None,
-    remaining_s: Left | None,
-    sleep: Callable[[float], None],
+    tried: Callable[[Once], bytes],
 ) -> bytes:
     check_key(key, user_id, policy.libraries)
     if read_object is None:
         raise _refused("no storage is configured for storage paths")
-    read = read_object
     try:
-        data = retry(
-            lambda: read(key),
-            on=_is_transient,
-            policy=policy.retry,
-            remaining_s=remaining_s,
-            sleep=sleep,
-        )
+        data = tried(functools.partial(read_object, key))
     except Exception as exc:  # the caller's own callable, whose errors have no names here
         raise _refused("storage could not read the path") from exc
     return _bounded(data, policy)
@@ -307,19 +303,15 @@ def check_key(key: str, user_id: str, libraries: Collection[str]) -> None:
 
 
 def _from_web(
-    url: str, policy: Policy, remaining_s: Left | None, sleep: Callable[[float], None]
+    url: str, policy: Policy, remaining_s: Left | None, tried: Callable[[Once], bytes]
 ) -> bytes:
     def once() -> bytes:
         budget = policy.deadline_s
-        if remaining_s:
-            budget = min(budget, remaining_s())
-        return _try(url, policy, _countdown(budget))
+        return _try(url, policy, _countdown(min(budget, remaining_s()) if remaining_s else budget))
 
     try:
-        return retry(
-            once, on=_is_transient, policy=policy.retry, remaining_s=remaining_s, sleep=sleep
-        )
-    except _Transient as exc:
+        return tried(once)
+    except Fault as exc:
         raise _refused(str(exc)) from exc
 
 
@@ -343,9 +335,9 @@ def _try(url: str, policy: Policy, left: Left) -> bytes:
     except ssl.SSLCertVerificationError as exc:
         raise _refused("the host's certificate does not hold") from exc
     except TimeoutError as exc:
-        raise _Transient("timed out") from exc
+        raise _NoAnswer("timed out") from exc
     except (OSError, http.client.HTTPException) as exc:
-        raise _Transient("the connection failed") from exc
+        raise _NoAnswer("the connection failed") from exc
 
 
 def _get(url: str, policy: Policy, left: Left) -> bytes:
@@ -395,9 +387,9 @@ def _addresses(host: str, policy: Policy, left: Left) -> list[Address]:
     except ValueError as exc:
         raise _refused("the host's address is not public") from exc
     except socket.gaierror as exc:
-        raise _Transient("the host has no address") from exc
+        raise _NoAnswer("the host has no address") from exc
     if not addresses:
-        raise _Transient("the host has no address")
+        raise _NoAnswer("the host has no address")
     if not all(policy.is_public(address) for address in addresses):
         raise _refused("the host's address is not public")
     return addresses
@@ -463,14 +455,8 @@ def _ask(sock: ssl.SSLSocket, host: str, target: str, left: Left) -> http.client
 
 def _body(response: http.client.HTTPResponse, policy: Policy) -> bytes:
     """The body of an answer that is the picture; raises for any that is not."""
-    status = response.status
-    if status in TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        asked = response.getheader("Retry-After") or ""
-        raise _Transient(
-            f"HTTP {status}", float(asked) if re.fullmatch(r"\d{1,6}", asked) else None
-        )
-    if status != HTTPStatus.OK:
-        raise _refused(f"HTTP {status}")
+    if response.status != HTTPStatus.OK:
+        raise Fault(response.status, response.getheader("Retry-After"))
     if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
         raise _refused("the host compressed the picture")
     if (response.length or 0) > policy.max_bytes:
@@ -486,7 +472,7 @@ def _read(response: http.client.HTTPResponse, policy: Policy) -> bytes:
         if len(data) > policy.max_bytes:
             raise _refused(f"more than {policy.max_bytes} bytes")
     if response.length:  # what was promised and did not come
-        raise _Transient("the connection failed")
+        raise _NoAnswer("the connection failed")
     return bytes(data)
 
 
@@ -506,6 +492,9 @@ def decode(data: bytes, policy: Policy) -> Image.Image:
     except Exception as exc:  # whatever a malformed byte leads a decoder to
         raise _refused("not a PNG, JPEG or WebP image") from exc
     _check_shape(image, policy)
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
+    if image.width * image.height * scans > MAX_SCANNED_PIXELS:
+        raise _refused("the image has too many scans")
     try:
         return _plain(image)
     except Exception as exc:  # as above
@@ -517,7 +506,7 @@ def _check_shape(image: Image.Image, policy: Policy) -> None:
     if image.width * image.height > policy.max_pixels:
         raise _refused(f"more than {policy.max_pixels} pixels")
     if max(image.size) > policy.max_aspect * min(image.size):
-        raise _refused(f"longer than {policy.max_aspect:g} times its width")
+        raise _refused(f"one side is more than {policy.max_aspect:g} times the other")
     # A JPEG's further frames are a phone's depth and gain maps: its first one is the picture.
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise _refused("the image is animated")
@@ -526,7 +515,10 @@ def _check_shape(image: Image.Image, policy: Policy) -> None:
 def _plain(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
     # A new picture, so that nothing of the file but its pixels goes on.
     plain = Image.new("RGB", image.size, "white")
     plain.paste(_srgb(image, profile), mask=alpha)
@@ -535,8 +527,10 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The colours of a picture as its profile means them, without its alpha."""
-    if image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("L" if image.mode in ("LA", "1", "I;16") else "RGB")
+    if image.mode == "I;16":
+        image = image.point(lambda grey: grey * (1 / 256)).convert("L")  # `convert` alone clips
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
     if not profile:
         return image.convert("RGB")
     try:

@@ -15,8 +15,8 @@ On = (
 )  # classes, or a predicate
 
 
-#: HTTP statuses worth another try: the other side is busy or unwell, not unwilling.
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+#: HTTP statuses worth another try, beside every 5xx: the other side is busy, not unwilling.
+TRANSIENT = {408, 425, 429}
 
 
 class Fault(Exception):
@@ -28,12 +28,17 @@ class Fault(Exception):
     def __init__(self, status: int | None, retry_after: str | None = None) -> None:
         super().__init__(f"HTTP {status}" if status else "no answer")
         self.status = status
-        self.retry_after = float(retry_after) if (retry_after or "").isdigit() else None
+        # Not `isdigit`, which takes a superscript for a digit.
+        self.retry_after = float(retry_after) if retry_after and retry_after.isdecimal() else None
+
+    @property
+    def is_transient(self) -> bool:
+        return self.status is None or self.status in TRANSIENT or self.status >= 500
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a Fault may be gone at the next try."""
-    return isinstance(error, Fault) and (error.status is None or error.status in TRANSIENT)
+    """Whether an error says of itself that another try may go better."""
+    return bool(getattr(error, "is_transient", False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Secrets are `SecretStr`, so that printing the settings prints no secret.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -80,6 +80,7 @@ class Settings(BaseSettings):
 
     # What comes in.
     reference_hosts: Words = ()
+    reference_buckets: Words = ("user-library",)
     require_reference_consent: bool = True
 
     @property
@@ -104,7 +105,10 @@ def read() -> Settings:
     try:
         return Settings()
     except ValidationError as exc:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, error['loc'])).upper()}: {error['msg']}" for error in exc.errors()
-        )
+        wrong = "; ".join(_line(error) for error in exc.errors())
         raise ModelLoadError(wrong) from None
+
+
+def _line(error: Any) -> str:
+    name = ".".join(map(str, error["loc"])).upper()
+    return f"{name}: {error['msg'].removeprefix('Value error, ')}"

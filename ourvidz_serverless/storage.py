@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,9 @@ class Storage(Protocol):
 
     def put(self, key: str, data: bytes, mime: str) -> None: ...
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        """A stored object; with a `bucket`, one of that other bucket of the same store."""
+        ...
 
     def url(self, key: str, style: str, expiry_s: int) -> str:
         """How the caller finds a stored key: its `path` in the bucket, or a URL."""
@@ -77,6 +79,15 @@ def upload(storage: Storage, key: str, data: bytes, mime: str, policy: Retry = R
         raise UploadError(f"storage did not take an asset ({exc})") from exc
 
 
+def read_reference(storage: Storage, key: str, buckets: Collection[str]) -> bytes:
+    """A stored picture by the path that the application knows it by.
+
+    That is a key, or a key behind the name of one of `buckets`. One try; raises Fault.
+    """
+    first, _, rest = key.partition("/")
+    return storage.get(rest, bucket=first) if first in buckets else storage.get(key)
+
+
 class DirectoryStorage:
     """A folder on this machine: what a laptop, or a mounted volume, has."""
 
@@ -95,9 +106,9 @@ class DirectoryStorage:
         except OSError as exc:
             raise Fault(507) from exc
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bucket: str | None = None) -> bytes:
         try:
-            return (self._root / key).read_bytes()
+            return (self._root / (bucket or "") / key).read_bytes()
         except OSError as exc:
             raise Fault(404) from exc
 
@@ -154,25 +165,24 @@ class S3Storage:
         )
 
     def put(self, key: str, data: bytes, mime: str) -> None:
-        self._call(
-            lambda: self._client.put_object(
-                Bucket=self._bucket, Key=self._prefix + key, Body=data, ContentType=mime
-            )
-        )
+        place = self._place(key)
+        self._call(lambda: self._client.put_object(**place, Body=data, ContentType=mime))
 
-    def get(self, key: str) -> bytes:
-        read: Callable[[], bytes] = lambda: self._client.get_object(  # noqa: E731
-            Bucket=self._bucket, Key=self._prefix + key
-        )["Body"].read()
-        return self._call(read)
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        place = {"Bucket": bucket, "Key": key} if bucket else self._place(key)
+        body: bytes = self._call(lambda: self._client.get_object(**place)["Body"].read())
+        return body
+
+    def _place(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
 
     def url(self, key: str, style: str, expiry_s: int) -> str:
-        key = self._prefix + key
         if style == "presigned":
-            target = {"Bucket": self._bucket, "Key": key}
-            signed: str = self._client.generate_presigned_url("get_object", target, expiry_s)
+            place = self._place(key)
+            signed: str = self._client.generate_presigned_url("get_object", place, expiry_s)
             return signed
-        return key if style == "path" else f"{self._endpoint}/{self._bucket}/{key}"
+        path = self._prefix + key
+        return path if style == "path" else f"{self._endpoint}/{self._bucket}/{path}"
 
     @staticmethod
     def _call(call: Callable[[], Any]) -> Any:
@@ -212,8 +222,9 @@ class SupabaseStorage:
         headers = {"Content-Type": mime, "x-upsert": "true"}
         self._call("POST", self._path(key), data=data, headers=headers)
 
-    def get(self, key: str) -> bytes:
-        return self._call("GET", f"authenticated/{self._path(key)}").content
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        path = f"{bucket}/{key}" if bucket else self._path(key)
+        return self._call("GET", f"authenticated/{path}").content
 
     def url(self, key: str, style: str, expiry_s: int) -> str:
         if style == "presigned":

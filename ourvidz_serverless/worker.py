@@ -56,7 +56,10 @@ class Worker:
         self._assets = assets
         self._callback = callback
         self._worker_id = worker_id
-        self._policy = references.Policy(allowed_hosts=frozenset(settings.reference_hosts))
+        self._policy = references.Policy(
+            allowed_hosts=frozenset(settings.reference_hosts),
+            libraries=frozenset(settings.reference_buckets),
+        )
         self._closing = threading.Event()
         self._computing = threading.Lock()
         self._flights = Flights()
@@ -131,11 +134,15 @@ class Worker:
 
     def _fetch(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
         """The job's references that could be had; a warning stands for each of the others."""
+        store = self._storage(job)
         fetched = references.fetch_all(
             job.references,
             policy=self._policy,
             user_id=job.user_id,
-            read_object=self._storage(job).get,
+            read_object=lambda key: storage.read_reference(
+                store, key, self._settings.reference_buckets
+            ),
+            remaining_s=lambda: context.remaining_s,
         )
         images = {role: image for role, image in fetched.items() if isinstance(image, Image.Image)}
         for role, error in fetched.items():

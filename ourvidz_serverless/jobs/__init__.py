@@ -98,10 +98,10 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _type(name: object) -> str:
-    name = SYNONYMS.get(name, name) if isinstance(name, str) else name
-    if name not in FAMILY_OF:
+    name = SYNONYMS.get(name, name) if isinstance(name, str) else None
+    if name is None or name not in FAMILY_OF:
         raise InvalidPrompt(f"type: Input should be one of {', '.join(FAMILY_OF)}")
-    return str(name)
+    return name
 
 
 def _without_nulls(payload: Mapping[Any, Any]) -> dict[str, Any]:

@@ -226,9 +226,8 @@ def run(
     """The pictures of a job, in order; `context.metadata` tells what was done with a reference."""
     width, height = job.config.resolution
     reference = references.get("reference")
-    if reference:
-        reference = images.fit(reference, width, height, job.config.resize_mode)
-    context.metadata.update(_reference_metadata(job, reference is not None))
+    conditioning = _conditioning(job, reference, has_adapter=model.adapter is not None)
+    context.metadata.update(_reference_metadata(job, conditioning))
 
     seeds = job.seeds()
     pictures = model.generate(
@@ -240,25 +239,37 @@ def run(
         num_inference_steps=job.steps,
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
-        image=reference,
-        strength=job.strength,
         step=lambda done, total: context.step("generate", done, total),
+        **conditioning,
     )
+    facts = {"denoise_strength": job.strength} if "image" in conditioning else {}
     for index, (seed, pixels) in enumerate(zip(seeds, pictures, strict=True)):
         context.check()
         yield Output(
             index=index,
             pixels=pixels,
-            metadata=_asset_metadata(job, index, seed, reference is not None),
+            metadata={**_asset_metadata(job, index, seed), **facts},
             format=job.config.output_format,
             quality=job.config.quality,
-            composite=reference is not None,
+            composite="image" in conditioning,
         )
 
 
-def _asset_metadata(job: SdxlJob, index: int, seed: int, conditioned: bool) -> dict[str, Any]:
+def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool) -> dict[str, Any]:
+    """What the model is told of a reference: where to start from, or what to keep, or nothing."""
+    if reference is None:
+        return {}
+    keeps = job.metadata.reference_type
+    if keeps and has_adapter and not job.is_exact_copy:
+        return {"likeness": reference, "likeness_keeps": keeps, "likeness_scale": 1 - job.strength}
     width, height = job.config.resolution
-    metadata = {
+    image = images.fit(reference, width, height, job.config.resize_mode)
+    return {"image": image, "strength": job.strength}
+
+
+def _asset_metadata(job: SdxlJob, index: int, seed: int) -> dict[str, Any]:
+    width, height = job.config.resolution
+    return {
         "width": width,
         "height": height,
         "batch_size": job.config.num_images,
@@ -268,18 +279,18 @@ def _asset_metadata(job: SdxlJob, index: int, seed: int, conditioned: bool) -> d
         "num_inference_steps": job.steps,
         "guidance_scale": job.config.guidance_scale,
     }
-    return {**metadata, "denoise_strength": job.strength} if conditioned else metadata
 
 
-def _reference_metadata(job: SdxlJob, conditioned: bool) -> dict[str, Any]:
+def _reference_metadata(job: SdxlJob, conditioning: Mapping[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = {"batch_size": job.config.num_images, "reference_mode": "none"}
-    if conditioned:
-        metadata |= {
-            "reference_mode": "copy" if job.is_exact_copy else "modify",
-            "reference_method": "img2img",
-            "denoise_strength": job.strength,
-            "resize_mode": job.config.resize_mode,
-        }
-        if job.metadata.reference_type:
-            metadata["reference_type"] = job.metadata.reference_type
+    if conditioning:
+        metadata["reference_mode"] = "copy" if job.is_exact_copy else "modify"
+        metadata["reference_method"] = "img2img" if "image" in conditioning else "ip_adapter"
+    if job.metadata.reference_type and conditioning:
+        metadata["reference_type"] = job.metadata.reference_type
+    if "image" in conditioning:
+        metadata["denoise_strength"] = job.strength
+        metadata["resize_mode"] = job.config.resize_mode
+    if "likeness" in conditioning:
+        metadata["reference_scale"] = conditioning["likeness_scale"]
     return metadata

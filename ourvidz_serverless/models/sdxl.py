@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.device import Device, is_out_of_memory
+from ourvidz_serverless.models.ip_adapter import IpAdapter
 from ourvidz_serverless.models.prompts import Embedding, PromptEncoder
 from ourvidz_serverless.models.schedulers import make_scheduler
 from ourvidz_serverless.settings import Settings
@@ -44,9 +45,19 @@ def load(settings: Settings) -> Sdxl:
     try:
         pipe = _read(path, settings.sdxl_config, device.dtype)
     except Exception as exc:
-        reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        raise ModelLoadError(f"SDXL_MODEL: {path.name} does not load as SDXL ({reason})") from exc
-    return Sdxl(pipe, device, settings.sdxl_max_batch)
+        raise ModelLoadError(
+            f"SDXL_MODEL: {path.name} does not load as SDXL ({_why(exc)})"
+        ) from exc
+    return Sdxl(pipe, device, settings.sdxl_max_batch, _adapter(pipe, settings.sdxl_ip_adapter))
+
+
+def _adapter(pipe: Any, path: Path | None) -> IpAdapter | None:
+    if path is None:
+        return None
+    try:
+        return IpAdapter(pipe, path)
+    except Exception as exc:
+        raise ModelLoadError(f"SDXL_IP_ADAPTER: {path.name} does not load ({_why(exc)})") from exc
 
 
 def _read(path: Path, config: Path | None, dtype: torch.dtype) -> Any:
@@ -60,6 +71,10 @@ def _read(path: Path, config: Path | None, dtype: torch.dtype) -> Any:
     return StableDiffusionXLPipeline.from_single_file(str(path), config=str(folder), **options)
 
 
+def _why(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+
+
 def steps_to_run(num_inference_steps: int, strength: float) -> int:
     """How many of the schedule's steps an image-to-image run takes: at least one."""
     return min(max(int(num_inference_steps * strength), 1), num_inference_steps)
@@ -70,13 +85,15 @@ class Conditioning:
     """What every forward of one job shares.
 
     `hidden` is (1 or 2, tokens, dim) and `pooled` (1 or 2, dim): two rows, the negative first,
-    where the job is guided. `time_ids` (1, 6) is SDXL's size conditioning (arXiv:2307.01952).
+    where the job is guided. `time_ids` (1, 6) is SDXL's size conditioning (arXiv:2307.01952),
+    `shown` (1 or 2, 1, dim) is what the IP-Adapter, where there is one, shows of a reference.
     """
 
     hidden: torch.Tensor
     pooled: torch.Tensor
     time_ids: torch.Tensor
     guidance_scale: float
+    shown: torch.Tensor | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -85,13 +102,13 @@ class Conditioning:
     def for_batch(self, size: int) -> dict[str, Any]:
         """The UNet's keyword arguments for `size` pictures at once."""
         hidden = self.hidden.repeat_interleave(size, dim=0)
-        return {
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": {
-                "text_embeds": self.pooled.repeat_interleave(size, dim=0),
-                "time_ids": self.time_ids.expand(hidden.shape[0], -1),
-            },
+        added: dict[str, Any] = {
+            "text_embeds": self.pooled.repeat_interleave(size, dim=0),
+            "time_ids": self.time_ids.expand(hidden.shape[0], -1),
         }
+        if self.shown is not None:
+            added["image_embeds"] = [self.shown.repeat_interleave(size, dim=0)]
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +132,11 @@ class Schedule:
 class Sdxl:
     """One SDXL checkpoint on one device. One job at a time: the worker's lane sees to that."""
 
-    def __init__(self, pipe: Any, device: Device, max_batch: int = 6) -> None:
+    def __init__(
+        self, pipe: Any, device: Device, max_batch: int = 6, adapter: IpAdapter | None = None
+    ) -> None:
         self.device = device
+        self.adapter = adapter
         self._max_batch = max_batch
         self._pipe = pipe.to(device.name)
         self._unet, self._vae = pipe.unet.eval(), pipe.vae.eval()
@@ -139,17 +159,25 @@ class Sdxl:
         scheduler: str | None = None,
         image: Image.Image | None = None,
         strength: float = 1.0,
+        likeness: Image.Image | None = None,
+        likeness_keeps: str | None = None,
+        likeness_scale: float = 1.0,
         step: Step = lambda done, total: None,
     ) -> Iterator[np.ndarray]:
         """One picture a seed, in order, each as soon as it is decoded: uint8 (height, width, 3).
 
         An `image` of that size is where the generation starts, noised to `strength`; at least
-        one step runs however low that is. Raises OutOfMemory when not even one picture fits,
-        and whatever `step` raises.
+        one step runs however low that is. A `likeness` is a picture whose style, composition or
+        character (`likeness_keeps`) the IP-Adapter carries over, if there is one. Raises
+        OutOfMemory when not even one picture fits, and whatever `step` raises.
         """
         factor = self._pipe.vae_scale_factor
         channels = self._unet.config.in_channels
-        conditioning = self._condition(prompt, negative_prompt, width, height, guidance_scale)
+        conditioning = self._condition(prompt, negative_prompt, (width, height), guidance_scale)
+        if self.adapter:
+            self.adapter.keep(likeness_keeps if likeness else None, likeness_scale)
+            shown = self.adapter.embed(likeness, conditioning.is_guided)
+            conditioning = replace(conditioning, shown=shown)
         schedule = Schedule(
             scheduler,
             num_inference_steps,
@@ -252,22 +280,18 @@ class Sdxl:
         return noise.to(self.device.name, self.device.dtype)
 
     def _condition(
-        self,
-        prompt: Prompt,
-        negative: Prompt | None,
-        width: int,
-        height: int,
-        guidance_scale: float,
+        self, prompt: Prompt, negative: Prompt | None, size: tuple[int, int], guidance_scale: float
     ) -> Conditioning:
         rows = [self._prompts.encode(prompt)]
         # At a scale of 1 the negative cancels out, and half the work with it.
         if guidance_scale > 1:
             rows = self._prompts.level([self._negative(negative, like=rows[0]), *rows])
-        size = torch.tensor([[height, width, 0, 0, height, width]], device=self.device.name)
+        width, height = size
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device.name)
         return Conditioning(
             hidden=torch.cat([row.hidden for row in rows]),
             pooled=torch.cat([row.pooled for row in rows]),
-            time_ids=size.to(rows[0].hidden.dtype),
+            time_ids=time_ids.to(rows[0].hidden.dtype),
             guidance_scale=guidance_scale,
         )
 

@@ -1,0 +1,129 @@
+"""A callback is signed twice, tried three times, and goes nowhere it was not told to."""
+
+import base64
+import hashlib
+import hmac
+
+import pytest
+
+from ourvidz_serverless.callback import Callback, signatures
+from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.retries import Fault
+from ourvidz_serverless.settings import Settings
+from tests.support.bench import QUICK
+from tests.support.receivers import CallbackReceiver
+
+DONE = Document("job-1", "worker-1", "completed")
+
+
+def callback(receiver: CallbackReceiver, **options: object) -> Callback:
+    options = {"secret": receiver.secret, "policy": QUICK, **options}
+    return Callback(receiver.callback_url, **options)  # type: ignore[arg-type]
+
+
+def test_both_signatures_hold_over_the_raw_bytes(receiver: CallbackReceiver) -> None:
+    callback(receiver).post(DONE)
+
+    (received,) = receiver.wait(1)
+    assert (received.signature_ok, received.webhook_ok, received.status) == (True, True, 200)
+
+
+def test_a_secret_that_is_not_a_webhook_secret_signs_as_it_is() -> None:
+    headers = signatures("plain", b"body", "job-1.completed", 1700000000)
+
+    assert headers["X-Callback-Signature"] == (
+        "sha256=" + hmac.new(b"plain", b"body", hashlib.sha256).hexdigest()
+    )
+    signed = hmac.digest(b"plain", b"job-1.completed.1700000000.body", "sha256")
+    assert headers["webhook-signature"] == "v1," + base64.b64encode(signed).decode()
+
+
+def test_the_document_arrives_as_the_edge_function_reads_it(receiver: CallbackReceiver) -> None:
+    callback(receiver).post(DONE)
+
+    (received,) = receiver.wait(1)
+    assert received.document == {
+        "job_id": "job-1",
+        "worker_id": "worker-1",
+        "status": "completed",
+        "assets": [],
+        "metadata": {},
+    }
+
+
+def test_the_service_key_travels_as_the_bearer(receiver: CallbackReceiver) -> None:
+    callback(receiver, bearer="service-key").post(DONE)
+
+    assert receiver.wait(1)[0].headers["Authorization"] == "Bearer service-key"
+
+
+@pytest.mark.parametrize("answers", [[503], ["reset", 500], [(429, {"Retry-After": "0"})], [408]])
+def test_a_receiver_that_is_unwell_is_tried_again(
+    receiver: CallbackReceiver, answers: list[object]
+) -> None:
+    receiver.script(answers)
+
+    callback(receiver).post(DONE)
+
+    assert [each.status for each in receiver.wait(len(answers) + 1)][-1] == 200
+
+
+def test_the_webhook_id_is_the_same_at_every_try(receiver: CallbackReceiver) -> None:
+    receiver.script([503, 503])
+
+    callback(receiver).post(DONE)
+
+    ids = [received.headers["webhook-id"] for received in receiver.wait(3)]
+    assert ids == ["job-1.completed"] * 3
+
+
+def test_it_gives_up_after_three_tries(receiver: CallbackReceiver) -> None:
+    receiver.script([503] * 5)
+
+    with pytest.raises(Fault, match="HTTP 503"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 410, 422])
+def test_a_refusal_is_not_tried_again(receiver: CallbackReceiver, status: int) -> None:
+    receiver.script([status])
+
+    with pytest.raises(Fault, match=f"HTTP {status}"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 1
+
+
+def test_a_redirect_is_not_followed(receiver: CallbackReceiver) -> None:
+    receiver.script([(302, {"Location": f"{receiver.url}/elsewhere"})])
+
+    with pytest.raises(Fault, match="HTTP 302"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 1
+
+
+def test_without_a_url_nothing_is_posted() -> None:
+    assert Callback(None).post(DONE) is None
+
+
+def test_a_jobs_own_url_counts_when_its_host_is_allowed(receiver: CallbackReceiver) -> None:
+    own = Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",))
+
+    own.post(DONE, receiver.callback_url)
+
+    assert receiver.wait(1)[0].signature_ok
+
+
+def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: CallbackReceiver) -> None:
+    Callback(None, receiver.secret).post(DONE, receiver.callback_url)
+
+    assert receiver.received == []
+
+
+def test_the_default_url_lies_beside_supabase() -> None:
+    settings = Settings(supabase_url="https://project.example/")
+
+    assert settings.resolved_callback_url == "https://project.example/functions/v1/job-callback"

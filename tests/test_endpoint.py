@@ -1,0 +1,329 @@
+"""The handler behind RunPod's own loop: the real SDK in a process, the platform emulated."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+from tests.support.bench import sdxl_payload
+from tests.support.platform import Platform
+from tests.support.receivers import CallbackReceiver, SupabaseStorage
+from tests.support.s3 import SeaweedServer
+from tests.support.worker import WorkerProcess
+
+ROOT = Path(__file__).parents[1]
+HANDLER = ROOT / "handler.py"
+
+#: A few seconds: long enough to be met in the middle.
+LONG = {"config": {"num_inference_steps": 50, "num_images": 3, "resolution": "192x192"}}
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with Platform() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[CallbackReceiver]:
+    with CallbackReceiver() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def worker(
+    platform: Platform, receiver: CallbackReceiver, outputs: Path
+) -> Iterator[WorkerProcess]:
+    env = {
+        "STORAGE_URL": f"file:{outputs}",
+        "CALLBACK_URL": receiver.callback_url,
+        "JOB_CALLBACK_SECRET": receiver.secret,
+    }
+    with start(platform, **env) as process:
+        yield process
+
+
+def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
+
+
+def failure(status: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(status["error"])
+
+
+# --- one job ---
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_job_comes_back_with_a_stored_picture(platform: Platform, outputs: Path) -> None:
+    job = platform.submit(sdxl_payload(id="ends-well", config={"resolution": "128x64"}))
+
+    platform.result(job)
+
+    status = platform.status(job)
+    assert status["status"] == "COMPLETED"
+    (asset,) = status["output"]["assets"]
+    with Image.open(outputs / asset["url"]) as picture:
+        assert picture.size == (128, 64)
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_callback_holds_what_was_returned(
+    platform: Platform, receiver: CallbackReceiver
+) -> None:
+    job = platform.submit(sdxl_payload(id="called-back"))
+
+    output = platform.result(job)["output"]
+
+    (callback,) = [each for each in receiver.received if each.document["job_id"] == "called-back"]
+    assert (callback.signature_ok, callback.webhook_ok, callback.status) == (True, True, 200)
+    assert callback.document == output
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) -> None:
+    job = platform.submit(sdxl_payload(config={"num_images": 2}))
+
+    platform.result(job)
+
+    status = platform.status(job)
+    assert status["status"] == "FAILED"
+    assert failure(status) == {
+        "code": "INVALID_PROMPT",
+        "message": "config.num_images: Input should be 1, 3 or 6",
+        "retryable": False,
+    }
+    assert status["output"]["failure"] == failure(status)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    "name", ["video_fast", "chat_enhance", "admin_utilities", "wan_video_high"]
+)
+def test_another_familys_job_is_unavailable_and_may_be_retried(
+    platform: Platform, name: str
+) -> None:
+    job = platform.submit(sdxl_payload(type=name))
+
+    platform.result(job)
+
+    assert failure(platform.status(job))["code"] == "WORKER_UNAVAILABLE"
+    assert failure(platform.status(job))["retryable"] is True
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_unknown_type_is_refused_with_the_known_ones(platform: Platform) -> None:
+    job = platform.submit(sdxl_payload(type="sdxl_image_best"))
+
+    platform.result(job)
+
+    assert failure(platform.status(job))["message"].startswith("type: Input should be one of ")
+
+
+@pytest.mark.usefixtures("worker")
+def test_progress_comes_in_order_and_never_after_the_result(platform: Platform) -> None:
+    job = platform.submit(sdxl_payload(id="told", **LONG))
+
+    platform.result(job, timeout=120)
+    time.sleep(1)
+
+    updates = platform.updates(job)
+    steps = [update.document["output"]["step"] for update in updates if not update.terminal]
+    assert len(steps) >= 2
+    assert steps == sorted(steps)
+    assert [update.terminal for update in updates] == [False] * len(steps) + [True]
+    assert platform.status(job)["status"] == "COMPLETED"
+
+
+# --- several ---
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_cancelled_job_frees_its_slot_at_the_next_step(platform: Platform, outputs: Path) -> None:
+    job = platform.submit(sdxl_payload(id="cancelled", **LONG))
+    platform.wait_for_updates(job, 1)
+    platform.cancel(job)
+
+    after = platform.submit(sdxl_payload(id="after-cancelled"))
+
+    assert platform.result(after, timeout=20)["output"]["status"] == "completed"
+    assert platform.status(job)["status"] == "CANCELLED"
+    assert not (outputs / "user-1/cancelled").exists()
+
+
+@pytest.mark.usefixtures("worker")
+def test_two_jobs_overlap_and_both_end_well(platform: Platform) -> None:
+    pair = [platform.submit(sdxl_payload(id=f"pair-{i}", config={"seed": i})) for i in (1, 2)]
+
+    seeds = [platform.result(job)["output"]["assets"][0]["metadata"]["seed"] for job in pair]
+    assert seeds == [1, 2]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_job_delivered_twice_is_rendered_once(
+    platform: Platform, receiver: CallbackReceiver
+) -> None:
+    job = platform.submit(sdxl_payload(id="twice", **LONG), id="rp-twice")
+    platform.submit(sdxl_payload(id="twice", **LONG), id=job)
+
+    first = platform.result(job, timeout=120)
+    second = platform.result(job, timeout=120, nth=2)
+
+    assert first["output"] == second["output"]
+    assert len([each for each in receiver.received if each.document["job_id"] == "twice"]) == 1
+
+
+# --- shutdown ---
+
+
+def test_sigterm_lets_a_job_finish_within_the_grace(tmp_path: Path) -> None:
+    with Platform() as own, start(own, STORAGE_URL=f"file:{tmp_path}") as process:
+        job = own.submit(sdxl_payload(**LONG))
+        own.wait_for_updates(job, 1)
+        process.terminate()
+
+        assert own.result(job, timeout=120)["output"]["status"] == "completed"
+        assert process.wait(60) == 0
+
+
+def test_sigterm_stops_a_job_that_outlasts_the_grace(tmp_path: Path) -> None:
+    env = {"STORAGE_URL": f"file:{tmp_path}", "SHUTDOWN_GRACE_S": "0"}
+    with Platform() as own, start(own, **env) as process:
+        job = own.submit(sdxl_payload(**LONG))
+        own.wait_for_updates(job, 1)
+        process.terminate()
+
+        own.result(job)
+
+        assert failure(own.status(job))["code"] == "WORKER_UNAVAILABLE"
+        assert process.wait(60) == 0
+
+
+# --- other storage, through the whole path ---
+
+
+def test_a_jobs_own_s3_config_wins(
+    platform: Platform, worker: WorkerProcess, s3: SeaweedServer
+) -> None:
+    config = {
+        "bucketName": s3.bucket,
+        "endpointUrl": s3.endpoint,
+        "accessId": s3.access_key,
+        "accessSecret": s3.secret_key,
+    }
+    job = platform.submit(sdxl_payload(id="own-bucket"), s3Config=config)
+
+    (asset,) = platform.result(job)["output"]["assets"]
+
+    stored = s3.client().get_object(Bucket=s3.bucket, Key=asset["url"])
+    assert stored["ContentType"] == "image/png"
+    assert s3.secret_key not in worker.log
+
+
+def test_supabase_holds_the_assets(receiver: CallbackReceiver) -> None:
+    with Platform() as own, SupabaseStorage() as supabase:
+        env = {
+            "STORAGE_URL": "supabase://workspace-temp",
+            "SUPABASE_URL": supabase.url,
+            "SUPABASE_SERVICE_KEY": supabase.service_key,
+            "CALLBACK_URL": receiver.callback_url,
+            "JOB_CALLBACK_SECRET": receiver.secret,
+        }
+        with start(own, **env):
+            job = own.submit(sdxl_payload(id="supabase"))
+            own.result(job)
+
+        stored = {key: kind for (_, key), (_, kind) in supabase.objects.items()}
+    assert stored == {
+        "user-1/supabase/0.png": "image/png",
+        "user-1/supabase/0.thumb.webp": "image/webp",
+    }
+
+
+# --- without a platform ---
+
+
+def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD")}
+    return subprocess.run(
+        [sys.executable, str(HANDLER), *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**clean, "OMP_NUM_THREADS": "1", **env},
+        timeout=120,
+    )
+
+
+def test_the_handler_runs_a_test_input_and_shows_its_result(tmp_path: Path) -> None:
+    payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}")
+
+    assert run.returncode == 0, run.stderr
+    assert "user-1/job-1/0.png" in run.stdout
+    assert (tmp_path / "user-1/job-1/0.png").exists()
+
+
+def test_the_log_has_neither_prompt_nor_payload(tmp_path: Path) -> None:
+    words = "an unmistakable zebra " + "and more of it " * 60
+    payload = json.dumps({"input": sdxl_payload(prompt=words, negative_prompt=words)})
+
+    run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}", LOG_LEVEL="DEBUG")
+
+    assert run.returncode == 0
+    assert "zebra" not in run.stdout + run.stderr
+
+
+def test_the_local_api_answers_runsync(tmp_path: Path) -> None:
+    args = ("--rp_serve_api", "--rp_api_port", "18765")
+    with start(None, *args, STORAGE_URL=f"file:{tmp_path}") as process:
+        process.wait_for_log("Uvicorn running", timeout=60)
+        answer = requests.post(
+            "http://127.0.0.1:18765/runsync", json={"input": sdxl_payload()}, timeout=60
+        ).json()
+
+    assert answer["status"] == "COMPLETED"
+    assert answer["output"]["assets"][0]["url"] == "user-1/job-1/0.png"
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"SDXL_MODEL": "/no/such/model"}, "SDXL_MODEL: there is nothing at /no/such/model"),
+        ({"FAMILIES": "sdxl,music"}, "FAMILIES: Input should be a comma-separated choice of"),
+        ({"STORAGE_URL": "nowhere"}, "STORAGE_URL: Input should be"),
+        ({"CONCURRENCY": "many"}, "CONCURRENCY: Input should be a valid integer"),
+    ],
+)
+def test_a_failed_start_exits_with_one_clear_line(env: dict[str, str], line: str) -> None:
+    run = run_handler(**env)
+
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith(f"cannot start: {line}")
+    assert "Traceback" not in run.stderr
+
+
+def test_a_checkpoint_that_is_none_fails_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    (tmp_path / "broken").symlink_to(ROOT / "pocket/sdxl")
+
+    run = run_handler(SDXL_MODEL=str(tmp_path / "broken.safetensors"))
+
+    assert run.returncode == 1
+    assert re.search(r"cannot start: SDXL_MODEL: broken.safetensors does not load", run.stderr)

@@ -1,0 +1,444 @@
+"""The life of a job: what is posted and returned, in every way that it can end."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ourvidz_serverless import errors
+from ourvidz_serverless.callback import Callback
+from ourvidz_serverless.context import Stop
+from ourvidz_serverless.payloads import Document, check_result
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.storage import DirectoryStorage
+from tests.support.bench import QUICK, Bench, sdxl_payload
+from tests.support.receivers import CallbackReceiver
+
+SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
+MakeBench = Callable[..., Bench]
+
+
+def data_uri(colour: str = "red") -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def code(document: Document) -> str | None:
+    return document.failure.code if document.failure else None
+
+
+# --- a job that ends well ---
+
+
+def test_a_completed_document_has_every_field_of_the_specification(bench: MakeBench) -> None:
+    body = bench().run().callback()
+
+    assert sorted(body) == sorted(SPECIFICATION["document"])
+    assert sorted(body["assets"][0]) == sorted(SPECIFICATION["asset"])
+    assert sorted(body["assets"][0]["metadata"]) == sorted(SPECIFICATION["image_metadata"])
+    assert sorted(body["metadata"]) == sorted(SPECIFICATION["document_metadata"])
+
+
+def test_assets_lie_under_user_and_job(bench: MakeBench) -> None:
+    at = bench()
+
+    document = at.run(sdxl_payload(config={"num_images": 3}))
+
+    assert [asset.url for asset in document.assets] == [f"user-1/job-1/{i}.png" for i in range(3)]
+    assert at.stored() == sorted(
+        f"user-1/job-1/{i}.{kind}" for i in range(3) for kind in ("png", "thumb.webp")
+    )
+
+
+def test_each_image_is_the_one_of_its_own_seed(bench: MakeBench) -> None:
+    at = bench()
+
+    document = at.run(sdxl_payload(config={"num_images": 6, "seed": 10}))
+
+    for asset in document.assets:
+        with Image.open(at.root / asset.url) as picture:
+            assert picture.getpixel((0, 0)) == (asset.metadata["seed"],) * 3
+
+
+def test_an_asset_tells_the_bytes_it_has(bench: MakeBench) -> None:
+    at = bench()
+
+    (asset,) = at.run().assets
+
+    assert asset.metadata["file_size_bytes"] == (at.root / asset.url).stat().st_size
+
+
+def test_the_same_job_again_overwrites_its_assets(bench: MakeBench) -> None:
+    at = bench()
+    at.run()
+
+    at.run(sdxl_payload(config={"seed": 99}))
+
+    with Image.open(at.root / "user-1/job-1/0.png") as picture:
+        assert picture.getpixel((0, 0)) == (99, 99, 99)
+
+
+def test_progress_counts_up_to_the_last_step(bench: MakeBench) -> None:
+    at = bench()
+
+    at.run()
+
+    assert [report["step"] for report in at.progress] == list(range(1, 11))
+    assert at.progress[-1]["progress"] == 1.0
+
+
+def test_the_models_own_words_are_diffusers(bench: MakeBench) -> None:
+    at = bench()
+
+    at.run(sdxl_payload(config={"resolution": "128x64", "guidance_scale": 3}))
+
+    assert at.painter.calls[0]["width"] == 128
+    assert at.painter.calls[0]["guidance_scale"] == 3
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+def test_a_job_may_ask_for_another_format(bench: MakeBench, name: str) -> None:
+    at = bench()
+
+    (asset,) = at.run(sdxl_payload(config={"output_format": name, "quality": 80})).assets
+
+    with Image.open(at.root / asset.url) as picture:
+        assert picture.format == name.upper()
+    assert asset.metadata["format"] == name
+
+
+# --- a job that does not ---
+
+
+def test_a_failed_document_has_every_field_of_the_specification(bench: MakeBench) -> None:
+    document = bench().run(sdxl_payload(config={"num_images": 2}))
+
+    assert sorted(document.callback()) == sorted(SPECIFICATION["failed_document"])
+    assert document.callback()["metadata"]["error_type"] == "INVALID_PROMPT"
+    assert document.callback()["error_message"] == document.callback()["error"]["message"]
+
+
+def test_the_returned_error_is_the_text_of_the_failure_beside_it(bench: MakeBench) -> None:
+    result = bench().run(sdxl_payload(type="nonsense")).result()
+
+    assert json.loads(result["error"]) == result["failure"]
+    assert set(result["failure"]) == {"code", "message", "retryable"}
+
+
+def test_every_code_of_the_specification_has_one_class() -> None:
+    classes = errors.JobError.__subclasses__()
+
+    assert {each.code: each.retryable for each in classes} == SPECIFICATION["error_codes"]
+    assert len(classes) == len(SPECIFICATION["error_codes"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SPECIFICATION["job_types"] if not name.startswith("sdxl")]
+)
+def test_a_type_that_is_not_served_here_is_unavailable(bench: MakeBench, name: str) -> None:
+    document = bench().run(sdxl_payload(type=name))
+
+    assert code(document) == "WORKER_UNAVAILABLE"
+    assert document.failure.message == f"{name} is not served here; this endpoint serves sdxl"
+
+
+def test_a_bug_is_an_internal_error_that_tells_nothing(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.fails = [RuntimeError("secret path /home/somebody")]
+
+    document = at.run()
+
+    assert code(document) == "INTERNAL_ERROR"
+    assert "secret" not in json.dumps(document.result())
+
+
+def test_the_next_job_succeeds_after_one_that_failed(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.fails = [RuntimeError("once")]
+    at.run()
+
+    assert at.run().status == "completed"
+
+
+def test_an_error_of_the_model_keeps_its_code(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.fails = [errors.OutOfMemory("does not fit")]
+
+    assert code(at.run()) == "OOM_ERROR"
+
+
+def test_a_store_that_refuses_is_an_upload_error(bench: MakeBench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+
+    document = bench(storage=DirectoryStorage(tmp_path / "file")).run()
+
+    assert code(document) == "UPLOAD_ERROR"
+    assert document.assets == ()
+
+
+def test_without_an_id_of_its_own_a_broken_payload_answers_by_the_platforms(
+    bench: MakeBench,
+) -> None:
+    assert bench().run(["nonsense"]).job_id == "rp-1"
+
+
+def test_an_id_that_is_no_key_is_not_repeated(bench: MakeBench) -> None:
+    assert bench().run(sdxl_payload(id="../../etc")).job_id == "rp-1"
+
+
+def test_a_result_that_the_platform_would_lose_is_an_error() -> None:
+    with pytest.raises(errors.InternalError, match="the platform takes 10000000"):
+        check_result(Document("j", "w", "completed", metadata={"text": "x" * 10_000_001}))
+    with pytest.raises(errors.InternalError, match="JSON"):
+        check_result(Document("j", "w", "completed", metadata={"number": float("nan")}))
+    with pytest.raises(errors.InternalError, match="JSON"):
+        check_result(Document("j", "w", "completed", metadata={"text": "\ud800"}))
+
+
+# --- stop, deadline, shutdown ---
+
+
+def test_a_stopped_job_leaves_at_the_next_step_and_uploads_nothing(bench: MakeBench) -> None:
+    at = bench()
+    at.stop.set()
+
+    assert code(at.run()) == "CANCELLED"
+    assert at.stored() == []
+
+
+def test_a_stop_in_the_middle_frees_the_lane_at_the_next_step(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        at.stop.set()
+
+        assert code(running.result(5)) == "CANCELLED"
+
+    at.painter.go_on.set()
+    assert at.run(sdxl_payload(id="job-2"), stop=Stop()).status == "completed"
+
+
+def test_a_job_that_waits_for_the_lane_can_be_stopped(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    stop = Stop()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        second = threads.submit(at.run, sdxl_payload(id="job-2"), stop)
+        stop.set()
+
+        assert code(second.result(5)) == "CANCELLED"
+        at.painter.go_on.set()
+        assert first.result(5).status == "completed"
+
+
+def test_a_deadline_acts_at_the_next_step(bench: MakeBench) -> None:
+    at = bench(settings=Settings(job_timeout_s=0.2))
+    at.painter.hold()
+
+    document = at.run()
+
+    assert code(document) == "TIMEOUT_ERROR"
+    assert document.failure.message == "the job's 0.2 seconds are over"
+
+
+def test_a_closing_worker_takes_no_job(bench: MakeBench) -> None:
+    at = bench()
+    at.worker.close(grace_s=60)
+
+    assert code(at.run()) == "WORKER_UNAVAILABLE"
+
+
+def test_a_closing_worker_lets_a_job_finish_within_the_grace(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        at.worker.close(grace_s=60)
+        at.painter.go_on.set()
+
+        assert running.result(5).status == "completed"
+
+
+def test_a_closing_worker_stops_a_job_after_the_grace(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        at.worker.close(grace_s=0)
+
+        document = running.result(5)
+    assert code(document) == "WORKER_UNAVAILABLE"
+    assert document.failure.retryable
+
+
+# --- two at once ---
+
+
+def test_one_job_computes_at_a_time(bench: MakeBench) -> None:
+    at = bench()
+    with ThreadPoolExecutor() as threads:
+        for each in [threads.submit(at.run, sdxl_payload(id=f"job-{i}"), Stop()) for i in range(4)]:
+            assert each.result(20).status == "completed"
+
+    assert at.painter.most_at_once == 1
+
+
+def test_a_second_delivery_joins_the_first(bench: MakeBench, receiver: CallbackReceiver) -> None:
+    at = bench(callback=Callback(receiver.callback_url, receiver.secret))
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        second = threads.submit(at.run, None, Stop())
+        time.sleep(0.1)
+        at.painter.go_on.set()
+
+        assert first.result(5) == second.result(5)
+
+    assert len(at.painter.calls) == 1
+    assert len(receiver.received) == 1
+
+
+def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    stop = Stop()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        second = threads.submit(at.run, None, stop)
+        stop.set()
+
+        assert code(first.result(5)) == code(second.result(5)) == "CANCELLED"
+
+
+# --- callbacks ---
+
+
+def posting(receiver: CallbackReceiver) -> Callback:
+    return Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+
+
+def test_the_callback_is_the_returned_document(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    document = bench(callback=posting(receiver)).run()
+
+    assert receiver.wait(1)[0].document == document.callback()
+
+
+def test_the_callback_comes_after_the_last_upload(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = bench(callback=posting(receiver))
+
+    at.run()
+
+    received = receiver.wait(1)[0]
+    assert all((at.root / key).stat().st_mtime <= received.at for key in at.stored())
+
+
+def test_a_failure_is_told_too(bench: MakeBench, receiver: CallbackReceiver) -> None:
+    bench(callback=posting(receiver)).run(sdxl_payload(prompt=None))
+
+    document = receiver.wait(1)[0].document
+    assert (document["status"], document["error"]["code"]) == ("failed", "INVALID_PROMPT")
+
+
+def test_a_job_announces_itself_when_asked_to(bench: MakeBench, receiver: CallbackReceiver) -> None:
+    bench(callback=posting(receiver), settings=Settings(callback_processing=True)).run()
+
+    assert [each.document["status"] for each in receiver.wait(2)] == ["processing", "completed"]
+
+
+def test_an_undelivered_document_is_kept_beside_the_assets(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([500, 500, 500])
+    at = bench(callback=posting(receiver))
+
+    document = at.run()
+
+    told = document.result()["metadata"]["callback"]
+    assert (document.status, told["delivered"]) == ("completed", False)
+    kept = json.loads((at.root / told["kept"]).read_text())
+    assert kept["assets"] == document.callback()["assets"]
+
+
+# --- references ---
+
+
+def test_a_reference_is_where_the_generation_starts(bench: MakeBench) -> None:
+    at = bench()
+
+    document = at.run(
+        sdxl_payload(
+            config={"denoise_strength": 0.4}, metadata={"reference_image_url": data_uri("blue")}
+        )
+    )
+
+    assert at.painter.calls[0]["image"].getpixel((5, 5)) == (0, 0, 255)
+    assert document.metadata["reference_mode"] == "modify"
+    assert document.assets[0].metadata["denoise_strength"] == 0.4
+
+
+def test_a_reference_that_fails_falls_back_and_says_so(bench: MakeBench) -> None:
+    document = bench().run(sdxl_payload(metadata={"reference_image_url": "http://a.example/x"}))
+
+    assert document.metadata["reference_mode"] == "none"
+    assert document.metadata["warnings"][0].startswith("reference: ")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"config": {"reference_required": True}}, {"metadata": {"exact_copy_mode": True}}]
+)
+def test_a_required_reference_that_fails_ends_the_job(
+    bench: MakeBench, asked: dict[str, dict[str, bool]]
+) -> None:
+    metadata = {"reference_image_url": "data:image/png;base64,xxxx", **asked.get("metadata", {})}
+
+    document = bench().run(sdxl_payload(metadata=metadata, config=asked.get("config", {})))
+
+    assert code(document) == "REFERENCE_FRAME_ERROR"
+
+
+def test_a_reference_in_adult_mode_needs_consent(bench: MakeBench) -> None:
+    metadata = {"reference_image_url": data_uri()}
+
+    refused = bench().run(sdxl_payload(content_type="nsfw", metadata=metadata))
+    consented = {**metadata, "reference_consent": True}
+    taken = bench().run(sdxl_payload(content_type="nsfw", metadata=consented))
+
+    assert code(refused) == "CONTENT_REFUSED"
+    assert "content policy" in refused.failure.message
+    assert taken.status == "completed"
+
+
+# --- the content floor ---
+
+
+@pytest.mark.parametrize("place", ["prompt", "compel_weights"])
+def test_the_floor_reads_every_text_before_anything_is_done(bench: MakeBench, place: str) -> None:
+    at = bench()
+
+    document = at.run(sdxl_payload(**{place: "nude child"}))
+
+    assert code(document) == "CONTENT_REFUSED"
+    assert at.painter.calls == []
+
+
+def test_the_floor_leaves_negative_prompts_alone(bench: MakeBench) -> None:
+    assert bench().run(sdxl_payload(negative_prompt="child, nude")).status == "completed"
