@@ -78,7 +78,8 @@ def clouds(side: int, grain: float) -> Pixels:
     def cloud() -> Plane:
         spectrum = np.fft.rfft2(rng.standard_normal((side, side))) / frequency**1.6
         plane: Plane = np.fft.irfft2(spectrum, (side, side))
-        return plane / plane.std()
+        plane /= plane.std()
+        return plane
 
     light = 45 * cloud() + np.linspace(-20, 20, side)[:, None]
     tint = np.linspace(-30, 30, side)
@@ -100,8 +101,7 @@ def sharp(side: int) -> Pixels:
         x, y = rng.uniform(0, 2 * side, 2)
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    pixels = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float64)
-    return (pixels + rng.standard_normal(pixels.shape)).clip(0, 255).astype(np.uint8)
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX))
 
 
 def drawing(side: int) -> Pixels:

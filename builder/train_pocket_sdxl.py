@@ -36,16 +36,16 @@ UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
 POOL = [
-    (128, 128, 6000),
-    (144, 256, 600),
-    (256, 144, 600),
-    (256, 256, 800),
-    (512, 512, 240),
-    (288, 512, 120),
-    (512, 288, 120),
-    (576, 1024, 50),
-    (1024, 576, 50),
-    (1024, 1024, 40),
+    (128, 128, 4000),
+    (144, 256, 400),
+    (256, 144, 400),
+    (256, 256, 500),
+    (512, 512, 160),
+    (288, 512, 80),
+    (512, 288, 80),
+    (576, 1024, 30),
+    (1024, 576, 30),
+    (1024, 1024, 24),
 ]
 # ((height, width, batch), weight): batches of about equal cost but for the largest.
 SMALL_MENU = [

@@ -48,7 +48,7 @@ class Delivery:
 
     def _deliver(self, output: Output) -> Asset:
         image = media.encode_image(output.pixels, output.format, output.quality, output.composite)
-        thumbnail = media.thumbnail(output.pixels)
+        thumbnail = media.thumbnail(output.pixels, composite=output.composite)
         stem = f"{self._folder}/{output.index}"
         key, thumbnail_key = f"{stem}.{image.extension}", f"{stem}.thumb.{thumbnail.extension}"
         self._upload(key, image.data, image.mime)
