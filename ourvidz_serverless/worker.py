@@ -82,8 +82,9 @@ class Worker:
             logs.started(job)
             model = self._admit(job)
             self._announce(job)
-            with context.stage("references"):
+            with context.stage("fetch"):
                 images = self._fetch(job, context)
+                jobs.prepare(job, model, context)
             with self._delivery(job) as delivery:
                 with self._lane(context), context.stage("generate"):
                     for output in jobs.run(job, model, images, context):

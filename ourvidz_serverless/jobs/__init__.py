@@ -1,7 +1,7 @@
 """Job types: which family serves each, how a payload becomes a Job, and how a Job is run.
 
-A family is one module here, with `parse(payload, settings) -> Job` and `run(job, model,
-references, context) -> outputs`, and one row in `FAMILIES`. Nothing here imports torch: every
+A family is one module here, with `parse(payload, settings) -> Job`, `prepare(job, model,
+context)` and `run(job, model, references, context) -> outputs`, and one row in `FAMILIES`. Nothing here imports torch: every
 worker knows every job type, so that a job on the wrong endpoint hears WORKER_UNAVAILABLE.
 """
 
@@ -57,6 +57,11 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
         return family.parse(payload, settings) if family else Job.model_validate(payload)
     except ValidationError as exc:
         raise InvalidPrompt(_first(exc)) from None
+
+
+def prepare(job: Job, model: Any, context: JobContext) -> None:
+    """Have ready what the job's family needs before the device is taken."""
+    FAMILIES[FAMILY_OF[job.type]].prepare(job, model, context)
 
 
 def run(

@@ -47,6 +47,24 @@ Text = Field(None, max_length=20_000)
 Strength = Field(None, ge=0.0, le=1.0)
 
 
+class Lora(Wire):
+    """A LoRA by name, from the worker's own folder, or by the URL of an allowed host."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_. -]{0,127}$")
+    url: str | None = Field(None, pattern=r"^https://", max_length=8192)
+    scale: float = Field(1.0, ge=-2.0, le=2.0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Lora:
+        if (self.name is None) == (self.url is None):
+            raise ValueError("Input should have either a name or a url")
+        return self
+
+    @property
+    def source(self) -> str:
+        return self.name or self.url or ""
+
+
 class SdxlConfig(Wire):
     num_images: Literal[1, 3, 6] = 1
     num_inference_steps: int | None = Field(
@@ -59,6 +77,7 @@ class SdxlConfig(Wire):
     image: str | None = Field(None, max_length=30_000_000)
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
+    loras: tuple[Lora, ...] = Field((), max_length=4)
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -220,6 +239,13 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
     return SdxlJob.model_validate(payload, context=settings)
 
 
+def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
+    """Have the job's LoRAs on this machine."""
+    for lora in job.config.loras:
+        context.check()
+        model.loras.fetch(lora.source, lambda: context.remaining_s)
+
+
 def run(
     job: SdxlJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output]:
@@ -239,6 +265,7 @@ def run(
         num_inference_steps=job.steps,
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
+        loras=[(model.loras.path(lora.source), lora.scale) for lora in job.config.loras],
         step=lambda done, total: context.step("generate", done, total),
         **conditioning,
     )
