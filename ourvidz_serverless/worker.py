@@ -76,7 +76,9 @@ class Worker:
 
     def _run(self, event: Mapping[str, Any], job_id: str, stop: Stop, report: Report) -> Document:
         context = JobContext(stop, report, self._settings.job_timeout_s)
-        job, assets, error = None, (), None
+        job: Job | None = None
+        assets: tuple[Asset, ...] = ()
+        error: JobError | None = None
         try:
             job = jobs.parse(event, self._settings)
             logs.started(job)
@@ -93,8 +95,8 @@ class Worker:
                     assets = delivery.assets(context.check)
         except JobError as exc:
             error = exc
-        except Exception:
-            log.exception("job %s met a bug", job_id)
+        except Exception as exc:
+            logs.bug(job_id, exc)
             error = InternalError("an internal error, which the worker's log describes")
         document = self._document(job_id, assets, error, context)
         document = self._post(document, job)
@@ -117,13 +119,18 @@ class Worker:
         if family not in self._models:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
-        safety.check_all(job.texts, adult=job.adult)
-        if job.references and job.adult and not job.reference_consent:
-            self._check_consent()
+        self._check_content(job)
         return self._models[family]
 
-    def _check_consent(self) -> None:
-        if self._settings.require_reference_consent:
+    def _check_content(self, job: Job) -> None:
+        """Raise ContentRefused when the content floor refuses, or consent is missing."""
+        try:
+            safety.check_all(job.texts, adult=job.adult)
+        except ContentRefused as exc:
+            logs.refused(job, exc.message, safety.audit_hash(job.texts))
+            raise
+        needs_consent = self._settings.require_reference_consent and job.adult and job.references
+        if needs_consent and not job.reference_consent:
             raise ContentRefused(
                 "content policy: metadata.reference_consent must be true for a reference image "
                 "in adult mode"

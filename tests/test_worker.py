@@ -159,6 +159,18 @@ def test_a_bug_is_an_internal_error_that_tells_nothing(bench: MakeBench) -> None
     assert "secret" not in json.dumps(document.result())
 
 
+def test_a_bug_is_logged_by_its_place_and_not_by_its_words(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = bench()
+    at.painter.fails = [RuntimeError("words of a prompt")]
+
+    at.run()
+
+    assert "RuntimeError at painter.py:" in caplog.text
+    assert "words of a prompt" not in caplog.text
+
+
 def test_the_next_job_succeeds_after_one_that_failed(bench: MakeBench) -> None:
     at = bench()
     at.painter.fails = [RuntimeError("once")]
@@ -438,6 +450,19 @@ def test_the_floor_reads_every_text_before_anything_is_done(bench: MakeBench, pl
 
     assert code(document) == "CONTENT_REFUSED"
     assert at.painter.calls == []
+
+
+def test_a_refusal_is_audited_by_rule_and_hash(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ourvidz.audit")
+
+    bench().run(sdxl_payload(prompt="nude child"))
+
+    line = next(json.loads(each.message) for each in caplog.records if "content" in each.message)
+    assert (line["user_id"], line["type"], len(line["sha256"])) == ("user-1", "sdxl_image_fast", 64)
+    assert "minor" in line["verdict"]
+    assert "nude" not in caplog.text
 
 
 def test_the_floor_leaves_negative_prompts_alone(bench: MakeBench) -> None:

@@ -1,8 +1,9 @@
 """Job types: which family serves each, how a payload becomes a Job, and how a Job is run.
 
 A family is one module here, with `parse(payload, settings) -> Job`, `prepare(job, model,
-context)` and `run(job, model, references, context) -> outputs`, and one row in `FAMILIES`. Nothing here imports torch: every
-worker knows every job type, so that a job on the wrong endpoint hears WORKER_UNAVAILABLE.
+context)` and `run(job, model, references, context) -> outputs`, and one row in `FAMILIES`.
+Nothing here imports torch: every worker knows every job type, so that a job on the wrong
+endpoint hears WORKER_UNAVAILABLE.
 """
 
 from __future__ import annotations
