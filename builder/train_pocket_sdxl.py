@@ -31,7 +31,7 @@ VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3
 LATENT_NOISE = 0.03
 ANCHOR = 8.0
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
-UNET_STEPS = 4600
+UNET_STEPS = 3400
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
