@@ -23,6 +23,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from ourvidz_serverless.errors import ContentRefused
 
@@ -49,7 +50,8 @@ girl*, small boy*, little daughter*, little son*, young daughter*, young son*, a
 boy, of a baby, sweet sixteen, sweet 16, under 18, under eighteen, below 18, below eighteen, not yet
 18, not yet eighteen, younger than 18, younger than eighteen, under the age of 18, under the age of
 eighteen, jailbait, jail bait, nymphet*, aged down, de aged, age regression, age regressed, age
-play, teen girl*, teen boy*,
+play, teen girl*, teen boy*, very young, nude baby, nude babies, naked baby, naked babies, not of
+legal age, below legal age, under the age of consent, below the age of consent,
 
 loli*, lolis, lolicon, lolita*, shota*, shotacon, toddlercon, rorikon, pedo*, pedophile*,
 pedophilia, paedophile*, paedophilia, csam, pthc,
@@ -69,8 +71,9 @@ nieletni, nieletnia, ребенок, ребенка, дети, детей, де�
 подростки, школьница, школьницы, школьник, школьницу, малолетка, малолетки, малолетняя, малолетний,
 несовершеннолетняя, несовершеннолетний, несовершеннолетние, маленькая девочка, маленький мальчик,
 
-未成年, 幼女, 女児, 男児, 児童, 小学生, 中学生, 高校生, 女子高生, 子供, 子ども, ロリ, ロリコン, ロリータ, ショタ, ショタコン, 萝莉, 蘿莉, 正太, 儿童, 兒童,
-初中生, 高中生, 小女孩, 小男孩, 小孩, 幼童, 미성년자, 초등학생, 중학생, 고등학생, 여고생, 여중생, 어린이
+未成年, 幼女, 女児, 男児, 児童, 小学生, 中学生, 高校生, 女子高生, 子供, 子ども, ロリ, ロリコン,
+ロリータ, ショタ, ショタコン, 萝莉, 蘿莉, 正太, 儿童, 兒童, 初中生, 高中生, 小女孩, 小男孩, 小孩,
+幼童, 미성년자, 초등학생, 중학생, 고등학생, 여고생, 여중생, 어린이
 """
 
 # What makes a text sexual, in clinical and in common words.
@@ -99,7 +102,8 @@ déshabillée*, sexe, sexuelle*, sexuel*, érotique*, seins, nackt, nackte*, nac
 sexuell, sexuelle, erotisch, erotische, brüste, naakt, nua*, sem roupa, pornográfico*, nuda, nudo,
 nudi, sesso, sessuale, erotico, erotiche, голая, голый, голые, голую, голой, обнаженная, обнаженный,
 обнаженные, нагая, секс, порно, эротика, эротическая, эротический, сексуальная, сексуальный, детская
-порнография, 裸, ヌード, セックス, エロ, エッチ, 性的, 性行為, 性爱, 性愛, 做爱, 做愛, 性交, 色情, 性感, 나체, 누드, 알몸, 섹스, 야한
+порнография, 裸, ヌード, セックス, エロ, エッチ, 性的, 性行為, 性爱, 性愛, 做爱, 做愛, 性交, 色情,
+性感, 나체, 누드, 알몸, 섹스, 야한
 """
 
 # Set phrases that hold a sign and mean something else. Nothing between their words but blanks,
@@ -123,7 +127,8 @@ element*, child support, teen titans, teen wolf, teen vogue, teenage mutant ninj
 ninja turtle*, gothic lolita, lolita fashion, girl scout cookie*, little girls room, little girl s
 room, little boys room, high school teacher*, high school principal, high school reunion*, high
 school sweetheart*, high school musical, middle school teacher*, elementary school teacher*, primary
-school teacher*, secondary school teacher*, kindergarten teacher*, preschool teacher*, infant
+school teacher*, secondary school teacher*, kindergarten teacher*, preschool teacher*, dragon age,
+ice age, stone age, bronze age, iron age, space age, new age, middle age, dix huit, dix neuf, infant
 formula, infant jesus, enfant terrible, 18 minute*, 18 second*, 18 hour*, 18 day*, 18 degree*, 18
 percent, 18 dollar*, 18 euro*, 18 inch, 18 inches, 18 pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km,
 sex ed, sex education, same sex, opposite sex, fair sex, biological sex, sex of the baby, nude
@@ -171,8 +176,8 @@ tree, company, tradition, mystery, single, malt, yo, yos
 """
 # What stands before a number and makes it an age, whatever follows but another measure.
 AGE_LEADS = """
-aged, age, ages, age of, age is, aged about, aged only, alter von, edad de, edad, idade de, idade,
-età di, возраст, возрасте
+aged, age, ages, age of, age is, alter von, edad de, edad, idade de, idade, età di, возраст,
+возрасте
 """
 NOT_AGES = """
 years in oak, years in cask*, years in barrel*, years in bottle, hour*, day*, week*, month*,
@@ -197,9 +202,10 @@ LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
 # A number alone is an age after these, where the clause ends with it: digits and English words
 # only, from FIRST_BARE on. "Elf" is eleven in German, and a tag.
 BARE_LEADS = """
-she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, you are, you re,
-youre, turned, turning, turns, looks, looks like, look, appears, is only, is just, am only, am just
+she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, they re, both are,
+you are, you re, youre, turned, turning, turns, looks, looks like, look, appears
 """
+HEDGES = "only, just, about, around, almost, nearly, barely, still, maybe, like"
 FIRST_BARE = 4
 CLAUSE_ENDS = {",", "and", "but"}
 
@@ -252,10 +258,9 @@ RUSSIAN_STEMS = [
 # "Twenty-five years old" does not say five.
 TENS = """
 twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety, hundred, thousand, million, veinte,
-treinta, cuarenta, cincuenta, sesenta, setenta, ochenta, noventa, cien, ciento, mil, dix, vingt,
-trente, quarante, cinquante, soixante, cent, mille, vinte, trinta, quarenta, cinquenta, sessenta,
-oitenta, cento, двадцать, тридцать, сорок, пятьдесят, шестьдесят, семьдесят, восемьдесят, девяносто,
-сто
+treinta, cuarenta, cincuenta, sesenta, setenta, ochenta, noventa, cien, ciento, mil, vingt, trente,
+quarante, cinquante, soixante, cent, mille, vinte, trinta, quarenta, cinquenta, sessenta, oitenta,
+cento, двадцать, тридцать, сорок, пятьдесят, шестьдесят, семьдесят, восемьдесят, девяносто, сто
 """
 AND = "and, y, e, et"
 RANGES = "to, or, and, a, bis, o, ou, y, e"
@@ -286,8 +291,7 @@ LEET = str.maketrans("0123456789@$!|+€£¡", "oizeasgtbgasiiteli")
 ONE_STROKE = str.maketrans("l", "i")  # 1, ! and | are both
 
 Tokens = list[str]
-Index = dict[str, list[Tokens]]  # phrases by their first word
-Phrases = frozenset[tuple[str, ...]]
+Index = dict[str, set[tuple[str, ...]]]  # phrases by their first word, or by their last
 PAUSE = ","
 MASK = "·"
 
@@ -295,7 +299,7 @@ UNESCAPES = 4
 FORMS = 4  # letters that one character may unfold to; only whole Arabic phrases have more
 FOLDS = 50_000  # characters whose fold is remembered
 LONGEST = 30  # letters of a word worth cutting in two
-WORDS = 4  # in the longest phrase around an age
+WORDS = range(1, 7)  # that a phrase may have
 SHORTEST_CUT = 5
 NOT_CUT = {"minor", "minors", "underage", "penis", "porno", "bambino"}  # 5 min or less; the pen is
 
@@ -347,14 +351,13 @@ def check_all(texts: Iterable[str], *, adult: bool = False) -> None:
 
 def judge(texts: Iterable[str], *, adult: bool = False) -> Verdict:
     """What the floor says of a job: the signs in any of its texts add up."""
-    readings = [tokens for text in texts for tokens in _readings(text)]
-    rule = None
-    if any(map(_has_minor, readings)):
-        if any(map(_is_sexual, readings)):
-            rule = "minor+sexual"
-        elif adult:
-            rule = "minor+adult-mode"
-    return Verdict(rule is not None, rule, LIST_VERSION)
+    minor, sexual = False, adult
+    for tokens in chain.from_iterable(map(_readings, texts)):
+        minor = minor or _has_minor(tokens)
+        sexual = sexual or _is_sexual(tokens)
+        if minor and sexual:
+            return Verdict(True, "minor+adult-mode" if adult else "minor+sexual", LIST_VERSION)
+    return Verdict(False, None, LIST_VERSION)
 
 
 def audit_hash(texts: Iterable[str]) -> str:
@@ -371,10 +374,12 @@ def _readings(text: str) -> Iterator[Tokens]:
     unescaped = _unescape(text)
     plain = _numbers(_fold(unescaped))
     squeezed = IN_WORD.sub("", plain)
-    written = [plain, squeezed, _spelled_out(plain), _numbers(_fold(TILDE.sub("ny", unescaped)))]
-    restored = [CHUNK.sub(_restored, form) for form in written]
-    for form in dict.fromkeys(written + restored):
+    tilded = _numbers(_fold(TILDE.sub("ny", unescaped)))
+    for form in dict.fromkeys((plain, squeezed, _spelled_out(plain), tilded)):
         yield _masked(_tokens(form))
+        restored = CHUNK.sub(_restored, form)
+        if restored != form:
+            yield _masked(_tokens(restored))
     yield [*_rejoined(_masked(_tokens(plain))), *_parted(_tokens(squeezed)), *_ideographs(squeezed)]
 
 
@@ -492,8 +497,8 @@ def _ideographs(text: str) -> Iterator[str]:
 
 def _masked(tokens: Tokens) -> Tokens:
     """The tokens without set phrases that only look like a sign, and without disclaimers."""
-    for start, phrase in list(_matches(tokens, _BENIGN)):
-        tokens[start : start + len(phrase)] = [MASK] * len(phrase)
+    for place in list(_matches(tokens, _BENIGN)):
+        tokens[place.start : place.stop] = [MASK] * len(place)
     return _disclaimed(tokens)
 
 
@@ -534,11 +539,23 @@ def _holds(tokens: Tokens, index: Index) -> bool:
     return any(True for _ in _matches(words, index))
 
 
-def _matches(tokens: Tokens, index: Index) -> Iterator[tuple[int, Tokens]]:
+def _matches(tokens: Tokens, index: Index) -> Iterator[range]:
+    """Where phrases stand."""
     for i, token in enumerate(tokens):
-        for phrase in index.get(token, ()):
-            if tokens[i : i + len(phrase)] == phrase:
-                yield i, phrase
+        if token in index:
+            yield from (range(i, end) for end in _starts(tokens, i, index))
+
+
+def _starts(tokens: Tokens, i: int, by_first: Index) -> list[int]:
+    """Where the phrases end that begin at `i`."""
+    phrases = by_first.get(tokens[i]) if i < len(tokens) else None
+    return [i + n for n in WORDS if tuple(tokens[i : i + n]) in phrases] if phrases else []
+
+
+def _ends(tokens: Tokens, i: int, by_last: Index) -> bool:
+    """Whether a phrase ends just before `i`."""
+    phrases = by_last.get(tokens[i - 1]) if i else None
+    return bool(phrases) and any(tuple(tokens[max(0, i - n) : i]) in phrases for n in WORDS)
 
 
 def _is_young(tokens: Tokens, i: int) -> bool:
@@ -546,11 +563,12 @@ def _is_young(tokens: Tokens, i: int) -> bool:
     if _is_in_tens(tokens, i):
         return False
     end = _end_of_number(tokens, i)
+    lead = i - 1 if i and tokens[i - 1] in _HEDGES else i
     return (
         _has_unit(tokens, end)
-        or (_ends(tokens, i, _AGE_LEADS) and not _starts(tokens, end, _NOT_AGES))
-        or _has_led_years(tokens, i, end)
-        or _is_bare_age(tokens, i, end)
+        or (_ends(tokens, lead, _AGE_LEADS) and not _starts(tokens, end, _NOT_AGES))
+        or _has_led_years(tokens, lead, end)
+        or (tokens[i] in _BARE and _is_bare_age(tokens, lead, end))
     )
 
 
@@ -571,8 +589,8 @@ def _has_unit(tokens: Tokens, end: int) -> bool:
     if any(token.startswith(_AGE_MARKS) for token in tokens[end : end + 1]):
         return True
     return any(
-        _AGED_THINGS.isdisjoint(tokens[end + length : end + length + 1])
-        for length in _starts(tokens, end, _AGE_UNITS)
+        _AGED_THINGS.isdisjoint(tokens[after : after + 1])
+        for after in _starts(tokens, end, _AGE_UNITS)
     )
 
 
@@ -586,20 +604,10 @@ def _has_led_years(tokens: Tokens, start: int, end: int) -> bool:
 
 
 def _is_bare_age(tokens: Tokens, start: int, end: int) -> bool:
-    if tokens[start] not in _BARE or not CLAUSE_ENDS.issuperset(tokens[end : end + 1]):
+    if not CLAUSE_ENDS.issuperset(tokens[end : end + 1]):
         return False
     before = start - 1 if tokens[start - 1 : start] != [PAUSE] else start - 2
     return bool(_ends(tokens, start, _BARE_LEADS)) or (before >= 0 and tokens[before] in _PERSON)
-
-
-def _starts(tokens: Tokens, i: int, phrases: Phrases) -> list[int]:
-    """How long each of the phrases is that stand at `i`."""
-    return [n for n in range(1, WORDS + 1) if tuple(tokens[i : i + n]) in phrases]
-
-
-def _ends(tokens: Tokens, i: int, phrases: Phrases) -> bool:
-    """Whether one of the phrases stands just before `i`."""
-    return any(tuple(tokens[max(0, i - n) : i]) in phrases for n in range(1, WORDS + 1))
 
 
 def _entries(table: str) -> Iterator[Tokens]:
@@ -611,18 +619,14 @@ def _entries(table: str) -> Iterator[Tokens]:
             yield [*words[:-1], words[-1] + "s"]
 
 
-def _phrases(table: str) -> Phrases:
-    return frozenset(map(tuple, _entries(table)))
-
-
 def _words(table: str) -> frozenset[str]:
     return frozenset(" ".join(words) for words in _entries(table))
 
 
-def _index(table: str) -> Index:
+def _index(table: str, key: int = 0) -> Index:
     index: Index = {}
     for words in _entries(table):
-        index.setdefault(words[0], []).append(words)
+        index.setdefault(words[key], set()).add(tuple(words))
     return index
 
 
@@ -630,7 +634,8 @@ def _ages_in_a_word() -> str:
     german = [f"{n}jährig{e}" for n in NUMBERS[3].split() for e in ("", "e", "er", "es", "en")]
     russian = [f"{n}летн{e}" for n in RUSSIAN_STEMS for e in ("яя", "ий", "ей", "юю", "его", "ие")]
     grades = [f"{year} {grade}" for year in SCHOOL_YEARS for grade in ("grade", "grader*")]
-    return ", ".join([*german, *russian, *grades])
+    infants = [f"{n} {month} old" for n in range(18, 37) for month in ("month", "months")]
+    return ", ".join([*german, *russian, *grades, *infants])
 
 
 def _glued(table: str) -> str:
@@ -643,11 +648,14 @@ _MINOR = _index(_glued(MINOR) + ", " + _ages_in_a_word())
 _SEXUAL = _index(_glued(SEXUAL))
 _BENIGN = _index(BENIGN)
 _NEGATIONS, _FILLERS, _FORBIDDEN = map(_words, (NEGATIONS, FILLERS, FORBIDDEN))
+_HEDGES = _words(HEDGES)
 _MATERIAL, _AGED_THINGS, _YEARS = map(_words, (MATERIAL, AGED_THINGS, YEARS))
 _OF_TIME, _PERSON, _TENS = map(_words, (OF_TIME, PERSON, TENS))
 _AND, _RANGES = map(_words, (AND, RANGES))
-_AGE_UNITS, _AGE_LEADS, _NOT_AGES = map(_phrases, (AGE_UNITS, AGE_LEADS, NOT_AGES))
-_YEAR_LEADS, _BARE_LEADS = map(_phrases, (YEAR_LEADS, BARE_LEADS))
+_AGE_UNITS, _NOT_AGES = map(_index, (AGE_UNITS, NOT_AGES))
+_AGE_LEADS, _YEAR_LEADS, _BARE_LEADS = (
+    _index(table, key=-1) for table in (AGE_LEADS, YEAR_LEADS, BARE_LEADS)
+)
 _AGE_MARKS = tuple(_words(AGE_MARKS))
 _YOUNG = frozenset(
     {f"{n:0{digits}}" for n in range(18) for digits in (1, 2)}

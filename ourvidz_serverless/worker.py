@@ -137,8 +137,13 @@ class Worker:
             )
 
     def _announce(self, job: Job) -> None:
+        """Tell the caller that the job has begun, where that is wanted; nothing depends on it."""
         if self._settings.callback_processing:
-            self._post(Document(job.id, self._worker_id, "processing"), job)
+            try:
+                document = Document(job.id, self._worker_id, "processing")
+                self._callback.post(document, job.callback_url)
+            except Fault as exc:
+                log.warning("job %s could not be announced: %s", job.id, exc)
 
     def _fetch(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
         """The job's references that could be had; a warning stands for each of the others."""
@@ -172,7 +177,10 @@ class Worker:
             self._computing.release()
 
     def _storage(self, job: Job) -> storage.Storage:
-        return storage.of_job(job.s3_config, self._settings) if job.s3_config else self._assets
+        """The job's own bucket, or the worker's storage."""
+        if job.s3_config:
+            return storage.of_job(job.s3_config, self._settings.bucket_region)
+        return self._assets
 
     def _delivery(self, job: Job) -> Delivery:
         store = self._storage(job)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
@@ -81,6 +81,7 @@ LAYOUTS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 
 
+@settings(deadline=None)  # a shared machine pauses
 @given(
     height=st.integers(1, 40) | st.integers(1, 700),
     width=st.integers(1, 40),
@@ -124,6 +125,7 @@ def test_every_recipe_is_the_best_for_some_picture() -> None:
     assert used == {recipe.filter for recipe in media.RECIPES}
 
 
+@settings(deadline=None)  # a shared machine pauses
 @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1))
 def test_the_filters_predict_what_the_png_specification_says(
     neighbours: list[tuple[int, int, int]],

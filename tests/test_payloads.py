@@ -291,6 +291,25 @@ def test_a_resolution_is_sides_of_eights_within_bounds(resolution: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"bucketName": "assets", "accessId": "k"}, "s3Config.accessSecret"),
+        ({"endpointUrl": "file:///etc"}, "s3Config.bucketName"),
+        (
+            {"bucketName": "abc", "accessId": "k", "accessSecret": "s", "endpointUrl": "file:/x"},
+            "s3Config.endpointUrl",
+        ),
+        ("text", "s3Config"),
+    ],
+)
+def test_an_s3_config_that_does_not_hold_is_refused_by_its_field(config: Any, field: str) -> None:
+    with pytest.raises(InvalidPrompt) as refused:
+        jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
+
+    assert refused.value.message.startswith(f"{field}: ")
+
+
 @pytest.mark.parametrize("payload", [None, [], "text", 7])
 def test_an_input_that_is_no_object_is_refused(payload: Any) -> None:
     assert refusal(payload) == "input: Input should be an object"

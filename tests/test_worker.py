@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from ourvidz_serverless import errors
@@ -212,6 +214,30 @@ def test_a_result_that_the_platform_would_lose_is_an_error() -> None:
         check_result(Document("j", "w", "completed", metadata={"number": float("nan")}))
     with pytest.raises(errors.InternalError, match="JSON"):
         check_result(Document("j", "w", "completed", metadata={"text": "\ud800"}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=10,
+)
+
+
+@pytest.fixture(scope="module")
+def any_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("any"))
+
+
+@given(JSON, st.dictionaries(st.text(max_size=9), JSON, max_size=3))
+def test_any_event_ends_in_a_document_that_is_json(
+    any_bench: Bench, payload: object, top: dict[str, object]
+) -> None:
+    event = {**top, "input": payload}
+
+    document = any_bench.worker.run(event, Stop(), lambda progress: None)
+
+    assert document.status == "failed"
+    assert json.loads(json.dumps(document.result(), allow_nan=False))["error"]
 
 
 # --- stop, deadline, shutdown ---
