@@ -15,7 +15,7 @@ from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.prompts import PromptEncoder, chunk
-from ourvidz_serverless.models.schedulers import SCHEDULERS
+from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.weights import parse, plain
 
@@ -221,6 +221,15 @@ def test_one_jobs_scheduler_leaves_the_next_ones_alone(sdxl: Any) -> None:
     render(sdxl, scheduler="ddim")
 
     assert distance(render(sdxl)[0], before[0]) == 0
+
+
+def test_a_few_step_checkpoint_may_want_its_timesteps_trailing() -> None:
+    model = models.load(Settings(sdxl_timestep_spacing="trailing"))
+    scheduler = make_scheduler(model._pipe.scheduler.config, "dpmpp_2m")
+
+    scheduler.set_timesteps(4)
+
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
 # --- prompts ---

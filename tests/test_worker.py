@@ -4,10 +4,12 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
+from tests.support.painter import Painter
 from tests.support.receivers import CallbackReceiver
 
 SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
@@ -114,6 +117,28 @@ def test_a_job_may_ask_for_another_format(bench: MakeBench, name: str) -> None:
     with Image.open(at.root / asset.url) as picture:
         assert picture.format == name.upper()
     assert asset.metadata["format"] == name
+
+
+class SlowPainter(Painter):
+    """Paints its second picture only when the first one is stored."""
+
+    def __init__(self, first: Path) -> None:
+        super().__init__()
+        self.first = first
+
+    def generate(self, **options: Any) -> Iterator[np.ndarray]:
+        for index, picture in enumerate(super().generate(**options)):
+            deadline = time.monotonic() + 10
+            while index and not self.first.exists():
+                assert time.monotonic() < deadline, "the first picture was not stored meanwhile"
+                time.sleep(0.01)
+            yield picture
+
+
+def test_a_picture_is_stored_while_the_next_one_is_made(bench: MakeBench, tmp_path: Path) -> None:
+    at = bench(painter=SlowPainter(tmp_path / "assets/user-1/job-1/0.png"))
+
+    assert at.run(sdxl_payload(config={"num_images": 3})).status == "completed"
 
 
 # --- a job that does not ---

@@ -49,6 +49,10 @@ def load(settings: Settings) -> Sdxl:
         raise ModelLoadError(
             f"SDXL_MODEL: {path.name} does not load as SDXL ({_why(exc)})"
         ) from exc
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ModelLoadError(f"SDXL_MODEL: {path.name} has its guidance distilled into the UNet")
+    if settings.sdxl_timestep_spacing:
+        pipe.scheduler.register_to_config(timestep_spacing=settings.sdxl_timestep_spacing)
     adapter = _adapter(pipe, settings.sdxl_ip_adapter)
     return Sdxl(pipe, device, settings.sdxl_max_batch, adapter, LoraShelf.of(settings))
 
