@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
 
@@ -114,8 +114,7 @@ nudi, sesso, sessuale, erotico, erotiche, голая, голый, голые, г
 BENIGN = """
 minor key*, minor chord*, minor scale*, minor third*, minor sixth*, minor seventh*, minor detail*,
 minor change*, minor adjustment*, minor edit*, minor tweak*, minor fix, minor fixes, minor flaw*,
-minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor
-scratches, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*, minor problem*,
+minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor scratches, minor scuff*, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*, minor problem*,
 minor role*, minor variation*, minor difference*, minor version*, minor release*, minor league*,
 minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film grain, minor
 damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor, ursa minor,
@@ -201,11 +200,11 @@ LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
 # only, from FIRST_BARE on. "Elf" is eleven in German, and a tag.
 BARE_LEADS = """
 she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, they re, both are,
-you are, you re, youre, turned, turning, turns, looks, looks like, look, appears
+you are, you re, youre, turned, turning, turns, looks, looks like, look, appears, under, below, not even, not yet
 """
 HEDGES = "only, just, about, around, almost, nearly, barely, still, maybe, like"
 FIRST_BARE = 4
-CLAUSE_ENDS = {",", "and", "but"}
+CLAUSE_ENDS = {",", "and", "but", "last", "this", "today", "yesterday", "now", "when", "so"}
 
 # Numbers below 18, in order from one: what an age can be written with.
 NUMBERS = (
@@ -539,7 +538,7 @@ def _is_young(tokens: Tokens, i: int) -> bool:
     if _is_in_tens(tokens, i):
         return False
     end = _end_of_number(tokens, i)
-    lead = i - 1 if i and tokens[i - 1] in _HEDGES else i
+    lead = _start_of_number(tokens, i)
     return (
         _has_unit(tokens, end)
         or (_ends(tokens, lead, _AGE_LEADS) and not _starts(tokens, end, _NOT_AGES))
@@ -551,6 +550,12 @@ def _is_young(tokens: Tokens, i: int) -> bool:
 def _is_in_tens(tokens: Tokens, i: int) -> bool:
     before = i - 2 if i and tokens[i - 1] in _AND else i - 1
     return before >= 0 and tokens[before] in _TENS
+
+
+def _start_of_number(tokens: Tokens, i: int) -> int:
+    """Before "13", and before "only just 13"."""
+    hedges = takewhile(_HEDGES.__contains__, (tokens[i - n] for n in (1, 2) if n <= i))
+    return i - len(list(hedges))
 
 
 def _end_of_number(tokens: Tokens, i: int) -> int:
@@ -570,20 +575,22 @@ def _has_unit(tokens: Tokens, end: int) -> bool:
     )
 
 
-def _has_led_years(tokens: Tokens, start: int, end: int) -> bool:
+def _has_led_years(tokens: Tokens, lead: int, end: int) -> bool:
     if _YEARS.isdisjoint(tokens[end : end + 1]) or _OF_TIME & set(tokens[end + 1 : end + 2]):
         return False
-    person = start - 1
-    while person >= max(0, start - 2) and tokens[person] in LINKS:
-        person -= 1
-    return bool(_ends(tokens, start, _YEAR_LEADS)) or (person >= 0 and tokens[person] in _PERSON)
+    return _ends(tokens, lead, _YEAR_LEADS) or _is_after_person(tokens, lead)
 
 
-def _is_bare_age(tokens: Tokens, start: int, end: int) -> bool:
+def _is_bare_age(tokens: Tokens, lead: int, end: int) -> bool:
     if not CLAUSE_ENDS.issuperset(tokens[end : end + 1]):
         return False
-    before = start - 2 if start and tokens[start - 1] == PAUSE else start - 1
-    return bool(_ends(tokens, start, _BARE_LEADS)) or (before >= 0 and tokens[before] in _PERSON)
+    return _ends(tokens, lead, _BARE_LEADS) or _is_after_person(tokens, lead)
+
+
+def _is_after_person(tokens: Tokens, lead: int) -> bool:
+    """Whether "girl", "girl, " or "girl of" stands before `lead`."""
+    before = lead - 2 if lead and tokens[lead - 1] in LINKS else lead - 1
+    return before >= 0 and tokens[before] in _PERSON
 
 
 def _entries(table: str) -> Iterator[Tokens]:
@@ -613,7 +620,9 @@ def _ages_in_a_word() -> str:
     ]
     grades = [f"{year} {grade}" for year in _words(SCHOOL_YEARS) for grade in ("grade", "grader*")]
     infants = [f"{n} {month} old" for n in range(18, 37) for month in ("month", "months")]
-    return ", ".join([*german, *russian, *grades, *infants])
+    schools = (("小学", "一二三四五六123456"), ("中学", "一二三123"), ("高校", "一二三123"))
+    japanese = [f"{school}{year}年" for school, years in schools for year in years]
+    return ", ".join([*german, *russian, *grades, *infants, *japanese])
 
 
 def _glued(table: str) -> str:
@@ -641,7 +650,12 @@ _YOUNG = frozenset(
 )
 _BARE = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
 
-_SIGNS = [words[0] for words in _entries(_glued(f"{MINOR}, {SEXUAL}")) if len(words) == 1]
+_SIGNS = [
+    phrase[0]
+    for index in (_MINOR, _SEXUAL)
+    for phrase in chain(*index.values())
+    if len(phrase) == 1
+]
 _WORDS = frozenset(word for word in _SIGNS if len(word) > 2)
 _CUT = {word for word in _WORDS if len(word) >= SHORTEST_CUT} - NOT_CUT
 _PARTS = _WORDS | {"girl", "girls", "boy", "boys"}

@@ -72,13 +72,15 @@ class Worker:
         a job that is under way hears the end of the first.
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
-        return self._flights.run(job_id, stop, lambda: self._run(event, job_id, stop, report))
+        # Of one user only: nobody hears the end of another's job by its id.
+        flight = f"{jobs.user_id(event)}/{job_id}"
+        return self._flights.run(flight, stop, lambda: self._run(event, job_id, stop, report))
 
     def _run(self, event: Mapping[str, Any], job_id: str, stop: Stop, report: Report) -> Document:
         context = JobContext(stop, report, self._settings.job_timeout_s)
         job: Job | None = None
         assets: tuple[Asset, ...] = ()
-        error: JobError | None = None
+        failure: Failure | None = None
         try:
             job = jobs.parse(event, self._settings)
             logs.started(job)
@@ -94,11 +96,12 @@ class Worker:
                 with context.stage("deliver"):
                     assets = delivery.assets(context.check)
         except JobError as exc:
-            error = exc
+            # The failure alone: an exception that lives on pins the tensors of its frames.
+            failure = Failure.of(exc)
         except Exception as exc:
             logs.bug(job_id, exc)
-            error = InternalError("an internal error, which the worker's log describes")
-        document = self._document(job_id, assets, error, context)
+            failure = Failure.of(InternalError("an internal error; the worker's log says where"))
+        document = self._document(job_id, assets, failure, context)
         document = self._post(document, job)
         logs.ended(document, job, context.elapsed_s)
         return document
@@ -196,7 +199,7 @@ class Worker:
         self,
         job_id: str,
         assets: tuple[Asset, ...],
-        error: JobError | None,
+        failure: Failure | None,
         context: JobContext,
     ) -> Document:
         metadata = {
@@ -207,8 +210,7 @@ class Worker:
         }
         if context.warnings:
             metadata["warnings"] = context.warnings
-        if error:
-            failure = Failure.of(error)
+        if failure:
             return Document(job_id, self._worker_id, "failed", (), metadata, failure)
         document = Document(job_id, self._worker_id, "completed", assets, metadata)
         try:

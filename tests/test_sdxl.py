@@ -155,6 +155,18 @@ def test_a_single_picture_that_does_not_fit_is_out_of_memory(sdxl: Any) -> None:
         render(short)
 
 
+class CannotDecode(models.Sdxl):
+    """An SDXL whose decoder does not fit, which torch tells on a CPU in words only."""
+
+    def _decode(self, latent: torch.Tensor) -> np.ndarray:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_running_out_of_memory_anywhere_is_our_error(sdxl: Any) -> None:
+    with pytest.raises(OutOfMemory):
+        render(CannotDecode(sdxl._pipe, sdxl.device))
+
+
 # --- steps ---
 
 

@@ -375,6 +375,19 @@ def test_a_second_delivery_joins_the_first(bench: MakeBench, receiver: CallbackR
     assert len(receiver.received) == 1
 
 
+def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        second = threads.submit(at.run, sdxl_payload(user_id="user-2"), Stop())
+        at.painter.go_on.set()
+
+        assert first.result(5).assets[0].url == "user-1/job-1/0.png"
+        assert second.result(5).assets[0].url == "user-2/job-1/0.png"
+
+
 def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
     at = bench()
     at.painter.hold()

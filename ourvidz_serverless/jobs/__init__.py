@@ -76,14 +76,21 @@ def run(
         context.metadata["vram_used"] = peak_mb
 
 
-def job_id(event: Any) -> str | None:
+def job_id(event: Mapping[str, Any]) -> str | None:
     """The id that the caller knows the job by, as far as a broken payload tells."""
-    payload = event.get("input") if isinstance(event, Mapping) else None
-    candidates = [
-        *([payload.get("id"), payload.get("job_id")] if isinstance(payload, Mapping) else []),
-        *([event.get("id")] if isinstance(event, Mapping) else []),
-    ]
+    payload = _mapping(event.get("input"))
+    candidates = (payload.get("id"), payload.get("job_id"), event.get("id"))
     return next((name for name in candidates if _is_key(name)), None)
+
+
+def user_id(event: Mapping[str, Any]) -> str | None:
+    """The user whose job this is, as far as a broken payload tells."""
+    name = _mapping(event.get("input")).get("user_id")
+    return name if isinstance(name, str) else None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_key(name: object) -> bool:

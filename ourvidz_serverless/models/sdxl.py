@@ -19,7 +19,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.device import Device, is_out_of_memory
+from ourvidz_serverless.models.device import Device, is_out_of_memory, out_of_memory_is_ours
 from ourvidz_serverless.models.ip_adapter import IpAdapter
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.models.prompts import Embedding, PromptEncoder
@@ -184,7 +184,7 @@ class Sdxl:
         character (`likeness_keeps`) the IP-Adapter carries over, if there is one. Raises
         OutOfMemory when not even one picture fits, and whatever `step` raises.
         """
-        with applied(self._pipe, loras):
+        with out_of_memory_is_ours(), applied(self._pipe, loras):
             conditioning = self._condition(prompt, negative_prompt, (width, height), guidance_scale)
             if self.adapter:
                 self.adapter.keep(likeness_keeps if likeness else None, likeness_scale)
