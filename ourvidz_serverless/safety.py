@@ -79,8 +79,8 @@ nieletni, nieletnia, ребенок, ребенка, дети, детей, де�
 # What makes a text sexual, in clinical and in common words.
 # Not to be generalised to what children do and wear (bath, swimsuit, bare feet, kiss, diaper), to
 # virgin and madonna, or to breast and nursing: with them a nativity would be refused. Nor to what
-# Chinese finds in the middle of other words (性的, 性交, 做爱). Adult mode needs none of these words,
-# so the table can stay short of the ambiguous ones.
+# Chinese finds in the middle of other words (性的, 性交, 做爱). Adult mode needs none of these, so
+# the table can stay short of the ambiguous ones.
 SEXUAL = """
 sex, sexy, sexier, sexual, sexually, sexuality, sexualize, sexualized, sexualised, sexting, nude*,
 nudity, naked, nakedness, unclothed, undressed, undressing, undress, topless, bottomless, without
@@ -114,26 +114,27 @@ nudi, sesso, sessuale, erotico, erotiche, голая, голый, голые, г
 BENIGN = """
 minor key*, minor chord*, minor scale*, minor third*, minor sixth*, minor seventh*, minor detail*,
 minor change*, minor adjustment*, minor edit*, minor tweak*, minor fix, minor fixes, minor flaw*,
-minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor scratches, minor scuff*, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*, minor problem*,
-minor role*, minor variation*, minor difference*, minor version*, minor release*, minor league*,
-minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film grain, minor
-damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor, ursa minor,
-canis minor, leo minor, asia minor, asie mineure, vinca minor, kid glove*, kid leather, kid skin,
-kid goat*, billy the kid, sundance kid, cisco kid, i kid you not, kid cudi, kid rock, kid icarus,
-new kids on the block, child s pose, childs pose, child bearing, childbearing, inner child, destiny
-s child, destinys child, child free, child process, child processes, child class, child node*, child
-element*, child support, teen vogue, teenage mutant ninja turtle*, mutant ninja turtle*, gothic
-lolita, lolita fashion, girl scout cookie*, high school teacher*, high school principal, high school
-reunion*, middle school teacher*, elementary school teacher*, primary school teacher*, secondary
-school teacher*, kindergarten teacher*, preschool teacher*, dragon age, ice age, stone age, bronze
-age, iron age, middle age, dix huit, dix neuf, infant formula, enfant terrible, 18 minute*, 18
-second*, 18 hour*, 18 day*, 18 degree*, 18 percent, 18 dollar*, 18 euro*, 18 inch, 18 inches, 18
-pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km, sex ed, sex education, same sex, opposite sex, fair
-sex, biological sex, sex of the baby, nude color*, nude colour*, nude colored, nude coloured, nude
-tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette, nude nail*, nude
-shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude, kick ass, pussy
-willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a doodle, black cock,
-anal retentive, bottomless pit*, sex pistols, sex and the city
+minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor
+scratches, minor scuff*, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*,
+minor problem*, minor role*, minor variation*, minor difference*, minor version*, minor release*,
+minor league*, minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film
+grain, minor damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor,
+ursa minor, canis minor, leo minor, asia minor, asie mineure, vinca minor, kid glove*, kid leather,
+kid skin, kid goat*, billy the kid, sundance kid, cisco kid, i kid you not, kid cudi, kid rock, kid
+icarus, new kids on the block, child s pose, childs pose, child bearing, childbearing, inner child,
+destiny s child, destinys child, child free, child process, child processes, child class, child
+node*, child element*, child support, teen vogue, teenage mutant ninja turtle*, mutant ninja
+turtle*, gothic lolita, lolita fashion, girl scout cookie*, high school teacher*, high school
+principal, high school reunion*, middle school teacher*, elementary school teacher*, primary school
+teacher*, secondary school teacher*, kindergarten teacher*, preschool teacher*, dragon age, ice age,
+stone age, bronze age, iron age, middle age, dix huit, dix neuf, infant formula, enfant terrible, 18
+minute*, 18 second*, 18 hour*, 18 day*, 18 degree*, 18 percent, 18 dollar*, 18 euro*, 18 inch, 18
+inches, 18 pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km, sex ed, sex education, same sex, opposite
+sex, fair sex, biological sex, sex of the baby, nude color*, nude colour*, nude colored, nude
+coloured, nude tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette,
+nude nail*, nude shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude,
+kick ass, pussy willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a
+doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the city
 """
 
 # A clause that forbids is no wish: "never depict minors", "no one under 18", "refuse sexual
@@ -159,7 +160,7 @@ PATIENCE = 10  # fillers between a negation and what it forbids
 # What follows a number and makes it an age at once. Not to be generalised to bare years, which are
 # more often a time ("15 years of experience", "hace 10 años"): those are in YEARS, and need a lead.
 AGE_UNITS = """
-years old, year old, year olds, yrs old, yr old, yr olds, yearold, yearolds, yearsold, yo, yos, y o,
+years old, year old, year olds, yrs old, yr old, yr olds, yo, yos, y o,
 세, years young, years of age, year of age, months old, month old, month olds, th birthday, st
 birthday, nd birthday, rd birthday, th grade, th grader*, st grade, st grader*, nd grade, nd
 grader*, rd grade, rd grader*, year girl*, year boy*, yr girl*, yr boy*, años de edad, anos de
@@ -200,7 +201,8 @@ LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
 # only, from FIRST_BARE on. "Elf" is eleven in German, and a tag.
 BARE_LEADS = """
 she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, they re, both are,
-you are, you re, youre, turned, turning, turns, looks, looks like, look, appears, under, below, not even, not yet
+you are, you re, youre, turned, turning, turns, looks, looks like, look, appears, under, not even,
+not yet
 """
 HEDGES = "only, just, about, around, almost, nearly, barely, still, maybe, like"
 FIRST_BARE = 4
@@ -240,7 +242,8 @@ cento, двадцать, тридцать, сорок, пятьдесят, ше�
 AND = "and, y, e, et"
 RANGES = "to, or, and, a, bis, o, ou, y, e"
 HAN_DIGITS = "一二三四五六七八九"
-AGE_MARKS = "歳, 才, 岁, 歲, 살"  # 세 only by itself: 15세기 is the 15th century
+# How a word begins that makes the number before it an age. Not 세: 15세기 is the 15th century.
+AGE_MARKS = "歳, 才, 岁, 歲, 살, yearold, yearsold"
 
 # Letters that are drawn like Latin ones, each before its twin, where compatibility forms do not
 # already say so. Both cases of a Cyrillic letter fold alike, or Russian could not be found.
@@ -297,7 +300,8 @@ PAUSES = frozenset(",;.!?|\n。、，")
 IN_WORD = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_){1,3}(?=[^\W_])")
 SPELLED = re.compile(r"(?<![^\W_])[^\W_](?:[\W_]{1,3}[^\W_](?![^\W_])){2,}")
 CHUNK = re.compile(r"[a-z0-9@$!|+€£¡]+")
-STRETCHED = re.compile(r"(.)\1{2,}")
+STRETCHED = re.compile(r"(.)\1\1")
+REPEATED = re.compile(r"(.)\1+")
 KATAKANA = re.compile("[ァ-ヺー]")
 
 
@@ -416,32 +420,32 @@ def _tokens(text: str) -> Tokens:
 
 
 def _spelled_out(text: str) -> str:
-    """What is written letter by letter, and the known words in it ("a t e e n")."""
+    """The text with what is spelled out joined, and the known words in that ("a t e e n")."""
     runs = ["".join(filter(str.isalnum, run)) for run in SPELLED.findall(text)]
+    if not runs:
+        return text
+    joined = iter(runs)
     together = " ".join([*runs, *(run.translate(LEET) for run in runs)])
-    return ", ".join([*runs, *(word for word in _WORDS if word in together)])
+    found = (word for word in _WORDS if word in together)
+    return ", ".join([SPELLED.sub(lambda _: next(joined), text), *found])
 
 
 def _restored(chunk: re.Match[str]) -> str:
     """The known word that leet or stretching disguises, or the chunk as it is."""
     word = chunk[0]
-    if len(word) <= LONGEST:
-        for bare in (word, word.strip("!|+")):
-            for guess in _guesses(bare):
-                if known := _SPELLINGS.get(guess.translate(ONE_STROKE)):
-                    return f" {known} "
-    return word
+    if len(word) > LONGEST:
+        return word
+    known = _known(word) or _known(word.strip("!|+"))
+    return f" {known} " if known else word
 
 
-def _guesses(word: str) -> Iterator[str]:
-    letters = word
+def _known(word: str) -> str | None:
     # Digits and signs alone stay what they are: 455 is a number.
-    if not word.isalpha() and any(map(str.isalpha, word)):
-        letters = word.translate(LEET)
-        yield letters
-    if STRETCHED.search(letters):
-        yield STRETCHED.sub(r"\1\1", letters)
-        yield STRETCHED.sub(r"\1", letters)
+    is_leet = not word.isalpha() and any(map(str.isalpha, word))
+    drawn = (word.translate(LEET) if is_leet else word).translate(ONE_STROKE)
+    if is_leet and drawn in _LEET_WORDS:
+        return _LEET_WORDS[drawn]
+    return _STRETCHED_WORDS.get(REPEATED.sub(r"\1", drawn)) if STRETCHED.search(word) else None
 
 
 def _rejoined(tokens: Tokens) -> Iterator[str]:
@@ -650,21 +654,17 @@ _YOUNG = frozenset(
 )
 _BARE = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
 
-_SIGNS = [
-    phrase[0]
-    for index in (_MINOR, _SEXUAL)
-    for phrase in chain(*index.values())
-    if len(phrase) == 1
-]
-_WORDS = frozenset(word for word in _SIGNS if len(word) > 2)
+_SIGNS = sorted({word for index in (_MINOR, _SEXUAL) for word in index if (word,) in index[word]})
+_WORDS = [word for word in _SIGNS if len(word) > 2]
 _CUT = {word for word in _WORDS if len(word) >= SHORTEST_CUT} - NOT_CUT
-_PARTS = _WORDS | {"girl", "girls", "boy", "boys"}
+_PARTS = {*_WORDS, "girl", "girls", "boy", "boys"}
 _OPENINGS = {word[:3] for word in _PARTS}
-_UNPARTED = frozenset(word for word in _SIGNS if word[0] >= "\u1100" and not KATAKANA.match(word))
-_SPELLINGS = {
+_UNPARTED = [word for word in _SIGNS if word[0] >= "\u1100" and not KATAKANA.match(word)]
+_LEET_WORDS = {
     word.translate(ONE_STROKE): word
     for table in (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
     for words in _entries(_glued(table))
     for word in words
     if len(word) > 2
 }
+_STRETCHED_WORDS = {REPEATED.sub(r"\1", drawn): word for drawn, word in _LEET_WORDS.items()}

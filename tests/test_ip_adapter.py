@@ -97,6 +97,13 @@ def test_a_typed_reference_goes_by_the_adapter_where_there_is_one(adapted: Any) 
     assert metadata["reference_scale"] == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(
+    ("keeps", "scale"), [("style", 1.0), ("composition", 1.0), ("character", 0.6)]
+)
+def test_each_kind_has_its_own_scale_unless_given(adapted: Any, keeps: str, scale: float) -> None:
+    assert run(adapted, reference_type=keeps)["reference_scale"] == scale
+
+
 def test_a_typed_reference_goes_by_image_to_image_where_there_is_none(sdxl: Any) -> None:
     metadata = run(sdxl, reference_type="style")
 

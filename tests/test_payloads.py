@@ -71,6 +71,12 @@ def test_every_kept_payload_parses(path: Path) -> None:
     assert parse(payload).id == payload["id"]
 
 
+def test_the_newcomers_input_is_a_payload_that_parses() -> None:
+    event = json.loads((Path(__file__).parents[1] / "test_input.json").read_text())
+
+    assert jobs.parse(event, Settings()).id == "first-picture"
+
+
 # --- one meaning, several places ---
 
 
