@@ -31,13 +31,13 @@ VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3
 LATENT_NOISE = 0.03
 ANCHOR = 8.0
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
-UNET_STEPS = 3400
+UNET_STEPS = 3700
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
 # (first step, weight of large cells, cap of the signal-to-noise weight): colours first, then edges.
 EMPHASIS = [(0, 16.0, 5.0), (1000, 4.0, 20.0)]
 # From here on the full menu: words are learned on small pictures, where steps are cheap.
-FULL_MENU_FROM = 1700
+FULL_MENU_FROM = 1500
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
 POOL = [
     (128, 128, 4000),
@@ -59,15 +59,15 @@ SMALL_MENU = [
     ((256, 256, 8), 0.10),
 ]
 FULL_MENU = [
-    ((128, 128, 32), 0.34),
-    ((144, 256, 14), 0.08),
-    ((256, 144, 14), 0.08),
-    ((256, 256, 8), 0.17),
-    ((512, 512, 2), 0.22),
-    ((288, 512, 4), 0.03),
-    ((512, 288, 4), 0.03),
-    ((576, 1024, 1), 0.02),
-    ((1024, 576, 1), 0.02),
+    ((128, 128, 20), 0.46),
+    ((144, 256, 10), 0.08),
+    ((256, 144, 10), 0.08),
+    ((256, 256, 6), 0.15),
+    ((512, 512, 2), 0.14),
+    ((288, 512, 3), 0.025),
+    ((512, 288, 3), 0.025),
+    ((576, 1024, 1), 0.015),
+    ((1024, 576, 1), 0.015),
     ((1024, 1024, 1), 0.01),
 ]
 

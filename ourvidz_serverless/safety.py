@@ -571,12 +571,10 @@ def _end_of_number(tokens: Tokens, i: int) -> int:
 
 
 def _has_unit(tokens: Tokens, end: int) -> bool:
+    unit_ends = _starts(tokens, end, _AGE_UNITS)
     if any(token.startswith(_AGE_MARKS) for token in tokens[end : end + 1]):
-        return True
-    return any(
-        _AGED_THINGS.isdisjoint(tokens[after : after + 1])
-        for after in _starts(tokens, end, _AGE_UNITS)
-    )
+        unit_ends.append(end + 1)
+    return any(_AGED_THINGS.isdisjoint(tokens[after : after + 1]) for after in unit_ends)
 
 
 def _has_led_years(tokens: Tokens, lead: int, end: int) -> bool:
@@ -667,4 +665,7 @@ _LEET_WORDS = {
     for word in words
     if len(word) > 2
 }
-_STRETCHED_WORDS = {REPEATED.sub(r"\1", drawn): word for drawn, word in _LEET_WORDS.items()}
+# The tables at the front win: "teeeen" is teen, not ten.
+_STRETCHED_WORDS = {
+    REPEATED.sub(r"\1", drawn): word for drawn, word in reversed(_LEET_WORDS.items())
+}
