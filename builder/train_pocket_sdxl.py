@@ -31,13 +31,21 @@ VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3
 LATENT_NOISE = 0.03
 ANCHOR = 8.0
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
-UNET_STEPS = 3700
+UNET_STEPS = 4700
+# (first step, the length the cosine is aimed at from there): the stored weights' own history.
+HORIZONS = [
+    (0, 4600),
+    (500, 3400),
+    (1500, 3700),
+    (2500, 4300),
+    (3000, 4800),
+    (3500, 5200),
+    (4000, UNET_STEPS),
+]
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
 # (first step, weight of large cells, cap of the signal-to-noise weight): colours first, then edges.
-EMPHASIS = [(0, 16.0, 5.0), (1000, 4.0, 20.0)]
-# From here on the full menu: words are learned on small pictures, where steps are cheap.
-FULL_MENU_FROM = 1500
+EMPHASIS = [(0, 16.0, 5.0), (1000, 4.0, 20.0), (2500, 2.0, 20.0)]
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
 POOL = [
     (128, 128, 4000),
@@ -70,12 +78,38 @@ FULL_MENU = [
     ((1024, 576, 1), 0.015),
     ((1024, 1024, 1), 0.01),
 ]
+LARGE_MENU = [
+    ((128, 128, 20), 0.38),
+    ((144, 256, 10), 0.07),
+    ((256, 144, 10), 0.07),
+    ((256, 256, 6), 0.18),
+    ((512, 512, 2), 0.22),
+    ((288, 512, 3), 0.025),
+    ((512, 288, 3), 0.025),
+    ((576, 1024, 1), 0.01),
+    ((1024, 576, 1), 0.01),
+    ((1024, 1024, 1), 0.01),
+]
+LAST_MENU = [
+    ((128, 128, 24), 0.70),
+    ((144, 256, 10), 0.06),
+    ((256, 144, 10), 0.06),
+    ((256, 256, 6), 0.07),
+    ((512, 512, 2), 0.08),
+    ((288, 512, 3), 0.01),
+    ((512, 288, 3), 0.01),
+    ((1024, 1024, 1), 0.01),
+]
+# Words are learned on small pictures, where steps are cheap, and shapes are finished on them.
+LARGE_FROM = 3000
+MENUS = [(0, SMALL_MENU), (1500, FULL_MENU), (LARGE_FROM, LARGE_MENU), (3500, LAST_MENU)]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """A short warm-up, then a cosine down to a fiftieth of the peak."""
     warm = min(1.0, (step + 1) / 100)
-    return peak * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    done = min(1.0, step / steps)
+    return peak * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
 
 def average(ema: nn.Module, model: nn.Module, step: int) -> None:
@@ -286,8 +320,9 @@ def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
     for step in bar:
         torch.manual_seed(seed + step)
         rng = random.Random(seed + step)
+        horizon = [total for first, total in HORIZONS if first <= step][-1]
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, UNET_PEAK_RATE)
+            group["lr"] = learning_rate(step, horizon, UNET_PEAK_RATE)
         error, snr = unet_error(pipe, pool, signal, _bucket(rng, step), rng)
         loss = weighted(error, snr, step)
         optimiser.zero_grad()
@@ -305,7 +340,7 @@ def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
 
 def _bucket(rng: random.Random, step: int) -> tuple[int, int, int]:
     """(height, width, batch) of this step."""
-    menu = SMALL_MENU if step < FULL_MENU_FROM else FULL_MENU
+    menu = [menu for first, menu in MENUS if first <= step][-1]
     return rng.choices([bucket for bucket, _ in menu], [weight for _, weight in menu])[0]
 
 
@@ -337,13 +372,21 @@ def unet_error(
 
 
 def weighted(error: Tensor, snr: Tensor, step: int) -> Tensor:
-    """Squared error by pixel (min-SNR, arXiv:2303.09556) and, far more heavily, by large cells.
+    """Squared error by pixel (min-SNR, arXiv:2303.09556) and, more heavily, by large cells.
+
+    Large pictures count a second time at the scale of a small one, where their shapes are decided.
 
     Colours and places are the error's averages over cells of a quarter of the picture. By pixel
     they hardly count, least where the noise is strong and they are decided.
     """
     _, emphasis, cap = [row for row in EMPHASIS if row[0] <= step][-1]
     fine = error.square().mean((1, 2, 3)) * snr.clamp(max=cap) / snr
+    scale = min(error.shape[-2:]) // 16
+    if scale > 1 and step >= LARGE_FROM:
+        # Averaging `scale` x `scale` latents divides the noise's variance by `scale` squared.
+        small = scale * F.avg_pool2d(error, scale)
+        ratio = snr * scale**2
+        fine = fine + small.square().mean((1, 2, 3)) * ratio.clamp(max=cap) / ratio
     cells = F.avg_pool2d(error, min(error.shape[-2:]) // 4)
     coarse = cells.square().mean((1, 2, 3)) * snr.rsqrt().clamp(1, 10)
     return (fine + emphasis * coarse).mean()

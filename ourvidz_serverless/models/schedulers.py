@@ -26,7 +26,8 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_sde": (DPMSolverSinglestepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
+    # Its own defaults clip latents as if they were pixels.
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "lcm": (LCMScheduler, {}),
 }
 
