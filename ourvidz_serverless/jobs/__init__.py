@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt
-from ourvidz_serverless.jobs import sdxl
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output
+from ourvidz_serverless.jobs import chat, sdxl
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output, Text
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.
@@ -42,7 +42,10 @@ FAMILY_OF = {
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
-FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl}
+FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat}
+
+#: Families whose engine batches what runs at once; the others' jobs take turns on the device.
+BATCHING = ("chat",)
 
 
 def parse(event: Mapping[str, Any], settings: Settings) -> Job:
@@ -59,9 +62,14 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
         raise InvalidPrompt(_first(exc)) from None
 
 
+def takes_turns(job: Job) -> bool:
+    """Whether a job wants the device to itself while it computes."""
+    return FAMILY_OF[job.type] not in BATCHING
+
+
 def run(
     job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
-) -> Iterator[Output]:
+) -> Iterator[Output | Text]:
     """The job's outputs, one by one, each as soon as it is there."""
     model.device.reset_peak()
     yield from FAMILIES[FAMILY_OF[job.type]].run(job, model, references, context)
@@ -91,10 +99,16 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidPrompt("input: Input should be an object")
     payload = _without_nulls(payload)
     payload["id"] = payload.get("id") or payload.get("job_id") or event.get("id")
-    payload["type"] = _type(payload.get("type") or payload.get("job_type"))
+    payload["type"] = _type(payload.get("type") or payload.get("job_type") or _older_type(payload))
     if event.get("s3Config"):
         payload["s3Config"] = event["s3Config"]
     return payload
+
+
+def _older_type(payload: Mapping[str, Any]) -> object:
+    """The specification's chat payloads carry their type in `config` alone."""
+    config = payload.get("config")
+    return config.get("job_type") if isinstance(config, Mapping) else None
 
 
 def _type(name: object) -> str:

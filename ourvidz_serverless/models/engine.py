@@ -16,6 +16,7 @@ differently in the last bits, so texts are equal where no two tokens are that ne
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -27,11 +28,12 @@ from typing import Any, Literal
 import torch
 
 from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
-from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.device import Device, is_out_of_memory
 from ourvidz_serverless.models.kv_cache import KVCache, PrefixStore, rounded
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import Decode, TextStream
+
+log = logging.getLogger("ourvidz")
 
 FinishReason = Literal["stop", "length"]
 
@@ -326,7 +328,7 @@ class Engine:
         self._running.pop()
 
     def _recover(self, error: Exception) -> None:
-        """After an out-of-memory, the same requests in half the batch; after a bug, none of them."""
+        """After an out-of-memory, the same requests in half the batch; after a bug, none."""
         self._cache.clear()
         self._prefixes.clear()
         self._device.free_memory()

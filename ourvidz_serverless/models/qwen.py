@@ -171,7 +171,8 @@ def _turns(
         return [writer.turn(role, text) for role, text in messages], writer.answer()
     last = len(messages) - 1
     return [
-        writer.encode(text if at == last else f"{text}\n\n") for at, (_, text) in enumerate(messages)
+        writer.encode(text if at == last else f"{text}\n\n")
+        for at, (_, text) in enumerate(messages)
     ], []
 
 
