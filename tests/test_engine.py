@@ -63,7 +63,8 @@ def test_a_greedy_reply_is_transformers_own(writer: Writer) -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}, {"prefix_tokens": 0}]
+    "limits",
+    [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}, {"prefix_tokens": 0}],
 )
 def test_fifty_at_once_say_what_each_says_alone(limits: dict[str, int]) -> None:
     alone = tiny_writer()
@@ -123,7 +124,9 @@ def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
 
 
 def chosen(logits: list[float], **rules: Any) -> list[int]:
-    sampler = Sampler(Sampling(max_tokens=9, **{"seed": 1, **rules}), prompt=rules.pop("prompt", []))
+    sampler = Sampler(
+        Sampling(max_tokens=9, **{"seed": 1, **rules}), prompt=rules.pop("prompt", [])
+    )
     return [choose(torch.tensor([logits]), [sampler])[0] for _ in range(400)]
 
 
@@ -153,7 +156,7 @@ def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]
     for token in said:
         sampler.note(token)
     logits = torch.tensor([1.0, 1.0, -1.0])
-    sampler.penalise(logits)
+    sampler.adjust(logits)
     return logits.tolist()
 
 
@@ -277,7 +280,10 @@ def test_those_who_stay_do_not_notice_those_who_leave(writer: Writer) -> None:
     leaves = [Leave() for _ in range(8)]
     staying = [request(writer, text, max_tokens=40) for text in PROMPTS[:8]]
     leaving = [request(writer, "short", check=leave, max_tokens=40) for leave in leaves]
-    timers = [threading.Timer(0.01 * i, setattr, (leave, "is_set", True)) for i, leave in enumerate(leaves)]
+    timers = [
+        threading.Timer(0.01 * i, setattr, (leave, "is_set", True))
+        for i, leave in enumerate(leaves)
+    ]
 
     for stays, leaves_early in zip(staying, leaving, strict=True):
         writer.engine.submit(leaves_early)

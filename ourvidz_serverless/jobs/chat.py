@@ -10,6 +10,7 @@ to either: a conversation without a system prompt has none.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -60,6 +61,37 @@ class ChatMetadata(Wire):
     nsfw_optimization: bool = False
 
 
+class JsonSchema(Wire):
+    schema_: dict[str, Any] = Field(validation_alias="schema")
+
+
+class ResponseFormat(Wire):
+    """What the reply must parse as, in OpenAI's words; the bare `type` is enough."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_type(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_schema_of_bounded_size(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema: Field required")
+        if len(json.dumps(self.reply_schema, default=str)) > 20_000:
+            raise ValueError("json_schema: Input should be at most 20000 characters of JSON")
+        return self
+
+    @property
+    def reply_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the reply must fit; None where any text will do."""
+        if self.json_schema and self.type == "json_schema":
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatJob(Job):
     type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
     # A chat needs no account; its texts are then stored under this name.
@@ -86,6 +118,9 @@ class ChatJob(Job):
     )
     stop: tuple[str, ...] = Field((), max_length=8, validation_alias=_either("stop"))
     seed: int | None = Field(None, ge=0, lt=2**63, validation_alias=_either("seed"))
+    response_format: ResponseFormat = Field(
+        ResponseFormat(), validation_alias=_either("response_format")
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -160,6 +195,7 @@ def run(
         messages=[(message.role, message.content) for message in job.conversation],
         model=job.model,
         truncate=job.truncate,
+        schema=job.response_format.reply_schema,
         check=context.check,
         max_tokens=job.max_tokens or MAX_TOKENS[job.type],
         temperature=job.temperature,

@@ -29,6 +29,7 @@ import torch
 
 from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
 from ourvidz_serverless.models.device import Device, is_out_of_memory
+from ourvidz_serverless.models.grammar import Matcher
 from ourvidz_serverless.models.kv_cache import KVCache, PrefixStore, rounded
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import Decode, TextStream
@@ -66,6 +67,7 @@ class Generation:
         decode: Decode,
         check: Callable[[], None] = lambda: None,
         num_shared: int = 0,
+        grammar: Matcher | None = None,
     ) -> None:
         self.ids = list(prompt)
         self.num_prompt = len(prompt)
@@ -75,7 +77,7 @@ class Generation:
         self.num_computed = 0
         self.num_reused = 0
         self.num_dropped = 0
-        self.sampler = Sampler(sampling, prompt)
+        self.sampler = Sampler(sampling, prompt, grammar)
         self.finish_reason: FinishReason | None = None
         self.is_abandoned = False
         self._text = TextStream(decode, sampling.stop)
@@ -271,11 +273,12 @@ class Engine:
         )
 
     def _keep_prefix(self, generation: Generation) -> None:
+        """Remember what others begin with too, at the moment when it is all that is read."""
         shared = generation.num_shared
-        if generation in self._running and shared and generation.num_computed == shared:
-            if generation.num_reused < shared <= self.limits.prefix_tokens:
-                prefix = self._cache.read(self._running.index(generation), shared)
-                self._prefixes.keep(generation.shared, prefix)
+        is_read = 0 < shared == generation.num_computed > generation.num_reused
+        if is_read and shared <= self.limits.prefix_tokens:
+            prefix = self._cache.read(self._running.index(generation), shared)
+            self._prefixes.keep(generation.shared, prefix)
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> None:

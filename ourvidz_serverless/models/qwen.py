@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnavailable
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
+from ourvidz_serverless.models.grammar import Grammars
 from ourvidz_serverless.models.sampling import Sampling
 from ourvidz_serverless.settings import Settings
 
@@ -94,7 +95,9 @@ class Writer:
         if self._start is None or self._end is None:
             raise ValueError(f"its tokenizer has no {START} and {END}")
         self.context: int = model.config.max_position_embeddings
-        self.engine = Engine(model, device, self._ends(model), limits)
+        ends = self._ends(model)
+        self.grammars = Grammars(self._tokenizer, model.config.vocab_size, ends)
+        self.engine = Engine(model, device, ends, limits)
 
     def turn(self, role: str, text: str) -> list[int]:
         """The tokens of one message of a conversation."""
@@ -134,6 +137,7 @@ class Chat:
         messages: Sequence[Message],
         model: str = "qwen_instruct",
         truncate: Literal["oldest"] | None = None,
+        schema: Mapping[str, Any] | None = None,
         check: Callable[[], None] = lambda: None,
         **sampling: Any,
     ) -> Generation:
@@ -141,7 +145,8 @@ class Chat:
 
         The instruct model sees turns, the base model the texts alone. Raises InvalidPrompt with
         the counts when the conversation and `max_tokens` are more than the context, unless
-        `truncate` lets the oldest turns go; system prompts and the last message stay.
+        `truncate` lets the oldest turns go; system prompts and the last message stay. With a
+        JSON `schema` the reply is JSON that fits it.
         """
         if model not in self._writers:
             served = ", ".join(self._writers)
@@ -157,6 +162,7 @@ class Chat:
             writer.decode,
             check,
             num_shared=sum(len(turns[at]) for at in kept[:shared]),
+            grammar=None if schema is None else writer.grammars.matcher(schema),
         )
         generation.num_dropped = len(turns) - len(kept)
         writer.engine.submit(generation)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ourvidz_serverless.models.grammar import Matcher
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -40,8 +42,11 @@ class Sampling:
 class Sampler:
     """One request's choice of tokens: its rules, its generator, what it has said."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], grammar: Matcher | None = None
+    ) -> None:
         self.sampling = sampling
+        self._grammar = grammar
         self._random = random.Random(sampling.seed)
         self._prompt = set(prompt)
         self._counts: dict[int, int] = {}
@@ -49,13 +54,21 @@ class Sampler:
     def note(self, token: int) -> None:
         """Count a token that was chosen."""
         self._counts[token] = self._counts.get(token, 0) + 1
+        if self._grammar:
+            self._grammar.note(token)
 
     def draw(self) -> float:
         """The next number of this request's own generator, from 0 to 1."""
         return self._random.random()
 
-    def penalise(self, logits: torch.Tensor) -> None:
-        """Apply the penalties to one row of logits, in place."""
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Apply penalties and grammar to one row of logits, in place."""
+        if self.sampling.has_penalties:
+            self._penalise(logits)
+        if self._grammar:
+            self._grammar.forbid(logits)
+
+    def _penalise(self, logits: torch.Tensor) -> None:
         rules = self.sampling
         if rules.repetition_penalty != 1:
             seen = torch.tensor(sorted(self._prompt | self._counts.keys()), device=logits.device)
@@ -75,8 +88,7 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """
     logits = logits.float()
     for row, sampler in zip(logits, samplers, strict=True):
-        if sampler.sampling.has_penalties:
-            sampler.penalise(row)
+        sampler.adjust(row)
     tokens = logits.argmax(-1)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.sampling.is_greedy]
     if drawing:

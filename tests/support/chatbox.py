@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ def tiny_model(seed: int = 0, context: int = 512) -> Any:
     with torch.no_grad():
         model.lm_head.weight[silent] = 0
     return model
+
+
+def tiny_folder(path: Path, context: int = 4096) -> str:
+    """The model and its tokenizer where `CHAT_INSTRUCT_MODEL` can find them."""
+    tiny_model(context=context).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
 
 
 def tiny_writer(model: Any = None, **limits: int) -> Writer:
