@@ -292,7 +292,7 @@ def test_a_stopped_job_leaves_at_the_next_token(bench: MakeBench) -> None:
 def test_a_deadline_acts_at_the_next_token(bench: MakeBench) -> None:
     at = bench(models={"chat": tiny_chat(context=4096)}, settings=Settings(job_timeout_s=0.3))
 
-    assert code(at.run(chat_payload(max_tokens=2048, temperature=2))) == "TIMEOUT_ERROR"
+    assert code(at.run(chat_payload(max_tokens=2048, temperature=0))) == "TIMEOUT_ERROR"
 
 
 # --- conversations become tokens ---

@@ -16,8 +16,8 @@ from tests.support.receivers import CallbackReceiver
 from tests.support.worker import WorkerProcess
 from tests.test_endpoint import ROOT, failure, run_handler, start
 
-#: A reply of some seconds: long enough to be met in the middle.
-LONG = {"max_tokens": 2048, "temperature": 1.5}
+#: A reply of some seconds, long enough to be met in the middle; greedy, this model never ends.
+LONG = {"max_tokens": 800, "temperature": 0}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
+from ourvidz_serverless.models import sampling
 from ourvidz_serverless.models.engine import Generation
 from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
@@ -149,6 +150,22 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 )
 def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[int]) -> None:
     assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **rules)) == drawn
+
+
+def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    rules = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
+
+    def drawn() -> list[list[int]]:
+        samplers = [Sampler(Sampling(max_tokens=9, seed=1, **each), []) for each in rules]
+        return [choose(logits, samplers) for _ in range(20)]
+
+    whole = drawn()
+    monkeypatch.setattr(sampling, "CANDIDATES", 20)
+
+    assert drawn() == whole
 
 
 def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]:

@@ -73,7 +73,7 @@ class Generation:
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.check = check
-        self.num_shared = num_shared if num_shared >= SHORTEST_PREFIX else 0
+        self.num_shared = num_shared if SHORTEST_PREFIX <= num_shared < len(prompt) else 0
         self.num_computed = 0
         self.num_reused = 0
         self.num_dropped = 0
@@ -172,6 +172,8 @@ class Engine:
 
     def submit(self, generation: Generation) -> None:
         """Answer a request, from the next turn on or as soon as there is room."""
+        if generation.num_shared > self.limits.prefix_tokens:
+            generation.num_shared = 0
         with self._news:
             self._waiting.append(generation)
             self._news.notify()
@@ -265,7 +267,7 @@ class Engine:
     def _is_read_by_another(self, generation: Generation) -> bool:
         """Whether a request before this one is just reading the same shared beginning."""
         shared = generation.num_shared
-        if not shared or generation.num_computed or not self.limits.prefix_tokens:
+        if not shared or generation.num_computed:
             return False
         before = self._running[: self._running.index(generation)]
         return any(
@@ -275,15 +277,14 @@ class Engine:
     def _keep_prefix(self, generation: Generation) -> None:
         """Remember what others begin with too, at the moment when it is all that is read."""
         shared = generation.num_shared
-        is_read = 0 < shared == generation.num_computed > generation.num_reused
-        if is_read and shared <= self.limits.prefix_tokens:
+        if 0 < shared == generation.num_computed > generation.num_reused:
             prefix = self._cache.read(self._running.index(generation), shared)
             self._prefixes.keep(generation.shared, prefix)
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> None:
         """Compute the next `counts` tokens of each; a reply grows where none is pending after."""
-        device, width = self._device.name, max(counts)
+        width = max(counts)
         rows = [self._running.index(each) for each in batch]
         # A row's last token is repeated at its own place: it writes there what stands there, so
         # nothing has to be hidden behind the end of a row.
@@ -293,11 +294,10 @@ class Engine:
         ]
         ids = [[each.ids[at] for at in row] for each, row in zip(batch, places, strict=True)]
 
-        positions = torch.tensor(places, device=device)
-        view = self._cache.view(rows, positions)
+        view = self._cache.view(rows, places)
         hidden = self._body(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=positions,
+            input_ids=torch.tensor(ids, device=self._device.name),
+            position_ids=view.positions,
             attention_mask=view.mask(),
             past_key_values=view,
             use_cache=True,

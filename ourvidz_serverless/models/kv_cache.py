@@ -67,9 +67,9 @@ class KVCache:
             keys[row, :, : k.shape[1]].copy_(k)
             values[row, :, : v.shape[1]].copy_(v)
 
-    def view(self, rows: Sequence[int], positions: torch.Tensor) -> View:
-        """What one forward of these rows writes to and reads; positions are (rows, tokens)."""
-        return View(self.layers, rows, positions)
+    def view(self, rows: Sequence[int], places: Sequence[Sequence[int]]) -> View:
+        """What one forward of these rows writes to and reads; places are (rows, tokens)."""
+        return View(self.layers, rows, places)
 
     def _empty(self, rows: int, length: int) -> torch.Tensor:
         heads, dim = self._shape
@@ -89,23 +89,23 @@ class View:
         self,
         layers: list[tuple[torch.Tensor, torch.Tensor]],
         rows: Sequence[int],
-        positions: torch.Tensor,
+        places: Sequence[Sequence[int]],
     ) -> None:
-        count = len(rows)
+        count, device = len(rows), layers[0][0].device
         self._layers = layers
-        self._rows = torch.tensor(rows, device=positions.device)
+        self._rows = torch.tensor(rows, device=device)
         # A slice is read in place; rows that do not lie side by side are gathered.
         in_order = list(rows) == list(range(count))
         self._taken: slice | torch.Tensor = slice(0, count) if in_order else self._rows
-        self._positions = positions
-        self.length = int(positions.max()) + 1
+        self.positions = torch.tensor(places, device=device)
+        self.length = max(map(max, places)) + 1
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (rows, heads, tokens, dim) at their positions; all that a row has so far."""
         all_keys, all_values = self._layers[layer_idx]
-        where = (self._rows[:, None], slice(None), self._positions)
+        where = (self._rows[:, None], slice(None), self.positions)
         all_keys[where] = keys.transpose(1, 2)
         all_values[where] = values.transpose(1, 2)
         return (
@@ -115,8 +115,8 @@ class View:
 
     def mask(self) -> torch.Tensor:
         """Which tokens each may look at, (rows, 1, tokens, length): itself and those before."""
-        every = torch.arange(self.length, device=self._positions.device)
-        return (every <= self._positions[..., None])[:, None]
+        every = torch.arange(self.length, device=self.positions.device)
+        return (every <= self.positions[..., None])[:, None]
 
 
 class PrefixStore:

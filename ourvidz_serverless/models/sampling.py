@@ -11,6 +11,10 @@ import torch
 from ourvidz_serverless.models.grammar import Matcher
 
 
+#: Tokens that are ranked before the whole vocabulary is.
+CANDIDATES = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a reply is drawn. A temperature of 0 is greedy, a `top_k` of 0 is off.
@@ -104,17 +108,24 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
 
     rules = [sampler.sampling for sampler in samplers]
     vocabulary = logits.shape[-1]
-    heat = column([rule.temperature for rule in rules])
     top_k = column([rule.top_k or vocabulary for rule in rules])
     top_p = column([rule.top_p for rule in rules])
     chance = column([sampler.draw() for sampler in samplers])
+    heated = logits / column([rule.temperature for rule in rules]).float()
+    everything = heated.logsumexp(-1, keepdim=True)
 
-    probabilities, order = (logits / heat).softmax(-1).sort(descending=True, stable=True)
-    ranks = torch.arange(vocabulary, device=logits.device)
-    probabilities = probabilities * (ranks < top_k)
-    upto = probabilities.cumsum(-1)
+    # Nearly always what may be drawn is among the first thousand, and to sort a whole vocabulary
+    # takes longer than a small model takes to think.
+    for width in (min(CANDIDATES, vocabulary), vocabulary):
+        ranked, order = heated.topk(width)
+        ranks = torch.arange(width, device=logits.device)
+        probabilities = (ranked - everything).double().exp() * (ranks < top_k)
+        upto = probabilities.cumsum(-1)
+        mass = torch.where(top_k <= width, upto[:, -1:], 1.0)
+        if ((top_k <= width) | (upto[:, -1:] >= top_p) & (top_k == vocabulary)).all():
+            break
     # The likeliest token always stays, however small top_p is.
-    kept = (upto - probabilities < top_p * upto[:, -1:]) & (probabilities > 0) | (ranks == 0)
+    kept = (upto - probabilities < top_p * mass) & (probabilities > 0) | (ranks == 0)
     upto = (probabilities * kept).cumsum(-1)
     picked = torch.searchsorted(upto, chance * upto[:, -1:], right=True)
     picked = torch.minimum(picked, kept.sum(-1, keepdim=True) - 1)
