@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     chat_base_model: str | None = None
     chat_context: int = Field(8192, ge=256)
     chat_max_batch: int = Field(64, ge=1, le=256)
-    chat_kv_tokens: int = Field(65536, ge=256)
+    chat_kv_tokens: int | None = Field(None, ge=256)
     chat_prefix_tokens: int = Field(16384, ge=0)
 
     # Where assets go.

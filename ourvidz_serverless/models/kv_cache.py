@@ -26,14 +26,23 @@ def rounded(rows: int, length: int) -> tuple[int, int]:
     return 1 << (rows - 1).bit_length(), -(-length // BLOCK) * BLOCK
 
 
+def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """What one token of a conversation takes in the cache, in all layers."""
+    heads, dim = _shape(config)
+    return 2 * config.num_hidden_layers * heads * dim * dtype.itemsize
+
+
+def _shape(config: Any) -> tuple[int, int]:
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, dim
+
+
 class KVCache:
     """The rows; `reserve` before writing."""
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
-        heads = config.num_key_value_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._options = {"device": device, "dtype": dtype}
-        self._shape = (heads, dim)
+        self._shape = _shape(config)
         self._num_layers = config.num_hidden_layers
         self.clear()
 

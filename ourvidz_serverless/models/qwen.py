@@ -18,6 +18,7 @@ from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnava
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.grammar import Grammars
+from ourvidz_serverless.models.kv_cache import BLOCK, bytes_per_token
 from ourvidz_serverless.models.sampling import Sampling
 from ourvidz_serverless.settings import Settings
 
@@ -29,6 +30,9 @@ ARCHITECTURES = ("qwen2", "llama")
 START, END = "<|im_start|>", "<|im_end|>"
 OTHER_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
+#: How much of a GPU's free memory the cache may take; the rest is what a forward needs.
+CACHE_SHARE = 0.8
+
 #: A message: who speaks, and what they say.
 Message = tuple[str, str]
 
@@ -39,61 +43,71 @@ def load(settings: Settings) -> Chat:
     Raises ModelLoadError with one line when weights are missing, corrupt or of another kind.
     """
     device = Device.choose(settings, on_gpu=torch.bfloat16)
-    limits = Limits(
-        max_batch=settings.chat_max_batch,
-        kv_tokens=settings.chat_kv_tokens,
-        prefix_tokens=settings.chat_prefix_tokens,
-    )
     asked = {
         "qwen_instruct": ("CHAT_INSTRUCT_MODEL", settings.chat_instruct_model),
         "qwen_base": ("CHAT_BASE_MODEL", settings.chat_base_model),
     }
-    loaded: dict[str, Writer] = {}
-    writers = {}
-    for name, (variable, place) in asked.items():
-        if place:
-            # The same weights under both names are loaded once.
-            loaded[place] = loaded.get(place) or _read(variable, place, device, limits)
-            writers[name] = loaded[place]
-    return Chat(writers, device, settings.chat_context)
+    # By place, so that the same weights under both names are loaded once.
+    variables = {place: variable for variable, place in asked.values() if place}
+    loaded = {place: _read(variable, place, device) for place, variable in variables.items()}
+    limits = Limits(
+        max_batch=settings.chat_max_batch,
+        kv_tokens=settings.chat_kv_tokens or _room(device, [model for model, _ in loaded.values()]),
+        prefix_tokens=settings.chat_prefix_tokens,
+    )
+    writers = {place: Writer(*parts, device, limits) for place, parts in loaded.items()}
+    served = {name: writers[place] for name, (_, place) in asked.items() if place}
+    return Chat(served, device, settings.chat_context)
 
 
-def _read(variable: str, place: str, device: Device, limits: Limits) -> Writer:
+def _room(device: Device, models: Sequence[Any]) -> int:
+    """How many tokens each model's cache may hold, once all of them are loaded."""
+    free = device.free_bytes()
+    if free is None:
+        return Limits().kv_tokens
+    each = sum(bytes_per_token(model.config, device.dtype) for model in models)
+    return max(int(free * CACHE_SHARE) // each, BLOCK)
+
+
+def _read(variable: str, place: str, device: Device) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
     path = POCKET if place == "pocket" else Path(place)
     if not path.exists():
         hint = "; `make chat` puts it there" if place == "pocket" else ""
         raise ModelLoadError(f"{variable}: there is nothing at {path}{hint}")
     try:
-        return _open(path, device, limits)
+        return _open(path, device)
     except Exception as exc:
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
         raise ModelLoadError(f"{variable}: {path.name} does not load as chat ({why})") from exc
 
 
-def _open(path: Path, device: Device, limits: Limits) -> Writer:
+def _open(path: Path, device: Device) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type not in ARCHITECTURES or getattr(config, "use_sliding_window", False):
         raise ValueError(f"its architecture is {config.model_type}, with or without a window")
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=device.dtype, attn_implementation="sdpa", local_files_only=True
     )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return Writer(model.to(device.name).eval(), tokenizer, device, limits)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+    if None in map(tokenizer.token_to_id, (START, END)):
+        raise ValueError(f"its tokenizer has no {START} and {END}")
+    return model.to(device.name).eval(), tokenizer
 
 
 class Writer:
-    """One model with its tokenizer and its engine."""
+    """One model with its tokenizer and its engine.
+
+    The tokenizer is the library's under transformers' own: to encode through that one changes
+    its state, and many jobs encode at once.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, device: Device, limits: Limits | None = None
     ) -> None:
-        # The library under transformers' tokenizer: encoding through that one changes its state,
-        # and many jobs encode at once.
-        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
         self._start, self._end = map(self._tokenizer.token_to_id, (START, END))
-        if self._start is None or self._end is None:
-            raise ValueError(f"its tokenizer has no {START} and {END}")
         self.context: int = model.config.max_position_embeddings
         ends = self._ends(model)
         self.grammars = Grammars(self._tokenizer, model.config.vocab_size, ends)

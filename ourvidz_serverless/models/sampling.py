@@ -10,7 +10,6 @@ import torch
 
 from ourvidz_serverless.models.grammar import Matcher
 
-
 #: Tokens that are ranked before the whole vocabulary is.
 CANDIDATES = 1024
 

@@ -66,7 +66,7 @@ def tiny_folder(path: Path, context: int = 4096) -> str:
 
 
 def tiny_writer(model: Any = None, **limits: int) -> Writer:
-    return Writer(model or tiny_model(), tiny_tokenizer(), CPU, Limits(**limits))
+    return Writer(model or tiny_model(), tiny_tokenizer().backend_tokenizer, CPU, Limits(**limits))
 
 
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
