@@ -89,7 +89,7 @@ def clouds(side: int, grain: float) -> Pixels:
 
 
 def sharp(side: int) -> Pixels:
-    """Thousands of overlapping discs ("dead leaves"), whose edges are as common as in photographs.
+    """Clouds over thousands of overlapping discs ("dead leaves"): edges as in photographs.
 
     The sizes' law and the idea: Lee, Mumford and Huang, "Occlusion models for natural images",
     IJCV 2001.
@@ -101,7 +101,8 @@ def sharp(side: int) -> Pixels:
         x, y = rng.uniform(0, 2 * side, 2)
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX))
+    discs = np.asarray(image.resize((side, side), Image.Resampling.BOX))
+    return (0.7 * discs + 0.3 * clouds(side, grain=0)).astype(np.uint8)
 
 
 def drawing(side: int) -> Pixels:

@@ -31,9 +31,13 @@ VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3
 LATENT_NOISE = 0.03
 ANCHOR = 8.0
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
-UNET_STEPS = 4600
+UNET_STEPS = 3700
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
+# (first step, weight of large cells, cap of the signal-to-noise weight): colours first, then edges.
+EMPHASIS = [(0, 16.0, 5.0), (1000, 4.0, 20.0)]
+# From here on the full menu: words are learned on small pictures, where steps are cheap.
+FULL_MENU_FROM = 1500
 # (height, width, drawings) whose latents are made once and reused under ever new captions.
 POOL = [
     (128, 128, 4000),
@@ -55,16 +59,16 @@ SMALL_MENU = [
     ((256, 256, 8), 0.10),
 ]
 FULL_MENU = [
-    ((128, 128, 32), 0.42),
-    ((144, 256, 14), 0.08),
-    ((256, 144, 14), 0.08),
-    ((256, 256, 8), 0.16),
+    ((128, 128, 20), 0.46),
+    ((144, 256, 10), 0.08),
+    ((256, 144, 10), 0.08),
+    ((256, 256, 6), 0.15),
     ((512, 512, 2), 0.14),
-    ((288, 512, 4), 0.03),
-    ((512, 288, 4), 0.03),
-    ((576, 1024, 1), 0.02),
-    ((1024, 576, 1), 0.02),
-    ((1024, 1024, 1), 0.02),
+    ((288, 512, 3), 0.025),
+    ((512, 288, 3), 0.025),
+    ((576, 1024, 1), 0.015),
+    ((1024, 576, 1), 0.015),
+    ((1024, 1024, 1), 0.01),
 ]
 
 
@@ -284,7 +288,8 @@ def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
         rng = random.Random(seed + step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, UNET_PEAK_RATE)
-        loss = unet_loss(pipe, pool, signal, _bucket(rng, step / steps), rng)
+        error, snr = unet_error(pipe, pool, signal, _bucket(rng, step), rng)
+        loss = weighted(error, snr, step)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -298,20 +303,20 @@ def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
             export(vae, ema)
 
 
-def _bucket(rng: random.Random, progress: float) -> tuple[int, int, int]:
-    """(height, width, batch) of the next step: words are learned small, large sizes later."""
-    menu = SMALL_MENU if progress < 0.4 else FULL_MENU
+def _bucket(rng: random.Random, step: int) -> tuple[int, int, int]:
+    """(height, width, batch) of this step."""
+    menu = SMALL_MENU if step < FULL_MENU_FROM else FULL_MENU
     return rng.choices([bucket for bucket, _ in menu], [weight for _, weight in menu])[0]
 
 
-def unet_loss(
+def unet_error(
     pipe: StableDiffusionXLPipeline,
     pool: Pool,
     signal: Tensor,
     bucket: tuple[int, int, int],
     rng: random.Random,
-) -> Tensor:
-    """One batch's loss: the noise in noised latents, predicted from their captions and size."""
+) -> tuple[Tensor, Tensor]:
+    """One batch's error in predicting the noise from captions and size, and its signal to noise."""
     height, width, batch = bucket
     latents, shown = pool[height, width]
     chosen = rng.choices(range(len(shown)), k=batch)
@@ -328,19 +333,20 @@ def unet_loss(
     size = torch.tensor([[height, width, 0, 0, height, width]], device=signal.device)
     conditions = {"text_embeds": pooled, "time_ids": size.repeat(batch, 1).to(pooled.dtype)}
     found = pipe.unet(noisy, steps, words, added_cond_kwargs=conditions).sample
-    return weighted(found - noise, (kept / (1 - kept)).flatten())
+    return found - noise, (kept / (1 - kept)).flatten()
 
 
-def weighted(error: Tensor, snr: Tensor) -> Tensor:
-    """Squared error by pixel (min-SNR-5, arXiv:2303.09556) and, far more heavily, by large cells.
+def weighted(error: Tensor, snr: Tensor, step: int) -> Tensor:
+    """Squared error by pixel (min-SNR, arXiv:2303.09556) and, far more heavily, by large cells.
 
     Colours and places are the error's averages over cells of a quarter of the picture. By pixel
     they hardly count, least where the noise is strong and they are decided.
     """
-    fine = error.square().mean((1, 2, 3)) * snr.clamp(max=5) / snr
+    _, emphasis, cap = [row for row in EMPHASIS if row[0] <= step][-1]
+    fine = error.square().mean((1, 2, 3)) * snr.clamp(max=cap) / snr
     cells = F.avg_pool2d(error, min(error.shape[-2:]) // 4)
     coarse = cells.square().mean((1, 2, 3)) * snr.rsqrt().clamp(1, 10)
-    return (fine + 16 * coarse).mean()
+    return (fine + emphasis * coarse).mean()
 
 
 def encode_captions(
@@ -376,11 +382,11 @@ def _encode_chunk(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Te
     return torch.cat(states, -1), output.text_embeds
 
 
-def export(vae: AutoencoderKL, networks: nn.ModuleDict | None = None) -> None:
-    """Store the pocket SDXL with this VAE and, once there are any, these trained networks."""
+def export(vae: AutoencoderKL, networks: nn.ModuleDict) -> None:
+    """Store the pocket SDXL with this VAE and these trained networks."""
     pipe = pocket_sdxl.assemble()
     pipe.vae.load_state_dict(vae.state_dict())
-    for name, network in networks.items() if networks else ():
+    for name, network in networks.items():
         getattr(pipe, name).load_state_dict(network.state_dict())
     pocket_sdxl.save_config(pipe, pocket_sdxl.CONFIG)
     pocket_sdxl.save_single_file(pipe, pocket_sdxl.CHECKPOINT)
@@ -419,7 +425,6 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
     options = parser.parse_args()
     vae = train_vae(options.vae_steps, options.device, options.seed)
-    export(vae)
     train_unet(vae, options.unet_steps, options.device, options.seed)
 
 

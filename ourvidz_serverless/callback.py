@@ -79,7 +79,7 @@ class Callback:
                 answer = session.post(
                     url, data=body, headers=headers, timeout=TIMEOUT_S, allow_redirects=False
                 )
-        except requests.RequestException as exc:
+        except (OSError, ValueError) as exc:  # of requests, and of a URL or header that is none
             raise Fault(None) from exc
         if not 200 <= answer.status_code < 300:
             raise Fault(answer.status_code, answer.headers.get("Retry-After"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 from tqdm import tqdm
 
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
@@ -43,8 +45,9 @@ LAST_PROGRESS_S = 5.0
 
 def serve(worker: Worker, settings: Settings) -> None:
     """Run the SDK's loop with this worker until the platform ends it."""
-    # At DEBUG, the SDK's default, it logs every payload and every result.
-    RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", "INFO"))
+    # At DEBUG, the SDK's default, it logs every payload; at a terminal we show the result.
+    quiet = "INFO" if is_on_platform() else "WARN"
+    RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", quiet))
     close_on_sigterm = functools.cache(lambda: _close_on_sigterm(worker, settings.shutdown_grace_s))
 
     def concurrency(current: int) -> int:
@@ -65,7 +68,7 @@ def serve(worker: Worker, settings: Settings) -> None:
 
 def _streams(settings: Settings) -> bool:
     # The SDK's run of a single test input takes no generator.
-    has_queue = "RUNPOD_WEBHOOK_GET_JOB" in os.environ or "--rp_serve_api" in sys.argv
+    has_queue = is_on_platform() or "--rp_serve_api" in sys.argv
     return has_queue and "chat" in settings.families
 
 
@@ -78,7 +81,9 @@ def make_handler(worker: Worker, settings: Settings) -> Handler:
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(threads, worker.run, event, stop, reporter.report)
         try:
-            return (await asyncio.shield(running)).result()
+            document = await asyncio.shield(running)
+            reporter.show(document)
+            return document.result()
         except asyncio.CancelledError:
             stop.set()
             await _wait_out(running)
@@ -108,7 +113,9 @@ def make_stream_handler(worker: Worker, settings: Settings) -> StreamHandler:
             stop.set()
             await _wait_out(running)
             await reporter.close()
-        yield running.result().result()
+        document = running.result()
+        reporter.show(document)
+        yield document.result()
 
     return handler
 
@@ -165,8 +172,12 @@ def _close_on_sigterm(worker: Worker, grace_s: float) -> None:
 
 def make_reporter(event: Mapping[str, Any]) -> PlatformReporter | TerminalReporter:
     """Who hears of a job's progress: RunPod, or somebody at a terminal."""
-    on_platform = "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
-    return PlatformReporter(event) if on_platform else TerminalReporter()
+    return PlatformReporter(event) if is_on_platform() else TerminalReporter()
+
+
+def is_on_platform() -> bool:
+    """Whether RunPod runs this process, and not somebody at a terminal."""
+    return "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
 
 
 class PlatformReporter:
@@ -188,6 +199,9 @@ class PlatformReporter:
         self._newest = progress
         self._loop.call_soon_threadsafe(self._news.set)
 
+    def show(self, document: Document) -> None:
+        """Nothing: the SDK posts what the handler returns."""
+
     async def close(self) -> None:
         """Post nothing more; a post that is on its way arrives first."""
         self._closing.set()
@@ -206,7 +220,7 @@ class PlatformReporter:
 
 
 class TerminalReporter:
-    """A progress bar on stderr."""
+    """A progress bar on stderr, and the result on stdout."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -217,7 +231,15 @@ class TerminalReporter:
             self._bar = tqdm(total=progress["steps"], unit="step", desc=progress["stage"])
         self._bar.update(progress["step"] - self._bar.n)
 
+    def show(self, document: Document) -> None:
+        """Print the document as the caller gets it."""
+        self._leave_bar()
+        print(json.dumps(document.result(), indent=2, ensure_ascii=False), flush=True)
+
     async def close(self) -> None:
         """Leave the bar as it stands."""
+        self._leave_bar()
+
+    def _leave_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()

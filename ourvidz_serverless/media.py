@@ -113,8 +113,8 @@ def _lossy(image: Image.Image, format: Format, quality: int, xmp: bytes) -> byte
 
 
 # PNG. Each byte of a row is predicted from those before it, and what remains is compressed. In
-# what a model paints the remainders are noise: they want a Huffman code, and the search for
-# repetitions that takes most of a usual encoder's time finds next to none.
+# what a model paints the remainders are noise: they want a Huffman code, and a search for
+# repetitions finds next to none. In flat drawings it finds nearly everything.
 
 
 def up(left: Pixels, above: Pixels, corner: Pixels) -> Pixels:
@@ -187,7 +187,12 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _deflate(pixels: Pixels) -> bytes:
-    """The pixels as one zlib stream of filtered rows, by the recipe that suits a sample of them."""
+    """The pixels as one zlib stream of filtered rows, by the recipe that suits a sample of them.
+
+    Against Pillow's default, in one run of `python -m benchmarks.png` (1024x1024, one thread):
+    clouds 20 times as fast and 0.96 of the size, with grain 9 times and 0.95, sharp edges 8 times
+    and 1.00, a flat drawing 5 times and 1.08.
+    """
     height, width, _ = pixels.shape
     # A black pixel before each row and a black row before the first, as the filters assume.
     rows = np.zeros((height + 1, (width + 1) * 3), np.uint8)

@@ -36,7 +36,7 @@ class S3Config(Wire):
     """RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's."""
 
     bucketName: str = Field(min_length=3)
-    endpointUrl: str | None = None
+    endpointUrl: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+/?$")
     accessId: SecretStr
     accessSecret: SecretStr
 

@@ -185,6 +185,19 @@ def fetch(
     return decode(data, policy)
 
 
+def download(url: str, *, policy: Policy, remaining_s: Left | None = None) -> bytes:
+    """What an https URL gives, as bytes, through the same gate and within the same limits.
+
+    Raises ReferenceFrameError, like `fetch`.
+    """
+    return _from_web(
+        url,
+        policy,
+        remaining_s,
+        lambda once: retry(once, on=is_transient, policy=policy.retry, remaining_s=remaining_s),
+    )
+
+
 def fetch_all(
     references: Mapping[str, str],
     *,

@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
 
@@ -79,8 +79,8 @@ nieletni, nieletnia, ребенок, ребенка, дети, детей, де�
 # What makes a text sexual, in clinical and in common words.
 # Not to be generalised to what children do and wear (bath, swimsuit, bare feet, kiss, diaper), to
 # virgin and madonna, or to breast and nursing: with them a nativity would be refused. Nor to what
-# Chinese finds in the middle of other words (性的, 性交, 做爱). Adult mode needs none of these words,
-# so the table can stay short of the ambiguous ones.
+# Chinese finds in the middle of other words (性的, 性交, 做爱). Adult mode needs none of these, so
+# the table can stay short of the ambiguous ones.
 SEXUAL = """
 sex, sexy, sexier, sexual, sexually, sexuality, sexualize, sexualized, sexualised, sexting, nude*,
 nudity, naked, nakedness, unclothed, undressed, undressing, undress, topless, bottomless, without
@@ -115,26 +115,26 @@ BENIGN = """
 minor key*, minor chord*, minor scale*, minor third*, minor sixth*, minor seventh*, minor detail*,
 minor change*, minor adjustment*, minor edit*, minor tweak*, minor fix, minor fixes, minor flaw*,
 minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor
-scratches, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*, minor problem*,
-minor role*, minor variation*, minor difference*, minor version*, minor release*, minor league*,
-minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film grain, minor
-damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor, ursa minor,
-canis minor, leo minor, asia minor, asie mineure, vinca minor, kid glove*, kid leather, kid skin,
-kid goat*, billy the kid, sundance kid, cisco kid, i kid you not, kid cudi, kid rock, kid icarus,
-new kids on the block, child s pose, childs pose, child bearing, childbearing, inner child, destiny
-s child, destinys child, child free, child process, child processes, child class, child node*, child
-element*, child support, teen vogue, teenage mutant ninja turtle*, mutant ninja turtle*, gothic
-lolita, lolita fashion, girl scout cookie*, high school teacher*, high school principal, high school
-reunion*, middle school teacher*, elementary school teacher*, primary school teacher*, secondary
-school teacher*, kindergarten teacher*, preschool teacher*, dragon age, ice age, stone age, bronze
-age, iron age, middle age, dix huit, dix neuf, infant formula, enfant terrible, 18 minute*, 18
-second*, 18 hour*, 18 day*, 18 degree*, 18 percent, 18 dollar*, 18 euro*, 18 inch, 18 inches, 18
-pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km, sex ed, sex education, same sex, opposite sex, fair
-sex, biological sex, sex of the baby, nude color*, nude colour*, nude colored, nude coloured, nude
-tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette, nude nail*, nude
-shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude, kick ass, pussy
-willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a doodle, black cock,
-anal retentive, bottomless pit*, sex pistols, sex and the city
+scratches, minor scuff*, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*,
+minor problem*, minor role*, minor variation*, minor difference*, minor version*, minor release*,
+minor league*, minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film
+grain, minor damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor,
+ursa minor, canis minor, leo minor, asia minor, asie mineure, vinca minor, kid glove*, kid leather,
+kid skin, kid goat*, billy the kid, sundance kid, cisco kid, i kid you not, kid cudi, kid rock, kid
+icarus, new kids on the block, child s pose, childs pose, child bearing, childbearing, inner child,
+destiny s child, destinys child, child free, child process, child processes, child class, child
+node*, child element*, child support, teen vogue, teenage mutant ninja turtle*, mutant ninja
+turtle*, gothic lolita, lolita fashion, girl scout cookie*, high school teacher*, high school
+principal, high school reunion*, middle school teacher*, elementary school teacher*, primary school
+teacher*, secondary school teacher*, kindergarten teacher*, preschool teacher*, dragon age, ice age,
+stone age, bronze age, iron age, middle age, dix huit, dix neuf, infant formula, enfant terrible, 18
+minute*, 18 second*, 18 hour*, 18 day*, 18 degree*, 18 percent, 18 dollar*, 18 euro*, 18 inch, 18
+inches, 18 pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km, sex ed, sex education, same sex, opposite
+sex, fair sex, biological sex, sex of the baby, nude color*, nude colour*, nude colored, nude
+coloured, nude tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette,
+nude nail*, nude shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude,
+kick ass, pussy willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a
+doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the city
 """
 
 # A clause that forbids is no wish: "never depict minors", "no one under 18", "refuse sexual
@@ -160,7 +160,7 @@ PATIENCE = 10  # fillers between a negation and what it forbids
 # What follows a number and makes it an age at once. Not to be generalised to bare years, which are
 # more often a time ("15 years of experience", "hace 10 años"): those are in YEARS, and need a lead.
 AGE_UNITS = """
-years old, year old, year olds, yrs old, yr old, yr olds, yearold, yearolds, yearsold, yo, yos, y o,
+years old, year old, year olds, yrs old, yr old, yr olds, yo, yos, y o,
 세, years young, years of age, year of age, months old, month old, month olds, th birthday, st
 birthday, nd birthday, rd birthday, th grade, th grader*, st grade, st grader*, nd grade, nd
 grader*, rd grade, rd grader*, year girl*, year boy*, yr girl*, yr boy*, años de edad, anos de
@@ -201,11 +201,12 @@ LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
 # only, from FIRST_BARE on. "Elf" is eleven in German, and a tag.
 BARE_LEADS = """
 she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, they re, both are,
-you are, you re, youre, turned, turning, turns, looks, looks like, look, appears
+you are, you re, youre, turned, turning, turns, looks, looks like, look, appears, under, not even,
+not yet
 """
 HEDGES = "only, just, about, around, almost, nearly, barely, still, maybe, like"
 FIRST_BARE = 4
-CLAUSE_ENDS = {",", "and", "but"}
+CLAUSE_ENDS = {",", "and", "but", "last", "this", "today", "yesterday", "now", "when", "so"}
 
 # Numbers below 18, in order from one: what an age can be written with.
 NUMBERS = (
@@ -241,7 +242,8 @@ cento, двадцать, тридцать, сорок, пятьдесят, ше�
 AND = "and, y, e, et"
 RANGES = "to, or, and, a, bis, o, ou, y, e"
 HAN_DIGITS = "一二三四五六七八九"
-AGE_MARKS = "歳, 才, 岁, 歲, 살"  # 세 only by itself: 15세기 is the 15th century
+# How a word begins that makes the number before it an age. Not 세: 15세기 is the 15th century.
+AGE_MARKS = "歳, 才, 岁, 歲, 살, yearold, yearsold"
 
 # Letters that are drawn like Latin ones, each before its twin, where compatibility forms do not
 # already say so. Both cases of a Cyrillic letter fold alike, or Russian could not be found.
@@ -298,7 +300,8 @@ PAUSES = frozenset(",;.!?|\n。、，")
 IN_WORD = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_){1,3}(?=[^\W_])")
 SPELLED = re.compile(r"(?<![^\W_])[^\W_](?:[\W_]{1,3}[^\W_](?![^\W_])){2,}")
 CHUNK = re.compile(r"[a-z0-9@$!|+€£¡]+")
-STRETCHED = re.compile(r"(.)\1{2,}")
+STRETCHED = re.compile(r"(.)\1\1")
+REPEATED = re.compile(r"(.)\1+")
 KATAKANA = re.compile("[ァ-ヺー]")
 
 
@@ -417,32 +420,32 @@ def _tokens(text: str) -> Tokens:
 
 
 def _spelled_out(text: str) -> str:
-    """What is written letter by letter, and the known words in it ("a t e e n")."""
+    """The text with what is spelled out joined, and the known words in that ("a t e e n")."""
     runs = ["".join(filter(str.isalnum, run)) for run in SPELLED.findall(text)]
+    if not runs:
+        return text
+    joined = iter(runs)
     together = " ".join([*runs, *(run.translate(LEET) for run in runs)])
-    return ", ".join([*runs, *(word for word in _WORDS if word in together)])
+    found = (word for word in _WORDS if word in together)
+    return ", ".join([SPELLED.sub(lambda _: next(joined), text), *found])
 
 
 def _restored(chunk: re.Match[str]) -> str:
     """The known word that leet or stretching disguises, or the chunk as it is."""
     word = chunk[0]
-    if len(word) <= LONGEST:
-        for bare in (word, word.strip("!|+")):
-            for guess in _guesses(bare):
-                if known := _SPELLINGS.get(guess.translate(ONE_STROKE)):
-                    return f" {known} "
-    return word
+    if len(word) > LONGEST:
+        return word
+    known = _known(word) or _known(word.strip("!|+"))
+    return f" {known} " if known else word
 
 
-def _guesses(word: str) -> Iterator[str]:
-    letters = word
+def _known(word: str) -> str | None:
     # Digits and signs alone stay what they are: 455 is a number.
-    if not word.isalpha() and any(map(str.isalpha, word)):
-        letters = word.translate(LEET)
-        yield letters
-    if STRETCHED.search(letters):
-        yield STRETCHED.sub(r"\1\1", letters)
-        yield STRETCHED.sub(r"\1", letters)
+    is_leet = not word.isalpha() and any(map(str.isalpha, word))
+    drawn = (word.translate(LEET) if is_leet else word).translate(ONE_STROKE)
+    if is_leet and drawn in _LEET_WORDS:
+        return _LEET_WORDS[drawn]
+    return _STRETCHED_WORDS.get(REPEATED.sub(r"\1", drawn)) if STRETCHED.search(word) else None
 
 
 def _rejoined(tokens: Tokens) -> Iterator[str]:
@@ -539,7 +542,7 @@ def _is_young(tokens: Tokens, i: int) -> bool:
     if _is_in_tens(tokens, i):
         return False
     end = _end_of_number(tokens, i)
-    lead = i - 1 if i and tokens[i - 1] in _HEDGES else i
+    lead = _start_of_number(tokens, i)
     return (
         _has_unit(tokens, end)
         or (_ends(tokens, lead, _AGE_LEADS) and not _starts(tokens, end, _NOT_AGES))
@@ -553,6 +556,12 @@ def _is_in_tens(tokens: Tokens, i: int) -> bool:
     return before >= 0 and tokens[before] in _TENS
 
 
+def _start_of_number(tokens: Tokens, i: int) -> int:
+    """Before "13", and before "only just 13"."""
+    hedges = takewhile(_HEDGES.__contains__, (tokens[i - n] for n in (1, 2) if n <= i))
+    return i - len(list(hedges))
+
+
 def _end_of_number(tokens: Tokens, i: int) -> int:
     """Past "13", and past "13 to 19"."""
     match tokens[i + 1 : i + 3]:
@@ -562,28 +571,28 @@ def _end_of_number(tokens: Tokens, i: int) -> int:
 
 
 def _has_unit(tokens: Tokens, end: int) -> bool:
+    unit_ends = _starts(tokens, end, _AGE_UNITS)
     if any(token.startswith(_AGE_MARKS) for token in tokens[end : end + 1]):
-        return True
-    return any(
-        _AGED_THINGS.isdisjoint(tokens[after : after + 1])
-        for after in _starts(tokens, end, _AGE_UNITS)
-    )
+        unit_ends.append(end + 1)
+    return any(_AGED_THINGS.isdisjoint(tokens[after : after + 1]) for after in unit_ends)
 
 
-def _has_led_years(tokens: Tokens, start: int, end: int) -> bool:
+def _has_led_years(tokens: Tokens, lead: int, end: int) -> bool:
     if _YEARS.isdisjoint(tokens[end : end + 1]) or _OF_TIME & set(tokens[end + 1 : end + 2]):
         return False
-    person = start - 1
-    while person >= max(0, start - 2) and tokens[person] in LINKS:
-        person -= 1
-    return bool(_ends(tokens, start, _YEAR_LEADS)) or (person >= 0 and tokens[person] in _PERSON)
+    return _ends(tokens, lead, _YEAR_LEADS) or _is_after_person(tokens, lead)
 
 
-def _is_bare_age(tokens: Tokens, start: int, end: int) -> bool:
+def _is_bare_age(tokens: Tokens, lead: int, end: int) -> bool:
     if not CLAUSE_ENDS.issuperset(tokens[end : end + 1]):
         return False
-    before = start - 2 if start and tokens[start - 1] == PAUSE else start - 1
-    return bool(_ends(tokens, start, _BARE_LEADS)) or (before >= 0 and tokens[before] in _PERSON)
+    return _ends(tokens, lead, _BARE_LEADS) or _is_after_person(tokens, lead)
+
+
+def _is_after_person(tokens: Tokens, lead: int) -> bool:
+    """Whether "girl", "girl, " or "girl of" stands before `lead`."""
+    before = lead - 2 if lead and tokens[lead - 1] in LINKS else lead - 1
+    return before >= 0 and tokens[before] in _PERSON
 
 
 def _entries(table: str) -> Iterator[Tokens]:
@@ -613,7 +622,9 @@ def _ages_in_a_word() -> str:
     ]
     grades = [f"{year} {grade}" for year in _words(SCHOOL_YEARS) for grade in ("grade", "grader*")]
     infants = [f"{n} {month} old" for n in range(18, 37) for month in ("month", "months")]
-    return ", ".join([*german, *russian, *grades, *infants])
+    schools = (("小学", "一二三四五六123456"), ("中学", "一二三123"), ("高校", "一二三123"))
+    japanese = [f"{school}{year}年" for school, years in schools for year in years]
+    return ", ".join([*german, *russian, *grades, *infants, *japanese])
 
 
 def _glued(table: str) -> str:
@@ -641,16 +652,20 @@ _YOUNG = frozenset(
 )
 _BARE = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
 
-_SIGNS = [words[0] for words in _entries(_glued(f"{MINOR}, {SEXUAL}")) if len(words) == 1]
-_WORDS = frozenset(word for word in _SIGNS if len(word) > 2)
+_SIGNS = sorted({word for index in (_MINOR, _SEXUAL) for word in index if (word,) in index[word]})
+_WORDS = [word for word in _SIGNS if len(word) > 2]
 _CUT = {word for word in _WORDS if len(word) >= SHORTEST_CUT} - NOT_CUT
-_PARTS = _WORDS | {"girl", "girls", "boy", "boys"}
+_PARTS = {*_WORDS, "girl", "girls", "boy", "boys"}
 _OPENINGS = {word[:3] for word in _PARTS}
-_UNPARTED = frozenset(word for word in _SIGNS if word[0] >= "\u1100" and not KATAKANA.match(word))
-_SPELLINGS = {
+_UNPARTED = [word for word in _SIGNS if word[0] >= "\u1100" and not KATAKANA.match(word)]
+_LEET_WORDS = {
     word.translate(ONE_STROKE): word
     for table in (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
     for words in _entries(_glued(table))
     for word in words
     if len(word) > 2
+}
+# The tables at the front win: "teeeen" is teen, not ten.
+_STRETCHED_WORDS = {
+    REPEATED.sub(r"\1", drawn): word for drawn, word in reversed(_LEET_WORDS.items())
 }

@@ -56,6 +56,7 @@ class Settings(BaseSettings):
     sdxl_model: str = "pocket"
     sdxl_config: Path | None = None
     sdxl_min_steps: int = Field(10, ge=1, le=10)
+    sdxl_timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     sdxl_max_batch: int = Field(6, ge=1, le=6)
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None

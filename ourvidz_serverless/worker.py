@@ -75,17 +75,22 @@ class Worker:
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
         context = JobContext(stop, report, self._settings.job_timeout_s, emit=emit)
-        return self._flights.run(job_id, stop, lambda: self._run(event, job_id, context))
+        # Of one user only: nobody hears the end of another's job by its id.
+        flight = f"{jobs.user_id(event)}/{job_id}"
+        return self._flights.run(flight, stop, lambda: self._run(event, job_id, context))
 
     def _run(self, event: Mapping[str, Any], job_id: str, context: JobContext) -> Document:
-        job, assets, error = None, (), None
+        job: Job | None = None
+        assets: tuple[Asset, ...] = ()
+        failure: Failure | None = None
         try:
             job = jobs.parse(event, self._settings)
             logs.started(job)
             model = self._admit(job)
             self._announce(job)
-            with context.stage("references"):
+            with context.stage("fetch"):
                 images = self._fetch(job, context)
+                jobs.prepare(job, model, context)
             with self._delivery(job) as delivery:
                 with self._lane(job, context), context.stage("generate"):
                     for output in jobs.run(job, model, images, context):
@@ -93,11 +98,12 @@ class Worker:
                 with context.stage("deliver"):
                     assets = delivery.assets(context.check)
         except JobError as exc:
-            error = exc
-        except Exception:
-            log.exception("job %s met a bug", job_id)
-            error = InternalError("an internal error, which the worker's log describes")
-        document = self._document(job_id, assets, error, context)
+            # The failure alone: an exception that lives on pins the tensors of its frames.
+            failure = Failure.of(exc)
+        except Exception as exc:
+            logs.bug(job_id, exc)
+            failure = Failure.of(InternalError("an internal error; the worker's log says where"))
+        document = self._document(job_id, assets, failure, context)
         document = self._post(document, job)
         logs.ended(document, job, context.elapsed_s)
         return document
@@ -118,21 +124,31 @@ class Worker:
         if family not in self._models:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
-        safety.check_all(job.texts, adult=job.adult)
-        if job.references and job.adult and not job.reference_consent:
-            self._check_consent()
+        self._check_content(job)
         return self._models[family]
 
-    def _check_consent(self) -> None:
-        if self._settings.require_reference_consent:
+    def _check_content(self, job: Job) -> None:
+        """Raise ContentRefused when the content floor refuses, or consent is missing."""
+        try:
+            safety.check_all(job.texts, adult=job.adult)
+        except ContentRefused as exc:
+            logs.refused(job, exc.message, safety.audit_hash(job.texts))
+            raise
+        needs_consent = self._settings.require_reference_consent and job.adult and job.references
+        if needs_consent and not job.reference_consent:
             raise ContentRefused(
                 "content policy: metadata.reference_consent must be true for a reference image "
                 "in adult mode"
             )
 
     def _announce(self, job: Job) -> None:
+        """Tell the caller that the job has begun, where that is wanted; nothing depends on it."""
         if self._settings.callback_processing:
-            self._post(Document(job.id, self._worker_id, "processing"), job)
+            try:
+                document = Document(job.id, self._worker_id, "processing")
+                self._callback.post(document, job.callback_url)
+            except Fault as exc:
+                log.warning("job %s could not be announced: %s", job.id, exc)
 
     def _fetch(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
         """The job's references that could be had; a warning stands for each of the others."""
@@ -169,7 +185,10 @@ class Worker:
             self._computing.release()
 
     def _storage(self, job: Job) -> storage.Storage:
-        return storage.of_job(job.s3_config, self._settings) if job.s3_config else self._assets
+        """The job's own bucket, or the worker's storage."""
+        if job.s3_config:
+            return storage.of_job(job.s3_config, self._settings.bucket_region)
+        return self._assets
 
     def _delivery(self, job: Job) -> Delivery:
         store = self._storage(job)
@@ -185,7 +204,7 @@ class Worker:
         self,
         job_id: str,
         assets: tuple[Asset, ...],
-        error: JobError | None,
+        failure: Failure | None,
         context: JobContext,
     ) -> Document:
         metadata = {
@@ -196,8 +215,7 @@ class Worker:
         }
         if context.warnings:
             metadata["warnings"] = context.warnings
-        if error:
-            failure = Failure.of(error)
+        if failure:
             return Document(job_id, self._worker_id, "failed", (), metadata, failure)
         document = Document(
             job_id, self._worker_id, "completed", assets, metadata, reply=context.reply

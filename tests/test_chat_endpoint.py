@@ -177,7 +177,7 @@ def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
     run = run_handler("--test_input", payload, **env)
 
     assert run.returncode == 0, run.stderr
-    assert "'response': " in run.stdout
+    assert '"response": ' in run.stdout
     assert (tmp_path / "user-1/job-1/0.txt").exists()
 
 

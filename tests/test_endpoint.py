@@ -307,6 +307,7 @@ def test_the_local_api_answers_runsync(tmp_path: Path) -> None:
     [
         ({"SDXL_MODEL": "/no/such/model"}, "SDXL_MODEL: there is nothing at /no/such/model"),
         ({"FAMILIES": "sdxl,music"}, "FAMILIES: Input should be a comma-separated choice of"),
+        ({"FAMILIES": "wan"}, "FAMILIES: wan is not built yet"),
         ({"STORAGE_URL": "nowhere"}, "STORAGE_URL: Input should be"),
         ({"CONCURRENCY": "many"}, "CONCURRENCY: Input should be a valid integer"),
     ],

@@ -71,6 +71,12 @@ def test_every_kept_payload_parses(path: Path) -> None:
     assert parse(payload).id == payload["id"]
 
 
+def test_the_newcomers_input_is_a_payload_that_parses() -> None:
+    event = json.loads((Path(__file__).parents[1] / "test_input.json").read_text())
+
+    assert jobs.parse(event, Settings()).id == "first-picture"
+
+
 # --- one meaning, several places ---
 
 
@@ -289,6 +295,25 @@ def test_a_resolution_is_sides_of_eights_within_bounds(resolution: Any) -> None:
     assert refusal(sdxl_payload(config={"resolution": resolution})) == (
         "config.resolution: Input should be WIDTHxHEIGHT, each a multiple of 8 from 64 to 2048"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"bucketName": "assets", "accessId": "k"}, "s3Config.accessSecret"),
+        ({"endpointUrl": "file:///etc"}, "s3Config.bucketName"),
+        (
+            {"bucketName": "abc", "accessId": "k", "accessSecret": "s", "endpointUrl": "file:/x"},
+            "s3Config.endpointUrl",
+        ),
+        ("text", "s3Config"),
+    ],
+)
+def test_an_s3_config_that_does_not_hold_is_refused_by_its_field(config: Any, field: str) -> None:
+    with pytest.raises(InvalidPrompt) as refused:
+        jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
+
+    assert refused.value.message.startswith(f"{field}: ")
 
 
 @pytest.mark.parametrize("payload", [None, [], "text", 7])

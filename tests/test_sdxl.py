@@ -15,7 +15,7 @@ from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.prompts import PromptEncoder, chunk
-from ourvidz_serverless.models.schedulers import SCHEDULERS
+from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.weights import parse, plain
 
@@ -155,6 +155,18 @@ def test_a_single_picture_that_does_not_fit_is_out_of_memory(sdxl: Any) -> None:
         render(short)
 
 
+class CannotDecode(models.Sdxl):
+    """An SDXL whose decoder does not fit, which torch tells on a CPU in words only."""
+
+    def _decode(self, latent: torch.Tensor) -> np.ndarray:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_running_out_of_memory_anywhere_is_our_error(sdxl: Any) -> None:
+    with pytest.raises(OutOfMemory):
+        render(CannotDecode(sdxl._pipe, sdxl.device))
+
+
 # --- steps ---
 
 
@@ -221,6 +233,15 @@ def test_one_jobs_scheduler_leaves_the_next_ones_alone(sdxl: Any) -> None:
     render(sdxl, scheduler="ddim")
 
     assert distance(render(sdxl)[0], before[0]) == 0
+
+
+def test_a_few_step_checkpoint_may_want_its_timesteps_trailing() -> None:
+    model = models.load(Settings(sdxl_timestep_spacing="trailing"))
+    scheduler = make_scheduler(model._pipe.scheduler.config, "dpmpp_2m")
+
+    scheduler.set_timesteps(4)
+
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
 
 
 # --- prompts ---

@@ -174,7 +174,7 @@ def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> Non
         accessSecret=SecretStr(s3.secret_key),
     )
 
-    of_job(config, Settings()).put("own/bucket/0.png", b"picture", "image/png")
+    of_job(config, "us-east-1").put("own/bucket/0.png", b"picture", "image/png")
 
     assert s3_storage(s3).get("own/bucket/0.png") == b"picture"
 

@@ -4,11 +4,15 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from ourvidz_serverless import errors
@@ -18,6 +22,7 @@ from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
+from tests.support.painter import Painter
 from tests.support.receivers import CallbackReceiver
 
 SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
@@ -114,6 +119,28 @@ def test_a_job_may_ask_for_another_format(bench: MakeBench, name: str) -> None:
     assert asset.metadata["format"] == name
 
 
+class SlowPainter(Painter):
+    """Paints its second picture only when the first one is stored."""
+
+    def __init__(self, first: Path) -> None:
+        super().__init__()
+        self.first = first
+
+    def generate(self, **options: Any) -> Iterator[np.ndarray]:
+        for index, picture in enumerate(super().generate(**options)):
+            deadline = time.monotonic() + 10
+            while index and not self.first.exists():
+                assert time.monotonic() < deadline, "the first picture was not stored meanwhile"
+                time.sleep(0.01)
+            yield picture
+
+
+def test_a_picture_is_stored_while_the_next_one_is_made(bench: MakeBench, tmp_path: Path) -> None:
+    at = bench(painter=SlowPainter(tmp_path / "assets/user-1/job-1/0.png"))
+
+    assert at.run(sdxl_payload(config={"num_images": 3})).status == "completed"
+
+
 # --- a job that does not ---
 
 
@@ -159,6 +186,18 @@ def test_a_bug_is_an_internal_error_that_tells_nothing(bench: MakeBench) -> None
     assert "secret" not in json.dumps(document.result())
 
 
+def test_a_bug_is_logged_by_its_place_and_not_by_its_words(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = bench()
+    at.painter.fails = [RuntimeError("words of a prompt")]
+
+    at.run()
+
+    assert "RuntimeError at painter.py:" in caplog.text
+    assert "words of a prompt" not in caplog.text
+
+
 def test_the_next_job_succeeds_after_one_that_failed(bench: MakeBench) -> None:
     at = bench()
     at.painter.fails = [RuntimeError("once")]
@@ -200,6 +239,30 @@ def test_a_result_that_the_platform_would_lose_is_an_error() -> None:
         check_result(Document("j", "w", "completed", metadata={"number": float("nan")}))
     with pytest.raises(errors.InternalError, match="JSON"):
         check_result(Document("j", "w", "completed", metadata={"text": "\ud800"}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=10,
+)
+
+
+@pytest.fixture(scope="module")
+def any_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("any"))
+
+
+@given(JSON, st.dictionaries(st.text(max_size=9), JSON, max_size=3))
+def test_any_event_ends_in_a_document_that_is_json(
+    any_bench: Bench, payload: object, top: dict[str, object]
+) -> None:
+    event = {**top, "input": payload}
+
+    document = any_bench.worker.run(event, Stop(), lambda progress: None)
+
+    assert document.status == "failed"
+    assert json.loads(json.dumps(document.result(), allow_nan=False))["error"]
 
 
 # --- stop, deadline, shutdown ---
@@ -310,6 +373,19 @@ def test_a_second_delivery_joins_the_first(bench: MakeBench, receiver: CallbackR
 
     assert len(at.painter.calls) == 1
     assert len(receiver.received) == 1
+
+
+def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> None:
+    at = bench()
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run)
+        assert at.painter.at_step.wait(5)
+        second = threads.submit(at.run, sdxl_payload(user_id="user-2"), Stop())
+        at.painter.go_on.set()
+
+        assert first.result(5).assets[0].url == "user-1/job-1/0.png"
+        assert second.result(5).assets[0].url == "user-2/job-1/0.png"
 
 
 def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
@@ -438,6 +514,19 @@ def test_the_floor_reads_every_text_before_anything_is_done(bench: MakeBench, pl
 
     assert code(document) == "CONTENT_REFUSED"
     assert at.painter.calls == []
+
+
+def test_a_refusal_is_audited_by_rule_and_hash(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ourvidz.audit")
+
+    bench().run(sdxl_payload(prompt="nude child"))
+
+    line = next(json.loads(each.message) for each in caplog.records if "content" in each.message)
+    assert (line["user_id"], line["type"], len(line["sha256"])) == ("user-1", "sdxl_image_fast", 64)
+    assert "minor" in line["verdict"]
+    assert "nude" not in caplog.text
 
 
 def test_the_floor_leaves_negative_prompts_alone(bench: MakeBench) -> None:

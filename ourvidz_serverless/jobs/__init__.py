@@ -1,8 +1,9 @@
 """Job types: which family serves each, how a payload becomes a Job, and how a Job is run.
 
-A family is one module here, with `parse(payload, settings) -> Job` and `run(job, model,
-references, context) -> outputs`, and one row in `FAMILIES`. Nothing here imports torch: every
-worker knows every job type, so that a job on the wrong endpoint hears WORKER_UNAVAILABLE.
+A family is one module here, with `parse(payload, settings) -> Job`, `prepare(job, model,
+context)` and `run(job, model, references, context) -> outputs`, and one row in `FAMILIES`.
+Nothing here imports torch: every worker knows every job type, so that a job on the wrong
+endpoint hears WORKER_UNAVAILABLE.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def takes_turns(job: Job) -> bool:
     return FAMILY_OF[job.type] not in BATCHING
 
 
+def prepare(job: Job, model: Any, context: JobContext) -> None:
+    """Have ready what the job's family needs before the device is taken."""
+    FAMILIES[FAMILY_OF[job.type]].prepare(job, model, context)
+
+
 def run(
     job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output | Text]:
@@ -78,14 +84,21 @@ def run(
         context.metadata["vram_used"] = peak_mb
 
 
-def job_id(event: Any) -> str | None:
+def job_id(event: Mapping[str, Any]) -> str | None:
     """The id that the caller knows the job by, as far as a broken payload tells."""
-    payload = event.get("input") if isinstance(event, Mapping) else None
-    candidates = [
-        *([payload.get("id"), payload.get("job_id")] if isinstance(payload, Mapping) else []),
-        *([event.get("id")] if isinstance(event, Mapping) else []),
-    ]
+    payload = _mapping(event.get("input"))
+    candidates = (payload.get("id"), payload.get("job_id"), event.get("id"))
     return next((name for name in candidates if _is_key(name)), None)
+
+
+def user_id(event: Mapping[str, Any]) -> str | None:
+    """The user whose job this is, as far as a broken payload tells."""
+    name = _mapping(event.get("input")).get("user_id")
+    return name if isinstance(name, str) else None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_key(name: object) -> bool:
@@ -107,8 +120,7 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _older_type(payload: Mapping[str, Any]) -> object:
     """The specification's chat payloads carry their type in `config` alone."""
-    config = payload.get("config")
-    return config.get("job_type") if isinstance(config, Mapping) else None
+    return _mapping(payload.get("config")).get("job_type")
 
 
 def _type(name: object) -> str:

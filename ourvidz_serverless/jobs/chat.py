@@ -18,8 +18,9 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
 
-from ourvidz_serverless import safety
+from ourvidz_serverless import logs, safety
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import ContentRefused
 from ourvidz_serverless.payloads import KEY_PATTERN, Job, Text, Wire
 from ourvidz_serverless.settings import Settings
 
@@ -184,6 +185,10 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
     return ChatJob.model_validate(payload)
 
 
+def prepare(job: ChatJob, model: Any, context: JobContext) -> None:
+    """Nothing: a conversation brings all it needs."""
+
+
 def run(
     job: ChatJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Text]:
@@ -212,12 +217,20 @@ def run(
         piece = EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
         reply += piece
         if job.stream:
-            safety.check_all([reply[-CHECKED_LETTERS:]], adult=job.adult)
+            _check_content(job, [reply[-CHECKED_LETTERS:]])
             context.emit({"delta": piece})
-    safety.check_all([*job.texts, reply], adult=job.adult)
+    _check_content(job, [*job.texts, reply])
     context.reply.update(_reply(job, reply, generation))
     context.metadata.update(_metadata(job, generation))
     yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
+
+
+def _check_content(job: ChatJob, texts: list[str]) -> None:
+    try:
+        safety.check_all(texts, adult=job.adult)
+    except ContentRefused as exc:
+        logs.refused(job, exc.message, safety.audit_hash(texts))
+        raise
 
 
 def _in_words(pieces: Iterable[str]) -> Iterator[str]:

@@ -42,9 +42,31 @@ STRENGTHS = {None: 0.5, "style": 0.8, "composition": 0.65, "character": 0.45}
 Scheduler = Literal[
     "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
 ]
+#: The same for an IP-Adapter, where 1 is all of it: the scales that diffusers' documentation
+#: shows for InstantStyle's single blocks, and for all blocks beside a prompt.
+ADAPTER_SCALES = {"style": 1.0, "composition": 1.0, "character": 0.6}
+
 ReferenceType = Literal["style", "composition", "character"]
 Text = Field(None, max_length=20_000)
 Strength = Field(None, ge=0.0, le=1.0)
+
+
+class Lora(Wire):
+    """A LoRA by name, from the worker's own folder, or by the URL of an allowed host."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_. -]{0,127}$")
+    url: str | None = Field(None, pattern=r"^https://", max_length=8192)
+    scale: float = Field(1.0, ge=-2.0, le=2.0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Lora:
+        if (self.name is None) == (self.url is None):
+            raise ValueError("Input should have either a name or a url")
+        return self
+
+    @property
+    def source(self) -> str:
+        return self.name or self.url or ""
 
 
 class SdxlConfig(Wire):
@@ -59,6 +81,7 @@ class SdxlConfig(Wire):
     image: str | None = Field(None, max_length=30_000_000)
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
+    loras: tuple[Lora, ...] = Field((), max_length=4)
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -194,17 +217,24 @@ class SdxlJob(Job):
         """How much of the reference is noised over, from 0.05 (a copy) to 1 (nothing is left)."""
         if self.is_exact_copy:
             return COPY_STRENGTH
-        return max(self._strength_asked_for, COPY_STRENGTH)
+        asked = self._strength_asked_for
+        default = STRENGTHS[self.metadata.reference_type]
+        return max(default if asked is None else asked, COPY_STRENGTH)
 
     @property
-    def _strength_asked_for(self) -> float:
-        given = (self.config.denoise_strength, self.metadata.denoise_strength)
-        for strength in given:
+    def adapter_scale(self) -> float:
+        """How much of a reference an IP-Adapter carries over, from 0 to 1."""
+        asked = self._strength_asked_for
+        default = ADAPTER_SCALES[self.metadata.reference_type or "character"]
+        return default if asked is None else 1 - asked
+
+    @property
+    def _strength_asked_for(self) -> float | None:
+        for strength in (self.config.denoise_strength, self.metadata.denoise_strength):
             if strength is not None:
                 return strength
-        if self.metadata.reference_strength is not None:
-            return 1 - self.metadata.reference_strength
-        return STRENGTHS[self.metadata.reference_type]
+        kept = self.metadata.reference_strength
+        return None if kept is None else 1 - kept
 
     def seeds(self) -> list[int]:
         """One seed an image; the first is drawn where the job names none."""
@@ -218,6 +248,13 @@ class SdxlJob(Job):
 def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
     """The job of a payload; raises pydantic's ValidationError."""
     return SdxlJob.model_validate(payload, context=settings)
+
+
+def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
+    """Have the job's LoRAs on this machine."""
+    for lora in job.config.loras:
+        context.check()
+        model.loras.fetch(lora.source, lambda: context.remaining_s)
 
 
 def run(
@@ -239,6 +276,7 @@ def run(
         num_inference_steps=job.steps,
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
+        loras=[(model.loras.path(lora.source), lora.scale) for lora in job.config.loras],
         step=lambda done, total: context.step("generate", done, total),
         **conditioning,
     )
@@ -261,7 +299,11 @@ def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool
         return {}
     keeps = job.metadata.reference_type
     if keeps and has_adapter and not job.is_exact_copy:
-        return {"likeness": reference, "likeness_keeps": keeps, "likeness_scale": 1 - job.strength}
+        return {
+            "likeness": reference,
+            "likeness_keeps": keeps,
+            "likeness_scale": job.adapter_scale,
+        }
     width, height = job.config.resolution
     image = images.fit(reference, width, height, job.config.resize_mode)
     return {"image": image, "strength": job.strength}

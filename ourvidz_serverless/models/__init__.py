@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.settings import Settings
 
 FAMILIES = {
@@ -19,12 +20,14 @@ FAMILIES = {
 
 
 def load(settings: Settings) -> dict[str, Any]:
-    """The models of every family in `FAMILIES` that this worker serves, on their device.
+    """The models of every family that `FAMILIES` asks for, on their device.
 
     Raises ModelLoadError with one line that names the setting which does not hold.
     """
+    missing = [family for family in settings.families if family not in FAMILIES]
+    if missing:
+        raise ModelLoadError(f"FAMILIES: {', '.join(missing)} is not built yet")
     return {
         family: importlib.import_module(FAMILIES[family]).load(settings)
         for family in settings.families
-        if family in FAMILIES
     }

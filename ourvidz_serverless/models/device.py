@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.settings import Settings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,6 +58,17 @@ class Device:
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def out_of_memory_is_ours() -> Iterator[None]:
+    """Raise our OutOfMemory where torch says that an allocation did not fit."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if is_out_of_memory(exc):
+            raise OutOfMemory("the job does not fit the device's memory") from exc
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,9 +20,11 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -199,7 +201,10 @@ class Engine:
             self._decode()
         except Exception as exc:
             if not is_out_of_memory(exc):
-                log.exception("the engine met a bug")
+                # Where, and not what: the error's own words may quote a prompt.
+                frame = traceback.extract_tb(exc.__traceback__)[-1]
+                where = f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+                log.error("the engine met a bug: %s at %s", type(exc).__name__, where)
             return exc.with_traceback(None)
         return None
 
@@ -359,4 +364,4 @@ def _why_to_leave(generation: Generation) -> Exception | None:
 def _as_job_error(error: Exception) -> JobError:
     if is_out_of_memory(error):
         return OutOfMemory("one conversation of this length does not fit the device's memory")
-    return InternalError("an internal error, which the worker's log describes")
+    return InternalError("an internal error; the worker's log says where")

@@ -19,8 +19,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.device import Device, is_out_of_memory
+from ourvidz_serverless.models.device import Device, is_out_of_memory, out_of_memory_is_ours
 from ourvidz_serverless.models.ip_adapter import IpAdapter
+from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.models.prompts import Embedding, PromptEncoder
 from ourvidz_serverless.models.schedulers import make_scheduler
 from ourvidz_serverless.settings import Settings
@@ -48,7 +49,12 @@ def load(settings: Settings) -> Sdxl:
         raise ModelLoadError(
             f"SDXL_MODEL: {path.name} does not load as SDXL ({_why(exc)})"
         ) from exc
-    return Sdxl(pipe, device, settings.sdxl_max_batch, _adapter(pipe, settings.sdxl_ip_adapter))
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ModelLoadError(f"SDXL_MODEL: {path.name} has its guidance distilled into the UNet")
+    if settings.sdxl_timestep_spacing:
+        pipe.scheduler.register_to_config(timestep_spacing=settings.sdxl_timestep_spacing)
+    adapter = _adapter(pipe, settings.sdxl_ip_adapter)
+    return Sdxl(pipe, device, settings.sdxl_max_batch, adapter, LoraShelf.of(settings))
 
 
 def _adapter(pipe: Any, path: Path | None) -> IpAdapter | None:
@@ -133,10 +139,16 @@ class Sdxl:
     """One SDXL checkpoint on one device. One job at a time: the worker's lane sees to that."""
 
     def __init__(
-        self, pipe: Any, device: Device, max_batch: int = 6, adapter: IpAdapter | None = None
+        self,
+        pipe: Any,
+        device: Device,
+        max_batch: int = 6,
+        adapter: IpAdapter | None = None,
+        loras: LoraShelf | None = None,
     ) -> None:
         self.device = device
         self.adapter = adapter
+        self.loras = loras or LoraShelf(None)
         self._max_batch = max_batch
         self._pipe = pipe.to(device.name)
         self._unet, self._vae = pipe.unet.eval(), pipe.vae.eval()
@@ -157,6 +169,7 @@ class Sdxl:
         num_inference_steps: int,
         guidance_scale: float,
         scheduler: str | None = None,
+        loras: Sequence[tuple[Path, float]] = (),
         image: Image.Image | None = None,
         strength: float = 1.0,
         likeness: Image.Image | None = None,
@@ -171,23 +184,23 @@ class Sdxl:
         character (`likeness_keeps`) the IP-Adapter carries over, if there is one. Raises
         OutOfMemory when not even one picture fits, and whatever `step` raises.
         """
-        factor = self._pipe.vae_scale_factor
-        channels = self._unet.config.in_channels
-        conditioning = self._condition(prompt, negative_prompt, (width, height), guidance_scale)
-        if self.adapter:
-            self.adapter.keep(likeness_keeps if likeness else None, likeness_scale)
-            shown = self.adapter.embed(likeness, conditioning.is_guided)
-            conditioning = replace(conditioning, shown=shown)
-        schedule = Schedule(
-            scheduler,
-            num_inference_steps,
-            latent_shape=(channels, height // factor, width // factor),
-            start=None if image is None else self._encode(image),
-            strength=1.0 if image is None else strength,
-        )
-        for latents in self._denoise_all(seeds, conditioning, schedule, step):
-            for latent in latents:
-                yield self._decode(latent)
+        with out_of_memory_is_ours(), applied(self._pipe, loras):
+            conditioning = self._condition(prompt, negative_prompt, (width, height), guidance_scale)
+            if self.adapter:
+                self.adapter.keep(likeness_keeps if likeness else None, likeness_scale)
+                shown = self.adapter.embed(likeness, conditioning.is_guided)
+                conditioning = replace(conditioning, shown=shown)
+            factor = self._pipe.vae_scale_factor
+            schedule = Schedule(
+                scheduler,
+                num_inference_steps,
+                latent_shape=(self._unet.config.in_channels, height // factor, width // factor),
+                start=None if image is None else self._encode(image),
+                strength=1.0 if image is None else strength,
+            )
+            for latents in self._denoise_all(seeds, conditioning, schedule, step):
+                for latent in latents:
+                    yield self._decode(latent)
 
     def _denoise_all(
         self, seeds: Sequence[int], conditioning: Conditioning, schedule: Schedule, step: Step

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ourvidz_serverless.models.loras import LoraShelf
+
 
 class NoDevice:
     """A device that has no memory to speak of."""
@@ -20,6 +22,7 @@ class Painter:
     """Stands where an SDXL stands. It can be held at a step, and told to fail at one."""
 
     adapter = None
+    loras = LoraShelf(None)
 
     def __init__(self) -> None:
         self.device = NoDevice()

@@ -1,0 +1,1 @@
+"""What docs/benchmarks.md reports, runnable by anyone: `python -m benchmarks.<name>`."""

@@ -1,0 +1,124 @@
+"""An IP-Adapter acts where its kind says, on jobs that bring a reference, and on no others."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models import sdxl as models
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.weights import plain
+from tests.support.bench import sdxl_payload
+from tests.support.ip_adapter import write_ip_adapter
+
+SMALL: dict[str, Any] = {
+    "prompt": plain("a red circle"),
+    "negative_prompt": None,
+    "seeds": [3, 4],
+    "width": 64,
+    "height": 64,
+    "num_inference_steps": 10,
+    "guidance_scale": 6.0,
+}
+RED = Image.new("RGB", (80, 50), "red")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("adapter")
+    path = write_ip_adapter(folder, models.load(Settings())._unet)
+    return models.load(Settings(sdxl_ip_adapter=path))
+
+
+def render(model: Any, **options: Any) -> np.ndarray:
+    return np.stack(list(model.generate(**{**SMALL, **options}))).astype(int)
+
+
+def test_a_job_without_a_reference_is_rendered_as_if_there_were_no_adapter(
+    adapted: Any, sdxl: Any
+) -> None:
+    assert np.array_equal(render(adapted), render(sdxl))
+
+
+@pytest.mark.parametrize("keeps", ["style", "composition", "character"])
+def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: str) -> None:
+    plainly = render(sdxl)
+
+    little, much = (
+        np.abs(
+            render(adapted, likeness=RED, likeness_keeps=keeps, likeness_scale=scale) - plainly
+        ).mean()
+        for scale in (0.1, 1.0)
+    )
+
+    assert 0 < little < much
+
+
+def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
+    blocks = {}
+    for keeps in ("style", "composition", "character"):
+        adapted.adapter.keep(keeps, 1.0)
+        blocks[keeps] = {
+            name.split(".transformer")[0]
+            for name, processor in adapted.adapter._processors.items()
+            if processor.scale[0]
+        }
+
+    assert blocks["style"] == {"up_blocks.0.attentions.1"}
+    assert len(blocks["composition"]) == 1
+    assert next(iter(blocks["composition"])).startswith("down_blocks.2.attentions.")
+    assert blocks["character"] > blocks["style"] | blocks["composition"]
+
+
+def test_the_reference_of_one_job_leaves_the_next_one_alone(adapted: Any, sdxl: Any) -> None:
+    render(adapted, likeness=RED, likeness_keeps="character")
+
+    assert np.array_equal(render(adapted), render(sdxl))
+
+
+def run(model: Any, **metadata: Any) -> dict[str, Any]:
+    """The metadata that a job with a red reference leaves."""
+    context = JobContext(Stop(), lambda progress: None, 60)
+    metadata = {"reference_image_url": "https://a.example/red.png", **metadata}
+    event = {"input": sdxl_payload(metadata=metadata)}
+    list(jobs.run(jobs.parse(event, Settings()), model, {"reference": RED}, context))
+    return context.metadata
+
+
+def test_a_typed_reference_goes_by_the_adapter_where_there_is_one(adapted: Any) -> None:
+    metadata = run(adapted, reference_type="style", reference_strength=0.6)
+
+    assert (metadata["reference_method"], metadata["reference_type"]) == ("ip_adapter", "style")
+    assert metadata["reference_scale"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "scale"), [("style", 1.0), ("composition", 1.0), ("character", 0.6)]
+)
+def test_each_kind_has_its_own_scale_unless_given(adapted: Any, keeps: str, scale: float) -> None:
+    assert run(adapted, reference_type=keeps)["reference_scale"] == scale
+
+
+def test_a_typed_reference_goes_by_image_to_image_where_there_is_none(sdxl: Any) -> None:
+    metadata = run(sdxl, reference_type="style")
+
+    assert (metadata["reference_method"], metadata["denoise_strength"]) == ("img2img", 0.8)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"exact_copy_mode": True, "reference_type": "style"}])
+def test_an_untyped_reference_or_a_copy_never_goes_by_the_adapter(
+    adapted: Any, metadata: dict[str, Any]
+) -> None:
+    assert run(adapted, **metadata)["reference_method"] == "img2img"
+
+
+def test_an_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+
+    with pytest.raises(ModelLoadError, match=r"SDXL_IP_ADAPTER: broken\.safetensors does not load"):
+        models.load(Settings(sdxl_ip_adapter=tmp_path / "broken.safetensors"))
