@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     # Chat.
     chat_instruct_model: str = "pocket"
     chat_base_model: str | None = None
+    chat_resident_models: int = Field(2, ge=1, le=2)
     chat_context: int = Field(8192, ge=256)
     chat_max_batch: int = Field(64, ge=1, le=256)
     chat_kv_tokens: int | None = Field(None, ge=256)

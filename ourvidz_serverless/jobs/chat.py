@@ -275,6 +275,8 @@ def _metadata(job: ChatJob, generation: Any) -> dict[str, Any]:
     }
     if job.type == "chat_enhance":
         metadata["enhancement_source"] = job.model
+    if generation.swap_s:
+        metadata["model_swap_time"] = round(generation.swap_s, 3)
     if job.truncate:
         metadata["messages_dropped"] = generation.num_dropped
     return metadata

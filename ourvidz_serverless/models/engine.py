@@ -36,6 +36,9 @@ from ourvidz_serverless.models.kv_cache import KVCache, PrefixStore, rounded
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import Decode, TextStream
 
+#: How soon an engine that was asked to forget sees that it may: a token of an abandoned request.
+IDLE_POLL_S = 0.01
+
 log = logging.getLogger("ourvidz")
 
 FinishReason = Literal["stop", "length"]
@@ -82,6 +85,8 @@ class Generation:
         self.sampler = Sampler(sampling, prompt, grammar)
         self.finish_reason: FinishReason | None = None
         self.is_abandoned = False
+        self.swap_s = 0.0
+        self.on_end: Callable[[], None] = lambda: None
         self._text = TextStream(decode, sampling.stop)
         self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._submitted = time.monotonic()
@@ -95,6 +100,7 @@ class Generation:
                 yield piece
         finally:
             self.is_abandoned = True
+            self.on_end()
 
     @property
     def num_completion(self) -> int:
@@ -183,6 +189,14 @@ class Engine:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    def forget(self) -> None:
+        """Give the cache's memory back, once the last request has left; no other may come."""
+        with self._news:
+            while self._waiting or self._running:
+                self._news.wait(IDLE_POLL_S)
+            self._cache.clear()
+            self._prefixes.clear()
 
     def _work(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.grammar import Grammars
 from ourvidz_serverless.models.kv_cache import BLOCK, bytes_per_token
+from ourvidz_serverless.models.residency import Residency
 from ourvidz_serverless.models.sampling import Sampling
 from ourvidz_serverless.settings import Settings
 
@@ -50,23 +51,32 @@ def load(settings: Settings) -> Chat:
     # By place, so that the same weights under both names are loaded once.
     variables = {place: variable for variable, place in asked.values() if place}
     loaded = {place: _read(variable, place, device) for place, variable in variables.items()}
+    places = min(settings.chat_resident_models, len(loaded))
+    models = [model for model, _ in loaded.values()]
+    # Here already, since the cache has room in what they leave free.
+    for model in models[:places]:
+        model.to(device.name)
     limits = Limits(
         max_batch=settings.chat_max_batch,
-        kv_tokens=settings.chat_kv_tokens or _room(device, [model for model, _ in loaded.values()]),
+        kv_tokens=settings.chat_kv_tokens or _room(device, models, places),
         prefix_tokens=settings.chat_prefix_tokens,
     )
     writers = {place: Writer(*parts, device, limits) for place, parts in loaded.items()}
     served = {name: writers[place] for name, (_, place) in asked.items() if place}
-    return Chat(served, device, settings.chat_context)
+    residency = Residency(places)
+    for writer in list(writers.values())[:places]:
+        residency.take(writer)
+        residency.give_back(writer)
+    return Chat(served, device, settings.chat_context, residency)
 
 
-def _room(device: Device, models: Sequence[Any]) -> int:
-    """How many tokens each model's cache may hold, once all of them are loaded."""
+def _room(device: Device, models: Sequence[Any], places: int) -> int:
+    """How many tokens the cache of each model that is there may hold."""
     free = device.free_bytes()
     if free is None:
         return Limits().kv_tokens
-    each = sum(bytes_per_token(model.config, device.dtype) for model in models)
-    return max(int(free * CACHE_SHARE) // each, BLOCK)
+    each = max(bytes_per_token(model.config, device.dtype) for model in models)
+    return max(int(free * CACHE_SHARE) // (each * places), BLOCK)
 
 
 def _read(variable: str, place: str, device: Device) -> tuple[Any, Any]:
@@ -84,15 +94,17 @@ def _read(variable: str, place: str, device: Device) -> tuple[Any, Any]:
 
 def _open(path: Path, device: Device) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.model_type not in ARCHITECTURES or getattr(config, "use_sliding_window", False):
-        raise ValueError(f"its architecture is {config.model_type}, with or without a window")
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError("its attention has a sliding window")
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}")
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=device.dtype, attn_implementation="sdpa", local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
     if None in map(tokenizer.token_to_id, (START, END)):
         raise ValueError(f"its tokenizer has no {START} and {END}")
-    return model.to(device.name).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 class Writer:
@@ -105,6 +117,7 @@ class Writer:
     def __init__(
         self, model: Any, tokenizer: Any, device: Device, limits: Limits | None = None
     ) -> None:
+        self._model, self._device = model, device
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
         self._start, self._end = map(self._tokenizer.token_to_id, (START, END))
@@ -112,6 +125,16 @@ class Writer:
         ends = self._ends(model)
         self.grammars = Grammars(self._tokenizer, model.config.vocab_size, ends)
         self.engine = Engine(model, device, ends, limits)
+
+    def arrive(self) -> None:
+        """Bring the weights to the device."""
+        self._model.to(self._device.name)
+
+    def leave(self) -> None:
+        """Take the weights, and what was computed with them, off the device."""
+        self.engine.forget()
+        self._model.to("cpu")
+        self._device.free_memory()
 
     def turn(self, role: str, text: str) -> list[int]:
         """The tokens of one message of a conversation."""
@@ -140,8 +163,11 @@ class Writer:
 class Chat:
     """Answers conversations, many at once. Safe to call from any thread."""
 
-    def __init__(self, writers: Mapping[str, Writer], device: Device, context: int) -> None:
+    def __init__(
+        self, writers: Mapping[str, Writer], device: Device, context: int, residency: Residency
+    ) -> None:
         self.device = device
+        self._residency = residency
         self._writers = writers
         self._context = context
 
@@ -179,6 +205,8 @@ class Chat:
             grammar=None if schema is None else writer.grammars.matcher(schema),
         )
         generation.num_dropped = len(turns) - len(kept)
+        generation.swap_s = self._residency.take(writer, check)
+        generation.on_end = lambda: self._residency.give_back(writer)
         writer.engine.submit(generation)
         return generation
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.qwen import Chat, Writer
+from ourvidz_serverless.models.residency import Residency
 from ourvidz_serverless.models.sampling import Sampling
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -71,7 +72,13 @@ def tiny_writer(model: Any = None, **limits: int) -> Writer:
 
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
     writer = tiny_writer(tiny_model(context=context), **limits)
-    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context)
+    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context, Residency(1))
+
+
+def tiny_pair(places: int) -> Chat:
+    """Two models of different weights, of which so many may be on the device."""
+    writers = {"qwen_instruct": tiny_writer(), "qwen_base": tiny_writer(tiny_model(seed=1))}
+    return Chat(writers, CPU, 512, Residency(places))
 
 
 def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:

@@ -11,7 +11,7 @@ class Speech:
 
     finish_reason = "stop"
     num_prompt, num_completion, num_reused, num_dropped = 7, 5, 0, 2
-    time_to_first_token_s, tokens_per_second = 0.01, 50.0
+    time_to_first_token_s, tokens_per_second, swap_s = 0.01, 50.0, 0.0
 
     def __init__(self, pieces: list[str], check: Callable[[], None]) -> None:
         self._pieces, self._check = pieces, check
