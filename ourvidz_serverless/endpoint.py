@@ -115,7 +115,12 @@ def make_stream_handler(worker: Worker, settings: Settings) -> StreamHandler:
             await reporter.close()
         document = running.result()
         reporter.show(document)
-        yield document.result()
+        result = document.result()
+        error = result.pop("error", None)
+        yield result
+        # The SDK streams no item that holds an error, so the error goes after the document.
+        if error:
+            yield {"error": error}
 
     return handler
 

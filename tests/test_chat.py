@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import InvalidPrompt, WorkerUnavailable
+from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
@@ -42,6 +44,12 @@ def system(text: str) -> dict[str, str]:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def test_the_test_input_of_make_chat_is_a_valid_job() -> None:
+    event = json.loads((Path(__file__).parents[1] / "test_input.chat.json").read_text())
+
+    assert parse(event["input"]).type == "chat_conversation"
 
 
 # --- two shapes, one meaning ---
@@ -256,12 +264,29 @@ def test_without_sfw_mode_nothing_is_filtered(talk: Any) -> None:
 
 
 @pytest.mark.parametrize("sfw_mode", [True, False])
-def test_deltas_add_up_to_the_reply(talk: Any, sfw_mode: bool) -> None:
+def test_deltas_add_up_to_the_reply(
+    talk: Any, sfw_mode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_jobs, "STREAM_INTERVAL_S", 0)
     document, at = talk("Na", "ked", " rocks, 下", "雨 ", "and mo", stream=True, sfw_mode=sfw_mode)
 
     deltas = [item["delta"] for item in at.streamed]
     assert len(deltas) > 2
     assert "".join(deltas) == document.reply["response"]
+
+
+def test_words_are_gathered_for_a_fifth_of_a_second(talk: Any) -> None:
+    _, at = talk(*(f"{i} " for i in range(100)), stream=True)
+
+    assert [len(item["delta"]) for item in at.streamed] == [2, 288]
+
+
+def test_a_run_of_letters_that_is_no_word_streams_too(
+    talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_jobs, "STREAM_INTERVAL_S", 0)
+
+    assert len(talk(*["abcdefghij"] * 10, stream=True)[1].streamed) == 7
 
 
 def test_a_job_that_does_not_ask_for_it_streams_nothing(talk: Any) -> None:

@@ -112,6 +112,7 @@ def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) ->
 
     assert platform.status(job)["status"] == "FAILED"
     assert failure(platform.status(job))["message"].startswith("temperature: ")
+    assert platform.stream(job)[-1]["failure"] == failure(platform.status(job))
 
 
 def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:

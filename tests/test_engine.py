@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2Config
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
 from ourvidz_serverless.models import sampling
 from ourvidz_serverless.models.engine import Generation
+from ourvidz_serverless.models.kv_cache import bytes_per_token
 from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import TextStream
@@ -310,6 +312,14 @@ def test_those_who_stay_do_not_notice_those_who_leave(writer: Writer) -> None:
 
 
 # --- sharing the machine ---
+
+
+def test_a_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
+    config = Qwen2Config(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+    )
+
+    assert bytes_per_token(config, torch.bfloat16) == 56 * 1024
 
 
 def test_a_shared_beginning_is_computed_once() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -30,9 +31,16 @@ Model = Literal["qwen_instruct", "qwen_base"]
 REPLY_FIELD = {"chat_enhance": "enhanced_prompt"}
 MAX_TOKENS = {"chat_enhance": 200, "chat_conversation": 512, "chat_unrestricted": 512}
 
-#: What a streamed reply is checked with at each piece: enough for a sentence or two. The reply
-#: as a whole is checked at its end.
+#: How often a streamed reply is told: each time the content floor reads it, which at every word
+#: of many streams would take the worker's whole attention.
+STREAM_INTERVAL_S = 0.2
+
+#: What a new piece is read together with: a sentence or two. The whole is read at its end.
 CHECKED_LETTERS = 300
+
+#: A longer run of letters is no word, and need not be seen whole.
+LONGEST_WORD = 40
+LAST_WORD = re.compile(rf"[^\W_]{{1,{LONGEST_WORD}}}\Z", re.ASCII)
 
 #: Explicit words, which `sfw_mode` takes out of a reply.
 EXPLICIT = re.compile(
@@ -192,11 +200,19 @@ def prepare(job: ChatJob, model: Any, context: JobContext) -> None:
 def run(
     job: ChatJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Text]:
-    """The reply, as one text; a job that streams emits it word by word before.
+    """The reply, as one text; a job that streams emits it before, some words at a time.
 
     Raises ContentRefused when the reply, taken with what it answers, is not let through.
     """
-    generation = model.generate(
+    generation = _generate(job, model, context)
+    reply = _listen(job, generation, context)
+    context.reply.update(_reply(job, reply, generation))
+    context.metadata.update(_metadata(job, generation))
+    yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
+
+
+def _generate(job: ChatJob, model: Any, context: JobContext) -> Any:
+    return model.generate(
         messages=[(message.role, message.content) for message in job.conversation],
         model=job.model,
         truncate=job.truncate,
@@ -212,17 +228,21 @@ def run(
         stop=job.stop,
         seed=job.seed,
     )
-    reply = ""
-    for words in _in_words(generation):
-        piece = EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
-        reply += piece
-        if job.stream:
-            _check_content(job, [reply[-CHECKED_LETTERS:]])
-            context.emit({"delta": piece})
+
+
+def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
+    """The whole reply, filtered and checked; what is streamed of it is checked before it leaves."""
+    reply, told, told_at = "", 0, 0.0
+    for words in _in_words(pieces):
+        reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
+        if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
+            _check_content(job, [reply[max(told - CHECKED_LETTERS, 0) :]])
+            context.emit({"delta": reply[told:]})
+            told, told_at = len(reply), time.monotonic()
     _check_content(job, [*job.texts, reply])
-    context.reply.update(_reply(job, reply, generation))
-    context.metadata.update(_metadata(job, generation))
-    yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
+    if job.stream and told < len(reply):
+        context.emit({"delta": reply[told:]})
+    return reply
 
 
 def _check_content(job: ChatJob, texts: list[str]) -> None:
@@ -238,7 +258,7 @@ def _in_words(pieces: Iterable[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        whole = re.sub(r"[^\W_]+\Z", "", held, flags=re.ASCII)
+        whole = LAST_WORD.sub("", held)
         if whole:
             yield whole
         held = held[len(whole) :]
