@@ -10,13 +10,13 @@ import pytest
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.errors import InvalidPrompt, WorkerUnavailable
+from ourvidz_serverless.errors import ContentRefused, InvalidPrompt, WorkerUnavailable
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload
-from tests.support.chatbox import tiny_chat, tiny_tokenizer, tiny_writer
+from tests.support.chatbox import tiny_chat, tiny_tokenizer, tiny_writer, until
 from tests.support.parrot import Parrot
 
 MakeBench = Callable[..., Bench]
@@ -318,6 +318,22 @@ def test_a_deadline_acts_at_the_next_token(bench: MakeBench) -> None:
     at = bench(models={"chat": tiny_chat(context=4096)}, settings=Settings(job_timeout_s=0.3))
 
     assert code(at.run(chat_payload(max_tokens=2048, temperature=0))) == "TIMEOUT_ERROR"
+
+
+def test_a_job_that_fails_while_it_listens_leaves_the_engine(bench: MakeBench) -> None:
+    chat = tiny_chat(context=4096)
+    at = bench(models={"chat": chat})
+
+    def refuse(item: object) -> None:
+        raise ContentRefused("content policy")
+
+    event = {"id": "rp-1", "input": chat_payload(max_tokens=2000, temperature=0, stream=True)}
+    document = at.worker.run(event, Stop(), at.progress.append, refuse)
+
+    engine = chat._writers["qwen_instruct"].engine
+    until(lambda: engine.num_running == 0)
+    assert code(document) == "CONTENT_REFUSED"
+    assert list(chat._residency._users.values()) == [0]
 
 
 # --- conversations become tokens ---

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from ourvidz_serverless.models.qwen import POCKET
-from tests.support.bench import chat_payload
+from tests.support.bench import chat_payload, sdxl_payload
 from tests.support.chatbox import tiny_folder
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
@@ -166,6 +166,18 @@ def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str
 
         assert document(own, job)["status"] == "completed"
         assert process.wait(60) == 0
+
+
+def test_a_picture_and_a_reply_come_from_one_worker(tmp_path: Path, model: str) -> None:
+    env = {"FAMILIES": "sdxl,chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
+    with Platform() as own, start(own, **env):
+        picture = own.submit(sdxl_payload(id="picture"))
+        reply = own.submit(chat_payload(id="reply"))
+
+        types = [document(own, job)["assets"][0]["type"] for job in (picture, reply)]
+
+    assert types == ["image", "text"]
+    assert own.updates(picture)[-1].terminal
 
 
 # --- without a platform ---

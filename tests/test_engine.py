@@ -1,7 +1,6 @@
 """The chat engine on a real, tiny Qwen2: what a request hears does not depend on the others."""
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from tests.support.chatbox import (
     tiny_model,
     tiny_tokenizer,
     tiny_writer,
+    until,
 )
 
 PROMPTS = [f"question {i} " + "and so on " * (i % 7) for i in range(50)]
@@ -34,13 +34,6 @@ SYSTEM = "you are a patient machine that writes letters. " * 3
 @pytest.fixture(scope="module")
 def writer() -> Writer:
     return tiny_writer()
-
-
-def until(is_so: Any, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 class Leave:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,11 @@ def say_all(engine: Engine, generations: list[Generation]) -> list[str]:
         engine.submit(generation)
     with ThreadPoolExecutor(len(generations)) as threads:
         return list(threads.map("".join, generations))
+
+
+def until(is_so: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)
