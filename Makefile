@@ -1,17 +1,30 @@
-# `make run` shows a picture, `make test` runs the tests. Each makes what it needs, once.
+# `make run` shows a picture, `make chat` gives an answer, `make test` runs the tests. Each makes
+# what it needs, once.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 FAMILIES ?= sdxl
+CHAT_INSTRUCT_MODEL ?= pocket
+
+# A worker for chat alone answers a question instead of painting a picture.
+ifeq ($(FAMILIES),chat)
+INPUT := --test_input "$$(cat test_input.chat.json)"
+endif
+ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
+WEIGHTS := .cache/pocket_chat/config.json
+endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test check format clean
+.PHONY: run chat test check format clean
 
-run: .venv/run
-	FAMILIES=$(FAMILIES) $(BIN)/python handler.py
+run: .venv/run $(WEIGHTS)
+	FAMILIES=$(FAMILIES) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) $(BIN)/python handler.py $(INPUT)
+
+chat:
+	$(MAKE) run FAMILIES=chat
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -36,6 +49,11 @@ clean:
 .venv/run: requirements.txt | .venv/bin/python
 	$(BIN)/pip install --progress-bar on -r requirements.txt
 	@touch $@
+
+# The one model that is not in the repository: 90 MB, converted once, which takes a minute.
+.cache/pocket_chat/config.json: | .venv/run
+	$(BIN)/pip install --progress-bar on gguf==0.19.0
+	$(BIN)/python -m builder.pocket_chat
 
 .venv/dev: requirements-dev.txt .venv/run
 	$(BIN)/pip install --progress-bar on -r requirements-dev.txt

@@ -11,6 +11,11 @@ from typing import Any
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
 
 Report = Callable[[Mapping[str, Any]], None]
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+def to_nobody(item: Mapping[str, Any]) -> None:
+    """Where a job's stream goes when nobody reads it."""
 
 
 class Stop:
@@ -41,10 +46,13 @@ class JobContext:
         report: Report,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        emit: Emit = to_nobody,
     ) -> None:
         self.stop = stop
+        self.emit = emit
         self.warnings: list[str] = []
         self.metadata: dict[str, Any] = {}
+        self.reply: dict[str, Any] = {}
         self.timings: dict[str, float] = {}
         self._report = report
         self._clock = clock

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 from ourvidz_serverless import media
-from ourvidz_serverless.payloads import Asset, Output
+from ourvidz_serverless.payloads import Asset, Output, Text
 
 #: Stores one object: key, bytes, MIME type. Raises UploadError after its retries.
 Upload = Callable[[str, bytes, str], None]
@@ -23,7 +23,7 @@ class Delivery:
         self._upload, self._url = upload, url
         self._under_way: list[Future[Asset]] = []
 
-    def send(self, output: Output) -> None:
+    def send(self, output: Output | Text) -> None:
         """Encode and upload an output, without waiting for it."""
         self._under_way.append(self._pool.submit(self._deliver, output))
 
@@ -46,7 +46,10 @@ class Delivery:
             future.cancel()
         wait(self._under_way)
 
-    def _deliver(self, output: Output) -> Asset:
+    def _deliver(self, output: Output | Text) -> Asset:
+        return self._write(output) if isinstance(output, Text) else self._paint(output)
+
+    def _paint(self, output: Output) -> Asset:
         image = media.encode_image(output.pixels, output.format, output.quality, output.composite)
         thumbnail = media.thumbnail(output.pixels, composite=output.composite)
         stem = f"{self._folder}/{output.index}"
@@ -57,3 +60,9 @@ class Delivery:
         return Asset(
             "image", self._url(key), self._url(thumbnail_key), {**output.metadata, **facts}
         )
+
+    def _write(self, output: Text) -> Asset:
+        key, data = f"{self._folder}/{output.index}.txt", output.text.encode()
+        self._upload(key, data, "text/plain")
+        facts: dict[str, Any] = {"format": "txt", "file_size_bytes": len(data)}
+        return Asset("text", self._url(key), None, {**output.metadata, **facts})

@@ -3,6 +3,10 @@
 A plain function would block the SDK's event loop, so a job runs in a thread. When the platform
 cancels it, the handler asks the thread to stop and waits for it, since a slot that is free while
 its thread still computes is a slot too many.
+
+Where chat is served the handler is a generator, since the SDK streams no other's output. Its last
+item is the document, whether or not the job streams; so on such an endpoint, and only there, the
+`output` of `/run` and `/runsync` is a list whose last item is the document.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +34,7 @@ from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+StreamHandler = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
 
 #: A step of a small picture takes milliseconds, and nobody reads progress that fast.
 PROGRESS_INTERVAL_S = 0.5
@@ -50,8 +56,20 @@ def serve(worker: Worker, settings: Settings) -> None:
         close_on_sigterm()
         return settings.resolved_concurrency
 
-    handler = make_handler(worker, settings)
-    runpod.serverless.start({"handler": handler, "concurrency_modifier": concurrency})
+    make = make_stream_handler if _streams(settings) else make_handler
+    runpod.serverless.start(
+        {
+            "handler": make(worker, settings),
+            "concurrency_modifier": concurrency,
+            "return_aggregate_stream": True,
+        }
+    )
+
+
+def _streams(settings: Settings) -> bool:
+    # The SDK's run of a single test input takes no generator.
+    has_queue = is_on_platform() or "--rp_serve_api" in sys.argv
+    return has_queue and "chat" in settings.families
 
 
 def make_handler(worker: Worker, settings: Settings) -> Handler:
@@ -74,6 +92,68 @@ def make_handler(worker: Worker, settings: Settings) -> Handler:
             await reporter.close()
 
     return handler
+
+
+def make_stream_handler(worker: Worker, settings: Settings) -> StreamHandler:
+    """The same as a generator: what the job streams, item by item, and then the document."""
+    threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
+
+    async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        stop, reporter, deltas = Stop(), make_reporter(event), Deltas()
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(
+            threads, worker.run, event, stop, reporter.report, deltas.emit
+        )
+        running.add_done_callback(deltas.end)
+        try:
+            async for delta in deltas:
+                yield delta
+        finally:
+            # Nothing is under way any more unless we were cancelled.
+            stop.set()
+            await _wait_out(running)
+            await reporter.close()
+        document = running.result()
+        reporter.show(document)
+        result = document.result()
+        error = result.pop("error", None)
+        yield result
+        # The SDK streams no item that holds an error, so the error goes after the document.
+        if error:
+            yield {"error": error}
+
+    return handler
+
+
+class Deltas:
+    """A job's stream on its way to the caller: what gathers while one item is posted is one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._gathered = ""
+        self._is_ended = False
+
+    def emit(self, item: Mapping[str, Any]) -> None:
+        """Take what the job says next; called from the job's thread."""
+        self._loop.call_soon_threadsafe(self._take, item["delta"])
+
+    def end(self, running: asyncio.Future[Any]) -> None:
+        """The job has ended; what gathered is still given."""
+        self._is_ended = True
+        self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        while self._gathered or not self._is_ended:
+            await self._news.wait()
+            self._news.clear()
+            text, self._gathered = self._gathered, ""
+            if text:
+                yield {"delta": text}
+
+    def _take(self, text: str) -> None:
+        self._gathered += text
+        self._news.set()
 
 
 async def _wait_out(running: asyncio.Future[Any]) -> None:

@@ -93,6 +93,15 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """One text a model wrote; `metadata` as in `Output`."""
+
+    index: int
+    text: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Asset:
     """One stored output, as the caller finds it."""
 
@@ -122,7 +131,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The one answer to a job."""
+    """The one answer to a job. `reply` is what stands beside the assets: a chat's own words."""
 
     job_id: str
     worker_id: str
@@ -130,6 +139,7 @@ class Document:
     assets: tuple[Asset, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
+    reply: Mapping[str, Any] = field(default_factory=dict)
 
     def callback(self) -> dict[str, Any]:
         """The body that is posted: `error` is an object, as the specification has it."""
@@ -139,6 +149,7 @@ class Document:
             "status": self.status,
             "assets": [_asset(asset) for asset in self.assets],
             "metadata": dict(self.metadata),
+            **self.reply,
         }
         if self.failure:
             body["error"] = self.failure.as_dict()

@@ -62,6 +62,15 @@ class Settings(BaseSettings):
     sdxl_lora_dir: Path | None = None
     lora_hosts: Words = ()
 
+    # Chat.
+    chat_instruct_model: str = "pocket"
+    chat_base_model: str | None = None
+    chat_resident_models: int = Field(2, ge=1, le=2)
+    chat_context: int = Field(8192, ge=256)
+    chat_max_batch: int = Field(64, ge=1, le=256)
+    chat_kv_tokens: int | None = Field(None, ge=256)
+    chat_prefix_tokens: int = Field(16384, ge=0)
+
     # Where assets go.
     storage_url: str = "file:outputs"
     asset_url_style: Literal["path", "public", "presigned"] = "path"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ourvidz_serverless import __version__, jobs, logs, references, safety, storage
 from ourvidz_serverless.callback import Callback
-from ourvidz_serverless.context import JobContext, Report, Stop
+from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
 from ourvidz_serverless.delivery import Delivery
 from ourvidz_serverless.errors import (
     ContentRefused,
@@ -65,19 +65,21 @@ class Worker:
         self._flights = Flights()
         self._pool = ThreadPoolExecutor(DELIVERY_THREADS, thread_name_prefix="deliver")
 
-    def run(self, event: Mapping[str, Any], stop: Stop, report: Report) -> Document:
+    def run(
+        self, event: Mapping[str, Any], stop: Stop, report: Report, emit: Emit = to_nobody
+    ) -> Document:
         """The document that ends a job: posted, then returned. Never raises.
 
-        `stop` ends the job at its next step; `report` hears its progress. A second delivery of
-        a job that is under way hears the end of the first.
+        `stop` ends the job at its next step; `report` hears its progress, and `emit` what the
+        job streams. A second delivery of a job that is under way hears the end of the first.
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
+        context = JobContext(stop, report, self._settings.job_timeout_s, emit=emit)
         # Of one user only: nobody hears the end of another's job by its id.
         flight = f"{jobs.user_id(event)}/{job_id}"
-        return self._flights.run(flight, stop, lambda: self._run(event, job_id, stop, report))
+        return self._flights.run(flight, stop, lambda: self._run(event, job_id, context))
 
-    def _run(self, event: Mapping[str, Any], job_id: str, stop: Stop, report: Report) -> Document:
-        context = JobContext(stop, report, self._settings.job_timeout_s)
+    def _run(self, event: Mapping[str, Any], job_id: str, context: JobContext) -> Document:
         job: Job | None = None
         assets: tuple[Asset, ...] = ()
         failure: Failure | None = None
@@ -90,7 +92,7 @@ class Worker:
                 images = self._fetch(job, context)
                 jobs.prepare(job, model, context)
             with self._delivery(job) as delivery:
-                with self._lane(context), context.stage("generate"):
+                with self._lane(job, context), context.stage("generate"):
                     for output in jobs.run(job, model, images, context):
                         delivery.send(output)
                 with context.stage("deliver"):
@@ -169,8 +171,11 @@ class Worker:
         return images
 
     @contextmanager
-    def _lane(self, context: JobContext) -> Iterator[None]:
+    def _lane(self, job: Job, context: JobContext) -> Iterator[None]:
         """The device, to oneself: one job computes, the next prepares, the last one delivers."""
+        if not jobs.takes_turns(job):
+            yield
+            return
         with context.stage("wait"):
             while not self._computing.acquire(timeout=LANE_POLL_S):
                 context.check()
@@ -212,7 +217,9 @@ class Worker:
             metadata["warnings"] = context.warnings
         if failure:
             return Document(job_id, self._worker_id, "failed", (), metadata, failure)
-        document = Document(job_id, self._worker_id, "completed", assets, metadata)
+        document = Document(
+            job_id, self._worker_id, "completed", assets, metadata, reply=context.reply
+        )
         try:
             check_result(document)
         except InternalError as exc:

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt
-from ourvidz_serverless.jobs import sdxl
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output
+from ourvidz_serverless.jobs import chat, sdxl
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output, Text
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.
@@ -43,7 +43,10 @@ FAMILY_OF = {
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
-FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl}
+FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat}
+
+#: Families whose engine batches what runs at once; the others' jobs take turns on the device.
+BATCHING = ("chat",)
 
 
 def parse(event: Mapping[str, Any], settings: Settings) -> Job:
@@ -60,6 +63,11 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
         raise InvalidPrompt(_first(exc)) from None
 
 
+def takes_turns(job: Job) -> bool:
+    """Whether a job wants the device to itself while it computes."""
+    return FAMILY_OF[job.type] not in BATCHING
+
+
 def prepare(job: Job, model: Any, context: JobContext) -> None:
     """Have ready what the job's family needs before the device is taken."""
     FAMILIES[FAMILY_OF[job.type]].prepare(job, model, context)
@@ -67,7 +75,7 @@ def prepare(job: Job, model: Any, context: JobContext) -> None:
 
 def run(
     job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
-) -> Iterator[Output]:
+) -> Iterator[Output | Text]:
     """The job's outputs, one by one, each as soon as it is there."""
     model.device.reset_peak()
     yield from FAMILIES[FAMILY_OF[job.type]].run(job, model, references, context)
@@ -104,10 +112,15 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidPrompt("input: Input should be an object")
     payload = _without_nulls(payload)
     payload["id"] = payload.get("id") or payload.get("job_id") or event.get("id")
-    payload["type"] = _type(payload.get("type") or payload.get("job_type"))
+    payload["type"] = _type(payload.get("type") or payload.get("job_type") or _older_type(payload))
     if event.get("s3Config"):
         payload["s3Config"] = event["s3Config"]
     return payload
+
+
+def _older_type(payload: Mapping[str, Any]) -> object:
+    """The specification's chat payloads carry their type in `config` alone."""
+    return _mapping(payload.get("config")).get("job_type")
 
 
 def _type(name: object) -> str:

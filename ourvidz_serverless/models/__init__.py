@@ -15,6 +15,7 @@ from ourvidz_serverless.settings import Settings
 
 FAMILIES = {
     "sdxl": "ourvidz_serverless.models.sdxl",
+    "chat": "ourvidz_serverless.models.qwen",
 }
 
 

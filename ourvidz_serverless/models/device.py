@@ -49,6 +49,10 @@ class Device:
         """The most device memory that was allocated since `reset_peak`, in MiB; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.name) >> 20 if self.is_cuda else None
 
+    def free_bytes(self) -> int | None:
+        """Device memory that nobody holds; None on a CPU."""
+        return torch.cuda.mem_get_info(self.name)[0] if self.is_cuda else None
+
     def free_memory(self) -> None:
         """Give back what no tensor holds any more."""
         gc.collect()

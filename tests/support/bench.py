@@ -31,6 +31,21 @@ def sdxl_payload(**changes: Any) -> dict[str, Any]:
     return {**payload, **changes}
 
 
+def chat_payload(**changes: Any) -> dict[str, Any]:
+    """A short valid conversation."""
+    payload = {
+        "id": "job-1",
+        "type": "chat_conversation",
+        "user_id": "user-1",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is rain?"},
+        ],
+        "max_tokens": 16,
+    }
+    return {**payload, **changes}
+
+
 @dataclass
 class Bench:
     """A worker with a Painter for SDXL, and everything that leaves it."""
@@ -42,17 +57,23 @@ class Bench:
     storage: Storage | None = None
     stop: Stop = field(default_factory=Stop)
     progress: list[Any] = field(default_factory=list)
+    models: dict[str, Any] = field(default_factory=dict)
+    streamed: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.storage = self.storage or DirectoryStorage(self.root)
         self.worker = Worker(
-            self.settings, {"sdxl": self.painter}, self.storage, self.callback, "worker-1"
+            self.settings,
+            self.models or {"sdxl": self.painter},
+            self.storage,
+            self.callback,
+            "worker-1",
         )
 
     def run(self, payload: Any = None, stop: Stop | None = None, **top: Any) -> Document:
         """Run a payload, `sdxl_payload()` if none is given, as the platform's job `rp-1`."""
         event = {"id": "rp-1", "input": sdxl_payload() if payload is None else payload, **top}
-        return self.worker.run(event, stop or self.stop, self.progress.append)
+        return self.worker.run(event, stop or self.stop, self.progress.append, self.streamed.append)
 
     def stored(self) -> list[str]:
         """The keys of all that lies in the folder."""

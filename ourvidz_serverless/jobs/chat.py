@@ -1,0 +1,302 @@
+"""`chat_enhance`, `chat_conversation`, `chat_unrestricted`: the wire's words for a conversation.
+
+{"id": "job_1", "type": "chat_conversation", "user_id": "user_1",
+ "messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}],
+ "max_tokens": 512, "temperature": 0.7, "top_p": 0.9, "stream": false}
+
+The older shape means the same two messages: `prompt` and `config.system_prompt`. No word is added
+to either: a conversation without a system prompt has none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
+
+from ourvidz_serverless import logs, safety
+from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import ContentRefused
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, Text, Wire
+from ourvidz_serverless.settings import Settings
+
+Model = Literal["qwen_instruct", "qwen_base"]
+
+#: Where the reply stands in the document, and how long it may be when the job does not say.
+REPLY_FIELD = {"chat_enhance": "enhanced_prompt"}
+MAX_TOKENS = {"chat_enhance": 200, "chat_conversation": 512, "chat_unrestricted": 512}
+
+#: How often a streamed reply is told: each time the content floor reads it, which at every word
+#: of many streams would take the worker's whole attention.
+STREAM_INTERVAL_S = 0.2
+
+#: What a new piece is read together with: a sentence or two. The whole is read at its end.
+CHECKED_LETTERS = 300
+
+#: A longer run of letters is no word, and need not be seen whole.
+LONGEST_WORD = 40
+LAST_WORD = re.compile(rf"[^\W_]{{1,{LONGEST_WORD}}}\Z", re.ASCII)
+
+#: Explicit words, which `sfw_mode` takes out of a reply.
+EXPLICIT = re.compile(
+    r"\b(?:nsfw|nud(?:e|es|ity|ist)|naked(?:ness)?|topless|porn\w*|erotic\w*|sex|sexy|sexual\w*|"
+    r"orgasm\w*|masturbat\w*|genital\w*|penis(?:es)?|vagina\w*|nipples?|breasts?|fetish\w*)\b",
+    re.IGNORECASE,
+)
+FILTERED = "[filtered]"
+
+
+def _either(name: str) -> Any:
+    """A field of the payload, or of the `config` that the older shape has."""
+    return AliasChoices(name, AliasPath("config", name))
+
+
+class Message(Wire):
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(max_length=100_000)
+
+
+class ChatConfig(Wire):
+    system_prompt: str | None = Field(None, max_length=100_000)
+
+
+class ChatMetadata(Wire):
+    unrestricted_mode: bool = False
+    nsfw_optimization: bool = False
+
+
+class JsonSchema(Wire):
+    schema_: dict[str, Any] = Field(validation_alias="schema")
+
+
+class ResponseFormat(Wire):
+    """What the reply must parse as, in OpenAI's words; the bare `type` is enough."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_type(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_schema_of_bounded_size(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema: Field required")
+        if len(json.dumps(self.reply_schema, default=str)) > 20_000:
+            raise ValueError("json_schema: Input should be at most 20000 characters of JSON")
+        return self
+
+    @property
+    def reply_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the reply must fit; None where any text will do."""
+        if self.json_schema and self.type == "json_schema":
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class ChatJob(Job):
+    type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
+    # A chat needs no account; its texts are then stored under this name.
+    user_id: str = Field("anonymous", pattern=KEY_PATTERN)
+    messages: tuple[Message, ...] = Field((), max_length=500)
+    prompt: str | None = Field(None, max_length=100_000)
+    config: ChatConfig = ChatConfig()
+    metadata: ChatMetadata = ChatMetadata()
+    content_tier: str | None = None
+    content_type: str | None = None
+    sfw_mode: bool = False
+    stream: bool = False
+    truncate: Literal["oldest"] | None = None
+
+    model: Model = Field("qwen_instruct", validation_alias=_either("model"))
+    max_tokens: int | None = Field(None, ge=1, le=2048, validation_alias=_either("max_tokens"))
+    temperature: float = Field(0.7, ge=0, le=2, validation_alias=_either("temperature"))
+    top_p: float = Field(0.9, gt=0, le=1, validation_alias=_either("top_p"))
+    top_k: int = Field(0, ge=0, le=1000, validation_alias=_either("top_k"))
+    presence_penalty: float = Field(0, ge=-2, le=2, validation_alias=_either("presence_penalty"))
+    frequency_penalty: float = Field(0, ge=-2, le=2, validation_alias=_either("frequency_penalty"))
+    repetition_penalty: float = Field(
+        1, ge=0.1, le=2, validation_alias=_either("repetition_penalty")
+    )
+    stop: tuple[str, ...] = Field((), max_length=8, validation_alias=_either("stop"))
+    seed: int | None = Field(None, ge=0, lt=2**63, validation_alias=_either("seed"))
+    response_format: ResponseFormat = Field(
+        ResponseFormat(), validation_alias=_either("response_format")
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, stop: object) -> object:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty_nor_long(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not 1 <= len(text) <= 100 for text in stop):
+            raise ValueError("Input should be strings of 1 to 100 characters")
+        return stop
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> ChatJob:
+        if not any(message.content.strip() for message in self.conversation):
+            raise ValueError("messages: Field required, with some text")
+        return self
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The messages of either payload shape.
+
+        `messages` wins over `prompt`; `config.system_prompt` comes first where no message is a
+        system prompt already.
+        """
+        messages = self.messages
+        if not messages and self.prompt is not None:
+            messages = (Message(role="user", content=self.prompt),)
+        system = self.config.system_prompt
+        if system is None or any(message.role == "system" for message in messages):
+            return messages
+        return (Message(role="system", content=system), *messages)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What the system prompts say, in the caller's own words; None without any."""
+        texts = [each.content for each in self.conversation if each.role == "system"]
+        return "\n\n".join(texts) if texts else None
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.content for message in self.conversation]
+
+    @property
+    def adult(self) -> bool:
+        # Not `nsfw_optimization`: the caller sends it with every ordinary conversation.
+        return (
+            self.type == "chat_unrestricted"
+            or self.metadata.unrestricted_mode
+            or "nsfw" in (self.content_tier, self.content_type)
+        )
+
+    @property
+    def reply_field(self) -> str:
+        return REPLY_FIELD.get(self.type, "response")
+
+
+def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
+    """The job of a payload; raises pydantic's ValidationError."""
+    return ChatJob.model_validate(payload)
+
+
+def prepare(job: ChatJob, model: Any, context: JobContext) -> None:
+    """Nothing: a conversation brings all it needs."""
+
+
+def run(
+    job: ChatJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
+) -> Iterator[Text]:
+    """The reply, as one text; a job that streams emits it before, some words at a time.
+
+    Raises ContentRefused when the reply, taken with what it answers, is not let through.
+    """
+    generation = _generate(job, model, context)
+    reply = _listen(job, generation, context)
+    context.reply.update(_reply(job, reply, generation))
+    context.metadata.update(_metadata(job, generation))
+    yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
+
+
+def _generate(job: ChatJob, model: Any, context: JobContext) -> Any:
+    return model.generate(
+        messages=[(message.role, message.content) for message in job.conversation],
+        model=job.model,
+        truncate=job.truncate,
+        schema=job.response_format.reply_schema,
+        check=context.check,
+        max_tokens=job.max_tokens or MAX_TOKENS[job.type],
+        temperature=job.temperature,
+        top_p=job.top_p,
+        top_k=job.top_k,
+        presence_penalty=job.presence_penalty,
+        frequency_penalty=job.frequency_penalty,
+        repetition_penalty=job.repetition_penalty,
+        stop=job.stop,
+        seed=job.seed,
+    )
+
+
+def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
+    """The whole reply, filtered and checked; what is streamed of it is checked before it leaves."""
+    reply, told, told_at = "", 0, 0.0
+    for words in _in_words(pieces):
+        reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
+        if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
+            _check_content(job, [reply[max(told - CHECKED_LETTERS, 0) :]])
+            context.emit({"delta": reply[told:]})
+            told, told_at = len(reply), time.monotonic()
+    _check_content(job, [*job.texts, reply])
+    if job.stream and told < len(reply):
+        context.emit({"delta": reply[told:]})
+    return reply
+
+
+def _check_content(job: ChatJob, texts: list[str]) -> None:
+    try:
+        safety.check_all(texts, adult=job.adult)
+    except ContentRefused as exc:
+        logs.refused(job, exc.message, safety.audit_hash(texts))
+        raise
+
+
+def _in_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that end where a word does, so that a word is seen whole."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        whole = LAST_WORD.sub("", held)
+        if whole:
+            yield whole
+        held = held[len(whole) :]
+    if held:
+        yield held
+
+
+def _reply(job: ChatJob, reply: str, generation: Any) -> dict[str, Any]:
+    prompt, completion = generation.num_prompt, generation.num_completion
+    return {
+        job.reply_field: reply,
+        "finish_reason": generation.finish_reason,
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_reused": generation.num_reused,
+        },
+    }
+
+
+def _metadata(job: ChatJob, generation: Any) -> dict[str, Any]:
+    pace = generation.tokens_per_second
+    metadata = {
+        "batch_size": 1,
+        "reference_mode": "none",
+        "model": job.model,
+        "system_prompt_used": job.system_prompt,
+        "unrestricted_mode": job.type == "chat_unrestricted" or job.metadata.unrestricted_mode,
+        "nsfw_optimization": job.metadata.nsfw_optimization,
+        "sfw_mode": job.sfw_mode,
+        "time_to_first_token": round(generation.time_to_first_token_s, 4),
+        "tokens_per_second": None if pace is None else round(pace, 2),
+    }
+    if job.type == "chat_enhance":
+        metadata["enhancement_source"] = job.model
+    if generation.swap_s:
+        metadata["model_swap_time"] = round(generation.swap_s, 3)
+    if job.truncate:
+        metadata["messages_dropped"] = generation.num_dropped
+    return metadata

@@ -1,0 +1,55 @@
+"""JSON that parses: which tokens a reply may go on with so that it fits a schema (llguidance)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+
+from ourvidz_serverless.errors import InternalError, InvalidPrompt
+
+#: Between JSON's tokens. Without a bound a small model can go on with spaces for ever.
+SPACE = r"[ \n]{0,8}"
+
+
+class Grammars:
+    """Makes matchers for one tokenizer. Its own index takes a second, at the first request."""
+
+    def __init__(self, tokenizer: Any, num_logits: int, ends: Sequence[int]) -> None:
+        self._tokenizer, self._num_logits, self._ends = tokenizer, num_logits, list(ends)
+
+    def matcher(self, schema: Mapping[str, Any]) -> Matcher:
+        """A matcher at the beginning of a reply; raises InvalidPrompt where no reply can fit."""
+        grammar = LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_pattern": SPACE}
+        )
+        matcher = LLMatcher(self._index, grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidPrompt("response_format: Input should be a JSON schema that is supported")
+        return Matcher(matcher)
+
+    @functools.cached_property
+    def _index(self) -> LLTokenizer:
+        text = self._tokenizer.to_str()
+        return LLTokenizer(text, n_vocab=self._num_logits, eos_token=self._ends)
+
+
+class Matcher:
+    """Where one reply stands in its schema."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def forbid(self, logits: torch.Tensor) -> None:
+        """Make impossible, in one row of logits, what would not fit."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        logits[allowed[: len(logits)].to(logits.device) == 0] = -torch.inf
+
+    def note(self, token: int) -> None:
+        """Go on by a token."""
+        if not self._matcher.consume_token(token):
+            raise InternalError("a reply left its schema")

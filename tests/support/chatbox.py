@@ -1,0 +1,113 @@
+"""A real Qwen2 of a few thousand random weights, which writes letters; and what speaks to it."""
+
+from __future__ import annotations
+
+import string
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from ourvidz_serverless.models.device import Device
+from ourvidz_serverless.models.engine import Engine, Generation, Limits
+from ourvidz_serverless.models.qwen import Chat, Writer
+from ourvidz_serverless.models.residency import Residency
+from ourvidz_serverless.models.sampling import Sampling
+
+CPU = Device(torch.device("cpu"), torch.float32)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+LETTERS = string.ascii_lowercase + " "
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and ChatML's control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+
+
+def tiny_model(seed: int = 0, context: int = 512) -> Any:
+    """Its weights are so large that its likeliest tokens stand well apart."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    written = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
+    silent = torch.ones(len(tokenizer), dtype=torch.bool)
+    silent[written] = False
+    with torch.no_grad():
+        model.lm_head.weight[silent] = 0
+    return model
+
+
+def tiny_folder(path: Path, context: int = 4096) -> str:
+    """The model and its tokenizer where `CHAT_INSTRUCT_MODEL` can find them."""
+    tiny_model(context=context).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def tiny_writer(model: Any = None, **limits: int) -> Writer:
+    return Writer(model or tiny_model(), tiny_tokenizer().backend_tokenizer, CPU, Limits(**limits))
+
+
+def tiny_chat(context: int = 512, **limits: int) -> Chat:
+    writer = tiny_writer(tiny_model(context=context), **limits)
+    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context, Residency(1))
+
+
+def tiny_pair(places: int) -> Chat:
+    """Two models of different weights, of which so many may be on the device."""
+    writers = {"qwen_instruct": tiny_writer(), "qwen_base": tiny_writer(tiny_model(seed=1))}
+    return Chat(writers, CPU, 512, Residency(places))
+
+
+def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:
+    """A request for the words after `shared + prompt`, greedy unless `rules` say otherwise."""
+    sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **rules})
+    ids = writer.encode(shared + prompt)
+    num_shared = len(writer.encode(shared))
+    options = {"check": check} if check else {}
+    return Generation(ids, sampling, writer.decode, num_shared=num_shared, **options)
+
+
+def say(engine: Engine, generation: Generation) -> str:
+    engine.submit(generation)
+    return "".join(generation)
+
+
+def say_all(engine: Engine, generations: list[Generation]) -> list[str]:
+    """The replies of requests that are all there at once, each heard by its own thread."""
+    for generation in generations:
+        engine.submit(generation)
+    with ThreadPoolExecutor(len(generations)) as threads:
+        return list(threads.map("".join, generations))
+
+
+def until(is_so: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)

@@ -1,0 +1,35 @@
+"""A model that says what it was told to, in the pieces it was told."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.support.painter import NoDevice
+
+
+class Speech:
+    """A reply, and the facts that a real one has."""
+
+    finish_reason = "stop"
+    num_prompt, num_completion, num_reused, num_dropped = 7, 5, 0, 2
+    time_to_first_token_s, tokens_per_second, swap_s = 0.01, 50.0, 0.0
+
+    def __init__(self, pieces: list[str], check: Callable[[], None]) -> None:
+        self._pieces, self._check = pieces, check
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            self._check()
+            yield piece
+
+
+class Parrot:
+    """Stands where the chat models stand."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.device = NoDevice()
+        self.pieces = list(pieces)
+        self.calls: list[dict[str, Any]] = []
+
+    def generate(self, *, check: Callable[[], None], **call: Any) -> Speech:
+        self.calls.append(call)
+        return Speech(self.pieces, check)

@@ -1,0 +1,237 @@
+"""Chat behind RunPod's own loop: many jobs at once, streams, and a cancel in the middle."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from ourvidz_serverless.models.qwen import POCKET
+from tests.support.bench import chat_payload, sdxl_payload
+from tests.support.chatbox import tiny_folder
+from tests.support.platform import Platform
+from tests.support.receivers import CallbackReceiver
+from tests.support.worker import WorkerProcess
+from tests.test_endpoint import ROOT, failure, run_handler, start
+
+#: A reply of some seconds, long enough to be met in the middle; greedy, this model never ends.
+LONG = {"max_tokens": 800, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_folder(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with Platform() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[CallbackReceiver]:
+    with CallbackReceiver() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker(
+    platform: Platform, receiver: CallbackReceiver, outputs: Path, model: str
+) -> Iterator[WorkerProcess]:
+    env = {
+        "FAMILIES": "chat",
+        "CHAT_INSTRUCT_MODEL": model,
+        "STORAGE_URL": f"file:{outputs}",
+        "CALLBACK_URL": receiver.callback_url,
+        "JOB_CALLBACK_SECRET": receiver.secret,
+    }
+    with start(platform, **env) as process:
+        yield process
+
+
+def document(platform: Platform, job: str, timeout: float = 60) -> dict[str, Any]:
+    last: dict[str, Any] = platform.result(job, timeout)["output"][-1]
+    return last
+
+
+def test_a_job_comes_back_with_its_reply_and_a_stored_text(
+    platform: Platform, outputs: Path
+) -> None:
+    job = platform.submit(chat_payload(id="answered"))
+
+    result = document(platform, job)
+
+    assert platform.status(job)["status"] == "COMPLETED"
+    assert platform.stream(job) == platform.status(job)["output"] == [result]
+    assert (outputs / result["assets"][0]["url"]).read_text() == result["response"]
+
+
+def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
+    job = platform.submit(chat_payload(id="streamed", stream=True, max_tokens=200))
+
+    result = document(platform, job)
+
+    *deltas, last = platform.stream(job)
+    assert len(deltas) > 2
+    assert "".join(item["delta"] for item in deltas) == result["response"]
+    assert last == result
+    assert platform.status(job)["output"] == [*deltas, last]
+    assert [update.is_stream for update in platform.updates(job)] == [True]
+
+
+def test_a_stream_can_be_read_while_it_grows(platform: Platform) -> None:
+    job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
+
+    platform.wait_until(lambda: len(platform.stream(job)) > 3, 20)
+
+    assert platform.status(job)["status"] == "IN_PROGRESS"
+    assert document(platform, job)["usage"]["completion_tokens"] > 0
+
+
+def test_the_callback_holds_the_document(platform: Platform, receiver: CallbackReceiver) -> None:
+    job = platform.submit(chat_payload(id="called-back", stream=True))
+
+    result = document(platform, job)
+
+    (callback,) = [each for each in receiver.received if each.document["job_id"] == "called-back"]
+    assert callback.document == result
+
+
+def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) -> None:
+    job = platform.submit(chat_payload(temperature=9))
+
+    platform.result(job)
+
+    assert platform.status(job)["status"] == "FAILED"
+    assert failure(platform.status(job))["message"].startswith("temperature: ")
+    assert platform.stream(job)[-1]["failure"] == failure(platform.status(job))
+
+
+def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:
+    def payload(name: str, i: int) -> dict[str, Any]:
+        messages = [
+            {"role": "system", "content": "You write letters. " * 10},
+            {"role": "user", "content": f"Number {i}. " * (1 + i % 5)},
+        ]
+        return chat_payload(id=f"{name}-{i}", messages=messages, temperature=0, max_tokens=20)
+
+    at_once = [platform.submit(payload("crowd", i)) for i in range(50)]
+    crowd = [document(platform, job)["response"] for job in at_once]
+
+    for i in range(0, 50, 10):
+        alone = document(platform, platform.submit(payload("alone", i)))
+        assert alone["response"] == crowd[i]
+    assert len(set(crowd)) > 10
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_cancelled_job_leaves_the_batch(
+    platform: Platform, worker: WorkerProcess, outputs: Path, stream: bool
+) -> None:
+    name = f"cancelled-{stream}"
+    job = platform.submit(chat_payload(id=name, stream=stream, **LONG))
+    worker.wait_for_log(f"({name})")
+    platform.cancel(job)
+
+    log = worker.wait_for_log(f"({name}) CANCELLED")
+
+    assert platform.status(job)["status"] == "CANCELLED"
+    assert not (outputs / f"user-1/{name}").exists()
+    assert "Traceback" not in log
+    assert document(platform, platform.submit(chat_payload(id=f"after-{name}")))
+
+
+def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerProcess) -> None:
+    messages = [{"role": "user", "content": "an unmistakable zebra"}]
+    reply = document(platform, platform.submit(chat_payload(id="quiet", messages=messages)))
+
+    assert "zebra" not in worker.log
+    assert reply["response"] not in worker.log
+
+
+def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str) -> None:
+    env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
+    with Platform() as own, start(own, **env) as process:
+        job = own.submit(chat_payload(stream=True, **LONG))
+        own.wait_until(lambda: own.stream(job), 20)
+        process.terminate()
+
+        assert document(own, job)["status"] == "completed"
+        assert process.wait(60) == 0
+
+
+def test_a_picture_and_a_reply_come_from_one_worker(tmp_path: Path, model: str) -> None:
+    env = {"FAMILIES": "sdxl,chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
+    with Platform() as own, start(own, **env):
+        picture = own.submit(sdxl_payload(id="picture"))
+        reply = own.submit(chat_payload(id="reply"))
+
+        types = [document(own, job)["assets"][0]["type"] for job in (picture, reply)]
+
+    assert types == ["image", "text"]
+    assert own.updates(picture)[-1].terminal
+
+
+# --- without a platform ---
+
+
+def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
+    payload = json.dumps({"input": chat_payload()})
+    env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
+
+    run = run_handler("--test_input", payload, **env)
+
+    assert run.returncode == 0, run.stderr
+    assert '"response": ' in run.stdout
+    assert (tmp_path / "user-1/job-1/0.txt").exists()
+
+
+def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
+    args = ("--rp_serve_api", "--rp_api_port", "18766")
+    env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
+    url = "http://127.0.0.1:18766"
+    with start(None, *args, **env) as process:
+        process.wait_for_log("Uvicorn running", timeout=60)
+        job = requests.post(f"{url}/run", json={"input": chat_payload(stream=True)}, timeout=60)
+        answer = requests.post(f"{url}/stream/{job.json()['id']}", timeout=60).json()
+
+    *deltas, last = [item["output"] for item in answer["stream"]]
+    assert "".join(item["delta"] for item in deltas) == last["response"]
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("/no/such/model", "CHAT_INSTRUCT_MODEL: there is nothing at /no/such/model"),
+        ("tests", "CHAT_INSTRUCT_MODEL: tests does not load as chat"),
+    ],
+)
+def test_a_failed_start_exits_with_one_clear_line(place: str, line: str) -> None:
+    run = run_handler(FAMILIES="chat", CHAT_INSTRUCT_MODEL=place)
+
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith(f"cannot start: {line}")
+    assert "Traceback" not in run.stderr
+
+
+# --- the pocket model ---
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not POCKET.exists(), reason="`make chat` builds the pocket model")
+def test_the_pocket_model_answers_the_test_input_in_english(tmp_path: Path) -> None:
+    payload = (ROOT / "test_input.chat.json").read_text()
+
+    run = run_handler("--test_input", payload, FAMILIES="chat", STORAGE_URL=f"file:{tmp_path}")
+
+    assert run.returncode == 0, run.stderr
+    answer = (tmp_path / "newcomer/first-words/0.txt").read_text().lower()
+    assert "sky" in answer and "light" in answer
