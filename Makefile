@@ -26,7 +26,7 @@ run: .venv/run $(WEIGHTS)
 chat:
 	$(MAKE) run FAMILIES=chat
 
-test: .venv/dev
+test: .venv/dev .cache/pocket_chat/config.json
 	$(BIN)/python -m pytest
 
 check: .venv/dev

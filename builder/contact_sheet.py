@@ -43,7 +43,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
         {"config": {"seed": 1}},
     ),
     (
-        "modify the reference, denoise 0.5: 'a red square on a white background'",
+        "modify the reference, denoise 0.85: 'a red square on a white background'",
         "sdxl_modify",
         {
             "prompt": "a red square on a white background",

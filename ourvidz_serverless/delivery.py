@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from typing import Any
+from urllib.parse import quote
 
 from ourvidz_serverless import media
 from ourvidz_serverless.payloads import Asset, Output, Text
@@ -62,7 +63,7 @@ class Delivery:
         )
 
     def _write(self, output: Text) -> Asset:
-        key, data = f"{self._folder}/{output.index}.txt", output.text.encode()
-        self._upload(key, data, "text/plain")
-        facts: dict[str, Any] = {"format": "txt", "file_size_bytes": len(data)}
-        return Asset("text", self._url(key), None, {**output.metadata, **facts})
+        # Not uploaded: the text travels in the document, and a bucket for pictures takes no text.
+        facts: dict[str, Any] = {"format": "txt", "file_size_bytes": len(output.text.encode())}
+        url = f"data:text/plain;charset=utf-8,{quote(output.text)}"
+        return Asset("text", url, None, {**output.metadata, **facts})

@@ -172,8 +172,9 @@ def test_the_reply_is_a_text_asset_and_stands_beside_it(talk: Any, name: str, fi
     result = document.result()
     assert result[field] == "Rain is water."
     (asset,) = result["assets"]
-    assert (asset["type"], asset["url"]) == ("text", "user-1/job-1/0.txt")
-    assert (at.root / asset["url"]).read_text() == "Rain is water."
+    assert asset["type"] == "text"
+    assert asset["url"] == "data:text/plain;charset=utf-8,Rain%20is%20water."
+    assert at.stored() == []
     assert result["usage"]["total_tokens"] == 12
     assert result["finish_reason"] == "stop"
 
