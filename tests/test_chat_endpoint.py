@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import requests
@@ -62,16 +63,14 @@ def document(platform: Platform, job: str, timeout: float = 60) -> dict[str, Any
     return last
 
 
-def test_a_job_comes_back_with_its_reply_and_a_stored_text(
-    platform: Platform, outputs: Path
-) -> None:
+def test_a_job_comes_back_with_its_reply(platform: Platform) -> None:
     job = platform.submit(chat_payload(id="answered"))
 
     result = document(platform, job)
 
     assert platform.status(job)["status"] == "COMPLETED"
     assert platform.stream(job) == platform.status(job)["output"] == [result]
-    assert (outputs / result["assets"][0]["url"]).read_text() == result["response"]
+    assert unquote(result["assets"][0]["url"].split(",", 1)[1]) == result["response"]
 
 
 def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
@@ -80,7 +79,6 @@ def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
     result = document(platform, job)
 
     *deltas, last = platform.stream(job)
-    assert len(deltas) > 2
     assert "".join(item["delta"] for item in deltas) == result["response"]
     assert last == result
     assert platform.status(job)["output"] == [*deltas, last]
