@@ -14,6 +14,7 @@ import pytest
 
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench
+from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
 from tests.support.s3 import SeaweedServer
 
@@ -28,6 +29,17 @@ def bench(tmp_path: Path) -> Callable[..., Bench]:
 def s3() -> Iterator[SeaweedServer]:
     with SeaweedServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with Platform() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture

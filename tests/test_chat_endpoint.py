@@ -12,10 +12,10 @@ import requests
 from ourvidz_serverless.models.qwen import POCKET
 from tests.support.bench import chat_payload, sdxl_payload
 from tests.support.chatbox import tiny_folder
+from tests.support.handler import ROOT, failure, run_handler, start
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
 from tests.support.worker import WorkerProcess
-from tests.test_endpoint import ROOT, failure, run_handler, start
 
 #: A reply of some seconds, long enough to be met in the middle; greedy, this model never ends.
 LONG = {"max_tokens": 800, "temperature": 0}
@@ -27,20 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with Platform() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def receiver() -> Iterator[CallbackReceiver]:
     with CallbackReceiver() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,47 +1,30 @@
 """The handler behind RunPod's own loop: the real SDK in a process, the platform emulated."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 from PIL import Image
 
 from tests.support.bench import sdxl_payload
+from tests.support.handler import ROOT, failure, run_handler, start
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver, SupabaseStorage
 from tests.support.s3 import SeaweedServer
 from tests.support.worker import WorkerProcess
-
-ROOT = Path(__file__).parents[1]
-HANDLER = ROOT / "handler.py"
 
 #: A few seconds: long enough to be met in the middle.
 LONG = {"config": {"num_inference_steps": 50, "num_images": 3, "resolution": "192x192"}}
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with Platform() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def receiver() -> Iterator[CallbackReceiver]:
     with CallbackReceiver() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +38,6 @@ def worker(
     }
     with start(platform, **env) as process:
         yield process
-
-
-def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
-
-
-def failure(status: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(status["error"])
 
 
 # --- one job ---
@@ -256,18 +230,6 @@ def test_supabase_holds_the_assets(receiver: CallbackReceiver) -> None:
 
 
 # --- without a platform ---
-
-
-def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD")}
-    return subprocess.run(
-        [sys.executable, str(HANDLER), *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**clean, "OMP_NUM_THREADS": "1", **env},
-        timeout=120,
-    )
 
 
 def test_the_handler_runs_a_test_input_and_shows_its_result(tmp_path: Path) -> None:

@@ -39,13 +39,13 @@ COPY_STRENGTH = 0.05
 #: less noise. Of a style only colours and mood should survive, of a character nearly all.
 STRENGTHS = {None: 0.5, "style": 0.8, "composition": 0.65, "character": 0.45}
 
-Scheduler = Literal[
-    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
-]
 #: The same for an IP-Adapter, where 1 is all of it: the scales that diffusers' documentation
 #: shows for InstantStyle's single blocks, and for all blocks beside a prompt.
 ADAPTER_SCALES = {"style": 1.0, "composition": 1.0, "character": 0.6}
 
+Scheduler = Literal[
+    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
+]
 ReferenceType = Literal["style", "composition", "character"]
 Text = Field(None, max_length=20_000)
 Strength = Field(None, ge=0.0, le=1.0)

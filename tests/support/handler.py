@@ -1,0 +1,35 @@
+"""`handler.py` in a process of its own: against a platform, or without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.platform import Platform
+from tests.support.worker import WorkerProcess
+
+ROOT = Path(__file__).parents[2]
+HANDLER = ROOT / "handler.py"
+
+
+def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
+
+
+def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD")}
+    return subprocess.run(
+        [sys.executable, str(HANDLER), *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**clean, "OMP_NUM_THREADS": "1", **env},
+        timeout=120,
+    )
+
+
+def failure(status: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(status["error"])
