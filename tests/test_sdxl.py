@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
@@ -75,6 +79,24 @@ def test_image_to_image_equals_diffusers_pipeline(sdxl: Any) -> None:
     )
 
     assert distance(ours, theirs) == 0
+
+
+def test_a_unet_with_distilled_guidance_equals_diffusers_pipeline(
+    sdxl: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(sdxl._unet.config, time_cond_proj_dim=16)
+    pipe = StableDiffusionXLPipeline(**{**sdxl._pipe.components, "unet": unet})
+    pipe.save_pretrained(tmp_path)
+    distilled = models.load(Settings(sdxl_model=str(tmp_path)))
+
+    strong, weak = (render(distilled, guidance_scale=scale)[0] for scale in (8.0, 2.0))
+    theirs = through_diffusers(
+        distilled._pipe, prompt="a red circle", **{**SMALL, "guidance_scale": 8.0}
+    )
+
+    assert distance(strong, theirs) == 0
+    assert distance(strong, weak) > 0
 
 
 def test_every_keyword_that_the_unet_is_given_is_one_that_it_takes(sdxl: Any) -> None:

@@ -49,8 +49,6 @@ def load(settings: Settings) -> Sdxl:
         raise ModelLoadError(
             f"SDXL_MODEL: {path.name} does not load as SDXL ({_why(exc)})"
         ) from exc
-    if pipe.unet.config.time_cond_proj_dim is not None:
-        raise ModelLoadError(f"SDXL_MODEL: {path.name} has its guidance distilled into the UNet")
     if settings.sdxl_timestep_spacing:
         pipe.scheduler.register_to_config(timestep_spacing=settings.sdxl_timestep_spacing)
     adapter = _adapter(pipe, settings.sdxl_ip_adapter)
@@ -93,6 +91,7 @@ class Conditioning:
     `hidden` is (1 or 2, tokens, dim) and `pooled` (1 or 2, dim): two rows, the negative first,
     where the job is guided. `time_ids` (1, 6) is SDXL's size conditioning (arXiv:2307.01952),
     `shown` (1 or 2, 1, dim) is what the IP-Adapter, where there is one, shows of a reference.
+    `distilled` (1, dim) tells the guidance scale to a UNet that has guidance distilled into it.
     """
 
     hidden: torch.Tensor
@@ -100,6 +99,7 @@ class Conditioning:
     time_ids: torch.Tensor
     guidance_scale: float
     shown: torch.Tensor | None = None
+    distilled: torch.Tensor | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -114,7 +114,11 @@ class Conditioning:
         }
         if self.shown is not None:
             added["image_embeds"] = [self.shown.repeat_interleave(size, dim=0)]
-        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+        return {
+            "encoder_hidden_states": hidden,
+            "added_cond_kwargs": added,
+            "timestep_cond": self.distilled,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +300,9 @@ class Sdxl:
         self, prompt: Prompt, negative: Prompt | None, size: tuple[int, int], guidance_scale: float
     ) -> Conditioning:
         rows = [self._prompts.encode(prompt)]
+        distilled = self._distilled(guidance_scale)
         # At a scale of 1 the negative cancels out, and half the work with it.
-        if guidance_scale > 1:
+        if guidance_scale > 1 and distilled is None:
             rows = self._prompts.level([self._negative(negative, like=rows[0]), *rows])
         width, height = size
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device.name)
@@ -306,7 +311,17 @@ class Sdxl:
             pooled=torch.cat([row.pooled for row in rows]),
             time_ids=time_ids.to(rows[0].hidden.dtype),
             guidance_scale=guidance_scale,
+            distilled=distilled,
         )
+
+    def _distilled(self, guidance_scale: float) -> torch.Tensor | None:
+        """The embedded guidance scale that a UNet of an LCM takes (arXiv:2310.04378), or None."""
+        width = self._unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.tensor([guidance_scale - 1.0])
+        embedded = self._pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
+        return embedded.to(self.device.name, self.device.dtype)
 
     def _negative(self, prompt: Prompt | None, like: Embedding) -> Embedding:
         if prompt is None and self._pipe.config.force_zeros_for_empty_prompt:
