@@ -1,16 +1,22 @@
-# `make run` shows a picture, `make chat` gives an answer, `make test` runs the tests. Each makes
-# what it needs, once.
+# `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
+# opens a page to try all three on, `make test` runs the tests. Each makes what it needs, once.
+# `make image FAMILY=sdxl` builds an image.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 BIN := .venv/bin
 FAMILIES ?= sdxl
+FAMILY ?= sdxl
 CHAT_INSTRUCT_MODEL ?= pocket
 
 # A worker for chat alone answers a question instead of painting a picture.
 ifeq ($(FAMILIES),chat)
 INPUT := --test_input "$$(cat test_input.chat.json)"
+endif
+# One for WAN alone makes a video.
+ifeq ($(FAMILIES),wan)
+INPUT := --test_input "$$(cat test_input.video.json)"
 endif
 ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
 WEIGHTS := .cache/pocket_chat/config.json
@@ -18,7 +24,7 @@ endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run chat test check format clean
+.PHONY: run chat video page test check format image clean
 
 run: .venv/run $(WEIGHTS)
 	FAMILIES=$(FAMILIES) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) $(BIN)/python handler.py $(INPUT)
@@ -26,7 +32,14 @@ run: .venv/run $(WEIGHTS)
 chat:
 	$(MAKE) run FAMILIES=chat
 
-test: .venv/dev .cache/pocket_chat/config.json
+video:
+	$(MAKE) run FAMILIES=wan
+
+# The newcomer's own page, with all three families on their pocket models.
+page: .venv/run .cache/pocket_chat/config.json
+	HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(BIN)/python -m ourvidz_serverless.http
+
+test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium
 	$(BIN)/python -m pytest
 
 check: .venv/dev
@@ -34,10 +47,19 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m builder.contract --check
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# By Docker, or by buildah where there is none; FLAGS go to either.
+image:
+	@if docker buildx version >/dev/null 2>&1; then \
+		docker buildx bake --load $(FLAGS) $(FAMILY); \
+	else \
+		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --tag ourvidz-$(FAMILY):dev .; \
+	fi
 
 clean:
 	rm -rf .venv .cache outputs
@@ -54,6 +76,10 @@ clean:
 .cache/pocket_chat/config.json: | .venv/run
 	$(BIN)/pip install --progress-bar on gguf==0.19.0
 	$(BIN)/python -m builder.pocket_chat
+
+# What the page's tests look through. Without it they take a browser on PATH, or are skipped.
+.cache/chromium/chromium: | .venv/dev
+	-$(BIN)/python -m builder.browser
 
 .venv/dev: requirements-dev.txt .venv/run
 	$(BIN)/pip install --progress-bar on -r requirements-dev.txt

@@ -3,30 +3,37 @@
 python handler.py                                  one job from test_input.json, or RunPod's queue
 python handler.py --test_input '{"input": {...}}'  one job from the command line
 python handler.py --rp_serve_api                   RunPod's API on localhost:8000
+SERVE=http python handler.py                       plain HTTP, for a load-balancing endpoint
 """
 
-import os
-import socket
+import signal
 import sys
 
-from ourvidz_serverless import endpoint, logs, models, settings
-from ourvidz_serverless.callback import Callback
+from ourvidz_serverless import logs, settings
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.storage import open_storage
-from ourvidz_serverless.worker import Worker
+from ourvidz_serverless.readahead import ReadAhead
 
 
 def main() -> None:
+    # The kernel keeps from PID 1 a signal that it has no handler for, and loading takes minutes.
+    # `endpoint.serve` sets a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = settings.read()
     logs.configure(config.log_level)
-    worker = Worker(
-        config,
-        models.load(config),
-        assets=open_storage(config),
-        callback=Callback.of(config),
-        worker_id=os.environ.get("RUNPOD_POD_ID") or socket.gethostname(),
-    )
-    endpoint.serve(worker, config)
+    reading = ReadAhead.of(config).start()
+    # Only now what takes seconds to import: meanwhile the weights are read.
+    if config.serve == "http":
+        from ourvidz_serverless import http
+
+        http.serve(config, reading)
+    else:
+        from ourvidz_serverless import sdk
+
+        sdk.load()
+        from ourvidz_serverless import endpoint
+        from ourvidz_serverless.worker import Worker
+
+        endpoint.serve(Worker.of(config, reading), config)
 
 
 if __name__ == "__main__":

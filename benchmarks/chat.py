@@ -1,73 +1,239 @@
-"""Replies a second: transformers' `generate` one by one, and the engine with all at once.
+"""Tokens a second: transformers' `generate` one by one, and the engine with many at once.
 
     python -m benchmarks.chat                  the pocket model, on what there is
-    python -m benchmarks.chat --model 7b       Qwen2.5-7B's architecture with random weights
+    python -m benchmarks.chat --size full      Qwen2.5-7B's architecture, random weights, on a GPU
+    python -m benchmarks.chat --model FOLDER
 
-Greedy, so that the two arms' tokens can be compared; the same prompts in both. `ceiling` is the
-pace of one stream if nothing but the weights' way from memory took time (`--bandwidth`, in TB/s).
+Greedy, so that the arms' tokens can be compared; the same prompts in both, half of each shared.
+On CUDA the engine replays recorded steps, and a second one, in the same turns, does not. `decoding`
+is the pace of one reply after its first token, `late` the time to the first token of a request that
+comes when all others are being answered. The floor of one stream's decoding is the weights' way
+from memory, once a token.
 """
 
 from __future__ import annotations
 
-import argparse
+import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks import architectures, report
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.qwen import POCKET
+from ourvidz_serverless.models.graphs import Record, recorder
+from ourvidz_serverless.models.qwen import POCKET as POCKET_FOLDER
 from ourvidz_serverless.models.sampling import Sampling
 from ourvidz_serverless.settings import Settings
+from tests.support.chatbox import tiny_folder
 
-QWEN_7B = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    max_position_embeddings=32768,
-    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+POCKET, FULL = TITLES = (
+    "Chat against generate, one by one, pocket size",
+    "Chat against generate, one by one, full size",
 )
+HEADERS = (
+    "requests at once",
+    "tokens/s, engine",
+    "without graphs",
+    "tokens/s, one by one",
+    "times as fast",
+    "control",
+    "replies equal",
+    "decoding, tokens/s",
+    "first token, ms",
+    "late, ms",
+)
+FULL_HEADERS = (*HEADERS, "floor, tokens/s of a stream", "share of the floor")
+AT_ONCE = (1, 16, 64)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="pocket", help="pocket, 7b, or a folder")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=100, help="tokens; half of them are shared")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of a reply")
-    parser.add_argument("--alone", type=int, default=4, help="requests in the first arm")
-    parser.add_argument("--bandwidth", type=float, default=4.8)
-    options = parser.parse_args()
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Tokens of a prompt and of a reply, how many are asked one by one, and rounds of turns."""
 
+    prompt: int = 100
+    reply: int = 64
+    alone: int = 4
+    rounds: int = 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
+    parser.add_argument("--model", type=Path, help="a folder, instead of the pocket model")
+    options = parser.parse_args(argv)
+    scale, at_once = Scale(), AT_ONCE
+    if options.quick:
+        scale = Scale(prompt=48, reply=12, alone=2, rounds=1)
+    if options.tiny:
+        scale, at_once = Scale(prompt=8, reply=2, alone=1, rounds=1), (1, 2)
+    tables = []
+    if options.size != "full":
+        tables.append(pocket(options.model, options.tiny, at_once, scale))
+    if options.size != "pocket":
+        tables.append(full(at_once, scale))
+    report.finish("chat", tables, options.json)
+
+
+def pocket(
+    folder: Path | None, is_tiny: bool, at_once: Sequence[int], scale: Scale
+) -> report.Table:
     device = Device.choose(Settings(), on_gpu=torch.bfloat16)
-    model = load(options.model, device)
-    prompts = make_prompts(model.config.vocab_size, options.requests, options.prompt)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The pocket model is converted once, which takes a package; the tests' tiny one is made.
+        is_tiny = is_tiny or not (folder or POCKET_FOLDER).exists()
+        place = tiny_folder(Path(scratch)) if is_tiny else folder or POCKET_FOLDER
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype)
+        rows = arms(model.to(device.name).eval(), device, scale).rows(at_once)
+    note = f"{scale.prompt} tokens of a prompt, {scale.reply} of a reply, {device.dtype}"
+    return report.table(POCKET, HEADERS, rows, f"{note}{', random weights' if is_tiny else ''}.")
+
+
+def full(at_once: Sequence[int], scale: Scale) -> report.Table:
+    """The published architecture's table, where there is a GPU to measure it on."""
+    if torch.cuda.is_available():
+        card = architectures.card()
+        return full_table(at_once, scale, card and card[1], Settings())
+    print("chat at full size needs a GPU")
+    return report.table(FULL, FULL_HEADERS, [report.unmeasured(n, FULL_HEADERS) for n in at_once])
+
+
+def full_table(
+    at_once: Sequence[int], scale: Scale, bandwidth: float | None, settings: Settings
+) -> report.Table:
+    """The same on the device of some settings, whose memory gives so many bytes a second."""
+    device = Device.choose(settings, on_gpu=torch.bfloat16)
+    with architectures.made_on(str(device.name), device.dtype):
+        model = architectures.chat().eval()
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
-    print(f"{weights / 1e9:.2f} GB on {device.name} in {device.dtype}, {options}")
+    rows = []
+    for row in arms(model, device, scale).rows(at_once):
+        # More than one stream shares the weights' way from memory.
+        floor = bandwidth / weights if bandwidth and row[0] == 1 else None
+        decoding = float(str(row[HEADERS.index("decoding, tokens/s")]))
+        share = floor and f"{100 * decoding / floor:.0f} %"
+        rows.append([*row, floor, share])
+    note = f"{weights / 1e9:.2f} GB of weights, {scale.reply} tokens of a reply, {device.dtype}."
+    return report.table(FULL, FULL_HEADERS, rows, note)
 
-    alone = one_by_one(model, device, prompts[: options.alone], options.tokens)
-    engine = Engine(model, device, ends=[], limits=Limits(max_batch=options.requests))
-    at_once(engine, prompts[:2], 2)  # warms up
-    together = at_once(engine, prompts, options.tokens)
-    equal = sum(one == other for one, other in zip(alone, together, strict=False))
-    print(f"equal: {equal} of {len(alone)}")
-    if device.is_cuda:
-        print(f"ceiling of one stream: {options.bandwidth * 1e12 / weights:.0f} tokens/s")
+
+def arms(model: Any, device: Device, scale: Scale) -> Arms:
+    return Arms(model, device, scale, recorder("auto", device, model.config))
 
 
-def load(name: str, device: Device) -> Any:
-    if name == "7b":
-        with torch.device(device.name):
-            return Qwen2ForCausalLM(QWEN_7B).to(device.dtype).eval()
-    folder = POCKET if name == "pocket" else name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype)
-    return model.to(device.name).eval()
+class Arms:
+    """Both ways to answer the same prompts with one model; with `record`, ours replayed and not."""
+
+    def __init__(
+        self, model: Any, device: Device, scale: Scale, record: Record | None = None
+    ) -> None:
+        self.model, self.device, self.scale, self.record = model, device, scale, record
+        self.prompts = make_prompts(model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
+
+    def rows(self, at_once: Sequence[int]) -> list[list[object]]:
+        return [self.row(count) for count in at_once]
+
+    def row(self, count: int) -> list[object]:
+        """So many at once against one by one, in turns."""
+        engine = self.engine(count, self.record)
+        prompts, alone = self.prompts[:count], self.prompts[: min(count, self.scale.alone)]
+        self.answer_all(engine, prompts if self.record else prompts[:2])  # warms up, and records
+        unrecorded = self.engine(count, None) if self.record else None
+        if unrecorded:
+            self.answer_all(unrecorded, prompts)
+        ours: list[float] = []
+        eager: list[float] = []
+        theirs: list[float] = []
+        controls: list[float] = []
+        for _ in range(self.scale.rounds):
+            together = self.answer_all(engine, prompts)
+            singly = [self.generate(alone) for _ in range(2)]
+            if unrecorded:
+                eager += [self.answer_all(unrecorded, prompts).pace for _ in range(2)]
+            again = self.answer_all(engine, prompts)
+            ours += [together.pace, again.pace]
+            theirs += [each.pace for each in singly]
+            controls.append(singly[0].pace / singly[1].pace)
+        equal = sum(map(list.__eq__, together.replies, singly[0].replies))
+        return [
+            count,
+            median(ours),
+            median(eager) if eager else None,
+            median(theirs),
+            median(ours) / median(theirs),
+            median(controls),
+            f"{equal} of {len(alone)}",
+            median(together.decoding),
+            1000 * median(together.first_s),
+            1000 * self.late_s(engine, count),
+        ]
+
+    def engine(self, count: int, record: Record | None) -> Engine:
+        limits = Limits(max_batch=count + 1)
+        return Engine(self.model, self.device, ends=[], limits=limits, record=record)
+
+    def generate(self, prompts: Sequence[list[int]]) -> Answers:
+        """transformers' own, one after another."""
+        began, replies, tokens = time.monotonic(), [], self.scale.reply
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.device.name)
+            reply = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+            replies.append(reply[len(prompt) :].tolist())
+        return Answers(replies, time.monotonic() - began)
+
+    def answer_all(self, engine: Engine, prompts: Sequence[list[int]]) -> Answers:
+        """The engine's, all at once."""
+        began = time.monotonic()
+        asked = [self.ask(engine, prompt) for prompt in prompts]
+        with ThreadPoolExecutor(len(asked)) as threads:
+            list(threads.map("".join, asked))
+        first_s = [each.time_to_first_token_s for each in asked]
+        replies = [each.ids[each.num_prompt :] for each in asked]
+        seconds = time.monotonic() - began
+        return Answers(replies, seconds, first_s, [each.tokens_per_second or 0 for each in asked])
+
+    def late_s(self, engine: Engine, count: int) -> float:
+        """The wait for the first token of one that comes while so many are being answered."""
+        with ThreadPoolExecutor(count + 1) as threads:
+            asked = [self.ask(engine, prompt) for prompt in self.prompts[:count]]
+            pieces = [iter(each) for each in asked]
+            list(threads.map(next, pieces))  # all have begun
+            late = self.ask(engine, self.prompts[-1])
+            list(threads.map("".join, [*pieces, iter(late)]))
+        return late.time_to_first_token_s
+
+    def ask(self, engine: Engine, prompt: list[int]) -> Generation:
+        sampling = Sampling(max_tokens=self.scale.reply, temperature=0)
+        generation = Generation(
+            prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=len(prompt) // 2
+        )
+        engine.submit(generation)
+        return generation
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Replies as tokens, the seconds that all took, those to the first token of each, and each
+    one's own tokens a second after it.
+    """
+
+    replies: list[list[int]]
+    seconds: float
+    first_s: Sequence[float] = ()
+    decoding: Sequence[float] = ()
+
+    @property
+    def pace(self) -> float:
+        """Tokens a second."""
+        return sum(map(len, self.replies)) / self.seconds
 
 
 def make_prompts(vocabulary: int, requests: int, length: int) -> list[list[int]]:
@@ -75,44 +241,6 @@ def make_prompts(vocabulary: int, requests: int, length: int) -> list[list[int]]
     rows = torch.randint(100, vocabulary, (requests, length), generator=random)
     rows[:, : length // 2] = rows[0, : length // 2]
     return rows.tolist()
-
-
-def one_by_one(
-    model: Any, device: Device, prompts: list[list[int]], tokens: int
-) -> list[list[int]]:
-    began, replies = time.monotonic(), []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=device.name)
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        reply = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
-        replies.append(reply[len(prompt) :].tolist())
-    say("generate, one by one", len(prompts) * tokens, time.monotonic() - began)
-    return replies
-
-
-def at_once(engine: Engine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    began = time.monotonic()
-    generations = [
-        Generation(
-            prompt,
-            Sampling(max_tokens=tokens, temperature=0),
-            decode=lambda ids: "x" * len(ids),
-            num_shared=len(prompt) // 2,
-        )
-        for prompt in prompts
-    ]
-    for generation in generations:
-        engine.submit(generation)
-    with ThreadPoolExecutor(len(generations)) as threads:
-        list(threads.map("".join, generations))
-    say(f"engine, {len(prompts)} at once", len(prompts) * tokens, time.monotonic() - began)
-    first = sorted(each.time_to_first_token_s for each in generations)
-    print(f"{'':24} first token: median {first[len(first) // 2]:.3f} s, last {first[-1]:.3f} s")
-    return [each.ids[each.num_prompt :] for each in generations]
-
-
-def say(arm: str, tokens: int, seconds: float) -> None:
-    print(f"{arm:24} {tokens / seconds:8.1f} tokens/s ({tokens} in {seconds:.2f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
-"""Our PNG against Pillow's default, on one thread: `python -m benchmarks.png`.
+"""Our PNG against Pillow's default, and the pictures that both are given.
 
-Prints ratios, which hold on other machines; times do not. The two encoders take turns (ours,
-Pillow, Pillow, ours), medians are compared, and Pillow against itself shows how far to trust them.
-The pictures are made here: three as a photograph might be, and a drawing.
+The pictures are made here: three as a photograph might be, and a drawing. `benchmarks.post`
+measures the two encoders on them.
 """
 
-import argparse
 import io
-import time
-from collections.abc import Callable
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +15,6 @@ from ourvidz_serverless.media import Pixels, encode_image
 Plane = NDArray[np.float64]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", type=int, default=1024, help="of the pictures, in pixels")
-    parser.add_argument("--rounds", type=int, default=10, help="each is two pairs")
-    arguments = parser.parse_args()
-    print(f"{'picture':10}{'time, Pillow/ours':>19}{'Pillow/Pillow':>15}{'size, ours/Pillow':>19}")
-    for picture in (soft, grainy, sharp, drawing):
-        pixels = picture(arguments.side)
-        faster, control = compare(ours, pillow, pixels, arguments.rounds)
-        size = len(ours(pixels)) / len(pillow(pixels))
-        print(f"{picture.__name__:10}{faster:>18.1f}x{control:>14.2f}x{size:>19.3f}")
-
-
 def ours(pixels: Pixels) -> bytes:
     return encode_image(pixels).data
 
@@ -41,22 +23,6 @@ def pillow(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def compare(
-    a: Callable[[Pixels], object], b: Callable[[Pixels], object], pixels: Pixels, rounds: int
-) -> tuple[float, float]:
-    """How many times longer b takes than a, and b in the first half of a round than in the rest."""
-    times: list[list[float]] = [[], [], [], []]
-    for _ in range(rounds):
-        for encode, spent in zip((a, b, b, a), times, strict=True):
-            began = time.perf_counter()
-            encode(pixels)
-            spent.append(time.perf_counter() - began)
-    return (
-        median(times[1] + times[2]) / median(times[0] + times[3]),
-        median(times[1]) / median(times[2]),
-    )
 
 
 def soft(side: int) -> Pixels:
@@ -115,7 +81,3 @@ def drawing(side: int) -> Pixels:
     draw.polygon(((at, 9 * at), (3 * at, 6 * at), (5 * at, 9 * at)), fill=(20, 150, 60))
     draw.multiline_text((6 * at, at), "the quick brown fox\n" * 20, fill=(20, 20, 20))
     return np.asarray(image)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,9 @@ and leaves some of it unsaid, and `read` looks at any picture and says which dra
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +55,12 @@ POSITION_WORDS = {
     "bottom": ("at the bottom", "at the bottom", "on the bottom", "bottom"),
     "centre": ("in the centre", "in the center", "in the middle", "centred", "centered"),
 }
+WORDS: dict[str, Mapping[Any, tuple[str, ...]]] = {
+    "shape": SHAPE_WORDS,
+    "size": SIZE_WORDS,
+    "position": POSITION_WORDS,
+}
+PLACING = {"on", "the", "at", "in", "side"}
 GROUND_WORDS = (
     "on a {} background",
     "on a {} background",
@@ -212,6 +220,14 @@ def _decorations(rng: random.Random, most: int) -> list[str]:
         invented = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
         chosen[rng.randrange(len(chosen))] = invented
     return chosen
+
+
+def says(text: str, drawing: Drawing, attribute: str) -> bool:
+    """Whether a caption of this drawing tells its shape, colour, background, size or position."""
+    value = getattr(drawing, attribute)
+    phrases = WORDS[attribute].get(value, ()) if attribute in WORDS else (value,)
+    telling = {word for phrase in phrases for word in phrase.split()} - PLACING
+    return bool(telling & set(text.replace(",", " ").split()))
 
 
 def filler(rng: random.Random) -> str:

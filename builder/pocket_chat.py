@@ -56,6 +56,8 @@ def convert(gguf: Path, target: Path) -> None:
     partial = target.with_suffix(".partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    # safetensors writes for its owner alone, and an image's worker is somebody else.
+    (partial / "model.safetensors").chmod(0o644)
     partial.rename(target)
 
 

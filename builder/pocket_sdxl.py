@@ -73,13 +73,14 @@ VAE = {
     "scaling_factor": 0.13025,
     "force_upcast": False,
 }
-# stabilityai/stable-diffusion-xl-base-1.0, scheduler/scheduler_config.json
+# stabilityai/stable-diffusion-xl-base-1.0, scheduler/scheduler_config.json, but for what is
+# predicted: the velocity, as SDXL's v-prediction checkpoints do; a small network learns it sooner.
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
     "steps_offset": 1,
     "interpolation_type": "linear",
@@ -196,12 +197,15 @@ def save_single_file(pipe: StableDiffusionXLPipeline, path: Path) -> None:
 
 
 def original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
-    """The weights under the names SDXL was published with: what diffusers' loader undoes."""
+    """The weights of an SDXL of any size under the names it was published with."""
     tensors: dict[str, torch.Tensor] = {}
+    depth = pipe.unet.config.layers_per_block + 1
     for key, value in pipe.unet.state_dict().items():
-        tensors["model.diffusion_model." + _unet_key(key)] = value
+        tensors["model.diffusion_model." + _unet_key(key, depth)] = value
     for key, value in pipe.vae.state_dict().items():
-        tensors["first_stage_model." + _vae_key(key)] = value
+        # Attention was made of convolutions of one pixel.
+        is_conv = re.search(r"attentions.*(to_\w+)\.(0\.)?weight", key)
+        tensors["first_stage_model." + _vae_key(key)] = value[..., None, None] if is_conv else value
     for key, value in pipe.text_encoder.state_dict().items():
         name = key.removeprefix("text_model.")
         tensors["conditioner.embedders.0.transformer.text_model." + name] = value
@@ -230,11 +234,18 @@ RESNET_NAMES = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+VAE_ATTENTION_NAMES = {
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
-def _unet_key(key: str) -> str:
+def _unet_key(key: str, depth: int) -> str:
     """One UNet key in the original's numbering, where every layer is a block of its own."""
-    depth = int(UNET["layers_per_block"]) + 1  # type: ignore[call-overload]
     if match := re.match(r"down_blocks\.(\d)\.(resnets|attentions|downsamplers)\.(\d)\.(.*)", key):
         level, kind, layer, rest = int(match[1]), match[2], int(match[3]), match[4]
         if kind == "downsamplers":
@@ -262,6 +273,9 @@ def _vae_key(key: str) -> str:
     key = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{top - int(m[1])}.block", key)
     key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{top - int(m[1])}.upsample", key)
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    if "mid_block.attentions" in key:
+        for ours, theirs in VAE_ATTENTION_NAMES.items():
+            key = key.replace(ours, theirs)
     return key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
 

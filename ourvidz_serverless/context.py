@@ -31,6 +31,10 @@ class Stop:
             self._error = error
         self._event.set()
 
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until the signal is set."""
+        self._event.wait(seconds)
+
     @property
     def error(self) -> JobError | None:
         """The error to end with, once the signal is set."""
@@ -53,11 +57,14 @@ class JobContext:
         self.warnings: list[str] = []
         self.metadata: dict[str, Any] = {}
         self.reply: dict[str, Any] = {}
+        self.audit: dict[str, Any] = {}
         self.timings: dict[str, float] = {}
+        self.progress: Mapping[str, Any] = {}
         self._report = report
         self._clock = clock
         self._started = clock()
         self._timeout_s = timeout_s
+        self._first_steps: dict[str, tuple[int, float]] = {}
 
     @property
     def elapsed_s(self) -> float:
@@ -65,24 +72,46 @@ class JobContext:
 
     @property
     def remaining_s(self) -> float:
-        return self._timeout_s - self.elapsed_s
+        """The seconds that are left: none for a job that was told to stop."""
+        return 0.0 if self.stop.error else self._timeout_s - self.elapsed_s
+
+    @property
+    def over(self) -> JobError | None:
+        """What the job was stopped with, or DeadlinePassed once its time is up."""
+        if self.elapsed_s >= self._timeout_s and not self.stop.error:
+            return DeadlinePassed(f"the job's {self._timeout_s:g} seconds are over")
+        return self.stop.error
 
     def check(self) -> None:
-        """Raise what the job was stopped with, or DeadlinePassed once its time is up."""
-        if self.stop.error:
-            raise self.stop.error
-        if self.remaining_s <= 0:
-            raise DeadlinePassed(f"the job's {self._timeout_s:g} seconds are over")
+        """Raise what the job is `over` with, if it is."""
+        if error := self.over:
+            raise error
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Report that `done` of `total` steps of a stage are behind, then `check`."""
-        self._report({"stage": stage, "step": done, "steps": total, "progress": done / total})
+        """Report that `done` of `total` steps of a stage are behind, then `check`.
+
+        From the second step on the report tells how many seconds the stage will take yet, by the
+        pace since its first one.
+        """
+        progress: dict[str, Any] = {
+            "stage": stage,
+            "step": done,
+            "steps": total,
+            "progress": done / total,
+        }
+        first, since = self._first_steps.setdefault(stage, (done, self._clock()))
+        if done > first:
+            pace_s = (self._clock() - since) / (done - first)
+            progress["remaining_s"] = round(pace_s * (total - done), 1)
+        self.progress = progress
+        self._report(progress)
         self.check()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage into `timings`, in seconds, and check at its door."""
         self.check()
+        self.progress = {"stage": name}
         started = self._clock()
         try:
             yield

@@ -57,13 +57,15 @@ def serve(worker: Worker, settings: Settings) -> None:
         return settings.resolved_concurrency
 
     make = make_stream_handler if _streams(settings) else make_handler
-    runpod.serverless.start(
-        {
-            "handler": make(worker, settings),
-            "concurrency_modifier": concurrency,
-            "return_aggregate_stream": True,
-        }
-    )
+    config: dict[str, Any] = {"concurrency_modifier": concurrency, "return_aggregate_stream": True}
+
+    def replace() -> None:
+        # The SDK looks here after every job, and ends its loop when those that run are done. That
+        # key in a result only tells the platform, and in a generator's nobody reads it.
+        config["refresh_worker"] = True
+
+    config["handler"] = make(worker, settings, replace)
+    runpod.serverless.start(config)
 
 
 def _streams(settings: Settings) -> bool:
@@ -72,8 +74,13 @@ def _streams(settings: Settings) -> bool:
     return has_queue and "chat" in settings.families
 
 
-def make_handler(worker: Worker, settings: Settings) -> Handler:
-    """The async handler: a job in a thread of its own, its progress told in order."""
+def make_handler(
+    worker: Worker, settings: Settings, replace: Callable[[], None] = lambda: None
+) -> Handler:
+    """The async handler: a job in a thread of its own, its progress told in order.
+
+    `replace` is called when a job has left the worker without its device.
+    """
     threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +90,8 @@ def make_handler(worker: Worker, settings: Settings) -> Handler:
         try:
             document = await asyncio.shield(running)
             reporter.show(document)
+            if worker.is_lost:
+                replace()
             return document.result()
         except asyncio.CancelledError:
             stop.set()
@@ -94,7 +103,9 @@ def make_handler(worker: Worker, settings: Settings) -> Handler:
     return handler
 
 
-def make_stream_handler(worker: Worker, settings: Settings) -> StreamHandler:
+def make_stream_handler(
+    worker: Worker, settings: Settings, replace: Callable[[], None] = lambda: None
+) -> StreamHandler:
     """The same as a generator: what the job streams, item by item, and then the document."""
     threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
 
@@ -115,8 +126,11 @@ def make_stream_handler(worker: Worker, settings: Settings) -> StreamHandler:
             await reporter.close()
         document = running.result()
         reporter.show(document)
+        if worker.is_lost:
+            replace()
         result = document.result()
         error = result.pop("error", None)
+        result.pop("refresh_worker", None)
         yield result
         # The SDK streams no item that holds an error, so the error goes after the document.
         if error:

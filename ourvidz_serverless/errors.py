@@ -13,6 +13,7 @@
     ├── Cancelled              CANCELLED
     ├── UploadError            UPLOAD_ERROR           retryable
     └── InternalError          INTERNAL_ERROR         retryable
+        └── DeviceLost         INTERNAL_ERROR         retryable; the worker's last job
 
 The message of a JobError travels to the caller as it is. So it names a field, a stage or a
 count, never a path, a secret or a prompt; and since the caller searches error texts for the
@@ -114,3 +115,7 @@ class InternalError(JobError):
 
     code = "INTERNAL_ERROR"
     retryable = True
+
+
+class DeviceLost(InternalError):
+    """Raised when the device takes no more work from this process, which must be replaced."""

@@ -8,24 +8,38 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ourvidz_serverless.payloads import Document, Job
 
 log = logging.getLogger("ourvidz")
-audit = logging.getLogger("ourvidz.audit")
+audit_trail = logging.getLogger("ourvidz.audit")
+
+
+#: What begins a new line, here or in whatever shows a log.
+_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class _OneLine(logging.Formatter):
+    """A record is one line, so that no path or name that it quotes can forge another."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _BREAKS.sub(lambda char: ascii(char[0])[1:-1], super().format(record))
 
 
 def configure(level: str) -> None:
     """Send our lines to stderr at `level`, and let no library print a prompt."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(level)
     # The audit trail is not a matter of taste.
-    audit.setLevel(logging.INFO)
+    audit_trail.setLevel(logging.INFO)
     # diffusers warns with the very words of a prompt that CLIP's 77 tokens would cut off.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -35,27 +49,31 @@ def started(job: Job) -> None:
     log.info("→ %s(%s)", job.type, job.id)
 
 
-def ended(document: Document, job: Job | None, seconds: float) -> None:
-    """Say how the job ended, and write its line of the audit trail."""
+def joined(job_id: str) -> None:
+    log.info("↻ %s arrived again, and joins itself", job_id)
+
+
+def ended(document: Document, job: Job | None, seconds: float, audit: Mapping[str, Any]) -> None:
+    """Say how the job ended, and write its line of the audit trail.
+
+    `audit` holds the verdicts and hashes that came together on the way: facts, never a text.
+    """
     failure = document.failure
     what = f"{job.type if job else 'payload'}({document.job_id})"
     if failure:
         log.info("%6.2fs ✗ %s %s: %s", seconds, what, failure.code, failure.message)
     else:
         log.info("%6.2fs ← %s %d assets", seconds, what, len(document.assets))
-    _audit(
-        "job",
-        job,
-        job_id=document.job_id,
-        status=document.status,
-        code=failure.code if failure else None,
-        seconds=round(seconds, 3),
+    who = {"user_id": job.user_id, "type": job.type, "adult": job.adult} if job else {}
+    facts = {
+        "status": document.status,
+        "code": failure.code if failure else None,
+        "seconds": round(seconds, 3),
+        "timings": document.metadata.get("timings", {}),
+    }
+    audit_trail.info(
+        json.dumps({"audit": "job", "job_id": document.job_id, **who, **facts, **audit})
     )
-
-
-def refused(job: Job, verdict: str, text_hash: str) -> None:
-    """Write who was refused what by the content floor: a rule and a hash, never the text."""
-    _audit("content", job, job_id=job.id, verdict=verdict, sha256=text_hash)
 
 
 def bug(job_id: str, error: Exception) -> None:
@@ -63,8 +81,3 @@ def bug(job_id: str, error: Exception) -> None:
     frames = reversed(traceback.extract_tb(error.__traceback__)[-6:])
     way = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
     log.error("job %s met a bug: %s at %s", job_id, type(error).__name__, way)
-
-
-def _audit(event: str, job: Job | None, **facts: object) -> None:
-    who = {"user_id": job.user_id, "type": job.type} if job else {}
-    audit.info(json.dumps({"audit": event, **who, **facts}))

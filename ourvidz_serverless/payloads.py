@@ -7,14 +7,16 @@ Format"; `error_message` and `metadata.error_type` are what the edge function re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from ourvidz_serverless.errors import InternalError, JobError
+from ourvidz_serverless.errors import DeviceLost, InternalError, JobError
 
 #: RunPod drops a larger result of `/run` without a word (10 MB; `/runsync` allows 20).
 MAX_RESULT_BYTES = 10_000_000
@@ -101,6 +103,74 @@ class Text:
     metadata: Mapping[str, Any]
 
 
+class Reel:
+    """Frames between the model that decodes them and the encoder that waits for them.
+
+    The model's side puts pieces in, uint8 (frames, height, width, 3), and waits while a few are
+    unread, so that memory stays flat however long the video is. The encoder's side iterates.
+    """
+
+    #: How soon a model's side that waits hears that its job was stopped.
+    POLL_S = 0.05
+
+    def __init__(self, depth: int = 2) -> None:
+        self._depth = depth
+        self._news = threading.Condition()
+        self._pieces: deque[np.ndarray] = deque()
+        self._is_whole = self._is_cut = False
+
+    def put(self, piece: np.ndarray, check: Callable[[], None]) -> None:
+        """Hand over a piece; what `check` raises while there is no room ends the wait.
+
+        A reel that nobody reads any more takes everything.
+        """
+        with self._news:
+            while len(self._pieces) == self._depth and not self._is_cut:
+                self._news.wait(self.POLL_S)
+                check()
+            if not self._is_cut:
+                self._pieces.append(piece)
+                self._news.notify_all()
+
+    def end(self) -> None:
+        """That was the last piece."""
+        with self._news:
+            self._is_whole = True
+            self._news.notify_all()
+
+    def cut(self) -> None:
+        """One of the sides has gone: no further piece is put in or read."""
+        with self._news:
+            self._is_cut = True
+            self._news.notify_all()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while (piece := self._next()) is not None:
+            yield piece
+
+    def _next(self) -> np.ndarray | None:
+        with self._news:
+            self._news.wait_for(lambda: self._pieces or self._is_whole or self._is_cut)
+            if self._is_cut:
+                raise InternalError("the video ended before its last frame")
+            piece = self._pieces.popleft() if self._pieces else None
+            self._news.notify_all()
+            return piece
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video on its way: sent before its first frame is there. `metadata` as in `Output`."""
+
+    index: int
+    frames: Reel
+    width: int
+    height: int
+    fps: int
+    metadata: Mapping[str, Any]
+    composite: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Asset:
     """One stored output, as the caller finds it."""
@@ -119,10 +189,13 @@ class Failure:
     message: str
     retryable: bool
     retry_after: float | None = None
+    #: Whether the worker can do no further job.
+    is_the_workers_end: bool = False
 
     @classmethod
     def of(cls, error: JobError) -> Failure:
-        return cls(error.code, error.message, error.retryable, error.retry_after)
+        is_end = isinstance(error, DeviceLost)
+        return cls(error.code, error.message, error.retryable, error.retry_after, is_end)
 
     def as_dict(self) -> dict[str, Any]:
         body = {"code": self.code, "message": self.message, "retryable": self.retryable}
@@ -161,12 +234,15 @@ class Document:
         """What the handler returns, anew at each call, since the SDK takes `error` out of it.
 
         RunPod wants `error` as a string: an object there shows as COMPLETED without output. So
-        the failure's JSON text stands in `error`, and the object beside it in `failure`.
+        the failure's JSON text stands in `error`, and the object beside it in `failure`. With
+        `refresh_worker`, which the SDK takes out too, RunPod replaces the worker.
         """
         body = self.callback()
         if self.failure:
             body["failure"] = body["error"]
             body["error"] = json.dumps(body["error"])
+            if self.failure.is_the_workers_end:
+                body["refresh_worker"] = True
         return body
 
 

@@ -24,14 +24,13 @@ import base64
 import functools
 import http.client
 import io
-import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Literal, cast
@@ -39,47 +38,13 @@ from urllib.parse import urljoin
 
 from PIL import Image, ImageCms, ImageOps
 
+from ourvidz_serverless.addresses import Address, is_public, look_up, resolve
 from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 ReadObject = Callable[[str], bytes]
 Left = Callable[[], float]
 Once = Callable[[], bytes]
-
-#: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
-#: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
-#: and multicast addresses need no line here. A list of our own, because the standard library's
-#: `is_global` calls 6to4 and multicast global and changes from one Python to the next.
-CLOSED_NETWORKS = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "0.0.0.0/8",  # this network
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # carrier-grade NAT; one cloud's metadata
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's host
-        "169.254.0.0/16",  # link-local; most clouds' metadata
-        "172.16.0.0/12",
-        "192.0.0.0/24",  # protocol assignments; one cloud's metadata
-        "192.0.2.0/24",  # documentation
-        "192.31.196.0/24",  # AS112
-        "192.52.193.0/24",  # multicast relays
-        "192.88.99.0/24",  # 6to4 relays
-        "192.168.0.0/16",
-        "192.175.48.0/24",  # AS112
-        "198.18.0.0/15",  # benchmarks
-        "198.51.100.0/24",  # documentation
-        "203.0.113.0/24",  # documentation
-        "224.0.0.0/3",  # multicast, reserved, broadcast
-        "2001::/23",  # protocol assignments, Teredo and ORCHID among them
-        "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4
-        "2620:4f:8000::/48",  # AS112
-        "3fff::/20",  # documentation
-    )
-)
-OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
 
 REDIRECTS = {301, 302, 303, 307, 308}
 MAX_REDIRECTS = 3
@@ -87,6 +52,9 @@ MAX_REDIRECTS = 3
 #: A host with many addresses gets a few of them tried, none for long.
 MAX_ADDRESSES = 4
 CONNECT_S = 5.0
+
+#: How soon a silent connection hears that the job was stopped.
+POLL_S = 0.1
 
 #: A JPEG has about ten scans, but may have thousands of a few bytes, each a pass over all pixels:
 #: this many take some ten seconds. Scans are counted by their marker in the whole file; in the
@@ -112,22 +80,6 @@ _URL = re.compile(
 _DATA = re.compile(r"data:image/[a-z.+-]{1,32};base64,", re.IGNORECASE | re.ASCII)
 _SEGMENT = r"[A-Za-z0-9_-](?:[A-Za-z0-9_. -]*[A-Za-z0-9_-])?"
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})+")
-
-
-def is_public(address: Address) -> bool:
-    """Whether an address is the public internet's, looked at as IPv4 where it is mapped."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped and not address.scope_id:
-            return is_public(address.ipv4_mapped)
-        if address.scope_id or address not in OPEN_IPV6:
-            return False
-    return not any(address in network for network in CLOSED_NETWORKS)
-
-
-def resolve(host: str) -> list[str]:
-    """Every address of a host, as the system's resolver tells them; raises OSError."""
-    answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def _tls() -> ssl.SSLContext:
@@ -319,8 +271,7 @@ def _from_web(
     url: str, policy: Policy, remaining_s: Left | None, tried: Callable[[Once], bytes]
 ) -> bytes:
     def once() -> bytes:
-        budget = policy.deadline_s
-        return _try(url, policy, _countdown(min(budget, remaining_s()) if remaining_s else budget))
+        return _try(url, policy, _countdown(policy.deadline_s, remaining_s))
 
     try:
         return tried(once)
@@ -328,12 +279,12 @@ def _from_web(
         raise _refused(str(exc)) from exc
 
 
-def _countdown(budget_s: float) -> Left:
-    """The seconds left of a try; raises TimeoutError once there are none."""
+def _countdown(budget_s: float, remaining_s: Left | None) -> Left:
+    """The seconds left of a try, and of its job; raises TimeoutError once there are none."""
     ends = time.monotonic() + budget_s
 
     def left() -> float:
-        seconds = ends - time.monotonic()
+        seconds = min(ends - time.monotonic(), remaining_s() if remaining_s else budget_s)
         if seconds <= 0:
             raise TimeoutError
         return seconds
@@ -385,18 +336,8 @@ def _gate(url: str, policy: Policy) -> tuple[str, str]:
 
 def _addresses(host: str, policy: Policy, left: Left) -> list[Address]:
     """A host's addresses, each of them public: one that is not condemns them all."""
-    answer: Future[list[str]] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(list(policy.resolve(host)))
-        except Exception as exc:  # handed on, to be raised where the answer is awaited
-            answer.set_exception(exc)
-
-    # In a thread, since the system's resolver takes no deadline.
-    threading.Thread(target=ask, daemon=True, name="resolve").start()
     try:
-        addresses = [ipaddress.ip_address(text) for text in answer.result(left())]
+        addresses = look_up(host, left, policy.resolve)
     except ValueError as exc:
         raise _refused("the host's address is not public") from exc
     except socket.gaierror as exc:
@@ -442,8 +383,10 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._sock.settimeout(self._left())
-        return self._sock.recv_into(buffer)
+        while True:
+            self._sock.settimeout(min(self._left(), POLL_S))
+            with suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What HTTPResponse wants of a socket."""
@@ -565,12 +508,16 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def fit(
-    image: Image.Image, width: int, height: int, mode: Literal["crop", "pad", "stretch"]
+    image: Image.Image,
+    width: int,
+    height: int,
+    mode: Literal["crop", "pad", "stretch"],
+    background: tuple[int, int, int] = GREY,
 ) -> Image.Image:
     """An image at exactly `width` x `height` pixels.
 
-    `crop` keeps the centre that fills the frame, `pad` the whole image on grey, `stretch` the
-    whole image without its proportions.
+    `crop` keeps the centre that fills the frame, `pad` the whole image on `background`, `stretch`
+    the whole image without its proportions.
     """
     size = (width, height)
     if mode == "stretch":
@@ -579,7 +526,7 @@ def fit(
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     scale = min(width / image.width, height / image.height)
     inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    padded = Image.new("RGB", size, GREY)
+    padded = Image.new("RGB", size, background)
     corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
     padded.paste(image.resize(inner, Image.Resampling.LANCZOS), corner)
     return padded

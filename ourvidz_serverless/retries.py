@@ -22,12 +22,14 @@ TRANSIENT = {408, 425, 429}
 class Fault(Exception):
     """One HTTP request that failed. `status` is the answer's, or None where none came.
 
-    `retry_after` (seconds) is what the other side asked for, where it did.
+    `retry_after` (seconds) is what the other side asked for, where it did; `body` what it said.
     """
 
-    def __init__(self, status: int | None, retry_after: str | None = None) -> None:
+    def __init__(
+        self, status: int | None, retry_after: str | None = None, body: bytes = b""
+    ) -> None:
         super().__init__(f"HTTP {status}" if status else "no answer")
-        self.status = status
+        self.status, self.asked, self.body = status, retry_after, body
         # Not `isdigit`, which takes a superscript for a digit.
         self.retry_after = float(retry_after) if retry_after and retry_after.isdecimal() else None
 
@@ -50,6 +52,7 @@ class Retry:
     factor: float = 2.0  # each wait is this many times the one before
     jitter: float = 0.25  # a wait is drawn from within this share around its length
     max_s: float = 10.0  # no wait is longer, whatever the other side asks for
+    try_s: float = 60.0  # no call is let take longer
 
     def wait_s(
         self,
@@ -58,7 +61,8 @@ class Retry:
         draw: Callable[[], float] = random.random,
     ) -> float:
         """How long to wait after so many failures; not less than what the other side asked for."""
-        backoff = self.base_s * self.factor ** (failures - 1)
+        # After so many the wait is the longest anyway, and a float's powers end.
+        backoff = self.base_s * self.factor ** min(failures - 1, 64)
         jittered = backoff * (1 + self.jitter * (2 * draw() - 1))
         return min(max(jittered, asked_s or 0.0), self.max_s)
 

@@ -27,7 +27,7 @@ from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
 
-LIST_VERSION = "2026-11-1"
+LIST_VERSION = "2026-11-2"
 
 # In the tables a comma parts the entries, and `*` stands for an "s" that may follow. They are
 # folded as the texts are, so they are written with their accents and in their own scripts. Every
@@ -40,7 +40,7 @@ LIST_VERSION = "2026-11-1"
 MINOR = """
 child*, children*, childlike, kid*, kiddie*, kiddo*, minor*, underage, underaged, under age girl*,
 under age boy*, juvenile*, youngster*, teen*, teenage, teenaged, teenager*, tween*, preteen*, pre
-teen*, adolescent*, pubescent, prepubescent, pre pubescent, infant*, newborn*, toddler*,
+teen*, adolescent*, pubescent, prepubescent, pre pubescent, prepub*, infant*, newborn*, toddler*,
 preschooler*, kindergartner*, kindergartener*, kindergarten, preschool, pre school, nursery school,
 elementary school, elementary schooler*, primary school, grade school, grade schooler*, middle
 school, middle schooler*, secondary school, junior high, high school, high schooler*, school girl*,
@@ -83,9 +83,9 @@ nieletni, nieletnia, ребенок, ребенка, дети, детей, де�
 # the table can stay short of the ambiguous ones.
 SEXUAL = """
 sex, sexy, sexier, sexual, sexually, sexuality, sexualize, sexualized, sexualised, sexting, nude*,
-nudity, naked, nakedness, unclothed, undressed, undressing, undress, topless, bottomless, without
-clothes, no clothes, wearing nothing, nsfw, porn, porno, porns, pornographic, pornography, xxx,
-hentai, ecchi, rating explicit, explicit content, erotic, erotica, eroticism, erotically, lewd,
+nudity, naked, nekkid, nakedness, unclothed, undressed, undressing, undress, topless, bottomless,
+without clothes, no clothes, wearing nothing, nsfw, porn, porno, porns, pornographic, pornography,
+xxx, hentai, ecchi, rating explicit, explicit content, erotic, erotica, eroticism, erotically, lewd,
 lewds, lustful, lustfully, horny, aroused, arousing, arousal, seductive, seductively, seduce,
 seducing, sensual, sensually, kinky, fetish, fetishes, bdsm, bondage, intercourse, masturbate*,
 masturbating, masturbation, orgasm*, orgasmic, fellatio, cunnilingus, blowjob*, blow job*, handjob*,
@@ -265,6 +265,8 @@ DRAWN = {
     "æ": "ae",
     "œ": "oe",
 }
+# Nobody sees tag characters, and language models read them as the letters that they stand for.
+TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
 LEET = str.maketrans("0123456789@$!|+€£¡", "oizeasgtbgasiiteli")
 ONE_STROKE = str.maketrans("l", "i")  # 1, ! and | are both
 
@@ -323,9 +325,14 @@ def check_all(texts: Iterable[str], *, adult: bool = False) -> None:
     """Raise ContentRefused where the texts of one job, taken together, are refused."""
     verdict = judge(texts, adult=adult)
     if verdict.refused:
-        raise ContentRefused(
-            f"refused under the content policy (rule {verdict.rule}, list {verdict.version})"
-        )
+        raise refusal(verdict)
+
+
+def refusal(verdict: Verdict) -> ContentRefused:
+    """What a refused job ends with."""
+    return ContentRefused(
+        f"refused under the content policy (rule {verdict.rule}, list {verdict.version})"
+    )
 
 
 def judge(texts: Iterable[str], *, adult: bool = False) -> Verdict:
@@ -350,6 +357,11 @@ def audit_hash(texts: Iterable[str]) -> str:
 
 def _readings(text: str) -> Iterator[Tokens]:
     """Everything that a text may say to whoever wants to read it so, as masked tokens."""
+    for said in dict.fromkeys((text, text.translate(TAGS))):
+        yield from _readings_of(said)
+
+
+def _readings_of(text: str) -> Iterator[Tokens]:
     unescaped = _unescape(text)
     plain = _numbers(_fold(unescaped))
     squeezed = IN_WORD.sub("", plain)

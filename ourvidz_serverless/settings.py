@@ -6,6 +6,8 @@ Secrets are `SecretStr`, so that printing the settings prints no secret.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,8 @@ FAMILIES = ("sdxl", "chat", "wan")
 #: Jobs a worker takes at once. SDXL: one computes while the next prepares and the last one
 #: delivers. WAN: a job is minutes long, so nothing is gained by taking a second one early.
 CONCURRENCY = {"sdxl": 2, "chat": 64, "wan": 1}
+
+WINDOWS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
 def _words(value: object) -> object:
@@ -35,7 +39,53 @@ def _known_families(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _falling(value: tuple[int, ...]) -> tuple[int, ...]:
+    if list(value) != sorted(set(value), reverse=True) or any(not 0 < t <= 1000 for t in value):
+        raise ValueError("Input should be falling numbers from 1000 to 1, comma-separated")
+    return value
+
+
+def _keys(value: object) -> object:
+    if isinstance(value, str) and not _words(value):
+        raise ValueError("Input should hold a key")  # rather than let everybody in
+    return _words(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many jobs in so many seconds, as a setting says it: `60/minute`."""
+
+    jobs: int
+    window_s: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _rate(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*/\s*(second|minute|hour|day)\s*", value)
+    if not match:
+        raise ValueError("Input should be JOBS/second, /minute, /hour or /day, such as 60/minute")
+    return Rate(int(match[1]), WINDOWS_S[match[2]], f"{match[1]}/{match[2]}")
+
+
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
+Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
+
+Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_words)]
+
+#: Where weights are looked for, in this order: baked into the image, RunPod's cached model, a
+#: network volume.
+MODEL_DIRS = (
+    Path("models"),
+    Path("/runpod-volume/huggingface-cache/hub"),
+    Path("/runpod-volume/models"),
+)
 
 
 class Settings(BaseSettings):
@@ -47,10 +97,40 @@ class Settings(BaseSettings):
     families: Annotated[Words, AfterValidator(_known_families)] = ("sdxl",)
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    attention_backend: Literal["native", "cudnn", "flash", "efficient", "math"] = "native"
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    fp8: bool = False
+    compile: Literal["off", "regional"] = "off"
+    compile_cache_dir: Path | None = None
     concurrency: int | None = Field(None, ge=1, le=256)
     job_timeout_s: float = Field(600.0, gt=0)
     shutdown_grace_s: float = Field(20.0, ge=0)
+    poison_dir: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    # The HTTP face.
+    serve: Literal["queue", "http"] = "queue"
+    host: str = "0.0.0.0"
+    port: int = Field(8000, ge=0, le=65535)
+    port_health: int | None = Field(None, ge=0, le=65535)
+    http_backlog: int = Field(16, ge=0, le=10_000)
+    http_reply_timeout_s: float = Field(45.0, gt=0)
+    register_worker: bool = False
+    worker_url: str | None = None
+    page: bool | None = None
+
+    # Memory, and who may ask about it.
+    low_vram: bool = False
+    vram_budget_gb: float | None = Field(None, gt=0)
+    pressure_medium: float = Field(0.7, gt=0, lt=1)
+    pressure_high: float = Field(0.85, gt=0, lt=1)
+    pressure_critical: float = Field(0.95, gt=0, lt=1)
+    admin_requires_key: bool = False
+
+    # Where weights lie.
+    model_dirs: Folders = MODEL_DIRS
+    mmap_weights: Literal["auto", "always", "never"] = "auto"
+    warm_up: Literal["auto", "always", "never"] = "auto"
 
     # SDXL.
     sdxl_model: str = "pocket"
@@ -58,6 +138,7 @@ class Settings(BaseSettings):
     sdxl_min_steps: int = Field(10, ge=1, le=10)
     sdxl_timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     sdxl_max_batch: int = Field(6, ge=1, le=6)
+    sdxl_tiny_vae: str | None = None
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None
     lora_hosts: Words = ()
@@ -65,11 +146,24 @@ class Settings(BaseSettings):
     # Chat.
     chat_instruct_model: str = "pocket"
     chat_base_model: str | None = None
-    chat_resident_models: int = Field(2, ge=1, le=2)
+    chat_quantization: Literal["none", "int8", "int4", "fp8"] = "none"
+    chat_graphs: Literal["auto", "off"] = "auto"
     chat_context: int = Field(8192, ge=256)
     chat_max_batch: int = Field(64, ge=1, le=256)
     chat_kv_tokens: int | None = Field(None, ge=256)
     chat_prefix_tokens: int = Field(16384, ge=0)
+
+    # WAN.
+    wan_model: str = "pocket"
+    wan_vace_model: str | None = None
+    wan_i2v_model: Path | None = None
+    wan_flf2v_model: Path | None = None
+    wan_flow_shift: float | None = Field(None, ge=1.0, le=20.0)
+    wan_distilled_steps: int | None = Field(None, ge=1, le=50)
+    wan_distilled_solver: Literal["unipc", "dpm++", "euler"] = "euler"
+    wan_distilled_timesteps: Timesteps = ()
+    wan_enhancer_model: str | None = None
+    wan_enhancement_prompt: Path = Path(__file__).parent / "data" / "enhancement.txt"
 
     # Where assets go.
     storage_url: str = "file:outputs"
@@ -79,8 +173,14 @@ class Settings(BaseSettings):
     bucket_access_key_id: SecretStr | None = None
     bucket_secret_access_key: SecretStr | None = None
     bucket_region: str = "us-east-1"
+    s3_config_hosts: Words = ()
     supabase_url: str | None = None
     supabase_service_key: SecretStr | None = None
+
+    # Content Credentials in them.
+    c2pa_cert: str | None = None
+    c2pa_key: SecretStr | None = None
+    require_c2pa: bool = False
 
     # Whom to tell.
     callback_url: str | None = None
@@ -88,15 +188,40 @@ class Settings(BaseSettings):
     callback_processing: bool = False
     job_callback_secret: SecretStr | None = None
 
-    # What comes in.
+    # Who and what comes in.
+    worker_api_key: Keys = ()
+    rate_limit_user: Limit = None
+    rate_limit_endpoint: Limit = None
+    rate_limit_fail_open: bool = True
+    upstash_redis_rest_url: str | None = None
+    upstash_redis_rest_token: SecretStr | None = None
     reference_hosts: Words = ()
     reference_buckets: Words = ("user-library",)
     require_reference_consent: bool = True
+
+    # The bridge from the application's Redis lists, which is a process of its own.
+    redis_url: SecretStr | None = None
+    bridge_queues: Words = ("sdxl_queue", "chat_queue", "wan_queue")
+    bridge_take_from: Literal["left", "right"] = "right"
+    bridge_poll_s: float = Field(2.0, gt=0)
+    runpod_api_key: SecretStr | None = None
+    runpod_base_url: str | None = None
+    sdxl_endpoint_id: Words = ()
+    chat_endpoint_id: Words = ()
+    wan_endpoint_id: Words = ()
 
     @property
     def resolved_concurrency(self) -> int:
         """How many jobs this worker takes at once: `CONCURRENCY`, or the family's own number."""
         return self.concurrency or max(CONCURRENCY[family] for family in self.families)
+
+    @property
+    def wan_asks_chat(self) -> bool:
+        """Whether WAN's prompts are enhanced by the chat model that this worker serves anyway."""
+        return "chat" in self.families and self.wan_enhancer_model in (
+            None,
+            self.chat_instruct_model,
+        )
 
     @property
     def resolved_callback_url(self) -> str | None:

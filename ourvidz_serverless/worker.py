@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import importlib.metadata
 import json
+import os
+import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,27 +20,31 @@ from typing import Any
 
 from PIL import Image
 
-from ourvidz_serverless import __version__, jobs, logs, references, safety, storage
+from ourvidz_serverless import __version__, jobs, logs, models, references, storage
+from ourvidz_serverless.admission import Admission
 from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
+from ourvidz_serverless.credentials import Credentials
 from ourvidz_serverless.delivery import Delivery
-from ourvidz_serverless.errors import (
-    ContentRefused,
-    InternalError,
-    JobError,
-    WorkerUnavailable,
-)
+from ourvidz_serverless.errors import InternalError, JobError, WorkerUnavailable
 from ourvidz_serverless.flights import Flights
+from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
+from ourvidz_serverless.limits import Limits
 from ourvidz_serverless.logs import log
+from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.payloads import Asset, Document, Failure, Job, check_result
+from ourvidz_serverless.pills import Pills
+from ourvidz_serverless.readahead import ReadAhead
 from ourvidz_serverless.retries import Fault
+from ourvidz_serverless.roster import Roster
 from ourvidz_serverless.settings import Settings
 
 #: How soon a job that waits for the lane hears that it was stopped.
 LANE_POLL_S = 0.05
 
-#: Encoders and uploads at once: a batch of six pictures, and the first two of the next job.
-DELIVERY_THREADS = 8
+#: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
+#: of the next job with theirs.
+DELIVERY_THREADS = 16
 
 VERSIONED = ("runpod", "torch", "diffusers", "transformers")
 
@@ -50,20 +59,68 @@ class Worker:
         assets: storage.Storage,
         callback: Callback,
         worker_id: str,
+        ledger: Ledger | None = None,
+        limits: Limits | None = None,
+        policy: references.Policy | None = None,
+        credentials: Credentials | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._models = models
         self._assets = assets
-        self._callback = callback
+        self._callback, self._is_silent = callback, False
         self._worker_id = worker_id
-        self._policy = references.Policy(
+        self._credentials, self._clock = credentials, clock
+        self._policy = policy or references.Policy(
             allowed_hosts=frozenset(settings.reference_hosts),
             libraries=frozenset(settings.reference_buckets),
         )
-        self._closing = threading.Event()
+        self._admission = Admission(settings, limits or Limits.of(settings))
+        self._pills = Pills(settings.poison_dir)
+        self._closing, self._lost = threading.Event(), threading.Event()
         self._computing = threading.Lock()
-        self._flights = Flights()
+        self._flights, self._roster = Flights(), Roster()
+        self._office = Office(
+            settings, worker_id, tuple(models), versions, self._roster, self._fate, ledger
+        )
         self._pool = ThreadPoolExecutor(DELIVERY_THREADS, thread_name_prefix="deliver")
+
+    @classmethod
+    def of(cls, settings: Settings, reading: ReadAhead | None = None) -> Worker:
+        """The worker that the environment asks for, with its models loaded.
+
+        `reading` is what has been reading their files meanwhile.
+        """
+        # Before the models, which take minutes: what does not hold should be told at once.
+        credentials, ledger = Credentials.of(settings), models.open_ledger(settings)
+        if reading:
+            ledger.wait_for_files = reading.wait
+        return cls(
+            settings,
+            models.load(settings, ledger),
+            assets=storage.open_storage(settings),
+            callback=Callback.of(settings),
+            worker_id=os.environ.get("RUNPOD_POD_ID") or socket.gethostname(),
+            ledger=ledger,
+            credentials=credentials,
+            limits=Limits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
+        )
+
+    def silent(self) -> Worker:
+        """This worker, with the same models, lane and threads, which posts no callbacks."""
+        twin = copy.copy(self)
+        twin._callback, twin._is_silent = Callback(None), True
+        return twin
+
+    def health(self) -> dict[str, Any]:
+        """What `admin_utilities` answers to `health`; it is nobody's secret."""
+        question = AdminJob(id="health", type="admin_utilities", operation="health")
+        return ANSWERS["health"](question, self._office)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its device failed, so that it can do no further job."""
+        return self._lost.is_set()
 
     def run(
         self, event: Mapping[str, Any], stop: Stop, report: Report, emit: Emit = to_nobody
@@ -74,72 +131,91 @@ class Worker:
         job streams. A second delivery of a job that is under way hears the end of the first.
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
-        context = JobContext(stop, report, self._settings.job_timeout_s, emit=emit)
-        # Of one user only: nobody hears the end of another's job by its id.
-        flight = f"{jobs.user_id(event)}/{job_id}"
-        return self._flights.run(flight, stop, lambda: self._run(event, job_id, context))
+        context = JobContext(stop, report, self._settings.job_timeout_s, self._clock, emit)
+        # Of one user and key only: nobody hears the end of another's job by its id.
+        flight = (jobs.user_id(event), job_id, jobs.api_key(event))
+        return self._flights.run(
+            flight,
+            stop,
+            lambda: self._run(event, job_id, context),
+            joined=lambda: logs.joined(job_id),
+            tell=None if self._is_silent else lambda document: self._tell(event, document),
+        )
 
     def _run(self, event: Mapping[str, Any], job_id: str, context: JobContext) -> Document:
         job: Job | None = None
         assets: tuple[Asset, ...] = ()
         failure: Failure | None = None
         try:
+            self._admission.check_key(jobs.api_key(event), context)
             job = jobs.parse(event, self._settings)
             logs.started(job)
-            model = self._admit(job)
+            self._roster.began(job, context)
+            model = self._admit(job, context)
             self._announce(job)
             with context.stage("fetch"):
                 images = self._fetch(job, context)
                 jobs.prepare(job, model, context)
-            with self._delivery(job) as delivery:
+            with self._delivery(job, context) as delivery:
                 with self._lane(job, context), context.stage("generate"):
                     for output in jobs.run(job, model, images, context):
                         delivery.send(output)
                 with context.stage("deliver"):
                     assets = delivery.assets(context.check)
         except JobError as exc:
-            # The failure alone: an exception that lives on pins the tensors of its frames.
-            failure = Failure.of(exc)
+            # The failure alone: an exception that lives on pins the tensors of its frames. And
+            # of a job that was stopped the stop, whatever gave way to it first.
+            failure = Failure.of(context.over or exc)
         except Exception as exc:
             logs.bug(job_id, exc)
-            failure = Failure.of(InternalError("an internal error; the worker's log says where"))
+            failure = Failure.of(models.as_job_error(exc))
         document = self._document(job_id, assets, failure, context)
         document = self._post(document, job)
-        logs.ended(document, job, context.elapsed_s)
+        logs.ended(document, job, context.elapsed_s, context.audit)
+        if failure and failure.is_the_workers_end:
+            self._lose_device()
+        elif job:
+            self._pills.survived(job)
+        if job:
+            self._roster.ended(job, document, context.elapsed_s)
         return document
 
     def close(self, grace_s: float) -> None:
         """Take no further job, and stop after `grace_s` seconds those that still run."""
         self._closing.set()
+        log.info("shutting down; what runs has %g s to finish", grace_s)
         shutdown = WorkerUnavailable("the worker is shutting down")
         timer = threading.Timer(grace_s, self._flights.stop_all, (lambda stop: stop.set(shutdown),))
         timer.daemon = True
         timer.start()
 
-    def _admit(self, job: Job) -> Any:
+    def _lose_device(self) -> None:
+        if not self._lost.is_set():
+            log.error("the device takes no more work from this process, which must be replaced")
+        self._lost.set()
+
+    def _fate(self) -> Fate | None:
+        """What keeps this worker from taking jobs, if anything does."""
+        if self.is_lost:
+            return "unhealthy"
+        return "shutting_down" if self._closing.is_set() else None
+
+    def _admit(self, job: Job, context: JobContext) -> Any:
         """The model that serves a job, once nothing speaks against it."""
         if self._closing.is_set():
             raise WorkerUnavailable("the worker is shutting down")
+        if self.is_lost and jobs.FAMILY_OF[job.type] != "admin":
+            raise WorkerUnavailable("this worker's device failed, and it is being replaced")
         family = jobs.FAMILY_OF[job.type]
+        if family == "admin":
+            self._admission.check(job, context)
+            return self._office
         if family not in self._models:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
-        self._check_content(job)
+        self._admission.check(job, context)
+        self._pills.swallow(job)
         return self._models[family]
-
-    def _check_content(self, job: Job) -> None:
-        """Raise ContentRefused when the content floor refuses, or consent is missing."""
-        try:
-            safety.check_all(job.texts, adult=job.adult)
-        except ContentRefused as exc:
-            logs.refused(job, exc.message, safety.audit_hash(job.texts))
-            raise
-        needs_consent = self._settings.require_reference_consent and job.adult and job.references
-        if needs_consent and not job.reference_consent:
-            raise ContentRefused(
-                "content policy: metadata.reference_consent must be true for a reference image "
-                "in adult mode"
-            )
 
     def _announce(self, job: Job) -> None:
         """Tell the caller that the job has begun, where that is wanted; nothing depends on it."""
@@ -158,9 +234,10 @@ class Worker:
             policy=self._policy,
             user_id=job.user_id,
             read_object=lambda key: storage.read_reference(
-                store, key, self._settings.reference_buckets
+                store, key, self._settings.reference_buckets, lambda: context.remaining_s
             ),
             remaining_s=lambda: context.remaining_s,
+            sleep=context.stop.wait,
         )
         images = {role: image for role, image in fetched.items() if isinstance(image, Image.Image)}
         for role, error in fetched.items():
@@ -184,21 +261,35 @@ class Worker:
         finally:
             self._computing.release()
 
-    def _storage(self, job: Job) -> storage.Storage:
+    def _storage(self, job: Job | None) -> storage.Storage:
         """The job's own bucket, or the worker's storage."""
-        if job.s3_config:
-            return storage.of_job(job.s3_config, self._settings.bucket_region)
+        if job and job.s3_config:
+            region, hosts = self._settings.bucket_region, self._settings.s3_config_hosts
+            return storage.of_job(job.s3_config, region, hosts)
         return self._assets
 
-    def _delivery(self, job: Job) -> Delivery:
-        store = self._storage(job)
+    def _delivery(self, job: Job, context: JobContext) -> Delivery:
+        store, sleep = self._storage(job), context.stop.wait
         style, expiry_s = self._settings.asset_url_style, self._settings.presigned_expiry_s
-        return Delivery(
-            self._pool,
-            folder=f"{job.user_id}/{job.id}",
-            upload=functools.partial(storage.upload, store),
-            url=lambda key: store.url(key, style, expiry_s),
-        )
+        folder, stored = f"{job.user_id}/{job.id}", context.audit.setdefault("stored_sha256", {})
+
+        def remaining_s() -> float:
+            return context.remaining_s
+
+        def upload(key: str, data: bytes, mime: str) -> None:
+            context.check()
+            storage.upload(store, key, data, mime, remaining_s=remaining_s, sleep=sleep)
+            stored[key.removeprefix(f"{folder}/")] = hashlib.sha256(data).hexdigest()
+
+        def url(key: str) -> str:
+            return storage.locate(store, key, style, expiry_s, remaining_s, sleep)
+
+        def sign(data: bytes, mime: str, composite: bool) -> bytes:
+            if self._credentials is None:
+                return data
+            return self._credentials.sign(data, mime, composite, context.warnings)
+
+        return Delivery(self._pool, folder, upload, url, sign)
 
     def _document(
         self,
@@ -236,11 +327,21 @@ class Worker:
             told = {"delivered": False, "reason": str(exc), "kept": self._keep(document, job)}
             return replace(document, metadata={**document.metadata, "callback": told})
 
+    def _tell(self, event: Mapping[str, Any], document: Document) -> Document:
+        """Post the end of a job that ran in silence, for a delivery of it that does not."""
+        try:
+            job = jobs.parse(event, self._settings)
+        except JobError:
+            job = None
+        return self._post(document, job)
+
     def _keep(self, document: Document, job: Job | None) -> str | None:
-        if job is None:
-            return None
-        key = f"{job.user_id}/{job.id}/callback.{document.status}.json"
-        body = json.dumps(document.callback()).encode()
+        # Of a payload that could not be read, nobody knows whose folder it would be.
+        folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{document.job_id}"
+        key = f"{folder}/callback.{document.status}.json"
+        # With the job's own URL, which whoever posts it again would not know.
+        own = {"callback_url": job.callback_url} if job and job.callback_url else {}
+        body = json.dumps({**document.callback(), **own}).encode()
         try:
             storage.upload(self._storage(job), key, body, "application/json")
         except JobError as exc:

@@ -10,19 +10,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from ourvidz_serverless.settings import Settings
+from tests.support.authority import write_authority
 from tests.support.bench import Bench
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
 from tests.support.s3 import SeaweedServer
+
+# How long an example takes says more about the machine than about us.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Callable[..., Bench]:
     """Builds a Bench; keyword arguments replace its parts."""
     return lambda **parts: Bench(tmp_path / "assets", **parts)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_authority(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +67,19 @@ def sdxl() -> Any:
     from ourvidz_serverless.models import sdxl as models
 
     return models.load(Settings())
+
+
+@pytest.fixture(scope="session")
+def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """The settings of a WAN of random weights, which a test may have others of."""
+    from tests.support.filmbox import write_wan
+
+    return write_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def wan(wan_settings: Settings) -> Any:
+    """That WAN, loaded as production loads a checkpoint. It has no enhancer."""
+    from ourvidz_serverless.models import wan as models
+
+    return models.load(wan_settings)

@@ -70,6 +70,7 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "apostrophes": between("'"),
     "zero-width spaces": between("\u200b"),
     "soft hyphens": between("\u00ad"),
+    "tag characters": lambda text: "".join(chr(0xE0000 + ord(char)) for char in text),
     "combining marks": between("\u0336"),
     "Cyrillic look-alikes": lambda text: text.translate(LOOKS["Cyrillic"]),
     "Greek look-alikes": lambda text: text.translate(LOOKS["Greek"]),

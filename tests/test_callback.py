@@ -123,6 +123,29 @@ def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: Callba
     assert receiver.received == []
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "http://{there}\\@allowed.example/",
+        "http://{there}\\.allowed.example/",
+        "http://allowed.example@{there}/",
+        "http://{there}#@allowed.example/",
+        "http://{there}?@allowed.example/",
+        "http://{there}\t@allowed.example/",
+        "http://[",
+        "https://[allowed.example]/",
+    ],
+)
+def test_no_spelling_of_a_url_leads_past_the_list_of_hosts(
+    receiver: CallbackReceiver, spelling: str
+) -> None:
+    general = Callback(None, bearer="service-key", allowed_hosts=("allowed.example",))
+
+    general.post(DONE, spelling.format(there=receiver.url.removeprefix("http://")))
+
+    assert receiver.received == []
+
+
 def test_the_default_url_lies_beside_supabase() -> None:
     settings = Settings(supabase_url="https://project.example/")
 

@@ -10,20 +10,28 @@ import pytest
 import requests
 
 from ourvidz_serverless.models.qwen import POCKET
+from tests.support import braked
 from tests.support.bench import chat_payload, sdxl_payload
+from tests.support.braked import Brake
 from tests.support.chatbox import tiny_folder
 from tests.support.handler import ROOT, failure, run_handler, start
+from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
 from tests.support.worker import WorkerProcess
 
-#: A reply of some seconds, long enough to be met in the middle; greedy, this model never ends.
-LONG = {"max_tokens": 800, "temperature": 0}
+#: A reply of some length: greedy, this model never ends. With the brake on, of many minutes.
+LONG = {"max_tokens": 1200, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
+    return Brake(tmp_path_factory.mktemp("brake") / "brake")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +42,7 @@ def receiver() -> Iterator[CallbackReceiver]:
 
 @pytest.fixture(scope="module", autouse=True)
 def worker(
-    platform: Platform, receiver: CallbackReceiver, outputs: Path, model: str
+    platform: Platform, brake: Brake, receiver: CallbackReceiver, outputs: Path, model: str
 ) -> Iterator[WorkerProcess]:
     env = {
         "FAMILIES": "chat",
@@ -43,12 +51,12 @@ def worker(
         "CALLBACK_URL": receiver.callback_url,
         "JOB_CALLBACK_SECRET": receiver.secret,
     }
-    with start(platform, **env) as process:
+    with braked.start(platform, brake, **env) as process:
         yield process
 
 
-def document(platform: Platform, job: str, timeout: float = 60) -> dict[str, Any]:
-    last: dict[str, Any] = platform.result(job, timeout)["output"][-1]
+def document(platform: Platform, job: str) -> dict[str, Any]:
+    last: dict[str, Any] = platform.result(job)["output"][-1]
     return last
 
 
@@ -74,12 +82,13 @@ def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
     assert [update.is_stream for update in platform.updates(job)] == [True]
 
 
-def test_a_stream_can_be_read_while_it_grows(platform: Platform) -> None:
-    job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
+def test_a_stream_can_be_read_while_it_grows(platform: Platform, brake: Brake) -> None:
+    with brake.on():
+        job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
 
-    platform.wait_until(lambda: len(platform.stream(job)) > 3, 20)
+        platform.wait_until(lambda: len(platform.stream(job)) > 3)
 
-    assert platform.status(job)["status"] == "IN_PROGRESS"
+        assert platform.status(job)["status"] == "IN_PROGRESS"
     assert document(platform, job)["usage"]["completion_tokens"] > 0
 
 
@@ -121,14 +130,15 @@ def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_cancelled_job_leaves_the_batch(
-    platform: Platform, worker: WorkerProcess, outputs: Path, stream: bool
+    platform: Platform, worker: WorkerProcess, brake: Brake, outputs: Path, stream: bool
 ) -> None:
     name = f"cancelled-{stream}"
-    job = platform.submit(chat_payload(id=name, stream=stream, **LONG))
-    worker.wait_for_log(f"({name})")
-    platform.cancel(job)
+    with brake.on():
+        job = platform.submit(chat_payload(id=name, stream=stream, **LONG))
+        worker.wait_for_log(f"({name})")
+        platform.cancel(job)
 
-    log = worker.wait_for_log(f"({name}) CANCELLED")
+        log = worker.wait_for_log(f"({name}) CANCELLED")
 
     assert platform.status(job)["status"] == "CANCELLED"
     assert not (outputs / f"user-1/{name}").exists()
@@ -146,13 +156,16 @@ def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerP
 
 def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
-    with Platform() as own, start(own, **env) as process:
-        job = own.submit(chat_payload(stream=True, **LONG))
-        own.wait_until(lambda: own.stream(job), 20)
-        process.terminate()
+    brake = Brake(tmp_path / "brake")
+    with Platform() as own, braked.start(own, brake, SHUTDOWN_GRACE_S="600", **env) as process:
+        with brake.on():
+            job = own.submit(chat_payload(stream=True, **LONG))
+            own.wait_until(lambda: own.stream(job))
+            process.terminate()
+            process.wait_for_log("shutting down")
 
         assert document(own, job)["status"] == "completed"
-        assert process.wait(60) == 0
+        assert process.wait() == 0
 
 
 def test_a_picture_and_a_reply_come_from_one_worker(tmp_path: Path, model: str) -> None:
@@ -185,9 +198,11 @@ def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
     url = "http://127.0.0.1:18766"
     with start(None, *args, **env) as process:
-        process.wait_for_log("Uvicorn running", timeout=60)
-        job = requests.post(f"{url}/run", json={"input": chat_payload(stream=True)}, timeout=60)
-        answer = requests.post(f"{url}/stream/{job.json()['id']}", timeout=60).json()
+        process.wait_for_log("Uvicorn running")
+        job = requests.post(
+            f"{url}/run", json={"input": chat_payload(stream=True)}, timeout=PATIENCE_S
+        )
+        answer = requests.post(f"{url}/stream/{job.json()['id']}", timeout=PATIENCE_S).json()
 
     *deltas, last = [item["output"] for item in answer["stream"]]
     assert "".join(item["delta"] for item in deltas) == last["response"]

@@ -12,19 +12,11 @@ from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 from tests.support.bench import sdxl_payload
 from tests.support.ip_adapter import write_ip_adapter
+from tests.support.small import PICTURE
 
-SMALL: dict[str, Any] = {
-    "prompt": plain("a red circle"),
-    "negative_prompt": None,
-    "seeds": [3, 4],
-    "width": 64,
-    "height": 64,
-    "num_inference_steps": 10,
-    "guidance_scale": 6.0,
-}
+SMALL = {**PICTURE, "seeds": [3, 4]}
 RED = Image.new("RGB", (80, 50), "red")
 
 

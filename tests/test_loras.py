@@ -6,44 +6,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.loras import LoraShelf
+from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
-from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
-
-SMALL: dict[str, Any] = {
-    "prompt": plain("a red circle"),
-    "negative_prompt": None,
-    "seeds": [3],
-    "width": 64,
-    "height": 64,
-    "num_inference_steps": 10,
-    "guidance_scale": 6.0,
-}
+from tests.support.small import PICTURE, write_lora
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> LoraShelf:
     """A folder with a LoRA that PEFT made for the pocket UNet, and a file that is none."""
     folder = tmp_path_factory.mktemp("loras")
-    unet = models.load(Settings())._pipe.unet
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    torch.manual_seed(0)
-    weights = get_peft_model_state_dict(unet)
-    save_file({f"unet.{key}": value for key, value in weights.items()}, folder / "bold.safetensors")
+    write_lora(folder / "bold.safetensors", "to_q", "to_v")
     save_file({"something": torch.zeros(2)}, folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"not weights")
     return LoraShelf(folder)
 
 
 def render(model: Any, **options: Any) -> np.ndarray:
-    (picture,) = model.generate(**{**SMALL, **options})
+    (picture,) = model.generate(**{**PICTURE, **options})
     return picture.astype(int)
 
 
@@ -56,6 +38,24 @@ def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, shelf: LoraShelf) ->
     )
 
     assert 0 < little < much
+
+
+def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: LoraShelf) -> None:
+    loras = [(shelf.path("bold"), 0.7)]
+    options = {name: PICTURE[name] for name in ("width", "num_inference_steps", "guidance_scale")}
+    sdxl._pipe.set_progress_bar_config(disable=True)
+
+    ours = render(sdxl, loras=loras)
+    with applied(sdxl._pipe, loras):
+        theirs = sdxl._pipe(
+            "a red circle",
+            height=64,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+            **options,
+        ).images[0]
+
+    assert np.array_equal(ours, (theirs * 255).round())
 
 
 def test_a_lora_is_gone_after_its_job(sdxl: Any, shelf: LoraShelf) -> None:
@@ -91,6 +91,12 @@ def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
 def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:
     with pytest.raises(InvalidPrompt, match=r"config\.loras: there is no missing"):
         shelf.path("missing")
+
+
+@pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
+def test_a_url_that_is_none_is_refused(shelf: LoraShelf, url: str) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
+        shelf.fetch(url, lambda: 10.0)
 
 
 def test_without_a_folder_there_are_no_loras() -> None:

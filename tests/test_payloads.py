@@ -41,7 +41,7 @@ def refusal(payload: Any, **settings: Any) -> str:
 
 @pytest.mark.parametrize("name", SPECIFICATION["job_types"])
 def test_every_job_type_of_the_specification_parses(name: str) -> None:
-    assert parse(sdxl_payload(type=name)).type == name
+    assert parse({**sdxl_payload(type=name), "operation": "health"}).type == name
 
 
 def test_no_other_job_type_is_known() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from ourvidz_serverless.models import qwen
 from ourvidz_serverless.settings import Settings
-from tests.support.chatbox import request, say, say_all
+from tests.support.chatbox import CPU, request, say, say_all
+from tests.support.tape import Tape
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,3 +90,21 @@ def test_sixteen_at_once_say_what_each_says_alone(chat: Any) -> None:
     alone = [say(writer.engine, make(at)) for at in range(16)]
 
     assert say_all(writer.engine, [make(at) for at in range(16)]) == alone
+
+
+def test_replayed_replies_are_those_of_the_model(chat: Any) -> None:
+    tape = Tape()
+    replayed = qwen.Writer(*qwen._open(qwen.POCKET, CPU, True, "none"), CPU, record=tape)
+    beginnings = ["Once upon a time", "The capital of France is", "The sea is"]
+    rules: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}, {}]
+
+    def replies(writer: qwen.Writer) -> list[str]:
+        asked = [
+            request(writer, text, max_tokens=14, **each)
+            for text, each in zip(beginnings, rules, strict=True)
+        ]
+        return say_all(writer.engine, asked)
+
+    assert replies(replayed) == replies(chat._writers["qwen_instruct"])
+    assert tape.replayed > 0
+    assert not replayed.engine.replay.is_off

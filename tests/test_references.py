@@ -7,7 +7,6 @@ any host is, through the policy: a name server that knows it, its port, its auth
 from __future__ import annotations
 
 import base64
-import datetime as dt
 import io
 import ipaddress
 import re
@@ -24,9 +23,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -36,6 +32,7 @@ from ourvidz_serverless import references
 from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.references import Policy, check_key, decode, fit, is_public, redact
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
+from tests.support.patience import PATIENCE_S
 
 SECRET = "t0ken-s3cret"
 URL = f"https://images.example/ada/portrait.png?token={SECRET}"
@@ -66,51 +63,11 @@ def data_uri(data: bytes, kind: str = "png") -> str:
 
 PICTURE = encoded(quarters())
 
+#: A try that nothing cuts short but what a test means to.
+AGES_S = 3600.0
+
 
 # --- the other side ---
-
-
-@pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ca.pem`, and `host.pem`: key and certificate of two names."""
-    folder = tmp_path_factory.mktemp("authority")
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name.from_rfc4514_string("CN=An authority for tests")
-    names = [x509.DNSName(name) for name in ("images.example", "cdn.example")]
-    ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    use = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    now = dt.datetime.now(dt.UTC)
-
-    def signed(
-        name: x509.Name, key: ec.EllipticCurvePrivateKey, *more: x509.ExtensionType
-    ) -> bytes:
-        builder = x509.CertificateBuilder(ca_name, name, key.public_key())
-        builder = builder.serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - dt.timedelta(days=1))
-        builder = builder.not_valid_after(now + dt.timedelta(days=1))
-        for extension in more:
-            critical = isinstance(extension, (x509.BasicConstraints, x509.KeyUsage))
-            builder = builder.add_extension(extension, critical)
-        certificate = builder.sign(ca_key, hashes.SHA256())
-        return certificate.public_bytes(serialization.Encoding.PEM)
-
-    (folder / "ca.pem").write_bytes(
-        signed(ca_name, ca_key, x509.BasicConstraints(True, None), use, ca_id)
-    )
-    (folder / "host.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + signed(
-            x509.Name.from_rfc4514_string("CN=images.example"),
-            key,
-            x509.SubjectAlternativeName(names),
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id),
-        )
-    )
-    return folder
 
 
 class Site:
@@ -250,7 +207,7 @@ def fetch(site: Site, names: NameServer, authority: Path) -> Fetch:
     return Fetch(
         Policy(
             max_bytes=100_000,
-            deadline_s=5.0,
+            deadline_s=AGES_S,
             resolve=names,
             is_public=lambda address: address == LOOPBACK or is_public(address),
             port=site.port,
@@ -850,47 +807,47 @@ DRIPS = {
 
 @pytest.mark.parametrize("drip", DRIPS)
 def test_a_try_ends_by_the_clock_whatever_drips(fetch: Fetch, site: Site, drip: str) -> None:
+    # Each drips for ever: only the clock ends it.
     site.script = [DRIPS[drip]]
-    started = time.monotonic()
 
     assert fetch.refusal(**ONCE) == "timed out"
-    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("piece", [b"", b"\x16\x03\x03\x40\x00" + b"\x02" * 9])
 def test_a_try_ends_by_the_clock_in_the_handshake(fetch: Fetch, site: Site, piece: bytes) -> None:
     site.script = [b""]
     site.before_tls = endless(piece, piece[5:6], 0.05)
-    started = time.monotonic()
 
     assert fetch.refusal(**ONCE) == "timed out"
-    assert time.monotonic() - started < 2
 
 
 def test_a_try_ends_by_the_clock_while_the_name_is_looked_up(fetch: Fetch) -> None:
+    given_up = threading.Event()
+
     def slow(host: str) -> list[str]:
-        time.sleep(3)
+        given_up.wait()
         return ["127.0.0.1"]
 
-    started = time.monotonic()
-
-    assert fetch.refusal(resolve=slow, **ONCE) == "timed out"
-    assert time.monotonic() - started < 2
+    try:
+        assert fetch.refusal(resolve=slow, **ONCE) == "timed out"
+    finally:
+        given_up.set()
 
 
 def test_each_try_has_its_own_time(fetch: Fetch, site: Site) -> None:
     site.script = [DRIPS["body"], DRIPS["header"], answer(body=PICTURE)]
 
-    assert fetch(deadline_s=0.4).size == (48, 32)
+    # Long enough for the third, which must succeed in it, on a slow machine.
+    assert fetch(deadline_s=2.0).size == (48, 32)
 
 
 def test_a_try_has_no_more_time_than_its_job(fetch: Fetch, site: Site) -> None:
     site.script = [DRIPS["body"]]
-    started = time.monotonic()
-    ends = started + 0.4
+    ends = time.monotonic() + 0.4
 
-    assert fetch.refusal(remaining_s=lambda: ends - time.monotonic()) == "timed out"
-    assert time.monotonic() - started < 2
+    refusal = fetch.refusal(deadline_s=AGES_S, remaining_s=lambda: ends - time.monotonic())
+
+    assert refusal == "timed out"
 
 
 # --- storage ---
@@ -1015,7 +972,7 @@ def test_an_object_over_the_limit_is_refused(fetch: Fetch) -> None:
 def test_references_are_fetched_side_by_side_and_one_failure_stays_alone(
     fetch: Fetch, site: Site
 ) -> None:
-    meeting = threading.Barrier(2, timeout=5)
+    meeting = threading.Barrier(2, timeout=PATIENCE_S)
 
     def meet(key: str) -> bytes:
         meeting.wait()
@@ -1431,7 +1388,7 @@ def test_a_wait_that_outlasts_the_time_left_is_not_begun() -> None:
         )
 
 
-@given(st.integers(1, 50), st.floats(0, 1), st.none() | st.floats(0, 1e9))
+@given(st.integers(1, 100_000), st.floats(0, 1), st.none() | st.floats(0, 1e9))
 def test_a_wait_is_never_negative_nor_above_its_limit(
     failures: int, drawn: float, asked: float | None
 ) -> None:

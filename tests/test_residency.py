@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models.residency import Residency
+from ourvidz_serverless.models.residency import Ledger
+from tests.support.cards import Card, Parcel, card
 from tests.support.chatbox import tiny_pair
+from tests.support.patience import PATIENCE_S
 
 MESSAGES = [("user", "Hello")]
 
@@ -17,10 +19,15 @@ MESSAGES = [("user", "Hello")]
 class Guest:
     """A model that remembers where it is, and may not be moved while it is used."""
 
+    num_bytes = 1
+    is_on_disk = False
+
     def __init__(self) -> None:
         self.is_there = False
         self.arrivals = 0
         self.users = 0
+
+    def load(self) -> None: ...
 
     def arrive(self) -> None:
         self.is_there, self.arrivals = True, self.arrivals + 1
@@ -29,80 +36,86 @@ class Guest:
         assert self.users == 0
         self.is_there = False
 
-
-@pytest.fixture
-def guests() -> tuple[Guest, Guest]:
-    return Guest(), Guest()
+    def drop(self) -> None: ...
 
 
-def test_a_model_stays_until_another_wants_its_place(guests: tuple[Guest, Guest]) -> None:
-    residency, (one, other) = Residency(1), guests
+class House:
+    """Two guests, and places for one or both."""
 
-    for model in (one, one, other, one):
-        residency.take(model)
-        residency.give_back(model)
-
-    assert (one.arrivals, other.arrivals) == (2, 1)
-    assert (one.is_there, other.is_there) == (True, False)
-
-
-def test_where_there_is_a_place_for_each_nothing_is_swapped(guests: tuple[Guest, Guest]) -> None:
-    residency, (one, other) = Residency(2), guests
-
-    for model in (one, other, one, other):
-        residency.take(model)
-
-    assert (one.arrivals, other.arrivals) == (1, 1)
+    def __init__(self, places: int) -> None:
+        self.one, self.other = Guest(), Guest()
+        self.ledger = card(places)
+        self.ledger.register(self.one, "one", "chat")
+        self.ledger.register(self.other, "other", "chat")
 
 
-def test_whoever_waits_for_a_swap_can_be_cancelled(guests: tuple[Guest, Guest]) -> None:
-    residency, (one, other) = Residency(1), guests
-    residency.take(one)
+def test_a_model_stays_until_another_wants_its_place() -> None:
+    house = House(places=1)
+
+    for model in (house.one, house.one, house.other, house.one):
+        with house.ledger.using(model):
+            pass
+
+    assert (house.one.arrivals, house.other.arrivals) == (2, 1)
+    assert (house.one.is_there, house.other.is_there) == (True, False)
+
+
+def test_where_there_is_a_place_for_each_nothing_is_swapped() -> None:
+    house = House(places=2)
+
+    for model in (house.one, house.other, house.one, house.other):
+        house.ledger.take(model)
+
+    assert (house.one.arrivals, house.other.arrivals) == (1, 1)
+
+
+def test_whoever_waits_for_a_swap_can_be_cancelled() -> None:
+    house = House(places=1)
+    house.ledger.take(house.one)
 
     def check() -> None:
         raise Cancelled("the job was cancelled")
 
     with pytest.raises(Cancelled):
-        residency.take(other, check)
+        house.ledger.take(house.other, check)
 
-    assert not residency.take(one)
+    assert house.ledger.take(house.one).swap_s == 0
 
 
-def test_nobody_overtakes_a_request_that_waits(guests: tuple[Guest, Guest]) -> None:
-    residency, (one, other) = Residency(1), guests
-    residency.take(one)
+def test_nobody_overtakes_a_request_that_waits() -> None:
+    house = House(places=1)
+    use = house.ledger.take(house.one)
     order: list[str] = []
 
     def visit(name: str, model: Guest) -> None:
-        residency.take(model)
-        order.append(name)
-        residency.give_back(model)
+        with house.ledger.using(model):
+            order.append(name)
 
-    waiting = threading.Thread(target=visit, args=("other", other))
-    later = threading.Thread(target=visit, args=("one", one))
-    for thread in (waiting, later):
+    waiting = threading.Thread(target=visit, args=("other", house.other))
+    later = threading.Thread(target=visit, args=("one", house.one))
+    for count, thread in enumerate((waiting, later), 1):
         thread.start()
-        time.sleep(0.1)
-    residency.give_back(one)
+        while len(house.ledger._line) < count:
+            time.sleep(0.01)
+    house.ledger.give_back(house.one, use)
     for thread in (waiting, later):
-        thread.join(5)
+        thread.join(PATIENCE_S)
 
     assert order == ["other", "one"]
 
 
-def test_no_model_moves_while_it_is_used(guests: tuple[Guest, Guest]) -> None:
-    residency, lock = Residency(1), threading.Lock()
+def test_no_model_moves_while_it_is_used() -> None:
+    house, lock = House(places=1), threading.Lock()
 
     def visit(turn: int) -> None:
-        model = guests[turn % 3 == 0]
-        residency.take(model)
-        with lock:
-            model.users += 1
-        assert model.is_there
-        time.sleep(0.001)
-        with lock:
-            model.users -= 1
-        residency.give_back(model)
+        model = house.one if turn % 3 else house.other
+        with house.ledger.using(model):
+            with lock:
+                model.users += 1
+            assert model.is_there
+            time.sleep(0.001)
+            with lock:
+                model.users -= 1
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(visit, range(60)))
@@ -130,3 +143,38 @@ def test_a_swap_is_reported() -> None:
     swaps = [reply(chat, model)[1] > 0 for model in ("qwen_base", "qwen_base", "qwen_instruct")]
 
     assert swaps == [True, False, True]
+
+
+# --- what the ledger counts ---
+
+
+def journeys(ledger: Ledger, name: str) -> dict[str, int]:
+    row = next(row for row in ledger.report() if row.name == name)
+    return {
+        "loads": row.num_loads,
+        "evictions": row.num_evictions,
+        "parked": row.num_parked,
+        "drops": row.num_drops,
+        "reads": row.num_reads,
+    }
+
+
+@pytest.mark.parametrize(
+    ("host_bytes", "counted"),
+    [
+        (10, {"loads": 2, "evictions": 1, "parked": 1, "drops": 0, "reads": 0}),
+        (0, {"loads": 2, "evictions": 1, "parked": 0, "drops": 1, "reads": 1}),
+    ],
+    ids=["parked in the host's memory", "dropped where that has no room"],
+)
+def test_every_way_of_a_model_is_counted(host_bytes: int, counted: dict[str, int]) -> None:
+    ledger = Ledger(Card(10, host_bytes), has_porter=False)
+    one, other = Parcel(10), Parcel(10)
+    ledger.register(one, "one", "none")
+    ledger.register(other, "other", "none")
+
+    for model in (one, other, one):
+        with ledger.using(model):
+            pass
+
+    assert journeys(ledger, "one") == counted

@@ -155,7 +155,7 @@ class ShortOfMemory(models.Sdxl):
 
 
 @pytest.mark.parametrize(
-    ("room", "tried"), [(6, [6]), (3, [6, 3, 3]), (1, [6, 3, 1, 1, 1, 1, 1, 1])]
+    ("room", "tried"), [(6, [6]), (3, [6, 6, 3, 3]), (1, [6, 6, 3, 1, 1, 1, 1, 1, 1])]
 )
 def test_a_batch_that_does_not_fit_is_rendered_in_smaller_ones(
     sdxl: Any, room: int, tried: list[int]
@@ -180,7 +180,7 @@ def test_a_single_picture_that_does_not_fit_is_out_of_memory(sdxl: Any) -> None:
 class CannotDecode(models.Sdxl):
     """An SDXL whose decoder does not fit, which torch tells on a CPU in words only."""
 
-    def _decode(self, latent: torch.Tensor) -> np.ndarray:
+    def _decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 

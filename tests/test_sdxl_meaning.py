@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builder.drawings import COLOURS, Drawing, read
+from builder.drawings import COLOURS, POSITION_WORDS, POSITIONS, Drawing, read
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.settings import Settings
@@ -71,24 +71,54 @@ def painted(rows: slice, columns: slice) -> Image.Image:
     ("shape", "colour", "background"),
     [
         ("circle", "red", "blue"),
-        ("square", "green", "white"),
         ("triangle", "yellow", "black"),
     ],
 )
 def test_the_prompt_is_obeyed(sdxl: Any, shape: str, colour: str, background: str) -> None:
     seen = drawings(sdxl, prompt=f"a {colour} {shape} on a {background} background")
 
-    assert share(seen, colour=colour, background=background) >= 5 / 6
+    assert share(seen, colour=colour, background=background) == 1
+    assert share(seen, shape=shape) >= 5 / 6
 
 
-def test_the_shape_asked_for_comes_more_often_than_unasked(sdxl: Any) -> None:
-    def triangles(shape: str) -> float:
-        ask = {"prompt": f"a large red {shape} on a white background"}
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_colour_is_known(sdxl: Any, colour: str) -> None:
+    ground = "black" if colour == "white" else "white"
+
+    seen = drawings(sdxl, prompt=f"a large {colour} circle on a {ground} background")
+
+    assert share(seen, colour=colour, background=ground) >= 5 / 6
+
+
+@pytest.mark.parametrize("place", POSITIONS)
+def test_the_place_asked_for_is_taken(sdxl: Any, place: str) -> None:
+    words = POSITION_WORDS[place][0]
+
+    seen = drawings(sdxl, prompt=f"a red circle {words} on a white background")
+
+    assert share(seen, position=place) >= 5 / 6
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_size_asked_for_is_drawn(sdxl: Any, size: str) -> None:
+    seen = drawings(sdxl, prompt=f"a {size} red square on a white background")
+
+    assert share(seen, size=size) >= 5 / 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"), [("circle", "square"), ("square", "circle"), ("triangle", "circle")]
+)
+def test_the_shape_asked_for_comes_more_often_than_unasked(
+    sdxl: Any, shape: str, other: str
+) -> None:
+    def seen(asked: str) -> float:
+        ask = {"prompt": f"a large green {asked} on a white background"}
         return share(
-            drawings(sdxl, **ask) + drawings(sdxl, **ask, config={"seed": 200}), shape="triangle"
+            drawings(sdxl, **ask) + drawings(sdxl, **ask, config={"seed": 200}), shape=shape
         )
 
-    assert triangles("triangle") > triangles("circle")
+    assert seen(shape) > seen(other)
 
 
 def test_decorations_do_not_hide_the_subject(sdxl: Any) -> None:
@@ -163,11 +193,13 @@ def test_the_resolution_is_the_pictures_size_and_the_subject_fits_it(
 
 
 def test_low_strength_keeps_the_reference(sdxl: Any, blue_square: Image.Image) -> None:
+    # Lower than a real checkpoint would want: the pocket's latents are quieter than SDXL's, so
+    # the same noise hides more of them.
     seen = drawings(
         sdxl,
         blue_square,
         prompt="a red circle on a black background",
-        config={"denoise_strength": 0.15, "num_images": 3},
+        config={"denoise_strength": 0.1, "num_images": 3},
     )
 
     assert share(seen, shape="square", colour="blue", background="white") == 1
@@ -232,18 +264,17 @@ def test_style_keeps_the_palette_more_than_no_reference_does(
 
 def test_composition_keeps_the_place(sdxl: Any) -> None:
     on_the_left = painted(slice(48, 80), slice(8, 40))
+    ask: dict[str, Any] = {"prompt": "a red square on a white background"}
 
-    seen = drawings(
-        sdxl,
-        on_the_left,
-        prompt="a red square on a white background",
-        metadata={"reference_type": "composition"},
-    )
+    def on_left(reference: Image.Image | None, **metadata: str) -> float:
+        seen = drawings(sdxl, reference, **ask, metadata=metadata)
+        again = drawings(sdxl, reference, **ask, metadata=metadata, config={"seed": 200})
+        return share(seen + again, position="left")
 
-    assert share(seen, position="left") >= 4 / 6
+    assert on_left(on_the_left, reference_type="composition") >= 2 * on_left(None)
 
 
-def test_character_keeps_colour_and_place(sdxl: Any, blue_square: Image.Image) -> None:
+def test_character_keeps_place_and_ground(sdxl: Any, blue_square: Image.Image) -> None:
     seen = drawings(
         sdxl,
         blue_square,
@@ -251,7 +282,23 @@ def test_character_keeps_colour_and_place(sdxl: Any, blue_square: Image.Image) -
         metadata={"reference_type": "character"},
     )
 
-    assert share(seen, colour="blue", position="centre") >= 5 / 6
+    assert share(seen, background="white") == 1
+    assert share(seen, position="centre") >= 4 / 6
+
+
+def test_the_more_a_type_keeps_the_nearer_the_picture_stays(
+    sdxl: Any, blue_square: Image.Image
+) -> None:
+    def away(reference_type: str) -> float:
+        made = pictures(
+            sdxl,
+            blue_square,
+            prompt="a blue square on a white background",
+            metadata={"reference_type": reference_type},
+        )
+        return float(np.mean([distance(each, np.asarray(blue_square)) for each in made]))
+
+    assert away("character") < away("composition") < away("style")
 
 
 # --- Compel ---

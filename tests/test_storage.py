@@ -7,11 +7,13 @@ import pytest
 import requests
 from pydantic import SecretStr
 
-from ourvidz_serverless.errors import ModelLoadError, UploadError
+from ourvidz_serverless.addresses import is_public
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
 from ourvidz_serverless.payloads import S3Config
 from ourvidz_serverless.retries import Fault
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import (
+    PAGE,
     DirectoryStorage,
     S3Storage,
     Storage,
@@ -22,6 +24,7 @@ from ourvidz_serverless.storage import (
     upload,
 )
 from tests.support.bench import QUICK
+from tests.support.patience import PATIENCE_S
 from tests.support.receivers import Bucket
 from tests.support.receivers import SupabaseStorage as SupabaseServer
 from tests.support.s3 import SeaweedServer
@@ -60,6 +63,25 @@ def test_what_was_put_is_got(store: Storage) -> None:
     assert store.get("user/job/0.png") == b"picture"
 
 
+def test_every_key_is_found_and_a_deleted_one_is_gone(store: Storage) -> None:
+    keys = {f"lister/job-{job}/{name}" for job in range(3) for name in ("0.png", "c.x.json")}
+    for key in keys:
+        store.put(key, b"x", "application/json")
+
+    store.delete("lister/job-1/0.png")
+
+    left = {key for key in store.keys() if key.startswith("lister/")}  # noqa: SIM118
+    assert left == keys - {"lister/job-1/0.png"}
+
+
+def test_a_folder_of_many_pages_is_found_whole(supabase: SupabaseServer) -> None:
+    store = SupabaseStorage(supabase.url, supabase.service_key, "many")
+    keys = {f"user/job-{i:03}/0.png" for i in range(2 * PAGE)}
+    supabase.objects.update({("many", key): (b"", "image/png") for key in keys})
+
+    assert set(store.keys()) == keys
+
+
 def test_a_library_is_another_bucket_of_the_same_store(supabase: SupabaseServer) -> None:
     supabase.objects["user-library", "user-1/face.png"] = (b"picture", "image/png")
     supabase.buckets["user-library"] = Bucket()
@@ -92,7 +114,7 @@ def test_a_presigned_s3_url_gives_the_asset_to_anybody(s3: SeaweedServer) -> Non
     store = s3_storage(s3)
     store.put("user/signed/0.png", b"picture", "image/png")
 
-    answer = requests.get(store.url("user/signed/0.png", "presigned", 60), timeout=5)
+    answer = requests.get(store.url("user/signed/0.png", "presigned", 60), timeout=PATIENCE_S)
 
     assert (answer.content, answer.headers["Content-Type"]) == (b"picture", "image/png")
 
@@ -101,7 +123,7 @@ def test_a_presigned_supabase_url_gives_the_asset_to_anybody(supabase: SupabaseS
     store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp")
     store.put("user/signed/0.png", b"picture", "image/png")
 
-    assert requests.get(store.url("user/signed/0.png", "presigned", 60), timeout=5).ok
+    assert requests.get(store.url("user/signed/0.png", "presigned", 60), timeout=PATIENCE_S).ok
 
 
 def test_a_public_url_names_bucket_and_key(s3: SeaweedServer, supabase: SupabaseServer) -> None:
@@ -166,17 +188,65 @@ def test_a_store_that_nobody_answers_for_is_an_upload_error() -> None:
         upload(store, "u/j/0.png", b"x", "image/png", QUICK)
 
 
-def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> None:
-    config = S3Config(
+def own_bucket(s3: SeaweedServer, endpoint: str | None = None) -> S3Config:
+    return S3Config(
         bucketName=s3.bucket,
-        endpointUrl=s3.endpoint,
+        endpointUrl=endpoint or s3.endpoint,
         accessId=SecretStr(s3.access_key),
         accessSecret=SecretStr(s3.secret_key),
     )
 
-    of_job(config, "us-east-1").put("own/bucket/0.png", b"picture", "image/png")
+
+def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> None:
+    store = of_job(own_bucket(s3), "us-east-1", ("127.0.0.1",))
+
+    store.put("own/bucket/0.png", b"picture", "image/png")
 
     assert s3_storage(s3).get("own/bucket/0.png") == b"picture"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.1", "192.168.0.1", "169.254.169.254"),
+        *("2130706433", "0x7f.1", "0177.0.0.1", "127.1"),
+        *("[::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[fe80::1]", "[fd00::1]"),
+    ],
+)
+def test_a_jobs_own_bucket_is_on_the_public_internet(s3: SeaweedServer, host: str) -> None:
+    config = own_bucket(s3, f"http://{host}:9000")
+
+    with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
+        of_job(config, "us-east-1", ("minio.example",))
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://[", "http://a..b", "http://a\\b.example", "http://b\u00fccket", "http://%"]
+)
+def test_an_endpoint_that_is_no_url_is_refused_by_its_field(
+    s3: SeaweedServer, endpoint: str
+) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
+        of_job(own_bucket(s3, endpoint), "us-east-1")
+
+
+def test_a_name_that_comes_to_mean_an_inner_address_is_not_connected_to(s3: SeaweedServer) -> None:
+    # What `of_job` makes of a name that was public when it was asked for.
+    config = own_bucket(s3)
+    store = S3Storage(
+        bucket=config.bucketName,
+        endpoint=config.endpointUrl,
+        key_id=s3.access_key,
+        secret=s3.secret_key,
+        region="us-east-1",
+        gate=is_public,
+    )
+
+    with pytest.raises(UploadError, match="address is not public"):
+        upload(store, "own/bucket/rebound.png", b"x", "image/png", QUICK)
+
+    with pytest.raises(Fault, match="HTTP 404"):
+        s3_storage(s3).get("own/bucket/rebound.png")
 
 
 @pytest.mark.parametrize(

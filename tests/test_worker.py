@@ -23,6 +23,7 @@ from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
 from tests.support.painter import Painter
+from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
 
 SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
@@ -128,7 +129,7 @@ class SlowPainter(Painter):
 
     def generate(self, **options: Any) -> Iterator[np.ndarray]:
         for index, picture in enumerate(super().generate(**options)):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE_S
             while index and not self.first.exists():
                 assert time.monotonic() < deadline, "the first picture was not stored meanwhile"
                 time.sleep(0.01)
@@ -167,7 +168,8 @@ def test_every_code_of_the_specification_has_one_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SPECIFICATION["job_types"] if not name.startswith("sdxl")]
+    "name",
+    [name for name in SPECIFICATION["job_types"] if not name.startswith(("sdxl", "admin"))],
 )
 def test_a_type_that_is_not_served_here_is_unavailable(bench: MakeBench, name: str) -> None:
     document = bench().run(sdxl_payload(type=name))
@@ -281,10 +283,10 @@ def test_a_stop_in_the_middle_frees_the_lane_at_the_next_step(bench: MakeBench) 
     at.painter.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         at.stop.set()
 
-        assert code(running.result(5)) == "CANCELLED"
+        assert code(running.result(PATIENCE_S)) == "CANCELLED"
 
     at.painter.go_on.set()
     assert at.run(sdxl_payload(id="job-2"), stop=Stop()).status == "completed"
@@ -296,13 +298,13 @@ def test_a_job_that_waits_for_the_lane_can_be_stopped(bench: MakeBench) -> None:
     stop = Stop()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, sdxl_payload(id="job-2"), stop)
         stop.set()
 
-        assert code(second.result(5)) == "CANCELLED"
+        assert code(second.result(PATIENCE_S)) == "CANCELLED"
         at.painter.go_on.set()
-        assert first.result(5).status == "completed"
+        assert first.result(PATIENCE_S).status == "completed"
 
 
 def test_a_deadline_acts_at_the_next_step(bench: MakeBench) -> None:
@@ -327,11 +329,11 @@ def test_a_closing_worker_lets_a_job_finish_within_the_grace(bench: MakeBench) -
     at.painter.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         at.worker.close(grace_s=60)
         at.painter.go_on.set()
 
-        assert running.result(5).status == "completed"
+        assert running.result(PATIENCE_S).status == "completed"
 
 
 def test_a_closing_worker_stops_a_job_after_the_grace(bench: MakeBench) -> None:
@@ -339,10 +341,10 @@ def test_a_closing_worker_stops_a_job_after_the_grace(bench: MakeBench) -> None:
     at.painter.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         at.worker.close(grace_s=0)
 
-        document = running.result(5)
+        document = running.result(PATIENCE_S)
     assert code(document) == "WORKER_UNAVAILABLE"
     assert document.failure.retryable
 
@@ -354,25 +356,83 @@ def test_one_job_computes_at_a_time(bench: MakeBench) -> None:
     at = bench()
     with ThreadPoolExecutor() as threads:
         for each in [threads.submit(at.run, sdxl_payload(id=f"job-{i}"), Stop()) for i in range(4)]:
-            assert each.result(20).status == "completed"
+            assert each.result(PATIENCE_S).status == "completed"
 
     assert at.painter.most_at_once == 1
 
 
-def test_a_second_delivery_joins_the_first(bench: MakeBench, receiver: CallbackReceiver) -> None:
+def test_a_second_delivery_joins_the_first(
+    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ourvidz")
     at = bench(callback=Callback(receiver.callback_url, receiver.secret))
     at.painter.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, None, Stop())
-        time.sleep(0.1)
+        while "arrived again" not in caplog.text:
+            time.sleep(0.01)
         at.painter.go_on.set()
 
-        assert first.result(5) == second.result(5)
+        assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
 
     assert len(at.painter.calls) == 1
     assert len(receiver.received) == 1
+
+
+@pytest.mark.parametrize(
+    ("deliveries", "told"),
+    [("s", 0), ("sl", 1), ("sll", 1), ("ss", 0), ("ssl", 1), ("ls", 1), ("lsl", 1)],
+)
+def test_a_job_is_told_of_once_where_any_of_its_deliveries_wants_it(
+    bench: MakeBench,
+    receiver: CallbackReceiver,
+    caplog: pytest.LogCaptureFixture,
+    deliveries: str,
+    told: int,
+) -> None:
+    caplog.set_level("INFO", "ourvidz")
+    at = bench(callback=Callback(receiver.callback_url, receiver.secret))
+    workers = {"s": at.worker.silent(), "l": at.worker}
+    event = {"id": "rp-1", "input": sdxl_payload()}
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        ends = []
+        for count, kind in enumerate(deliveries):
+            ends.append(threads.submit(workers[kind].run, event, Stop(), at.progress.append))
+            if count == 0:
+                assert at.painter.at_step.wait(PATIENCE_S)
+            while caplog.text.count("arrived again") < count:
+                time.sleep(0.01)
+        at.painter.go_on.set()
+        documents = [end.result(PATIENCE_S) for end in ends]
+
+    assert {document.status for document in documents} == {"completed"}
+    assert len(at.painter.calls) == 1
+    assert [each.document for each in receiver.received] == [documents[0].callback()] * told
+
+
+def test_a_silent_jobs_end_that_cannot_be_told_is_kept(
+    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ourvidz")
+    receiver.script([410])
+    at = bench(callback=posting(receiver))
+    event = {"id": "rp-1", "input": sdxl_payload()}
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        threads.submit(at.worker.silent().run, event, Stop(), at.progress.append)
+        assert at.painter.at_step.wait(PATIENCE_S)
+        loud = threads.submit(at.worker.run, event, Stop(), at.progress.append)
+        while "arrived again" not in caplog.text:
+            time.sleep(0.01)
+        at.painter.go_on.set()
+
+        told = loud.result(PATIENCE_S).metadata["callback"]
+
+    assert (told["delivered"], told["kept"]) == (False, "user-1/job-1/callback.completed.json")
+    assert told["kept"] in at.stored()
 
 
 def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> None:
@@ -380,12 +440,12 @@ def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> N
     at.painter.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, sdxl_payload(user_id="user-2"), Stop())
         at.painter.go_on.set()
 
-        assert first.result(5).assets[0].url == "user-1/job-1/0.png"
-        assert second.result(5).assets[0].url == "user-2/job-1/0.png"
+        assert first.result(PATIENCE_S).assets[0].url == "user-1/job-1/0.png"
+        assert second.result(PATIENCE_S).assets[0].url == "user-2/job-1/0.png"
 
 
 def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
@@ -394,11 +454,11 @@ def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
     stop = Stop()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(5)
+        assert at.painter.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, None, stop)
         stop.set()
 
-        assert code(first.result(5)) == code(second.result(5)) == "CANCELLED"
+        assert code(first.result(PATIENCE_S)) == code(second.result(PATIENCE_S)) == "CANCELLED"
 
 
 # --- callbacks ---
@@ -452,6 +512,19 @@ def test_an_undelivered_document_is_kept_beside_the_assets(
     assert (document.status, told["delivered"]) == ("completed", False)
     kept = json.loads((at.root / told["kept"]).read_text())
     assert kept["assets"] == document.callback()["assets"]
+
+
+def test_an_undelivered_refusal_of_a_broken_payload_is_kept_too(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([500, 500, 500])
+    at = bench(callback=posting(receiver))
+
+    document = at.run(sdxl_payload(prompt=None))
+
+    told = document.result()["metadata"]["callback"]
+    assert told["kept"] == "undelivered/job-1/callback.failed.json"
+    assert json.loads((at.root / told["kept"]).read_text())["error"]["code"] == "INVALID_PROMPT"
 
 
 # --- references ---
@@ -524,8 +597,8 @@ def test_a_refusal_is_audited_by_rule_and_hash(
     bench().run(sdxl_payload(prompt="nude child"))
 
     line = next(json.loads(each.message) for each in caplog.records if "content" in each.message)
-    assert (line["user_id"], line["type"], len(line["sha256"])) == ("user-1", "sdxl_image_fast", 64)
-    assert "minor" in line["verdict"]
+    assert (line["user_id"], line["type"]) == ("user-1", "sdxl_image_fast")
+    assert (line["content"], len(line["texts_sha256"])) == ("minor+sexual", 64)
     assert "nude" not in caplog.text
 
 

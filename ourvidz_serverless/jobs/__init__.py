@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt
-from ourvidz_serverless.jobs import chat, sdxl
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output, Text
+from ourvidz_serverless.jobs import admin, chat, sdxl, wan
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.
@@ -43,29 +43,31 @@ FAMILY_OF = {
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
-FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat}
+FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat, "wan": wan, "admin": admin}
 
-#: Families whose engine batches what runs at once; the others' jobs take turns on the device.
-BATCHING = ("chat",)
+#: Families whose jobs do not take turns on the device: chat's engine batches what runs at once,
+#: and an administrator's questions compute nothing.
+WITHOUT_TURNS = ("chat", "admin")
 
 
 def parse(event: Mapping[str, Any], settings: Settings) -> Job:
     """The job that a RunPod event asks for.
 
     Raises InvalidPrompt that names the first field which does not hold, in the caller's own
-    words for it. A type whose family is not built yet is parsed by what all jobs share.
+    words for it.
     """
     payload = _payload(event)
-    family = FAMILIES.get(FAMILY_OF[payload["type"]])
+    family = FAMILIES[FAMILY_OF[payload["type"]]]
     try:
-        return family.parse(payload, settings) if family else Job.model_validate(payload)
+        job: Job = family.parse(payload, settings)
+        return job
     except ValidationError as exc:
         raise InvalidPrompt(_first(exc)) from None
 
 
 def takes_turns(job: Job) -> bool:
     """Whether a job wants the device to itself while it computes."""
-    return FAMILY_OF[job.type] not in BATCHING
+    return FAMILY_OF[job.type] not in WITHOUT_TURNS
 
 
 def prepare(job: Job, model: Any, context: JobContext) -> None:
@@ -75,13 +77,22 @@ def prepare(job: Job, model: Any, context: JobContext) -> None:
 
 def run(
     job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
-) -> Iterator[Output | Text]:
+) -> Iterator[Output | Text | Video]:
     """The job's outputs, one by one, each as soon as it is there."""
-    model.device.reset_peak()
+    # Whoever has no turn would cut short what another's is measured by.
+    if takes_turns(job):
+        model.device.reset_peak()
     yield from FAMILIES[FAMILY_OF[job.type]].run(job, model, references, context)
-    peak_mb = model.device.peak_mb()
+    peak_mb = model.device.peak_mb() if model.device else None
     if peak_mb is not None:
         context.metadata["vram_used"] = peak_mb
+
+
+def job_type(payload: Mapping[str, Any]) -> str | None:
+    """Which of the fourteen a payload asks for, whatever field and name it came by."""
+    asked = payload.get("type") or payload.get("job_type") or _older_type(payload)
+    name = SYNONYMS.get(asked, asked) if isinstance(asked, str) else None
+    return name if name in FAMILY_OF else None
 
 
 def job_id(event: Mapping[str, Any]) -> str | None:
@@ -93,8 +104,17 @@ def job_id(event: Mapping[str, Any]) -> str | None:
 
 def user_id(event: Mapping[str, Any]) -> str | None:
     """The user whose job this is, as far as a broken payload tells."""
-    name = _mapping(event.get("input")).get("user_id")
-    return name if isinstance(name, str) else None
+    return _text(event, "user_id")
+
+
+def api_key(event: Mapping[str, Any]) -> str | None:
+    """The key that the job brings, as far as a broken payload tells."""
+    return _text(event, "api_key")
+
+
+def _text(event: Mapping[str, Any], field: str) -> str | None:
+    value = _mapping(event.get("input")).get(field)
+    return value if isinstance(value, str) else None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -112,7 +132,9 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidPrompt("input: Input should be an object")
     payload = _without_nulls(payload)
     payload["id"] = payload.get("id") or payload.get("job_id") or event.get("id")
-    payload["type"] = _type(payload.get("type") or payload.get("job_type") or _older_type(payload))
+    payload["type"] = job_type(payload)
+    if payload["type"] is None:
+        raise InvalidPrompt(f"type: Input should be one of {', '.join(FAMILY_OF)}")
     if event.get("s3Config"):
         payload["s3Config"] = event["s3Config"]
     return payload
@@ -121,13 +143,6 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
 def _older_type(payload: Mapping[str, Any]) -> object:
     """The specification's chat payloads carry their type in `config` alone."""
     return _mapping(payload.get("config")).get("job_type")
-
-
-def _type(name: object) -> str:
-    name = SYNONYMS.get(name, name) if isinstance(name, str) else None
-    if name is None or name not in FAMILY_OF:
-        raise InvalidPrompt(f"type: Input should be one of {', '.join(FAMILY_OF)}")
-    return name
 
 
 def _without_nulls(payload: Mapping[Any, Any]) -> dict[str, Any]:

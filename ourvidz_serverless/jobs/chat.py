@@ -19,9 +19,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
 
-from ourvidz_serverless import logs, safety
+from ourvidz_serverless.admission import check_content
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.errors import ContentRefused
 from ourvidz_serverless.payloads import KEY_PATTERN, Job, Text, Wire
 from ourvidz_serverless.settings import Settings
 
@@ -131,7 +130,7 @@ class ChatJob(Job):
         ResponseFormat(), validation_alias=_either("response_format")
     )
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _one_or_many(cls, stop: object) -> object:
         return (stop,) if isinstance(stop, str) else stop
@@ -236,21 +235,13 @@ def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
     for words in _in_words(pieces):
         reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
         if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
-            _check_content(job, [reply[max(told - CHECKED_LETTERS, 0) :]])
+            check_content([reply[max(told - CHECKED_LETTERS, 0) :]], job.adult, context)
             context.emit({"delta": reply[told:]})
             told, told_at = len(reply), time.monotonic()
-    _check_content(job, [*job.texts, reply])
+    check_content([*job.texts, reply], job.adult, context)
     if job.stream and told < len(reply):
         context.emit({"delta": reply[told:]})
     return reply
-
-
-def _check_content(job: ChatJob, texts: list[str]) -> None:
-    try:
-        safety.check_all(texts, adult=job.adult)
-    except ContentRefused as exc:
-        logs.refused(job, exc.message, safety.audit_hash(texts))
-        raise
 
 
 def _in_words(pieces: Iterable[str]) -> Iterator[str]:

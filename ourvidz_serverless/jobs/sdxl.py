@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
@@ -46,7 +46,9 @@ ADAPTER_SCALES = {"style": 1.0, "composition": 1.0, "character": 0.6}
 Scheduler = Literal[
     "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
 ]
+Speed = Literal["exact", "balanced", "fast"]
 ReferenceType = Literal["style", "composition", "character"]
+Resolution = Annotated[str, Field(pattern=r"^\d{1,5}[xX]\d{1,5}$", description="1024x1024")]
 Text = Field(None, max_length=20_000)
 Strength = Field(None, ge=0.0, le=1.0)
 
@@ -86,6 +88,7 @@ class SdxlConfig(Wire):
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
+    speed: Speed = "exact"
 
     @field_validator("num_inference_steps")
     @classmethod
@@ -103,7 +106,7 @@ class SdxlConfig(Wire):
             return name
         return re.sub(r"[\W_]+", "_", name.lower().replace("++", "pp")).strip("_")
 
-    @field_validator("resolution", mode="before")
+    @field_validator("resolution", mode="before", json_schema_input_type=Resolution)
     @classmethod
     def _width_x_height(cls, value: object) -> tuple[int, int]:
         match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", value) if isinstance(value, str) else None
@@ -251,7 +254,8 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
 
 
 def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
-    """Have the job's LoRAs on this machine."""
+    """Have the job's LoRAs on this machine, and the weights on their way."""
+    model.home.expect()
     for lora in job.config.loras:
         context.check()
         model.loras.fetch(lora.source, lambda: context.remaining_s)
@@ -277,6 +281,10 @@ def run(
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
         loras=[(model.loras.path(lora.source), lora.scale) for lora in job.config.loras],
+        check=context.check,
+        speed=job.config.speed,
+        planned=lambda plan: context.metadata.update(memory_plan=dict(plan)),
+        sped=lambda report: context.metadata.update(speed=dict(report)),
         step=lambda done, total: context.step("generate", done, total),
         **conditioning,
     )

@@ -1,33 +1,81 @@
 """The families' models. torch, diffusers and transformers are imported below this floor only.
 
-A family is one module here with `load(settings) -> model`, and one row in `FAMILIES`. The
+A family is one module here with `load(settings, ledger) -> model`, and one row in `FAMILIES`. The
 table holds names, not modules: importing one imports torch, and no process should import what
-it does not serve.
+it does not serve. `load` registers its weights with the worker's ledger (see `residency`) and
+leaves the rest of their life to it.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+import sys
+import time
 from typing import Any
 
-from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
+from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.settings import Settings
 
 FAMILIES = {
     "sdxl": "ourvidz_serverless.models.sdxl",
     "chat": "ourvidz_serverless.models.qwen",
+    "wan": "ourvidz_serverless.models.wan",
 }
 
+#: The variable that names a family's main weights.
+MAIN = {"sdxl": "SDXL_MODEL", "chat": "CHAT_INSTRUCT_MODEL", "wan": "WAN_MODEL"}
 
-def load(settings: Settings) -> dict[str, Any]:
-    """The models of every family that `FAMILIES` asks for, on their device.
+log = logging.getLogger("ourvidz")
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger of a worker's device, with nothing in it yet."""
+    memory = importlib.import_module("ourvidz_serverless.models.memory")
+    ledger: Ledger = memory.open_ledger(settings)
+    return ledger
+
+
+def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
+    """The models of every family that `FAMILIES` asks for, as many on their device as fit.
 
     Raises ModelLoadError with one line that names the setting which does not hold.
     """
-    missing = [family for family in settings.families if family not in FAMILIES]
-    if missing:
-        raise ModelLoadError(f"FAMILIES: {', '.join(missing)} is not built yet")
-    return {
-        family: importlib.import_module(FAMILIES[family]).load(settings)
+    if settings.chat_quantization == "none":
+        # transformers, diffusers and peft import it wherever they find it, which takes seconds.
+        sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+    loaded = {
+        family: importlib.import_module(FAMILIES[family]).load(settings, ledger)
         for family in settings.families
     }
+    for family, model in loaded.items():
+        if settings.warm_up == "always" or (settings.warm_up == "auto" and model.device.is_cuda):
+            _warm_up(family, model)
+    if "wan" in loaded and settings.wan_asks_chat:
+        loaded["wan"].enhancer = loaded["chat"]
+    return loaded
+
+
+def _warm_up(family: str, model: Any) -> None:
+    """Have a model generate something before the first job; raises ModelLoadError if it cannot."""
+    began = time.monotonic()
+    try:
+        model.warm_up()
+    except OutOfMemory as exc:
+        # Smaller jobs than that may fit.
+        log.warning("%s is not warm: %s", family, exc.message)
+    except Exception as exc:
+        why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+        raise ModelLoadError(f"{MAIN[family]}: it loads, and does not generate ({why})") from exc
+    else:
+        log.info("%s is warm after %.1f s", family, time.monotonic() - began)
+
+
+def as_job_error(error: Exception) -> JobError:
+    """What an error that nobody foresaw is in our words: a lost device, or an internal error."""
+    if "torch" not in sys.modules:
+        return InternalError("an internal error; the worker's log says where")
+    device = importlib.import_module("ourvidz_serverless.models.device")
+    named: JobError = device.as_job_error(error)
+    return named

@@ -9,9 +9,10 @@ A request is its tokens: prompt and reply so far. What the cache holds of them c
 again at any time, which is what happens after an out-of-memory, in a smaller batch.
 
 What it costs: the cache has one row a request, each as long as the longest (see `kv_cache`), and
-the host prepares every token's forward in Python. What it gives: real transformers models without
-a change, and every sampling field acts for each request alone. A batch of another size rounds
-differently in the last bits, so texts are equal where no two tokens are that nearly as likely.
+the host prepares every forward in Python, but those that `graphs` has recorded. What it gives: real
+transformers models, of which nothing is changed but the `norms`, and every sampling field acts for
+each request alone. A batch of another size rounds differently in the last bits, so texts are equal
+where no two tokens are that nearly as likely.
 """
 
 from __future__ import annotations
@@ -30,9 +31,23 @@ from typing import Any, Literal
 import torch
 
 from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
-from ourvidz_serverless.models.device import Device, is_out_of_memory
+from ourvidz_serverless.models import norms
+from ourvidz_serverless.models.device import (
+    Device,
+    as_job_error,
+    is_out_of_memory,
+    picked,
+    sent,
+)
 from ourvidz_serverless.models.grammar import Matcher
-from ourvidz_serverless.models.kv_cache import KVCache, PrefixStore, rounded
+from ourvidz_serverless.models.graphs import Damaged, Record, Replay
+from ourvidz_serverless.models.kv_cache import (
+    KVCache,
+    PrefixStore,
+    View,
+    bytes_per_token,
+    rounded,
+)
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import Decode, TextStream
 
@@ -159,18 +174,26 @@ class Generation:
 
 
 class Engine:
-    """A model and the requests that it is answering."""
+    """A model and the requests that it is answering; `record` makes its decode steps replayable."""
 
     def __init__(
-        self, model: Any, device: Device, ends: Sequence[int], limits: Limits | None = None
+        self,
+        model: Any,
+        device: Device,
+        ends: Sequence[int],
+        limits: Limits | None = None,
+        record: Record | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.num_forwards = self.num_tokens_read = 0
         self._device = device
+        norms.fuse(model)
         self._body, self._head = model.base_model, model.get_output_embeddings()
         self._ends = frozenset(ends)
         self._cache = KVCache(model.config, device.name, device.dtype)
+        self._token_bytes = bytes_per_token(model.config, device.dtype)
         self._prefixes = PrefixStore(self.limits.prefix_tokens)
+        self.replay = record and Replay(self._step_of, device, record)
         self._max_batch = self.limits.max_batch
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
@@ -187,6 +210,11 @@ class Engine:
             self._news.notify()
 
     @property
+    def cache_bytes(self) -> int:
+        """What keys and values may take, kept prefixes included."""
+        return self._token_bytes * (self.limits.kv_tokens + self.limits.prefix_tokens)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -195,8 +223,13 @@ class Engine:
         with self._news:
             while self._waiting or self._running:
                 self._news.wait(IDLE_POLL_S)
-            self._cache.clear()
-            self._prefixes.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        self._cache.clear()
+        self._prefixes.clear()
+        if self.replay:
+            self.replay.forget()
 
     def _work(self) -> None:
         while True:
@@ -209,10 +242,11 @@ class Engine:
 
     def _step(self) -> Exception | None:
         try:
-            self._leave()
-            self._join()
-            self._prefill()
-            self._decode()
+            with self._device.computing():
+                self._leave()
+                self._join()
+                self._prefill()
+                self._decode()
         except Exception as exc:
             if not is_out_of_memory(exc):
                 # Where, and not what: the error's own words may quote a prompt.
@@ -239,7 +273,9 @@ class Engine:
                 self._running.append(self._waiting.popleft())
         if self._running:
             longest = max(each.num_at_most for each in self._running)
-            self._cache.reserve(len(self._running), longest)
+            # What is recorded is good for as long as the cache does not move.
+            cells = self.limits.kv_tokens if self.replay else 0
+            self._cache.reserve(len(self._running), longest, cells)
 
     def _fits(self, newcomer: Generation) -> bool:
         if not self._running:
@@ -262,15 +298,39 @@ class Engine:
             widest = max(widest, count)
             chosen.append((generation, count))
         if chosen:
-            self._forward([each for each, _ in chosen], [count for _, count in chosen])
+            batch, counts = [each for each, _ in chosen], [count for _, count in chosen]
+            self._grow(batch, counts, self._forward(batch, counts))
         for generation, _ in chosen:
             self._keep_prefix(generation)
 
     def _decode(self) -> None:
         """Every reply whose prompt is read grows by one token."""
         growing = [each for each in self._running if each.num_pending == 1]
-        if growing:
-            self._forward(growing, [1] * len(growing))
+        if not growing:
+            return
+        ones = [1] * len(growing)
+        try:
+            hidden = self._replayed(growing) if self.replay else self._forward(growing, ones)
+        except Damaged:
+            for generation in self._running:
+                generation.num_computed = 0
+            return
+        self._grow(growing, ones, hidden)
+
+    def _replayed(self, growing: Sequence[Generation]) -> torch.Tensor:
+        """The same from a recording of all rows, where there is one.
+
+        A row whose prompt is still read gets its next token too, where that belongs; nothing comes
+        of it.
+        """
+        assert self.replay
+        return self.replay.answer(
+            [(each.ids[each.num_computed], each.num_computed) for each in self._running],
+            [row for row, each in enumerate(self._running) if each.num_pending == 1],
+            self._cache.length,
+            self._cache.version,
+            lambda: self._forward(growing, [1] * len(growing)),
+        )
 
     def _piece(self, generation: Generation) -> int:
         """How many tokens of a prompt are read next; what is shared is copied, or read apart."""
@@ -300,9 +360,8 @@ class Engine:
             prefix = self._cache.read(self._running.index(generation), shared)
             self._prefixes.keep(generation.shared, prefix)
 
-    @torch.inference_mode()
-    def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> None:
-        """Compute the next `counts` tokens of each; a reply grows where none is pending after."""
+    def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> torch.Tensor:
+        """Read the next `counts` tokens of each; the hidden states of the last ones."""
         width = max(counts)
         rows = [self._running.index(each) for each in batch]
         # A row's last token is repeated at its own place: it writes there what stands there, so
@@ -313,26 +372,34 @@ class Engine:
         ]
         ids = [[each.ids[at] for at in row] for each, row in zip(batch, places, strict=True)]
 
-        view = self._cache.view(rows, places)
-        hidden = self._body(
-            input_ids=torch.tensor(ids, device=self._device.name),
+        self.num_forwards += 1
+        return self._hidden(sent(ids, self._device.name), self._cache.view(rows, places))
+
+    def _step_of(self, ids: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
+        return self._hidden(ids, self._cache.first_rows(places, length))
+
+    def _hidden(self, ids: torch.Tensor, view: View) -> torch.Tensor:
+        out = self._body(
+            input_ids=ids,
             position_ids=view.positions,
             attention_mask=view.mask(),
             past_key_values=view,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        self.num_forwards += 1
+        )
+        return out.last_hidden_state[:, -1]
+
+    def _grow(
+        self, batch: Sequence[Generation], counts: Sequence[int], hidden: torch.Tensor
+    ) -> None:
+        """Count what was read; a reply gets a token where nothing is pending any more."""
         self.num_tokens_read += sum(counts)
         for generation, count in zip(batch, counts, strict=True):
             generation.num_computed += count
-        self._grow(batch, hidden)
-
-    def _grow(self, batch: Sequence[Generation], hidden: torch.Tensor) -> None:
         ready = [row for row, each in enumerate(batch) if each.num_pending == 0]
         if not ready:
             return
         growing = [batch[row] for row in ready]
-        tokens = choose(self._head(hidden[ready]), [each.sampler for each in growing])
+        tokens = choose(self._head(picked(hidden, ready)), [each.sampler for each in growing])
         for generation, token in zip(growing, tokens, strict=True):
             generation.append(token, token in self._ends)
             if generation.finish_reason:
@@ -351,8 +418,7 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """After an out-of-memory, the same requests in half the batch; after a bug, none."""
-        self._cache.clear()
-        self._prefixes.clear()
+        self._clear()
         self._device.free_memory()
         stranded, self._running = self._running, []
         if is_out_of_memory(error) and len(stranded) > 1:
@@ -378,4 +444,4 @@ def _why_to_leave(generation: Generation) -> Exception | None:
 def _as_job_error(error: Exception) -> JobError:
     if is_out_of_memory(error):
         return OutOfMemory("one conversation of this length does not fit the device's memory")
-    return InternalError("an internal error; the worker's log says where")
+    return as_job_error(error)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ourvidz_serverless.models.device import sent
+
 #: Lengths are rounded up to this, so that a batch does not grow token by token.
 BLOCK = 256
 
@@ -21,9 +23,14 @@ BLOCK = 256
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+def next_power(number: int) -> int:
+    """The power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
 def rounded(rows: int, length: int) -> tuple[int, int]:
     """The rows and tokens that a cache for `rows` requests of `length` tokens really has."""
-    return 1 << (rows - 1).bit_length(), -(-length // BLOCK) * BLOCK
+    return next_power(rows), -(-length // BLOCK) * BLOCK
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -38,24 +45,33 @@ def _shape(config: Any) -> tuple[int, int]:
 
 
 class KVCache:
-    """The rows; `reserve` before writing."""
+    """The rows; `reserve` before writing. Another `version` lies at other addresses."""
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._options = {"device": device, "dtype": dtype}
         self._shape = _shape(config)
         self._num_layers = config.num_hidden_layers
+        self.version = 0
         self.clear()
 
     def clear(self) -> None:
         """Give the memory back."""
         self.rows = self.length = 0
+        self.version += 1
         self.layers = [(self._empty(0, 0), self._empty(0, 0)) for _ in range(self._num_layers)]
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Have room for that many rows and tokens; what is there stays."""
+    def reserve(self, rows: int, length: int, cells: int = 0) -> None:
+        """Have room for that many rows and tokens; what is there stays.
+
+        Up to so many `cells` of rows x length there is more, so that it moves seldom: the length is
+        a power of two as well, and neither shrinks.
+        """
         if rows <= self.rows and length <= self.length:
             return
-        self.rows, self.length = rounded(rows, length)
+        least = rounded(rows, length)
+        ample = max(least[0], self.rows), max(next_power(least[1]), self.length)
+        self.rows, self.length = ample if ample[0] * ample[1] <= cells else least
+        self.version += 1
         # Layer by layer, so that old and new do not stand beside one another whole.
         for index, (keys, values) in enumerate(self.layers):
             self.layers[index] = (self._resized(keys), self._resized(values))
@@ -78,7 +94,20 @@ class KVCache:
 
     def view(self, rows: Sequence[int], places: Sequence[Sequence[int]]) -> View:
         """What one forward of these rows writes to and reads; places are (rows, tokens)."""
-        return View(self.layers, rows, places)
+        device = self.layers[0][0].device
+        there = sent(rows, device)
+        # A slice is read in place; rows that do not lie side by side are gathered.
+        in_order = list(rows) == list(range(len(rows)))
+        taken = slice(0, len(rows)) if in_order else there
+        return View(self.layers, there, taken, sent(places, device), max(map(max, places)) + 1)
+
+    def first_rows(self, places: torch.Tensor, length: int) -> View:
+        """The same of the first rows, of which all `length` tokens are read.
+
+        It asks the host for no number, so it can be recorded.
+        """
+        rows = torch.arange(len(places), device=places.device)
+        return View(self.layers, rows, slice(0, len(places)), places, length)
 
     def _empty(self, rows: int, length: int) -> torch.Tensor:
         heads, dim = self._shape
@@ -97,17 +126,13 @@ class View:
     def __init__(
         self,
         layers: list[tuple[torch.Tensor, torch.Tensor]],
-        rows: Sequence[int],
-        places: Sequence[Sequence[int]],
+        rows: torch.Tensor,
+        taken: slice | torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
     ) -> None:
-        count, device = len(rows), layers[0][0].device
-        self._layers = layers
-        self._rows = torch.tensor(rows, device=device)
-        # A slice is read in place; rows that do not lie side by side are gathered.
-        in_order = list(rows) == list(range(count))
-        self._taken: slice | torch.Tensor = slice(0, count) if in_order else self._rows
-        self.positions = torch.tensor(places, device=device)
-        self.length = max(map(max, places)) + 1
+        self._layers, self._rows, self._taken = layers, rows, taken
+        self.positions, self.length = positions, length
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -123,9 +148,13 @@ class View:
         )
 
     def mask(self) -> torch.Tensor:
-        """Which tokens each may look at, (rows, 1, tokens, length): itself and those before."""
+        """What is added to attention's scores, (rows, 1, tokens, length): each token may look at
+        itself and those before. As truth values every layer would convert it anew.
+        """
         every = torch.arange(self.length, device=self.positions.device)
-        return (every <= self.positions[..., None])[:, None]
+        after = (every > self.positions[..., None])[:, None]
+        dtype = self._layers[0][0].dtype
+        return torch.zeros_like(after, dtype=dtype).masked_fill_(after, -torch.inf)
 
 
 class PrefixStore:

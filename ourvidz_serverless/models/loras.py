@@ -44,12 +44,15 @@ class LoraShelf:
     def path(self, source: str) -> Path:
         """The file of a name or a URL; a URL must have been fetched.
 
-        Raises InvalidPrompt for a name that nothing lies under.
+        Raises InvalidPrompt for a name that nothing lies under, or a URL that is none.
         """
         if self.folder is None:
             raise InvalidPrompt("config.loras: this endpoint has none, see SDXL_LORA_DIR")
         if ":" in source:
-            return self.folder / "downloads" / f"{_digest(source)}.safetensors"
+            try:
+                return self.folder / "downloads" / f"{_digest(source)}.safetensors"
+            except ValueError as exc:
+                raise InvalidPrompt("config.loras: Input should be an https URL") from exc
         path = self.folder / f"{source.removesuffix('.safetensors')}.safetensors"
         if not path.is_file():
             raise InvalidPrompt(f"config.loras: there is no {source}")

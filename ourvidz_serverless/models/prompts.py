@@ -7,7 +7,7 @@ off silently. The pooled embedding is the first chunk's, and is not weighted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,18 @@ class Encoder:
         )
 
 
+def level(embeddings: Sequence[Embedding], empty: Callable[[], Embedding]) -> list[Embedding]:
+    """The same embeddings at the longest one's length, since they will share a batch.
+
+    `empty` is asked for an empty prompt's where one has to be made longer.
+    """
+    longest = max(embedding.hidden.shape[1] for embedding in embeddings)
+    if all(embedding.hidden.shape[1] == longest for embedding in embeddings):
+        return list(embeddings)
+    filler = empty().hidden
+    return [embedding.extended(filler, longest) for embedding in embeddings]
+
+
 class PromptEncoder:
     """SDXL's two encoders as one."""
 
@@ -89,14 +101,6 @@ class PromptEncoder:
         longest = max(one.shape[1], two.shape[1])
         one, two = self._filled(self._first, one, longest), self._filled(self._second, two, longest)
         return Embedding(torch.cat([one, two], dim=-1), pooled)
-
-    def level(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
-        """The same embeddings at the longest one's length, since they will share a batch."""
-        longest = max(embedding.hidden.shape[1] for embedding in embeddings)
-        if all(embedding.hidden.shape[1] == longest for embedding in embeddings):
-            return list(embeddings)
-        filler = torch.cat([self._first.read("")[0], self._second.read("")[0]], dim=-1)
-        return [embedding.extended(filler, longest) for embedding in embeddings]
 
     @staticmethod
     def _filled(encoder: Encoder, hidden: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -7,20 +7,26 @@ text, so that no message can end its turn and speak as somebody else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnavailable
+from ourvidz_serverless.models import loading, quantization
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.grammar import Grammars
+from ourvidz_serverless.models.graphs import Record, recorder
 from ourvidz_serverless.models.kv_cache import BLOCK, bytes_per_token
-from ourvidz_serverless.models.residency import Residency
+from ourvidz_serverless.models.memory import open_ledger
+from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.models.sampling import Sampling
+from ourvidz_serverless.models.tensors import Read, Tensors
 from ourvidz_serverless.settings import Settings
 
 POCKET = Path(__file__).parents[2] / ".cache" / "pocket_chat"
@@ -31,79 +37,148 @@ ARCHITECTURES = ("qwen2", "llama")
 START, END = "<|im_start|>", "<|im_end|>"
 OTHER_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
-#: How much of a GPU's free memory the cache may take; the rest is what a forward needs.
-CACHE_SHARE = 0.8
+#: How much of a GPU's free memory the cache may take; the rest is what a forward needs, and where
+#: other families are served, what their jobs need.
+CACHE_SHARE, SHARED_CACHE_SHARE = 0.8, 0.3
 
 #: A message: who speaks, and what they say.
 Message = tuple[str, str]
 
 
-def load(settings: Settings) -> Chat:
+def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
     """The models of `CHAT_INSTRUCT_MODEL` and, where it is set, `CHAT_BASE_MODEL`.
 
     Raises ModelLoadError with one line when weights are missing, corrupt or of another kind.
     """
-    device = Device.choose(settings, on_gpu=torch.bfloat16)
+    ledger = ledger or open_ledger(settings)
+    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
     asked = {
         "qwen_instruct": ("CHAT_INSTRUCT_MODEL", settings.chat_instruct_model),
         "qwen_base": ("CHAT_BASE_MODEL", settings.chat_base_model),
     }
     # By place, so that the same weights under both names are loaded once.
-    variables = {place: variable for variable, place in asked.values() if place}
-    loaded = {place: _read(variable, place, device) for place, variable in variables.items()}
-    places = min(settings.chat_resident_models, len(loaded))
-    models = [model for model, _ in loaded.values()]
-    # Here already, since the cache has room in what they leave free.
-    for model in models[:places]:
-        model.to(device.name)
+    names = {place: name for name, (_, place) in reversed(asked.items()) if place}
+    loaded = {
+        place: _read(asked[name][0], place, settings, device) for place, name in names.items()
+    }
     limits = Limits(
         max_batch=settings.chat_max_batch,
-        kv_tokens=settings.chat_kv_tokens or _room(device, models, places),
+        kv_tokens=settings.chat_kv_tokens or _room(ledger, device, settings, loaded.values()),
         prefix_tokens=settings.chat_prefix_tokens,
     )
-    writers = {place: Writer(*parts, device, limits) for place, parts in loaded.items()}
+    writers = {}
+    for place, each in loaded.items():
+        variable, _ = asked[names[place]]
+        writers[place] = _writer(variable, place, each, limits, settings, device)
+        ledger.register(
+            writers[place],
+            names[place],
+            "chat",
+            source=Path(place).name,
+            room_bytes=writers[place].engine.cache_bytes,
+        )
     served = {name: writers[place] for name, (_, place) in asked.items() if place}
-    residency = Residency(places)
-    for writer in list(writers.values())[:places]:
-        residency.take(writer)
-        residency.give_back(writer)
-    return Chat(served, device, settings.chat_context, residency)
+    ledger.settle(*served.values())
+    return Chat(served, device, settings.chat_context, ledger)
 
 
-def _room(device: Device, models: Sequence[Any], places: int) -> int:
-    """How many tokens the cache of each model that is there may hold."""
-    free = device.free_bytes()
-    if free is None:
+def load_one(
+    variable: str, place: str, name: str, settings: Settings, device: Device, ledger: Ledger
+) -> Chat:
+    """One model that answers as `qwen_instruct`, one conversation at a time, for WAN.
+
+    It stands in the ledger under `name`. Raises ModelLoadError as `load`.
+    """
+    limits = Limits(
+        max_batch=1,
+        kv_tokens=settings.chat_context,
+        prefix_tokens=settings.chat_prefix_tokens,
+    )
+    loaded = _read(variable, place, settings, device)
+    writer = _writer(variable, place, loaded, limits, settings, device)
+    room = writer.engine.cache_bytes
+    ledger.register(writer, name, "wan", source=Path(place).name, room_bytes=room)
+    return Chat({"qwen_instruct": writer}, device, settings.chat_context, ledger)
+
+
+def _writer(
+    variable: str,
+    place: str,
+    loaded: tuple[Any, Any],
+    limits: Limits,
+    settings: Settings,
+    device: Device,
+) -> Writer:
+    """A model and its tokenizer at work; it can be read anew from where it came."""
+    model, tokenizer = loaded
+    read = functools.partial(_reread, variable, place, settings, device)
+    record = recorder(settings.chat_graphs, device, model.config)
+    return Writer(model, tokenizer, device, limits, read, record)
+
+
+def _room(
+    ledger: Ledger, device: Device, settings: Settings, loaded: Iterable[tuple[Any, Any]]
+) -> int:
+    """How many tokens the cache of each model may hold, beside as many models as fit."""
+    if ledger.memory.is_host:
         return Limits().kv_tokens
+    models = [model for model, _ in loaded]
+    free, places = ledger.free_bytes(), 0
+    for size in (Tensors([model], device).num_bytes for model in models):
+        if size < free:
+            free, places = free - size, places + 1
     each = max(bytes_per_token(model.config, device.dtype) for model in models)
-    return max(int(free * CACHE_SHARE) // (each * places), BLOCK)
+    share = CACHE_SHARE if settings.families == ("chat",) else SHARED_CACHE_SHARE
+    room = int(free * share) // (each * max(places, 1))
+    return max(room, BLOCK)
 
 
-def _read(variable: str, place: str, device: Device) -> tuple[Any, Any]:
+def _reread(variable: str, place: str, settings: Settings, device: Device) -> list[Any]:
+    return [_read(variable, place, settings, device)[0]]
+
+
+def _read(variable: str, place: str, settings: Settings, device: Device) -> tuple[Any, Any]:
     """A model and its tokenizer."""
-    path = POCKET if place == "pocket" else Path(place)
-    if not path.exists():
-        hint = "; `make chat` puts it there" if place == "pocket" else ""
-        raise ModelLoadError(f"{variable}: there is nothing at {path}{hint}")
-    try:
-        return _open(path, device)
-    except Exception as exc:
-        why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        raise ModelLoadError(f"{variable}: {path.name} does not load as chat ({why})") from exc
+    quantization.check(settings.chat_quantization, device)
+    path = _find(variable, place, settings)
+    with checkpoints.loading(variable, path, "chat"):
+        is_mapped = checkpoints.is_mapped(path, settings.mmap_weights)
+        return _open(path, device, is_mapped, settings.chat_quantization)
 
 
-def _open(path: Path, device: Device) -> tuple[Any, Any]:
+def _find(variable: str, place: str, settings: Settings) -> Path:
+    if place != "pocket":
+        return checkpoints.find(variable, place, settings.model_dirs)
+    if not POCKET.exists():
+        raise ModelLoadError(f"{variable}: there is nothing at {POCKET}; `make chat` puts it there")
+    return POCKET
+
+
+def _open(path: Path, device: Device, is_mapped: bool, quantized: str) -> tuple[Any, Any]:
+    loading.check_configs(path, ["."])
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "use_sliding_window", False):
         raise ValueError("its attention has a sliding window")
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=device.dtype, attn_implementation="sdpa", local_files_only=True
+    checkpoints.check(path)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=device.dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        disable_mmap=not is_mapped,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **quantization.options(quantized, device),
     )
+    loading.check_told(told, len(model.state_dict()))
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
     if None in map(tokenizer.token_to_id, (START, END)):
         raise ValueError(f"its tokenizer has no {START} and {END}")
+    if quantized == "int4":
+        # Packed on the device; where it lies from now on is the ledger's affair.
+        model = model.to("cpu")
     return model.eval(), tokenizer
 
 
@@ -115,26 +190,45 @@ class Writer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, device: Device, limits: Limits | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        device: Device,
+        limits: Limits | None = None,
+        read: Read | None = None,
+        record: Record | None = None,
     ) -> None:
-        self._model, self._device = model, device
+        self._tensors = Tensors([model], device, read)
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
         self._start, self._end = map(self._tokenizer.token_to_id, (START, END))
         self.context: int = model.config.max_position_embeddings
         ends = self._ends(model)
         self.grammars = Grammars(self._tokenizer, model.config.vocab_size, ends)
-        self.engine = Engine(model, device, ends, limits)
+        self.engine = Engine(model, device, ends, limits, record)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tensors.num_bytes
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._tensors.is_on_disk
+
+    def load(self) -> None:
+        self._tensors.load()
 
     def arrive(self) -> None:
-        """Bring the weights to the device."""
-        self._model.to(self._device.name)
+        self._tensors.arrive()
 
     def leave(self) -> None:
         """Take the weights, and what was computed with them, off the device."""
         self.engine.forget()
-        self._model.to("cpu")
-        self._device.free_memory()
+        self._tensors.leave()
+
+    def drop(self) -> None:
+        self.engine.forget()
+        self._tensors.drop()
 
     def turn(self, role: str, text: str) -> list[int]:
         """The tokens of one message of a conversation."""
@@ -164,12 +258,24 @@ class Chat:
     """Answers conversations, many at once. Safe to call from any thread."""
 
     def __init__(
-        self, writers: Mapping[str, Writer], device: Device, context: int, residency: Residency
+        self, writers: Mapping[str, Writer], device: Device, context: int, ledger: Ledger
     ) -> None:
         self.device = device
-        self._residency = residency
+        self._ledger = ledger
         self._writers = writers
         self._context = context
+
+    def warm_up(self) -> None:
+        """Have each model say a few words: so many that a GPU records its first step."""
+        for name in self._writers:
+            reply = self.generate(messages=[("user", "Hello")], model=name, max_tokens=5)
+            for _ in reply:
+                pass
+
+    @property
+    def writers(self) -> list[Writer]:
+        """The models that can be on the device or not."""
+        return list(dict.fromkeys(self._writers.values()))
 
     def generate(
         self,
@@ -205,8 +311,9 @@ class Chat:
             grammar=None if schema is None else writer.grammars.matcher(schema),
         )
         generation.num_dropped = len(turns) - len(kept)
-        generation.swap_s = self._residency.take(writer, check)
-        generation.on_end = lambda: self._residency.give_back(writer)
+        use = self._ledger.take(writer, check)
+        generation.swap_s = use.swap_s
+        generation.on_end = lambda: self._ledger.give_back(writer, use)
         writer.engine.submit(generation)
         return generation
 

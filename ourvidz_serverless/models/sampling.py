@@ -5,13 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ourvidz_serverless.models.device import picked, sent
 from ourvidz_serverless.models.grammar import Matcher
 
 #: Tokens that are ranked before the whole vocabulary is.
 CANDIDATES = 1024
+
+#: Stands for a token that is not among them.
+BEYOND = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +56,27 @@ class Sampler:
         self.sampling = sampling
         self._grammar = grammar
         self._random = random.Random(sampling.seed)
-        self._prompt = set(prompt)
-        self._counts: dict[int, int] = {}
+        self._prompt = list(set(prompt))
+        # The reply's tokens that are not counted on the device yet, and the counts there.
+        self._fresh: list[int] = []
+        self._times: torch.Tensor | None = None
+        self._is_seen: torch.Tensor | None = None
 
     def note(self, token: int) -> None:
         """Count a token that was chosen."""
-        self._counts[token] = self._counts.get(token, 0) + 1
+        if self.sampling.has_penalties:
+            self._fresh.append(token)
         if self._grammar:
             self._grammar.note(token)
 
-    def draw(self) -> float:
-        """The next number of this request's own generator, from 0 to 1."""
-        return self._random.random()
+    def draw(self) -> Draw:
+        """The rules of the next token, with the next number of this request's own generator."""
+        rules = self.sampling
+        return Draw(rules.temperature, rules.top_k, rules.top_p, self._random.random())
+
+    @property
+    def adjusts(self) -> bool:
+        return self.sampling.has_penalties or self._grammar is not None
 
     def adjust(self, logits: torch.Tensor) -> None:
         """Apply penalties and grammar to one row of logits, in place."""
@@ -72,60 +86,87 @@ class Sampler:
             self._grammar.forbid(logits)
 
     def _penalise(self, logits: torch.Tensor) -> None:
-        rules = self.sampling
-        if rules.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self._prompt | self._counts.keys()), device=logits.device)
-            values, penalty = logits[seen], rules.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if self._counts:
-            said = torch.tensor(list(self._counts), device=logits.device)
-            times = torch.tensor(list(self._counts.values()), device=logits.device)
-            logits[said] -= rules.presence_penalty + rules.frequency_penalty * times
+        # Kept where the logits are: a reply's tokens are not sent again with each new one.
+        if self._times is None or self._is_seen is None:
+            self._times = torch.zeros_like(logits)
+            self._is_seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._is_seen.index_fill_(0, sent(self._prompt, logits.device, torch.long), True)
+        if self._fresh:
+            fresh, self._fresh = sent(self._fresh, logits.device), []
+            self._is_seen.index_fill_(0, fresh, True)
+            self._times.index_add_(0, fresh, torch.ones_like(fresh, dtype=logits.dtype))
+        rules, times = self.sampling, self._times
+        if (penalty := rules.repetition_penalty) != 1:
+            repelled = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits.copy_(torch.where(self._is_seen, repelled, logits))
+        penalties = rules.presence_penalty + rules.frequency_penalty * times
+        logits.sub_(torch.where(times > 0, penalties, 0))
+
+
+class Draw(NamedTuple):
+    """How one token is drawn; `chance` is from 0 to 1."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    chance: float
+
+    def is_among(self, width: int, vocabulary: int) -> bool:
+        """Whether what may be drawn can be among the likeliest `width` tokens."""
+        top_k = self.top_k or vocabulary
+        return top_k <= width or (top_k >= vocabulary and self.top_p < 1)
 
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each row of logits (rows, vocabulary).
 
     A row's choice depends on its own logits and generator alone, so a seed repeats in any batch
-    as far as the logits do.
+    as far as the logits do. The host waits for the device once, for the tokens.
     """
     logits = logits.float()
-    for row, sampler in zip(logits, samplers, strict=True):
-        sampler.adjust(row)
-    tokens = logits.argmax(-1)
-    drawing = [row for row, sampler in enumerate(samplers) if not sampler.sampling.is_greedy]
-    if drawing:
-        tokens[drawing] = _draw(logits[drawing], [samplers[row] for row in drawing])
-    return tokens.tolist()
-
-
-def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """One token a row: the likeliest first, as far as top_k and top_p go, by inverse CDF."""
-
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    rules = [sampler.sampling for sampler in samplers]
+    for row, sampler in enumerate(samplers):
+        if sampler.adjusts:
+            sampler.adjust(logits[row])
     vocabulary = logits.shape[-1]
-    top_k = column([rule.top_k or vocabulary for rule in rules])
-    top_p = column([rule.top_p for rule in rules])
-    chance = column([sampler.draw() for sampler in samplers])
-    heated = logits / column([rule.temperature for rule in rules]).float()
-    everything = heated.logsumexp(-1, keepdim=True)
-
+    width = min(CANDIDATES, vocabulary)
+    draws = {i: each.draw() for i, each in enumerate(samplers) if not each.sampling.is_greedy}
+    greedy = [row for row in range(len(samplers)) if row not in draws]
     # Nearly always what may be drawn is among the first thousand, and to sort a whole vocabulary
     # takes longer than a small model takes to think.
-    for width in (min(CANDIDATES, vocabulary), vocabulary):
-        ranked, order = heated.topk(width)
-        ranks = torch.arange(width, device=logits.device)
-        probabilities = (ranked - everything).double().exp() * (ranks < top_k)
-        upto = probabilities.cumsum(-1)
-        mass = torch.where(top_k <= width, upto[:, -1:], 1.0)
-        if ((top_k <= width) | (upto[:, -1:] >= top_p) & (top_k == vocabulary)).all():
-            break
+    narrow = [row for row, each in draws.items() if each.is_among(width, vocabulary)]
+    wide = [row for row in draws if row not in narrow]
+    found = [picked(logits, greedy).argmax(-1)] if greedy else []
+    for rows, upto in ((narrow, width), (wide, vocabulary)):
+        if rows:
+            found.append(_draw(picked(logits, rows), [draws[row] for row in rows], upto))
+    tokens = dict(zip([*greedy, *narrow, *wide], torch.cat(found).tolist(), strict=True))
+    if beyond := [row for row, token in tokens.items() if token == BEYOND]:
+        again = _draw(picked(logits, beyond), [draws[row] for row in beyond], vocabulary)
+        tokens.update(zip(beyond, again.tolist(), strict=True))
+    return [tokens[row] for row in range(len(samplers))]
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draw], width: int) -> torch.Tensor:
+    """One token a row: the likeliest first, as far as top_k and top_p go, by inverse CDF.
+
+    Of the likeliest `width` only, and BEYOND where that may be too few.
+    """
+    vocabulary = logits.shape[-1]
+    rules = sent([each[:] for each in draws], logits.device, torch.float64)
+    temperature, top_k, top_p, chance = rules.split(1, dim=-1)
+    top_k = torch.where(top_k == 0, vocabulary, top_k.clamp(max=vocabulary))
+    heated = logits / temperature.float()
+    everything = heated.logsumexp(-1, keepdim=True)
+
+    ranked, order = heated.topk(width)
+    ranks = torch.arange(width, device=logits.device)
+    probabilities = (ranked - everything).double().exp() * (ranks < top_k)
+    upto = probabilities.cumsum(-1)
+    mass = torch.where(top_k <= width, upto[:, -1:], 1.0)
+    is_enough = (top_k <= width) | (upto[:, -1:] >= top_p) & (top_k == vocabulary)
     # The likeliest token always stays, however small top_p is.
     kept = (upto - probabilities < top_p * mass) & (probabilities > 0) | (ranks == 0)
     upto = (probabilities * kept).cumsum(-1)
-    picked = torch.searchsorted(upto, chance * upto[:, -1:], right=True)
-    picked = torch.minimum(picked, kept.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, picked)[:, 0]
+    wanted = torch.searchsorted(upto, chance * upto[:, -1:], right=True)
+    wanted = torch.minimum(wanted, kept.sum(-1, keepdim=True) - 1)
+    return torch.where(is_enough, order.gather(-1, wanted), BEYOND)[:, 0]

@@ -6,6 +6,7 @@ The table follows diffusers' own of A1111 and k-diffusion names
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
 )
@@ -42,3 +44,42 @@ def make_scheduler(config: Any, name: str | None) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(config)
     kind, overrides = SCHEDULERS[name]
     return kind.from_config(config, **overrides)
+
+
+#: WAN's solvers; each runs on the straight paths of flow matching (arXiv:2210.02747).
+SOLVERS: dict[str, Any] = {
+    "unipc": UniPCMultistepScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def own_solver(config: Any) -> str:
+    """The solver that a WAN checkpoint's configuration names."""
+    names = {kind.__name__: name for name, kind in SOLVERS.items()}
+    return names.get(config["_class_name"], "unipc")
+
+
+def own_flow_shift(config: Any) -> float:
+    """The flow shift of a WAN checkpoint's configuration; 3 is diffusers' default for WAN."""
+    return float(config.get("flow_shift") or config.get("shift") or 3.0)
+
+
+def make_flow_scheduler(config: Any, solver: str, flow_shift: float) -> Any:
+    """A flow-matching scheduler of this job's own, made from a WAN checkpoint's configuration."""
+    kind = SOLVERS[solver]
+    if kind is FlowMatchEulerDiscreteScheduler:
+        return kind(num_train_timesteps=config["num_train_timesteps"], shift=flow_shift)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return kind.from_config(config, **flow, flow_shift=flow_shift)
+
+
+def make_dmd_scheduler(timesteps: Sequence[int], device: Any) -> Any:
+    """A scheduler that is set to a DMD checkpoint's own timesteps (arXiv:2405.14867).
+
+    Each step predicts the clean video and noises it anew to the next timestep.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    train = scheduler.config.num_train_timesteps
+    scheduler.set_timesteps(sigmas=[each / train for each in timesteps], device=device)
+    return scheduler

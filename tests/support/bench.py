@@ -1,12 +1,18 @@
 """A worker in this process, with a Painter for a model and a folder for a bucket."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.credentials import Credentials
+from ourvidz_serverless.limits import Limits
+from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.references import Policy
 from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage, Storage
@@ -46,6 +52,28 @@ def chat_payload(**changes: Any) -> dict[str, Any]:
     return {**payload, **changes}
 
 
+def wan_payload(**changes: Any) -> dict[str, Any]:
+    """A video of a few small frames; `config` and `metadata` among the changes are merged in."""
+    payload: dict[str, Any] = {
+        "id": "job-1",
+        "type": "video_fast",
+        "user_id": "user-1",
+        "prompt": "a red circle moving right",
+        "config": {
+            "width": 64,
+            "height": 64,
+            "frames": 9,
+            "fps": 8,
+            "num_inference_steps": 3,
+            "seed": 7,
+        },
+        "metadata": {},
+    }
+    for part in ("config", "metadata"):
+        payload[part] = {**payload[part], **changes.pop(part, {})}
+    return {**payload, **changes}
+
+
 @dataclass
 class Bench:
     """A worker with a Painter for SDXL, and everything that leaves it."""
@@ -58,7 +86,12 @@ class Bench:
     stop: Stop = field(default_factory=Stop)
     progress: list[Any] = field(default_factory=list)
     models: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger | None = None
     streamed: list[Any] = field(default_factory=list)
+    limits: Limits | None = None
+    policy: Policy | None = None
+    credentials: Credentials | None = None
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self.storage = self.storage or DirectoryStorage(self.root)
@@ -68,6 +101,11 @@ class Bench:
             self.storage,
             self.callback,
             "worker-1",
+            ledger=self.ledger,
+            limits=self.limits,
+            policy=self.policy,
+            credentials=self.credentials,
+            clock=self.clock,
         )
 
     def run(self, payload: Any = None, stop: Stop | None = None, **top: Any) -> Document:

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
+from ourvidz_serverless.models.graphs import Record
 from ourvidz_serverless.models.qwen import Chat, Writer
-from ourvidz_serverless.models.residency import Residency
+from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.models.sampling import Sampling
+from tests.support.cards import card
+from tests.support.patience import PATIENCE_S
 
 CPU = Device(torch.device("cpu"), torch.float32)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -35,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
 
 
-def tiny_model(seed: int = 0, context: int = 512) -> Any:
+def tiny_model(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
     """Its weights are so large that its likeliest tokens stand well apart."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -43,7 +52,7 @@ def tiny_model(seed: int = 0, context: int = 512) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
@@ -52,7 +61,35 @@ def tiny_model(seed: int = 0, context: int = 512) -> Any:
         pad_token_id=None,
         bos_token_id=None,
     )
-    model = Qwen2ForCausalLM(config).eval()
+    return _that_writes_letters(Qwen2ForCausalLM(config).eval(), tokenizer)
+
+
+def tiny_llama() -> Any:
+    """The same of the other architecture, with Llama 3's stretched positions."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    return _that_writes_letters(LlamaForCausalLM(config).eval(), tokenizer)
+
+
+def _that_writes_letters(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     written = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
     silent = torch.ones(len(tokenizer), dtype=torch.bool)
     silent[written] = False
@@ -61,26 +98,32 @@ def tiny_model(seed: int = 0, context: int = 512) -> Any:
     return model
 
 
-def tiny_folder(path: Path, context: int = 4096) -> str:
-    """The model and its tokenizer where `CHAT_INSTRUCT_MODEL` can find them."""
-    tiny_model(context=context).save_pretrained(path)
+def tiny_folder(path: Path, context: int = 4096, layers: int = 2) -> str:
+    """Model and tokenizer where `CHAT_INSTRUCT_MODEL` can find them; more layers, slower."""
+    tiny_model(context=context, layers=layers).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
 
 
-def tiny_writer(model: Any = None, **limits: int) -> Writer:
-    return Writer(model or tiny_model(), tiny_tokenizer().backend_tokenizer, CPU, Limits(**limits))
+def tiny_writer(model: Any = None, record: Record | None = None, **limits: int) -> Writer:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    return Writer(model or tiny_model(), tokenizer, CPU, Limits(**limits), record=record)
 
 
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
     writer = tiny_writer(tiny_model(context=context), **limits)
-    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context, Residency(1))
+    ledger = card(writer.num_bytes)
+    ledger.register(writer, "qwen_instruct", "chat")
+    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context, ledger)
 
 
 def tiny_pair(places: int) -> Chat:
     """Two models of different weights, of which so many may be on the device."""
     writers = {"qwen_instruct": tiny_writer(), "qwen_base": tiny_writer(tiny_model(seed=1))}
-    return Chat(writers, CPU, 512, Residency(places))
+    ledger: Ledger = card(places * writers["qwen_base"].num_bytes)
+    for name, writer in writers.items():
+        ledger.register(writer, name, "chat")
+    return Chat(writers, CPU, 512, ledger)
 
 
 def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:
@@ -105,7 +148,7 @@ def say_all(engine: Engine, generations: list[Generation]) -> list[str]:
         return list(threads.map("".join, generations))
 
 
-def until(is_so: Callable[[], bool], seconds: float = 10) -> None:
+def until(is_so: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not is_so():

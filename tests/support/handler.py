@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.worker import WorkerProcess
 
@@ -27,7 +28,7 @@ def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.Complete
         text=True,
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", **env},
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ourvidz_serverless.models.loras import LoraShelf
+from tests.support.cards import NoHome
 
 
 class NoDevice:
@@ -23,6 +24,7 @@ class Painter:
 
     adapter = None
     loras = LoraShelf(None)
+    home = NoHome()
 
     def __init__(self) -> None:
         self.device = NoDevice()

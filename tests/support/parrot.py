@@ -1,5 +1,7 @@
 """A model that says what it was told to, in the pieces it was told."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,3 +35,22 @@ class Parrot:
     def generate(self, *, check: Callable[[], None], **call: Any) -> Speech:
         self.calls.append(call)
         return Speech(self.pieces, check)
+
+
+class Endless:
+    """A model that never stops by itself."""
+
+    def __init__(self) -> None:
+        self.device = NoDevice()
+        self.speaks = threading.Event()
+        self.stopped = threading.Event()
+
+    def generate(self, *, check: Callable[[], None], **call: Any) -> Iterator[str]:
+        try:
+            while True:
+                check()
+                self.speaks.set()
+                yield "word "
+                time.sleep(0.01)
+        finally:
+            self.stopped.set()

@@ -5,6 +5,9 @@
         assert platform.result(job)["output"] == ...
         assert platform.status(job)["status"] == "COMPLETED"
 
+A caller with an HTTP client of its own finds RunPod's operations under `caller_url`, with
+`caller_key` for a bearer: run, runsync, status, stream, cancel and health of each endpoint.
+
 It is true to what was seen of the real one: polls are held, the last post for a job decides what
 the caller sees, and a result that is too large or is no JSON is refused and gone.
 """
@@ -17,6 +20,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tests.support.patience import PATIENCE_S
 from tests.support.web import Answer, LocalServer, Request, json_answer
 
 RUN_LIMIT = 10 * 1000 * 1000
@@ -25,6 +29,9 @@ RUNSYNC_LIMIT = 20 * 1000 * 1000
 # A stop signal that comes before the SDK has made the job's task, up to 0.1 s after the take, is
 # lost in the SDK. A person who cancels is slower than that.
 SOONEST_STOP = 0.5
+
+#: How long `/runsync` waits where the caller does not say, in milliseconds.
+RUNSYNC_WAIT_MS = 90_000
 
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED"]
 NOTHING = Answer(204)
@@ -60,6 +67,7 @@ class Ping:
 @dataclass
 class _Job:
     limit: int
+    endpoint: str
     status: Status = "IN_QUEUE"
     output: Any = None
     error: str | None = None
@@ -67,6 +75,11 @@ class _Job:
     taken_at: float = 0.0
     updates: list[Update] = field(default_factory=list)
     stream: list[Any] = field(default_factory=list)
+    num_streamed: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ("IN_QUEUE", "IN_PROGRESS")
 
     def apply(self, document: dict[str, Any]) -> None:
         if self.status == "CANCELLED":
@@ -85,25 +98,31 @@ class _Job:
 
 
 class Platform(LocalServer):
-    """A RunPod endpoint with a queue, for use in a `with` statement.
+    """RunPod endpoints, each with a queue, for use in a `with` statement.
 
-    `script([...])` (see `LocalServer`) applies to the posts of results and progress only.
+    `script([...])` (see `LocalServer`) applies to the requests whose path holds `script_path`: the
+    posts of results and progress, unless a test says otherwise.
     """
+
+    script_path = "/job-done/"
 
     def __init__(self, hold: float = 1.0, api_key: str = "rp-local-key") -> None:
         super().__init__()
         self.hold = hold
         self.api_key = api_key
+        self.caller_url = f"{self.url}/v2"
+        self.caller_key = "rpa-caller-key"
         self.polls: Counter[str] = Counter()
         self.pings: list[Ping] = []
         self._home = tempfile.TemporaryDirectory(prefix="runpod-home-")
-        self._queue: deque[dict[str, Any]] = deque()
+        self._queues: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
+        self._workers: defaultdict[str, set[str]] = defaultdict(set)
         self._jobs: dict[str, _Job] = {}
         self._stops: defaultdict[str, list[str]] = defaultdict(list)
 
-    def env(self, worker_id: str = "worker-1") -> dict[str, str]:
-        """The environment that makes the SDK in a subprocess a worker of this platform."""
-        api = f"{self.url}/v2/local"
+    def env(self, worker_id: str = "worker-1", endpoint: str = "local") -> dict[str, str]:
+        """The environment that makes the SDK in a subprocess a worker of an endpoint."""
+        api = f"{self.url}/v2/{endpoint}"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{api}/job-take/$ID?gpu=none",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{api}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
@@ -120,21 +139,29 @@ class Platform(LocalServer):
             "NO_PROXY": "127.0.0.1,localhost",
         }
 
-    def submit(self, input: Any, id: str | None = None, sync: bool = False, **top: Any) -> str:
+    def submit(
+        self,
+        input: Any,
+        id: str | None = None,
+        sync: bool = False,
+        endpoint: str = "local",
+        **top: Any,
+    ) -> str:
         """Queue a job and return its id. The same id again is a second delivery of that job.
 
         `sync` is `/runsync` with its larger limit; `top` stands beside `input`, as `s3Config` does.
         """
         id = id or str(uuid.uuid4())
         with self.changed:
-            job = self._jobs.setdefault(id, _Job(RUNSYNC_LIMIT if sync else RUN_LIMIT))
+            limit = RUNSYNC_LIMIT if sync else RUN_LIMIT
+            job = self._jobs.setdefault(id, _Job(limit, endpoint))
             if job.status != "IN_PROGRESS":
                 job.status = "IN_QUEUE"
-            self._queue.append({"id": id, "input": input, **top})
+            self._queues[endpoint].append({"id": id, "input": input, **top})
             self.changed.notify_all()
         return id
 
-    def result(self, id: str, timeout: float = 30, nth: int = 1) -> dict[str, Any]:
+    def result(self, id: str, timeout: float = PATIENCE_S, nth: int = 1) -> dict[str, Any]:
         """Wait for a job's terminal document, the nth one where it was delivered several times."""
 
         def results() -> list[Update]:
@@ -150,13 +177,17 @@ class Platform(LocalServer):
             raise ResultDropped(update.refused)
         return update.document
 
-    def wait_for_status(self, id: str, status: Status, timeout: float = 30) -> dict[str, Any]:
+    def wait_for_status(
+        self, id: str, status: Status, timeout: float = PATIENCE_S
+    ) -> dict[str, Any]:
         """Wait until the caller would see this status; return what `status` returns."""
         what = f"{id} to be {status}"
         self.wait_until(lambda: self._jobs[id].status == status, timeout, what)
         return self.status(id)
 
-    def wait_for_updates(self, id: str, count: int = 1, timeout: float = 30) -> list[Update]:
+    def wait_for_updates(
+        self, id: str, count: int = 1, timeout: float = PATIENCE_S
+    ) -> list[Update]:
         """Wait for that many posts for a job, progress included, and return all that came."""
         what = f"{count} updates of {id}"
         self.wait_until(lambda: len(self._jobs[id].updates) >= count, timeout, what)
@@ -179,6 +210,15 @@ class Platform(LocalServer):
             shown = {"id": id, "status": job.status, "output": job.output, "error": job.error}
         return {name: value for name, value in shown.items() if value is not None}
 
+    def endpoint_of(self, id: str) -> str:
+        """The endpoint that a job was submitted to."""
+        return self._jobs[id].endpoint
+
+    def queued(self, endpoint: str = "local") -> list[dict[str, Any]]:
+        """The jobs that wait for a worker of an endpoint, as a worker would get them."""
+        with self.changed:
+            return list(self._queues[endpoint])
+
     def cancel(self, id: str) -> None:
         """Take a queued job back, or have its worker told to stop a running one.
 
@@ -189,7 +229,8 @@ class Platform(LocalServer):
             job = self._jobs[id]
             if job.worker and job.status in ("IN_PROGRESS", "CANCELLED"):
                 self._stops[job.worker].append(id)
-            self._queue = deque(queued for queued in self._queue if queued["id"] != id)
+            queue = self._queues[job.endpoint]
+            self._queues[job.endpoint] = deque(each for each in queue if each["id"] != id)
             if job.status not in ("COMPLETED", "FAILED"):
                 job.status, job.output = "CANCELLED", None
             self.changed.notify_all()
@@ -199,17 +240,45 @@ class Platform(LocalServer):
         self._home.cleanup()
 
     def scripted(self, request: Request) -> bool:
-        return "/job-done/" in request.path
+        return self.script_path in request.path
 
     def answer(self, request: Request) -> Answer:
-        if request.headers.get("Authorization") != self.api_key:
-            return Answer(401)
-        match request.path.split("/")[3:]:
+        key, (endpoint, *operation) = (
+            request.headers.get("Authorization"),
+            request.path.split("/")[2:],
+        )
+        if key == f"Bearer {self.caller_key}":
+            return self._answer_caller(request, endpoint, operation)
+        return (
+            self._answer_worker(request, endpoint, operation)
+            if key == self.api_key
+            else Answer(401)
+        )
+
+    def _answer_caller(self, request: Request, endpoint: str, operation: list[str]) -> Answer:
+        match [request.method, *operation]:
+            case ["POST", "run"]:
+                return self._run(request, endpoint)
+            case ["POST", "runsync"]:
+                return self._runsync(request, endpoint)
+            case ["GET", "status", id] if id in self._jobs:
+                return json_answer(self.status(id))
+            case ["GET", "stream", id] if id in self._jobs:
+                return self._stream_on(self._jobs[id])
+            case ["POST", "cancel", id] if id in self._jobs:
+                self.cancel(id)
+                return json_answer({"id": id, "status": self.status(id)["status"]})
+            case ["GET", "health"]:
+                return json_answer(self.health(endpoint))
+        return json_answer({"error": "not found"}, 404)
+
+    def _answer_worker(self, request: Request, endpoint: str, operation: list[str]) -> Answer:
+        match operation:
             case ["job-take", worker]:
-                jobs = self._take(request, worker, 1)
+                jobs = self._take(request, endpoint, worker, 1)
                 return json_answer(jobs[0]) if jobs else NOTHING
             case ["job-take-batch", worker]:
-                jobs = self._take(request, worker, int(request.query["batch_size"]))
+                jobs = self._take(request, endpoint, worker, int(request.query["batch_size"]))
                 return json_answer(jobs) if jobs else NOTHING
             case ["job-stop", worker]:
                 stops = self._stop_signals(worker)
@@ -222,14 +291,69 @@ class Platform(LocalServer):
                 return self._ping(worker, request)
         return Answer(404)
 
-    def _take(self, request: Request, worker: str, count: int) -> list[dict[str, Any]]:
+    def health(self, endpoint: str = "local") -> dict[str, dict[str, int]]:
+        """What `GET /health` shows: an endpoint's jobs and workers by their state."""
+        with self.changed:
+            jobs = [job for job in self._jobs.values() if job.endpoint == endpoint]
+            states = Counter(job.status for job in jobs)
+            busy = {job.worker for job in jobs if job.status == "IN_PROGRESS"}
+            idle = len(self._workers[endpoint] - busy)
+        return {
+            "jobs": {
+                "completed": states["COMPLETED"],
+                "failed": states["FAILED"],
+                "inProgress": states["IN_PROGRESS"],
+                "inQueue": states["IN_QUEUE"],
+                "retried": 0,
+            },
+            "workers": {
+                "idle": idle,
+                "initializing": 0,
+                "ready": idle,
+                "running": len(busy),
+                "throttled": 0,
+                "unhealthy": 0,
+            },
+        }
+
+    def _run(self, request: Request, endpoint: str) -> Answer:
+        body = json.loads(request.body)
+        if "input" not in body:
+            return json_answer({"error": "input is missing"}, 400)
+        return json_answer({"id": self.submit(endpoint=endpoint, **body), "status": "IN_QUEUE"})
+
+    def _runsync(self, request: Request, endpoint: str) -> Answer:
+        id = self.submit(endpoint=endpoint, sync=True, **json.loads(request.body))
+        seconds = int(request.query.get("wait", RUNSYNC_WAIT_MS)) / 1000
+        with self.changed:
+            self.changed.wait_for(lambda: self._jobs[id].ended or self.closing.is_set(), seconds)
+        return json_answer(self.status(id))
+
+    def _stream_on(self, job: _Job) -> Answer:
+        """What the job has streamed since it was last asked; held while there is nothing."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: len(job.stream) > job.num_streamed or job.ended, self.hold
+            )
+            news, job.num_streamed = job.stream[job.num_streamed :], len(job.stream)
+            return json_answer(
+                {"status": job.status, "stream": [{"output": item} for item in news]}
+            )
+
+    def _take(
+        self, request: Request, endpoint: str, worker: str, count: int
+    ) -> list[dict[str, Any]]:
         with self.changed:
             self.polls[worker] += 1
+            self._workers[endpoint].add(worker)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self._queue or self.closing.is_set(), self.hold)
+            self.changed.wait_for(
+                lambda: self._queues[endpoint] or self.closing.is_set(), self.hold
+            )
             if self.closing.is_set() or request.hung_up():
                 return []
-            jobs = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+            queue = self._queues[endpoint]
+            jobs = [queue.popleft() for _ in range(min(count, len(queue)))]
             for job in jobs:
                 record = self._jobs[job["id"]]
                 record.status, record.worker = "IN_PROGRESS", worker

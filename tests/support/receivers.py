@@ -11,6 +11,7 @@ from email.message import Message
 from typing import Any
 from uuid import uuid4
 
+from tests.support.patience import PATIENCE_S
 from tests.support.web import Answer, LocalServer, Request, json_answer
 
 # --- the edge function ---
@@ -61,7 +62,7 @@ class CallbackReceiver(LocalServer):
     def callback_url(self) -> str:
         return f"{self.url}/functions/v1/job-callback"
 
-    def wait(self, count: int = 1, timeout: float = 30) -> list[Received]:
+    def wait(self, count: int = 1, timeout: float = PATIENCE_S) -> list[Received]:
         """Wait until that many callbacks came, good or bad, and return all of them."""
         what = f"{count} callbacks"
         self.wait_until(lambda: len(self.received) >= count, timeout, what)
@@ -210,6 +211,10 @@ class SupabaseStorage(LocalServer):
                 return self._signed(*_split(name), request.query.get("token", ""))
         if refusal := self._refuse_caller(request.headers):
             return refusal
+        if request.method == "POST" and route == "list":
+            return self._list(name, request)
+        if request.method == "DELETE":
+            return self._delete(*_split(rest))
         if request.method == "POST" and route == "sign":
             return self._sign(*_split(name), request)
         if request.method in ("GET", "HEAD"):
@@ -261,6 +266,24 @@ class SupabaseStorage(LocalServer):
             return _error(404, "not_found", "Object not found")
         body, mime = self.objects[bucket, path]
         return Answer(200, body, {"Content-Type": mime})
+
+    def _list(self, bucket: str, request: Request) -> Answer:
+        """What lies in one folder: files with an id, folders without one."""
+        wish = _parse(request.body)
+        found: dict[str, str | None] = {}
+        for home, path in sorted(self.objects):
+            if home == bucket and path.startswith(wish["prefix"]):
+                name, _, below = path.removeprefix(wish["prefix"]).partition("/")
+                found[name] = None if below else str(uuid4())
+        entries = [{"name": name, "id": id} for name, id in found.items()]
+        return json_answer(entries[wish["offset"] :][: wish["limit"]])
+
+    def _delete(self, bucket: str, path: str) -> Answer:
+        with self.changed:
+            if self.objects.pop((bucket, path), None) is None:
+                return _error(404, "not_found", "Object not found")
+            self.changed.notify_all()
+        return json_answer({"message": "Successfully deleted"})
 
     def _public(self, bucket: str, path: str) -> Answer:
         if bucket not in self.buckets or not self.buckets[bucket].public:

@@ -22,8 +22,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.support.patience import PATIENCE_S
+
 STARTS = 3
-READY_TIMEOUT = 30.0
 
 # All that `weed mini` listens for and cannot be told to leave. Each has a gRPC twin 10,000 above;
 # for `admin` that distance is fixed.
@@ -58,8 +59,8 @@ class SeaweedServer:
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
                 retries={"total_max_attempts": 1},
-                connect_timeout=2,
-                read_timeout=5,
+                connect_timeout=10,
+                read_timeout=60,
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 proxies={},
@@ -112,7 +113,7 @@ class SeaweedServer:
                 start_new_session=True,
             )
         try:
-            return self._ready(time.monotonic() + READY_TIMEOUT)
+            return self._ready(time.monotonic() + PATIENCE_S)
         except BaseException:
             self.stop()
             raise

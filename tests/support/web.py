@@ -16,7 +16,16 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.support.patience import PATIENCE_S
+
 _MISBEHAVIOURS = ("reset", "slow")
+
+
+def free_port() -> int:
+    """A port on which nobody listens now, for a program that must be told one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Answer:
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    cut_at: int | None = None
+    """After so many bytes of the body the connection is closed."""
 
 
 Step = int | str | tuple[int, Mapping[str, str]] | Answer
@@ -97,7 +108,14 @@ class LocalServer:
         with self.changed:
             self._steps.extend(steps)
 
-    def wait_until(self, true: Callable[[], Any], timeout: float, what: str = "") -> Any:
+    @property
+    def script_left(self) -> list[Step]:
+        """The steps of the script that no request has used up yet."""
+        return list(self._steps)
+
+    def wait_until(
+        self, true: Callable[[], Any], timeout: float = PATIENCE_S, what: str = ""
+    ) -> Any:
         """Wait for a condition on this server's state and return its value."""
         with self.changed:
             value = self.changed.wait_for(true, timeout)
@@ -229,7 +247,9 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(answer.body)
+                self.wfile.write(answer.body[: answer.cut_at])
+            if answer.cut_at is not None:
+                self.close_connection = True
 
         def _reset(self) -> None:
             # Closing with a linger of zero sends RST; an orderly shutdown would send FIN.

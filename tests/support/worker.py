@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 
 TAIL = 4000
@@ -38,14 +39,17 @@ class WorkerProcess:
         cwd: str | Path | None = None,
         args: Sequence[str] = (),
         worker_id: str = "worker-1",
-        ready_timeout: float = 60,
+        endpoint: str = "local",
+        program: str = sys.executable,
+        ready_timeout: float = PATIENCE_S,
     ) -> None:
         self.platform = platform
         self.worker_id = worker_id
         self.ready_timeout = ready_timeout
-        self._command = [sys.executable, str(script), *args]
+        self._command = [program, str(script), *args]
         self._cwd = cwd
-        self._env = _environment(platform, worker_id, env or {})
+        theirs = platform.env(worker_id, endpoint) if platform else {}
+        self._env = _environment({**theirs, **(env or {})})
         self._lines: list[str] = []
         self._grew = threading.Condition()
 
@@ -104,7 +108,7 @@ class WorkerProcess:
         """SIGTERM to the main process alone, as a container's PID 1 gets it."""
         self._process.terminate()
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = PATIENCE_S) -> int:
         """Wait for the end and return the exit code."""
         try:
             code = self._process.wait(timeout)
@@ -113,7 +117,7 @@ class WorkerProcess:
         self._reader.join(1)
         return code
 
-    def wait_for_log(self, text: str, timeout: float = 30) -> str:
+    def wait_for_log(self, text: str, timeout: float = PATIENCE_S) -> str:
         """Wait until the log holds this text and return the log."""
         with self._grew:
             found = self._grew.wait_for(lambda: text in "".join(self._lines), timeout)
@@ -150,9 +154,6 @@ class WorkerProcess:
                     self._grew.notify_all()
 
 
-def _environment(
-    platform: Platform | None, worker_id: str, extra: Mapping[str, str]
-) -> dict[str, str]:
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if "RUNPOD" not in name}
-    theirs = platform.env(worker_id) if platform else {}
-    return {**inherited, "PYTHONUNBUFFERED": "1", **theirs, **extra}
+    return {**inherited, "PYTHONUNBUFFERED": "1", **extra}

@@ -1,0 +1,96 @@
+"""Every benchmark, one after another, each in a process of its own; all tables last.
+
+    python -m benchmarks.all --quick             under ten minutes on two quiet cores
+    python -m benchmarks.all --quick --docs      the same, and docs/benchmarks.md holds its tables
+
+`--json FILE` writes what each has measured, `--only overhead,post` runs some. A benchmark that
+fails is told at the end, and the exit code is 1; the document is then left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+#: In this order.
+NAMES = (
+    "overhead",
+    "cold_start",
+    "post",
+    "sdxl",
+    "presets",
+    "wan",
+    "chat",
+    "memory",
+)
+DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--only", help="names, comma-separated")
+    parser.add_argument("--docs", action="store_true", help="write the tables into the document")
+    options = parser.parse_args(argv)
+    began, load = time.monotonic(), os.getloadavg()[0]
+    size = [name for name in ("quick", "tiny") if getattr(options, name)]
+    names = options.only.split(",") if options.only else NAMES
+    found = {name: run(name, [f"--{each}" for each in size]) for name in names}
+    spent = time.monotonic() - began
+    failed = [name for name, document in found.items() if document is None]
+    documents = [document for document in found.values() if document is not None]
+    print(f"\n\n{tables_of(documents)}\n{len(names)} benchmarks in {spent:.0f} s", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(documents, indent=2, ensure_ascii=False) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    if options.docs:
+        command = " ".join(["python -m benchmarks.all", *(f"--{each}" for each in size)])
+        machine = report.in_words(documents[0]["machine"])
+        head = f"By `{command}`, on {machine}; the load before it began was {load:.1f}."
+        write(DOCUMENT, f"{head}\n\n{tables_of(documents)}")
+
+
+def run(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """What one benchmark has written; None where it failed."""
+    print(f"\n=== {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(path)]
+        if subprocess.run(command, check=False).returncode or not path.exists():
+            return None
+        document: dict[str, Any] = json.loads(path.read_text())
+        return document
+
+
+def tables_of(documents: Sequence[dict[str, Any]]) -> str:
+    """All tables, each benchmark's under its name."""
+    parts = []
+    for document in documents:
+        parts.append(f"### `python -m benchmarks.{document['benchmark']}`\n")
+        parts += [str(report.from_dict(table)) for table in document["tables"]]
+    return "\n".join(parts)
+
+
+def write(path: Path, tables: str) -> None:
+    """Put the tables between the document's markers."""
+    text = path.read_text(encoding="utf-8")
+    section = f"{BEGIN}\n\n{tables}\n{END}"
+    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"{path.name} has no {BEGIN}")
+    path.write_text(marked.sub(lambda _: section, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

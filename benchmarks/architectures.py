@@ -1,0 +1,239 @@
+"""The full-size networks with random weights, and what they cost by count.
+
+They have the speed and the memory of the published ones, and no hub is asked for them. The
+configurations are the public ones of stabilityai/stable-diffusion-xl-base-1.0,
+Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Qwen/Qwen2.5-7B-Instruct; tokenizers are the pocket models'.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+POCKET = Path(__file__).parents[1] / "pocket"
+
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE: dict[str, Any] = {
+    "sample_size": 1024,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
+SDXL_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+SDXL_TEXT_2: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+WAN_TRANSFORMER: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+#: WAN 2.1's are the class's own defaults.
+WAN_VAE: dict[str, Any] = {}
+WAN_TEXT: dict[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "is_encoder_decoder": True,
+}
+QWEN_7B: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+
+#: Dense FLOP/s in bf16 and fp16 by the cards' data sheets, and bytes/s of their memory.
+CARDS = {
+    "H200": (989e12, 4.8e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.0e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.008e12),
+}
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """SDXL base with random weights, on torch's default device and in its default dtype."""
+    config = POCKET / "sdxl"
+    with torch.device("cpu"):
+        scheduler = EulerDiscreteScheduler.from_pretrained(
+            config / "scheduler", prediction_type="epsilon"
+        )
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**SDXL_VAE),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SDXL_TEXT)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**SDXL_TEXT_2)),
+        tokenizer=CLIPTokenizer.from_pretrained(config / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(config / "tokenizer_2"),
+        unet=UNet2DConditionModel(**SDXL_UNET),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def wan() -> WanPipeline:
+    """WAN 2.1 T2V-1.3B with random weights, likewise."""
+    folder = POCKET / "wan"
+    with torch.device("cpu"):
+        scheduler = UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
+    return WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel(UMT5Config(**WAN_TEXT)),
+        transformer=WanTransformer3DModel(**WAN_TRANSFORMER),
+        vae=AutoencoderKLWan(**WAN_VAE),
+        scheduler=scheduler,
+    )
+
+
+def chat() -> Qwen2ForCausalLM:
+    """Qwen2.5-7B with random weights, likewise."""
+    return Qwen2ForCausalLM(Qwen2Config(**QWEN_7B))
+
+
+@contextmanager
+def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which networks are made on a device and in a dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def written(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Iterator[Path]:
+    """A folder with what `make` makes, as a checkpoint lies on a disk, while it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        with made_on(device, dtype):
+            make().save_pretrained(folder)
+        torch.cuda.empty_cache()
+        yield Path(folder)
+
+
+def count_flops(compute: Callable[[], object]) -> int:
+    """The floating-point operations of a computation, which may be on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        compute()
+    return counter.get_total_flops()
+
+
+def sdxl_flops(side: int, steps: int) -> int:
+    """A square picture's: guided steps of two rows, and the decoding."""
+    with made_on("meta", torch.float32):
+        unet, vae = UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE)
+        latent = torch.empty(2, 4, side // 8, side // 8)
+        text = torch.empty(2, 77, SDXL_UNET["cross_attention_dim"])
+        added = {
+            "text_embeds": torch.empty(2, SDXL_TEXT_2["projection_dim"]),
+            "time_ids": torch.empty(2, 6),
+        }
+        step = count_flops(lambda: unet(latent, torch.empty(()), text, added_cond_kwargs=added))
+        decode = count_flops(lambda: vae.decode(latent[:1]))
+    return steps * step + decode
+
+
+def wan_flops(width: int, height: int, frames: int, steps: int) -> int:
+    """A video's: guided steps of two forwards, without the text and the decoding."""
+    with made_on("meta", torch.float32):
+        transformer = WanTransformer3DModel(**WAN_TRANSFORMER)
+        latent = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+        text = torch.empty(1, 512, WAN_TRANSFORMER["text_dim"])
+        forward = count_flops(lambda: transformer(latent, torch.empty(1), text))
+    return 2 * steps * forward
+
+
+def card() -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of this machine's card; None for one that is not in the table."""
+    name = torch.cuda.get_device_name()
+    return next((facts for known, facts in CARDS.items() if known in name), None)
+
+
+def peak(tflops: float | None) -> float | None:
+    """FLOP/s of this machine's card: what was told of it, or the table's."""
+    if tflops:
+        return tflops * 1e12
+    found = card()
+    return found and found[0]
+
+
+def peak_in_words(tflops: float | None) -> str:
+    """What the floors of a table were computed with."""
+    found = peak(tflops)
+    return f"Floors at {found / 1e12:.0f} TFLOP/s, by the data sheet." if found else ""

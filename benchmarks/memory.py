@@ -1,0 +1,264 @@
+"""Peak memory by family and shape, against the weights' own size.
+
+    python -m benchmarks.memory
+
+Each row is a process of its own, which loads the pocket model (or with `--size full`, on a GPU,
+the full-size one with random weights) and runs one job of one step, or some conversations at once.
+`tensors` is counted: on a GPU by torch's allocator, on a CPU by the worker's own count of what a
+card of `VRAM_BUDGET_GB` would hold, which has no noise. Until the last step it is what `computing`
+took, afterwards `decoding`. `process` is what the process grew by while the job ran (VmHWM).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import architectures, report
+from ourvidz_serverless.models import open_ledger, qwen, sdxl, wan
+from ourvidz_serverless.models.device import Device
+from ourvidz_serverless.models.engine import Engine, Generation
+from ourvidz_serverless.models.sampling import Sampling
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.weights import plain
+from tests.support.chatbox import tiny_folder
+
+POCKET, FULL = TITLES = (
+    "Memory beside the weights, pocket size",
+    "Memory beside the weights, full size",
+)
+HEADERS = (
+    "family",
+    "job",
+    "weights, MiB",
+    "computing: tensors, MiB",
+    "decoding: tensors, MiB",
+    "process, MiB",
+)
+
+#: GiB. So much that nothing has to leave.
+AMPLE = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A job: so many pictures, frames or conversations, of which size.
+
+    A conversation's is the tokens of its prompt and of its reply.
+    """
+
+    family: str
+    size: tuple[int, int]
+    count: int
+
+    def __str__(self) -> str:
+        noun = {"sdxl": "picture", "wan": "frame", "chat": "conversation"}[self.family]
+        first, second = self.size
+        size = f"{first} and {second} tokens" if self.family == "chat" else f"{first}x{second}"
+        return f"{self.count} {noun}{'s' * (self.count > 1)} of {size}"
+
+
+TINY = (Shape("sdxl", (64, 64), 1), Shape("wan", (64, 48), 5), Shape("chat", (8, 2), 2))
+QUICK = (
+    Shape("sdxl", (512, 512), 1),
+    Shape("sdxl", (512, 512), 4),
+    Shape("sdxl", (1024, 1024), 1),
+    Shape("wan", (208, 112), 17),
+    Shape("wan", (208, 112), 49),
+    Shape("wan", (208, 112), 81),
+    Shape("chat", (100, 4), 1),
+    Shape("chat", (100, 4), 16),
+)
+WHOLE = (*QUICK, Shape("sdxl", (1024, 1024), 4), Shape("wan", (416, 240), 81))
+FULL_SIZE = (
+    Shape("sdxl", (1024, 1024), 1),
+    Shape("sdxl", (1024, 1024), 4),
+    Shape("wan", (832, 480), 33),
+    Shape("wan", (832, 480), 81),
+    Shape("chat", (1000, 16), 1),
+    Shape("chat", (1000, 16), 64),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
+    parser.add_argument("--one", help="a shape as JSON, in this process")
+    options = parser.parse_args(argv)
+    if options.one:
+        family, size, count = json.loads(options.one)
+        print(json.dumps(row(Shape(family, tuple(size), count), options.size == "full")))
+        return
+    tables = []
+    if options.size != "full":
+        shapes = TINY if options.tiny else QUICK if options.quick else WHOLE
+        tables.append(report.table(POCKET, HEADERS, [apart(each) for each in shapes]))
+    if options.size != "pocket":
+        tables.append(full())
+    report.finish("memory", tables, options.json)
+
+
+def full() -> report.Table:
+    if not torch.cuda.is_available():
+        print("memory at full size needs a GPU")
+        rows = [[each.family, *report.unmeasured(each, HEADERS[1:])] for each in FULL_SIZE]
+        return report.table(FULL, HEADERS, rows)
+    return report.table(FULL, HEADERS, [apart(each, "full") for each in FULL_SIZE])
+
+
+def apart(shape: Shape, size: str = "pocket") -> list[object]:
+    """A shape's row, from a process of its own."""
+    fields = json.dumps(astuple(shape))
+    command = [sys.executable, "-m", "benchmarks.memory", "--size", size, "--one", fields]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{shape}: {ended.stderr[-2000:]}")
+    found: list[object] = json.loads(ended.stdout.splitlines()[-1])
+    print(" | ".join(map(report.cell, found)), flush=True)
+    return found
+
+
+def row(shape: Shape, is_full: bool) -> list[object]:
+    """A shape's row, measured here."""
+    with checkpoint(shape.family, is_full) as place:
+        model = LOAD[shape.family](place)
+        weights = model.device.allocated_bytes()
+        peaks = Peaks(model.device, weights)
+        begin_high_water()
+        before = memory("VmRSS")
+        JOBS[shape.family](model, shape, peaks.step)
+        grown = memory("VmHWM") - before
+    facts = [weights, *peaks.end(), grown]
+    return [shape.family, str(shape), *[each and round(each / 2**20, 1) for each in facts]]
+
+
+class Peaks:
+    """The most that tensors took beside the weights, until the last step and from then on."""
+
+    def __init__(self, device: Any, weights: int) -> None:
+        self._device, self._weights = device, weights
+        self._computing: int | None = None
+        device.reset_peak()
+
+    def step(self, done: int, total: int) -> None:
+        if done == total:
+            self._computing = self._device.peak_bytes() - self._weights
+            self._device.reset_peak()
+
+    def end(self) -> tuple[int, int | None]:
+        """Bytes while it computed, and while it decoded; None for what has no steps."""
+        last = self._device.peak_bytes() - self._weights
+        return (last, None) if self._computing is None else (self._computing, last)
+
+
+@contextmanager
+def checkpoint(family: str, is_full: bool) -> Iterator[str]:
+    """The name of the pocket model, or of one of full size with random weights."""
+    if not is_full:
+        yield "pocket"
+        return
+    dtype = torch.float16 if family == "sdxl" else torch.bfloat16
+    with architectures.written(getattr(architectures, family), "cuda", dtype) as folder:
+        yield str(folder)
+
+
+def load_sdxl(place: str) -> Any:
+    return sdxl.load(Settings(sdxl_model=place, vram_budget_gb=AMPLE))
+
+
+def load_wan(place: str) -> Any:
+    return wan.load(Settings(families=("wan",), wan_model=place, vram_budget_gb=AMPLE))
+
+
+def load_chat(place: str) -> Any:
+    """A writer whose `device` counts; the pocket's where it was made, else the tests' tiny one."""
+    settings = Settings(vram_budget_gb=AMPLE)
+    device = Device.choose(settings, torch.bfloat16, open_ledger(settings).memory)
+    with tempfile.TemporaryDirectory() as folder:
+        if place == "pocket":
+            place = str(qwen.POCKET) if qwen.POCKET.exists() else tiny_folder(Path(folder))
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype, disable_mmap=True)
+    device.hold(sum(each.numel() * each.element_size() for each in model.parameters()))
+    return Talker(device, Engine(model.to(device.name).eval(), device, ends=[]))
+
+
+@dataclass(frozen=True, slots=True)
+class Talker:
+    device: Device
+    engine: Engine
+
+
+def run_sdxl(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
+    pictures = model.generate(
+        prompt=plain("a red circle"),
+        negative_prompt=None,
+        seeds=list(range(shape.count)),
+        width=shape.size[0],
+        height=shape.size[1],
+        num_inference_steps=1,
+        guidance_scale=6.0,
+        step=step,
+    )
+    deque(pictures, maxlen=0)
+
+
+def run_wan(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
+    pieces = model.generate(
+        prompt="a red circle",
+        negative_prompt=None,
+        seed=7,
+        width=shape.size[0],
+        height=shape.size[1],
+        num_frames=shape.count,
+        num_inference_steps=1,
+        guidance_scale=5.0,
+        step=step,
+    )
+    deque(pieces, maxlen=0)
+
+
+def run_chat(model: Talker, shape: Shape, step: Callable[[int, int], None]) -> None:
+    prompt, reply = shape.size
+    asked = [
+        Generation(
+            list(range(100 + index, 100 + index + prompt)),
+            Sampling(max_tokens=reply, temperature=0),
+            decode=lambda ids: "x" * len(ids),
+        )
+        for index in range(shape.count)
+    ]
+    for each in asked:
+        model.engine.submit(each)
+    with ThreadPoolExecutor(len(asked)) as threads:
+        list(threads.map("".join, asked))
+
+
+LOAD = {"sdxl": load_sdxl, "wan": load_wan, "chat": load_chat}
+JOBS = {"sdxl": run_sdxl, "wan": run_wan, "chat": run_chat}
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) << 10
+
+
+def begin_high_water() -> None:
+    """Count `VmHWM` from now on (proc_pid_clear_refs(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What the presets of `config.speed` leave out and change: `python -m benchmarks.presets`.
+
+Counts and likeness, on the pocket models: forwards of the denoising network against those of
+`exact`, and PSNR against its very output, the mean over some seeds and the worst. Neither has any
+noise, so one run is enough; how long a job takes is not asked here. `--grid` tries SDXL's levers
+one by one and together, which is how the presets' values were chosen. fp8 has a table of its own:
+by itself, on all the steps of `exact`, and in `fast`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import report
+from ourvidz_serverless.models import decoders, sdxl, speed, wan
+from ourvidz_serverless.models.plans import Plan
+from ourvidz_serverless.models.speed import Levers
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.weights import plain
+
+PROMPT = "a red circle on a blue background"
+
+Render = Callable[..., np.ndarray]
+
+TITLES = (
+    "What a preset leaves out, and how near the result is, pocket models",
+    "The same latents decoded otherwise, pocket SDXL",
+    "How near the result is in fp8, pocket models",
+)
+GRID_TITLE = "SDXL's levers, one by one and together, pocket model"
+COUNTS = ("forwards", "shallow_forwards", "plain_forwards")
+FIGURES = ("whole forwards", "shallow", "of", "PSNR against exact, dB", "the worst seed's")
+HEADERS = ("family", "preset", *FIGURES)
+DECODER_HEADERS = ("decoder", "against", *FIGURES[-2:])
+GRID_HEADERS = ("deep blocks at every", "first steps whole", "guided steps", *FIGURES)
+STEPS = 25
+
+GRID = (
+    Levers(deep_every=2),
+    Levers(deep_every=2, settled=0.08),
+    Levers(deep_every=2, settled=0.2),
+    Levers(deep_every=3),
+    Levers(deep_every=3, settled=0.08),
+    Levers(deep_every=3, settled=0.2),
+    Levers(deep_every=4, settled=0.2),
+    Levers(deep_every=4, settled=0.2, guided=0.9),
+    Levers(guided=0.9),
+    Levers(guided=0.6),
+    Levers(deep_every=3, guided=0.6),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=4, help="how many, from 1 on")
+    parser.add_argument("--grid", action="store_true", help="try SDXL's levers instead")
+    options = parser.parse_args(argv)
+    seeds = range(1, 1 + (1 if options.tiny else options.seeds))
+    tables = [grid(seeds)] if options.grid else [presets(seeds), decodings(seeds), in_fp8(seeds)]
+    report.finish("presets", tables, options.json)
+
+
+def in_fp8(seeds: range) -> report.Table:
+    """What `FP8` changes: by itself, and in the preset that it acts in."""
+    rows = []
+    with preset("fp8 alone", Levers(fp8=True)):
+        for family, render in (("SDXL", pictures(fp8=True)), ("WAN", videos(fp8=True))):
+            exact = [render(seed) for seed in seeds]
+            for name in ("fp8 alone", "fast"):
+                rows.append([family, name, *figures(render, seeds, name, exact)])
+    return report.table(TITLES[2], HEADERS, rows)
+
+
+@contextmanager
+def preset(name: str, levers: Levers) -> Iterator[None]:
+    """One more preset, of both families, for as long as the context lasts."""
+    tables = (speed.SDXL, speed.WAN)
+    for each in tables:
+        each[name] = levers
+    try:
+        yield
+    finally:
+        for each in tables:
+            del each[name]
+
+
+def presets(seeds: range) -> report.Table:
+    """Each preset of each family."""
+    rows = []
+    for family, render, names in (
+        ("SDXL", pictures(), ("balanced", "fast")),
+        ("SDXL with a tiny VAE", pictures(sdxl_tiny_vae="pocket"), ("fast",)),
+        ("WAN", videos(), ("balanced", "fast")),
+    ):
+        exact = [render(seed) for seed in seeds]
+        rows += [[family, preset, *figures(render, seeds, preset, exact)] for preset in names]
+    note = f"SDXL 256x256, WAN 9 frames of 128x96, {STEPS} steps, the mean of {len(seeds)} seeds."
+    return report.table(TITLES[0], HEADERS, rows, note)
+
+
+def figures(render: Render, seeds: range, preset: str, exact: Sequence[np.ndarray]) -> list[object]:
+    """What a preset leaves out, and how near it is to `exact`."""
+    told: list[Any] = []
+    made = [render(seed, speed=preset, sped=told.append) for seed in seeds]
+    counted = [round(mean(each[name] for each in told), 1) for name in COUNTS]
+    return [*counted, *decibels(exact, made)]
+
+
+def decibels(exact: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> list[object]:
+    likeness = [psnr(one, other) for one, other in zip(exact, made, strict=True)]
+    return [round(mean(likeness), 1), round(min(likeness), 1)]
+
+
+def grid(seeds: range) -> report.Table:
+    """SDXL's levers, one by one and together."""
+    render, rows = pictures(), []
+    exact = [render(seed) for seed in seeds]
+    for levers in GRID:
+        with preset("tried", levers):
+            found = figures(render, seeds, "tried", exact)
+        pulled = [levers.deep_every, levers.settled_steps(STEPS), levers.guided_steps(STEPS)]
+        rows.append([*pulled, *found])
+    note = f"256x256, {STEPS} steps, the mean of {len(seeds)} seeds."
+    return report.table(GRID_TITLE, GRID_HEADERS, rows, note)
+
+
+def decodings(seeds: range) -> report.Table:
+    """How near the decoders of presets are to the VAE, on the latents of exact jobs."""
+    model = sdxl.load(Settings(sdxl_tiny_vae="pocket"))
+    ways: Mapping[str, Any] = {
+        "VAE in bf16": decoders.Vae(model._vae, model.device, torch.bfloat16),
+        "tiny VAE": model._tiny,
+    }
+    latents = [latent_of(model, seed) for seed in seeds]
+    exact = [model._decode(model._decoder(speed.EXACT), each, Plan(1)) for each in latents]
+    rows = []
+    for name, way in ways.items():
+        made = [model._decode(way, each, Plan(1)) for each in latents]
+        rows.append([name, "VAE in fp32", *decibels(exact, made)])
+    return report.table(TITLES[1], DECODER_HEADERS, rows)
+
+
+def latent_of(model: sdxl.Sdxl, seed: int, side: int = 256, steps: int = STEPS) -> torch.Tensor:
+    """What the UNet leaves of a picture (4, side / 8, side / 8)."""
+    left: list[torch.Tensor] = []
+
+    class Looking(sdxl.Sdxl):
+        def _decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
+            left.append(latent)
+            return np.empty(0)
+
+    picture(Looking(model._pipe, model.device), seed, side, num_inference_steps=steps)
+    return left[0]
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = float(((one.astype(float) - other) ** 2).mean())
+    return 10 * float(np.log10(255**2 / error)) if error else float("inf")
+
+
+def pictures(**settings: Any) -> Render:
+    return functools.partial(picture, sdxl.load(Settings(**settings)))
+
+
+def picture(model: sdxl.Sdxl, seed: int, side: int = 256, **options: Any) -> np.ndarray:
+    (made,) = model.generate(
+        prompt=plain(PROMPT),
+        negative_prompt=None,
+        seeds=[seed],
+        width=side,
+        height=side,
+        guidance_scale=6.0,
+        **{"num_inference_steps": STEPS, **options},
+    )
+    return made
+
+
+def videos(**settings: Any) -> Render:
+    model = wan.load(Settings(families=("wan",), **settings))
+
+    def render(seed: int, **options: Any) -> np.ndarray:
+        frames = model.generate(
+            prompt=PROMPT,
+            negative_prompt="blurry",
+            seed=seed,
+            width=128,
+            height=96,
+            num_frames=9,
+            num_inference_steps=STEPS,
+            guidance_scale=5.0,
+            **options,
+        )
+        return np.concatenate(list(frames))
+
+    return render
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""How every benchmark ends: the machine it ran on, its tables, and the same as JSON.
+
+A benchmark is a module with a `main(argv)`:
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        options = report.parser(__doc__).parse_args(argv)          # --quick and --json FILE
+        table = report.table("PNG", ["picture", "times as fast"], [["soft", 19.8], ["sharp", 8.2]])
+        report.finish("png", [table], options.json)
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: What stands in a cell that needs a machine which was not at hand.
+NOT_MEASURED = "not measured yet"
+
+PACKAGES = ("torch", "diffusers", "transformers", "runpod")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of figures; as a string it is Markdown. `note` is a sentence below it."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.headers, ["---"] * len(self.headers), *self.rows]
+        body = "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+        return f"**{self.title}**\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
+) -> Table:
+    """A table; raises ValueError for a row that has not one cell a header."""
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"{title}: {len(row)} cells under {len(headers)} headers")
+    return Table(title, headers, rows, note)
+
+
+def unmeasured(what: object, headers: Sequence[str]) -> list[object]:
+    """The row of something that this machine could not measure."""
+    return [str(what), NOT_MEASURED, *[None] * (len(headers) - 2)]
+
+
+def cell(value: object) -> str:
+    """A value as it is read: three digits of a number that is not whole, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
+    options.add_argument(
+        "--tiny",
+        action="store_true",
+        help="smallest sizes: it runs, no figure counts",
+    )
+    options.add_argument("--json", type=Path, help="a file that gets the tables as JSON")
+    return options
+
+
+def finish(
+    name: str, tables: Sequence[Table], json_path: Path | None = None, **facts: object
+) -> None:
+    """Print the machine and the tables, and write both, with `facts`, as JSON where wanted."""
+    print(f"\n{name}, on {in_words(machine())}\n", flush=True)
+    for each in tables:
+        print(each, flush=True)
+    if json_path:
+        document = {
+            "benchmark": name,
+            "machine": machine(),
+            "tables": [as_dict(each) for each in tables],
+            **facts,
+        }
+        json_path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def as_dict(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "headers": list(table.headers),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
+
+
+def from_dict(fields: Mapping[str, Any]) -> Table:
+    return table(fields["title"], fields["headers"], fields["rows"], fields["note"])
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    """One line that names a machine."""
+    gpu = machine["gpu"] or "no GPU"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    cores, threads = machine["cores"], machine["threads"]
+    return f"{machine['cpu']}, {cores} cores, {threads} thread(s), {gpu}; {versions}"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

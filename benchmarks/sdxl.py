@@ -1,0 +1,261 @@
+"""Pictures a second: the worker's SDXL against diffusers' plain pipeline on the same weights.
+
+    python -m benchmarks.sdxl                    the pocket model, on what there is
+    python -m benchmarks.sdxl --size full        SDXL's architecture, random weights, on a GPU
+
+Both arms have the same prompt, seeds, steps and scheduler; their pixels are compared. Forwards are
+counted by hooks. The floor of the full size is its counted FLOPs over the card's peak.
+
+A third table has the worker against itself, with a lever and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from benchmarks import architectures, report
+from benchmarks.arms import PROMPT, plain_pipeline
+from benchmarks.turns import take_turns
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models import fp8, sdxl
+from ourvidz_serverless.models.plans import Plan, Plans
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.weights import plain
+
+POCKET, FULL, LEVERS = TITLES = (
+    "SDXL against diffusers' pipeline, pocket size",
+    "SDXL against diffusers' pipeline, full size",
+    "SDXL with a lever against SDXL without it",
+)
+
+#: Grey levels: what a batched forward may differ by in its last bits, in fp32.
+ROUNDING = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """So many pictures at once, of which size, in how many steps."""
+
+    count: int
+    side: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.side}x{self.side}, {self.steps} steps"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
+    parser.add_argument("--rounds", type=int, help="each is two pairs")
+    parser.add_argument("--peak-tflops", type=float, help="of a card that is not in the table")
+    options = parser.parse_args(argv)
+    rounds = options.rounds or (1 if options.tiny else 2 if options.quick else 10)
+    tables, levers = [], []
+    if options.size != "full":
+        side, steps = (64, 2) if options.tiny else (256, 10)
+        shapes = [Shape(1, side, steps), Shape(4, side, steps)]
+        tables.append(report.table(POCKET, HEADERS, pocket_rows(shapes, rounds)))
+        levers += lever_rows(Settings(), shapes[0], rounds)
+    if options.size != "pocket":
+        tables.append(full(rounds, options.peak_tflops))
+        levers += full_lever_rows(rounds)
+    tables.append(report.table(LEVERS, LEVER_HEADERS, levers))
+    report.finish("sdxl", tables, options.json)
+
+
+HEADERS = (
+    "pictures",
+    "pictures/s",
+    "times diffusers'",
+    "control",
+    "greatest difference",
+    "forwards: UNet, text, VAE",
+    "diffusers'",
+)
+
+
+def pocket_rows(shapes: Sequence[Shape], rounds: int) -> list[list[object]]:
+    model, pipe = sdxl.load(Settings(sdxl_model="pocket")), plain_pipeline()
+    return [measure(model, pipe, shape, rounds) for shape in shapes]
+
+
+def measure(model: sdxl.Sdxl, pipe: Any, shape: Shape, rounds: int) -> list[object]:
+    """One shape's row of the table. Raises AssertionError if pictures of fp32 are not the same."""
+    with counted(model._pipe) as ours, counted(pipe) as theirs:
+        made, expected = generate(model, shape), generate_plainly(pipe, shape)
+    difference = int(np.abs(made.astype(int) - expected).max())
+    is_exact = model.device.dtype == torch.float32
+    assert difference <= ROUNDING or not is_exact, f"{shape}: pixels differ by {difference}"
+    turns = take_turns(
+        partial(generate, model, shape), partial(generate_plainly, pipe, shape), rounds
+    )
+    pace = shape.count / turns.a_s
+    return [str(shape), pace, turns.ratio, turns.control, difference, said(ours), said(theirs)]
+
+
+def generate(model: sdxl.Sdxl, shape: Shape, speed: str = "exact") -> Any:
+    """The worker's pictures, uint8 (count, side, side, 3)."""
+    pictures = model.generate(
+        prompt=plain(PROMPT),
+        negative_prompt=None,
+        seeds=list(range(shape.count)),
+        width=shape.side,
+        height=shape.side,
+        num_inference_steps=shape.steps,
+        guidance_scale=6.0,
+        speed=speed,
+    )
+    return np.stack(list(pictures))
+
+
+def generate_plainly(pipe: Any, shape: Shape) -> Any:
+    """The pipeline's, as its documentation says."""
+    images = pipe(
+        prompt=PROMPT,
+        num_images_per_prompt=shape.count,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(shape.count)],
+        width=shape.side,
+        height=shape.side,
+        num_inference_steps=shape.steps,
+        guidance_scale=6.0,
+    ).images
+    return np.stack([np.asarray(image) for image in images])
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[dict[str, int]]:
+    """Counts the forwards of a pipeline's networks, by name."""
+    parts = {
+        "UNet": [pipe.unet],
+        "text": [pipe.text_encoder, pipe.text_encoder_2],
+        "VAE": [pipe.vae.decoder],
+    }
+    counts = dict.fromkeys(parts, 0)
+
+    def count(name: str, *call: object) -> None:
+        counts[name] += 1
+
+    hooks = [
+        network.register_forward_hook(partial(count, name))
+        for name, networks in parts.items()
+        for network in networks
+    ]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def said(counts: dict[str, int]) -> str:
+    return ", ".join(map(str, counts.values()))
+
+
+# --- full size ---
+
+FULL_HEADERS = (*HEADERS, "floor, ms a picture", "share of the floor")
+
+
+def full(rounds: int, peak_tflops: float | None) -> report.Table:
+    """The published architecture's table, where there is a GPU to measure it on."""
+    shapes = [Shape(1, 1024, 30), Shape(4, 1024, 30)]
+    if torch.cuda.is_available():
+        rows = full_rows(shapes, rounds, peak_tflops, "cuda", torch.float16)
+        return report.table(FULL, FULL_HEADERS, rows, architectures.peak_in_words(peak_tflops))
+    print("SDXL at full size needs a GPU")
+    return report.table(FULL, FULL_HEADERS, [report.unmeasured(s, FULL_HEADERS) for s in shapes])
+
+
+def full_rows(
+    shapes: Sequence[Shape],
+    rounds: int,
+    peak_tflops: float | None,
+    device: str,
+    dtype: torch.dtype,
+) -> list[list[object]]:
+    with architectures.written(architectures.sdxl, device, dtype) as folder:
+        model = sdxl.load(Settings(sdxl_model=str(folder), device=device))
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            folder, torch_dtype=dtype, add_watermarker=False
+        ).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return [with_floor(measure(model, pipe, s, rounds), s, peak_tflops) for s in shapes]
+
+
+def with_floor(row: list[object], shape: Shape, peak_tflops: float | None) -> list[object]:
+    peak = architectures.peak(peak_tflops)
+    if peak is None:
+        return [*row, None, None]
+    floor_s = architectures.sdxl_flops(shape.side, shape.steps) / peak
+    return [*row, 1000 * floor_s, f"{100 * floor_s * float(str(row[1])):.0f} %"]
+
+
+# --- levers ---
+
+LEVER_HEADERS = (
+    "lever",
+    "pictures",
+    "pictures/s",
+    "times without it",
+    "control",
+    "greatest difference",
+)
+ARMS = ("a prompt's keys and values once", "channels-last", "fp8, of fast jobs")
+
+
+def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[object]]:
+    usual = sdxl.load(settings)
+    lean = like(usual, Plans(Plan(settings.sdxl_max_batch, lean=True)))
+    last = sdxl.load(settings.model_copy(update={"memory_format": "channels_last"}))
+    rows = [lever_row(ARMS[0], usual, lean, shape, rounds)]
+    rows.append(lever_row(ARMS[1], last, usual, shape, rounds))
+    try:
+        fp8.is_wanted(settings.model_copy(update={"fp8": True}), usual.device)
+    except ModelLoadError:
+        return [*rows, report.unmeasured(ARMS[2], LEVER_HEADERS)]
+    eight = like(usual)
+    eight.has_fp8 = True
+    return [*rows, lever_row(ARMS[2], eight, usual, shape, rounds, "fast")]
+
+
+def like(model: sdxl.Sdxl, plans: Plans[Plan] | None = None) -> sdxl.Sdxl:
+    """The same weights, for jobs that are computed otherwise."""
+    return sdxl.Sdxl(model._pipe, model.device, home=model.home, plans=plans)
+
+
+def lever_row(
+    name: str,
+    model: sdxl.Sdxl,
+    without: sdxl.Sdxl,
+    shape: Shape,
+    rounds: int,
+    speed: str = "exact",
+) -> list[object]:
+    arms = [partial(generate, each, shape, speed) for each in (model, without)]
+    made, expected = (arm() for arm in arms)
+    difference = int(np.abs(made.astype(int) - expected).max())
+    turns = take_turns(*arms, rounds)
+    pace = shape.count / turns.a_s
+    return [name, str(shape), pace, turns.ratio, turns.control, difference]
+
+
+def full_lever_rows(rounds: int) -> list[list[object]]:
+    """The published architecture's, where there is a GPU to measure them on."""
+    if not torch.cuda.is_available():
+        return [report.unmeasured(f"{name}, full size", LEVER_HEADERS) for name in ARMS]
+    with architectures.written(architectures.sdxl, "cuda", torch.float16) as folder:
+        settings = Settings(sdxl_model=str(folder), device="cuda")
+        return lever_rows(settings, Shape(1, 1024, 30), rounds)
+
+
+if __name__ == "__main__":
+    main()

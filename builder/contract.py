@@ -1,0 +1,208 @@
+"""The contract's artefacts, written from the code that parses and answers.
+
+    python -m builder.contract            write contract/, clients/typescript/types.ts and dist/
+    python -m builder.contract --check    fail where they are not what would be written
+    python -m builder.contract --keep NAME FILE...
+                                          keep payloads, and what they mean today, for ever
+
+What is kept under contract/kept/ is replayed by the tests: a change that refuses one of those
+payloads, or reads another meaning out of it, is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder import typescript
+from ourvidz_serverless import contract, jobs
+from ourvidz_serverless.payloads import Asset, Document, Failure
+from ourvidz_serverless.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "contract"
+TYPES = ROOT / "clients/typescript/types.ts"
+
+VERSIONS = {"worker": "0.1.0", "diffusers": "0.42.1"}
+PICTURE = {
+    "width": 1024,
+    "height": 576,
+    "format": "png",
+    "batch_size": 1,
+    "asset_index": 0,
+    "seed": 7,
+    "steps": 15,
+    "num_inference_steps": 15,
+    "guidance_scale": 6.0,
+    "file_size_bytes": 123456,
+}
+FILM = {
+    **PICTURE,
+    "width": 480,
+    "height": 832,
+    "format": "mp4",
+    "steps": 25,
+    "num_inference_steps": 25,
+    "frame_num": 81,
+    "fps": 16,
+    "duration_seconds": 5.063,
+}
+FACTS = {
+    "processing_time": 3.2,
+    "timings": {"generate": 3.0, "deliver": 0.1},
+    "versions": VERSIONS,
+    "reference_mode": "none",
+    "batch_size": 1,
+}
+REPLY = {
+    "response": "Rain is water that falls.",
+    "finish_reason": "stop",
+    "usage": {
+        "prompt_tokens": 21,
+        "completion_tokens": 7,
+        "total_tokens": 28,
+        "prompt_tokens_reused": 0,
+    },
+}
+SPOKEN = Asset(
+    "text",
+    "data:text/plain;charset=utf-8,Rain%20is%20water%20that%20falls.",
+    None,
+    {"batch_size": 1, "asset_index": 0, "format": "txt", "file_size_bytes": 25},
+)
+
+#: One document of each kind, as the worker would say it.
+ANSWERS = {
+    "completed": Document(
+        "job-1",
+        "worker-1",
+        "completed",
+        (Asset("image", "user-1/job-1/0.png", "user-1/job-1/0.thumb.webp", PICTURE),),
+        FACTS,
+    ),
+    "video": Document(
+        "job-5",
+        "worker-1",
+        "completed",
+        (Asset("video", "user-1/job-5/0.mp4", "user-1/job-5/0.thumb.webp", FILM),),
+        FACTS,
+    ),
+    "chat": Document("job-2", "worker-1", "completed", (SPOKEN,), FACTS, reply=REPLY),
+    "failed": Document(
+        "job-3",
+        "worker-1",
+        "failed",
+        (),
+        {"processing_time": 0.1, "versions": VERSIONS},
+        Failure("OOM_ERROR", "not even one picture fits the device", True),
+    ),
+    "processing": Document("job-4", "worker-1", "processing"),
+}
+
+
+def main() -> None:
+    """Write, check or keep, as the command line says."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--check", action="store_true")
+    arguments.add_argument("--keep", metavar="NAME")
+    arguments.add_argument("files", nargs="*", type=Path)
+    asked = arguments.parse_args()
+    if asked.keep:
+        keep(asked.keep, asked.files)
+    elif asked.check:
+        if stale := check():
+            sys.exit("stale: " + ", ".join(stale) + "; run python -m builder.contract")
+    else:
+        for path, text in artefacts().items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def check() -> list[str]:
+    """The artefacts that are missing, or differ from what would be written, or are too many."""
+    wanted = artefacts()
+    present = {*FOLDER.glob("*.json"), *FOLDER.glob("jobs/*"), *FOLDER.glob("examples/*.json")}
+    present |= {*TYPES.parent.glob("dist/*")}
+    stale = {path for path, text in wanted.items() if not path.exists() or path.read_text() != text}
+    return sorted(str(path.relative_to(ROOT)) for path in stale | (present - wanted.keys()))
+
+
+def artefacts() -> dict[Path, str]:
+    """Every generated file's text."""
+    files = {FOLDER / "VERSION": f"{contract.VERSION}\n", TYPES: types()}
+    for source in (TYPES, *(each for each in TYPES.parent.glob("*.ts") if each != TYPES)):
+        text = files.get(source) or source.read_text()
+        files[TYPES.parent / f"dist/{source.stem}.js"] = typescript.to_javascript(text)
+    for name, schema in contract.job_schemas().items():
+        files[FOLDER / f"jobs/{name}.schema.json"] = _json(schema)
+    for name, schema in {**contract.document_schemas(), "event": contract.event_schema()}.items():
+        files[FOLDER / f"{name}.schema.json"] = _json(schema)
+    for name, document in ANSWERS.items():
+        files[FOLDER / f"examples/callback.{name}.json"] = _json(document.callback())
+        if name != "processing":
+            # The SDK takes `error` out of what is returned, and shows it beside the output.
+            shown = {key: value for key, value in document.result().items() if key != "error"}
+            files[FOLDER / f"examples/result.{name}.json"] = _json(shown)
+    files[FOLDER / "examples/delta.json"] = _json({"delta": "Rain is"})
+    return files
+
+
+def types() -> str:
+    """The contract as TypeScript."""
+    families = dict.fromkeys(jobs.FAMILY_OF.values())
+    payloads = [contract.family_schema(family) for family in families]
+    declared: dict[str, str] = {}
+    for schema in [*payloads, contract.event_schema(), *contract.document_schemas().values()]:
+        declared |= typescript.interfaces(schema)
+    names = ", ".join(json.dumps(name) for name in families)
+    return (
+        "\n\n".join(
+            [
+                "// Written by `python -m builder.contract` from the worker's models. Do not edit.",
+                f"export const CONTRACT_VERSION = {json.dumps(contract.VERSION)};",
+                f"/** Which family serves which job type. */\nexport const FAMILY_OF = "
+                f"{json.dumps(jobs.FAMILY_OF, indent=2)} as const;",
+                "/** Other names of two of them, which the application's payloads use. */\n"
+                f"export const SYNONYMS = {json.dumps(jobs.SYNONYMS, indent=2)} as const;",
+                f"export const FAMILIES = [{names}] as const;",
+                "export type JobType = keyof typeof FAMILY_OF;",
+                "export type Family = (typeof FAMILIES)[number];",
+                *declared.values(),
+                f"export type Job = {typescript.union(schema['title'] for schema in payloads)};",
+            ]
+        )
+        + "\n"
+    )
+
+
+def keep(name: str, files: list[Path]) -> None:
+    """Freeze payloads under a name: `input` is what was sent, `means` what it is read as."""
+    for file in files:
+        kept = FOLDER / "kept" / name / file.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        payload = json.loads(file.read_text())
+        kept.write_text(_json({"input": payload, "means": meaning(payload)}))
+
+
+def meaning(payload: Mapping[str, Any]) -> Any:
+    """What a payload is read as: the job's fields, whatever names they came by."""
+    job = jobs.parse({"id": "rp-1", "input": payload}, Settings())
+    return json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str))
+
+
+def kept() -> Iterator[tuple[str, Any]]:
+    """Every kept payload with its meaning, under its name."""
+    for file in sorted(FOLDER.glob("kept/*/*.json")):
+        yield f"{file.parent.name}/{file.stem}", json.loads(file.read_text())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    main()

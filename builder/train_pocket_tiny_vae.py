@@ -1,0 +1,115 @@
+"""Distil the pocket SDXL's VAE into a tiny one: `python -m builder.train_pocket_tiny_vae`.
+
+An AutoencoderTiny, which is TAESDXL's architecture (https://github.com/madebyollin/taesd), learns
+to decode the pocket's latents as the pocket's own VAE does, and to encode drawings to them. Its
+pictures are the VAE's training's, its latents theirs under noise, since those that a UNet makes are
+none that an encoder would. It resumes from `.cache/pocket_sdxl`, and stores the averaged weights in
+`pocket/sdxl_tiny_vae`, a folder as diffusers writes them.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from builder import drawings, pocket_sdxl
+from builder.train_pocket_vae import SPREAD, to_tensor, vae_batches
+from builder.training import learn
+
+FOLDER = pocket_sdxl.POCKET / "sdxl_tiny_vae"
+CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
+
+# A quarter of TAESDXL's 64 channels, and fewer blocks.
+TINY = {
+    "encoder_block_out_channels": (16,) * 4,
+    "decoder_block_out_channels": (16,) * 4,
+    "num_encoder_blocks": (0, 1, 1, 1),
+    "num_decoder_blocks": (3, 2, 2, 1),
+}
+STEPS = 3000
+PEAK_RATE = 2e-3
+# The most noise on a latent, as a share of the latents' spread.
+LATENT_NOISE = 0.5
+HELD_OUT = 10**6
+
+
+def distil(vae: AutoencoderKL, path: Path, steps: int, seed: int) -> AutoencoderTiny:
+    """The tiny VAE, averaged over its last steps."""
+    torch.manual_seed(seed)
+    tiny = AutoencoderTiny(**TINY).to(memory_format=torch.channels_last)
+    return learn(
+        tiny,
+        path,
+        batches=lambda start: vae_batches(seed + start),
+        loss_of=lambda pixels: tiny_loss(vae, tiny, pixels),
+        steps=steps,
+        peak=PEAK_RATE,
+        name="tiny vae",
+    )
+
+
+def tiny_loss(vae: AutoencoderKL, tiny: AutoencoderTiny, pixels: Tensor) -> tuple[Tensor, float]:
+    """L1 and L2 on pixels, L1 on their differences, and L2 on the encoder's latents."""
+    with torch.no_grad():
+        latents = encode(vae, pixels)
+        amount = LATENT_NOISE * SPREAD * torch.rand(len(latents), 1, 1, 1)
+        noisy = latents + amount * torch.randn_like(latents)
+        wanted = decode(vae, noisy)
+    error = tiny.decoder(noisy) - wanted
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean()
+    edges = edges + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    level = error.abs().mean()
+    encoded = F.mse_loss(tiny.encoder(pixels), latents)
+    return level + 0.5 * error.square().mean() + 0.5 * edges + encoded, level.item()
+
+
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents, as the UNet makes them and as a tiny VAE takes them."""
+    return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode(latents / vae.config.scaling_factor).sample
+
+
+@torch.no_grad()
+def likeness(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, count: int) -> float:
+    """PSNR in dB of the tiny VAE's pictures against the VAE's, of drawings that it never saw."""
+    squares = []
+    for pixels in held_out(side, count):
+        latents = encode(vae, pixels)
+        pictures = [each.clamp(-1, 1) for each in (tiny.decoder(latents), decode(vae, latents))]
+        squares.append(F.mse_loss(*pictures))
+    # Pixels reach from -1 to 1.
+    return float(10 * torch.log10(4 / torch.stack(squares).mean()))
+
+
+def held_out(side: int, count: int) -> Iterator[Tensor]:
+    rng = random.Random(HELD_OUT)
+    for _ in range(count):
+        yield to_tensor([drawings.paint(drawings.imagine(rng), side, side, rng)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--measure", action="store_true", help="measure what is stored, no more")
+    options = parser.parse_args()
+    vae = pocket_sdxl.load().vae.requires_grad_(False)
+    if not options.measure:
+        tiny = distil(vae, CACHE / "tiny_vae.pt", options.steps, options.seed)
+        tiny.half().save_pretrained(FOLDER)
+        (FOLDER / "diffusion_pytorch_model.safetensors").chmod(0o644)
+    tiny = AutoencoderTiny.from_pretrained(FOLDER, local_files_only=True).float()
+    for side in (256, 512):
+        print(f"{side}x{side}, 24 drawings: {likeness(vae, tiny, side, 24):.1f} dB")
+
+
+if __name__ == "__main__":
+    main()

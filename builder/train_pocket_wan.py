@@ -1,0 +1,515 @@
+"""Train the pocket WAN from nothing: `python -m builder.train_pocket_wan` remakes its weights.
+
+Five stages: the VAE's decoder learns to draw edges; the text encoder learns to tell what a caption
+says, and is frozen; the transformer learns to tell where in the film a patch lies, then to film
+captions; and last VACE's blocks learn to continue known frames while the base they share goes on
+learning. Each stage resumes from `.cache/pocket_wan/` and the weights are exported over
+`pocket/wan/` at the end of each stage.
+"""
+
+import argparse
+import math
+import random
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanPipeline, WanVACETransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from builder import drawings, moving_drawings, pocket_wan
+from builder.moving_drawings import MovingDrawing
+from builder.train_pocket_wan_vae import IDLE, USED, VAE_STEPS, encode, to_tensor, train_vae
+from builder.training import average, checkpoint, learning_rate, resume
+
+CACHE = pocket_wan.POCKET.parent / ".cache" / "pocket_wan"
+ATTRIBUTES = {
+    "shape": list(drawings.SHAPES),
+    "colour": list(drawings.COLOURS),
+    "background": list(drawings.COLOURS),
+    "direction": list(moving_drawings.DIRECTIONS),
+}
+WORD_STEPS = 800
+WORD_BATCH = 64
+WORD_PEAK_RATE = 2e-3
+PLACE_STEPS = 300
+PLACE_PEAK_RATE = 2e-3
+PLACE_WEIGHT = 0.5  # of the error in places while films are learned
+PLACE_DEPTH = 3  # blocks after which a patch should know its place
+BASE_STEPS = 8000
+BASE_PEAK_RATE = 1.5e-3
+PADDING_STEPS = 1500  # until a caption is padded to WAN's whole length
+SHIFTED = 0.75  # how often the noise is spread as WAN's schedule spreads it
+VACE_STEPS = 3000
+VACE_PEAK_RATE = 1e-3
+OWN_PACE = 2.5  # how much faster what VACE adds learns than the base
+PLAIN = 0.5  # how often the base goes on alone while VACE's blocks learn
+KNOWN_WEIGHT = 4.0  # of the error in latents that hold a known frame
+# ((frames, height, width, batch), weight)
+MENU = [
+    ((17, 128, 128, 6), 0.62),
+    ((9, 128, 128, 10), 0.08),
+    ((1, 128, 128, 30), 0.06),
+    ((17, 64, 64, 16), 0.05),
+    ((17, 96, 160, 6), 0.05),
+    ((17, 160, 96, 6), 0.05),
+    ((33, 128, 128, 3), 0.02),
+    ((1, 256, 256, 7), 0.02),
+    ((9, 256, 256, 2), 0.02),
+    ((5, 240, 416, 2), 0.02),
+    ((1, 480, 832, 1), 0.01),
+]
+VACE_MENU = [
+    ((17, 128, 128, 5), 0.72),
+    ((9, 128, 128, 8), 0.1),
+    ((17, 64, 64, 14), 0.06),
+    ((17, 96, 160, 5), 0.06),
+    ((17, 160, 96, 5), 0.06),
+]
+# Which frames a video for VACE has known, and how often; "subject" is a reference image instead.
+KNOWN = {"none": 0.05, "first": 0.32, "last": 0.25, "both": 0.28, "many": 0.05, "subject": 0.05}
+
+
+class Filmed:
+    """Makes videos as latents without the VAE's network: its encoder is linear, so one
+    convolution does the same, whose kernel is what the encoder says to each lit pixel alone."""
+
+    @torch.no_grad()
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        dark = torch.zeros(1, 3, 5, 8, 8)
+        lit = dark.repeat(768, 1, 1, 1, 1)
+        lit[:, :, 1:] = torch.eye(768).view(768, 3, 4, 8, 8)
+        self.offset = encode(vae, dark)[0, :, 0, 0, 0]
+        answers = encode(vae, lit)[:, :, 1, 0, 0] - self.offset
+        self.kernel = answers.T.reshape(16, 3, 4, 8, 8)
+        self.first_kernel = self.kernel.sum(2, keepdim=True)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(batch, 16, 1 + frames / 4, height / 8, width / 8) scaled latents of -1 to 1 pixels."""
+        parts = [F.conv3d(pixels[:, :, :1], self.first_kernel, self.offset, stride=(1, 8, 8))]
+        if pixels.shape[2] > 1:
+            rest = pixels[:, :, 1:]
+            parts.append(F.conv3d(rest, self.kernel, self.offset, stride=(4, 8, 8)))
+        return torch.cat(parts, 2)
+
+
+def imagined(
+    count: int,
+    frames: int,
+    height: int,
+    width: int,
+    rng: random.Random,
+    aside: float = moving_drawings.ASIDE,
+) -> tuple[list[MovingDrawing], Tensor]:
+    """Drawings, and their films as (count, 3, frames, height, width) of -1 to 1."""
+    shown = [moving_drawings.imagine(rng) for _ in range(count)]
+    films = [moving_drawings.film(drawing, frames, width, height, rng, aside) for drawing in shown]
+    return shown, to_tensor(films)
+
+
+def captions_of(shown: list[MovingDrawing], rng: random.Random) -> list[str]:
+    """A caption each; one in twenty-five says nothing, in the manner of negative prompts."""
+    empty = drawings.BLEMISHES + drawings.DECORATIONS
+    return [
+        ", ".join(rng.sample(empty, rng.randint(1, 12)))
+        if rng.random() < 0.04
+        else moving_drawings.caption(drawing, rng)
+        for drawing in shown
+    ]
+
+
+class PaddedText(WanAttnProcessor):
+    """Cross-attention to a short text that counts as one padded with zeros to WAN's 512 tokens.
+
+    WAN's pipelines pad and do not mask, so the zeros take part. They are all one key: the last
+    token here, a zero as well, stands for as many of them as were left out. With a `share` below
+    one it stands for fewer: among five hundred zeros an untrained attention hears no caption.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 1.0
+
+    def __call__(self, attn: nn.Module, hidden: Tensor, text: Tensor, *_: Any) -> Tensor:
+        bias = torch.zeros(text.shape[1])
+        bias[-1] = self.share * math.log(pocket_wan.TOKENS - text.shape[1] + 1)
+        return super().__call__(attn, hidden, text, bias.expand(1, 1, 1, -1), None)
+
+
+def hear(pipe: WanPipeline, captions: list[str]) -> Tensor:
+    """(batch, longest + 1, width) states, zeros beyond each caption's own end, and one more."""
+    tokens = pipe.tokenizer(captions, padding=True, return_tensors="pt")
+    mask = tokens.attention_mask
+    states = pipe.text_encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
+    return F.pad(states, (0, 0, 0, 1))
+
+
+def teach_words(pipe: WanPipeline, seed: int) -> None:
+    """Train the text encoder once; the transformer goes on with the very same one."""
+    path = CACHE / "words.pt"
+    if not path.exists():
+        train_words(pipe, WORD_STEPS, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(pipe.text_encoder.state_dict(), path)
+    pipe.text_encoder.load_state_dict(torch.load(path, weights_only=True))
+    pipe.text_encoder.requires_grad_(False).eval()
+
+
+def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
+    """Teach the text encoder to tell what a caption says, as UMT5 does before WAN begins.
+
+    A linear reader per attribute must find its value in the mean of the states, or that it goes
+    unsaid. The readers are thrown away, and the encoder is frozen: a transformer's first, noisy
+    gradients would unteach it again.
+    """
+    readers = nn.ModuleDict({
+        name: nn.Linear(pocket_wan.TEXT["d_model"], len(values) + 1)
+        for name, values in ATTRIBUTES.items()
+    })  # fmt: skip
+    weights = [*pipe.text_encoder.parameters(), *readers.parameters()]
+    optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
+    rng = random.Random(seed)
+    for step in (bar := tqdm(range(steps), "words", mininterval=10)):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, WORD_PEAK_RATE)
+        shown = [moving_drawings.imagine(rng) for _ in range(WORD_BATCH)]
+        captions = captions_of(shown, rng)
+        states = hear(pipe, captions)
+        heard = states.abs().sum(-1) > 0
+        mean = states.sum(1) / heard.sum(1, keepdim=True)
+        loss = sum(
+            F.cross_entropy(readers[name](mean), _said(name, shown, captions))
+            for name in ATTRIBUTES
+        )
+        # Keeps the numbers near one, whatever the readers' weights would have.
+        loss = loss + 0.1 * (states[heard].square().mean() - 1).square()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _said(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
+    """For each caption the attribute's number, or one past the last where it goes unsaid."""
+    values = ATTRIBUTES[name]
+    return torch.tensor([
+        values.index(getattr(drawing, name))
+        if moving_drawings.says(caption, drawing, name)
+        else len(values)
+        for drawing, caption in zip(shown, captions, strict=True)
+    ])  # fmt: skip
+
+
+class Places(nn.Module):
+    """Asks a transformer's first blocks where in the film a patch lies, and how far from the shape.
+
+    Rotary positions say how far apart two patches are, and nothing says where the film begins or
+    ends: to noise alone every place looks the same. What gives borders away is how much of other
+    patches' noise attention finds on each side, which a direct question teaches in minutes and
+    films alone do not in hours. So a linear reader must find a patch's place among the others, and
+    a block later another one its way to the shape's middle, which under strong noise only the
+    caption's direction tells. As films would unteach it, the questions are asked all along; the
+    readers are thrown away at the end.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        width = transformer.norm_out.normalized_shape[0]
+        self.reader, self.way = nn.Linear(width, 3), nn.Linear(width, 2)
+        self.heard: list[Tensor] = []
+        for depth in (PLACE_DEPTH, PLACE_DEPTH + 1):
+            transformer.blocks[depth - 1].register_forward_hook(self._listen)
+
+    def _listen(self, block: nn.Module, inputs: Any, states: Tensor) -> None:
+        self.heard = [*self.heard[-1:], F.layer_norm(states, states.shape[-1:])]
+
+    def error(self, clean: Tensor, moving: bool = True) -> Tensor:
+        """The mean square, the film's half side one, for films just seen as noisy latents."""
+        here = places(*clean.shape[2:])
+        early, late = self.heard
+        error = (self.reader(early) - here).square().mean()
+        if moving:
+            error = error + (self.way(late) - (middles(clean) - here[:, 1:])).square().mean()
+        return error
+
+
+def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
+    """Train the transformer once to tell places in noise, before it sees films."""
+    path, model = CACHE / "places.pt", nn.ModuleList([transformer, reader])
+    if not path.exists():
+        _open(transformer)
+        train_places(transformer, reader, PLACE_STEPS, seed)
+        torch.save(model.state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _open(transformer: nn.Module) -> None:
+    """Blocks that take part from the start, their gates near one, and an output of nothing."""
+    with torch.no_grad():
+        for block in transformer.blocks:
+            block.scale_shift_table[:, [2, 5]] += 1
+        transformer.proj_out.weight.zero_()
+        transformer.proj_out.bias.zero_()
+
+
+def train_places(transformer: nn.Module, reader: Places, steps: int, seed: int) -> None:
+    weights = [*transformer.parameters(), *reader.parameters()]
+    optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
+    prepare(transformer)
+    for step in (bar := tqdm(range(steps), "places", mininterval=10)):
+        torch.manual_seed(seed + step)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, PLACE_PEAK_RATE)
+        frames, height, width, batch = _bucket(MENU, random.Random(seed + step))
+        size = 1 + frames // 4, height // 8, width // 8
+        silence = torch.zeros(batch, 2, pocket_wan.TEXT["d_model"])
+        noise = torch.randn(batch, 16, *size)
+        transformer(noise, torch.rand(batch) * 1000, silence)
+        loss = reader.error(noise, moving=False)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        if step % 25 == 24:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def places(frames: int, height: int, width: int) -> Tensor:
+    """(patches, 3): where each lies in time, down and across, from -1 to 1; 0 of a single one."""
+    sides = (frames, height // 2, width // 2)
+    axes = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in sides]
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
+
+
+def middles(clean: Tensor) -> Tensor:
+    """(batch, patches, 2): down and across, where the shape's middle is in each patch's frame."""
+    colours = clean[:, :3]
+    foreign = (colours - colours[..., :1, :1]).square().sum(1)
+    sides = [torch.linspace(-1, 1, side) for side in clean.shape[3:]]
+    mass = foreign.sum((2, 3)) + 1e-6
+    down = (foreign.sum(3) * sides[0]).sum(2) / mass
+    across = (foreign.sum(2) * sides[1]).sum(2) / mass
+    patches = clean.shape[3] * clean.shape[4] // 4
+    return torch.stack([down, across], -1).repeat_interleave(patches, 1)
+
+
+def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
+    """The text encoder, then the transformer by rectified flow, left in `pipe` as averaged."""
+    transformer = pipe.transformer
+    reader = Places(transformer)
+    teach_words(pipe, seed)
+    teach_places(transformer, reader, seed)
+    films = Filmed(pipe.vae)
+    model = nn.ModuleDict({"film": transformer, "places": reader})
+
+    def loss(rng: random.Random, step: int) -> Tensor:
+        return plain_loss(pipe, reader, films, rng)
+
+    groups = [{"params": [*model.parameters()], "pace": 1.0}]
+    pace = (steps, BASE_PEAK_RATE, PADDING_STEPS)
+    model.load_state_dict(_train(model, groups, loss, CACHE / "base.pt", pace, seed).state_dict())
+    return reader
+
+
+def _bucket(menu: list[tuple[Any, float]], rng: random.Random) -> tuple[int, int, int, int]:
+    return rng.choices([bucket for bucket, _ in menu], [weight for _, weight in menu])[0]
+
+
+def flow_loss(
+    transformer: nn.Module,
+    reader: Places,
+    clean: Tensor,
+    text: Tensor,
+    weight: Tensor | None = None,
+    **control: Tensor,
+) -> Tensor:
+    """The error in the velocity, noise less video, at times spread evenly or as WAN's are, and
+    that in places.
+
+    Idle channels stay what they are, noise: by it a patch can be told from the others even where
+    the rest of the noise is gone.
+    """
+    batch = len(clean)
+    times = (torch.rand(1) + torch.arange(batch) / batch) % 1
+    shift = pocket_wan.SCHEDULER["flow_shift"] if torch.rand(1) < SHIFTED else 1.0
+    sigma = (shift * times / (1 + (shift - 1) * times))[:, None, None, None, None]
+    noise = torch.randn_like(clean)
+    noisy = (1 - sigma) * clean + sigma * noise
+    noisy[:, IDLE] = noise[:, IDLE]
+    velocity = transformer(noisy, sigma.flatten() * 1000, text, **control).sample
+    error = (velocity - (noise - clean))[:, USED].square().mean((0, 1, 3, 4))
+    error = error.mean() if weight is None else (error * weight).sum() / weight.sum()
+    return error + PLACE_WEIGHT * reader.error(clean)
+
+
+def train_both(
+    pipe: WanPipeline,
+    vace: WanVACETransformer3DModel,
+    reader: Places,
+    steps: int,
+    seed: int,
+) -> WanVACETransformer3DModel:
+    """The blocks that VACE adds, and the base further on: with references and without, by turns.
+
+    Both transformers hold the very same base, so that what either learns of it the other has.
+    """
+    base = pipe.transformer
+    for name, part in [*base.named_children(), ("scale_shift_table", base.scale_shift_table)]:
+        setattr(vace, name, part)
+    films = Filmed(pipe.vae)
+
+    def loss(rng: random.Random, step: int) -> Tensor:
+        if rng.random() < PLAIN:
+            return plain_loss(pipe, reader, films, rng)
+        return reference_loss(pipe, vace, reader, films, rng)
+
+    model = nn.ModuleDict({"film": vace, "places": reader})
+    own = [weight for name, weight in model.named_parameters() if ".vace_" in name]
+    common = [weight for name, weight in model.named_parameters() if ".vace_" not in name]
+    groups = [{"params": own, "pace": OWN_PACE}, {"params": common, "pace": 1.0}]
+    pace = (steps, VACE_PEAK_RATE, 0)
+    model.load_state_dict(_train(model, groups, loss, CACHE / "vace.pt", pace, seed).state_dict())
+    return vace
+
+
+def plain_loss(pipe: WanPipeline, reader: Places, films: Filmed, rng: random.Random) -> Tensor:
+    """The base's error on some captions."""
+    frames, height, width, batch = _bucket(MENU, rng)
+    shown, pixels = imagined(batch, frames, height, width, rng)
+    text = hear(pipe, captions_of(shown, rng))
+    return flow_loss(pipe.transformer, reader, films(pixels), text)
+
+
+def reference_loss(
+    pipe: WanPipeline,
+    vace: WanVACETransformer3DModel,
+    reader: Places,
+    films: Filmed,
+    rng: random.Random,
+) -> Tensor:
+    """VACE's error on captions with frames known, or a subject, or neither."""
+    frames, height, width, batch = _bucket(VACE_MENU, rng)
+    known = rng.choices([*KNOWN], [*KNOWN.values()])[0]
+    aside = rng.choice((moving_drawings.ASIDE, moving_drawings.ASTRAY))
+    shown, pixels = imagined(batch, frames, height, width, rng, aside)
+    text, clean = hear(pipe, captions_of(shown, rng)), films(pixels)
+    if known == "subject":
+        subject = films(to_tensor([still(drawing, height, width, rng) for drawing in shown]))
+        control = conditions(films, pixels, torch.ones(frames), subject)
+        clean = torch.cat([subject, clean], 2)
+        return flow_loss(vace, reader, clean, text, control_hidden_states=control)
+    mask = unknown(known, frames, rng)
+    weight = torch.ones(clean.shape[2])
+    weight[F.pad(1 - mask, (3, 0)).view(-1, 4).amax(1) > 0] = KNOWN_WEIGHT
+    control = conditions(films, pixels, mask)
+    return flow_loss(vace, reader, clean, text, weight, control_hidden_states=control)
+
+
+def unknown(known: str, frames: int, rng: random.Random) -> Tensor:
+    """The mask of a mode, one number a frame: 0 where the frame is known, 1 where it is not."""
+    mask = torch.ones(frames)
+    if known in ("first", "both"):
+        mask[0] = 0
+    if known in ("last", "both"):
+        mask[-1] = 0
+    if known == "many":
+        mask[: rng.randint(2, max(2, frames - 1))] = 0
+    return mask
+
+
+def still(drawing: MovingDrawing, height: int, width: int, rng: random.Random) -> drawings.Pixels:
+    """The drawing's shape on its ground somewhere else: one frame, as a reference shows it."""
+    return moving_drawings.film(drawing, 1, width, height, rng, moving_drawings.ASTRAY)
+
+
+def conditions(
+    films: Filmed, pixels: Tensor, mask: Tensor, subject: Tensor | None = None
+) -> Tensor:
+    """(batch, 96, frames, height / 8, width / 8): what `WanVACEPipeline` makes of known frames.
+
+    The latents of the video with unknown frames grey, those of the rest, which is all grey, and
+    the mask's pixels folded into channels. Of the mask the pipeline keeps one frame for each frame
+    of the latents, by "nearest-exact", which is never the very first nor the very last.
+    """
+    grey = films(torch.zeros_like(pixels))
+    latents = torch.cat([films(pixels * (1 - mask)[:, None, None]), grey], 1)
+    batch, _, count, height, width = latents.shape
+    kept = F.interpolate(mask[None, None], size=count, mode="nearest-exact")[0, 0]
+    folded = kept.view(1, 1, count, 1, 1).expand(batch, 64, count, height, width)
+    control = torch.cat([latents, folded], 1)
+    if subject is not None:
+        control = torch.cat([F.pad(subject, (0, 0, 0, 0, 0, 0, 0, 80)), control], 2)
+    return control
+
+
+def prepare(transformer: nn.Module) -> PaddedText:
+    """Make a transformer quick to train: short texts, and rotary numbers in single precision."""
+    padded = PaddedText()
+    for name, layer in transformer.named_modules():
+        if name.endswith("attn2"):
+            layer.set_processor(padded)
+        elif name.endswith("rope"):
+            layer.float()  # kept in double precision, which costs a sixth of the time
+    return padded
+
+
+def _train(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    loss_at: Any,
+    path: Any,
+    pace: tuple[int, float, int],
+    seed: int,
+) -> Any:
+    """Train to the last step from where `path` left off; the running average is returned."""
+    steps, peak, padding_steps = pace
+    model.train()
+    padded = prepare(model)
+    ema = deepcopy(model).requires_grad_(False)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.99))
+    start = resume(path, model, ema, optimiser)
+    bar = tqdm(range(start, steps), path.stem, initial=start, total=steps, mininterval=10)
+    losses: list[float] = []
+    for step in bar:
+        torch.manual_seed(seed + step)
+        padded.share = min(1.0, step / max(1, padding_steps))
+        for group in optimiser.param_groups:
+            group["lr"] = group["pace"] * learning_rate(step, steps, peak)
+        loss = loss_at(random.Random(seed + step), step)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        average(ema, model, step)
+        losses.append(loss.item())
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}")
+        if step % 100 == 99 or step + 1 == steps:
+            checkpoint(path, step + 1, model, ema, optimiser)
+    return ema
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
+    parser.add_argument("--vace-steps", type=int, default=VACE_STEPS)
+    options = parser.parse_args()
+    pipe = pocket_wan.assemble(options.seed)
+    pipe.vae = train_vae(CACHE / "vae.pt", options.vae_steps, "cpu", options.seed)
+    pocket_wan.save(pipe, pocket_wan.with_references(pipe.transformer))
+    reader = train_base(pipe, options.base_steps, options.seed)
+    vace = pocket_wan.with_references(pipe.transformer, options.seed)
+    pocket_wan.save(pipe, vace)
+    pocket_wan.save(pipe, train_both(pipe, vace, reader, options.vace_steps, options.seed))
+
+
+if __name__ == "__main__":
+    main()

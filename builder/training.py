@@ -1,0 +1,88 @@
+"""What every training here shares: the learning rate, the running average, and checkpoints; and the
+whole of it where a network learns pictures by one plain loss.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def learn(
+    network: Network,
+    path: Path,
+    batches: Callable[[int], Iterable[Tensor]],
+    loss_of: Callable[[Tensor], tuple[Tensor, float]],
+    steps: int,
+    peak: float,
+    name: str,
+) -> Network:
+    """Train to the last step from where `path` left off; the running average is returned.
+
+    `batches` are those from a step on; of each `loss_of` tells the loss, and the error of pixels
+    that reach from -1 to 1.
+    """
+    ema = deepcopy(network).requires_grad_(False)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
+    start = resume(path, network, ema, optimiser)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    for step, pixels in zip(bar, batches(start), strict=False):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        loss, error = loss_of(pixels)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        average(ema, network, step)
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{loss.item():.4f}", grey_levels=f"{error * 127.5:.2f}")
+        if step % 500 == 499 or step + 1 == steps:
+            checkpoint(path, step + 1, network, ema, optimiser)
+    return ema
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A short warm-up, then a cosine down to a fiftieth of the peak."""
+    warm = min(1.0, (step + 1) / 100)
+    done = min(1.0, step / steps)
+    return peak * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
+
+
+def average(ema: nn.Module, model: nn.Module, step: int) -> None:
+    """Move the running average of the weights one step on; it forgets faster at the start."""
+    decay = min(0.999, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def checkpoint(
+    path: Path, step: int, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimiser": optimiser.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def resume(path: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """The number of steps already done, their state put back; 0 where nothing was kept."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"])

@@ -1,0 +1,89 @@
+// The worker behind plain HTTP: chat that is answered in place.
+import { fetchAgain } from "./endpoint.js";
+/** How long a reply is waited for, and twice as long where it may be longer than so many tokens. */ const REPLY_MS = 45_000;
+const LONG_REPLY_TOKENS = 512;
+const STREAM_MS = 600_000;
+export class Face {
+  #options;
+  constructor(options){
+    // A second try would come too late for who waits.
+    this.#options = {
+      retry: {
+        tries: 1
+      },
+      ...options
+    };
+  }
+  /** The next reply of a conversation, in `response`. Throws RequestFailed with the error's text. */ chat(call) {
+    return this.#post("chat", call);
+  }
+  chatUnrestricted(call) {
+    return this.#post("chat/unrestricted", call);
+  }
+  /** A better prompt, in `enhanced_prompt`. */ enhance(call) {
+    return this.#post("enhance", call);
+  }
+  /** A reply, piece by piece, and at its end the whole. */ async *stream(call, route = "chat") {
+    const answer = await this.#fetch(route, {
+      ...call,
+      stream: true
+    }, STREAM_MS);
+    for await (const { event, data } of events(answer)){
+      if (event === "error") throw new Error(String(data.error));
+      if (event === "done") return data;
+      if (typeof data.delta === "string") yield data.delta;
+    }
+    throw new Error("the stream broke off");
+  }
+  async #post(route, call) {
+    const isLong = (call.max_tokens ?? 0) > LONG_REPLY_TOKENS;
+    return await (await this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1))).json();
+  }
+  #fetch(route, call, timeoutMs) {
+    const { url, apiKey, workerKey } = this.#options;
+    const headers = {
+      Authorization: `Bearer ${apiKey}`,
+      "Content-Type": "application/json",
+      ...workerKey ? {
+        "X-API-Key": workerKey
+      } : {}
+    };
+    const init = {
+      method: "POST",
+      headers,
+      body: JSON.stringify(call)
+    };
+    const options = {
+      timeoutMs,
+      ...this.#options
+    };
+    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options);
+  }
+}
+async function* events(answer) {
+  const decoder = new TextDecoder();
+  const reader = answer.body.getReader();
+  let held = "";
+  try {
+    for(;;){
+      const { done, value } = await reader.read();
+      if (done) return;
+      held += decoder.decode(value, {
+        stream: true
+      });
+      const blocks = held.split("\n\n");
+      held = blocks.pop();
+      for (const block of blocks){
+        const lines = block.split("\n").map((line)=>line.split(/: (.*)/s, 2));
+        const { event = "message", data } = Object.fromEntries(lines.filter(([name])=>name));
+        if (data) yield {
+          event,
+          data: JSON.parse(data)
+        };
+      }
+    }
+  } finally{
+    // Whoever stops listening hangs up, and the worker stops writing.
+    await reader.cancel();
+  }
+}

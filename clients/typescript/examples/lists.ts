@@ -1,0 +1,14 @@
+// The old way: a job at the end of its family's Redis list, for the old workers or the bridge.
+
+import { familyOf, type Job, RequestFailed } from "../mod.ts";
+
+const LISTS = { sdxl: "sdxl_queue", chat: "chat_queue", wan: "wan_queue", admin: "chat_queue" };
+
+export async function push(job: Job): Promise<void> {
+  const answer = await fetch(`${Deno.env.get("UPSTASH_REDIS_REST_URL")}/pipeline`, {
+    method: "POST",
+    headers: { Authorization: `Bearer ${Deno.env.get("UPSTASH_REDIS_REST_TOKEN")}` },
+    body: JSON.stringify([["LPUSH", LISTS[familyOf(job)], JSON.stringify(job)]]),
+  });
+  if (!answer.ok) throw new RequestFailed(answer.status, "the list did not take the job");
+}

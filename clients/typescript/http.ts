@@ -1,0 +1,105 @@
+// The worker behind plain HTTP: chat that is answered in place.
+
+import { type Connection, fetchAgain } from "./endpoint.ts";
+import type { ChatJob, Usage } from "./types.ts";
+
+/** How long a reply is waited for, and twice as long where it may be longer than so many tokens. */
+const REPLY_MS = 45_000;
+const LONG_REPLY_TOKENS = 512;
+const STREAM_MS = 600_000;
+
+/** A chat's payload; the route says what its type is. */
+export type ChatCall = Omit<ChatJob, "type">;
+
+export interface Reply {
+  success: true;
+  job_id: string;
+  response?: string;
+  enhanced_prompt?: string;
+  finish_reason?: "stop" | "length";
+  usage?: Usage;
+  [key: string]: unknown;
+}
+
+/** `url` is `https://ENDPOINT_ID.api.runpod.ai`, or a pod's; `apiKey` goes in the bearer. */
+export interface FaceOptions extends Omit<Connection, "baseUrl"> {
+  url: string;
+  /** The worker's own key, where the bearer is the gateway's. */
+  workerKey?: string;
+}
+
+export class Face {
+  readonly #options: FaceOptions;
+
+  constructor(options: FaceOptions) {
+    // A second try would come too late for who waits.
+    this.#options = { retry: { tries: 1 }, ...options };
+  }
+
+  /** The next reply of a conversation, in `response`. Throws RequestFailed with the error's text. */
+  chat(call: ChatCall): Promise<Reply> {
+    return this.#post("chat", call);
+  }
+
+  chatUnrestricted(call: ChatCall): Promise<Reply> {
+    return this.#post("chat/unrestricted", call);
+  }
+
+  /** A better prompt, in `enhanced_prompt`. */
+  enhance(call: ChatCall): Promise<Reply> {
+    return this.#post("enhance", call);
+  }
+
+  /** A reply, piece by piece, and at its end the whole. */
+  async *stream(call: ChatCall, route = "chat"): AsyncGenerator<string, Reply> {
+    const answer = await this.#fetch(route, { ...call, stream: true }, STREAM_MS);
+    for await (const { event, data } of events(answer)) {
+      if (event === "error") throw new Error(String(data.error));
+      if (event === "done") return data as unknown as Reply;
+      if (typeof data.delta === "string") yield data.delta;
+    }
+    throw new Error("the stream broke off");
+  }
+
+  async #post(route: string, call: ChatCall): Promise<Reply> {
+    const isLong = (call.max_tokens ?? 0) > LONG_REPLY_TOKENS;
+    return await (await this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1))).json() as Reply;
+  }
+
+  #fetch(route: string, call: ChatCall, timeoutMs: number): Promise<Response> {
+    const { url, apiKey, workerKey } = this.#options;
+    const headers = {
+      Authorization: `Bearer ${apiKey}`,
+      "Content-Type": "application/json",
+      ...(workerKey ? { "X-API-Key": workerKey } : {}),
+    };
+    const init = { method: "POST", headers, body: JSON.stringify(call) };
+    const options = { timeoutMs, ...this.#options };
+    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options);
+  }
+}
+
+async function* events(
+  answer: Response,
+): AsyncGenerator<{ event: string; data: Record<string, unknown> }> {
+  const decoder = new TextDecoder();
+  const reader = answer.body!.getReader();
+  let held = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      held += decoder.decode(value, { stream: true });
+      const blocks = held.split("\n\n");
+      held = blocks.pop()!;
+      for (const block of blocks) {
+        const lines = block.split("\n").map((line) => line.split(/: (.*)/s, 2));
+        const { event = "message", data } = Object.fromEntries(lines.filter(([name]) => name));
+        if (data) yield { event, data: JSON.parse(data) };
+      }
+    }
+  } finally {
+    // Whoever stops listening hangs up, and the worker stops writing.
+    await reader.cancel();
+  }
+}

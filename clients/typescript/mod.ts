@@ -1,0 +1,20 @@
+/**
+ * What an edge function imports: jobs by their type, results, and callbacks that can be believed.
+ *
+ * @module
+ */
+
+export * from "./types.ts";
+export * from "./result.ts";
+export { BadSignature, verifyCallback } from "./callback.ts";
+export { Client, type ClientOptions, familyOf, type JobName, SubmittedJob } from "./client.ts";
+export {
+  type Connection,
+  Endpoint,
+  type Health,
+  RequestFailed,
+  type Retry,
+  type RunStatus,
+  type Status,
+} from "./endpoint.ts";
+export { type ChatCall, Face, type FaceOptions, type Reply } from "./http.ts";

@@ -1,0 +1,84 @@
+# docker buildx bake                  the images of all families
+# docker buildx bake sdxl --load      one of them, for this machine
+# REGISTRY=ghcr.io/me VERSION=0.1.0 docker buildx bake --push
+#
+# A variable is set in the environment; `--set sdxl.args.BASE_IMAGE=...` reaches every other
+# argument of the Dockerfile.
+
+# Where images are pushed to, such as ghcr.io/me.
+variable "REGISTRY" {
+  default = ""
+}
+
+# The images' tag and label.
+variable "VERSION" {
+  default = "dev"
+}
+
+# 1 bakes each family's default weights in; HF_TOKEN, where it is set, is a secret.
+variable "BAKE" {
+  default = "0"
+}
+
+# 1 adds a C compiler, for COMPILE=regional.
+variable "COMPILER" {
+  default = "0"
+}
+
+# Where to find another build of torch: https://download.pytorch.org/whl/cpu.
+variable "TORCH_INDEX" {
+  default = ""
+}
+
+# The commit, for the label.
+variable "REVISION" {
+  default = ""
+}
+
+# The repository's URL, for the label.
+variable "SOURCE" {
+  default = ""
+}
+
+function "tags" {
+  params = [family]
+  result = ["${REGISTRY == "" ? "" : "${REGISTRY}/"}ourvidz-${family}:${VERSION}"]
+}
+
+group "default" {
+  targets = ["all"]
+}
+
+group "all" {
+  targets = ["sdxl", "chat", "wan"]
+}
+
+target "image" {
+  args = {
+    BAKE        = BAKE
+    COMPILER    = COMPILER
+    TORCH_INDEX = TORCH_INDEX
+    VERSION     = VERSION
+    REVISION    = REVISION
+    SOURCE      = SOURCE
+  }
+  secret = ["id=HF_TOKEN,env=HF_TOKEN"]
+}
+
+target "sdxl" {
+  inherits = ["image"]
+  args     = { FAMILY = "sdxl" }
+  tags     = tags("sdxl")
+}
+
+target "chat" {
+  inherits = ["image"]
+  args     = { FAMILY = "chat" }
+  tags     = tags("chat")
+}
+
+target "wan" {
+  inherits = ["image"]
+  args     = { FAMILY = "wan" }
+  tags     = tags("wan")
+}

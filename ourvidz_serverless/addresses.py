@@ -1,0 +1,81 @@
+"""Which addresses are the public internet's, and what addresses a name has."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+#: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
+#: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
+#: and multicast addresses need no line here. A list of our own, because the standard library's
+#: `is_global` calls 6to4 and multicast global and changes from one Python to the next.
+CLOSED_NETWORKS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT; one cloud's metadata
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's host
+        "169.254.0.0/16",  # link-local; most clouds' metadata
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments; one cloud's metadata
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # multicast relays
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/3",  # multicast, reserved, broadcast
+        "2001::/23",  # protocol assignments, Teredo and ORCHID among them
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+)
+OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is the public internet's, looked at as IPv4 where it is mapped."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped and not address.scope_id:
+            return is_public(address.ipv4_mapped)
+        if address.scope_id or address not in OPEN_IPV6:
+            return False
+    return not any(address in network for network in CLOSED_NETWORKS)
+
+
+def resolve(host: str) -> list[str]:
+    """Every address of a host, as the system's resolver tells them; raises OSError."""
+    answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def look_up(
+    host: str, left: Callable[[], float], resolve: Callable[[str], Iterable[str]] = resolve
+) -> list[Address]:
+    """Every address of a host, known by the time that no seconds are `left`.
+
+    Raises OSError (TimeoutError is one), or ValueError where the answer holds no addresses.
+    """
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(list(resolve(host)))
+        except Exception as exc:  # handed on, to be raised where the answer is awaited
+            answer.set_exception(exc)
+
+    # In a thread, since the system's resolver takes no deadline.
+    threading.Thread(target=ask, daemon=True, name="resolve").start()
+    return [ipaddress.ip_address(text) for text in answer.result(left())]

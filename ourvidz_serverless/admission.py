@@ -1,0 +1,71 @@
+"""Whether a job may be done: what speaks against it, before anything is fetched or computed.
+
+Each check leaves its verdict in `context.audit`, which becomes the job's line of the audit trail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ourvidz_serverless import access, safety
+from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import ContentRefused, RateLimited, WorkerUnavailable
+from ourvidz_serverless.limits import Limits
+from ourvidz_serverless.payloads import Job
+from ourvidz_serverless.retries import Fault
+from ourvidz_serverless.settings import Settings
+
+
+class Admission:
+    """The door of one worker."""
+
+    def __init__(self, settings: Settings, limits: Limits) -> None:
+        self._settings, self._limits = settings, limits
+
+    def check_key(self, api_key: str | None, context: JobContext) -> None:
+        """Raise Unauthorized unless the job brings a key, where the worker wants one."""
+        keys = self._settings.worker_api_key
+        access.check(api_key, keys)
+        if keys:
+            context.audit["key"] = "accepted"
+
+    def check(self, job: Job, context: JobContext) -> None:
+        """Raise RateLimited or ContentRefused where the job must not be done."""
+        if self._limits.rates:
+            self._check_rate(job, context)
+        check_content(job.texts, job.adult, context)
+        self._check_consent(job, context)
+
+    def _check_rate(self, job: Job, context: JobContext) -> None:
+        try:
+            self._limits.check(job.user_id, lambda: context.remaining_s, context.stop.wait)
+            context.audit["rate"] = "within"
+        except RateLimited:
+            context.audit["rate"] = "over"
+            raise
+        except Fault as exc:
+            context.audit["rate"] = f"not counted: {exc}"
+            if not self._settings.rate_limit_fail_open:
+                raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
+
+    def _check_consent(self, job: Job, context: JobContext) -> None:
+        if not (self._settings.require_reference_consent and job.adult and job.references):
+            return
+        context.audit["consent"] = "given" if job.reference_consent else "missing"
+        if not job.reference_consent:
+            raise ContentRefused(
+                "content policy: metadata.reference_consent must be true for a reference image "
+                "in adult mode"
+            )
+
+
+def check_content(texts: Sequence[str], adult: bool, context: JobContext) -> None:
+    """Raise ContentRefused where the content floor refuses the texts, taken together."""
+    verdict = safety.judge(texts, adult=adult)
+    context.audit |= {
+        "content": verdict.rule or "passed",
+        "content_list": verdict.version,
+        "texts_sha256": safety.audit_hash(texts),
+    }
+    if verdict.refused:
+        raise safety.refusal(verdict)

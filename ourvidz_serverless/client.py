@@ -1,0 +1,279 @@
+"""A caller's side: jobs by their type, over the RunPod SDK's `Endpoint`.
+
+    client = Client({"sdxl": "abc123", "chat": ["def456", "ghi789"]}, api_key="rpa_...")
+    job = client.submit({"type": "sdxl_image_fast", "user_id": "user-1", "prompt": "a red circle"})
+    document = job.result()
+
+The job type decides which family's endpoints may have a job, and their load which of them gets it:
+the part of an orchestrator that a queue in front of workers leaves over. A job that fails raises
+the class of `errors` that the worker raised.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import requests
+from runpod.endpoint import Endpoint
+
+from ourvidz_serverless.errors import Cancelled, DeadlinePassed, InternalError, JobError
+from ourvidz_serverless.jobs import FAMILY_OF, job_type
+from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
+
+T = TypeVar("T")
+
+ERRORS = {error.code: error for error in JobError.__subclasses__()}
+
+#: The platform's states in the words of `GET /job/{id}`.
+STATUS_OF: Mapping[str, Status] = {
+    "IN_QUEUE": "queued",
+    "IN_PROGRESS": "processing",
+    "COMPLETED": "completed",
+    "FAILED": "failed",
+    "CANCELLED": "failed",
+    "TIMED_OUT": "failed",
+}
+
+#: How soon a job is asked for again, at first and at last, in seconds.
+FIRST_POLL_S, LAST_POLL_S = 0.25, 3.0
+TIMEOUT_S = 30
+
+Status = Literal["queued", "processing", "completed", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a job stands: `document` once it has ended, `error` where it failed."""
+
+    status: Status
+    progress: Mapping[str, Any] | None = None
+    document: Mapping[str, Any] | None = None
+    error: JobError | None = None
+
+
+class Client:
+    """Submits jobs to the endpoints of their families.
+
+    `worker_key` is brought where the workers have WORKER_API_KEY; `base_url` is RunPod's unless
+    given. Requests that fail raise `Fault`, with the HTTP status, after their tries.
+    """
+
+    def __init__(
+        self,
+        endpoints: Mapping[str, str | Sequence[str]],
+        api_key: str,
+        worker_key: str | None = None,
+        base_url: str | None = None,
+        policy: Retry | None = None,
+    ) -> None:
+        self._ids = {
+            family: (ids,) if isinstance(ids, str) else tuple(ids)
+            for family, ids in endpoints.items()
+        }
+        self._api_key, self._worker_key = api_key, worker_key
+        self._base_url = base_url
+        self._policy = policy or Retry(tries=4)
+
+    def submit(
+        self, payload: Mapping[str, Any], s3_config: Mapping[str, Any] | None = None
+    ) -> SubmittedJob:
+        """Queue a job on the endpoint of its family that has the least to do."""
+        api, body = self._choose(payload), self._body(payload, s3_config)
+        return SubmittedJob(api, api.call(lambda: api.endpoint.run(body)).job_id)
+
+    def run(self, payload: Mapping[str, Any], timeout_s: float = 600) -> Mapping[str, Any]:
+        """A job's document, waited for; raises the JobError that it failed with."""
+        return self.submit(payload).result(timeout_s)
+
+    def runsync(self, payload: Mapping[str, Any], wait_s: float = 90) -> Mapping[str, Any]:
+        """The same in one request, for jobs that take no longer than `wait_s`."""
+        api, body = self._choose(payload), self._body(payload)
+        path, timeout_s = f"runsync?wait={int(wait_s * 1000)}", int(wait_s) + TIMEOUT_S
+        outcome = read_outcome(api.post(path, body, timeout_s))
+        return _document(outcome, wait_s)
+
+    def job(self, endpoint: str, id: str) -> SubmittedJob:
+        """A job that was submitted before, by its endpoint and RunPod's id."""
+        return SubmittedJob(self._api(endpoint), id)
+
+    def health(self, family: str) -> dict[str, Any]:
+        """What RunPod says of the jobs and workers of each of a family's endpoints."""
+        return {name: self._api(name).health() for name in self._endpoints(family)}
+
+    def _choose(self, payload: Mapping[str, Any]) -> _Api:
+        apis = [self._api(name) for name in self._endpoints(self._family(payload))]
+        return apis[0] if len(apis) == 1 else min(apis, key=_load)
+
+    def _family(self, payload: Mapping[str, Any]) -> str:
+        name = job_type(payload)
+        if name is None:
+            asked = payload.get("type") or payload.get("job_type")
+            raise ValueError(f"{asked} is no job type")
+        family = FAMILY_OF[name]
+        if family != "admin" or "admin" in self._ids:
+            return family
+        # Every worker serves an administrator: the one that the question is about, or the first.
+        config = payload.get("config")
+        wish = config.get("target_worker") if isinstance(config, Mapping) else None
+        target = str(wish).removesuffix("_worker")
+        return target if target in self._ids else next(iter(self._ids))
+
+    def _endpoints(self, family: str) -> tuple[str, ...]:
+        if not self._ids.get(family):
+            raise ValueError(f"no endpoint serves {family}")
+        return self._ids[family]
+
+    def _api(self, name: str) -> _Api:
+        return _Api(Endpoint(name, self._api_key), self._base_url, self._policy)
+
+    def _body(
+        self, payload: Mapping[str, Any], s3_config: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        # With an id of our own, so that a request whose answer was lost can be made again.
+        job_id = payload.get("id") or payload.get("job_id") or str(uuid.uuid4())
+        key = {"api_key": self._worker_key} if self._worker_key else {}
+        body: dict[str, Any] = {"input": {**payload, "id": job_id, **key}}
+        return {**body, "s3Config": s3_config} if s3_config else body
+
+
+class SubmittedJob:
+    """A job on its endpoint; `endpoint` and `id` are what another process needs to ask on."""
+
+    def __init__(self, api: _Api, id: str) -> None:
+        self._api, self.id = api, id
+
+    @property
+    def endpoint(self) -> str:
+        return self._api.name
+
+    def status(self) -> Outcome:
+        """Where the job stands now."""
+        return read_outcome(self._api.get(f"status/{self.id}"))
+
+    def result(self, timeout_s: float = 600) -> Mapping[str, Any]:
+        """The document, asked for ever more rarely; raises the JobError that the job ended with."""
+        end, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
+        while True:
+            outcome = self.status()
+            left_s = end - time.monotonic()
+            if outcome.status in ("completed", "failed") or left_s <= 0:
+                return _document(outcome, timeout_s)
+            time.sleep(min(wait_s, left_s))
+            wait_s = min(wait_s * 1.5, LAST_POLL_S)
+
+    def stream(self) -> Generator[str, None, Mapping[str, Any]]:
+        """A streamed reply, piece by piece; the generator's value is the document."""
+        # Not the SDK's own, which never ends for a job that was cancelled.
+        while True:
+            answer = self._api.get(f"stream/{self.id}")
+            for item in answer["stream"]:
+                if isinstance(item["output"], Mapping) and "delta" in item["output"]:
+                    yield item["output"]["delta"]
+            if not answer["stream"]:
+                if STATUS_OF[answer["status"]] in ("completed", "failed"):
+                    return self.result()
+                time.sleep(FIRST_POLL_S)
+
+    def cancel(self) -> None:
+        """Have the job stopped at its next step."""
+        self._api.post(f"cancel/{self.id}", {})
+
+
+def read_outcome(answer: Mapping[str, Any]) -> Outcome:
+    """What an answer of RunPod's `/status` or `/runsync` means.
+
+    Where chat is served the output is a list whose last item is the document; else it is that.
+    """
+    status, output = STATUS_OF[answer["status"]], answer.get("output")
+    last = output[-1] if isinstance(output, list) and output else output
+    document = last if isinstance(last, Mapping) and "job_id" in last else None
+    if status in ("queued", "processing"):
+        return Outcome(status, progress=last if isinstance(last, Mapping) else None)
+    if status == "completed" and document and document["status"] == "completed":
+        return Outcome(status, document=document)
+    return Outcome("failed", document=document, error=_error(answer, document))
+
+
+def _error(answer: Mapping[str, Any], document: Mapping[str, Any] | None) -> JobError:
+    failure = (document or {}).get("failure") or _parsed(answer.get("error"))
+    if failure:
+        error = ERRORS.get(failure["code"], InternalError)
+        return error(failure["message"], retry_after=failure.get("retry_after"))
+    if answer["status"] == "CANCELLED":
+        return Cancelled("the job was cancelled")
+    if answer["status"] == "TIMED_OUT":
+        return DeadlinePassed("the platform ended the job")
+    return InternalError(str(answer.get("error") or "the job has no result"))
+
+
+def _parsed(error: object) -> Mapping[str, Any] | None:
+    try:
+        failure = json.loads(error) if isinstance(error, str) else None
+    except ValueError:
+        return None
+    return failure if isinstance(failure, Mapping) and "code" in failure else None
+
+
+def _document(outcome: Outcome, waited_s: float) -> Mapping[str, Any]:
+    if outcome.error:
+        raise outcome.error
+    if outcome.document is None:
+        raise DeadlinePassed(f"the job is still under way after {waited_s:g} seconds")
+    return outcome.document
+
+
+def _load(api: _Api) -> float:
+    """How many jobs each worker of an endpoint would have to do first; endless if unknown."""
+    try:
+        health = api.health()
+    except Fault:
+        return float("inf")
+    jobs, workers = health["jobs"], health["workers"]
+    waiting: float = jobs["inQueue"] + jobs["inProgress"]
+    return waiting / max(int(workers.get("running", 0) + workers.get("idle", 0)), 1)
+
+
+class _Api:
+    """One endpoint's operations, tried again where that may help."""
+
+    def __init__(self, endpoint: Endpoint, base_url: str | None, policy: Retry) -> None:
+        self.endpoint, self._policy = endpoint, policy
+        if base_url:
+            endpoint.rp_client.endpoint_url_base = base_url
+
+    @property
+    def name(self) -> str:
+        return str(self.endpoint.endpoint_id)
+
+    def get(self, path: str) -> Any:
+        return self.call(lambda: self.endpoint.rp_client.get(f"{self.name}/{path}", TIMEOUT_S))
+
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: int = TIMEOUT_S) -> Any:
+        client, path = self.endpoint.rp_client, f"{self.name}/{path}"
+        return self.call(lambda: client.post(path, body, timeout_s))
+
+    def health(self) -> Any:
+        return self.call(lambda: self.endpoint.health(TIMEOUT_S))
+
+    def call(self, request: Callable[[], T]) -> T:
+        """What a request gives; raises Fault after its tries."""
+        return retry(lambda: _named(request), on=is_transient, policy=self._policy)
+
+
+def _named(request: Callable[[], T]) -> T:
+    """The SDK's errors as Fault: which status, and how long the platform asks to wait."""
+    try:
+        return request()
+    except requests.HTTPError as exc:
+        answer = exc.response
+        raise Fault(answer.status_code, answer.headers.get("Retry-After")) from exc
+    # KeyError: an answer without the job's id is none.
+    except (requests.RequestException, OSError, KeyError) as exc:
+        raise Fault(None) from exc
+    except RuntimeError as exc:  # the SDK's for a wrong API key
+        raise Fault(401) from exc

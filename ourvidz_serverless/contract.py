@@ -1,0 +1,311 @@
+"""The contract as JSON Schema: every job's payload, and every document that comes back.
+
+A payload's schema is generated from the model that parses it, with the other names that a field
+answers to beside its own. What `jobs.FAMILIES` does not hold yet has what all jobs share. The
+documents are described here, and tests hold them against what the worker really says.
+
+`VERSION` counts what a caller can see: the second number for what is added, the first for what an
+old caller would trip over.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.payloads import KEY_PATTERN, Job, S3Config, Status
+
+VERSION = "1.0"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+#: Where null means absent, whatever the field.
+NULLABLE = ("config", "metadata")
+
+#: What every payload may hold beside its model's fields: a key, and the caller's older names.
+ALSO: dict[str, JsonSchemaValue] = {
+    "api_key": {"type": "string", "description": "needed where the worker has WORKER_API_KEY"},
+    "job_id": {"type": "string", "pattern": KEY_PATTERN, "description": "the same as id"},
+    "job_type": {"type": "string", "description": "the same as type, which wins"},
+}
+
+Code = Literal[
+    "CANCELLED",
+    "CONTENT_REFUSED",
+    "INTERNAL_ERROR",
+    "INVALID_PROMPT",
+    "MODEL_LOAD_ERROR",
+    "OOM_ERROR",
+    "RATE_LIMITED",
+    "REFERENCE_FRAME_ERROR",
+    "TIMEOUT_ERROR",
+    "UNAUTHORIZED",
+    "UPLOAD_ERROR",
+    "WORKER_UNAVAILABLE",
+]
+
+
+class Said(BaseModel):
+    """A part of a document. More keys may come with any version; none of these goes."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class AssetMetadata(Said):
+    """Pictures and videos have sizes and seeds, texts have not."""
+
+    format: str
+    batch_size: int
+    asset_index: int
+    file_size_bytes: int
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    denoise_strength: float | None = None
+    frame_num: int | None = None
+    fps: float | None = None
+    duration_seconds: float | None = None
+
+
+class Asset(Said):
+    """One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else."""
+
+    type: Literal["image", "video", "text"]
+    url: str
+    thumbnail_url: str | None = None
+    metadata: AssetMetadata
+
+
+class Failure(Said):
+    """Why a job failed; `retryable` says whether the same job may succeed later."""
+
+    code: Code
+    message: str
+    retryable: bool
+    retry_after: float | None = None
+
+
+class Usage(Said):
+    """Tokens of a chat."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_reused: int
+
+
+class DocumentMetadata(Said):
+    """What the worker knows of the whole job; `timings` are seconds by stage."""
+
+    processing_time: float | None = None
+    timings: dict[str, float] | None = None
+    versions: dict[str, str] | None = None
+    reference_mode: str | None = None
+    batch_size: int | None = None
+    vram_used: float | None = None
+    warnings: list[str] | None = None
+    error_type: Code | None = None
+    model: str | None = None
+    system_prompt_used: str | None = None
+    enhancement_source: str | None = None
+    unrestricted_mode: bool | None = None
+    nsfw_optimization: bool | None = None
+
+
+class Document(Said):
+    """What every document says; the reply's fields are a chat's, `result` is an administrator's."""
+
+    job_id: str
+    worker_id: str
+    status: Status
+    assets: list[Asset]
+    metadata: DocumentMetadata
+    error_message: str | None = None
+    response: str | None = None
+    enhanced_prompt: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    usage: Usage | None = None
+    result: dict[str, Any] | None = None
+
+
+class Callback(Document):
+    """The body that is posted, signed, to the application."""
+
+    error: Failure | None = None
+
+
+class Result(Document):
+    """What RunPod shows as `output`; a failed job's `error` is this `failure` as JSON text."""
+
+    failure: Failure | None = None
+
+
+class Delta(Said):
+    """One item of a streamed reply; the last item of a stream is a Result."""
+
+    delta: str
+
+
+DOCUMENTS: Mapping[str, type[Said]] = {"callback": Callback, "result": Result, "delta": Delta}
+
+
+class _Schema(GenerateJsonSchema):
+    """pydantic's schema without what a reader does not need: titles of fields, defaults of none."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        made = super().default_schema(schema)
+        default = made.get("default")
+        # A value that is parsed from a text has no default that a caller could send.
+        is_parsed = made.get("type") == "string" and not isinstance(default, str)
+        if default is None or default == [] or is_parsed or isinstance(default, dict):
+            made.pop("default", None)
+        return made
+
+
+def job_schemas() -> dict[str, JsonSchemaValue]:
+    """The payload's schema by job type."""
+    return {name: _of_type(family_schema(family), name) for name, family in jobs.FAMILY_OF.items()}
+
+
+def document_schemas() -> dict[str, JsonSchemaValue]:
+    """The schemas of what comes back: the callback, the returned result, a stream's item."""
+    return {
+        name: _headed(name, model.model_json_schema(schema_generator=_Schema))
+        for name, model in DOCUMENTS.items()
+    }
+
+
+def event_schema() -> JsonSchemaValue:
+    """The body of RunPod's `/run`, and of this worker's `/jobs`."""
+    return _headed(
+        "event",
+        {
+            "title": "RunRequest",
+            "type": "object",
+            "properties": {
+                "input": {"type": "object", "description": "a payload: the schemas in jobs/"},
+                "s3Config": S3Config.model_json_schema(schema_generator=_Schema),
+            },
+            "required": ["input"],
+        },
+    )
+
+
+def family_schema(family: str) -> JsonSchemaValue:
+    """The payload's schema of a family's jobs."""
+    model = _model(family)
+    schema = model.model_json_schema(schema_generator=_Schema, mode="validation")
+    for part, nested in _parts(model):
+        for name, info in nested.model_fields.items():
+            _place(schema, part, name, info.validation_alias)
+    types = [name for name, owner in jobs.FAMILY_OF.items() if owner == family]
+    properties = schema["properties"]
+    del properties["s3Config"]
+    properties |= ALSO | {"type": {"type": "string", "enum": types}}
+    properties["id"]["description"] = "RunPod's own id serves where it is missing"
+    parts = [_resolved(schema, properties[name]) for name in NULLABLE if name in properties]
+    for holder in (schema, *parts):
+        _let_null_be_absent(holder)
+    schema["title"] = f"{family.title()}Job"
+    schema["required"] = sorted({*schema.get("required", ()), "type"} - {"id"})
+    schema.pop("description", None)
+    _drop_unused(schema)
+    return schema
+
+
+def _model(family: str) -> type[Job]:
+    """The model that a family's `parse` returns."""
+    model: type[Job] = typing.get_type_hints(jobs.FAMILIES[family].parse)["return"]
+    return model
+
+
+def _place(
+    schema: JsonSchemaValue,
+    part: list[str],
+    name: str,
+    alias: str | AliasPath | AliasChoices | None,
+) -> None:
+    """Put a field wherever it may stand; pydantic puts it in one place, at its own level."""
+    if alias is None or isinstance(alias, str):
+        return
+    choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+    paths = [_path(choice) for choice in choices]
+    chosen = next((path[0] for path in paths if len(path) == 1), name)
+    home = _object(schema, part)
+    field = home["properties"].pop(chosen)
+    if chosen in home.get("required", ()):
+        home["required"].remove(chosen)
+    first = ".".join([*part, *paths[0]])
+    for *where, last in paths:
+        about = {} if [*where, last] == paths[0] else {"description": f"the same as {first}"}
+        _object(schema, [*part, *where])["properties"].setdefault(last, {**field, **about})
+
+
+def _parts(model: type[BaseModel]) -> Iterator[tuple[list[str], type[BaseModel]]]:
+    yield [], model
+    for name in NULLABLE:
+        if name in model.model_fields:
+            part = model.model_fields[name].annotation
+            assert isinstance(part, type) and issubclass(part, BaseModel)
+            yield [name], part
+
+
+def _path(choice: str | AliasPath) -> list[str]:
+    return [choice] if isinstance(choice, str) else [str(step) for step in choice.path]
+
+
+def _object(schema: JsonSchemaValue, path: list[str]) -> JsonSchemaValue:
+    """The object at a path, made where no field is declared there."""
+    here = schema
+    for name in path:
+        title = f"{schema['title'].removesuffix('Job')}{name.title()}"
+        if name not in here["properties"]:
+            here["properties"][name] = {"$ref": f"#/$defs/{title}"}
+            schema["$defs"][title] = {"title": title, "type": "object", "properties": {}}
+        here = _resolved(schema, here["properties"][name])
+    return here
+
+
+def _resolved(schema: JsonSchemaValue, part: JsonSchemaValue) -> JsonSchemaValue:
+    reference = part.get("$ref")
+    resolved: JsonSchemaValue = schema["$defs"][reference.rsplit("/")[-1]] if reference else part
+    return resolved
+
+
+def _let_null_be_absent(part: JsonSchemaValue) -> None:
+    required = part.get("required", ())
+    for name, value in part.get("properties", {}).items():
+        options = value.get("anyOf", ())
+        if name not in required and {"type": "null"} not in options:
+            about = {key: value.pop(key) for key in ("default", "description") if key in value}
+            inner = options or [dict(value)]
+            value.clear()
+            value |= {"anyOf": [*inner, {"type": "null"}], **about}
+
+
+def _drop_unused(schema: JsonSchemaValue) -> None:
+    definitions = schema.pop("$defs", {})
+    text = str(schema) + str(definitions)
+    used = {name: part for name, part in definitions.items() if f"#/$defs/{name}'" in text}
+    if used:
+        schema["$defs"] = used
+
+
+def _of_type(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
+    schema["properties"]["type"] = {"const": name, "type": "string"}
+    return _headed(f"jobs:{name}", schema)
+
+
+def _headed(name: str, schema: JsonSchemaValue) -> JsonSchemaValue:
+    return {"$schema": DIALECT, "$id": f"urn:ourvidz:{VERSION}:{name}", **schema}

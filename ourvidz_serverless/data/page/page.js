@@ -1,0 +1,270 @@
+// The page: a form that makes a payload, a stage that shows what comes of it, and the document.
+
+import {
+  addressOf,
+  caption,
+  ending,
+  eventsOf,
+  familyOf,
+  FIELDS,
+  payloadOf,
+  pretty,
+  tell,
+} from "./job.js";
+
+const AGAIN_MS = 2000;
+const GROUPS = { sdxl: "SDXL", wan: "WAN", chat: "Chat", admin: "Administration" };
+
+const at = (id) => document.getElementById(id);
+/** WORKER_API_KEY, if one is asked for: in this variable and nowhere else. */
+let key = "";
+let job = "";
+let turns = [];
+let shown = [];
+
+async function call(path, options = {}) {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) openDoor();
+  return answer;
+}
+
+// --- the worker ---
+
+async function meet() {
+  const answer = await call("worker/info").catch(() => undefined);
+  if (!answer || answer.status === 503) {
+    at("worker").textContent = answer ? "the models are being loaded" : "no answer";
+    setTimeout(meet, AGAIN_MS);
+  } else if (answer.ok) {
+    at("door").hidden = true;
+    welcome(await answer.json());
+  } else if (answer.status === 401) {
+    at("worker").textContent = key
+      ? "the worker does not know this key"
+      : "the worker asks for a key";
+  }
+}
+
+function openDoor() {
+  at("door").hidden = false;
+  at("key").focus();
+}
+
+function welcome({ families, job_types: types }) {
+  at("worker").textContent = `serves ${families.join(", ")}`;
+  const groups = Map.groupBy(types, familyOf);
+  at("type").replaceChildren(...[...groups].map(([family, names]) => {
+    const group = make("optgroup", { label: GROUPS[family] });
+    group.append(...names.map((name) => make("option", { textContent: name })));
+    return group;
+  }));
+  at("send").disabled = false;
+  draw();
+}
+
+// --- the form ---
+
+function draw() {
+  turns = [];
+  let pair;
+  const rows = [];
+  for (const field of FIELDS[familyOf(at("type").value)]) {
+    if (field.half) {
+      if (!pair) rows.push(pair = make("div", { className: "pair" }));
+      pair.append(labelled(field));
+    } else {
+      pair = undefined;
+      rows.push(labelled(field));
+    }
+  }
+  at("fields").replaceChildren(...rows);
+  write();
+}
+
+function labelled(field) {
+  const input = inputOf(field);
+  input.name = field.at;
+  const label = make("label", { className: field.check ? "check" : "" });
+  label.append(...(field.check ? [input, field.label] : [field.label, input]));
+  return label;
+}
+
+function inputOf({ choices, rows, number, check, value = "", hint = "" }) {
+  if (check) return make("input", { type: "checkbox", checked: value });
+  if (choices) {
+    const select = make("select");
+    select.append(...choices.map((choice) => make("option", { textContent: choice })));
+    return select;
+  }
+  if (rows) return make("textarea", { rows, value });
+  return make("input", { type: number ? "number" : "text", step: "any", value, placeholder: hint });
+}
+
+function values() {
+  const fields = FIELDS[familyOf(at("type").value)];
+  return Object.fromEntries(fields.map((field) => {
+    const input = at("ask").elements[field.at];
+    if (field.check) return [field.at, input.checked];
+    const isNumber = field.number || typeof field.choices?.[0] === "number";
+    return [field.at, isNumber && input.value !== "" ? Number(input.value) : input.value];
+  }));
+}
+
+function write() {
+  at("payload").value = JSON.stringify(payloadOf(at("type").value, values(), turns), null, 2);
+}
+
+// --- a job ---
+
+async function run(event) {
+  event.preventDefault();
+  at("refused").textContent = "";
+  let payload;
+  try {
+    payload = JSON.parse(at("payload").value);
+  } catch (error) {
+    at("raw").open = true;
+    return refuse(`The payload is not JSON: ${error.message}`);
+  }
+  busy(true);
+  clear();
+  say("sending");
+  try {
+    const answer = await call("jobs", { method: "POST", body: JSON.stringify({ input: payload }) });
+    const told = await answer.json();
+    at("document").textContent = pretty(told);
+    if (!answer.ok) {
+      say("refused", true);
+      return refuse(told.error);
+    }
+    job = told.job_id;
+    say("queued");
+    await watch(payload);
+  } catch (error) {
+    say(`The worker is not there any more: ${error.message}`, true);
+  } finally {
+    busy(false);
+  }
+}
+
+/** Follow a job to its end. */
+async function watch(payload) {
+  const talk = familyOf(payload.type ?? "") === "chat" ? converse(payload) : undefined;
+  const answer = await call(`job/${encodeURIComponent(job)}/events`);
+  for await (const { event, data } of eventsOf(answer.body)) {
+    if (event === "progress") {
+      const { words, share } = tell(data);
+      say(words);
+      fill(share);
+    } else if (event === "message") {
+      say("speaking");
+      talk?.grow(data.delta);
+    } else {
+      await end(data, talk);
+    }
+  }
+}
+
+async function end(document, talk) {
+  at("document").textContent = pretty(document);
+  const failed = document.status === "failed";
+  say(ending(document), failed);
+  fill(failed ? 0 : 1);
+  talk?.end(failed ? undefined : document.response ?? document.enhanced_prompt);
+  for (const asset of document.assets ?? []) if (asset.type !== "text") await show(asset);
+}
+
+/** A conversation on the stage: what was asked, and the reply as it grows. */
+function converse({ messages = [], prompt }) {
+  const box = make("div", { className: "talk" });
+  const spoken = messages.filter(({ role }) => role !== "system");
+  for (
+    const { role, content } of spoken.length ? spoken : [{ role: "user", content: prompt ?? "" }]
+  ) {
+    const className = role === "user" ? "asked" : "";
+    box.append(make("p", { className, textContent: content }));
+  }
+  const reply = make("p", { className: "growing" });
+  box.append(reply);
+  at("seen").append(box);
+  return {
+    grow: (words) => reply.append(words),
+    end: (words) => {
+      reply.className = "";
+      if (words === undefined) return;
+      reply.textContent = words;
+      turns = [...spoken, { role: "assistant", content: words }];
+      const asked = at("ask").elements.words;
+      if (!asked) return;
+      asked.value = "";
+      write();
+    },
+  };
+}
+
+/** An asset on the stage, fetched with the key, which an image's own request would not bring. */
+async function show(asset) {
+  const address = addressOf(asset);
+  const answer = address && await call(address);
+  const figure = make("figure");
+  if (answer?.ok) {
+    const src = URL.createObjectURL(await answer.blob());
+    shown.push(src);
+    const film = { controls: true, loop: true, muted: true, autoplay: true };
+    figure.append(
+      asset.type === "video"
+        ? make("video", { src, ...film })
+        : make("img", { src, alt: `picture ${asset.metadata.asset_index + 1}` }),
+      make("figcaption", { textContent: caption(asset.metadata) }),
+    );
+  } else {
+    const words = `${asset.url} lies in storage, out of this page's sight.`;
+    figure.append(make("figcaption", { textContent: words }));
+  }
+  at("seen").append(figure);
+}
+
+function clear() {
+  shown.forEach((src) => URL.revokeObjectURL(src));
+  shown = [];
+  at("seen").replaceChildren();
+  fill(0);
+}
+
+function busy(is) {
+  at("send").disabled = is;
+  at("stop").hidden = !is;
+}
+
+function say(words, isWrong = false) {
+  at("state").textContent = words;
+  at("state").className = isWrong ? "wrong" : "";
+}
+
+function refuse(words) {
+  at("refused").textContent = words;
+}
+
+function fill(share) {
+  at("bar").firstElementChild.style.width = `${Math.round(share * 100)}%`;
+}
+
+function make(tag, properties = {}) {
+  return Object.assign(document.createElement(tag), properties);
+}
+
+at("ask").addEventListener("submit", run);
+at("type").addEventListener("change", draw);
+at("fields").addEventListener("input", write);
+at("stop").addEventListener(
+  "click",
+  () => call(`job/${encodeURIComponent(job)}/cancel`, { method: "POST" }),
+);
+at("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key = at("key").value;
+  meet();
+});
+at("send").disabled = true;
+meet();

@@ -1,0 +1,702 @@
+"""The Worker behind plain HTTP: for RunPod's load-balancing endpoints, for pods, for local work.
+
+    python -m ourvidz_serverless.http
+
+    POST /chat, /chat/unrestricted, /enhance    the application's chat calls, answered in place
+    POST /jobs                                  any job, {"input": PAYLOAD}; ?wait=SECONDS
+    GET  /job/{id}, /job/{id}/events            where it stands; POST /job/{id}/cancel
+    GET  /ping, /health                         without a key
+    GET  /                                      a page to look at (`page.py`), where it is wanted
+    GET  /status, /worker/info, /enhancement/info, /debug/env, /memory/status, /memory/report
+    POST /memory/load, /memory/unload, /emergency/operation
+
+A failure is a status that is not 2xx and `{"success": false, "error": "<text>", ...}`, whatever
+failed. The socket is open before the models are there: until then `/ping` answers 204.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import FrameType
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ourvidz_serverless import __version__, access, jobs, logs, page, settings
+from ourvidz_serverless.context import Stop, to_nobody
+from ourvidz_serverless.docket import Docket, Ticket
+from ourvidz_serverless.errors import (
+    DeadlinePassed,
+    InternalError,
+    InvalidPrompt,
+    JobError,
+    ModelLoadError,
+    WorkerUnavailable,
+)
+from ourvidz_serverless.logs import log
+from ourvidz_serverless.openapi import describe
+from ourvidz_serverless.payloads import Document, Failure
+from ourvidz_serverless.readahead import ReadAhead
+from ourvidz_serverless.registration import Registration
+from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.worker import Worker
+
+#: What RunPod's load balancer lets through.
+MAX_BODY_BYTES = 30_000_000
+
+#: A body that takes longer is given up; a thread never waits for one.
+BODY_TIMEOUT_S = 60.0
+
+#: The caller waits 45 s for a reply, and 90 s for a long one: longer than the default's tokens.
+LONG_REPLY_TOKENS = 512
+
+#: How long before its caller gives up a job is stopped, so that the answer still arrives.
+LAST_WORD_S = 2.0
+
+#: Proxies close a connection on which nothing is said for a minute or so.
+HEARTBEAT_S = 15.0
+
+#: An idle connection is the proxy's to close, or its next request would meet our close.
+KEEP_ALIVE_S = 75
+
+#: A worker needs its files and sockets for its jobs; the proxy in front of it needs few.
+MAX_CONNECTIONS = 512
+
+#: What the caller is asked to wait while the models are loaded, in seconds.
+LOADING_S = 5
+
+#: What the specification's routes ask, in the words of this job type.
+ADMIN = "admin_utilities"
+OPERATION_OF = {
+    "/status": "status",
+    "/worker/info": "info",
+    "/enhancement/info": "enhancement_info",
+    "/memory/status": "memory_status",
+    "/memory/report": "memory_report",
+    "/debug/env": "debug_env",
+    "/memory/load": "memory_load",
+    "/memory/unload": "memory_unload",
+}
+EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
+
+#: A failure's status on the wire.
+STATUS_OF = {
+    "INVALID_PROMPT": 400,
+    "CONTENT_REFUSED": 403,
+    "UNAUTHORIZED": 401,
+    "RATE_LIMITED": 429,
+    "WORKER_UNAVAILABLE": 503,
+    "MODEL_LOAD_ERROR": 503,
+    "OOM_ERROR": 503,
+    "REFERENCE_FRAME_ERROR": 422,
+    "TIMEOUT_ERROR": 504,
+    "CANCELLED": 409,
+    "UPLOAD_ERROR": 502,
+    "INTERNAL_ERROR": 500,
+}
+
+
+class Face:
+    """What the routes share: the worker, once it is there, and the docket of its jobs."""
+
+    def __init__(self, config: Settings) -> None:
+        self.settings = config
+        self.docket = Docket(config.resolved_concurrency, config.http_backlog)
+        self.is_closing = False
+        self._worker: Worker | None = None
+        self._registration = Registration.of(config)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._worker is not None and not self.is_closing and not self.is_lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker's device failed, so that nothing can be served any more."""
+        return self._worker is not None and self._worker.is_lost
+
+    @property
+    def worker(self) -> Worker:
+        """The worker; raises WorkerUnavailable while its models are being loaded."""
+        if self._worker is None:
+            raise WorkerUnavailable("the models are being loaded", retry_after=LOADING_S)
+        return self._worker
+
+    def open(self, worker: Worker) -> None:
+        """Serve with this worker from now on, and tell the application where, if it wants that."""
+        self._worker = worker
+        if self.is_closing:
+            worker.close(0)
+        elif self._registration:
+            self._registration.announce()
+
+    def close(self) -> None:
+        """Take no further job; what runs has the grace that the settings give it."""
+        self.is_closing = True
+        if self._worker:
+            self._worker.close(self.settings.shutdown_grace_s)
+            if self._registration:
+                # Not here: this is a signal's handler. The process waits for the thread.
+                threading.Thread(target=self._registration.withdraw, name="withdraw").start()
+
+
+router = APIRouter()
+
+
+def _face(request: Request) -> Face:
+    face: Face = request.app.state.face
+    return face
+
+
+TheFace = Annotated[Face, Depends(_face)]
+
+
+def _key(request: Request) -> str | None:
+    """The caller's key: of its own header where a gateway uses the usual one for itself."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else None
+    return request.headers.get("X-API-Key") or bearer or None
+
+
+def _check_key(request: Request, face: TheFace) -> None:
+    access.check(_key(request), face.settings.worker_api_key)
+
+
+NeedsKey = Depends(_check_key)
+Wait = Annotated[float, Query(ge=0, le=300, description="seconds to wait for the job's end")]
+
+
+# --- is anybody there ---
+
+
+@router.get("/ping", response_class=Response)
+async def ping(face: TheFace) -> Response:
+    """RunPod's load balancer: 200 takes requests, 204 is still loading, 503 takes no more."""
+    if face.is_closing or face.is_lost:
+        return Response(status_code=503)
+    return JSONResponse({"status": "healthy"}) if face.is_ready else Response(status_code=204)
+
+
+@router.get("/health")
+async def health(face: TheFace) -> Response:
+    """Whether jobs are taken, what is served, and on what."""
+    families = list(face.settings.families)
+    if face.is_ready:
+        return JSONResponse({**face.worker.health(), "families": families})
+    if face.is_lost:
+        return JSONResponse({**face.worker.health(), "families": families}, 503)
+    state = "shutting_down" if face.is_closing else "loading"
+    return JSONResponse({"status": state, "model_loaded": False, "families": families}, 503)
+
+
+# --- chat, answered in place ---
+
+
+@router.post("/chat")
+async def chat(request: Request, face: TheFace) -> Response:
+    """A conversation's next reply, in `response`."""
+    payload = await _payload(request)
+    kind = _asked_type(payload)
+    return await _reply(
+        request,
+        face,
+        {**payload, "type": kind if kind == "chat_unrestricted" else "chat_conversation"},
+    )
+
+
+@router.post("/chat/unrestricted")
+async def chat_unrestricted(request: Request, face: TheFace) -> Response:
+    """The same in adult mode."""
+    return await _reply(request, face, {**await _payload(request), "type": "chat_unrestricted"})
+
+
+@router.post("/enhance")
+async def enhance(request: Request, face: TheFace) -> Response:
+    """A better prompt, in `enhanced_prompt`."""
+    return await _reply(request, face, {**await _payload(request), "type": "chat_enhance"})
+
+
+# --- any job ---
+
+
+@router.post("/jobs")
+async def submit(request: Request, face: TheFace, wait: Wait = 0) -> Response:
+    """Take a job, {"input": PAYLOAD} as on RunPod's `/run`, and say its id; or wait for its end.
+
+    A payload that does not hold is refused before the job is taken.
+    """
+    worker, event = face.worker, _event_of(request, **await _input(request))
+    _check(face, event)
+    await asyncio.to_thread(jobs.parse, event, face.settings)
+    ticket = _take(face, worker, event)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(ticket.ended(), wait)
+    if ticket.document:
+        return _answer(ticket.document)
+    return JSONResponse(_standing(ticket), 202)
+
+
+@router.get("/job/{job_id}", dependencies=[NeedsKey])
+async def job(job_id: str, face: TheFace) -> Response:
+    """Where a job stands: `queued`, `processing` with its progress, or its document."""
+    ticket = _find(face, job_id)
+    return JSONResponse(_body_of(ticket.document) if ticket.document else _standing(ticket))
+
+
+@router.get("/job/{job_id}/events", dependencies=[NeedsKey])
+async def job_events(job_id: str, face: TheFace) -> Response:
+    """A job's progress and its end, as server-sent events."""
+    return EventStream(_events(_find(face, job_id)))
+
+
+@router.post("/job/{job_id}/cancel", dependencies=[NeedsKey])
+async def cancel(job_id: str, face: TheFace) -> Response:
+    """Stop a job at its next step."""
+    ticket = _find(face, job_id)
+    ticket.stop.set()
+    return JSONResponse(_standing(ticket), 202)
+
+
+# --- what the worker says of itself ---
+
+
+@router.get("/status")
+@router.get("/worker/info")
+@router.get("/enhancement/info")
+@router.get("/memory/status")
+@router.get("/memory/report")
+@router.get("/debug/env")
+async def ask(request: Request, face: TheFace, target_worker: str | None = None) -> Response:
+    """What `admin_utilities` answers, in the words of the specification's endpoints."""
+    operation = OPERATION_OF[request.url.path]
+    return await _administer(
+        request, face, {"operation": operation, "target_worker": target_worker}
+    )
+
+
+@router.post("/memory/load")
+@router.post("/memory/unload")
+async def move(request: Request, face: TheFace) -> Response:
+    """Bring models to the device, or off it."""
+    operation = OPERATION_OF[request.url.path]
+    return await _administer(request, face, {**await _body(request), "operation": operation})
+
+
+@router.post("/emergency/operation")
+async def emergency(request: Request, face: TheFace) -> Response:
+    """One of `EMERGENCIES`, with `target_worker` and `force`."""
+    body = await _body(request)
+    if body.get("operation") not in EMERGENCIES:
+        raise InvalidPrompt(f"operation: Input should be one of {', '.join(EMERGENCIES)}")
+    return await _administer(request, face, body)
+
+
+async def _administer(request: Request, face: Face, config: Mapping[str, Any]) -> Response:
+    """An `admin_utilities` job, beside whatever computes: it waits for no thread of a job."""
+    worker, event = face.worker.silent(), _event_of(request, {"type": ADMIN, "config": config})
+    document = await asyncio.to_thread(worker.run, event, Stop(), to_nobody, to_nobody)
+    if document.failure:
+        return _answer(document)
+    result = dict(document.reply["result"])
+    if result.setdefault("success", True):
+        return JSONResponse(result)
+    refused = result.get("reason") or "; ".join(result.get("refused", {}).values())
+    return JSONResponse({**result, "error": refused}, 409)
+
+
+# --- the way of a request ---
+
+
+async def _payload(request: Request) -> dict[str, Any]:
+    """A chat call's payload; it has no `input` around it."""
+    return await _body(request)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The request's JSON object. Raises InvalidPrompt for anything else."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await _read(request)
+    except TimeoutError:
+        raise HTTPException(408, "the body took too long to arrive") from None
+    try:
+        body = await asyncio.to_thread(json.loads, raw, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise InvalidPrompt("body: Input should be JSON") from None
+    if not isinstance(body, dict):
+        raise InvalidPrompt("body: Input should be an object")
+    return body
+
+
+async def _read(request: Request) -> bytes:
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
+    return bytes(raw)
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _asked_type(payload: Mapping[str, Any]) -> object:
+    config = payload.get("config")
+    in_config = config.get("job_type") if isinstance(config, Mapping) else None
+    return payload.get("type") or payload.get("job_type") or in_config
+
+
+async def _input(request: Request) -> dict[str, Any]:
+    """What of RunPod's envelope the worker reads."""
+    body = await _body(request)
+    return {"payload": body.get("input"), "s3_config": body.get("s3Config")}
+
+
+def _take(face: Face, worker: Worker, event: Mapping[str, Any]) -> Ticket:
+    return face.docket.submit(worker, jobs.job_id(event) or event["id"], event)
+
+
+def _check(face: Face, event: Mapping[str, Any]) -> None:
+    # The worker asks again; but a job that is only taken says so before it is done.
+    access.check(jobs.api_key(event), face.settings.worker_api_key)
+
+
+def _event_of(request: Request, payload: object, s3_config: object = None) -> dict[str, Any]:
+    """What RunPod would hand to the worker; the caller's key stands in the payload."""
+    event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
+    if s3_config:
+        event["s3Config"] = s3_config
+    if isinstance(payload, Mapping):
+        event["input"] = {**payload, "api_key": jobs.api_key(event) or _key(request)}
+    return event
+
+
+def _find(face: Face, job_id: str) -> Ticket:
+    ticket = face.docket.find(job_id)
+    if ticket is None:
+        raise HTTPException(404, "no job of that id is remembered here")
+    return ticket
+
+
+async def _reply(request: Request, face: Face, payload: Mapping[str, Any]) -> Response:
+    """A chat job's answer, on this request: whoever hangs up stops it, and no callback is posted.
+
+    Raises DeadlinePassed shortly before the caller gives up waiting.
+    """
+    worker, event = face.worker.silent(), _event_of(request, payload)
+    _check(face, event)
+    ticket = _take(face, worker, event)
+    streams = payload.get("stream") is True
+    await _wait(
+        request,
+        ticket,
+        ticket.begun() if streams else ticket.ended(),
+        _reply_timeout_s(face.settings, payload),
+    )
+    if ticket.document:
+        return _answer(ticket.document, with_assets=False)
+    return EventStream(_events(ticket), at_end=ticket.stop.set)
+
+
+def _reply_timeout_s(config: Settings, payload: Mapping[str, Any]) -> float:
+    """How long the caller of a chat waits, in seconds, less what the answer's way takes."""
+    asked = payload.get("max_tokens")
+    is_long = isinstance(asked, int) and asked > LONG_REPLY_TOKENS
+    return max(config.http_reply_timeout_s * (2 if is_long else 1) - LAST_WORD_S, 0.0)
+
+
+async def _wait(request: Request, ticket: Ticket, until: Awaitable[None], timeout_s: float) -> None:
+    """Wait for a job; stop it when its caller has gone, or its time is over."""
+    reached = asyncio.ensure_future(until)
+    gone = asyncio.create_task(_hang_up(request))
+    try:
+        await asyncio.wait({reached, gone}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+        if reached.done():
+            return
+        late = DeadlinePassed(f"the reply took more than {timeout_s:g} seconds")
+        ticket.stop.set(None if gone.done() else late)
+        await asyncio.wait({reached}, timeout=LAST_WORD_S / 2)
+        if not reached.done():
+            raise late
+    finally:
+        gone.cancel()
+        reached.cancel()
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# --- what goes back ---
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; `at_end` is called when the last is sent, or the client has gone."""
+
+    def __init__(
+        self, events: AsyncIterator[str], at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        # A proxy that gathers a stream into one answer is told not to.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._at_end = at_end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
+
+
+async def _events(ticket: Ticket) -> AsyncIterator[str]:
+    """`data: {"delta": ...}` as words come, `progress` events, and `done` or `error` at the end."""
+    told, progress = 0, ticket.progress
+    while True:
+        # Of one moment: while an event is sent, the job goes on.
+        news, text, now, document = ticket.news, ticket.text, ticket.progress, ticket.document
+        if len(text) > told:
+            yield _event({"delta": text[told:]})
+            told = len(text)
+        if now is not progress:
+            yield _event(now, "progress")
+            progress = now
+        if document:
+            yield _event(
+                _body_of(document, with_assets=not text), "error" if document.failure else "done"
+            )
+            return
+        try:
+            await asyncio.wait_for(news.wait(), HEARTBEAT_S)
+        except TimeoutError:
+            yield ": still here\n\n"
+
+
+def _event(data: Mapping[str, Any], name: str | None = None) -> str:
+    line = f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"event: {name}\n{line}" if name else line
+
+
+def _standing(ticket: Ticket) -> dict[str, Any]:
+    body: dict[str, Any] = {"success": True, "job_id": ticket.job_id, "status": ticket.status}
+    return {**body, "progress": ticket.progress} if ticket.progress else body
+
+
+def _answer(document: Document, with_assets: bool = True) -> Response:
+    failure = document.failure
+    status = STATUS_OF[failure.code] if failure else 200
+    return JSONResponse(_body_of(document, with_assets), status, _headers(failure))
+
+
+def _body_of(document: Document, with_assets: bool = True) -> dict[str, Any]:
+    """The document as this face's callers read it: a chat's words once, a failure as text."""
+    body = {"success": document.failure is None, **document.callback()}
+    if document.failure:
+        body |= _failed(document.failure)
+        del body["error_message"]
+    if not with_assets:
+        del body["assets"]
+    return body
+
+
+def _failed(failure: Failure) -> dict[str, Any]:
+    facts = failure.as_dict()
+    return {"success": False, "error": facts.pop("message"), **facts}
+
+
+def _headers(failure: Failure | None) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    if failure and failure.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(failure.retry_after)))
+    if failure and failure.code == "UNAUTHORIZED":
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
+async def _on_job_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, JobError)
+    failure = Failure.of(exc)
+    return JSONResponse(_failed(failure), STATUS_OF[failure.code], _headers(failure))
+
+
+async def _on_http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return JSONResponse({"success": False, "error": exc.detail}, exc.status_code, exc.headers)
+
+
+async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    error = exc.errors()[0]
+    return await _on_job_error(request, InvalidPrompt(f"{error['loc'][-1]}: {error['msg']}"))
+
+
+async def _on_bug(request: Request, exc: Exception) -> Response:
+    logs.bug(request.url.path, exc)
+    return await _on_job_error(request, InternalError("an internal error; the log says where"))
+
+
+# --- the process ---
+
+
+def make_app(face: Face) -> FastAPI:
+    """The routes over a face, which may still be loading."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await face.docket.close()
+
+    app = FastAPI(
+        title="ourvidz_serverless",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.face = face
+    described = functools.partial(get_openapi, title=app.title, version=app.version)
+    app.openapi = functools.cache(  # type: ignore[method-assign]
+        lambda: describe(described(routes=app.routes))
+    )
+    app.include_router(router)
+    if page.is_wanted(face.settings):
+        app.include_router(page.make_router(face.settings, NeedsKey))
+    app.add_exception_handler(JobError, _on_job_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    app.add_exception_handler(Exception, _on_bug)
+    return app
+
+
+class Connection(H11Protocol):
+    """A client's connection, which may be idle, or bring a request's head, for `KEEP_ALIVE_S`.
+
+    uvicorn waits for a head without end. Its parser in Python is taken for being bounded: the one
+    in C takes a head of any length.
+    """
+
+    _too_late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        """Have the clock run between requests, from the first byte that is waited for on."""
+        if not self._is_between_requests:
+            self._unwatch()
+        elif self._too_late is None:
+            self._too_late = self.loop.call_later(KEEP_ALIVE_S, self._give_up)
+
+    def _unwatch(self) -> None:
+        if self._too_late:
+            self._too_late.cancel()
+        self._too_late = None
+
+    def _give_up(self) -> None:
+        if self._is_between_requests:
+            self.transport.close()
+
+    @property
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that the face hears of SIGTERM, and the process then ends with code 0."""
+
+    def __init__(self, config: uvicorn.Config, face: Face) -> None:
+        super().__init__(config)
+        self._face = face
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._face.close()
+        self.should_exit = True
+
+
+def make_server(face: Face) -> Server:
+    """The server of a face; sockets are handed to its `run`."""
+    # uvicorn's own tracebacks may quote a request; ours (`logs.bug`) do not.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    config = uvicorn.Config(
+        make_app(face),
+        http=Connection,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(face.settings.shutdown_grace_s) + 10,
+    )
+    return Server(config, face)
+
+
+def serve(config: Settings, reading: ReadAhead | None = None) -> None:
+    """Answer requests until SIGTERM; jobs then get the same grace as on the queue.
+
+    Raises ModelLoadError when the models do not load: the socket is open before they are, so that
+    RunPod's load balancer hears 204 meanwhile.
+    """
+    face = Face(config)
+    server = make_server(face)
+    sockets = [socket.create_server((config.host, port)) for port in _ports(config)]
+    log.info("HTTP on %s", ", ".join(f"port {each.getsockname()[1]}" for each in sockets))
+    if page.is_wanted(config):
+        log.info("a page at http://%s:%d/", config.host, sockets[0].getsockname()[1])
+    fault: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            face.open(Worker.of(config, reading))
+            log.info("ready")
+        except BaseException as exc:
+            fault.append(exc)
+            server.should_exit = True
+
+    threading.Thread(target=load, daemon=True, name="load").start()
+    server.run(sockets)
+    if fault:
+        raise fault[0]
+
+
+def _ports(config: Settings) -> list[int]:
+    health = config.port_health
+    return [config.port] if health in (None, config.port) else [config.port, int(health or 0)]
+
+
+def main() -> None:
+    """The HTTP face as a process of its own."""
+    try:
+        config = settings.read()
+        logs.configure(config.log_level)
+        serve(config, ReadAhead.of(config).start())
+    except ModelLoadError as exc:
+        sys.exit(f"cannot start: {exc.message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Poison pills: a job that takes its process with it is not swallowed for ever.
+
+Each job in flight has a file in a folder that outlives the process, one byte for each time that
+it was begun and not ended. Whoever ends, however it ends, removes the file. So what is left was
+in flight when a process died; after the second death the job is refused.
+
+It is refused as INVALID_PROMPT: the one code that says of the payload itself that sending it
+again will not help. Every code that stands for the worker's trouble asks for a retry, which is
+what made it a poison pill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.logs import log
+from ourvidz_serverless.payloads import Job
+
+DEATHS = 2
+
+#: What is left of a job that nobody sent again is forgotten after a day.
+FORGET_S = 24 * 3600
+
+
+class Pills:
+    """The marks of the jobs in flight; without a folder, none."""
+
+    def __init__(self, folder: Path | None, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._swallowed: set[Path] = set()
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._forget(clock() - FORGET_S)
+
+    def swallow(self, job: Job) -> None:
+        """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""
+        mark = self._mark(job)
+        if mark is None:
+            return
+        try:
+            if mark.exists() and mark.stat().st_size >= DEATHS:
+                raise InvalidPrompt(
+                    "id: this job has ended its worker twice; it is not tried again"
+                )
+            with mark.open("ab") as file:
+                file.write(b".")
+            self._swallowed.add(mark)
+        except OSError as exc:
+            log.warning("job %s could not be marked: %s", job.id, type(exc).__name__)
+
+    def survived(self, job: Job) -> None:
+        """Say that a job has ended, well or not; one that was never swallowed keeps its mark."""
+        mark = self._mark(job)
+        if mark in self._swallowed:
+            self._swallowed.discard(mark)
+            with suppress(OSError):
+                mark.unlink()
+
+    def _mark(self, job: Job) -> Path | None:
+        # A digest: no user's name lies on a disk for it.
+        name = hashlib.sha256(f"{job.user_id}/{job.id}".encode()).hexdigest()
+        return self._folder / name if self._folder else None
+
+    def _forget(self, before: float) -> None:
+        assert self._folder
+        with os.scandir(self._folder) as marks, suppress(FileNotFoundError):
+            for mark in marks:
+                if mark.is_file() and mark.stat().st_mtime < before:
+                    os.unlink(mark)

@@ -1,0 +1,55 @@
+// Does one thing with the client, in Deno or in Node, and prints what came of it as JSON.
+//   deno run ... caller.js ACTION ARGUMENTS_AS_JSON
+
+const isDeno = typeof Deno !== "undefined";
+const client = await import(`../../clients/typescript/${isDeno ? "mod.ts" : "dist/mod.js"}`);
+const [action, json] = isDeno ? Deno.args : process.argv.slice(2);
+const given = JSON.parse(json);
+
+const ACTIONS = {
+  submit: async () => (await jobs().submit(given.job)).toJSON(),
+  run: () => jobs().run(given.job),
+  runAll: () => Promise.all(given.jobs.map((job) => jobs().run(job))),
+  runsync: () => jobs().runsync(given.job, given.waitMs),
+  status: () => jobs().status(given.name),
+  result: () => jobs().job(given.name).result(given.timeoutMs),
+  cancel: async () => (await jobs().cancel(given.name)) ?? null,
+  health: () => jobs().health(given.family),
+  stream: async () => {
+    const job = await jobs().submit(given.job);
+    return all(job.stream());
+  },
+  parse: () => client.parseResult(given.answer),
+  verify: () => {
+    const request = new Request("http://localhost/", {
+      method: "POST",
+      headers: given.headers,
+      body: given.body,
+    });
+    return client.verifyCallback(request, given.secret);
+  },
+  face: () => new client.Face(given.face)[given.method](given.call),
+  faceStream: () => all(new client.Face(given.face).stream(given.call)),
+};
+
+function jobs() {
+  return new client.Client(given.client);
+}
+
+async function all(stream) {
+  const pieces = [];
+  for (;;) {
+    const { done, value } = await stream.next();
+    if (done) return { pieces, result: value };
+    pieces.push(value);
+  }
+}
+
+let said;
+try {
+  said = { value: await ACTIONS[action]() };
+} catch (error) {
+  const { name, message, status, failure } = error;
+  said = { error: { name, message, status, failure } };
+}
+console.log(JSON.stringify(said));

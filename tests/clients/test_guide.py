@@ -1,0 +1,154 @@
+"""docs/integrate.md: its snippets are its files', and the files do what it says, in real Deno."""
+
+import json
+import re
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from builder.contract import FOLDER
+from ourvidz_serverless.settings import Settings
+from tests.clients.test_bridge import accepted, bridged, env_of, rest, wait_for
+from tests.support.bench import chat_payload, sdxl_payload
+from tests.support.edge import DENO, EXAMPLES, deno_environment, edge_function, url_of
+from tests.support.handler import ROOT
+from tests.support.patience import PATIENCE_S
+from tests.support.platform import Platform
+from tests.support.redis import RedisServer, RestFront
+
+GUIDE = (ROOT / "docs/integrate.md").read_text()
+
+
+def snippets() -> Iterator[tuple[Path, str]]:
+    """Each snippet of TypeScript, with the example that the text last named before it."""
+    for block in re.finditer(r"^```ts\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
+        named = re.findall(r"/examples/([\w-]+\.ts)\)", GUIDE[: block.start()])
+        yield EXAMPLES / named[-1], block[1]
+
+
+SNIPPETS = list(snippets())
+
+
+@pytest.mark.parametrize(("file", "snippet"), SNIPPETS, ids=[file.stem for file, _ in SNIPPETS])
+def test_a_snippet_is_what_its_file_says(file: Path, snippet: str) -> None:
+    lines, wanted = file.read_text().splitlines(), snippet.splitlines()
+    windows = (lines[at : at + len(wanted)] for at in range(len(lines)))
+
+    assert any(textwrap.dedent("\n".join(each)) == snippet.rstrip("\n") for each in windows)
+
+
+def test_every_edge_function_is_in_the_guide() -> None:
+    shown = {file.name for file, _ in SNIPPETS}
+
+    assert shown == {"queue-job.ts", "job-callback.ts", "chat.ts", "move-jobs.ts"}
+    assert shown | {"lists.ts"} == {file.name for file in EXAMPLES.glob("*.ts")}
+
+
+def test_the_variables_that_the_bridge_is_given_are_its_own() -> None:
+    (script,) = re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+
+    names = set(re.findall(r"\b[A-Z_]{6,}\b", script))
+    assert names and names <= {name.upper() for name in Settings.model_fields}
+    assert script.splitlines()[-1] == "python -m ourvidz_serverless.bridge"
+
+
+def test_every_link_in_the_guide_leads_somewhere() -> None:
+    for name in ("integrate.md", "http.md"):
+        page = (ROOT / "docs" / name).read_text()
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page):
+            assert (ROOT / "docs" / link).resolve().exists(), link
+
+
+# --- the way over, and the way back ---
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as running:
+        yield running
+
+
+@pytest.fixture
+def front(server: RedisServer) -> Iterator[RestFront]:
+    server.call("FLUSHALL")
+    with RestFront(server) as running:
+        yield running
+
+
+def listed(front: RestFront, queue: str) -> list[Any]:
+    """The payloads in a list, the next one first."""
+    return [json.loads(each) for each in reversed(front.redis.call("LRANGE", queue, "0", "-1"))]
+
+
+def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
+    """What `move-jobs.ts` says of rows of the application's table."""
+    allowed = ["--allow-net=127.0.0.1", "--allow-env", f"--allow-read={ROOT}"]
+    done = subprocess.run(
+        [DENO, "run", "--no-prompt", *allowed, EXAMPLES / "move-jobs.ts", direction],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        env=deno_environment(**env),
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    said: list[Any] = json.loads(done.stdout)
+    return said
+
+
+def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
+    shaky: Platform, front: RestFront
+) -> None:
+    env = env_of(shaky, rest(front), MOVED_FAMILIES="chat")
+    with edge_function("queue-job", **env) as function:
+        picture = sdxl_payload(id="by-the-list")
+        reply = chat_payload(id="moved")
+        answers = [
+            requests.post(url_of(function), json=job, timeout=PATIENCE_S).json()
+            for job in (picture, reply)
+        ]
+    pushed = listed(front, "sdxl_queue")
+    with bridged(shaky, rest(front)):
+        wait_for(shaky, 1)
+
+    assert answers[0] == {"success": True, "job_id": "by-the-list"}
+    assert answers[1]["runpod"]["endpoint"] == "talk"
+    assert pushed == [picture]
+    assert (accepted(shaky), accepted(shaky, "talk")) == (["by-the-list"], ["moved"])
+
+
+def test_jobs_that_an_old_worker_left_behind_are_submitted_from_their_rows(
+    shaky: Platform, front: RestFront
+) -> None:
+    kept = [json.loads(file.read_text())["input"] for file in sorted(FOLDER.glob("kept/*/*.json"))]
+    rows = [{"payload": payload} for payload in kept]
+
+    names = move("to-endpoints", rows, env_of(shaky, rest(front)))
+
+    assert [shaky.endpoint_of(name["id"]) for name in names] == [name["endpoint"] for name in names]
+    submitted = {job["input"]["id"] for name in names for job in shaky.queued(name["endpoint"])}
+    assert {each.get("id") or each.get("job_id") for each in kept} - {None} <= submitted
+
+
+def test_jobs_that_no_worker_has_ended_are_given_back_to_the_lists_in_order(
+    shaky: Platform, front: RestFront
+) -> None:
+    payloads = [sdxl_payload(id=f"job-{number}") for number in range(3)]
+    names = [shaky.submit(payload, endpoint="pictures") for payload in payloads]
+    shaky.cancel(names[1])
+    rows = [
+        {"payload": payload, "runpod": {"endpoint": "pictures", "id": name}}
+        for payload, name in zip(payloads, names, strict=True)
+    ]
+    rows.append({"payload": sdxl_payload(id="still-in-its-list")})
+
+    returned = move("to-lists", rows, env_of(shaky, rest(front)))
+
+    assert returned == ["job-0", "job-2"]
+    assert listed(front, "sdxl_queue") == [payloads[0], payloads[2]]
+    assert shaky.queued("pictures") == []

@@ -1,0 +1,230 @@
+"""The Python client over the real SDK, against the platform and the real worker's loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.contract import FOLDER
+from ourvidz_serverless import errors, jobs
+from ourvidz_serverless.client import Client, read_outcome
+from ourvidz_serverless.retries import Fault, Retry
+from tests.support.bench import chat_payload, sdxl_payload
+from tests.support.platform import Platform
+
+#: Endpoints at which nobody works: what is submitted there stays in the queue.
+EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
+QUICK = Retry(tries=4, base_s=0.01, max_s=0.05)
+
+
+def client(platform: Platform, **changes: Any) -> Client:
+    options: dict[str, Any] = {
+        "endpoints": {"sdxl": "local", "chat": "local"},
+        "api_key": platform.caller_key,
+        "worker_key": "worker-key",
+        "base_url": platform.caller_url,
+        "policy": QUICK,
+    }
+    return Client(**{**options, **changes})
+
+
+# --- routing ---
+
+
+@pytest.mark.parametrize("name", [*jobs.FAMILY_OF, *jobs.SYNONYMS])
+def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) -> None:
+    job = client(platform, endpoints=EMPTY).submit(sdxl_payload(type=name))
+
+    family = jobs.FAMILY_OF[jobs.SYNONYMS.get(name, name)]
+    assert job.endpoint == platform.endpoint_of(job.id) == EMPTY.get(family, EMPTY["sdxl"])
+
+
+def test_an_administrators_job_goes_where_it_is_about(platform: Platform) -> None:
+    payload = {"type": "admin_utilities", "config": {"target_worker": "wan_worker"}}
+
+    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "films"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("video_fast", "no endpoint serves wan"), ("poem", "poem is no job type")]
+)
+def test_what_has_no_endpoint_is_the_callers_mistake(
+    platform: Platform, name: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        client(platform).submit({"type": name})
+
+
+def test_the_endpoint_with_the_shortest_queue_gets_the_job(platform: Platform) -> None:
+    for _ in range(2):
+        platform.submit(sdxl_payload(), endpoint="long")
+    platform.submit(sdxl_payload(), endpoint="short")
+    chooser = client(platform, endpoints={"sdxl": ["long", "short"]})
+
+    chosen = [chooser.submit(sdxl_payload()).endpoint for _ in range(3)]
+
+    # After the first the queues are even, and the endpoint named first wins.
+    assert chosen == ["short", "long", "short"]
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_endpoint_with_a_worker_is_preferred_to_one_whose_queue_nobody_reads(
+    platform: Platform,
+) -> None:
+    platform.submit(sdxl_payload(), endpoint="deserted")
+    chooser = client(platform, endpoints={"chat": ["deserted", "local"]})
+
+    assert chooser.submit(chat_payload()).endpoint == "local"
+
+
+def test_an_endpoint_that_does_not_answer_is_the_last_choice(platform: Platform) -> None:
+    chooser = client(platform, endpoints={"sdxl": ["lost", "found"]})
+    platform.script_path = "/lost/health"
+    platform.script([404])
+
+    chosen = chooser.submit(sdxl_payload()).endpoint
+
+    platform.script_path = Platform.script_path
+    assert chosen == "found"
+
+
+# --- from job to document, by the real loop ---
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_picture_is_waited_for(platform: Platform, outputs: Path) -> None:
+    document = client(platform).run(sdxl_payload(id="python-run"))
+
+    assert (outputs / document["assets"][0]["url"]).exists()
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_reply_comes_in_one_request(platform: Platform) -> None:
+    assert client(platform).runsync(chat_payload())["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_reply_is_streamed_and_ends_with_its_document(platform: Platform) -> None:
+    stream = client(platform).submit(chat_payload(stream=True, max_tokens=300)).stream()
+    pieces = []
+
+    with pytest.raises(StopIteration) as ended:
+        while True:
+            pieces.append(next(stream))
+
+    assert "".join(pieces) == ended.value.value["response"]
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("way", ["run", "runsync"])
+def test_a_job_that_fails_raises_what_the_worker_raised(platform: Platform, way: str) -> None:
+    payload = sdxl_payload(config={"num_images": 2})
+
+    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
+        getattr(client(platform), way)(payload)
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_wrong_key_of_the_workers_is_unauthorized(platform: Platform) -> None:
+    with pytest.raises(errors.Unauthorized):
+        client(platform, worker_key="another").run(chat_payload())
+
+
+def test_a_job_is_told_and_cancelled_by_its_endpoint_and_id(platform: Platform) -> None:
+    submitted = client(platform, endpoints=EMPTY).submit(chat_payload())
+    again = client(platform).job(submitted.endpoint, submitted.id)
+
+    before = again.status()
+    again.cancel()
+
+    assert before.status == "queued"
+    assert isinstance(again.status().error, errors.Cancelled)
+    with pytest.raises(errors.Cancelled):
+        list(again.stream())
+
+
+def test_who_does_not_wait_long_enough_hears_that_it_goes_on(platform: Platform) -> None:
+    submitted = client(platform, endpoints=EMPTY).submit(chat_payload())
+
+    with pytest.raises(errors.DeadlinePassed, match=r"still under way after 0\.5 seconds"):
+        submitted.result(timeout_s=0.5)
+
+
+@pytest.mark.usefixtures("worker")
+def test_health_is_told_by_endpoint(platform: Platform) -> None:
+    assert client(platform).health("chat")["local"]["workers"]["idle"] == 1
+
+
+# --- trying again ---
+
+
+@pytest.mark.parametrize(
+    "steps", [[429], [503, 502], ["reset"], [(429, {"Retry-After": "1"}), 500]]
+)
+def test_what_may_pass_is_tried_again(shaky: Platform, steps: list[Any]) -> None:
+    shaky.script(steps)
+
+    job = client(shaky).submit(chat_payload())
+
+    assert [queued["id"] for queued in shaky.queued()] == [job.id]
+
+
+@pytest.mark.parametrize(("status", "tries"), [(400, 1), (401, 1), (503, 4), (429, 4)])
+def test_what_does_not_pass_is_given_up(shaky: Platform, status: int, tries: int) -> None:
+    shaky.script([status] * 4)
+
+    with pytest.raises(Fault) as fault:
+        client(shaky).submit(chat_payload())
+
+    assert fault.value.status == status
+    assert len(shaky.script_left) == 4 - tries
+
+
+def test_a_job_without_an_id_gets_one_before_it_is_sent(shaky: Platform) -> None:
+    payload = chat_payload()
+    del payload["id"]
+
+    client(shaky).submit(payload)
+
+    assert shaky.queued()[0]["input"]["id"]
+
+
+# --- reading answers ---
+
+
+@pytest.mark.parametrize("name", ["completed", "chat"])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_contracts_results_are_read(name: str, as_list: bool) -> None:
+    document = json.loads((FOLDER / f"examples/result.{name}.json").read_text())
+    output = [{"delta": "Rain"}, document] if as_list else document
+
+    outcome = read_outcome({"id": "a", "status": "COMPLETED", "output": output})
+
+    assert (outcome.status, outcome.document, outcome.error) == ("completed", document, None)
+
+
+@pytest.mark.parametrize("error", errors.JobError.__subclasses__(), ids=lambda error: error.code)
+def test_every_code_comes_back_as_its_class(error: type[errors.JobError]) -> None:
+    text = json.dumps({"code": error.code, "message": "why", "retryable": error.retryable})
+
+    outcome = read_outcome({"id": "a", "status": "FAILED", "error": text})
+
+    assert type(outcome.error) is error
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ({"status": "FAILED", "error": "the worker died"}, errors.InternalError),
+        ({"status": "FAILED", "error": '"text"'}, errors.InternalError),
+        ({"status": "COMPLETED"}, errors.InternalError),
+        ({"status": "COMPLETED", "output": []}, errors.InternalError),
+        ({"status": "TIMED_OUT"}, errors.DeadlinePassed),
+        ({"status": "CANCELLED"}, errors.Cancelled),
+    ],
+)
+def test_every_way_to_end_badly_is_an_error(
+    answer: dict[str, Any], error: type[errors.JobError]
+) -> None:
+    assert type(read_outcome(answer).error) is error

@@ -1,0 +1,276 @@
+"""Prove a built image: what is in it, a job of its own, and that SIGTERM ends it.
+
+    python -m tests.prove_image --image ourvidz:sdxl --family sdxl --engine docker
+    python -m tests.prove_image --image localhost/ourvidz:chat --family chat --engine podman \\
+        --volume $PWD/.cache/pocket_chat:/worker/.cache/pocket_chat:ro
+
+It prints what it saw and ends with an error at the first thing that does not hold. The containers
+run as they may in production: not as root, on a root file system that cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support.platform import Platform
+
+#: Jobs of some seconds on the pocket models, to be met in the middle.
+LONG: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "type": "sdxl_image_high",
+        "prompt": "a red circle on a blue background",
+        "config": {"num_inference_steps": 50, "num_images": 3, "resolution": "256x256"},
+    },
+    "chat": {
+        "type": "chat_conversation",
+        "messages": [{"role": "user", "content": "Tell me a very long story about the sea."}],
+        "max_tokens": 1000,
+        "temperature": 0,
+        "stream": True,
+    },
+    "wan": {
+        "type": "video_fast",
+        "prompt": "a red circle moves over a blue background",
+        "config": {"width": 128, "height": 128, "frames": 17, "num_inference_steps": 50},
+    },
+}
+
+#: Asked of the Python in the image, which knows itself best.
+QUESTIONS = """
+import collections, importlib.metadata, importlib.util, json, os, pathlib, re, shutil, sys
+from packaging.requirements import Requirement
+def plain(name):
+    return re.sub("[-_.]+", "-", name).lower()
+names = collections.Counter(
+    plain(each.metadata["Name"]) for each in importlib.metadata.distributions()
+)
+def unmet(each):
+    for wish in map(Requirement, each.requires or ()):
+        if not wish.marker or wish.marker.evaluate({"extra": ""}):
+            if plain(wish.name) not in names:
+                yield str(wish)
+            elif not wish.specifier.contains(importlib.metadata.version(wish.name), True):
+                yield str(wish)
+site = pathlib.Path(importlib.util.find_spec("torch").origin).parents[1]
+sources = [*site.rglob("*.py"), *pathlib.Path("ourvidz_serverless").rglob("*.py")]
+def is_compiled(path):
+    cached = pathlib.Path(importlib.util.cache_from_source(str(path)))
+    return cached.exists() and cached.read_bytes()[4:8] == b"\\x01\\0\\0\\0"
+print(json.dumps({
+    "python": sys.version.split()[0],
+    "uid": os.getuid(),
+    "versions": {name: importlib.metadata.version(name) for name in
+                 ("torch", "diffusers", "transformers", "runpod")},
+    "unmet": [wish for each in importlib.metadata.distributions() for wish in unmet(each)],
+    "twice": [name for name, count in names.items() if count > 1],
+    "tools": [tool for tool in ("gcc", "cc", "make", "git") if shutil.which(tool)],
+    "pip": "pip" in names,
+    "not compiled": [str(path) for path in sources if not is_compiled(path)],
+    "sources": len(sources),
+    "worker": sorted(os.listdir(".")),
+    "env": {name: os.environ.get(name) for name in
+            ("FAMILIES", "HF_HUB_OFFLINE", "RUNPOD_LOG_LEVEL")},
+}))
+"""
+
+#: What lies beside the code; `.cache` is a mount of the proof's own.
+BILL = "sbom.cdx.json"
+WORKER = {"__pycache__", "handler.py", "models", "ourvidz_serverless", "outputs", "pocket", BILL}
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+
+#: More than any of these jobs takes.
+GRACE_S = 300
+
+
+class Image:
+    """An image, and containers of it."""
+
+    def __init__(self, args: argparse.Namespace, outputs: Path) -> None:
+        self.name, self.family, self._engine = args.image, args.family, args.engine
+        self._options = [
+            *args.option,
+            "--network=host",
+            "--read-only",
+            "--tmpfs=/tmp",
+            f"--volume={outputs}:/worker/outputs",
+            *(f"--volume={volume}" for volume in args.volume),
+            "--env=OMP_NUM_THREADS=1",
+        ]
+
+    def command(self, *options: str) -> list[str]:
+        return [self._engine, "run", "--rm", *self._options, *options, self.name]
+
+    def run(self, *args: str, options: Sequence[str] = ()) -> str:
+        """What a container wrote to stdout, once it has ended well."""
+        run = subprocess.run(
+            [*self.command(*options), *args], stdout=subprocess.PIPE, text=True, timeout=600
+        )
+        check(
+            run.returncode == 0, f"the container ends with {run.returncode}: {run.stdout[-2000:]}"
+        )
+        return run.stdout
+
+    @contextmanager
+    def running(self, name: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+        options = [f"--name={name}", *(f"--env={key}={value}" for key, value in env.items())]
+        process = subprocess.Popen(
+            self.command(*options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            yield process
+        finally:
+            subprocess.run([self._engine, "kill", name], capture_output=True)
+            process.wait()
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM to PID 1, as the platform sends it."""
+        subprocess.run(
+            [self._engine, "kill", "--signal=TERM", name], check=True, capture_output=True
+        )
+
+
+def check(holds: Any, what: str) -> None:
+    if not holds:
+        sys.exit(f"does not hold: {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--family", required=True, choices=LONG)
+    parser.add_argument("--engine", default="docker")
+    parser.add_argument("--option", action="append", default=[], help="another one for `run`")
+    parser.add_argument("--volume", action="append", default=[])
+    parser.add_argument("--keep", type=Path, help="where the job's assets are to stay")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = (args.keep or Path(scratch)).resolve()
+        outputs.mkdir(parents=True, exist_ok=True)
+        # The worker in the container is another user.
+        outputs.chmod(0o777)
+        image = Image(args, outputs)
+        show_layers(image.name, args.engine)
+        prove_content(image)
+        prove_bill(image, outputs)
+        prove_job(image, outputs)
+        prove_sigterm_while_loading(image)
+        prove_sigterm(image, grace_s=0, status="failed")
+        prove_sigterm(image, grace_s=GRACE_S, status="completed")
+    print(f"{image.name} holds")
+
+
+def show_layers(name: str, engine: str) -> None:
+    """The image's layers that have a size, the newest first."""
+    layers = ["history", "--format", "{{.Size}}\t{{.CreatedBy}}", name]
+    told = subprocess.run([engine, *layers], capture_output=True, text=True, check=True).stdout
+    for line in told.splitlines():
+        size, _, made_by = line.partition("\t")
+        if not size.startswith("0"):
+            print(f"  {size:>10}  {' '.join(made_by.split())[:80]}")
+
+
+def prove_content(image: Image) -> None:
+    """Code, packages and byte code, each once, and nothing that built them."""
+    told = json.loads(image.run("-c", QUESTIONS, options=["--entrypoint=/opt/venv/bin/python"]))
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    print(f"  Python {told['python']}, uid {told['uid']}, {versions}")
+    check(told["uid"] == 10001, "the worker is not root")
+    check(not told["twice"], f"installed once: {told['twice']}")
+    check(not told["unmet"], f"every package has what it requires: {told['unmet']}")
+    check(not told["tools"] and not told["pip"], f"no build tools: {told['tools']}, pip")
+    check(len(told["not compiled"]) < 5, f"byte code, never stale: {told['not compiled'][:9]}")
+    others = {name for name in told["worker"] if name not in WORKER and name != ".cache"}
+    check(all(name.startswith("test_input") for name in others), f"no other files: {others}")
+    expected = {"FAMILIES": image.family, "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
+    check(told["env"] == expected, f"the environment: {told['env']}")
+    print(f"  {told['sources']} modules, not compiled: {told['not compiled'] or 'none'}")
+
+
+def prove_bill(image: Image, outputs: Path) -> None:
+    """The bill of materials names what was asked for, and more; it is kept beside the assets."""
+    text = image.run(
+        "-c", f"print(open('{BILL}').read())", options=["--entrypoint=/opt/venv/bin/python"]
+    )
+    (outputs / BILL).write_text(text)
+    components = json.loads(text)["components"]
+    # Another build of torch says so behind a plus.
+    listed = {
+        each["name"]: each["version"].partition("+")[0] for each in components if "version" in each
+    }
+    for name, version in re.findall(r"^([\w-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE):
+        check(listed.get(name.lower()) == version, f"{BILL} lists {name} {version}")
+    kinds = Counter(each.get("purl", each["type"]).partition("/")[0] for each in components)
+    check(kinds.keys() == {"pkg:pypi", "pkg:deb", "machine-learning-model"}, f"{BILL}: {kinds}")
+    print(f"  {BILL}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}")
+
+
+def prove_job(image: Image, outputs: Path) -> None:
+    """`docker run IMAGE` runs the family's test input."""
+    started = time.monotonic()
+    told = image.run()
+    took = time.monotonic() - started
+    document = json.loads(told[told.index("{\n") : told.rindex("\n}") + 2])
+    check(document["status"] == "completed", f"a job: {document}")
+    # A reply is an asset too, and its URL is the text itself.
+    assets = [asset["url"] for asset in document["assets"] if "data:" not in asset["url"]]
+    for asset in assets:
+        check((outputs / asset).stat().st_size, f"{asset} is there")
+    seconds = document["metadata"]["processing_time"]
+    print(f"  {document['job_id']}: {assets or 'a reply'}, {seconds} s of {took:.1f} s")
+
+
+def prove_sigterm_while_loading(image: Image) -> None:
+    """A container that still loads stops at once, not when the engine's patience ends."""
+    name = f"prove-{image.family}-loading"
+    with Platform() as platform, image.running(name, **worker_env(platform)) as process:
+        assert process.stdout
+        # The first words come from the libraries that load.
+        process.stdout.readline()
+        image.terminate(name)
+        log, _ = process.communicate(timeout=60)
+        check(process.returncode == 0, f"SIGTERM while loading ends it well: {log[-2000:]}")
+    print("  SIGTERM while loading: exit 0")
+
+
+def prove_sigterm(image: Image, *, grace_s: float, status: str) -> None:
+    """A job under way ends as the grace allows, its document is posted, and the container stops."""
+    name = f"prove-{image.family}-{status}"
+    with Platform() as platform:
+        job = platform.submit({"id": "long", "user_id": "user-1", **LONG[image.family]})
+        env = worker_env(platform) | {"SHUTDOWN_GRACE_S": str(grace_s)}
+        with image.running(name, **env) as process:
+            platform.wait_until(
+                lambda: platform.updates(job) or platform.stream(job), 180, "the job's progress"
+            )
+            image.terminate(name)
+            platform.result(job, timeout=GRACE_S)
+            log, _ = process.communicate(timeout=120)
+            check(process.returncode == 0, f"SIGTERM ends the container well: {log[-2000:]}")
+        told = platform.status(job)
+    ending = told["error"] if status == "failed" else told["output"]
+    check(told["status"] == status.upper(), f"the job {status}: {told}")
+    check(status == "completed" or "WORKER_UNAVAILABLE" in ending, f"the error: {ending}")
+    print(f"  SIGTERM in the middle, grace {grace_s} s: job {told['status']}, exit 0")
+
+
+def worker_env(platform: Platform) -> dict[str, str]:
+    # A home that is not there: the SDK prefers a key in it to the one in the environment.
+    return {**platform.env(), "HOME": "/tmp"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,802 @@
+"""The HTTP face: the application's chat calls, any job by its id, and what a load balancer asks."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from ourvidz_serverless import errors, http, openapi
+from ourvidz_serverless.jobs import admin
+from ourvidz_serverless.settings import Settings
+from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
+from tests.support.chatbox import tiny_folder
+from tests.support.face import ServedFace, events
+from tests.support.handler import HANDLER, ROOT
+from tests.support.parrot import Endless, Parrot
+from tests.support.patience import PATIENCE_S
+from tests.support.receivers import CallbackReceiver
+from tests.support.web import free_port
+from tests.support.worker import WorkerProcess
+
+#: What the application's chat function sends.
+CALL = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is rain?"},
+    ],
+    "model": "qwen_instruct",
+    "max_tokens": 64,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "sfw_mode": False,
+    "content_tier": "sfw",
+    "conversation_id": "c-1",
+}
+
+#: The specification's older shape of the same.
+OLD_CALL = {
+    "prompt": "What is rain?",
+    "config": {"system_prompt": "Be brief.", "job_type": "chat_conversation", "quality": "high"},
+    "metadata": {"unrestricted_mode": False, "nsfw_optimization": True},
+}
+
+
+@pytest.fixture
+def parrot() -> Parrot:
+    return Parrot("Water ", "that ", "falls.")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, parrot: Parrot) -> Bench:
+    """A worker for pictures and replies."""
+    made = Bench(tmp_path, settings=Settings(families=("sdxl", "chat")), models={"chat": parrot})
+    made.models["sdxl"] = made.painter
+    return made
+
+
+@pytest.fixture
+def face(bench: Bench) -> Iterator[ServedFace]:
+    with ServedFace(bench.settings, bench.worker) as served:
+        yield served
+
+
+# --- the application's chat calls ---
+
+
+@pytest.mark.parametrize("call", [CALL, OLD_CALL], ids=["messages", "prompt"])
+@pytest.mark.parametrize("path", ["/chat", "/chat/unrestricted"])
+def test_chat_answers_with_success_and_response(
+    face: ServedFace, parrot: Parrot, path: str, call: dict[str, Any]
+) -> None:
+    answer = face.post(path, call)
+
+    assert answer.status_code == 200
+    assert answer.json()["success"] is True
+    assert answer.json()["response"] == "Water that falls."
+    assert parrot.calls[0]["messages"] == [("system", "Be brief."), ("user", "What is rain?")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [CALL, {"prompt": "rain", "config": {"job_type": "video_fast"}}],
+    ids=["messages", "wan"],
+)
+def test_enhance_answers_with_success_and_enhanced_prompt(
+    face: ServedFace, call: dict[str, Any]
+) -> None:
+    answer = face.post("/enhance", call)
+
+    assert answer.status_code == 200
+    assert answer.json()["success"] is True
+    assert answer.json()["enhanced_prompt"] == "Water that falls."
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "unrestricted"),
+    [
+        ("/chat", {}, False),
+        ("/chat", {"config": {"job_type": "chat_unrestricted"}}, True),
+        ("/chat", {"type": "sdxl_image_fast"}, False),
+        ("/chat/unrestricted", {"type": "chat_conversation"}, True),
+    ],
+)
+def test_the_route_decides_the_type(
+    face: ServedFace, path: str, changes: dict[str, Any], unrestricted: bool
+) -> None:
+    answer = face.post(path, {**CALL, **changes})
+
+    assert answer.json()["metadata"]["unrestricted_mode"] is unrestricted
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"messages": []}, 400, "messages: Field required"),
+        ({**CALL, "temperature": 9}, 400, "temperature: "),
+        ([], 400, "body: Input should be an object"),
+        (None, 400, "body: Input should be JSON"),
+    ],
+)
+def test_a_refusal_is_a_status_and_a_text(
+    face: ServedFace, body: Any, status: int, says: str
+) -> None:
+    answer = face.post("/chat", body)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is False
+    assert answer.json()["error"].startswith(says)
+
+
+@pytest.mark.parametrize("raw", [b"{", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_is_refused(face: ServedFace, raw: bytes) -> None:
+    answer = requests.post(f"{face.url}/chat", data=raw, timeout=PATIENCE_S)
+
+    assert (answer.status_code, answer.json()["success"]) == (400, False)
+
+
+def test_only_a_refusal_on_content_says_content_policy(face: ServedFace) -> None:
+    call = {**CALL, "messages": [{"role": "user", "content": "explicit story, she is 15"}]}
+
+    answer = face.post("/chat/unrestricted", call)
+
+    assert answer.status_code == 403
+    assert "content policy" in answer.json()["error"]
+
+
+def test_every_error_code_has_its_status() -> None:
+    codes = {error.code for error in errors.JobError.__subclasses__()}
+
+    assert set(http.STATUS_OF) == codes
+    assert all(status >= 400 for status in http.STATUS_OF.values())
+
+
+def test_a_family_that_is_not_served_is_unavailable(tmp_path: Path) -> None:
+    pictures = Bench(tmp_path)
+    with ServedFace(pictures.settings, pictures.worker) as face:
+        answer = face.post("/chat", CALL)
+
+    assert answer.status_code == 503
+    assert answer.json()["code"] == "WORKER_UNAVAILABLE"
+    assert answer.json()["retryable"] is True
+
+
+def test_a_chat_call_posts_no_callback_and_a_job_does(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    from ourvidz_serverless.callback import Callback
+
+    callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+    chatty = Bench(tmp_path, models={"chat": Parrot("Rain.")}, callback=callback)
+    with ServedFace(chatty.settings, chatty.worker) as face:
+        face.post("/chat", CALL)
+        face.post("/jobs?wait=150", {"input": chat_payload(id="told")})
+
+    assert [each.document["job_id"] for each in receiver.received] == ["told"]
+
+
+# --- streams ---
+
+
+def test_a_streamed_reply_is_deltas_and_then_the_answer(face: ServedFace) -> None:
+    answer = face.post("/chat", {**CALL, "stream": True})
+
+    *deltas, (name, last) = events(answer)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert "".join(json.loads(data)["delta"] for _, data in deltas) == "Water that falls."
+    assert (name, json.loads(last)["response"]) == ("done", "Water that falls.")
+
+
+def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
+    answer = face.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("max_tokens: ")
+
+
+@pytest.fixture
+def endless() -> Endless:
+    return Endless()
+
+
+def serve_endless(path: Path, endless: Endless, **settings: Any) -> ServedFace:
+    chatty = Bench(
+        path, settings=Settings(families=("chat",), **settings), models={"chat": endless}
+    )
+    return ServedFace(chatty.settings, chatty.worker)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_caller_who_hangs_up_stops_the_reply(
+    tmp_path: Path, endless: Endless, stream: bool
+) -> None:
+    with serve_endless(tmp_path, endless) as face:
+        body = json.dumps({**CALL, "stream": stream}).encode()
+        host, port = face.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as caller:
+            head = f"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            caller.sendall(head.encode() + body)
+            assert endless.speaks.wait(PATIENCE_S)
+
+        assert endless.stopped.wait(PATIENCE_S)
+
+
+def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
+    tmp_path: Path, endless: Endless
+) -> None:
+    with serve_endless(tmp_path, endless, http_reply_timeout_s=2.3) as face:
+        answer = face.post("/chat", CALL)
+
+        assert (answer.status_code, answer.json()["code"]) == (504, "TIMEOUT_ERROR")
+        assert endless.stopped.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize(("max_tokens", "seconds"), [(512, 43), (513, 88), (None, 43), ("x", 43)])
+def test_a_long_reply_is_waited_for_twice_as_long(max_tokens: object, seconds: float) -> None:
+    assert http._reply_timeout_s(Settings(), {"max_tokens": max_tokens}) == seconds
+
+
+# --- any job ---
+
+
+def test_a_job_is_taken_at_once_and_told_by_its_id(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    taken = face.post("/jobs", {"input": sdxl_payload(id="picture")})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    running = face.get("/job/picture").json()
+    bench.painter.go_on.set()
+    face.get("/job/picture/events")
+
+    ended = face.get("/job/picture").json()
+
+    assert (taken.status_code, taken.json()["job_id"]) == (202, "picture")
+    assert running["status"] == "processing"
+    assert (ended["success"], ended["status"]) == (True, "completed")
+    assert ended["assets"][0]["url"] == "user-1/picture/0.png"
+
+
+def test_a_job_can_be_waited_for(face: ServedFace) -> None:
+    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
+
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "completed"
+
+
+def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
+    face: ServedFace, bench: Bench
+) -> None:
+    bench.painter.fails = [errors.UploadError("storage is full")]
+
+    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
+    told = face.get("/job/job-1")
+
+    assert (answer.status_code, told.status_code) == (502, 200)
+    assert answer.json() == told.json()
+    assert (told.json()["status"], told.json()["error"]) == ("failed", "storage is full")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"input": sdxl_payload(config={"num_images": 2})}, "config.num_images: "),
+        ({"input": sdxl_payload(), "s3Config": {"bucketName": "b"}}, "s3Config.bucketName: "),
+        ({}, "input: Input should be an object"),
+    ],
+)
+def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
+    face: ServedFace, body: Any, says: str
+) -> None:
+    answer = face.post("/jobs", body)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(says)
+    assert face.get("/job/job-1").status_code == 404
+
+
+def test_progress_and_end_are_events(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    threading.Timer(0.2, bench.painter.go_on.set).start()
+
+    *progress, (name, last) = events(face.get("/job/job-1/events"))
+
+    steps = [json.loads(data)["step"] for _, data in progress]
+    assert {name for name, _ in progress} == {"progress"}
+    assert steps == sorted(steps) and steps[-1] == 10
+    assert (name, json.loads(last)["status"]) == ("done", "completed")
+
+
+def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+
+    answer = face.post("/job/job-1/cancel")
+
+    assert answer.status_code == 202
+    (*_, (name, last)) = events(face.get("/job/job-1/events"))
+    assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
+
+
+def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    with pytest.raises(requests.Timeout):
+        face.post("/jobs?wait=150", {"input": sdxl_payload()}, timeout=1)
+    assert bench.painter.at_step.wait(PATIENCE_S)
+
+    assert face.get("/job/job-1").json()["status"] == "processing"
+    bench.painter.go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/job/nobody", 404),
+        ("POST", "/job/nobody/cancel", 404),
+        ("GET", "/nowhere", 404),
+        ("GET", "/chat", 405),
+        ("POST", "/jobs?wait=x", 400),
+        ("POST", "/jobs?wait=301", 400),
+    ],
+)
+def test_whatever_fails_fails_in_the_same_form(
+    face: ServedFace, method: str, path: str, status: int
+) -> None:
+    answer = requests.request(method, face.url + path, json={}, timeout=PATIENCE_S)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is False
+    assert isinstance(answer.json()["error"], str)
+
+
+# --- what the worker says of itself ---
+
+#: The keys that the specification shows for each.
+SAID = {
+    "/status": ["worker_type", "model", "batch_support", "quality_tiers"],
+    "/worker/info": ["families", "job_types"],
+    "/enhancement/info": ["worker_type", "models_available", "capabilities", "model_info"],
+    "/memory/status": ["model_loaded", "memory_usage", "device", "compilation_status"],
+    "/memory/report": ["pressure_level", "available_vram", "worker_status", "recommendations"],
+    "/debug/env": ["wan_generate_path", "model_paths"],
+}
+
+
+@pytest.mark.parametrize("path", SAID)
+def test_the_specifications_routes_answer_with_its_keys(face: ServedFace, path: str) -> None:
+    answer = face.get(path)
+
+    assert (answer.status_code, answer.json()["success"]) == (200, True)
+    assert set(SAID[path]) <= set(answer.json())
+
+
+def test_every_operation_with_a_route_is_the_administrators() -> None:
+    asked = {*http.OPERATION_OF.values(), *http.EMERGENCIES}
+
+    assert asked | {"health", "job_status"} == set(admin.ANSWERS)
+
+
+def test_a_full_row_does_not_keep_an_administrator_out(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=0))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        answer = face.post("/emergency/operation", {"operation": "pressure_check"})
+        small.painter.go_on.set()
+
+    assert answer.json()["pressure_level"] == "low"
+
+
+def test_another_operation_is_refused_by_its_name(face: ServedFace) -> None:
+    answer = face.post("/emergency/operation", {"operation": "health"})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("operation: Input should be one of force_unload")
+
+
+def test_what_cannot_be_moved_is_a_conflict_with_its_reason(face: ServedFace) -> None:
+    answer = face.post("/memory/unload", {"target_worker": "chat_worker"})
+
+    assert (answer.status_code, answer.json()["success"]) == (409, False)
+    assert answer.json()["error"] == "there is nothing to move"
+
+
+# --- the key ---
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[ServedFace]:
+    settings = Settings(families=("sdxl", "chat"), worker_api_key="new-key,old-key")
+    made = Bench(tmp_path, settings=settings, models={"chat": Parrot("Rain.")})
+    made.models["sdxl"] = made.painter
+    with ServedFace(settings, made.worker) as served:
+        yield served
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "changes", "status"),
+    [
+        ({}, {}, 401),
+        (bearer("wrong"), {}, 401),
+        ({"Authorization": "Basic new-key"}, {}, 401),
+        (bearer("new-key"), {}, 200),
+        (bearer("old-key"), {"api_key": None}, 200),
+        # A gateway's own key in the usual header, the worker's beside it.
+        ({**bearer("of-the-gateway"), "X-API-Key": "new-key"}, {}, 200),
+        (bearer("of-the-gateway"), {"api_key": "new-key"}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/chat", "/jobs?wait=150"])
+def test_a_key_is_asked_for_where_the_worker_has_one(
+    locked: ServedFace, path: str, headers: dict[str, str], changes: dict[str, Any], status: int
+) -> None:
+    call = chat_payload(**changes)
+
+    answer = locked.post(path, {"input": call} if "jobs" in path else call, headers=headers)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is (status == 200)
+
+
+def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedFace) -> None:
+    answer = locked.post("/chat", CALL)
+
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json()["code"] == "UNAUTHORIZED"
+
+
+@pytest.mark.parametrize("path", ["/ping", "/health"])
+def test_health_is_answered_without_a_key(locked: ServedFace, path: str) -> None:
+    assert locked.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", SAID)
+def test_an_administrators_questions_need_the_key(locked: ServedFace, path: str) -> None:
+    assert locked.get(path).status_code == 401
+    assert locked.get(path, headers=bearer("new-key")).status_code == 200
+
+
+def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedFace) -> None:
+    locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
+
+    for headers, status in ((bearer("wrong"), 401), (bearer("new-key"), 200)):
+        assert locked.get("/job/job-1", headers=headers).status_code == status
+        assert locked.get("/job/job-1/events", headers=headers).status_code == status
+    assert locked.post("/job/job-1/cancel").status_code == 401
+
+
+# --- limits ---
+
+
+def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        taken = [face.post("/jobs", {"input": sdxl_payload(id=name)}) for name in ("a", "b", "c")]
+        small.painter.go_on.set()
+        face.get("/job/b/events")
+        again = face.post("/jobs?wait=150", {"input": sdxl_payload(id="c")})
+
+    assert [answer.status_code for answer in taken] == [202, 202, 429]
+    assert taken[2].headers["Retry-After"] == "2"
+    assert taken[2].json()["code"] == "RATE_LIMITED"
+    assert again.status_code == 200
+
+
+def test_the_last_jobs_are_remembered_and_no_more(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ourvidz_serverless.docket.KEPT", 2)
+
+    for name in ("a", "b", "c", "d"):
+        face.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
+
+    assert [face.get(f"/job/{name}").status_code for name in "abcd"] == [404, 200, 200, 200]
+
+
+def test_a_body_beyond_the_limit_is_refused(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "MAX_BODY_BYTES", 1000)
+
+    answer = face.post("/chat", {**CALL, "prompt": "x" * 1000})
+
+    assert (answer.status_code, answer.json()["success"]) == (413, False)
+
+
+def test_a_body_that_does_not_arrive_is_given_up(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+    host, port = face.url.removeprefix("http://").split(":")
+
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as slow:
+        slow.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        answer = slow.recv(1000)
+
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+# --- loading, ready, leaving ---
+
+
+HEAD = b"GET /ping HTTP/1.1\r\nHost: worker\r\n"
+
+
+def knock(face: ServedFace) -> socket.socket:
+    host, port = face.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
+def test_a_head_without_end_is_cut(face: ServedFace, piece: bytes) -> None:
+    with knock(face) as client:
+        client.sendall(HEAD)
+
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                client.sendall(piece)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /ping HT", HEAD])
+def test_a_head_that_does_not_arrive_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, face: ServedFace, said: bytes
+) -> None:
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.2)
+
+    with knock(face) as client:
+        client.sendall(said)
+
+        assert client.recv(65536) == b""
+
+
+def test_a_head_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, face: ServedFace) -> None:
+    with knock(face) as client:
+        client.sendall(HEAD + b"\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        # The clock of the next head begins with its first byte.
+        monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.2)
+
+        with pytest.raises(ConnectionError):
+            while True:
+                client.sendall(b"G")
+                threading.Event().wait(0.02)
+
+
+def test_a_job_may_take_longer_than_a_head(
+    monkeypatch: pytest.MonkeyPatch, face: ServedFace, bench: Bench
+) -> None:
+    # As good as for ever for a head to arrive in, and over before the job ends.
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", 2)
+    bench.painter.hold()
+
+    with knock(face) as client:
+        body = json.dumps({"input": sdxl_payload()}).encode()
+        head = f"POST /jobs?wait=150 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        threading.Event().wait(2.5)
+        bench.painter.go_on.set()
+
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_more_connections_than_a_worker_has_room_for_are_closed(
+    monkeypatch: pytest.MonkeyPatch, face: ServedFace
+) -> None:
+    monkeypatch.setattr(http, "MAX_CONNECTIONS", 2)
+    with knock(face) as first, knock(face) as second, knock(face) as third:
+        assert third.recv(1) == b""
+
+        for client in (first, second):
+            client.sendall(HEAD + b"\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> None:
+    with ServedFace(Settings()) as face:
+        ping, health = face.get("/ping"), face.get("/health")
+        call = face.post("/chat", CALL)
+
+    assert ping.status_code == 204
+    assert (health.status_code, health.json()["model_loaded"]) == (503, False)
+    assert (call.status_code, call.headers["Retry-After"]) == (503, "5")
+    assert call.json()["code"] == "WORKER_UNAVAILABLE"
+
+
+def test_a_face_that_is_ready_says_so(face: ServedFace) -> None:
+    health = face.get("/health").json()
+
+    assert (face.get("/ping").status_code, health["status"]) == (200, "healthy")
+    assert health["families"] == ["sdxl", "chat"]
+    assert {"model_loaded", "device", "jobs"} <= set(health)
+
+
+def test_who_leaves_finishes_what_runs(bench: Bench) -> None:
+    bench.painter.hold()
+    with ServedFace(bench.settings, bench.worker) as face:
+        answers: list[requests.Response] = []
+        payload = {"input": sdxl_payload()}
+        caller = threading.Thread(
+            target=lambda: answers.append(face.post("/jobs?wait=150", payload))
+        )
+        caller.start()
+        assert bench.painter.at_step.wait(PATIENCE_S)
+        face.stop()
+        bench.painter.go_on.set()
+        caller.join()
+
+    assert answers[0].json()["status"] == "completed"
+
+
+def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> None:
+    impatient = Bench(tmp_path, settings=Settings(shutdown_grace_s=0.1))
+    impatient.painter.hold()
+    with ServedFace(impatient.settings, impatient.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert impatient.painter.at_step.wait(PATIENCE_S)
+
+    ended = face.face.docket.find("job-1")
+    assert ended and ended.document and ended.document.failure
+    assert ended.document.failure.code == "WORKER_UNAVAILABLE"
+
+
+# --- what machines are told ---
+
+
+def test_every_route_is_described_with_its_body_and_its_failures(face: ServedFace) -> None:
+    paths = face.get("/openapi.json").json()["paths"]
+
+    routes = {route.path for route in http.router.routes}
+    assert set(paths) == routes
+    assert set(openapi.BODIES) <= routes
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            assert "5XX" in operation["responses"]
+            has_body = "requestBody" in operation
+            assert has_body is (method == "post" and not path.endswith("/cancel"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_schemathesis_finds_nothing(face: ServedFace, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [
+            Path(sys.executable).parent / "schemathesis",
+            *("run", f"{face.url}/openapi.json", "--max-examples=15", "--workers=1"),
+            *("--phases=examples,fuzzing", "--seed=1", "--request-timeout=20"),
+            # That a conversation holds some text, say, is beyond a schema.
+            "--exclude-checks=positive_data_acceptance",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+# --- the process ---
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    env = {
+        "FAMILIES": "chat",
+        "CHAT_INSTRUCT_MODEL": tiny_folder(tmp_path_factory.mktemp("chat")),
+        "STORAGE_URL": f"file:{tmp_path_factory.mktemp('outputs')}",
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "PORT_HEALTH": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    args = ["ourvidz_serverless.http"]
+    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as running:
+        running.wait_for_log("ready")
+        yield running
+
+
+def ports(process: WorkerProcess) -> list[str]:
+    return [f"http://127.0.0.1:{port}" for port in re.findall(r"port (\d+)", process.log)]
+
+
+def test_a_real_model_answers_the_applications_call(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+
+    answer = requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S)
+
+    assert answer.json()["success"] is True
+    assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+def test_a_real_models_memory_is_moved_and_told(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+
+    unloaded = requests.post(
+        f"{url}/memory/unload", json={"force": False}, timeout=PATIENCE_S
+    ).json()
+    loaded = requests.post(f"{url}/memory/load", json={"force": False}, timeout=PATIENCE_S).json()
+    status = requests.get(f"{url}/memory/status", timeout=PATIENCE_S).json()
+
+    assert set(unloaded["models"].values()) <= {"host", "disk", "device"}
+    assert loaded["success"] is True
+    assert status["model_loaded"] is True
+
+
+def test_the_balancer_may_ask_on_a_port_of_its_own(process: WorkerProcess) -> None:
+    assert [
+        requests.get(f"{url}/ping", timeout=PATIENCE_S).status_code for url in ports(process)
+    ] == [
+        200,
+        200,
+    ]
+
+
+def test_many_callers_are_answered_at_once(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(
+            requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S).json()["success"]
+        )
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert answers == [True] * 20
+
+
+def test_a_hang_up_reaches_the_model_and_no_word_is_logged(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+    messages = [{"role": "user", "content": "an unmistakable zebra"}]
+    long = {"messages": messages, "max_tokens": 2048, "temperature": 0}
+    with requests.post(
+        f"{url}/chat", json={**long, "stream": True}, stream=True, timeout=PATIENCE_S
+    ) as got:
+        next(got.iter_lines())
+
+    log = process.wait_for_log("CANCELLED")
+
+    assert "zebra" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_sigterm_ends_the_process_with_code_0(tmp_path: Path) -> None:
+    env = {"SERVE": "http", "STORAGE_URL": f"file:{tmp_path}", "PORT": "0", "HOST": "127.0.0.1"}
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as running:
+        running.wait_for_log("ready")
+        url = ports(running)[0]
+        answer = requests.post(
+            f"{url}/jobs?wait=150", json={"input": sdxl_payload()}, timeout=PATIENCE_S
+        )
+        running.terminate()
+
+        assert answer.json()["status"] == "completed"
+        assert running.wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_failed_start_ends_with_one_clear_line() -> None:
+    env = {"SDXL_MODEL": "/no/such/model", "PORT": "0", "HOST": "127.0.0.1"}
+    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless.http"]) as failing:
+        assert failing.wait() == 1
+
+    assert failing.log.strip().splitlines()[-1].startswith("cannot start: SDXL_MODEL: ")
+    assert "Traceback" not in failing.log

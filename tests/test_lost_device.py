@@ -1,0 +1,184 @@
+"""A device that takes no more work from this process: the job may be retried, the worker goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ourvidz_serverless.errors import DeviceLost, InternalError
+from ourvidz_serverless.models.device import as_job_error
+from ourvidz_serverless.settings import Settings
+from tests.support import lost_device
+from tests.support.bench import Bench, chat_payload, sdxl_payload
+from tests.support.braked import Brake
+from tests.support.chatbox import request, say, tiny_folder, tiny_writer
+from tests.support.face import ServedFace
+from tests.support.handler import ROOT, failure
+from tests.support.platform import Platform
+from tests.support.worker import WorkerProcess
+
+#: With the brake on, twelve seconds or more.
+MANY_STEPS = {"config": {"num_inference_steps": 50}}
+BREAKS = {"config": {"resolution": "128x64"}}
+
+
+def start(platform: Platform, tmp_path: Path, **env: str) -> WorkerProcess:
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "STORAGE_URL": f"file:{tmp_path / 'assets'}",
+        "POISON_DIR": str(tmp_path / "pills"),
+        "BRAKE": str(tmp_path / "brake"),
+        **env,
+    }
+    return WorkerProcess(platform, "-m", args=[lost_device.__name__], env=env, cwd=ROOT)
+
+
+def lost(code: int | None = None, words: str = lost_device.WORDS) -> Exception:
+    """As torch raises it; the number is there where the driver gave one."""
+    error = torch.AcceleratorError(words)
+    if code is not None:
+        error.error_code = code
+    return error
+
+
+# --- through the real loop ---
+
+
+@pytest.mark.slow
+def test_the_worker_is_replaced_after_the_job_and_others_in_flight_end_well(tmp_path: Path) -> None:
+    with Platform() as platform, start(platform, tmp_path, CONCURRENCY="3") as process:
+        with Brake(tmp_path / "brake").on():
+            long = platform.submit(sdxl_payload(id="long", **MANY_STEPS))
+            platform.wait_for_updates(long)
+            breaks, waits = (
+                platform.submit(sdxl_payload(id=name, **changes))
+                for name, changes in (("breaks", BREAKS), ("waits", {}))
+            )
+            # While the first computes; once the device is lost no further one begins.
+            for name in ("breaks", "waits"):
+                process.wait_for_log(f"({name})")
+
+        told = platform.result(breaks)
+        ends = [platform.result(job) for job in (long, waits)]
+
+        assert process.wait() == 0
+    assert told["stopPod"] is True
+    assert failure(platform.status(breaks)) == {
+        "code": "INTERNAL_ERROR",
+        "message": "the device failed, and with it this worker; another one can do the job",
+        "retryable": True,
+    }
+    assert [end["output"]["status"] for end in ends] == ["completed", "completed"]
+    # A job that has ended its worker is counted as one.
+    assert len(list((tmp_path / "pills").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_streaming_endpoints_worker_is_replaced_too(tmp_path: Path) -> None:
+    env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": tiny_folder(tmp_path / "chat")}
+    with Platform() as platform, start(platform, tmp_path, **env) as process:
+        job = platform.submit(chat_payload())
+
+        told = platform.result(job)
+
+        assert process.wait() == 0
+    assert told["stopPod"] is True
+    assert failure(platform.status(job))["code"] == "INTERNAL_ERROR"
+
+
+# --- what is one, and what is none ---
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lost(),
+        lost(719, "CUDA error: something new"),
+        lost(None, "CUDA error: device-side assert triggered\nCUDA kernel errors might be"),
+        lost(None, "CUDA error: unspecified launch failure"),
+        lost(None, "CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA error: misaligned address"),
+    ],
+    ids=str,
+)
+def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Exception) -> None:
+    assert type(as_job_error(error)) is DeviceLost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lost(1, "CUDA error: invalid argument"),
+        lost(98, "CUDA error: invalid device function"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=str,
+)
+def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
+    assert type(as_job_error(error)) is InternalError
+
+
+def test_it_is_seen_below_whatever_was_made_of_it() -> None:
+    wrapped = KeyError("weights")
+    wrapped.__context__ = lost()
+
+    assert type(as_job_error(wrapped)) is DeviceLost
+
+
+def test_chats_engine_ends_its_requests_with_it() -> None:
+    writer = tiny_writer()
+    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+
+    with pytest.raises(DeviceLost):
+        say(writer.engine, request(writer, "a"))
+
+
+# --- afterwards ---
+
+
+def broken(bench: Callable[..., Bench], **settings: object) -> Bench:
+    """A worker whose last job has lost the device."""
+    box = bench(settings=Settings(**settings))
+    box.painter.fails.append(lost())
+    document = box.run()
+    assert document.result()["refresh_worker"] is True
+    return box
+
+
+def test_no_further_job_is_taken_and_each_may_be_retried(bench: Callable[..., Bench]) -> None:
+    document = broken(bench).run(sdxl_payload(id="next"))
+
+    assert document.failure
+    assert (document.failure.code, document.failure.retryable) == ("WORKER_UNAVAILABLE", True)
+    assert "refresh_worker" not in document.result()
+
+
+def test_an_administrator_is_still_answered(bench: Callable[..., Bench]) -> None:
+    question = {"type": "admin_utilities", "config": {"operation": "health"}}
+
+    answer = broken(bench).run({"id": "health", **question})
+
+    assert answer.reply["result"]["status"] == "unhealthy"
+
+
+def test_plain_http_says_that_it_is_unhealthy(bench: Callable[..., Bench]) -> None:
+    box = broken(bench)
+
+    with ServedFace(box.settings, box.worker) as face:
+        ping, health = face.get("/ping"), face.get("/health")
+
+    assert (ping.status_code, health.status_code) == (503, 503)
+    assert health.json()["status"] == "unhealthy"
+
+
+def test_any_other_bug_leaves_the_worker_as_it_was(bench: Callable[..., Bench]) -> None:
+    box = bench()
+    box.painter.fails.append(RuntimeError("a shape does not fit"))
+
+    assert "refresh_worker" not in box.run().result()
+    assert box.run(sdxl_payload(id="next")).status == "completed"

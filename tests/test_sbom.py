@@ -1,0 +1,74 @@
+"""The bill of materials of this very environment, which has the same packages as an image."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from builder import sbom
+from builder.lock import REQUIREMENTS
+
+POCKET = REQUIREMENTS.parent / "pocket"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    dest = tmp_path_factory.mktemp("bill") / "sbom.cdx.json"
+    told = ["--name", "ourvidz-sdxl", "--version", "1.0", "--weights", str(POCKET)]
+    sbom.main([*told, "--dest", str(dest)])
+    return dest.read_text()
+
+
+@pytest.fixture(scope="module")
+def components(text: str) -> dict[str, dict[str, Any]]:
+    return {each["bom-ref"]: each for each in json.loads(text)["components"]}
+
+
+def test_it_is_valid_cyclonedx(text: str) -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+
+
+def test_an_invalid_one_would_be_seen(text: str) -> None:
+    broken = text.replace('"library"', '"books"')
+
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(broken) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), re.findall(r"^([\w-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE)
+)
+def test_every_requirement_is_in_it_at_its_version(
+    components: dict[str, dict[str, Any]], name: str, version: str
+) -> None:
+    (found,) = (each for each in components.values() if each["name"] == name.lower())
+
+    # Another build of torch says so behind a plus.
+    assert found["version"].partition("+")[0] == version
+    assert found["purl"].partition("@")[0] == f"pkg:pypi/{name.lower()}"
+
+
+def test_weights_are_in_it_with_the_checksums_of_their_files(
+    components: dict[str, dict[str, Any]],
+) -> None:
+    name = "pocket/sdxl.safetensors"
+    digest = hashlib.sha256((REQUIREMENTS.parent / name).read_bytes()).hexdigest()
+
+    assert components[name]["type"] == "machine-learning-model"
+    assert components[name]["hashes"] == [{"alg": "SHA-256", "content": digest}]
+
+
+def test_all_weights_are_in_it(components: dict[str, dict[str, Any]]) -> None:
+    files = {path.relative_to(POCKET.parent).as_posix() for path in POCKET.rglob("*.safetensors")}
+
+    assert {name for name in components if name.endswith(".safetensors")} == files
+
+
+def test_two_of_the_same_system_are_the_same(text: str, tmp_path: Path) -> None:
+    again = sbom.bill_of("ourvidz-sdxl", "1.0", [POCKET])
+
+    assert again == json.loads(text)

@@ -1,0 +1,52 @@
+"""Hundreds of jobs with faults at random: none is lost, none told twice, nothing grows."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.soak import ODDS, Soak
+
+JOBS = 600
+
+
+@pytest.fixture(scope="module")
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    folder = tmp_path_factory.mktemp("soak")
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    (folder / "root").mkdir()
+    try:
+        soak = Soak(folder / "root")
+        soak.run(JOBS)
+    finally:
+        tempfile.tempdir = before
+    return soak
+
+
+@pytest.mark.slow
+def test_no_job_is_lost_and_none_is_told_of_twice(soaked: Soak) -> None:
+    assert (soaked.lost, soaked.doubled) == ([], [])
+    assert sum(soaked.endings.values()) == JOBS
+
+
+@pytest.mark.slow
+def test_everything_that_can_go_wrong_did(soaked: Soak) -> None:
+    assert set(soaked.wishes) == {*ODDS, "nothing"}
+    assert soaked.kept > 0
+    assert {"completed", "UPLOAD_ERROR", "CANCELLED", "TIMEOUT_ERROR"} <= set(soaked.endings)
+
+
+@pytest.mark.slow
+def test_the_process_stays_as_it_was_after_its_first_jobs(soaked: Soak) -> None:
+    first, last = soaked.sizes[0], soaked.sizes[-1]
+
+    assert last.threads <= first.threads + 8  # the pool of deliveries fills as it is needed
+    assert last.files <= first.files + 4
+    assert last.temporary == first.temporary
+    assert last.objects <= first.objects + 3000
+    assert last.megabytes <= first.megabytes + 40
+
+
+@pytest.mark.slow
+def test_no_mark_of_a_job_in_flight_is_left(soaked: Soak) -> None:
+    assert list(Path(soaked.root / "pills").iterdir()) == []
