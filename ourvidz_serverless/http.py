@@ -409,7 +409,9 @@ async def _reply(request: Request, face: Face, payload: Mapping[str, Any]) -> Re
         ticket.begun() if streams else ticket.ended(),
         _reply_timeout_s(face.settings, payload),
     )
-    if ticket.document:
+    # A job that failed before its first event has a status; who asked for events and has a whole
+    # reply already gets them all the same.
+    if ticket.document and (ticket.document.failure or not streams):
         return _answer(ticket.document, with_assets=False)
     return EventStream(_events(ticket), at_end=ticket.stop.set)
 

@@ -194,6 +194,16 @@ def test_a_streamed_reply_is_deltas_and_then_the_answer(face: ServedFace) -> Non
     assert (name, json.loads(last)["response"]) == ("done", "Water that falls.")
 
 
+def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: Path) -> None:
+    silent = Bench(tmp_path, models={"chat": Parrot()})
+    with ServedFace(silent.settings, silent.worker) as face:
+        answer = face.post("/chat", {**CALL, "stream": True})
+
+    ((name, last),) = events(answer)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert (name, json.loads(last)["response"]) == ("done", "")
+
+
 def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
     answer = face.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
 
