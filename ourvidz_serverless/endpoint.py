@@ -116,6 +116,7 @@ def make_stream_handler(
             threads, worker.run, event, stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
+        _at_the_end_of_this_task(stop.set)
         try:
             async for delta in deltas:
                 yield delta
@@ -137,6 +138,16 @@ def make_stream_handler(
             yield {"error": error}
 
     return handler
+
+
+def _at_the_end_of_this_task(call: Callable[[], None]) -> None:
+    """A generator hears nothing of a cancel that meets the SDK while it posts an item.
+
+    It stays at its `yield` until its memory is freed, which may be after another job.
+    """
+    task = asyncio.current_task()
+    assert task
+    task.add_done_callback(lambda _: call())
 
 
 class Deltas:

@@ -26,7 +26,7 @@ from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
 from ourvidz_serverless.credentials import Credentials
 from ourvidz_serverless.delivery import Delivery
-from ourvidz_serverless.errors import InternalError, JobError, WorkerUnavailable
+from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
 from ourvidz_serverless.flights import Flights
 from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
 from ourvidz_serverless.limits import Limits
@@ -163,9 +163,8 @@ class Worker:
                 with context.stage("deliver"):
                     assets = delivery.assets(context.check)
         except JobError as exc:
-            # The failure alone: an exception that lives on pins the tensors of its frames. And
-            # of a job that was stopped the stop, whatever gave way to it first.
-            failure = Failure.of(context.over or exc)
+            # The failure alone: an exception that lives on pins the tensors of its frames.
+            failure = Failure.of(_cause(exc, context))
         except Exception as exc:
             logs.bug(job_id, exc)
             failure = Failure.of(models.as_job_error(exc))
@@ -348,6 +347,14 @@ class Worker:
             log.warning("nor could its document be kept: %s", exc.message)
             return None
         return key
+
+
+def _cause(error: JobError, context: JobContext) -> JobError:
+    """What ended a job: of one that was stopped the stop, whatever gave way to it first.
+
+    But a lost device is the worker's end, whoever had stopped the job.
+    """
+    return error if isinstance(error, DeviceLost) else context.over or error
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Chat behind RunPod's own loop: many jobs at once, streams, and a cancel in the middle."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,15 @@ from urllib.parse import unquote
 import pytest
 import requests
 
+from ourvidz_serverless.endpoint import make_stream_handler
 from ourvidz_serverless.models.qwen import POCKET
+from ourvidz_serverless.settings import Settings
 from tests.support import braked
-from tests.support.bench import chat_payload, sdxl_payload
+from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.braked import Brake
 from tests.support.chatbox import tiny_folder
-from tests.support.handler import ROOT, failure, run_handler, start
+from tests.support.handler import LOCAL_API, ROOT, failure, run_handler, served_at, start
+from tests.support.parrot import Endless
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
@@ -146,6 +150,31 @@ def test_a_cancelled_job_leaves_the_batch(
     assert document(platform, platform.submit(chat_payload(id=f"after-{name}")))
 
 
+def test_a_stop_that_meets_the_sdk_while_it_posts_an_item_stops_the_job(tmp_path: Path) -> None:
+    endless, settings = Endless(), Settings(families=("chat",))
+    worker = Bench(tmp_path, settings=settings, models={"chat": endless}).worker
+
+    async def cancel_in_a_post() -> bool:
+        # Held, as the SDK's own frames hold it: it is not closed until they are gone.
+        event = {"id": "rp-1", "input": chat_payload(stream=True)}
+        items = make_stream_handler(worker, settings)(event)
+        posting = asyncio.Event()
+
+        async def sdk() -> None:
+            async for _ in items:
+                posting.set()
+                await asyncio.Event().wait()
+
+        job = asyncio.create_task(sdk())
+        await asyncio.wait_for(posting.wait(), PATIENCE_S)
+        job.cancel()
+        is_stopped = await asyncio.to_thread(endless.stopped.wait, PATIENCE_S)
+        await items.aclose()
+        return is_stopped
+
+    assert asyncio.run(cancel_in_a_post())
+
+
 def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerProcess) -> None:
     messages = [{"role": "user", "content": "an unmistakable zebra"}]
     reply = document(platform, platform.submit(chat_payload(id="quiet", messages=messages)))
@@ -194,11 +223,9 @@ def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
 
 
 def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
-    args = ("--rp_serve_api", "--rp_api_port", "18766")
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
-    url = "http://127.0.0.1:18766"
-    with start(None, *args, **env) as process:
-        process.wait_for_log("Uvicorn running")
+    with start(None, *LOCAL_API, **env) as process:
+        url = served_at(process)
         job = requests.post(
             f"{url}/run", json={"input": chat_payload(stream=True)}, timeout=PATIENCE_S
         )

@@ -13,12 +13,11 @@ from PIL import Image
 from tests.support import braked
 from tests.support.bench import sdxl_payload
 from tests.support.braked import Brake
-from tests.support.handler import ROOT, failure, run_handler, start
+from tests.support.handler import LOCAL_API, ROOT, failure, run_handler, served_at, start
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver, SupabaseStorage
 from tests.support.s3 import SeaweedServer
-from tests.support.web import free_port
 from tests.support.worker import WorkerProcess
 
 #: With the brake on, twelve seconds or more.
@@ -301,12 +300,9 @@ def test_the_log_has_neither_prompt_nor_payload(tmp_path: Path) -> None:
 
 
 def test_the_local_api_answers_runsync(tmp_path: Path) -> None:
-    port = free_port()
-    args = ("--rp_serve_api", "--rp_api_port", str(port))
-    with start(None, *args, STORAGE_URL=f"file:{tmp_path}") as process:
-        process.wait_for_log("Uvicorn running")
+    with start(None, *LOCAL_API, STORAGE_URL=f"file:{tmp_path}") as process:
         answer = requests.post(
-            f"http://127.0.0.1:{port}/runsync", json={"input": sdxl_payload()}, timeout=PATIENCE_S
+            f"{served_at(process)}/runsync", json={"input": sdxl_payload()}, timeout=PATIENCE_S
         ).json()
 
     assert answer["status"] == "COMPLETED"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.braked import Brake
 from tests.support.chatbox import request, say, tiny_folder, tiny_writer
 from tests.support.face import ServedFace
 from tests.support.handler import ROOT, failure
+from tests.support.parrot import Parrot
 from tests.support.platform import Platform
 from tests.support.worker import WorkerProcess
 
@@ -174,6 +176,20 @@ def test_plain_http_says_that_it_is_unhealthy(bench: Callable[..., Bench]) -> No
 
     assert (ping.status_code, health.status_code) == (503, 503)
     assert health.json()["status"] == "unhealthy"
+
+
+@pytest.mark.parametrize("error", [DeviceLost("the device failed"), lost()], ids=["chat", "sdxl"])
+def test_it_is_seen_though_the_job_was_stopped_meanwhile(tmp_path: Path, error: Exception) -> None:
+    class Hung(Parrot):
+        def generate(self, **call: Any) -> Any:
+            bench.stop.set()
+            raise error
+
+    bench = Bench(tmp_path, settings=Settings(families=("chat",)), models={"chat": Hung()})
+
+    bench.run(chat_payload())
+
+    assert bench.worker.is_lost
 
 
 def test_any_other_bug_leaves_the_worker_as_it_was(bench: Callable[..., Bench]) -> None:

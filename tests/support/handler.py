@@ -14,10 +14,19 @@ from tests.support.worker import WorkerProcess
 ROOT = Path(__file__).parents[2]
 HANDLER = ROOT / "handler.py"
 
+#: The SDK's own API, at a port that the system picks.
+LOCAL_API = ("--rp_serve_api", "--rp_api_port", "0")
+
 
 def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
     return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
+
+
+def served_at(process: WorkerProcess) -> str:
+    """Where a handler that was started with `LOCAL_API` listens, once it does."""
+    log = process.wait_for_log("(Press CTRL+C to quit)")
+    return log.split("Uvicorn running on ", 1)[1].split()[0]
 
 
 def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
