@@ -336,6 +336,39 @@ def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
     assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
 
 
+def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        again = face.post("/jobs", {"input": sdxl_payload()})
+        assert again.json()["status"] == "processing"
+
+        face.post("/job/job-1/cancel")
+
+        (*_, (name, last)) = events(face.get("/job/job-1/events"))
+        assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
+    assert (len(small.painter.calls), small.stored()) == (1, [])
+
+
+@pytest.mark.parametrize("other", [{"user_id": "user-2"}, {"api_key": "another"}])
+def test_another_callers_job_of_the_same_id_is_another_job(
+    tmp_path: Path, other: dict[str, str]
+) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        answer = face.post("/jobs", {"input": sdxl_payload(**other)})
+        small.painter.go_on.set()
+        face.get("/job/job-1/events")
+
+    assert answer.json()["status"] == "queued"
+    assert len(small.painter.calls) == 2
+
+
 def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: Bench) -> None:
     bench.painter.hold()
     with pytest.raises(requests.Timeout):
