@@ -468,15 +468,19 @@ class EventStream(StreamingResponse):
 
 
 async def _events(ticket: Ticket) -> AsyncIterator[str]:
-    """`data: {"delta": ...}` as words come, `progress` events, and `done` or `error` at the end."""
-    told, progress = 0, ticket.progress
+    """`data: {"delta": ...}` as words come, `progress` events, and `done` or `error` at the end.
+
+    Whoever comes later is first told the words so far, and where the job stands.
+    """
+    told = 0
+    progress: Mapping[str, Any] = {}
     while True:
         # Of one moment: while an event is sent, the job goes on.
         news, text, now, document = ticket.news, ticket.text, ticket.progress, ticket.document
         if len(text) > told:
             yield _event({"delta": text[told:]})
             told = len(text)
-        if now is not progress:
+        if now and now is not progress:
             yield _event(now, "progress")
             progress = now
         if document:

@@ -1,5 +1,6 @@
 """The HTTP face: the application's chat calls, any job by its id, and what a load balancer asks."""
 
+import asyncio
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ import pytest
 import requests
 
 from ourvidz_serverless import errors, http, openapi
+from ourvidz_serverless.docket import Ticket
 from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
@@ -314,14 +316,24 @@ def test_progress_and_end_are_events(face: ServedFace, bench: Bench) -> None:
     bench.painter.hold()
     face.post("/jobs", {"input": sdxl_payload()})
     assert bench.painter.at_step.wait(PATIENCE_S)
-    threading.Timer(0.2, bench.painter.go_on.set).start()
+    stream = face.get("/job/job-1/events", stream=True)
+    bench.painter.go_on.set()
 
-    *progress, (name, last) = events(face.get("/job/job-1/events"))
+    *progress, (name, last) = events(stream)
 
     steps = [json.loads(data)["step"] for _, data in progress]
     assert {name for name, _ in progress} == {"progress"}
     assert steps == sorted(steps) and steps[-1] == 10
     assert (name, json.loads(last)["status"]) == ("done", "completed")
+
+
+def test_who_comes_later_is_told_where_the_job_stands() -> None:
+    async def first_event() -> str:
+        ticket = Ticket("job-1")
+        ticket.note(progress={"step": 3})
+        return await anext(http._events(ticket))
+
+    assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
 
 
 def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
