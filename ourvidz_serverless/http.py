@@ -35,6 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ourvidz_serverless import __version__, access, jobs, logs, page, settings
@@ -334,6 +335,8 @@ async def _body(request: Request) -> dict[str, Any]:
             raw = await _read(request)
     except TimeoutError:
         raise HTTPException(408, "the body took too long to arrive") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body did not arrive") from None
     try:
         body = await asyncio.to_thread(json.loads, raw, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -584,6 +584,18 @@ def test_a_body_that_does_not_arrive_is_given_up(
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+def test_who_hangs_up_while_sending_is_no_bug(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ServedFace(bench.settings, bench.worker) as face, knock(face) as client:
+        head = b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nExpect: 100-continue\r\n"
+        client.sendall(head + b"\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 100")
+        client.sendall(b"{")
+
+    assert "met a bug" not in caplog.text
+
+
 # --- loading, ready, leaving ---
 
 
