@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import RateLimited
 from ourvidz_serverless.payloads import Document
@@ -34,8 +35,10 @@ class Ticket:
     Its state belongs to the event loop; `changed` wakes whoever watches it.
     """
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, delivery: Hashable = None) -> None:
         self.job_id = job_id
+        #: Whose delivery it was, and to which worker.
+        self.delivery = delivery
         self.stop = Stop()
         self.status: Status = "queued"
         self.progress: Mapping[str, Any] = {}
@@ -72,12 +75,20 @@ class Docket:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="job")
 
     def submit(self, worker: Worker, job_id: str, event: Mapping[str, Any]) -> Ticket:
-        """Have a job run as soon as a thread is free; raise RateLimited when the row is full."""
+        """Have a job run as soon as a thread is free; raise RateLimited when the row is full.
+
+        A job that is under way is not taken again: one ticket, which stops it for all.
+        """
+        # As `Flights` has it, which a delivery that waits for a thread does not reach.
+        delivery = (worker, jobs.user_id(event), jobs.api_key(event))
+        first = self._tickets.get(job_id)
+        if first and not first.document and first.delivery == delivery:
+            return first
         if self._open >= self._most:
             raise RateLimited(
                 f"{self._open} jobs are under way here already", retry_after=RETRY_AFTER_S
             )
-        loop, ticket = asyncio.get_running_loop(), Ticket(job_id)
+        loop, ticket = asyncio.get_running_loop(), Ticket(job_id, delivery)
 
         def tell(**changes: Any) -> None:
             loop.call_soon_threadsafe(functools.partial(ticket.note, **changes))

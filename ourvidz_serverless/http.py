@@ -35,6 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ourvidz_serverless import __version__, access, jobs, logs, page, settings
@@ -334,6 +335,8 @@ async def _body(request: Request) -> dict[str, Any]:
             raw = await _read(request)
     except TimeoutError:
         raise HTTPException(408, "the body took too long to arrive") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body did not arrive") from None
     try:
         body = await asyncio.to_thread(json.loads, raw, parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -468,15 +471,19 @@ class EventStream(StreamingResponse):
 
 
 async def _events(ticket: Ticket) -> AsyncIterator[str]:
-    """`data: {"delta": ...}` as words come, `progress` events, and `done` or `error` at the end."""
-    told, progress = 0, ticket.progress
+    """`data: {"delta": ...}` as words come, `progress` events, and `done` or `error` at the end.
+
+    Whoever comes later is first told the words so far, and where the job stands.
+    """
+    told = 0
+    progress: Mapping[str, Any] = {}
     while True:
         # Of one moment: while an event is sent, the job goes on.
         news, text, now, document = ticket.news, ticket.text, ticket.progress, ticket.document
         if len(text) > told:
             yield _event({"delta": text[told:]})
             told = len(text)
-        if now is not progress:
+        if now and now is not progress:
             yield _event(now, "progress")
             progress = now
         if document:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -43,12 +45,14 @@ class Registration:
         families: Sequence[str],
         policy: Retry = RETRY,
         now: Callable[[], str] = _now,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         names = dict.fromkeys(FUNCTION_OF.get(family, FUNCTION) for family in families)
         self._functions = [f"{supabase_url.rstrip('/')}/functions/v1/{name}" for name in names]
         self._transport = Transport({"Authorization": f"Bearer {service_key}"})
         self._worker_url = worker_url
-        self._policy, self._now = policy, now
+        self._policy, self._now, self._sleep = policy, now, sleep
+        self._announcing, self._is_withdrawn = threading.Lock(), False
 
     @classmethod
     def of(cls, settings: Settings) -> Registration | None:
@@ -69,14 +73,28 @@ class Registration:
         return cls(settings.supabase_url, key.get_secret_value(), url, settings.families)
 
     def announce(self) -> None:
-        """Say where the worker is, in four tries."""
-        self._tell({"worker_url": self._worker_url}, self._policy)
+        """Say where the worker is, in four tries, unless it is withdrawn by then."""
+        self._tell({"worker_url": self._worker_url}, self._announce, self._policy)
 
     def withdraw(self) -> None:
-        """Say that there is no worker any more, once: there is little time to leave."""
-        self._tell({"worker_url": None, "status": "inactive"}, Retry(tries=1))
+        """Say that there is no worker any more, once: there is little time to leave.
 
-    def _tell(self, facts: dict[str, Any], policy: Retry) -> None:
+        Where a try to announce it is under way, say so again after that has ended: the
+        application may have heard of the two in either order.
+        """
+        self._is_withdrawn = True
+        is_announcing = self._announcing.locked()
+        self._leave()
+        if is_announcing:
+            with self._announcing:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._tell({"worker_url": None, "status": "inactive"}, self._post, Retry(tries=1))
+
+    def _tell(
+        self, facts: dict[str, Any], post: Callable[[str, dict[str, Any]], None], policy: Retry
+    ) -> None:
         body = {
             **facts,
             "auto_registered": True,
@@ -84,10 +102,16 @@ class Registration:
             "timestamp": self._now(),
         }
         for url in self._functions:
+            call = functools.partial(post, url, body)
             try:
-                retry(functools.partial(self._post, url, body), on=is_transient, policy=policy)
+                retry(call, on=is_transient, policy=policy, sleep=self._sleep)
             except Fault as exc:
                 log.warning("registration at %s failed: %s", url.rsplit("/", 1)[-1], exc)
+
+    def _announce(self, url: str, body: dict[str, Any]) -> None:
+        with self._announcing:
+            if not self._is_withdrawn:
+                self._post(url, body)
 
     def _post(self, url: str, body: dict[str, Any]) -> None:
         headers = {"Content-Type": "application/json"}

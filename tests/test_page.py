@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from builder import browser as builder
 from ourvidz_serverless import http, jobs, page
@@ -472,13 +473,13 @@ def test_a_reply_grows_and_the_conversation_goes_on(
     choose(tab, "chat_conversation", words="What is rain?")
     run(tab)
     wait_for_state(tab, "completed in")
-    first = tab.inner_text(".talk")
+    first, left = tab.inner_text(".talk"), tab.input_value("[name='words']")
     parrot.pieces = ["Frozen."]
     tab.fill("[name='words']", "And snow?")
     run(tab)
     tab.wait_for_selector(".talk:has-text('Frozen.')")
 
-    assert first.split("\n\n") == ["What is rain?", "Water that falls."]
+    assert (first.split("\n\n"), left) == (["What is rain?", "Water that falls."], "")
     assert said(tab)["response"] == "Frozen."
     assert parrot.calls[1]["messages"] == [
         ("user", "What is rain?"),
@@ -500,6 +501,45 @@ def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
 
         assert endless.stopped.wait(PATIENCE_S)
         tab.wait_for_selector("#send:enabled")
+
+
+def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, face: ServedFace) -> None:
+    tab = visit(face)
+    shown: list[bool] = []
+
+    def look(route: Route) -> None:
+        shown.append(tab.is_visible("#stop"))
+        route.continue_()
+
+    tab.route("**/jobs", look)
+    choose(tab, "chat_conversation")
+    run(tab)
+    wait_for_state(tab, "completed in")
+
+    assert shown == [False]
+
+
+def test_words_typed_during_a_reply_are_kept(
+    visit: Visit, face: ServedFace, parrot: Parrot
+) -> None:
+    tab, go_on = visit(face), threading.Event()
+
+    def pieces() -> Iterator[str]:
+        yield "Water "
+        assert go_on.wait(PATIENCE_S)
+        yield "falls."
+
+    parrot.pieces = pieces()
+    choose(tab, "chat_conversation", words="What is rain?")
+    run(tab)
+    tab.wait_for_selector(".growing:has-text('Water')")
+    tab.fill("[name='words']", "And snow?")
+    go_on.set()
+    wait_for_state(tab, "completed in")
+
+    assert tab.input_value("[name='words']") == "And snow?"
+    said_by = [turn["role"] for turn in json.loads(tab.input_value("#payload"))["messages"]]
+    assert said_by == ["user", "assistant", "user"]
 
 
 def test_a_payload_written_by_hand_is_what_is_sent(

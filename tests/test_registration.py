@@ -1,7 +1,9 @@
 """A pod registers with the application, and takes itself out again."""
 
 import json
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ourvidz_serverless.registration import Registration
 from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
 from tests.support.handler import ROOT
+from tests.support.patience import PATIENCE_S
 from tests.support.web import Answer, LocalServer, Request, json_answer
 from tests.support.worker import WorkerProcess
 
@@ -22,14 +25,27 @@ class Application(LocalServer):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[str, str, dict[str, Any]]] = []
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.is_asked = threading.Event()
 
     def answer(self, request: Request) -> Answer:
+        """Hears of a worker at once, unless `go_on` is unset, and of its end in any case."""
         name = request.path.removeprefix("/functions/v1/")
         bearer = request.headers.get("Authorization", "")
+        body = json.loads(request.body)
+        self.is_asked.set()
+        if body["worker_url"]:
+            self.go_on.wait(PATIENCE_S)
         with self.changed:
-            self.told.append((name, bearer, json.loads(request.body)))
+            self.told.append((name, bearer, body))
             self.changed.notify_all()
         return json_answer({"success": True})
+
+    @property
+    def urls(self) -> list[str | None]:
+        """Where workers were said to be, in turn."""
+        return [body["worker_url"] for _, _, body in self.told]
 
 
 @pytest.fixture
@@ -38,10 +54,16 @@ def application() -> Iterator[Application]:
         yield server
 
 
-def registration(application: Application, *families: str) -> Registration:
+URL = "https://pod-8000.proxy.runpod.net"
+
+
+def registration(
+    application: Application, *families: str, sleep: Callable[[float], None] = time.sleep
+) -> Registration:
     quick = Retry(tries=4, base_s=0.01)
-    url = "https://pod-8000.proxy.runpod.net"
-    return Registration(application.url, "key", url, families, quick, lambda: "2026-11-24T00:00:00")
+    return Registration(
+        application.url, "key", URL, families, quick, lambda: "2026-11-24T00:00:00", sleep
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +84,7 @@ def test_each_family_is_announced_where_it_belongs(
     for _, bearer, body in application.told:
         assert bearer == "Bearer key"
         assert body == {
-            "worker_url": "https://pod-8000.proxy.runpod.net",
+            "worker_url": URL,
             "auto_registered": True,
             "registration_method": "ourvidz_serverless",
             "timestamp": "2026-11-24T00:00:00",
@@ -90,6 +112,33 @@ def test_a_withdrawal_names_no_url(application: Application) -> None:
 
     ((_, _, body),) = application.told
     assert (body["worker_url"], body["status"]) == (None, "inactive")
+
+
+def test_who_has_left_is_announced_no_more(application: Application) -> None:
+    application.script([503])
+    leaving = registration(application, "chat", sleep=lambda wait_s: leaving.withdraw())
+
+    leaving.announce()
+
+    assert application.urls == [None]
+
+
+def test_an_announcement_that_ends_after_the_withdrawal_is_taken_back(
+    application: Application,
+) -> None:
+    application.go_on.clear()
+    leaving = registration(application, "sdxl", "chat")
+    announcing = threading.Thread(target=leaving.announce)
+    announcing.start()
+    assert application.is_asked.wait(PATIENCE_S)
+    withdrawing = threading.Thread(target=leaving.withdraw)
+    withdrawing.start()
+    application.wait_until(lambda: application.urls == [None, None])
+    application.go_on.set()
+    announcing.join()
+    withdrawing.join()
+
+    assert application.urls == [None, None, URL, None, None]
 
 
 def test_a_pods_url_is_its_proxys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +178,4 @@ def test_a_worker_registers_once_it_is_ready_and_withdraws_at_sigterm(
         process.terminate()
         assert process.wait() == 0
 
-    assert [body["worker_url"] for _, _, body in application.told] == [
-        "https://worker.example",
-        None,
-    ]
+    assert application.urls == ["https://worker.example", None]

@@ -139,6 +139,7 @@ async function run(event) {
       return refuse(told.error);
     }
     job = told.job_id;
+    at("stop").hidden = false;
     say("queued");
     await watch(payload);
   } catch (error) {
@@ -197,7 +198,8 @@ function converse({ messages = [], prompt }) {
       turns = [...spoken, { role: "assistant", content: words }];
       const asked = at("ask").elements.words;
       if (!asked) return;
-      asked.value = "";
+      // What was typed meanwhile is the next question.
+      if (asked.value === spoken.at(-1)?.content) asked.value = "";
       write();
     },
   };
@@ -232,9 +234,10 @@ function clear() {
   fill(0);
 }
 
+/** Stop is shown once there is something to stop. */
 function busy(is) {
   at("send").disabled = is;
-  at("stop").hidden = !is;
+  at("stop").hidden = true;
 }
 
 function say(words, isWrong = false) {
