@@ -165,6 +165,8 @@ class Worker:
         except JobError as exc:
             # The failure alone: an exception that lives on pins the tensors of its frames.
             failure = Failure.of(_cause(exc, context))
+            # A stop's error is its signal's, which may be remembered for hundreds of jobs.
+            exc.__traceback__ = None
         except Exception as exc:
             logs.bug(job_id, exc)
             failure = Failure.of(models.as_job_error(exc))

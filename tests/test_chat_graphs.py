@@ -19,6 +19,7 @@ from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from tests.support.chatbox import (
     CPU,
+    Gate,
     request,
     say,
     say_all,
@@ -140,24 +141,20 @@ def test_json_that_fits_its_schema(plain: Writer) -> None:
 
 def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: Writer) -> None:
     writer = tiny_writer(record=Tape())
-    is_over = [False]
-
-    def check() -> None:
-        if is_over[0]:
-            raise Cancelled("the job was cancelled")
-
+    gate = Gate(turns=3)
     alone = [say(plain.engine, request(plain, text, max_tokens=60)) for text in PROMPTS[:4]]
-    leaving = request(writer, "short", check=check, max_tokens=400)
+    leaving = request(writer, "short", check=gate, max_tokens=400)
     staying = [request(writer, text, max_tokens=60) for text in PROMPTS[:4]]
     writer.engine.submit(leaving)
-    pieces = iter(leaving)
     for each in staying:
         writer.engine.submit(each)
-    next(pieces)
-    is_over[0] = True
+    gate.let(20)
+    until(lambda: gate.holds)
+    gate.is_set = True
+    gate.open()
 
     with pytest.raises(Cancelled):
-        list(pieces)
+        list(leaving)
     assert ["".join(each) for each in staying] == alone
 
 

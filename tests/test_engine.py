@@ -17,6 +17,8 @@ from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import TextStream
 from tests.support.chatbox import (
+    Gate,
+    Leave,
     request,
     say,
     say_all,
@@ -34,17 +36,6 @@ SYSTEM = "you are a patient machine that writes letters. " * 3
 @pytest.fixture(scope="module")
 def writer() -> Writer:
     return tiny_writer()
-
-
-class Leave:
-    """A check that can be told to raise."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def __call__(self) -> None:
-        if self.is_set:
-            raise Cancelled("the job was cancelled")
 
 
 # --- the same text, alone and among others ---
@@ -104,15 +95,19 @@ def test_each_request_has_its_own_rules(writer: Writer) -> None:
 
 
 def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
-    first = request(writer, "a long one", max_tokens=400)
+    gate = Gate(turns=20)
+    first = request(writer, "a long one", check=gate, max_tokens=400)
+    late = request(writer, "a short one", max_tokens=3)
     writer.engine.submit(first)
-    pieces = iter(first)
-    next(pieces)
+    until(lambda: gate.holds)
 
-    say(writer.engine, request(writer, "a short one", max_tokens=3))
+    writer.engine.submit(late)
+    gate.let(20)
 
+    assert "".join(late)
     assert first.finish_reason is None
-    "".join(pieces)
+    gate.open()
+    "".join(first)
     assert first.num_completion == 400
 
 
@@ -244,12 +239,13 @@ def test_a_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
 
 
 def test_a_cancelled_request_leaves_at_the_next_token(writer: Writer) -> None:
-    leave = Leave()
-    stopped = request(writer, "hello", check=leave, max_tokens=400)
+    gate = Gate(turns=20)
+    stopped = request(writer, "hello", check=gate, max_tokens=400)
     writer.engine.submit(stopped)
     pieces = iter(stopped)
     next(pieces)
-    leave.is_set = True
+    gate.is_set = True
+    gate.open()
 
     with pytest.raises(Cancelled):
         list(pieces)
@@ -260,26 +256,30 @@ def test_a_cancelled_request_leaves_at_the_next_token(writer: Writer) -> None:
 
 def test_a_waiting_request_can_be_cancelled() -> None:
     one = tiny_writer(max_batch=1)
-    leave = Leave()
-    first = request(one, "hello", max_tokens=400)
+    gate, leave = Gate(turns=0), Leave()
+    first = request(one, "hello", check=gate, max_tokens=400)
     waiting = request(one, "hello", check=leave)
     one.engine.submit(first)
     one.engine.submit(waiting)
     leave.is_set = True
+    gate.let(20)
 
     with pytest.raises(Cancelled):
         list(waiting)
 
     assert first.finish_reason is None
+    gate.open()
     "".join(first)
 
 
 def test_a_request_that_nobody_reads_leaves(writer: Writer) -> None:
-    generation = request(writer, "hello", max_tokens=400)
+    gate = Gate(turns=20)
+    generation = request(writer, "hello", check=gate, max_tokens=400)
     writer.engine.submit(generation)
     pieces = iter(generation)
     next(pieces)
     pieces.close()
+    gate.open()
 
     until(lambda: writer.engine.num_running == 0)
     assert generation.finish_reason is None
@@ -341,18 +341,21 @@ def test_the_prefix_that_was_not_used_longest_is_forgotten() -> None:
 
 def test_a_long_prompt_does_not_stop_those_who_are_speaking() -> None:
     own = tiny_writer(prefill_tokens=8)
-    speaking = request(own, "hello", max_tokens=300)
+    gate = Gate(turns=20)
+    speaking = request(own, "hello", check=gate, max_tokens=300)
     own.engine.submit(speaking)
-    heard = iter(speaking)
-    next(heard)
+    until(lambda: gate.holds)
     before = speaking.num_completion
 
     long = request(own, "a" * 160, max_tokens=1)
-    say(own.engine, long)
+    own.engine.submit(long)
+    gate.let(100)
+    "".join(long)
 
     # Twenty pieces of eight tokens, and a token of the other between any two.
     assert speaking.num_completion - before >= 19
-    "".join(heard)
+    gate.open()
+    "".join(speaking)
 
 
 # --- faults ---

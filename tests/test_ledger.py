@@ -288,6 +288,15 @@ def test_where_the_host_has_no_room_a_model_is_dropped_and_read_again(make: Any)
     assert places(freights)[0] == "device"
 
 
+def test_models_that_leave_together_do_not_share_one_room_of_the_host(make: Any) -> None:
+    ledger, freights = make(10, 10, 2, host=12)
+    visit(ledger, *freights)
+
+    ledger.shed(freights[2])
+
+    assert sorted(places(freights)) == ["device", "disk", "host"]
+
+
 def test_room_is_made_for_what_a_job_of_that_shape_was_measured_to_need(make: Any) -> None:
     ledger, freights = make(10, 10)
     visit(ledger, *freights)

@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
+from ourvidz_serverless import jobs
+from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
+from ourvidz_serverless.settings import Settings
+from tests.support.bench import sdxl_payload
 from tests.support.small import PICTURE, write_lora
 
 
@@ -74,6 +78,26 @@ def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, shelf: LoraShelf
         render(sdxl, loras=[(shelf.path("bold"), 1.0)], step=stop)
 
     assert np.array_equal(render(sdxl), before)
+
+
+def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_remembered(
+    sdxl: Any, shelf: LoraShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdxl, "loras", shelf)
+    stop = Stop()
+    context = JobContext(stop, lambda progress: None, 60)
+    config = {"num_images": 3, "loras": [{"name": "bold"}]}
+    pictures = jobs.run(
+        jobs.parse({"input": sdxl_payload(config=config)}, Settings()), sdxl, {}, context
+    )
+    next(pictures)
+    stop.set()
+
+    with pytest.raises(Cancelled) as remembered:
+        next(pictures)
+
+    assert sdxl._pipe.get_list_adapters() == {}
+    assert remembered.traceback
 
 
 @pytest.mark.parametrize("name", ["other", "broken"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ourvidz_serverless.errors import DeviceLost, InternalError
-from ourvidz_serverless.models.device import as_job_error
+from ourvidz_serverless.models.device import Device, as_job_error
 from ourvidz_serverless.settings import Settings
 from tests.support import lost_device
 from tests.support.bench import Bench, chat_payload, sdxl_payload
@@ -17,6 +17,7 @@ from tests.support.chatbox import request, say, tiny_folder, tiny_writer
 from tests.support.face import ServedFace
 from tests.support.handler import ROOT, failure
 from tests.support.parrot import Parrot
+from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.worker import WorkerProcess
 
@@ -138,6 +139,20 @@ def test_chats_engine_ends_its_requests_with_it() -> None:
 
     with pytest.raises(DeviceLost):
         say(writer.engine, request(writer, "a"))
+
+
+def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
+    class Dead(Device):
+        def free_memory(self) -> None:
+            raise lost()
+
+    writer = tiny_writer()
+    writer.engine._device = Dead(torch.device("cpu"), torch.float32)
+    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    generation = request(writer, "a")
+    writer.engine.submit(generation)
+
+    assert isinstance(generation._pieces.get(timeout=PATIENCE_S), DeviceLost)
 
 
 # --- afterwards ---

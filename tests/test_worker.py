@@ -1,9 +1,11 @@
 """The life of a job: what is posted and returned, in every way that it can end."""
 
 import base64
+import gc
 import io
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -604,3 +606,23 @@ def test_a_refusal_is_audited_by_rule_and_hash(
 
 def test_the_floor_leaves_negative_prompts_alone(bench: MakeBench) -> None:
     assert bench().run(sdxl_payload(negative_prompt="child, nude")).status == "completed"
+
+
+def test_a_stop_that_is_remembered_keeps_nothing_of_its_job(tmp_path: Path) -> None:
+    latents: list[weakref.ref[Any]] = []
+
+    class Stopped(Painter):
+        def generate(self, *, step: Callable[[int, int], None], **call: Any) -> Iterator[Any]:
+            held = np.zeros(8)
+            latents.append(weakref.ref(held))
+            bench.stop.set()
+            step(1, 2)
+            yield held
+
+    bench = Bench(tmp_path, painter=Stopped())
+
+    bench.run()
+
+    assert bench.stop.error
+    gc.collect()
+    assert latents[0]() is None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -289,16 +290,18 @@ def run(
         **conditioning,
     )
     facts = {"denoise_strength": job.strength} if "image" in conditioning else {}
-    for index, (seed, pixels) in enumerate(zip(seeds, pictures, strict=True)):
-        context.check()
-        yield Output(
-            index=index,
-            pixels=pixels,
-            metadata={**_asset_metadata(job, index, seed), **facts},
-            format=job.config.output_format,
-            quality=job.config.quality,
-            composite="image" in conditioning,
-        )
+    # Closed here, whatever ends the loop: what the model holds is given back before the lane is.
+    with closing(pictures):
+        for index, (seed, pixels) in enumerate(zip(seeds, pictures, strict=True)):
+            context.check()
+            yield Output(
+                index=index,
+                pixels=pixels,
+                metadata={**_asset_metadata(job, index, seed), **facts},
+                format=job.config.output_format,
+                quality=job.config.quality,
+                composite="image" in conditioning,
+            )
 
 
 def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -383,7 +384,8 @@ def run(
         "guidance_scale": sampling["guidance_scale"],
     }
     make = _picture if job.is_image else _video
-    yield from make(job, frames, facts, bool(conditioning), context)
+    with closing(frames):
+        yield from make(job, frames, facts, bool(conditioning), context)
 
 
 def _picture(

@@ -35,6 +35,7 @@ from ourvidz_serverless.models import norms
 from ourvidz_serverless.models.device import (
     Device,
     as_job_error,
+    is_lost,
     is_out_of_memory,
     picked,
     sent,
@@ -418,8 +419,12 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """After an out-of-memory, the same requests in half the batch; after a bug, none."""
-        self._clear()
-        self._device.free_memory()
+        try:
+            self._clear()
+            self._device.free_memory()
+        except Exception as exc:
+            # A lost device refuses this too; whoever waits must hear of it all the same.
+            error = error if is_lost(error) else exc.with_traceback(None)
         stranded, self._running = self._running, []
         if is_out_of_memory(error) and len(stranded) > 1:
             self._max_batch = max(len(stranded) // 2, 1)

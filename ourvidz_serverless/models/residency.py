@@ -340,7 +340,7 @@ class Ledger:
             while self._is_moving:
                 self._news.wait(POLL_S)
             idle = [each for each in self._idle() if each.model is not keep]
-            moves = self._begin([(each, self._below(each)) for each in idle])
+            moves = self._begin(self._leaving(idle))
         self._carry_out(moves)
         return sum(each.model.num_bytes for each in idle)
 
@@ -407,7 +407,7 @@ class Ledger:
         victims = self._victims(entry, self._working(entry, use.shape))
         if victims is None:
             return None
-        moves: list[Move] = [(each, self._below(each)) for each in victims]
+        moves = self._leaving(victims)
         if not entry.is_there:
             moves.append((entry, "device"))
         if moves and self._is_moving:
@@ -451,11 +451,19 @@ class Ledger:
         there = [each for each in self._entries.values() if each.is_there and each.is_idle]
         return sorted(there, key=lambda each: each.is_pinned)
 
-    def _below(self, entry: Entry) -> State:
-        """Where a model goes that leaves the device."""
+    def _leaving(self, entries: Sequence[Entry]) -> list[Move]:
+        """Where models go that leave the device together: the host has room for each once."""
+        moves: list[Move] = []
+        for each in entries:
+            taken = sum(other.model.num_bytes for other, to in moves if to == "host")
+            moves.append((each, self._below(each, taken)))
+        return moves
+
+    def _below(self, entry: Entry, taken: int = 0) -> State:
+        """Where a model goes that leaves the device, when others take so much of the host."""
         if not entry.model.is_on_disk:
             return "host"
-        fits = self.memory.host_free_bytes() >= entry.model.num_bytes
+        fits = self.memory.host_free_bytes() - taken >= entry.model.num_bytes
         return "host" if fits and not self.memory.is_host else "disk"
 
     def _working(self, entry: Entry, shape: Hashable) -> int:
@@ -628,7 +636,7 @@ class Ledger:
             return None
         victims = None if self._line else self._victims(entry, 0)
         if victims is not None:
-            return [*[(each, self._below(each)) for each in victims], (entry, "device")]
+            return [*self._leaving(victims), (entry, "device")]
         # Half of the way at least, where the host has room.
         has_room = (
             not self.memory.is_host and self.memory.host_free_bytes() >= entry.model.num_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.graphs import Record
@@ -124,6 +126,39 @@ def tiny_pair(places: int) -> Chat:
     for name, writer in writers.items():
         ledger.register(writer, name, "chat")
     return Chat(writers, CPU, 512, ledger)
+
+
+class Leave:
+    """A check that can be told to raise."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __call__(self) -> None:
+        if self.is_set:
+            raise Cancelled("the job was cancelled")
+
+
+class Gate(Leave):
+    """A check that lets the engine take so many turns, and holds it until it gets more."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self.holds = False
+        self._turns = threading.Semaphore(turns)
+
+    def __call__(self) -> None:
+        self.holds = not self._turns.acquire(blocking=False)
+        if self.holds:
+            assert self._turns.acquire(timeout=PATIENCE_S)
+        super().__call__()
+
+    def let(self, turns: int) -> None:
+        self.holds = False
+        self._turns.release(turns)
+
+    def open(self) -> None:
+        self.let(10_000)
 
 
 def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:

@@ -32,4 +32,4 @@ class Film:
 
     def generate(self, **call: Any) -> Iterator[Any]:
         self.calls.append(call)
-        return iter(())
+        yield from ()
