@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ourvidz_serverless import jobs, media, video
-from ourvidz_serverless.context import Stop
-from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.wan import MAX_AREA, WanJob
 from ourvidz_serverless.models import wan as models
 from ourvidz_serverless.payloads import Document
@@ -362,6 +362,23 @@ def test_every_field_acts(film: Any, change: dict[str, Any]) -> None:
     assert code(document) is None
     after = frames(at)
     assert before.shape != after.shape or not is_same(before, after)
+
+
+def test_a_job_stopped_while_nobody_reads_its_video_gives_its_models_back_though_it_is_remembered(
+    wan: models.Wan,
+) -> None:
+    stop = Stop()
+    context = JobContext(stop, lambda progress: None, 60)
+    job = WanJob.model_validate(wan_payload(), context=Settings())
+    outputs = jobs.run(job, wan, {}, context)
+    next(outputs)
+    threading.Timer(1, stop.set).start()
+
+    with pytest.raises(Cancelled) as remembered:
+        next(outputs)
+
+    assert not any(row.num_users for row in wan._vae.home.ledger.report())
+    assert remembered.traceback
 
 
 def test_the_negative_prompt_is_looked_for_in_three_places() -> None:
