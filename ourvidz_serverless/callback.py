@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.retries import Retry, is_transient, retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.transport import Transport
+from ourvidz_serverless.transport import Transport, until
 
 #: The receiver marks the job before it inserts the assets, which takes its time.
 RETRY = Retry(try_s=30.0)
@@ -78,12 +78,17 @@ class Callback:
         if not url:
             return
         message_id, ends = f"{job_id}.{status}", time.monotonic() + DELIVERY_S
-        retry(
-            lambda: self._try(url, body, message_id),
-            on=is_transient,
-            policy=self._policy,
-            remaining_s=lambda: ends - time.monotonic(),
-        )
+
+        def left() -> float:
+            return ends - time.monotonic()
+
+        with until(left):
+            retry(
+                lambda: self._try(url, body, message_id),
+                on=is_transient,
+                policy=self._policy,
+                remaining_s=left,
+            )
 
     def _target(self, job_url: str | None) -> str | None:
         match = _URL.fullmatch(job_url) if job_url else None

@@ -37,7 +37,10 @@ class Delivery:
         """Encode and upload an output, without waiting for it; a thumbnail beside its picture."""
         submit = self._pool.submit
         if isinstance(output, Text):
-            self._under_way.append(submit(self._write, output))
+            # Here and now: it stores nothing, and waits for nobody who does.
+            written: Future[Asset] = Future()
+            written.set_result(self._write(output))
+            self._under_way.append(written)
         elif isinstance(output, Video):
             self._under_way.append(submit(self._film, output))
         else:

@@ -21,6 +21,9 @@ from ourvidz_serverless.errors import DeviceLost, InternalError, JobError
 #: RunPod drops a larger result of `/run` without a word (10 MB; `/runsync` allows 20).
 MAX_RESULT_BYTES = 10_000_000
 
+#: In characters.
+MAX_CALLBACK_URL = 2000
+
 Status = Literal["processing", "completed", "failed"]
 
 #: Ids become storage keys, and Supabase takes plain keys only.
@@ -49,7 +52,7 @@ class Job(Wire):
     id: str = Key
     type: str
     user_id: str = Key
-    callback_url: str | None = Field(None, max_length=2000)
+    callback_url: str | None = Field(None, max_length=MAX_CALLBACK_URL)
     s3_config: S3Config | None = Field(None, validation_alias="s3Config")
 
     @property

@@ -10,7 +10,6 @@ import functools
 import io
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -175,9 +174,13 @@ class DirectoryStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Written beside and renamed, so that nobody ever reads half a picture.
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(data)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+                fresh = Path(file.name)
+            try:
+                fresh.write_bytes(data)
+                fresh.chmod(0o644)
+                fresh.replace(path)
+            finally:
+                fresh.unlink(missing_ok=True)
         except OSError as exc:
             raise Fault(507) from exc
 

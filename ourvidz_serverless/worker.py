@@ -46,6 +46,10 @@ LANE_POLL_S = 0.05
 #: of the next job with theirs.
 DELIVERY_THREADS = 16
 
+#: How long a document that could not be delivered is tried to be kept, in seconds: the job is
+#: over, and whoever waits for its result hears of it after that.
+KEEP_S = 30.0
+
 VERSIONED = ("runpod", "torch", "diffusers", "transformers")
 
 
@@ -171,7 +175,7 @@ class Worker:
             logs.bug(job_id, exc)
             failure = Failure.of(models.as_job_error(exc))
         document = self._document(job_id, assets, failure, context)
-        document = self._post(document, job)
+        document = self._post(document, event, job)
         logs.ended(document, job, context.elapsed_s, context.audit)
         if failure and failure.is_the_workers_end:
             self._lose_device()
@@ -318,14 +322,17 @@ class Worker:
             return Document(job_id, self._worker_id, "failed", failure=Failure.of(exc))
         return document
 
-    def _post(self, document: Document, job: Job | None) -> Document:
+    def _post(self, document: Document, event: Mapping[str, Any], job: Job | None) -> Document:
         """Post a document; one that cannot be delivered is kept beside the assets and says so."""
+        # Whoever brings no key has no say in where its refusal goes.
+        is_stranger = document.failure is not None and document.failure.code == "UNAUTHORIZED"
+        url = None if is_stranger else jobs.callback_url(event)
         try:
-            self._callback.post(document, job.callback_url if job else None)
+            self._callback.post(document, url)
             return document
         except Fault as exc:
             log.warning("callback of job %s was not delivered: %s", document.job_id, exc)
-            told = {"delivered": False, "reason": str(exc), "kept": self._keep(document, job)}
+            told = {"delivered": False, "reason": str(exc), "kept": self._keep(document, url, job)}
             return replace(document, metadata={**document.metadata, "callback": told})
 
     def _tell(self, event: Mapping[str, Any], document: Document) -> Document:
@@ -334,17 +341,24 @@ class Worker:
             job = jobs.parse(event, self._settings)
         except JobError:
             job = None
-        return self._post(document, job)
+        return self._post(document, event, job)
 
-    def _keep(self, document: Document, job: Job | None) -> str | None:
+    def _keep(self, document: Document, url: str | None, job: Job | None) -> str | None:
         # Of a payload that could not be read, nobody knows whose folder it would be.
         folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{document.job_id}"
         key = f"{folder}/callback.{document.status}.json"
         # With the job's own URL, which whoever posts it again would not know.
-        own = {"callback_url": job.callback_url} if job and job.callback_url else {}
+        own = {"callback_url": url} if url else {}
         body = json.dumps({**document.callback(), **own}).encode()
+        ends = time.monotonic() + KEEP_S
         try:
-            storage.upload(self._storage(job), key, body, "application/json")
+            storage.upload(
+                self._storage(job),
+                key,
+                body,
+                "application/json",
+                remaining_s=lambda: ends - time.monotonic(),
+            )
         except JobError as exc:
             log.warning("nor could its document be kept: %s", exc.message)
             return None

@@ -3,14 +3,18 @@
 import base64
 import hashlib
 import hmac
+import socket
+import time
+from collections.abc import Iterator
 
 import pytest
 
 from ourvidz_serverless.callback import Callback, signatures
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.retries import Fault
+from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK
+from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
 
 DONE = Document("job-1", "worker-1", "completed")
@@ -150,3 +154,22 @@ def test_the_default_url_lies_beside_supabase() -> None:
     settings = Settings(supabase_url="https://project.example/")
 
     assert settings.resolved_callback_url == "https://project.example/functions/v1/job-callback"
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Where a connection is taken and nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/callback"
+
+
+def test_a_receiver_that_hangs_ends_the_last_try_too(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ourvidz_serverless.callback.DELIVERY_S", 1.0)
+    began = time.monotonic()
+
+    with pytest.raises(Fault):
+        Callback(silent, None, policy=Retry(try_s=PATIENCE_S)).post(DONE)
+
+    assert time.monotonic() - began < PATIENCE_S

@@ -435,3 +435,12 @@ def test_a_reply_fits_its_schema_whatever_the_model_would_say(
 def test_a_schema_that_is_none_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
         chat.generate(messages=MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)
+
+
+def test_a_schema_that_is_too_much_is_refused_and_cuts_no_reply_short(chat: Any) -> None:
+    endless = chat.generate(messages=MESSAGES[:2], schema={"$ref": "#"}, max_tokens=9)
+    other = chat.generate(messages=MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=0)
+
+    with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
+        "".join(endless)
+    assert json.loads("".join(other))

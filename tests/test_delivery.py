@@ -10,7 +10,7 @@ import pytest
 
 from ourvidz_serverless.delivery import Delivery
 from ourvidz_serverless.errors import UploadError
-from ourvidz_serverless.payloads import Output
+from ourvidz_serverless.payloads import Output, Text
 from tests.support.patience import PATIENCE_S
 
 
@@ -76,3 +76,17 @@ def test_what_has_begun_is_waited_for_when_a_job_ends_early() -> None:
             delivery._thumbnails[-1].add_done_callback(lambda _: go_on.set())
 
         assert stored == ["user/job/0.thumb.webp"]
+
+
+def test_a_reply_waits_for_no_upload() -> None:
+    go_on, looks = threading.Event(), iter(range(20))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(go_on.wait, PATIENCE_S)
+        try:
+            with Delivery(pool, "user/job", lambda *file: None, url=lambda key: key) as delivery:
+                delivery.send(Text(0, "a reply", {}))
+                (asset,) = delivery.assets(lambda: next(looks) and None)
+        finally:
+            go_on.set()
+
+    assert asset.url == "data:text/plain;charset=utf-8,a%20reply"

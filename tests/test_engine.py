@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
 from ourvidz_serverless.models import sampling
-from ourvidz_serverless.models.engine import Generation
+from ourvidz_serverless.models.engine import Engine, Generation
 from ourvidz_serverless.models.kv_cache import bytes_per_token
 from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
@@ -115,10 +115,11 @@ def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
 
 
 def chosen(logits: list[float], **rules: Any) -> list[int]:
-    sampler = Sampler(
-        Sampling(max_tokens=9, **{"seed": 1, **rules}), prompt=rules.pop("prompt", [])
-    )
-    return [choose(torch.tensor([logits]), [sampler])[0] for _ in range(400)]
+    prompt = rules.pop("prompt", [])
+    samplers = [
+        Sampler(Sampling(max_tokens=9, **{"seed": seed, **rules}), prompt) for seed in range(400)
+    ]
+    return choose(torch.tensor([logits] * 400), samplers)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -379,6 +380,27 @@ def test_out_of_memory_ends_nothing_but_the_large_batch(writer: Writer) -> None:
     small = tiny_writer(model)
 
     assert say_all(small.engine, [request(small, text) for text in PROMPTS[:8]]) == alone
+
+
+def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replies(engine: Engine) -> list[str]:
+        seeded = {"temperature": 1.2, "max_tokens": 20}
+        return say_all(engine, [request(writer, "once", seed=i, **seeded) for i in range(4)])
+
+    alone, failures = replies(tiny_writer().engine), [torch.OutOfMemoryError("full")] * 2
+    draw = sampling._draw
+
+    def fail(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return draw(*args)
+
+    monkeypatch.setattr(sampling, "_draw", fail)
+
+    assert replies(tiny_writer().engine) == alone
+    assert not failures
 
 
 def test_a_conversation_that_does_not_fit_alone_says_so() -> None:

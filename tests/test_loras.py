@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
+from ourvidz_serverless.models import loras
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
 from ourvidz_serverless.settings import Settings
@@ -147,3 +148,19 @@ def test_a_url_that_was_fetched_once_is_not_fetched_again(shelf: LoraShelf, tmp_
     path.write_bytes(shelf.path("bold").read_bytes())
 
     assert kept.fetch("https://loras.example/bold.safetensors?signature=2", lambda: 10.0) == path
+
+
+def test_a_download_that_is_no_weights_is_refused_and_not_kept(
+    shelf: LoraShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bold = shelf.path("bold").read_bytes()
+    answers = [b"<html>log in</html>", bold]
+    monkeypatch.setattr(loras.references, "download", lambda *a, **options: answers.pop(0))
+    strict = LoraShelf(tmp_path, Policy(frozenset({"loras.example"})))
+    url = "https://loras.example/bold.safetensors"
+
+    with pytest.raises(ModelLoadError, match="no safetensors"):
+        strict.fetch(url, lambda: 10.0)
+
+    assert list((tmp_path / "downloads").iterdir()) == []
+    assert strict.fetch(url, lambda: 10.0).read_bytes() == bold

@@ -273,3 +273,12 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
 def test_a_storage_url_that_means_nothing_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))
+
+
+def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "user/job/0.png").mkdir(parents=True)
+
+    with pytest.raises(Fault):
+        DirectoryStorage(tmp_path).put("user/job/0.png", b"picture", "image/png")
+
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

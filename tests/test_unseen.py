@@ -20,7 +20,7 @@ from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.weights import Fragment
-from tests.support.bench import Bench
+from tests.support.bench import Bench, sdxl_payload, wan_payload
 from tests.support.film import Film
 from tests.support.painter import Painter
 from tests.support.parrot import Parrot
@@ -158,3 +158,24 @@ def test_a_refused_text_in_two_halves_reaches_no_model(studio: Studio) -> None:
             halves["config"] = {**halves["config"], "enhancement_system_prompt": "a child"}
         heard = json.dumps(studio.heard(halves))
         assert not ("nude" in heard and "child" in heard)
+
+
+@pytest.mark.parametrize("parted", ["te()()en", "te(())(en:1.2)"])
+def test_a_word_that_compel_puts_together_is_read_as_a_word(studio: Studio, parted: str) -> None:
+    adult = {"compel_enabled": True, "content_type": "nsfw"}
+
+    assert studio.heard(sdxl_payload(prompt=parted, **adult)) == []
+    assert "a river" in studio.heard(sdxl_payload(prompt="a ri()()ver", **adult))
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["ｔｅｅｎ".encode().decode("cp1252"), "te\x1b[0men"],
+    ids=["misencoded", "escapes"],
+)
+def test_a_word_that_wan_mends_is_read_as_it_is_mended(studio: Studio, written: str) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert prompt_clean(written) == "teen"
+    assert studio.heard(wan_payload(prompt=written, content_type="nsfw")) == []
+    assert studio.heard(wan_payload(prompt="a river", content_type="nsfw"))

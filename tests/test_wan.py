@@ -27,6 +27,7 @@ from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.memory import CountedMemory
 from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.models.schedulers import SOLVERS, make_dmd_scheduler
+from ourvidz_serverless.models.wan_conditions import Given
 from ourvidz_serverless.models.wan_networks import share
 from ourvidz_serverless.models.wan_text import in_blocks
 from ourvidz_serverless.settings import Settings
@@ -673,3 +674,14 @@ def test_a_pocket_wan_starts_without_an_enhancer(monkeypatch: pytest.MonkeyPatch
 def test_an_enhancer_that_is_asked_for_and_missing_is_a_load_error(settings: Settings) -> None:
     with pytest.raises(ModelLoadError, match="WAN_ENHANCER_MODEL: there is nothing at"):
         models.load(settings.model_copy(update={"wan_enhancer_model": "/no/such/model"}))
+
+
+def test_of_a_single_frame_the_first_is_given() -> None:
+    assert Given(first=FIRST).known(1) == {0: FIRST}
+    assert Given(last=LAST).known(1) == {0: LAST}
+
+
+def test_a_video_of_a_single_frame_keeps_its_reference(wan: models.Wan) -> None:
+    one, other = (render(wan, num_frames=1, first=each) for each in (FIRST, LAST))
+
+    assert distance(one, other) > 0

@@ -529,6 +529,30 @@ def test_an_undelivered_refusal_of_a_broken_payload_is_kept_too(
     assert json.loads((at.root / told["kept"]).read_text())["error"]["code"] == "INVALID_PROMPT"
 
 
+def test_a_refusal_of_a_broken_payload_goes_to_the_jobs_own_url(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    own = bench(callback=Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",)))
+
+    own.run(sdxl_payload(prompt=None, callback_url=receiver.callback_url))
+
+    assert receiver.wait(1)[0].document["error"]["code"] == "INVALID_PROMPT"
+
+
+def test_a_stranger_has_no_say_in_where_his_refusal_goes(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    own = bench(
+        callback=Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",)),
+        settings=Settings(worker_api_key="worker-key"),
+    )
+
+    document = own.run(sdxl_payload(callback_url=receiver.callback_url))
+
+    assert code(document) == "UNAUTHORIZED"
+    assert receiver.received == []
+
+
 # --- references ---
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.jobs import admin, chat, sdxl, wan
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output, Text, Video
+from ourvidz_serverless.payloads import KEY_PATTERN, MAX_CALLBACK_URL, Job, Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.
@@ -110,6 +110,12 @@ def user_id(event: Mapping[str, Any]) -> str | None:
 def api_key(event: Mapping[str, Any]) -> str | None:
     """The key that the job brings, as far as a broken payload tells."""
     return _text(event, "api_key")
+
+
+def callback_url(event: Mapping[str, Any]) -> str | None:
+    """Where the job wants its end told, as far as a broken payload tells."""
+    url = _text(event, "callback_url")
+    return url if url and len(url) <= MAX_CALLBACK_URL else None
 
 
 def _text(event: Mapping[str, Any], field: str) -> str | None:

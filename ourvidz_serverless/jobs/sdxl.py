@@ -164,7 +164,12 @@ class SdxlJob(Job):
 
     @property
     def texts(self) -> list[str]:
-        return [self.prompt or "", self.compel_weights or ""]
+        return [self.prompt or "", self.compel_weights or "", *self._read_by_compel]
+
+    @property
+    def _read_by_compel(self) -> list[str]:
+        # As the model reads it: without a syntax that may part a word.
+        return ["".join(part.text for part in self.weighted_prompt)] if self.compel_enabled else []
 
     @property
     def adult(self) -> bool:

@@ -19,6 +19,7 @@ from contextlib import closing
 from fractions import Fraction
 from typing import Any, Literal
 
+import ftfy
 from PIL import Image
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -206,7 +207,8 @@ class WanJob(Job):
 
     @property
     def texts(self) -> list[str]:
-        return [self.prompt or "", self.config.enhancement_system_prompt or ""]
+        prompt = self.prompt or ""
+        return [prompt, *_read_by_wan(prompt), self.config.enhancement_system_prompt or ""]
 
     @property
     def adult(self) -> bool:
@@ -461,11 +463,20 @@ def _prompt(job: WanJob, model: Any, seed: int, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_content([*job.texts, enhanced], job.adult, context)
+    check_content([*job.texts, enhanced, *_read_by_wan(enhanced)], job.adult, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )
     return enhanced
+
+
+def _read_by_wan(text: str) -> list[str]:
+    """A text as WAN reads it, where that differs: its pipelines mend what looks misencoded.
+
+    So does `prompt_clean` of diffusers; the HTML that it unescapes too, the floor reads anyway.
+    """
+    mended = ftfy.fix_text(text)
+    return [mended] if mended != text else []
 
 
 def _enhance(enhancer: Any, system: str, prompt: str, seed: int, context: JobContext) -> str:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
+from ourvidz_serverless.errors import InternalError, InvalidPrompt, JobError, OutOfMemory
 from ourvidz_serverless.models import norms
 from ourvidz_serverless.models.device import (
     Device,
@@ -402,6 +402,10 @@ class Engine:
         growing = [batch[row] for row in ready]
         tokens = choose(self._head(picked(hidden, ready)), [each.sampler for each in growing])
         for generation, token in zip(growing, tokens, strict=True):
+            if generation.sampler.is_lost:
+                generation.fail(InvalidPrompt("response_format: this schema is too complex"))
+                self._remove(generation)
+                continue
             generation.append(token, token in self._ends)
             if generation.finish_reason:
                 self._remove(generation)

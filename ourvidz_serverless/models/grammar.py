@@ -50,6 +50,11 @@ class Matcher:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         logits.masked_fill_(sent(allowed[: len(logits)] == 0, logits.device), -torch.inf)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the schema was too much for its matcher, which then lets a reply only end."""
+        return bool(self._matcher.is_error())
+
     def note(self, token: int) -> None:
         """Go on by a token."""
         if not self._matcher.consume_token(token):

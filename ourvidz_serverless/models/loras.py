@@ -7,7 +7,6 @@ downloaded once and kept in that folder's `downloads/`.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ourvidz_serverless import references
+from ourvidz_serverless import checkpoints, references
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
 from ourvidz_serverless.settings import Settings
 
@@ -84,10 +83,18 @@ def _digest(url: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Keep a download. Raises ModelLoadError, and keeps nothing, where it is none of weights."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+        fresh = Path(file.name)
+    try:
+        fresh.write_bytes(data)
+        checkpoints.header(fresh)
+        fresh.replace(path)
+    except ValueError as exc:
+        raise ModelLoadError("config.loras: the URL gives no safetensors file") from exc
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager

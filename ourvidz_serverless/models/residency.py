@@ -283,8 +283,9 @@ class Ledger:
         turn; what `check` raises meanwhile ends that. Raises OutOfMemory for a model that is
         larger than the device, ModelLoadError for one that does not load, at the second try.
         """
-        entry, use = self._entries[model], Use(shape)
+        use = Use(shape)
         with self._news:
+            entry = self._entries[model]
             self._line.append(use)
             try:
                 while (moves := self._turn(use, entry)) is None:

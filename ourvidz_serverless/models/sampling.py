@@ -56,6 +56,7 @@ class Sampler:
         self.sampling = sampling
         self._grammar = grammar
         self._random = random.Random(sampling.seed)
+        self._chance: float | None = None
         self._prompt = list(set(prompt))
         # The reply's tokens that are not counted on the device yet, and the counts there.
         self._fresh: list[int] = []
@@ -64,15 +65,26 @@ class Sampler:
 
     def note(self, token: int) -> None:
         """Count a token that was chosen."""
+        self._chance = None
         if self.sampling.has_penalties:
             self._fresh.append(token)
         if self._grammar:
             self._grammar.note(token)
 
     def draw(self) -> Draw:
-        """The rules of the next token, with the next number of this request's own generator."""
+        """The rules of the next token, with the next number of this request's own generator.
+
+        The same number until the token is noted: what ran out of memory is drawn once more.
+        """
         rules = self.sampling
-        return Draw(rules.temperature, rules.top_k, rules.top_p, self._random.random())
+        if self._chance is None:
+            self._chance = self._random.random()
+        return Draw(rules.temperature, rules.top_k, rules.top_p, self._chance)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its grammar can say no more what would fit."""
+        return self._grammar is not None and self._grammar.is_lost
 
     @property
     def adjusts(self) -> bool:

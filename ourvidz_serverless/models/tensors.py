@@ -8,6 +8,7 @@ not change, so leaving a second time costs nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,9 @@ class Tensors:
     def __init__(self, modules: Sequence[Any], device: Device, read: Read | None = None) -> None:
         self._modules, self._device, self._read = list(modules), device, read
         self._is_there = False
-        # Copies in pinned memory, by the address of the tensor on the device.
-        self._pinned: dict[int, torch.Tensor] = {}
+        # Copies in pinned memory, by the address of the tensor on the device, with what lies there:
+        # the address of a LoRA that has gone may be the next LoRA's.
+        self._pinned: dict[int, tuple[weakref.ref[Any], torch.Tensor]] = {}
         self._num_bytes = self._measure()
 
     @property
@@ -94,14 +96,16 @@ class Tensors:
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:
         there = tensor.to(self._device.name, non_blocking=True)
         if not is_traceable_wrapper_subclass(tensor) and tensor.is_pinned():
-            self._pinned[there.data_ptr()] = tensor
+            self._pinned[there.data_ptr()] = weakref.ref(there.untyped_storage()), tensor
         return there
 
     def _down(self, tensor: torch.Tensor) -> torch.Tensor:
         if is_traceable_wrapper_subclass(tensor) or not tensor.is_cuda:
             return tensor.cpu()
-        kept = self._pinned.pop(tensor.data_ptr(), None)
-        return _pinned_copy(tensor) if kept is None else kept
+        found = self._pinned.pop(tensor.data_ptr(), None)
+        if found and found[0]() is tensor.untyped_storage():
+            return found[1]
+        return _pinned_copy(tensor)
 
     def _measure(self) -> int:
         # Not the storages': in the host's memory many tensors may be views of one mapped file.

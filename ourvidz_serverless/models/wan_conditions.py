@@ -35,8 +35,9 @@ class Given:
 
     def known(self, num_frames: int) -> dict[int, Image.Image]:
         """The given frames by their place in the video."""
-        places = {0: self.first, num_frames - 1: self.last}
-        return {place: image for place, image in places.items() if image}
+        # Of a single frame the two places are one.
+        places = ((0, self.first), (num_frames - 1, self.last))
+        return {place: image for place, image in places if image}
 
 
 @dataclass(frozen=True, slots=True)
