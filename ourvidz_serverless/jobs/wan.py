@@ -19,7 +19,6 @@ from contextlib import closing
 from fractions import Fraction
 from typing import Any, Literal
 
-import ftfy
 from PIL import Image
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
@@ -475,7 +474,10 @@ def _read_by_wan(text: str) -> list[str]:
 
     So does `prompt_clean` of diffusers; the HTML that it unescapes too, the floor reads anyway.
     """
-    mended = ftfy.fix_text(text)
+    # Here, since other families' workers read this module too and need none of it.
+    from ftfy import fix_text
+
+    mended = fix_text(text)
     return [mended] if mended != text else []
 
 
