@@ -9,6 +9,8 @@ BIN := .venv/bin
 FAMILIES ?= sdxl
 FAMILY ?= sdxl
 CHAT_INSTRUCT_MODEL ?= pocket
+# How many tests run side by side; a file's tests stay together.
+PROCESSES ?= 2
 
 # A worker for chat alone answers a question instead of painting a picture.
 ifeq ($(FAMILIES),chat)
@@ -26,6 +28,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run chat video page test check format image clean
 
+# With `make -j` two pips would write to one environment.
+.NOTPARALLEL:
+
 run: .venv/run $(WEIGHTS)
 	FAMILIES=$(FAMILIES) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) $(BIN)/python handler.py $(INPUT)
 
@@ -40,7 +45,7 @@ page: .venv/run .cache/pocket_chat/config.json
 	HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(BIN)/python -m ourvidz_serverless.http
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -64,11 +69,14 @@ image:
 clean:
 	rm -rf .venv .cache outputs
 
-.venv/bin/python:
+# `venv` writes the interpreter before pip: only the mark says that both are there.
+.venv/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed"; exit 1; }
+	rm -rf .venv
 	$(PYTHON) -m venv .venv
+	@touch $@
 
-.venv/run: requirements.txt | .venv/bin/python
+.venv/run: requirements.txt | .venv/made
 	$(BIN)/pip install --progress-bar on -r requirements.txt
 	@touch $@
 
