@@ -1,6 +1,8 @@
 """An IP-Adapter acts where its kind says, on jobs that bring a reference, and on no others."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -73,11 +75,11 @@ def test_the_reference_of_one_job_leaves_the_next_one_alone(adapted: Any, sdxl: 
     assert np.array_equal(render(adapted), render(sdxl))
 
 
-def run(model: Any, **metadata: Any) -> dict[str, Any]:
+def run(model: Any, config: Mapping[str, Any] = MappingProxyType({}), **metadata: Any) -> Any:
     """The metadata that a job with a red reference leaves."""
     context = JobContext(Stop(), lambda progress: None, 60)
     metadata = {"reference_image_url": "https://a.example/red.png", **metadata}
-    event = {"input": sdxl_payload(metadata=metadata)}
+    event = {"input": sdxl_payload(config=dict(config), metadata=metadata)}
     list(jobs.run(jobs.parse(event, Settings()), model, {"reference": RED}, context))
     return context.metadata
 
@@ -107,6 +109,27 @@ def test_an_untyped_reference_or_a_copy_never_goes_by_the_adapter(
     adapted: Any, metadata: dict[str, Any]
 ) -> None:
     assert run(adapted, **metadata)["reference_method"] == "img2img"
+
+
+@pytest.mark.parametrize("keeps", ["style", "composition", "character"])
+@pytest.mark.parametrize("place", ["config", "metadata"])
+@pytest.mark.parametrize("strength", [0.05, 0.1])
+def test_a_denoise_strength_of_at_most_a_tenth_is_image_to_image_whatever_the_type(
+    adapted: Any, keeps: str, place: str, strength: float
+) -> None:
+    asked = {"denoise_strength": strength}
+    config, metadata = (asked, {}) if place == "config" else ({}, asked)
+
+    done = run(adapted, config, reference_mode="modify", reference_type=keeps, **metadata)
+
+    assert (done["reference_method"], done["denoise_strength"]) == ("img2img", strength)
+
+
+@pytest.mark.parametrize("asked", [{"denoise_strength": 0.11}, {"reference_strength": 0.95}])
+def test_a_larger_denoise_strength_or_a_reference_strength_goes_by_the_adapter(
+    adapted: Any, asked: dict[str, float]
+) -> None:
+    assert run(adapted, reference_type="character", **asked)["reference_method"] == "ip_adapter"
 
 
 def test_an_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:

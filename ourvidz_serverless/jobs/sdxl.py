@@ -36,6 +36,10 @@ MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 #: An exact copy is the reference, re-encoded by as little denoising as makes a step.
 COPY_STRENGTH = 0.05
 
+#: Up to here a denoise strength that the job names asks for the reference's own pixels, which an
+#: IP-Adapter does not keep: the application's exact copy is such a job.
+NEAR_COPY_STRENGTH = 0.1
+
 #: How far a reference is changed when the job does not say: the more of it a type keeps, the
 #: less noise. Of a style only colours and mood should survive, of a character nearly all.
 STRENGTHS = {None: 0.5, "style": 0.8, "composition": 0.65, "character": 0.45}
@@ -238,12 +242,22 @@ class SdxlJob(Job):
         return default if asked is None else 1 - asked
 
     @property
+    def keeps_pixels(self) -> bool:
+        """Whether the job asks for the reference's own pixels, and hardly any change of them."""
+        asked = self._denoise_asked_for
+        return self.is_exact_copy or (asked is not None and asked <= NEAR_COPY_STRENGTH)
+
+    @property
     def _strength_asked_for(self) -> float | None:
-        for strength in (self.config.denoise_strength, self.metadata.denoise_strength):
-            if strength is not None:
-                return strength
         kept = self.metadata.reference_strength
-        return None if kept is None else 1 - kept
+        if self._denoise_asked_for is not None or kept is None:
+            return self._denoise_asked_for
+        return 1 - kept
+
+    @property
+    def _denoise_asked_for(self) -> float | None:
+        places = (self.config.denoise_strength, self.metadata.denoise_strength)
+        return next((strength for strength in places if strength is not None), None)
 
     def seeds(self) -> list[int]:
         """One seed an image; the first is drawn where the job names none."""
@@ -314,7 +328,7 @@ def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool
     if reference is None:
         return {}
     keeps = job.metadata.reference_type
-    if keeps and has_adapter and not job.is_exact_copy:
+    if keeps and has_adapter and not job.keeps_pixels:
         return {
             "likeness": reference,
             "likeness_keeps": keeps,
