@@ -89,7 +89,7 @@ ANSWERS = {
         "worker-1",
         "completed",
         (Asset("video", "user-1/job-5/0.mp4", "user-1/job-5/0.thumb.webp", FILM),),
-        FACTS,
+        {**FACTS, "frame_num": FILM["frame_num"], "fps": FILM["fps"]},
     ),
     "chat": Document("job-2", "worker-1", "completed", (SPOKEN,), FACTS, reply=REPLY),
     "failed": Document(

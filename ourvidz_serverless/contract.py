@@ -103,13 +103,19 @@ class Usage(Said):
 
 
 class DocumentMetadata(Said):
-    """What the worker knows of the whole job; `timings` are seconds by stage."""
+    """What the worker knows of the whole job; `timings` are seconds by stage.
+
+    Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is
+    the number of frames in the file.
+    """
 
     processing_time: float | None = None
     timings: dict[str, float] | None = None
     versions: dict[str, str] | None = None
     reference_mode: str | None = None
     batch_size: int | None = None
+    frame_num: int | None = None
+    fps: float | None = None
     vram_used: float | None = None
     warnings: list[str] | None = None
     error_type: Code | None = None

@@ -154,6 +154,25 @@ def test_what_is_reported_is_what_the_file_has(film: Any) -> None:
     assert media.digital_source_type(data) == media.TRAINED
 
 
+@pytest.mark.parametrize(
+    ("fps", "frames_made", "frames_at_16"), [(16, 9, 9), (8, 9, 18), (24, 9, 6), (12, 5, 7)]
+)
+def test_a_videos_document_counts_its_length_in_frames_of_16_a_second_and_its_asset_the_real_frames(
+    film: Any, fps: int, frames_made: int, frames_at_16: int
+) -> None:
+    document, _ = film(config={"frames": frames_made, "fps": fps, "num_inference_steps": 1})
+
+    (asset,) = document.assets
+    assert (document.metadata["frame_num"], document.metadata["fps"]) == (frames_at_16, fps)
+    assert (asset.metadata["frame_num"], asset.metadata["fps"]) == (frames_made, fps)
+
+
+def test_a_pictures_document_counts_no_frames(film: Any) -> None:
+    document, _ = film(type="image_fast")
+
+    assert not {"frame_num", "fps"} & set(document.metadata)
+
+
 def test_the_poster_is_a_small_webp_of_the_first_frame(film: Any) -> None:
     document, at = film(config={"width": 512, "height": 64, "frames": 1, "num_inference_steps": 1})
 
@@ -532,6 +551,36 @@ def test_the_strength_acts_and_is_reported(film: Any) -> None:
     assert weak.metadata["reference_strength"] == 0.2
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("reference_strength", 0.8), ("denoise_strength", 0.2)]
+)
+def test_a_strength_that_weakens_a_given_frame_is_told_by_its_field(
+    film: Any, field: str, value: float
+) -> None:
+    document, _ = film(config={"first_frame": START}, metadata={field: value})
+
+    (warning,) = document.metadata["warnings"]
+    assert warning.startswith(f"metadata.{field}: ")
+    assert "0.8" in warning
+
+
+@pytest.mark.parametrize(
+    ("config", "metadata"),
+    [
+        ({"first_frame": START}, {}),
+        ({"first_frame": START}, {"reference_strength": 1.0}),
+        ({"image": START, "single_mode": "subject"}, {"reference_strength": 0.8}),
+        ({}, {"reference_strength": 0.8}),
+    ],
+)
+def test_a_strength_that_weakens_no_given_frame_needs_no_warning(
+    film: Any, config: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    document, _ = film(config=config, metadata=metadata)
+
+    assert "warnings" not in document.metadata
+
+
 def test_how_a_reference_of_another_shape_is_fitted_acts(film: Any) -> None:
     wide = data_uri(picture(3, 256, 64))
 
@@ -629,6 +678,21 @@ def test_a_worker_with_a_network_for_a_first_frame_alone_leaves_the_last_one_out
         "reference: this worker has no network for these two frames, see WAN_VACE_MODEL"
     )
     assert end.metadata["reference_mode"] == "none"
+
+
+def test_a_strength_that_a_network_for_a_first_frame_cannot_take_is_told_by_its_field(
+    film: Any, wan_settings: Settings, tmp_path: Path
+) -> None:
+    i2v = {"wan_vace_model": None, "wan_i2v_model": write_i2v(tmp_path)}
+    model = models.load(wan_settings.model_copy(update=i2v))
+
+    document, _ = film(
+        model=model, config={"first_frame": START}, metadata={"reference_strength": 0.8}
+    )
+
+    assert document.metadata["warnings"] == [
+        "metadata.reference_strength: the network for given frames takes no strength"
+    ]
 
 
 def test_a_required_mode_without_its_reference_ends_the_job(film: Any) -> None:

@@ -304,13 +304,15 @@ export interface AssetMetadata {
   [key: string]: unknown;
 }
 
-/** What the worker knows of the whole job; `timings` are seconds by stage. */
+/** What the worker knows of the whole job; `timings` are seconds by stage. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
 export interface DocumentMetadata {
   processing_time?: number | null;
   timings?: Record<string, number> | null;
   versions?: Record<string, string> | null;
   reference_mode?: string | null;
   batch_size?: number | null;
+  frame_num?: number | null;
+  fps?: number | null;
   vram_used?: number | null;
   warnings?: string[] | null;
   error_type?: "CANCELLED" | "CONTENT_REFUSED" | "INTERNAL_ERROR" | "INVALID_PROMPT" | "MODEL_LOAD_ERROR" | "OOM_ERROR" | "RATE_LIMITED" | "REFERENCE_FRAME_ERROR" | "TIMEOUT_ERROR" | "UNAUTHORIZED" | "UPLOAD_ERROR" | "WORKER_UNAVAILABLE" | null;

@@ -58,6 +58,9 @@ GUIDANCE_SCALE = 5.0
 FPS = 16
 MAX_FRAMES = 83
 
+#: The rate by which the application turns a document's `frame_num` into seconds.
+APPLICATIONS_FPS = 16
+
 #: WAN's VAE halves a side three times, and its patches once more.
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 1280, 16
 #: 720p, the largest that WAN 2.1 was trained on.
@@ -310,13 +313,22 @@ class WanJob(Job):
         return self.config.last_frame or self.metadata.end_reference_url
 
     @property
+    def strength_asked_for(self) -> tuple[str, float] | None:
+        """The field that says how strongly to hold to a reference, and how strongly, 0 to 1."""
+        changed = {
+            "config.denoise_strength": self.config.denoise_strength,
+            "metadata.denoise_strength": self.metadata.denoise_strength,
+        }
+        for field, strength in changed.items():
+            if strength is not None:
+                return field, 1 - strength
+        kept = self.metadata.reference_strength
+        return None if kept is None else ("metadata.reference_strength", kept)
+
+    @property
     def conditioning_scale(self) -> float:
         """How strongly VACE holds to a reference, from 0 to 1; all of it unless asked otherwise."""
-        for changed in (self.config.denoise_strength, self.metadata.denoise_strength):
-            if changed is not None:
-                return 1 - changed
-        kept = self.metadata.reference_strength
-        return 1.0 if kept is None else kept
+        return self.strength_asked_for[1] if self.strength_asked_for else 1.0
 
     def seed(self) -> int:
         """The job's seed, or one that is drawn: not 0, which the receiver takes for none."""
@@ -400,16 +412,26 @@ def _video(
     job: WanJob, frames: Iterator[Any], facts: dict[str, Any], composite: bool, context: JobContext
 ) -> Iterator[Video]:
     """The video at its first piece, and then the pieces: it is encoded while they are decoded."""
-    reel = Reel()
+    reel, num_frames = Reel(), 0
     try:
-        for index, piece in enumerate(frames):
-            if index == 0:
+        for piece in frames:
+            if not num_frames:
                 yield Video(0, reel, *job.size, job.config.fps, facts, composite)
             reel.put(piece, context.check)
+            num_frames += len(piece)
         reel.end()
     except BaseException:
         reel.cut()
         raise
+    context.metadata.update(_length(num_frames, job.config.fps))
+
+
+def _length(num_frames: int, fps: int) -> dict[str, Any]:
+    """A video's length as the application reads it: it divides `frame_num` by 16, at any rate.
+
+    The asset's own `frame_num` counts the frames of the file.
+    """
+    return {"frame_num": round(num_frames / fps * APPLICATIONS_FPS), "fps": fps}
 
 
 def _sampling(job: WanJob, model: Any, context: JobContext) -> dict[str, Any]:
@@ -522,10 +544,24 @@ def _conditioning(
     context.metadata["resize_mode"] = job.config.resize_mode
     if mode == "single":
         context.metadata["single_mode"] = "subject" if "subject" in given else "first_frame"
+    _warn_of_strength(job, route, is_subject="subject" in given, context=context)
     if route == "vace":
         context.metadata["reference_strength"] = job.conditioning_scale
         return {**given, "conditioning_scale": job.conditioning_scale}
     return given
+
+
+def _warn_of_strength(job: WanJob, route: str, is_subject: bool, context: JobContext) -> None:
+    """Say what a strength below 1 does to a given frame, or that it does nothing."""
+    field, strength = job.strength_asked_for or ("", 1.0)
+    if strength == 1.0:
+        return
+    if route != "vace":
+        context.warnings.append(f"{field}: the network for given frames takes no strength")
+    elif not is_subject:
+        context.warnings.append(
+            f"{field}: at {strength:.3g} the video need not keep to the given frame; at 1 it does"
+        )
 
 
 def _given(job: WanJob, references: Mapping[str, Image.Image]) -> dict[str, Image.Image]:
