@@ -7,6 +7,7 @@ Format"; `error_message` and `metadata.error_type` are what the edge function re
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError
 
@@ -38,12 +39,23 @@ class Wire(BaseModel):
 
 
 class S3Config(Wire):
-    """RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's."""
+    """RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's.
 
-    bucketName: str = Field(min_length=3)
+    What no store could take is refused here, before anything is computed for it.
+    """
+
+    # The widest rule that S3 has had. No ARN: it names a host beside `endpointUrl`.
+    bucketName: str = Field(pattern=r"^[A-Za-z0-9._-]{3,255}$")
     endpointUrl: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+/?$")
-    accessId: SecretStr
-    accessSecret: SecretStr
+    accessId: SecretStr = Field(min_length=1)
+    accessSecret: SecretStr = Field(min_length=1)
+
+    @field_validator("accessId")
+    @classmethod
+    def _fit_for_a_header(cls, key_id: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"[!-~]+", key_id.get_secret_value()):
+            raise ValueError("Input should be ASCII characters without spaces")
+        return key_id
 
 
 class Job(Wire):

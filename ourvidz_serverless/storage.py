@@ -91,7 +91,8 @@ def of_job(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()) -> 
     is known by now to be none of these, before anything is computed for it.
     """
     try:
-        host = urlsplit(config.endpointUrl or "").hostname
+        endpoint = urlsplit(config.endpointUrl or "")
+        host, _ = endpoint.hostname, endpoint.port  # a port that cannot be is a ValueError
         gate = None if host in inner_hosts else is_public
         if host and gate and not _may_be_passed(host, gate):
             raise InvalidPrompt(f"{ENDPOINT}: Input should be a host of the public internet")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.handlers import validate_bucket_name
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -314,6 +315,49 @@ def test_an_s3_config_that_does_not_hold_is_refused_by_its_field(config: Any, fi
         jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
 
     assert refused.value.message.startswith(f"{field}: ")
+
+
+S3_CONFIG = {"bucketName": "assets", "accessId": "key", "accessSecret": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bucketName", "two words"),
+        ("bucketName", "bucket/folder"),
+        ("bucketName", "bucket\n"),
+        ("bucketName", "b\u00fccher"),
+        ("bucketName", "b" * 256),
+        ("bucketName", "arn:aws:s3:us-east-1:123456789012:accesspoint/assets"),
+        ("accessId", ""),
+        ("accessId", "key\n"),
+        ("accessId", "k\u20acy"),
+        ("accessSecret", ""),
+    ],
+)
+def test_an_s3_config_that_no_store_could_take_is_refused_by_its_field(
+    field: str, value: str
+) -> None:
+    with pytest.raises(InvalidPrompt, match=f"^s3Config.{field}: ") as refused:
+        jobs.parse(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, field: value}},
+            Settings(),
+        )
+
+    assert "secret" not in refused.value.message
+
+
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("ab0.-_/: \n"), max_size=300))
+def test_every_bucket_that_is_taken_is_one_that_botocore_takes(name: str) -> None:
+    try:
+        jobs.parse(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, "bucketName": name}},
+            Settings(),
+        )
+    except InvalidPrompt:
+        return
+
+    validate_bucket_name({"Bucket": name})
 
 
 @pytest.mark.parametrize("payload", [None, [], "text", 7])

@@ -221,7 +221,11 @@ def test_a_jobs_own_bucket_is_on_the_public_internet(s3: SeaweedServer, host: st
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["http://[", "http://a..b", "http://a\\b.example", "http://b\u00fccket", "http://%"]
+    "endpoint",
+    [
+        *("http://[", "http://a..b", "http://a\\b.example", "http://b\u00fccket", "http://%"),
+        "https://store.example:99999",
+    ],
 )
 def test_an_endpoint_that_is_no_url_is_refused_by_its_field(
     s3: SeaweedServer, endpoint: str

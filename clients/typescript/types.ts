@@ -272,7 +272,7 @@ export interface WanJob {
 export interface RunRequest {
   /** a payload: the schemas in jobs/ */
   input: Record<string, unknown>;
-  /** RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's. */
+  /** RunPod's top-level `s3Config`: the job's own bucket, which wins over the worker's. What no store could take is refused here, before anything is computed for it. */
   s3Config?: Record<string, unknown>;
 }
 
