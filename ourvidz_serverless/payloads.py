@@ -6,6 +6,7 @@ Format"; `error_message` and `metadata.error_type` are what the edge function re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -24,6 +25,12 @@ MAX_RESULT_BYTES = 10_000_000
 
 #: In characters.
 MAX_CALLBACK_URL = 2000
+
+#: Seeds are below this.
+SEEDS = 2**31
+
+#: The most pictures of one job, whose seeds follow one another.
+MAX_PICTURES = 6
 
 Status = Literal["processing", "completed", "failed"]
 
@@ -66,6 +73,16 @@ class Job(Wire):
     user_id: str = Key
     callback_url: str | None = Field(None, max_length=MAX_CALLBACK_URL)
     s3_config: S3Config | None = Field(None, validation_alias="s3Config")
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of a job that names none: the same at each delivery of the job.
+
+        A second delivery overwrites the files of the first, of which the application may know
+        already. The seed is never 0, which the receiver of the callback takes for "none".
+        """
+        digest = hashlib.sha256(f"{self.user_id}/{self.id}".encode()).digest()
+        return 1 + int.from_bytes(digest) % (SEEDS - MAX_PICTURES)
 
     @property
     def texts(self) -> list[str]:

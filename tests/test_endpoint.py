@@ -198,6 +198,18 @@ def test_a_job_delivered_twice_is_rendered_once(
     assert len([each for each in receiver.received if each.document["job_id"] == "twice"]) == 1
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_tells_the_same_assets(
+    platform: Platform,
+) -> None:
+    unseeded = sdxl_payload(id="unseeded", config={"seed": None})
+    job = platform.submit(unseeded, id="rp-unseeded")
+    first = platform.result(job)
+    platform.submit(unseeded, id=job)
+
+    assert platform.result(job, nth=2)["output"]["assets"] == first["output"]["assets"]
+
+
 # --- shutdown ---
 
 

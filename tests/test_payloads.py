@@ -205,11 +205,24 @@ def test_every_seed_of_the_specification_is_taken(seed: int) -> None:
     assert sdxl(config={"seed": seed}).seeds() == [seed]
 
 
-def test_a_missing_seed_is_drawn_and_is_never_zero() -> None:
-    drawn = {sdxl(config={"seed": None}).seeds()[0] for _ in range(50)}
+def drawn(**changes: Any) -> list[int]:
+    """The seeds of a job that names none."""
+    return sdxl(**changes, config={"seed": None, "num_images": 6}).seeds()
 
-    assert len(drawn) > 40
-    assert 0 not in drawn
+
+def test_a_missing_seed_is_the_same_at_each_delivery_of_a_job() -> None:
+    assert drawn(id="job-1") == drawn(id="job-1")
+
+
+def test_a_missing_seed_differs_by_job_and_by_user() -> None:
+    jobs_of_two = [(f"job-{i}", user) for i in range(100) for user in ("user-1", "user-2")]
+
+    assert len({drawn(id=name, user_id=user)[0] for name, user in jobs_of_two}) == 200
+
+
+@given(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", fullmatch=True))
+def test_a_missing_seed_is_one_that_a_job_may_ask_for_and_never_zero(name: str) -> None:
+    assert all(0 < seed < 2**31 for seed in drawn(id=name))
 
 
 # --- weights ---

@@ -199,10 +199,20 @@ def test_a_seed_repeats_the_video_and_another_seed_does_not(film: Any) -> None:
     assert not is_same(one, other)
 
 
-def test_a_seed_that_is_drawn_is_reported_and_never_zero(film: Any) -> None:
-    document, _ = film(config={"seed": None})
+def test_a_job_without_a_seed_that_is_delivered_again_makes_the_same_video_and_reports_its_seed(
+    film: Any,
+) -> None:
+    first, at = film(config={"seed": None})
+    before = (at.root / "user-1/job-1/0.mp4").read_bytes()
+    again, _ = film(config={"seed": None})
 
-    assert document.assets[0].metadata["seed"] > 0
+    assert (at.root / "user-1/job-1/0.mp4").read_bytes() == before
+    assert first.assets == again.assets
+    assert first.assets[0].metadata["seed"] > 0
+
+
+def test_another_job_without_a_seed_has_another_one() -> None:
+    assert len({parse(id=f"job-{i}", config={"seed": None}).seed() for i in range(50)}) == 50
     assert parse(config={"seed": 0}).seed() == 0
 
 

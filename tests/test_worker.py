@@ -93,6 +93,19 @@ def test_the_same_job_again_overwrites_its_assets(bench: MakeBench) -> None:
         assert picture.getpixel((0, 0)) == (99, 99, 99)
 
 
+def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_is_the_same_picture(
+    bench: MakeBench,
+) -> None:
+    at, unseeded = bench(), sdxl_payload(config={"seed": None, "num_images": 3})
+
+    first = at.run(unseeded)
+    pictures = {key: (at.root / key).read_bytes() for key in at.stored()}
+    again = at.run(unseeded)
+
+    assert first.assets == again.assets
+    assert {key: (at.root / key).read_bytes() for key in at.stored()} == pictures
+
+
 def test_progress_counts_up_to_the_last_step(bench: MakeBench) -> None:
     at = bench()
 

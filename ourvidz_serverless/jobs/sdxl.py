@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Annotated, Any, Literal
@@ -21,15 +20,11 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from ourvidz_serverless import references as images
 from ourvidz_serverless import weights
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import Job, Output, Wire
+from ourvidz_serverless.payloads import SEEDS, Job, Output, Wire
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
 MAX_STEPS = 50
-
-#: Seeds of a batch count upwards and begin anew at 2^31, so that each reported seed is one that
-#: a job may ask for.
-SEEDS = 2**31
 
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 
@@ -260,11 +255,11 @@ class SdxlJob(Job):
         return next((strength for strength in places if strength is not None), None)
 
     def seeds(self) -> list[int]:
-        """One seed an image; the first is drawn where the job names none."""
-        first = self.config.seed
-        if first is None:
-            # Not 0, which the receiver of the callback takes for "none".
-            first = 1 + secrets.randbelow(SEEDS - 1 - self.config.num_images)
+        """One seed an image, counting upwards from the job's own where the job names none.
+
+        They begin anew at 2^31, so that each reported seed is one that a job may ask for.
+        """
+        first = self.own_seed if self.config.seed is None else self.config.seed
         return [(first + index) % SEEDS for index in range(self.config.num_images)]
 
 

@@ -13,7 +13,6 @@ What the application sends without sizes and frames is read for what it means: t
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from fractions import Fraction
@@ -32,7 +31,7 @@ from ourvidz_serverless.errors import (
     ReferenceFrameError,
     WorkerUnavailable,
 )
-from ourvidz_serverless.payloads import Job, Output, Reel, Video, Wire
+from ourvidz_serverless.payloads import SEEDS, Job, Output, Reel, Video, Wire
 from ourvidz_serverless.settings import Settings
 
 Type = Literal[
@@ -76,8 +75,6 @@ SOLVERS: dict[Solver, tuple[str, ...]] = {
     "dpm++": ("dpmpp", "dpmpp2m", "dpmsolver", "dpmsolverpp", "dpmsolvermultistep"),
     "euler": ("euler", "flowmatch", "flowmatcheuler", "flowmatcheulerdiscrete"),
 }
-
-SEEDS = 2**31
 
 WHITE = (255, 255, 255)
 
@@ -331,9 +328,8 @@ class WanJob(Job):
         return self.strength_asked_for[1] if self.strength_asked_for else 1.0
 
     def seed(self) -> int:
-        """The job's seed, or one that is drawn: not 0, which the receiver takes for none."""
-        given = self.config.seed
-        return 1 + secrets.randbelow(SEEDS - 1) if given is None else given
+        """The seed that the job names, or its own where it names none."""
+        return self.own_seed if self.config.seed is None else self.config.seed
 
 
 def _size_of(ratio: Fraction) -> tuple[int, int]:
