@@ -7,6 +7,7 @@ Standard Webhooks trio (https://www.standardwebhooks.com). Both are over the ver
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
 import importlib
 import json
@@ -77,7 +78,7 @@ class Callback:
         url = self._target(job_url)
         if not url:
             return
-        message_id, ends = f"{job_id}.{status}", time.monotonic() + DELIVERY_S
+        message_id, ends = webhook_id(job_id, status), time.monotonic() + DELIVERY_S
 
         def left() -> float:
             return ends - time.monotonic()
@@ -107,6 +108,16 @@ class Callback:
         if self._secret:
             headers |= signatures(self._secret, body, message_id, timestamp)
         return headers
+
+
+def webhook_id(job_id: str, status: str) -> str:
+    """The `webhook-id` of a job's document: one for each job and status, the same at every try.
+
+    A caller's job id may hold a dot, which would make `id.timestamp.body`, the text that is
+    signed, ambiguous.
+    """
+    digest = hashlib.sha256(f"{job_id}.{status}".encode()).hexdigest()
+    return f"msg_{digest[:32]}"
 
 
 def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:

@@ -3,20 +3,26 @@
 import base64
 import hashlib
 import hmac
+import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ourvidz_serverless.callback import Callback, signatures
-from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.payloads import KEY_PATTERN, Document, Status
 from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
 
+KEYS = st.from_regex(KEY_PATTERN.strip("^$"), fullmatch=True)
 DONE = Document("job-1", "worker-1", "completed")
 
 
@@ -78,7 +84,23 @@ def test_the_webhook_id_is_the_same_at_every_try(receiver: CallbackReceiver) -> 
     callback(receiver).post(DONE)
 
     ids = [received.headers["webhook-id"] for received in receiver.wait(3)]
-    assert ids == ["job-1.completed"] * 3
+    assert ids == [webhook_id("job-1", "completed")] * 3
+
+
+@pytest.mark.parametrize("job_id", ["job-1", "a.b", "job.completed", "j" * 128])
+def test_the_webhook_id_has_no_character_of_the_callers(
+    receiver: CallbackReceiver, job_id: str
+) -> None:
+    callback(receiver).post(replace(DONE, job_id=job_id))
+
+    (received,) = receiver.wait(1)
+    assert re.fullmatch(r"msg_[0-9a-f]{32}", received.headers["webhook-id"])
+    assert received.webhook_ok
+
+
+@given(st.lists(st.tuples(KEYS, st.sampled_from(get_args(Status))), unique=True, max_size=20))
+def test_each_job_and_status_has_a_webhook_id_of_its_own(told: list[tuple[str, str]]) -> None:
+    assert len({webhook_id(job, status) for job, status in told}) == len(told)
 
 
 def test_it_gives_up_after_three_tries(receiver: CallbackReceiver) -> None:

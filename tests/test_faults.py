@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ourvidz_serverless.callback import webhook_id
 from ourvidz_serverless.retries import Retry
 from tests.faults import DEPENDENCIES, Outcome, World, policy, world
 from tests.support.chaos import FAULTS, Fault
@@ -136,7 +137,9 @@ def test_a_document_is_delivered_at_the_second_try_under_the_same_id(
     outcome = these.receiver([fault, "pass"], policy(fault))
 
     assert "callback" not in outcome.document.metadata
-    assert {each.headers["webhook-id"] for each in outcome.seen} == {"job-1.completed"}
+    assert {each.headers["webhook-id"] for each in outcome.seen} == {
+        webhook_id("job-1", "completed")
+    }
     assert outcome.seen[-1].document == outcome.document.callback()
     assert len(outcome.seen) == (2 if fault == "lost" else 1)
 

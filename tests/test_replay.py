@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless.callback import Callback
+from ourvidz_serverless.callback import Callback, webhook_id
 from ourvidz_serverless.storage import SupabaseStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
 from tests.support.handler import ROOT
@@ -65,7 +65,9 @@ def test_it_bears_the_id_that_it_had(bench: MakeBench, receiver: CallbackReceive
 
     replay(at.root, receiver)
 
-    assert [each.headers["webhook-id"] for each in receiver.received] == ["job-1.completed"] * 4
+    assert [each.headers["webhook-id"] for each in receiver.received] == [
+        webhook_id("job-1", "completed")
+    ] * 4
 
 
 def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder.contract import FOLDER
 from ourvidz_serverless import jobs
-from ourvidz_serverless.callback import signatures
+from ourvidz_serverless.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload, wan_payload
 from tests.support.edge import DENO, RUNTIMES, SECRET, call, edge_function, url_of
@@ -336,12 +336,13 @@ def test_progress_is_told(runtime: str) -> None:
 # --- callbacks ---
 
 BODY = (FOLDER / "examples/callback.completed.json").read_text()
+MESSAGE = webhook_id("job-1", "completed")
 
 
 def signed(secret: str = SECRET, age_s: int = 0, **changes: str | None) -> dict[str, str]:
     headers = {
-        "webhook-id": "job-1.completed",
-        **signatures(secret, BODY.encode(), "job-1.completed", int(time.time()) - age_s),
+        "webhook-id": MESSAGE,
+        **signatures(secret, BODY.encode(), MESSAGE, int(time.time()) - age_s),
     }
     return {name: value for name, value in {**headers, **changes}.items() if value is not None}
 
@@ -379,7 +380,7 @@ def test_a_callback_that_is_signed_is_read(
         (signed(**{"X-Callback-Signature": "sha256=" + "0" * 64}), BODY, SECRET),
         (signed(**{"webhook-signature": "v1,AAAA"}), BODY, SECRET),
         (signed(**{"webhook-signature": None}), BODY, SECRET),
-        (signed(**{"webhook-id": "job-2.completed"}), BODY, SECRET),
+        (signed(**{"webhook-id": webhook_id("job-2", "completed")}), BODY, SECRET),
         (signed(**{"webhook-timestamp": "soon"}), BODY, SECRET),
         (signed(age_s=301), BODY, SECRET),
     ],
