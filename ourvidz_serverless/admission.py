@@ -11,7 +11,7 @@ from ourvidz_serverless import access, safety
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import ContentRefused, RateLimited, WorkerUnavailable
 from ourvidz_serverless.limits import Limits
-from ourvidz_serverless.payloads import Job
+from ourvidz_serverless.payloads import CheckedText, Job
 from ourvidz_serverless.retries import Fault
 from ourvidz_serverless.settings import Settings
 
@@ -59,7 +59,7 @@ class Admission:
             )
 
 
-def check_content(texts: Sequence[str], adult: bool, context: JobContext) -> None:
+def check_content(texts: Sequence[CheckedText], adult: bool, context: JobContext) -> None:
     """Raise ContentRefused where the content floor refuses the texts, taken together."""
     verdict = safety.judge(texts, adult=adult)
     context.audit |= {

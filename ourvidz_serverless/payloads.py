@@ -34,6 +34,8 @@ MAX_PICTURES = 6
 
 Status = Literal["processing", "completed", "failed"]
 
+Role = Literal["system", "user", "assistant"]
+
 #: Ids become storage keys, and Supabase takes plain keys only.
 KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
 Key = Field(pattern=KEY_PATTERN)
@@ -65,6 +67,15 @@ class S3Config(Wire):
         return key_id
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedText:
+    """A text that the content floor reads, the field that it came in, and who speaks it."""
+
+    text: str
+    field: str
+    role: Role = "user"
+
+
 class Job(Wire):
     """What every job type has in common."""
 
@@ -85,7 +96,7 @@ class Job(Wire):
         return 1 + int.from_bytes(digest) % (SEEDS - MAX_PICTURES)
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[CheckedText]:
         """Every text that may reach a model, negative prompts excepted: what the floor reads."""
         return []
 

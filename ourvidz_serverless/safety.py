@@ -4,6 +4,7 @@ A text is refused that holds a sign of a minor together with a sexual sign; in a
 sign of a minor is enough. The signs of one job add up over all of its texts. There is no
 setting and no switch, and nothing is read or written.
 
+    prohibitions         "No school or minor context applies.", in a system message only
     unescaped, folded    HTML references, compatibility forms, marks, look-alikes, case
     read again           without punctuation in words, without leet, without spelling out
     tokens               words, numbers, and a comma for every pause
@@ -26,8 +27,9 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
+from ourvidz_serverless.payloads import CheckedText, Role
 
-LIST_VERSION = "2026-11-2"
+LIST_VERSION = "2026-11-3"
 
 # In the tables a comma parts the entries, and `*` stands for an "s" that may follow. They are
 # folded as the texts are, so they are written with their accents and in their own scripts. Every
@@ -157,6 +159,22 @@ FORBIDDEN = "minor, minors, underage, underaged, 18, eighteen"
 MATERIAL = "content, material, themes, acts, activity"
 PATIENCE = 10  # fillers between a negation and what it forbids
 
+# A whole sentence of a system message that forbids: a negation, a list of these nouns, a verb or
+# none ("No school settings or minor context applies."). There the nouns that are FORBIDDEN too fall
+# silent, and nothing else does. Every word of the sentence must stand here, so that it can ask for
+# nothing: neither "No rules or minor context applies." nor "No, minor context applies." does so.
+# Not to be extended to adult, rule, limit, restriction, nor to another verb ("is refused").
+PROHIBITIONS = "no, never any, not any"
+PROHIBITED = """
+school, schools, college, colleges, classroom, classrooms, campus, minor, minors, underage,
+underaged
+"""
+KINDS = """
+context, contexts, setting, settings, content, scenario, scenarios, theme, themes, character,
+characters
+"""
+PROHIBITED_VERBS = "applies, apply, is allowed, are allowed"
+
 # What follows a number and makes it an age at once. Not to be generalised to bare years, which are
 # more often a time ("15 years of experience", "hace 10 años"): those are in YEARS, and need a lead.
 AGE_UNITS = """
@@ -274,6 +292,7 @@ Tokens = list[str]
 Index = dict[str, set[tuple[str, ...]]]  # phrases by their first word, or by their last
 PAUSE = ","
 MASK = "·"
+NEUTRAL = "excluded"  # a word that is in no table, nor part of one
 
 UNESCAPES = 4
 FORMS = 4  # letters that one character may unfold to; only whole Arabic phrases have more
@@ -316,16 +335,9 @@ class Verdict:
     version: str
 
 
-def check(text: str, *, adult: bool = False) -> Verdict:
+def check(text: str, *, adult: bool = False, role: Role = "user") -> Verdict:
     """What the floor says of one text. Pure, and linear in its length."""
-    return judge([text], adult=adult)
-
-
-def check_all(texts: Iterable[str], *, adult: bool = False) -> None:
-    """Raise ContentRefused where the texts of one job, taken together, are refused."""
-    verdict = judge(texts, adult=adult)
-    if verdict.refused:
-        raise refusal(verdict)
+    return judge([CheckedText(text, "text", role)], adult=adult)
 
 
 def refusal(verdict: Verdict) -> ContentRefused:
@@ -335,10 +347,10 @@ def refusal(verdict: Verdict) -> ContentRefused:
     )
 
 
-def judge(texts: Iterable[str], *, adult: bool = False) -> Verdict:
+def judge(texts: Iterable[CheckedText], *, adult: bool = False) -> Verdict:
     """What the floor says of a job: the signs in any of its texts add up."""
     minor, sexual = False, adult
-    for tokens in chain.from_iterable(map(_readings, texts)):
+    for tokens in chain.from_iterable(map(_readings, map(_without_prohibitions, texts))):
         minor = minor or _has_minor(tokens)
         sexual = sexual or _is_sexual(tokens)
         if minor and sexual:
@@ -346,13 +358,23 @@ def judge(texts: Iterable[str], *, adult: bool = False) -> Verdict:
     return Verdict(False, None, LIST_VERSION)
 
 
-def audit_hash(texts: Iterable[str]) -> str:
+def audit_hash(texts: Iterable[CheckedText]) -> str:
     """SHA-256 over the texts and where each ends: says that two jobs are the same, not what."""
     digest = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
+    for each in texts:
+        encoded = each.text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8) + encoded)
     return digest.hexdigest()
+
+
+def _without_prohibitions(checked: CheckedText) -> str:
+    """The text; in a system message the nouns that a prohibition forbids are replaced.
+
+    The rest of the sentence stays, so that the text around it is read as it was.
+    """
+    if checked.role != "system":
+        return checked.text
+    return _PROHIBITION.sub(lambda match: _FORBIDDEN_NOUN.sub(NEUTRAL, match[0]), checked.text)
 
 
 def _readings(text: str) -> Iterator[Tokens]:
@@ -627,6 +649,23 @@ def _index(table: str, key: int = 0) -> Index:
     return index
 
 
+def _prohibition() -> re.Pattern[str]:
+    """The sentences that `PROHIBITIONS` describes, as they are written: no disguise is one."""
+    noun = rf"(?:{_either(PROHIBITED)})(?: (?:{_either(KINDS)}))?"
+    by_and = rf"(?: and {noun}){{1,6}}"
+    by_or = rf"(?:, {noun}){{0,6}}(?:,? n?or {noun}){{1,6}}"
+    start = r"(?:\A|(?<=\n)|(?<=\n- )|(?<=[.!?] ))"
+    end = r"(?=[.!](?:\s|\Z)|\n\n|\n- |\s*\Z)"
+    sentence = rf"(?:{_either(PROHIBITIONS)}) {noun}(?:{by_and}|{by_or})?"
+    return re.compile(
+        rf"{start}{sentence}(?: (?:{_either(PROHIBITED_VERBS)}))?{end}", re.ASCII | re.IGNORECASE
+    )
+
+
+def _either(table: str) -> str:
+    return "|".join(sorted(_words(table)))
+
+
 def _ages_in_a_word() -> str:
     german = [f"{n}jährig{e}" for n in NUMBERS[3].split() for e in ("", "e", "er", "es", "en")]
     russian = [
@@ -649,6 +688,8 @@ _MINOR = _index(_glued(MINOR) + ", " + _ages_in_a_word())
 _SEXUAL = _index(_glued(SEXUAL))
 _BENIGN = _index(BENIGN)
 _NEGATIONS, _FILLERS, _FORBIDDEN = map(_words, (NEGATIONS, FILLERS, FORBIDDEN))
+_PROHIBITION = _prohibition()
+_FORBIDDEN_NOUN = re.compile(rf"\b(?:{_either(FORBIDDEN)})\b", re.ASCII | re.IGNORECASE)
 _HEDGES = _words(HEDGES)
 _MATERIAL, _AGED_THINGS, _YEARS = map(_words, (MATERIAL, AGED_THINGS, YEARS))
 _OF_TIME, _PERSON, _TENS = map(_words, (OF_TIME, PERSON, TENS))

@@ -95,8 +95,14 @@ def groups() -> list[dict[str, Any]]:
     return loaded
 
 
+def verdicts(group: dict[str, Any]) -> list[safety.Verdict]:
+    """What the floor says of each text of a group, said by the group's role."""
+    adult, role = group["adult"], group.get("role", "user")
+    return [safety.check(text, adult=adult, role=role) for text in group["texts"]]
+
+
 def refused(group: dict[str, Any]) -> int:
-    return sum(safety.check(text, adult=group["adult"]).refused for text in group["texts"])
+    return sum(verdict.refused for verdict in verdicts(group))
 
 
 def rows(refuse: bool) -> Iterator[tuple[str, int, int]]:

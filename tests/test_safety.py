@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless import safety
-from ourvidz_serverless.errors import ContentRefused
+from ourvidz_serverless.payloads import CheckedText
 from tests import measure_safety
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "content-floor.md"
@@ -22,6 +22,7 @@ UNHURRIED = settings(deadline=None)
 
 REFUSED = "nude, 13 years old"
 KNOWN_DISGUISES = {"cut in two", "reversed"}
+UNCHANGED = {"capitals", "words on lines"}  # of a sentence that forbids
 INVISIBLE = ["\u200b", "\u200d", "\u00ad", "\ufeff", "\u0336", "\u2060", "\U000e0061", "\x00"]
 EVERYDAY = [
     *("woman", "man", "girl", "1girl", "nude", "sexual", "street", "rain", "35mm", "f/1.8", "8k"),
@@ -50,6 +51,10 @@ HOSTILE = {
 }
 
 
+def is_table(value: object) -> bool:
+    return isinstance(value, dict | set | frozenset) and value is not safety._folds
+
+
 def groups(*, known: bool) -> list[Any]:
     return [
         pytest.param(group, id=group["name"])
@@ -59,8 +64,12 @@ def groups(*, known: bool) -> list[Any]:
 
 
 def decided(group: dict[str, Any], refused: bool) -> list[str]:
-    verdicts = {text: safety.check(text, adult=group["adult"]) for text in group["texts"]}
+    verdicts = dict(zip(group["texts"], measure_safety.verdicts(group), strict=True))
     return [text for text, verdict in verdicts.items() if verdict.refused is refused]
+
+
+def judge(*texts: str, adult: bool = False) -> safety.Verdict:
+    return safety.judge([CheckedText(text, "prompt") for text in texts], adult=adult)
 
 
 @pytest.mark.parametrize("group", groups(known=False))
@@ -75,7 +84,9 @@ def test_a_known_error_is_one_still(group):
 
 def test_each_case_is_listed_once():
     listed = [
-        (text, group["adult"]) for group in measure_safety.groups() for text in group["texts"]
+        (text, group["adult"], group.get("role"))
+        for group in measure_safety.groups()
+        for text in group["texts"]
     ]
 
     assert len(listed) == len(set(listed))
@@ -105,29 +116,28 @@ def test_in_adult_mode_the_sign_of_a_minor_is_enough():
 
 
 def test_the_signs_of_a_job_add_up_over_its_texts():
-    with pytest.raises(ContentRefused):
-        safety.check_all(iter(["a child", "in a park", "nude"]))
-
-    safety.check_all(["a child", "in a park"])
-    safety.check_all([])
+    assert judge("a child", "in a park", "nude").refused
+    assert not judge("a child", "in a park").refused
+    assert not judge().refused
 
 
 def test_the_refusal_says_content_policy_and_nothing_of_the_text():
-    with pytest.raises(ContentRefused) as refusal:
-        safety.check_all(["toddler, topless"])
+    refusal = safety.refusal(safety.check("toddler, topless"))
 
-    assert "content policy" in refusal.value.message
-    assert not re.search("toddler|topless|inf|nan", refusal.value.message)
+    assert "content policy" in refusal.message
+    assert not re.search("toddler|topless|inf|nan", refusal.message)
+
+
+def audit_hash(*texts: str) -> str:
+    return safety.audit_hash([CheckedText(text, "prompt") for text in texts])
 
 
 def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
-    hashes = {
-        safety.audit_hash(texts) for texts in (["ab", "c"], ["a", "bc"], ["abc"], [], ["", "abc"])
-    }
+    hashes = {audit_hash(*texts) for texts in (["ab", "c"], ["a", "bc"], ["abc"], [], ["", "abc"])}
 
     assert len(hashes) == 5
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes)
-    assert safety.audit_hash(["\ud800"]) == safety.audit_hash(iter(["\ud800"]))
+    assert audit_hash("\ud800") == audit_hash("\ud800")
 
 
 def test_a_number_too_long_for_python_is_no_way_out():
@@ -159,7 +169,88 @@ def test_everyday_words_pass_in_any_order_in_adult_mode(words):
 @given(st.lists(st.text()), st.booleans())
 def test_a_job_is_never_safer_than_its_worst_text(texts, adult):
     if any(safety.check(text, adult=adult).refused for text in texts):
-        assert safety.judge(texts, adult=adult).refused
+        assert judge(*texts, adult=adult).refused
+
+
+# --- sentences that forbid, in a system message ---
+
+FORBIDS = "No school or minor context applies."
+
+
+@UNHURRIED
+@given(st.text(), st.text(), st.booleans())
+def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
+    beside = f"{before}\n{FORBIDS} {REFUSED}\n{FORBIDS}\n{after}"
+
+    assert safety.check(beside, adult=adult, role="system").refused
+
+
+WORDS_OF_A_PROHIBITION = sorted(
+    {
+        word
+        for table in (safety.PROHIBITIONS, safety.PROHIBITED, safety.KINDS)
+        for word in (*table.replace(",", " ").split(), "or", "and", "applies", "is", "allowed")
+    }
+)
+OTHER_WORDS = ["a", "to", "rule", "child", "girl", "13", "not", "except", "refused", "nude"]
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, *OTHER_WORDS, ",", ".", "\n"])))
+def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
+    text = " ".join(words)
+    freed = re.sub(r"\b(?:minors?|underaged?)\b", "thing", text)
+
+    if safety.check(freed, adult=True).refused:
+        assert safety.check(text, adult=True, role="system").refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, ",", ".", "\n"])))
+def test_a_system_message_is_refused_for_no_more_than_a_users(words):
+    text = " ".join(words)
+
+    if not safety.check(text, adult=True).refused:
+        assert not safety.check(text, adult=True, role="system").refused
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a minor\n{FORBIDS}\nkey",
+        f"a minor. {FORBIDS} Key",
+        f"a child's\n{FORBIDS}\npose",
+        f"never\n{FORBIDS}\na minor",
+    ],
+)
+def test_the_texts_around_a_prohibition_do_not_become_a_harmless_phrase(text):
+    assert safety.check(text, adult=True, role="system").refused
+
+
+def test_the_texts_around_a_prohibition_do_not_become_a_sign():
+    text = f"a little\n{FORBIDS}\ngirl's\n{FORBIDS}\nnight"
+
+    assert not safety.check(text, adult=True, role="system").refused
+
+
+@pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - UNCHANGED))
+def test_a_disguised_prohibition_is_none(disguise):
+    disguised = measure_safety.DISGUISES[disguise](FORBIDS)
+
+    user, system = (safety.check(disguised, adult=True, role=r) for r in ("user", "system"))
+
+    assert disguised != FORBIDS
+    assert system == user
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_only_a_system_message_can_forbid(role):
+    assert safety.check(FORBIDS, adult=True, role=role).refused
+
+
+def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
+    assert not safety.check(f"{safety.NEUTRAL}, nude", adult=True).refused
+    assert all(safety.NEUTRAL not in index for index in vars(safety).values() if is_table(index))
 
 
 @UNHURRIED

@@ -21,7 +21,7 @@ from pydantic import AliasChoices, AliasPath, Field, field_validator, model_vali
 
 from ourvidz_serverless.admission import check_content
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Text, Wire
+from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire
 from ourvidz_serverless.settings import Settings
 
 Model = Literal["qwen_instruct", "qwen_base"]
@@ -56,7 +56,7 @@ def _either(name: str) -> Any:
 
 
 class Message(Wire):
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str = Field(max_length=100_000)
 
 
@@ -170,8 +170,8 @@ class ChatJob(Job):
         return "\n\n".join(texts) if texts else None
 
     @property
-    def texts(self) -> list[str]:
-        return [message.content for message in self.conversation]
+    def texts(self) -> list[CheckedText]:
+        return [CheckedText(each.content, "messages", each.role) for each in self.conversation]
 
     @property
     def adult(self) -> bool:
@@ -235,13 +235,17 @@ def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
     for words in _in_words(pieces):
         reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
         if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
-            check_content([reply[max(told - CHECKED_LETTERS, 0) :]], job.adult, context)
+            check_content([_spoken(reply[max(told - CHECKED_LETTERS, 0) :])], job.adult, context)
             context.emit({"delta": reply[told:]})
             told, told_at = len(reply), time.monotonic()
-    check_content([*job.texts, reply], job.adult, context)
+    check_content([*job.texts, _spoken(reply)], job.adult, context)
     if job.stream and told < len(reply):
         context.emit({"delta": reply[told:]})
     return reply
+
+
+def _spoken(reply: str) -> CheckedText:
+    return CheckedText(reply, "reply", "assistant")
 
 
 def _in_words(pieces: Iterable[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from ourvidz_serverless import references as images
 from ourvidz_serverless import weights
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import SEEDS, Job, Output, Wire
+from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Wire
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
@@ -162,13 +162,16 @@ class SdxlJob(Job):
         return self
 
     @property
-    def texts(self) -> list[str]:
-        return [self.prompt or "", self.compel_weights or "", *self._read_by_compel]
-
-    @property
-    def _read_by_compel(self) -> list[str]:
-        # As the model reads it: without a syntax that may part a word.
-        return ["".join(part.text for part in self.weighted_prompt)] if self.compel_enabled else []
+    def texts(self) -> list[CheckedText]:
+        texts = [
+            CheckedText(self.prompt or "", "prompt"),
+            CheckedText(self.compel_weights or "", "compel_weights"),
+        ]
+        if self.compel_enabled:
+            # As the model reads it: without a syntax that may part a word.
+            read = "".join(part.text for part in self.weighted_prompt)
+            texts.append(CheckedText(read, "prompt"))
+        return texts
 
     @property
     def adult(self) -> bool:

@@ -31,7 +31,7 @@ from ourvidz_serverless.errors import (
     ReferenceFrameError,
     WorkerUnavailable,
 )
-from ourvidz_serverless.payloads import SEEDS, Job, Output, Reel, Video, Wire
+from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Reel, Video, Wire
 from ourvidz_serverless.settings import Settings
 
 Type = Literal[
@@ -205,9 +205,13 @@ class WanJob(Job):
         return self
 
     @property
-    def texts(self) -> list[str]:
-        prompt = self.prompt or ""
-        return [prompt, *_read_by_wan(prompt), self.config.enhancement_system_prompt or ""]
+    def texts(self) -> list[CheckedText]:
+        # Read as a user's text: a prohibition counts in a conversation's system message alone.
+        system = self.config.enhancement_system_prompt or ""
+        return [
+            *_read_by_wan(self.prompt or "", "prompt"),
+            CheckedText(system, "config.enhancement_system_prompt"),
+        ]
 
     @property
     def adult(self) -> bool:
@@ -480,15 +484,15 @@ def _prompt(job: WanJob, model: Any, seed: int, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_content([*job.texts, enhanced, *_read_by_wan(enhanced)], job.adult, context)
+    check_content([*job.texts, *_read_by_wan(enhanced, "enhanced_prompt")], job.adult, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )
     return enhanced
 
 
-def _read_by_wan(text: str) -> list[str]:
-    """A text as WAN reads it, where that differs: its pipelines mend what looks misencoded.
+def _read_by_wan(text: str, field: str) -> list[CheckedText]:
+    """A text, and what WAN reads where that differs: its pipelines mend what looks misencoded.
 
     So does `prompt_clean` of diffusers; the HTML that it unescapes too, the floor reads anyway.
     """
@@ -496,7 +500,7 @@ def _read_by_wan(text: str) -> list[str]:
     from ftfy import fix_text
 
     mended = fix_text(text)
-    return [mended] if mended != text else []
+    return [CheckedText(each, field) for each in dict.fromkeys((text, mended))]
 
 
 def _enhance(enhancer: Any, system: str, prompt: str, seed: int, context: JobContext) -> str:
