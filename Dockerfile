@@ -71,9 +71,14 @@ RUN if [ -z "$TORCH_INDEX" ]; then \
 
 
 FROM torch AS packages
-COPY requirements.lock /tmp/
+ARG C2PA=0
+COPY requirements.lock requirements-c2pa.lock /tmp/
 RUN /opt/pip/bin/pip install --no-compile --prefix /opt/packages \
         --require-hashes --requirement /tmp/requirements.lock \
+ && if [ "$C2PA" = 1 ]; then \
+        /opt/pip/bin/pip install --no-compile --prefix /opt/packages \
+            --require-hashes --requirement /tmp/requirements-c2pa.lock; \
+    fi \
  && { python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash \
         -s /opt/packages -p /opt/venv /opt/packages || true; }
 

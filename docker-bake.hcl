@@ -25,6 +25,11 @@ variable "COMPILER" {
   default = "0"
 }
 
+# 1 adds what signs assets with Content Credentials.
+variable "C2PA" {
+  default = "0"
+}
+
 # Where to find another build of torch: https://download.pytorch.org/whl/cpu.
 variable "TORCH_INDEX" {
   default = ""
@@ -56,6 +61,7 @@ group "all" {
 target "image" {
   args = {
     BAKE        = BAKE
+    C2PA        = C2PA
     COMPILER    = COMPILER
     TORCH_INDEX = TORCH_INDEX
     VERSION     = VERSION

@@ -3,10 +3,11 @@
     python -m builder.lock              after a change of requirements.txt
     python -m builder.lock --upgrade    and newer versions of what only other packages require
 
-Two files, for Python 3.11 and 3.12 alike, made by `uv pip compile` from the package index that
+Three files, for Python 3.11 and 3.12 alike, made by `uv pip compile` from the package index that
 this machine is configured for. `requirements.torch.lock` holds torch as the index has it, built
 for CUDA, with the libraries that only this build needs; `requirements.lock` holds all the rest,
-which goes with any build of torch.
+which goes with any build of torch. `requirements-c2pa.lock` holds what requirements-c2pa.txt adds
+to both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "requirements.txt"
+C2PA_REQUIREMENTS = ROOT / "requirements-c2pa.txt"
 LOCK, TORCH_LOCK = ROOT / "requirements.lock", ROOT / "requirements.torch.lock"
+C2PA_LOCK = ROOT / "requirements-c2pa.lock"
+LOCKS = (LOCK, TORCH_LOCK, C2PA_LOCK)
 
 #: torch, and what its build for CUDA alone requires.
 OF_TORCH = re.compile(r"(torch|triton|cuda-\S+|nvidia-\S+)==")
@@ -36,7 +40,23 @@ OPTIONS = (
     *("--no-emit-index-url", "--no-emit-find-links"),
 )
 
-HEAD = "# Made by `python -m builder.lock` from requirements.txt.\n\n"
+#: Requirements of other packages that are left out: no image imports what they bring. An override
+#: replaces a requirement wherever it stands; `NEVER` is true on no system, and what only such a
+#: requirement brings is not written.
+NEVER = 'sys_platform == "never"'
+OVERRIDES = (
+    # runpod asks for `fastapi[all]`: a command line that talks to a cloud and to Sentry, mail
+    # addresses, forms, templates. The HTTP face needs none of them.
+    "fastapi",
+    # runpod's command line, which manages pods from a terminal.
+    f"inquirerpy ; {NEVER}",
+    f"prettytable ; {NEVER}",
+    f"watchdog ; {NEVER}",
+    # The command line of transformers.
+    f"typer ; {NEVER}",
+)
+
+HEAD = "# Made by `python -m builder.lock`.\n\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,22 +64,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--upgrade", action="store_true")
-    entries = compiled(parser.parse_args(argv).upgrade)
-    for path, of_torch in ((LOCK, False), (TORCH_LOCK, True)):
-        ours = [entry for entry in entries if bool(OF_TORCH.match(entry)) is of_torch]
-        path.write_text(HEAD + "".join(ours))
-        print(f"{path.name}: {len(ours)} packages")
+    upgrade = parser.parse_args(argv).upgrade
+    base = compiled([REQUIREMENTS], upgrade)
+    whole = compiled([REQUIREMENTS, C2PA_REQUIREMENTS], upgrade)
+    _write(LOCK, [entry for entry in base if not OF_TORCH.match(entry)])
+    _write(TORCH_LOCK, [entry for entry in base if OF_TORCH.match(entry)])
+    _write(C2PA_LOCK, [entry for entry in whole if entry not in base])
 
 
-def compiled(upgrade: bool) -> list[str]:
-    """The entries of one lock of everything; versions that are locked already stay."""
+def _write(path: Path, entries: Sequence[str]) -> None:
+    path.write_text(HEAD + "".join(entries))
+    print(f"{path.name}: {len(entries)} packages")
+
+
+def compiled(requirements: Sequence[Path], upgrade: bool) -> list[str]:
+    """The entries of one lock of all requirements; versions that are locked already stay."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole.lock"
-        whole.write_text("".join(path.read_text() for path in (LOCK, TORCH_LOCK) if path.exists()))
+        whole, overrides = Path(folder) / "whole.lock", Path(folder) / "overrides.txt"
+        whole.write_text("".join(path.read_text() for path in LOCKS if path.exists()))
+        overrides.write_text("\n".join(OVERRIDES))
         uv = Path(sys.executable).with_name("uv")
-        options = [*OPTIONS, *(["--upgrade"] if upgrade else []), "--output-file", str(whole)]
-        subprocess.run([uv, "pip", "compile", "--quiet", *options, REQUIREMENTS], check=True)
-        return ENTRY.findall(whole.read_text())
+        options = [*OPTIONS, *(["--upgrade"] if upgrade else []), "--override", str(overrides)]
+        options += ["--output-file", str(whole)]
+        subprocess.run([uv, "pip", "compile", "--quiet", *options, *requirements], check=True)
+        return [entry for entry in ENTRY.findall(whole.read_text()) if "'never'" not in entry]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class Credentials:
         try:
             import c2pa
         except ImportError as exc:
-            raise ModelLoadError("C2PA_CERT: needs requirements-c2pa.txt installed") from exc
+            raise ModelLoadError(
+                "C2PA_CERT: needs requirements-c2pa.txt installed, or an image built with C2PA=1"
+            ) from exc
         self._c2pa: Any = c2pa
         self._required = required
         self._chain, self._key, self._algorithm = chain, key, _algorithm(key)

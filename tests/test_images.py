@@ -75,6 +75,7 @@ def test_everything_is_installed_by_its_hash_but_another_build_of_torch() -> Non
     assert [re.findall(r"/tmp/(\S+)", each) for each in by_hash] == [
         ["requirements.torch.lock"],
         ["requirements.lock"],
+        ["requirements-c2pa.lock"],
     ]
     assert re.findall(r"\S+==\S+", other) == ['"torch==$TORCH"']
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
@@ -138,7 +139,7 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 def test_only_what_an_image_is_made_of_is_sent_to_the_builder() -> None:
     code = {"handler.py", "ourvidz_serverless", "pocket"}
-    locks = {"requirements.lock", "requirements.torch.lock"}
+    locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}
     allowed = {*locks, *scripts, *weights}
