@@ -9,11 +9,20 @@ from collections.abc import Sequence
 
 from ourvidz_serverless import access, safety
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.errors import ContentRefused, RateLimited, WorkerUnavailable
+from ourvidz_serverless.errors import (
+    ContentRefused,
+    InvalidPrompt,
+    RateLimited,
+    WorkerUnavailable,
+)
 from ourvidz_serverless.limits import Limits
 from ourvidz_serverless.payloads import CheckedText, Job
 from ourvidz_serverless.retries import Fault
 from ourvidz_serverless.settings import Settings
+
+#: Characters that the texts of one job may have together, since the content floor reads each of
+#: them several times. A context of 32,768 tokens holds about 150,000 characters of English.
+MOST_CHARACTERS = 200_000
 
 
 class Admission:
@@ -30,11 +39,12 @@ class Admission:
             context.audit["key"] = "accepted"
 
     def check(self, job: Job, context: JobContext) -> None:
-        """Raise RateLimited or ContentRefused where the job must not be done."""
-        if self._limits.rates:
+        """Raise InvalidPrompt, RateLimited or ContentRefused where the job must not be done."""
+        _check_length(job)
+        if self._limits.rates and job.is_counted:
             self._check_rate(job, context)
-        check_content(job.texts, job.adult, context)
-        self._check_consent(job, context)
+        context.asks_consent = self._settings.require_reference_consent and bool(job.references)
+        check_content(job.texts, job, context)
 
     def _check_rate(self, job: Job, context: JobContext) -> None:
         try:
@@ -48,20 +58,13 @@ class Admission:
             if not self._settings.rate_limit_fail_open:
                 raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
 
-    def _check_consent(self, job: Job, context: JobContext) -> None:
-        if not (self._settings.require_reference_consent and job.adult and job.references):
-            return
-        context.audit["consent"] = "given" if job.reference_consent else "missing"
-        if not job.reference_consent:
-            raise ContentRefused(
-                "content policy: metadata.reference_consent must be true for a reference image "
-                "in adult mode"
-            )
 
+def check_content(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
+    """Raise ContentRefused where the texts, taken together, are refused or lack consent.
 
-def check_content(texts: Sequence[CheckedText], adult: bool, context: JobContext) -> None:
-    """Raise ContentRefused where the content floor refuses the texts, taken together."""
-    verdict = safety.judge(texts, adult=adult)
+    Raises what the job was stopped with, if it is stopped meanwhile.
+    """
+    verdict = safety.judge(texts, adult=job.adult, check_stop=context.check)
     context.audit |= {
         "content": verdict.rule or "passed",
         "content_list": verdict.version,
@@ -69,3 +72,24 @@ def check_content(texts: Sequence[CheckedText], adult: bool, context: JobContext
     }
     if verdict.refused:
         raise safety.refusal(verdict)
+    if verdict.is_sexual and context.asks_consent:
+        _check_consent(job, context)
+
+
+def _check_consent(job: Job, context: JobContext) -> None:
+    context.audit["consent"] = "given" if job.reference_consent else "missing"
+    if not job.reference_consent:
+        raise ContentRefused(
+            "content policy: metadata.reference_consent must be true for a reference image in "
+            "adult mode or beside a sexual text"
+        )
+
+
+def _check_length(job: Job) -> None:
+    total = sum(len(each.text) for each in job.texts)
+    if total > MOST_CHARACTERS:
+        longest = max(job.texts, key=lambda each: len(each.text))
+        raise InvalidPrompt(
+            f"{longest.field}: the texts of a job should have at most {MOST_CHARACTERS} characters "
+            f"together, and these have {total}"
+        )

@@ -58,6 +58,7 @@ class JobContext:
         self.metadata: dict[str, Any] = {}
         self.reply: dict[str, Any] = {}
         self.audit: dict[str, Any] = {}
+        self.asks_consent = False  # for a reference of this job, where its texts are sexual
         self.timings: dict[str, float] = {}
         self.progress: Mapping[str, Any] = {}
         self._report = report

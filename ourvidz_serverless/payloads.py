@@ -106,6 +106,11 @@ class Job(Wire):
         return False
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the job counts against the rate limits."""
+        return True
+
+    @property
     def references(self) -> dict[str, str]:
         """Reference images to fetch before the device is taken: role -> URL, data URI or path."""
         return {}
@@ -119,6 +124,11 @@ class Job(Wire):
     def reference_required(self) -> bool:
         """Whether a reference that fails ends the job instead of falling back."""
         return False
+
+
+def says_adult(*labels: str | None) -> bool:
+    """Whether a content label of the caller is `nsfw`, in whatever case."""
+    return any(label is not None and label.strip().lower() == "nsfw" for label in labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import hashlib
 import html
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, takewhile
 
@@ -328,11 +328,15 @@ KATAKANA = re.compile("[ァ-ヺー]")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a text is refused, by which rule (for the audit line) of which list."""
+    """Whether a text is refused, by which rule (for the audit line) of which list.
+
+    `is_sexual` tells of a text in adult mode, or with a sexual sign.
+    """
 
     refused: bool
     rule: str | None
     version: str
+    is_sexual: bool
 
 
 def check(text: str, *, adult: bool = False, role: Role = "user") -> Verdict:
@@ -347,15 +351,25 @@ def refusal(verdict: Verdict) -> ContentRefused:
     )
 
 
-def judge(texts: Iterable[CheckedText], *, adult: bool = False) -> Verdict:
-    """What the floor says of a job: the signs in any of its texts add up."""
+def judge(
+    texts: Iterable[CheckedText],
+    *,
+    adult: bool = False,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """What the floor says of a job: the signs in any of its texts add up.
+
+    `check_stop` is called at each reading of each text; what it raises ends the work.
+    """
     minor, sexual = False, adult
     for tokens in chain.from_iterable(map(_readings, map(_without_prohibitions, texts))):
+        check_stop()
         minor = minor or _has_minor(tokens)
         sexual = sexual or _is_sexual(tokens)
         if minor and sexual:
-            return Verdict(True, "minor+adult-mode" if adult else "minor+sexual", LIST_VERSION)
-    return Verdict(False, None, LIST_VERSION)
+            rule = "minor+adult-mode" if adult else "minor+sexual"
+            return Verdict(True, rule, LIST_VERSION, sexual)
+    return Verdict(False, None, LIST_VERSION, sexual)
 
 
 def audit_hash(texts: Iterable[CheckedText]) -> str:

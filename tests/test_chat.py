@@ -273,6 +273,56 @@ def test_a_prohibition_excuses_no_request_beside_it(talk: Any) -> None:
     assert code(talk("Yes.", content_tier="nsfw", messages=messages)[0]) == "CONTENT_REFUSED"
 
 
+@pytest.mark.parametrize("field", ["content_tier", "content_type"])
+def test_a_content_label_means_adult_in_any_case(talk: Any, field: str) -> None:
+    messages = [user("A child at a lake.")]
+
+    assert code(talk("Yes.", messages=messages, **{field: "NSFW"})[0]) == "CONTENT_REFUSED"
+
+
+def test_texts_that_are_too_long_together_are_refused_by_field(talk: Any) -> None:
+    messages = [user("x " * 35_000) for _ in range(3)]
+
+    document, at = talk("Yes.", messages=messages)
+
+    assert code(document) == "INVALID_PROMPT"
+    assert document.failure.message == (
+        "messages: the texts of a job should have at most 200000 characters together, "
+        "and these have 210000"
+    )
+    assert at.models["chat"].calls == []
+
+
+def test_texts_are_read_up_to_the_limit(talk: Any) -> None:
+    messages = [user("rain " * 20_000), user("rain " * 20_000)]
+
+    assert talk("Yes.", messages=messages)[0].status == "completed"
+
+
+def test_a_deadline_ends_the_floors_work(bench: MakeBench) -> None:
+    seconds = iter(range(1_000_000))
+    at = bench(
+        models={"chat": Parrot("Yes.")},
+        settings=Settings(job_timeout_s=300),
+        clock=lambda: float(next(seconds)),
+    )
+
+    document = at.run(chat_payload(messages=[user("rain")] * 500))
+
+    assert code(document) == "TIMEOUT_ERROR"
+    assert next(seconds) < 400
+    assert at.models["chat"].calls == []
+
+
+def test_a_stop_ends_the_floors_work(bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ourvidz.audit")
+    at = bench(models={"chat": Parrot("Yes.")})
+    at.stop.set()
+
+    assert code(at.run(chat_payload())) == "CANCELLED"
+    assert '"content"' not in caplog.text
+
+
 def test_the_floor_reads_the_reply_together_with_what_it_answers(talk: Any) -> None:
     document, at = talk("All of them ", "nude.", messages=[user("Children at a lake.")])
 

@@ -243,6 +243,32 @@ def test_a_job_of_another_endpoint_is_not_counted(bench: MakeBench) -> None:
     assert at.run().status == "completed"
 
 
+def test_administration_does_not_count_against_the_limits(bench: MakeBench) -> None:
+    everybody = Settings(rate_limit_user="2/minute", rate_limit_endpoint="2/minute")
+    at = bench(settings=everybody)
+    question = {"type": "admin_utilities", "config": {"operation": "status"}}
+
+    for i in range(5):
+        asked = {"id": f"admin-{i}", "user_id": "user-1", **question}
+        assert at.run(asked).status == "completed"
+
+    assert [code(at.run(sdxl_payload(id=f"job-{i}"))) for i in range(3)] == [
+        None,
+        None,
+        "RATE_LIMITED",
+    ]
+
+
+def test_administration_is_answered_when_the_limit_is_reached(bench: MakeBench) -> None:
+    at = bench(settings=LIMITED)
+    for i in range(3):
+        at.run(sdxl_payload(id=f"job-{i}"))
+
+    asked = {"id": "admin-1", "user_id": "user-1", "type": "admin_utilities"}
+
+    assert at.run({**asked, "config": {"operation": "status"}}).status == "completed"
+
+
 @pytest.mark.parametrize(("fail_open", "ends"), [(True, None), (False, "WORKER_UNAVAILABLE")])
 def test_a_job_that_cannot_be_counted_is_done_unless_told_otherwise(
     bench: MakeBench,

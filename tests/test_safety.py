@@ -106,13 +106,20 @@ def test_only_the_known_disguises_help():
 
 
 def test_a_minor_and_a_sexual_sign_are_refused_together_only():
-    assert safety.check("nude child") == safety.Verdict(True, "minor+sexual", safety.LIST_VERSION)
-    assert safety.check("child") == safety.Verdict(False, None, safety.LIST_VERSION)
-    assert safety.check("nude") == safety.Verdict(False, None, safety.LIST_VERSION)
+    version = safety.LIST_VERSION
+    assert safety.check("nude child") == safety.Verdict(True, "minor+sexual", version, True)
+    assert safety.check("child") == safety.Verdict(False, None, version, False)
+    assert safety.check("nude") == safety.Verdict(False, None, version, True)
 
 
 def test_in_adult_mode_the_sign_of_a_minor_is_enough():
     assert safety.check("child", adult=True).rule == "minor+adult-mode"
+
+
+def test_a_verdict_tells_whether_any_text_is_sexual():
+    assert judge("a street", "a nude", "rain").is_sexual
+    assert judge("a street", adult=True).is_sexual
+    assert not judge("a street", "rain").is_sexual
 
 
 def test_the_signs_of_a_job_add_up_over_its_texts():
@@ -257,6 +264,43 @@ def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
 @given(st.text(st.sampled_from("a1 .,-&#;x:()[]'13yo\n!@十歳ñ\u0301\ud800"), max_size=80))
 def test_any_text_gets_a_verdict(text):
     assert safety.check(text, adult=True).rule in (None, "minor+adult-mode")
+
+
+# --- the cost ---
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
+    read: list[CheckedText] = []
+    readings = 0
+
+    def texts():
+        for _ in range(100):
+            read.append(CheckedText("a street in the rain", "messages"))
+            yield read[-1]
+
+    def check_stop():
+        nonlocal readings
+        readings += 1
+        if readings == 12:
+            raise TimeIsUp
+
+    with pytest.raises(TimeIsUp):
+        safety.judge(texts(), check_stop=check_stop)
+
+    assert readings == 12
+    assert len(read) <= 12
+
+
+def test_the_floor_asks_to_be_stopped_at_least_once_a_text():
+    asked: list[None] = []
+
+    safety.judge([CheckedText("", "messages")] * 7, check_stop=lambda: asked.append(None))
+
+    assert len(asked) >= 7
 
 
 def steps(text: str) -> int:

@@ -827,6 +827,34 @@ def test_the_floor_reads_the_prompt_and_the_system_prompt(
     assert parrot.calls == []
 
 
+def test_a_reference_beside_a_sexual_prompt_needs_consent(film: Any) -> None:
+    asked = {"prompt": "a nude in oil", "config": {"first_frame": START}}
+
+    refused, _ = film(**asked)
+    consented, _ = film(**asked, metadata={"reference_consent": True})
+
+    assert (code(refused), code(consented)) == ("CONTENT_REFUSED", None)
+
+
+def test_a_reference_beside_a_prompt_that_became_sexual_needs_consent(
+    film: Any, enhancer: Callable[..., Parrot]
+) -> None:
+    enhancer("a nude in oil")
+    asked = {"type": "video7b_fast_enhanced", "config": {"first_frame": START}}
+
+    refused, _ = film(**asked)
+    consented, _ = film(**asked, metadata={"reference_consent": True})
+
+    assert (code(refused), code(consented)) == ("CONTENT_REFUSED", None)
+
+
+@pytest.mark.parametrize(
+    "labelled", [{"content_type": "NSFW"}, {"metadata": {"contentType": "NSFW"}}]
+)
+def test_a_content_type_means_adult_in_any_case(film: Any, labelled: dict[str, Any]) -> None:
+    assert code(film(prompt="a child", **labelled)[0]) == "CONTENT_REFUSED"
+
+
 def test_a_system_prompt_for_enhancement_may_not_forbid_as_a_system_message_may(
     film: Any, enhancer: Callable[..., Parrot]
 ) -> None:

@@ -615,6 +615,61 @@ def test_a_reference_in_adult_mode_needs_consent(bench: MakeBench) -> None:
     assert taken.status == "completed"
 
 
+SEXUAL = [
+    {"prompt": "a nude in oil"},
+    {"compel_enabled": True, "compel_weights": "(nude:1.2)"},
+    {"prompt": "a nude in oil", "content_type": "sfw"},
+    {"prompt": "a nude in oil", "metadata": {"exact_copy_mode": True}},
+    {"prompt": "a nude in oil", "metadata": {"reference_mode": "copy"}},
+]
+
+
+@pytest.mark.parametrize("asked", SEXUAL)
+def test_a_reference_beside_a_sexual_text_needs_consent(
+    bench: MakeBench, asked: dict[str, Any]
+) -> None:
+    at = bench()
+    metadata = {"reference_image_url": data_uri(), **asked.get("metadata", {})}
+
+    refused = at.run(sdxl_payload(**{**asked, "metadata": metadata}))
+    assert at.painter.calls == []
+    consented = {**metadata, "reference_consent": True}
+    taken = at.run(sdxl_payload(**{**asked, "metadata": consented}))
+
+    assert code(refused) == "CONTENT_REFUSED"
+    assert refused.failure.message.startswith("content policy: metadata.reference_consent must")
+    assert taken.status == "completed"
+
+
+def test_a_sexual_text_without_a_reference_needs_no_consent(bench: MakeBench) -> None:
+    assert bench().run(sdxl_payload(prompt="a nude in oil")).status == "completed"
+
+
+def test_an_ordinary_text_beside_a_reference_needs_no_consent(bench: MakeBench) -> None:
+    metadata = {"reference_image_url": data_uri()}
+
+    document = bench().run(sdxl_payload(negative_prompt="nude", metadata=metadata))
+
+    assert document.status == "completed"
+
+
+def test_consent_may_be_left_to_the_caller_for_sexual_texts_too(bench: MakeBench) -> None:
+    at = bench(settings=Settings(require_reference_consent=False))
+    metadata = {"reference_image_url": data_uri()}
+
+    assert at.run(sdxl_payload(prompt="a nude in oil", metadata=metadata)).status == "completed"
+
+
+@pytest.mark.parametrize("label", ["NSFW", "Nsfw", " nsfw "])
+@pytest.mark.parametrize("field", ["content_type", "contentType"])
+def test_a_content_type_means_adult_in_any_case(bench: MakeBench, label: str, field: str) -> None:
+    labelled = {"content_type": label}
+    if field == "contentType":
+        labelled = {"metadata": {"contentType": label}}
+
+    assert code(bench().run(sdxl_payload(prompt="a child", **labelled))) == "CONTENT_REFUSED"
+
+
 # --- the content floor ---
 
 

@@ -92,6 +92,10 @@ class AdminJob(Job):
         return self
 
     @property
+    def is_counted(self) -> bool:
+        return False
+
+    @property
     def target(self) -> str | None:
         """The family or the model that is meant: `chat_worker` and `chat` are the same."""
         return self.target_worker and self.target_worker.removesuffix("_worker")

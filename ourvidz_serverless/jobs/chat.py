@@ -21,7 +21,7 @@ from pydantic import AliasChoices, AliasPath, Field, field_validator, model_vali
 
 from ourvidz_serverless.admission import check_content
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire
+from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire, says_adult
 from ourvidz_serverless.settings import Settings
 
 Model = Literal["qwen_instruct", "qwen_base"]
@@ -179,7 +179,7 @@ class ChatJob(Job):
         return (
             self.type == "chat_unrestricted"
             or self.metadata.unrestricted_mode
-            or "nsfw" in (self.content_tier, self.content_type)
+            or says_adult(self.content_tier, self.content_type)
         )
 
     @property
@@ -235,10 +235,10 @@ def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
     for words in _in_words(pieces):
         reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
         if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
-            check_content([_spoken(reply[max(told - CHECKED_LETTERS, 0) :])], job.adult, context)
+            check_content([_spoken(reply[max(told - CHECKED_LETTERS, 0) :])], job, context)
             context.emit({"delta": reply[told:]})
             told, told_at = len(reply), time.monotonic()
-    check_content([*job.texts, _spoken(reply)], job.adult, context)
+    check_content([*job.texts, _spoken(reply)], job, context)
     if job.stream and told < len(reply):
         context.emit({"delta": reply[told:]})
     return reply

@@ -20,7 +20,7 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from ourvidz_serverless import references as images
 from ourvidz_serverless import weights
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Wire
+from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Wire, says_adult
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
@@ -175,9 +175,8 @@ class SdxlJob(Job):
 
     @property
     def adult(self) -> bool:
-        return "nsfw" in (self.content_type, self.metadata.content_type) or (
-            self.metadata.nsfw_optimization
-        )
+        labels = self.content_type, self.metadata.content_type
+        return says_adult(*labels) or self.metadata.nsfw_optimization
 
     @property
     def reference(self) -> str | None:

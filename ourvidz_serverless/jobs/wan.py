@@ -31,7 +31,16 @@ from ourvidz_serverless.errors import (
     ReferenceFrameError,
     WorkerUnavailable,
 )
-from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Reel, Video, Wire
+from ourvidz_serverless.payloads import (
+    SEEDS,
+    CheckedText,
+    Job,
+    Output,
+    Reel,
+    Video,
+    Wire,
+    says_adult,
+)
 from ourvidz_serverless.settings import Settings
 
 Type = Literal[
@@ -215,9 +224,8 @@ class WanJob(Job):
 
     @property
     def adult(self) -> bool:
-        return "nsfw" in (self.content_type, self.metadata.content_type) or (
-            self.metadata.nsfw_optimization
-        )
+        labels = self.content_type, self.metadata.content_type
+        return says_adult(*labels) or self.metadata.nsfw_optimization
 
     @property
     def reference_consent(self) -> bool:
@@ -484,7 +492,7 @@ def _prompt(job: WanJob, model: Any, seed: int, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_content([*job.texts, *_read_by_wan(enhanced, "enhanced_prompt")], job.adult, context)
+    check_content([*job.texts, *_read_by_wan(enhanced, "enhanced_prompt")], job, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )
