@@ -121,7 +121,7 @@ WORKDIR /worker
 COPY --from=weights /models models
 COPY pocket pocket
 COPY --from=bill /sbom.cdx.json ./
-COPY handler.py test_input*.json ./
+COPY NOTICE handler.py test_input*.json ./
 COPY ourvidz_serverless ourvidz_serverless
 RUN python -m compileall -q --invalidation-mode unchecked-hash handler.py ourvidz_serverless \
  && case "$FAMILY" in \

@@ -2,9 +2,10 @@
 
     python -m builder.sbom --name ourvidz-sdxl --version 1.0 --weights /models --dest sbom.cdx.json
 
-Python's packages and Debian's as they are installed, and every file of weights in the folders that
-are given, with the SHA-256 of what lies there. Run while an image is built; it needs nothing but
-the standard library. The same system gives the same bytes.
+Python's packages and Debian's as they are installed, the native libraries that a wheel brings
+below its package, and every file of weights in the folders that are given, with the SHA-256 of
+what lies there. Run while an image is built; it needs nothing but the standard library. The same
+system gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,40 @@ DPKG = ("dpkg-query", "--show", "--showformat", "${Package}\t${Version}\t${Archi
 
 #: What a package index calls licences, before the name of one.
 CLASSIFIER = "License :: OSI Approved :: "
+
+#: Licences that stand in a package's text alone, in no field of its metadata.
+OF_PACKAGES = {"torchao": "BSD-3-Clause"}
+
+#: A native library in the folder NAME.libs of a wheel: `libx264-d6533a8d.so.165`.
+NATIVE = re.compile(r"lib(?P<name>.+?)_?(?:-[0-9a-f]{8})*\.so(?:\.(?P<version>[\d.]+))?")
+
+_DUAL = "LGPL-3.0-or-later OR GPL-2.0-or-later"
+
+#: What the authors of those libraries say of them. A wheel's own licence is that of its Python
+#: part: av is BSD, and carries x264 and x265. NOTICE says what follows.
+OF_NATIVE = {
+    **dict.fromkeys(("x264", "x265"), "GPL-2.0-or-later"),
+    # FFmpeg, configured with --enable-version3.
+    **dict.fromkeys(("avcodec", "avdevice", "avfilter", "avformat"), "LGPL-3.0-or-later"),
+    **dict.fromkeys(("avutil", "swresample", "swscale"), "LGPL-3.0-or-later"),
+    **dict.fromkeys(("gmp", "hogweed", "nettle", "unistring"), _DUAL),
+    **dict.fromkeys(("asound", "gnutls", "quadmath"), "LGPL-2.1-or-later"),
+    "mp3lame": "LGPL-2.0-or-later",
+    "gfortran": "GPL-3.0-or-later WITH GCC-exception-3.1",
+    "freetype": "FTL OR GPL-2.0-or-later",
+    **dict.fromkeys(("opencore-amrnb", "opencore-amrwb"), "Apache-2.0"),
+    **dict.fromkeys(("opus", "sharpyuv", "vpx", "webp", "webpdemux"), "BSD-3-Clause"),
+    **dict.fromkeys(("webpmux", "zstd", "scipy_openblas64"), "BSD-3-Clause"),
+    "SvtAv1Enc": "BSD-3-Clause-Clear",
+    **dict.fromkeys(("avif", "dav1d", "openjp2"), "BSD-2-Clause"),
+    **dict.fromkeys(("brotlicommon", "brotlidec", "lcms2", "vpl"), "MIT"),
+    **dict.fromkeys(("Xau", "drm", "xcb", "xcb-shape", "xcb-shm", "xcb-xfixes"), "MIT"),
+    "harfbuzz": "MIT-Modern-Variant",
+    "jpeg": "IJG AND BSD-3-Clause AND Zlib",
+    "lzma": "0BSD",
+    "png16": "libpng-2.0",
+    "tiff": "libtiff",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +98,9 @@ def packages() -> list[Component]:
     for each in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", each.metadata["Name"]).lower()
         purl = f"pkg:pypi/{name}@{quote(each.version, safe='')}"
-        found[name] = {**_library(name, each.version, purl), **_licences(each.metadata)}
+        found[name] = {**_library(name, each.version, purl), **_licences(name, each.metadata)}
+        if native := list(_native(purl, each)):
+            found[name]["components"] = native
     return [found[name] for name in sorted(found)]
 
 
@@ -97,11 +134,28 @@ def _library(name: str, version: str, purl: str) -> Component:
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
 
 
-def _licences(metadata: importlib.metadata.PackageMetadata) -> Component:
-    if "License-Expression" in metadata:
-        return {"licenses": [{"expression": metadata["License-Expression"]}]}
+def _native(purl: str, package: importlib.metadata.Distribution) -> Iterator[Component]:
+    """The native libraries that a wheel brings in its folder `NAME.libs`, by name."""
+    for file in sorted(package.files or ()):
+        if file.parts[0].endswith(".libs") and (match := NATIVE.fullmatch(file.name)):
+            name, version = match["name"], match["version"] or ""
+            licence = OF_NATIVE.get(name)
+            component = {"type": "library", "bom-ref": f"{purl}#{file}", "name": name}
+            if version:
+                component["version"] = version
+            yield {**component, **({"licenses": [{"expression": licence}]} if licence else {})}
+
+
+def _licences(name: str, metadata: importlib.metadata.PackageMetadata) -> Component:
+    """What a package says of its licence: by expression, by classifier, or in words."""
+    expression = metadata.get("License-Expression") or OF_PACKAGES.get(name)
+    if expression:
+        return {"licenses": [{"expression": expression}]}
     kinds = metadata.get_all("Classifier") or []
     names = [kind.removeprefix(CLASSIFIER) for kind in kinds if kind.startswith(CLASSIFIER)]
+    # Some packages put the whole text of the licence there.
+    words = (metadata.get("License") or "").strip().partition("\n")[0]
+    names = names or [words] * bool(words)
     return {"licenses": [{"license": {"name": name}} for name in names]} if names else {}
 
 

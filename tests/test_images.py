@@ -138,7 +138,7 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 
 def test_only_what_an_image_is_made_of_is_sent_to_the_builder() -> None:
-    code = {"handler.py", "ourvidz_serverless", "pocket"}
+    code = {"NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
     locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from builder import sbom
-from builder.lock import REQUIREMENTS
+from builder.lock import ENTRY, LOCKS, REQUIREMENTS
 
 POCKET = REQUIREMENTS.parent / "pocket"
 
@@ -72,3 +73,64 @@ def test_two_of_the_same_system_are_the_same(text: str, tmp_path: Path) -> None:
     again = sbom.bill_of("ourvidz-sdxl", "1.0", [POCKET])
 
     assert again == json.loads(text)
+
+
+def locked() -> set[str]:
+    """The packages of an image, as the lock files name them."""
+    entries = [each for path in LOCKS for each in ENTRY.findall(path.read_text())]
+    return {entry.split("==")[0] for entry in entries}
+
+
+def test_every_package_of_an_image_has_a_licence(components: dict[str, dict[str, Any]]) -> None:
+    names = locked()
+    unknown = [
+        each["name"]
+        for each in components.values()
+        if each["name"] in names and each.get("purl", "").startswith("pkg:pypi/")
+        if not each.get("licenses")
+    ]
+
+    assert unknown == []
+
+
+def native(components: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    names = locked()
+    return {
+        part["name"]: part
+        for each in components.values()
+        if each["name"] in names
+        for part in each.get("components", ())
+    }
+
+
+def test_every_native_library_of_a_wheel_is_listed_with_its_licence(
+    components: dict[str, dict[str, Any]],
+) -> None:
+    listed = native(components)
+    folders = Path(av.__file__).parents[1].glob("*.libs")
+    files = [file.name for folder in folders for file in folder.glob("*.so*")]
+
+    assert len(files) > 20
+    for file in files:
+        assert any(f"lib{name}" in file for name in listed), file
+    assert [name for name, part in listed.items() if not part.get("licenses")] == []
+
+
+def test_a_codec_under_the_gpl_is_said_to_be_so(components: dict[str, dict[str, Any]]) -> None:
+    for codec in ("x264", "x265"):
+        (licence,) = native(components)[codec]["licenses"]
+        assert licence == {"expression": "GPL-2.0-or-later"}
+
+
+def test_the_notice_names_every_library_under_the_gpl(
+    components: dict[str, dict[str, Any]],
+) -> None:
+    notice = (REQUIREMENTS.parent / "NOTICE").read_text()
+    under_gpl = [
+        name
+        for name, part in native(components).items()
+        if part["licenses"][0]["expression"].startswith("GPL")
+    ]
+
+    assert {"x264", "x265"} <= set(under_gpl)
+    assert [name for name in under_gpl if name not in notice] == []
