@@ -148,13 +148,15 @@ def _native(purl: str, package: importlib.metadata.Distribution) -> Iterator[Com
 
 def _licences(name: str, metadata: importlib.metadata.PackageMetadata) -> Component:
     """What a package says of its licence: by expression, by classifier, or in words."""
-    expression = metadata.get("License-Expression") or OF_PACKAGES.get(name)
+    told = OF_PACKAGES.get(name)
+    expression = metadata["License-Expression"] if "License-Expression" in metadata else told
     if expression:
         return {"licenses": [{"expression": expression}]}
     kinds = metadata.get_all("Classifier") or []
     names = [kind.removeprefix(CLASSIFIER) for kind in kinds if kind.startswith(CLASSIFIER)]
     # Some packages put the whole text of the licence there.
-    words = (metadata.get("License") or "").strip().partition("\n")[0]
+    text = metadata["License"] if "License" in metadata else ""
+    words = text.strip().partition("\n")[0]
     names = names or [words] * bool(words)
     return {"licenses": [{"license": {"name": name}} for name in names]} if names else {}
 
