@@ -148,16 +148,14 @@ def _native(purl: str, package: importlib.metadata.Distribution) -> Iterator[Com
 
 def _licences(name: str, metadata: importlib.metadata.PackageMetadata) -> Component:
     """What a package says of its licence: by expression, by classifier, or in words."""
-    told = OF_PACKAGES.get(name)
-    expression = metadata["License-Expression"] if "License-Expression" in metadata else told
-    if expression:
-        return {"licenses": [{"expression": expression}]}
+    expressions = metadata.get_all("License-Expression") or OF_PACKAGES.get(name, "").split()
+    if expressions:
+        return {"licenses": [{"expression": expressions[0]}]}
     kinds = metadata.get_all("Classifier") or []
     names = [kind.removeprefix(CLASSIFIER) for kind in kinds if kind.startswith(CLASSIFIER)]
     # Some packages put the whole text of the licence there.
-    text = metadata["License"] if "License" in metadata else ""
-    words = text.strip().partition("\n")[0]
-    names = names or [words] * bool(words)
+    first = [text.strip().partition("\n")[0] for text in metadata.get_all("License") or []]
+    names = names or first
     return {"licenses": [{"license": {"name": name}} for name in names]} if names else {}
 
 
