@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
@@ -40,7 +40,7 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.transport import Transport
+from ourvidz_serverless.transport import Answer, Transport
 
 T = TypeVar("T")
 
@@ -59,6 +59,22 @@ UNACCEPTABLE = {400, 413, 422}
 #: How long Redis may take for a command, in seconds.
 REDIS_S = 10.0
 
+#: Errors of Redis that end by themselves: while it fails over, loads its data, has no room or no
+#: replica, cannot write to its disk, or runs a script. An error's first word is its kind.
+PASSING = frozenset(
+    ("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY")
+    + ("TRYAGAIN",)
+)
+
+#: Likewise, of the kind ERR: limits that others use up (https://upstash.com/docs/redis/troubleshooting).
+PASSING_LIMITS = (
+    "max number of clients",
+    "max concurrent connections",
+    "max daily request limit",
+    "max requests limit",
+    "DB capacity quota",
+)
+
 #: The largest record that Upstash holds (https://upstash.com/pricing/redis).
 MAX_BYTES = 100_000_000
 
@@ -66,10 +82,24 @@ MAX_BYTES = 100_000_000
 class Redis(Protocol):
     """Where the lists are. `call` makes one try at a command and gives its reply.
 
-    Raises Fault, which is transient unless Redis itself refuses.
+    Raises Fault, which is not transient where Redis refuses for good.
     """
 
     def call(self, *command: str) -> Any: ...
+
+
+class Refused(Fault):
+    """An error that Redis answered. Its kind alone is told: the rest may quote the command."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(None)
+        self.kind, _, rest = said.partition(" ")
+        self.passes = self.kind in PASSING or rest.startswith(PASSING_LIMITS)
+        self.args = (f"Redis says {self.kind[:40]}",)
+
+    @property
+    def is_transient(self) -> bool:
+        return self.passes
 
 
 class NotAJob(Exception):
@@ -224,13 +254,17 @@ class Drain:
 
 
 def read(raw: str) -> dict[str, Any]:
-    """The payload of a list's item, with an id. Raises NotAJob."""
-    try:
-        payload = json.loads(raw)
-        # What JSON has no word for, such as NaN or 1e999, could not be sent on.
-        json.dumps(payload, allow_nan=False)
-    except (ValueError, RecursionError):
-        raise NotAJob("it is not JSON") from None
+    """The payload of a list's item, with an id. Raises NotAJob.
+
+    An item is a JSON object, or a JSON list of one object or of one object's JSON text: Upstash
+    stores the body of a POST to `/rpush/LIST` as it is, and the application posts such a list.
+    """
+    payload = _parsed(raw)
+    match payload:
+        case [str(text)]:
+            payload = _parsed(text)
+        case [dict(only)]:
+            payload = only
     if not isinstance(payload, dict):
         raise NotAJob("it is not an object")
     if jobs.job_type(payload) is None:
@@ -239,6 +273,17 @@ def read(raw: str) -> dict[str, Any]:
         return payload
     # The same at every reading, so that even this job is known again.
     return {**payload, "id": str(uuid.uuid5(uuid.NAMESPACE_OID, raw))}
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text. Raises NotAJob."""
+    try:
+        value = json.loads(text)
+        # What JSON has no word for, such as NaN or 1e999, could not be sent on.
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise NotAJob("it is not JSON") from None
+    return value
 
 
 def open_redis(config: Settings) -> Redis:
@@ -259,20 +304,37 @@ class Upstash:
         self._transport = Transport({"Authorization": f"Bearer {token}"})
 
     def call(self, *command: str) -> Any:
-        answer = self._transport.send(
-            "POST",
-            self._url,
-            data=json.dumps([command]).encode(),
-            headers={"Content-Type": "application/json"},
-            within_s=REDIS_S,
-            max_bytes=MAX_BYTES,
-        )
-        match answer.json():
+        match self._ask(command).json():
             case [{"result": reply}]:
                 return reply
-            case [{"error": _}]:
-                raise Fault(400)
+            case [{"error": str(said)}]:
+                raise Refused(said)
         raise Fault(None)
+
+    def _ask(self, command: Sequence[str]) -> Answer:
+        try:
+            return self._transport.send(
+                "POST",
+                self._url,
+                data=json.dumps([command]).encode(),
+                headers={"Content-Type": "application/json"},
+                within_s=REDIS_S,
+                max_bytes=MAX_BYTES,
+            )
+        except Fault as exc:
+            # Of limits the whole request is refused, with the error's text in the body.
+            if exc.status == 400 and (said := _error_in(exc.body)):
+                raise Refused(said) from exc
+            raise
+
+
+def _error_in(body: bytes) -> str | None:
+    """What Upstash says is wrong: `{"error": TEXT}`."""
+    try:
+        said = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 class Plain:
@@ -283,7 +345,7 @@ class Plain:
         from redis.backoff import NoBackoff
         from redis.retry import Retry as RedisRetry
 
-        self._refusals = (redis.ResponseError, redis.AuthenticationError)
+        self._refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
         self._error = redis.RedisError
         try:
             self._client = redis.Redis.from_url(
@@ -303,9 +365,19 @@ class Plain:
         try:
             return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
         except self._refusals as exc:
-            raise Fault(400) from exc
+            raise self._refused(exc) from exc
         except self._error as exc:
             raise Fault(None) from exc
+
+
+    def _refused(self, error: Any) -> Refused:
+        # redis-py takes the kind off the text where it knows it.
+        kind = f"{error.status_code} " if error.status_code else ""
+        refused = Refused(f"{kind}{error}")
+        if refused.passes:
+            # After a failover the name leads to another server; this connection does not.
+            self._client.connection_pool.disconnect()
+        return refused
 
 
 def _secret(value: SecretStr) -> str:

@@ -202,7 +202,7 @@ class Settings(BaseSettings):
     # The bridge from the application's Redis lists, which is a process of its own.
     redis_url: SecretStr | None = None
     bridge_queues: Words = ("sdxl_queue", "chat_queue", "wan_queue")
-    bridge_take_from: Literal["left", "right"] = "right"
+    bridge_take_from: Literal["left", "right"] = "left"
     bridge_poll_s: float = Field(2.0, gt=0)
     runpod_api_key: SecretStr | None = None
     runpod_base_url: str | None = None

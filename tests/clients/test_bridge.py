@@ -2,12 +2,14 @@
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from tests.support.handler import ROOT
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.redis import RedisServer, RestFront
+from tests.support.web import json_answer
 from tests.support.worker import WorkerProcess
 
 #: Endpoints at which nobody works: what is submitted there stays in the queue.
@@ -98,7 +101,7 @@ def process(platform: Platform, place: dict[str, str], **changes: str) -> Worker
     return WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args)
 
 
-def push(redis: RedisServer, *items: Any, queue: str = QUEUE, command: str = "LPUSH") -> None:
+def push(redis: RedisServer, *items: Any, queue: str = QUEUE, command: str = "RPUSH") -> None:
     for item in items:
         redis.call(command, queue, item if isinstance(item, str) else json.dumps(item))
 
@@ -180,6 +183,48 @@ def test_lists_may_have_other_names(
     assert sorted(accepted(shaky)) == named(1, 2)
 
 
+# --- as the application pushes ---
+
+
+def as_the_application_pushes(front: RestFront, payload: dict[str, Any]) -> None:
+    """The request of the application's `queue-job`, byte for byte."""
+    requests.post(
+        f"{front.url}/rpush/{QUEUE}",
+        headers={"Authorization": f"Bearer {front.token}", "Content-Type": "application/json"},
+        data=compact([compact(payload)]).encode(),
+        timeout=PATIENCE_S,
+    ).raise_for_status()
+
+
+def compact(value: Any) -> str:
+    """`JSON.stringify(value)`."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def test_what_queue_job_posts_is_handed_over_first_in_first_out(
+    redis: RedisServer, front: RestFront, shaky: Platform, place: dict[str, str]
+) -> None:
+    pushed = pictures(1, 2, 3)
+    for payload in pushed:
+        as_the_application_pushes(front, payload)
+    (item, *_) = redis.call("LRANGE", QUEUE, "0", "-1")
+
+    with bridged(shaky, place):
+        wait_for(shaky, 3)
+
+    inputs = [job["input"] for job in shaky.queued("pictures")]
+    assert item == compact([compact(pushed[0])])
+    assert inputs == [{**payload, "api_key": "worker-key"} for payload in pushed]
+    assert redis.call("KEYS", f"{QUEUE}*") == []
+
+
+@pytest.mark.parametrize("wrap", [lambda job: [job], lambda job: [compact(job)]])
+def test_a_list_of_one_job_is_that_job(wrap: Callable[[Any], Any]) -> None:
+    (job,) = pictures(1)
+
+    assert bridge.read(compact(wrap(job))) == job
+
+
 # --- nothing is lost ---
 
 
@@ -224,7 +269,7 @@ def test_an_outage_that_outlasts_the_process_leaves_the_list_as_it_was(
         shaky.wait_until(lambda: len(shaky.script_left) < 1000)
 
     assert accepted(shaky) == named(1)
-    assert left(redis) == named(3, 2)
+    assert left(redis) == named(2, 3)
     assert left(redis, "processing") == []
 
 
@@ -249,6 +294,119 @@ def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
 
     assert list(dict.fromkeys(accepted(shaky))) == named(1, 2, 3)
     assert left(redis) == left(redis, "processing") == []
+
+
+#: How a real Redis comes to refuse what changes a list, and how it comes to take it again.
+FAILOVERS = {
+    "READONLY": (["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"]),
+    "OOM": (["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"]),
+    "NOREPLICAS": (
+        ["CONFIG", "SET", "min-replicas-to-write", "1"],
+        ["CONFIG", "SET", "min-replicas-to-write", "0"],
+    ),
+}
+
+
+def wait_for_error(redis: RedisServer, kind: str) -> None:
+    """Wait until the server has answered an error of this kind."""
+    deadline = time.monotonic() + PATIENCE_S
+    while f"errorstat_{kind}:" not in redis.call("INFO", "errorstats"):
+        assert time.monotonic() < deadline, f"Redis never said {kind}"
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", FAILOVERS)
+def test_a_redis_that_refuses_for_a_while_is_waited_for(
+    redis: RedisServer,
+    shaky: Platform,
+    place: dict[str, str],
+    kind: str,
+) -> None:
+    begins, ends = FAILOVERS[kind]
+    push(redis, *pictures(1, 2, 3))
+    redis.call("CONFIG", "RESETSTAT")
+    redis.call(*begins)
+    try:
+        with bridged(shaky, place, BRIDGE_QUEUES=QUEUE):
+            wait_for_error(redis, kind)
+            redis.call(*ends)
+            wait_for(shaky, 3)
+    finally:
+        redis.call(*ends)
+
+    assert accepted(shaky) == named(1, 2, 3)
+    assert left(redis) == left(redis, "processing") == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failover_to_another_server_of_the_same_name_is_followed(
+    redis: RedisServer, shaky: Platform, tmp_path: Path
+) -> None:
+    name = tmp_path / "redis.sock"
+    name.symlink_to(redis.socket)
+    opened = bridge.open_redis(Settings(redis_url=f"unix://{name}"))
+    assert opened.call("LLEN", QUEUE) == 0
+
+    with RedisServer() as promoted:
+        push(promoted, *pictures(1))
+        redis.call("REPLICAOF", "127.0.0.1", "1")
+        name.unlink()
+        name.symlink_to(promoted.socket)
+        try:
+            with pytest.raises(Fault, match="READONLY") as demoted:
+                opened.call("LMOVE", QUEUE, "other", "LEFT", "RIGHT")
+            assert demoted.value.is_transient
+            assert opened.call("LMOVE", QUEUE, "other", "LEFT", "RIGHT")
+        finally:
+            redis.call("REPLICAOF", "NO", "ONE")
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("LOADING Redis is loading the dataset in memory", True),
+        ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", True),
+        ("CLUSTERDOWN The cluster is down", True),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", True),
+        ("BUSY Redis is busy running a script.", True),
+        ("MISCONF Redis is configured to save RDB snapshots", True),
+        ("ERR max number of clients reached", True),
+        ("ERR max daily request limit exceeded. Limit: 10000, Usage: 10000.", True),
+        ("ERR max requests limit exceeded.", True),
+        ("ERR max request size exceeded", False),
+        ("ERR unknown command 'LMOVE'", False),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", False),
+        ("WRONGPASS invalid username-password pair or user is disabled.", False),
+        ("NOAUTH Authentication required.", False),
+        ("NOPERM User default has no permissions to run the 'lmove' command", False),
+    ],
+)
+def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
+    front: RestFront, place: dict[str, str], said: str, passes: bool
+) -> None:
+    opened = bridge.open_redis(Settings(**{name.lower(): value for name, value in place.items()}))
+
+    with pytest.raises(Fault) as refused:
+        opened.call("EVAL", "return redis.error_reply(ARGV[1])", "0", said)
+
+    assert refused.value.is_transient is passes
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [("ERR max daily request limit exceeded. Limit: 10000", True), ("ERR empty command", False)],
+)
+def test_an_error_in_which_a_whole_request_ends_is_read_too(
+    front: RestFront, said: str, passes: bool
+) -> None:
+    front.script([json_answer({"error": said}, 400)])
+    upstash = bridge.Upstash(front.url, front.token)
+
+    with pytest.raises(Fault, match="Redis says ERR") as refused:
+        upstash.call("LLEN", QUEUE)
+
+    assert refused.value.is_transient is passes
 
 
 def test_a_bridge_that_is_killed_after_the_platform_accepted_a_job_hands_it_over_again(
@@ -276,7 +434,7 @@ def test_what_several_processes_left_claimed_goes_back_in_order(
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4))
     for _ in range(3):
-        redis.call("LMOVE", QUEUE, f"{QUEUE}:processing", "RIGHT", "LEFT")
+        redis.call("LMOVE", QUEUE, f"{QUEUE}:processing", "LEFT", "RIGHT")
 
     with bridged(shaky, place):
         wait_for(shaky, 4)
@@ -306,6 +464,11 @@ POISON = {
     "[" * 100_000: "it is not JSON",
     "": "it is not JSON",
     "[1]": "it is not an object",
+    '["{"]': "it is not JSON",
+    '[[{"type": "sdxl_image_fast"}]]': "it is not an object",
+    '["[{}]"]': "it is not an object",
+    '[{"type": "sdxl_image_fast"}, {"type": "sdxl_image_fast"}]': "it is not an object",
+    '"{}"': "it is not an object",
     '{"id": "job-9", "type": "poem"}': "its type is none of the job types",
     '{"id": "job-9", "prompt": "a zebra"}': "its type is none of the job types",
     '{"type": "video_fast"}': "no endpoint serves wan",

@@ -84,7 +84,11 @@ def _reply(replies: Any) -> Any:
 
 
 class RestFront(LocalServer):
-    """Upstash's REST interface: `POST /pipeline`, commands as JSON, the token as a bearer."""
+    """Upstash's REST interface (https://upstash.com/docs/redis/features/restapi).
+
+    `POST /pipeline` takes commands as JSON. `POST /COMMAND/ARG/...` takes one command, and the
+    body as it is for its last argument. The token is a bearer.
+    """
 
     def __init__(self, redis: RedisServer, token: str = "upstash-token") -> None:
         super().__init__()
@@ -94,13 +98,18 @@ class RestFront(LocalServer):
     def answer(self, request: Request) -> Answer:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return json_answer({"error": "WRONGPASS invalid or missing auth token"}, 401)
-        if (request.method, request.path) != ("POST", "/pipeline"):
-            return json_answer({"error": "ERR unknown path"}, 404)
+        if request.path != "/pipeline":
+            return self._single(request)
         commands = json.loads(request.body)
         with self.changed:
             self.pipelines.append(commands)
             self.changed.notify_all()
         return json_answer([self._run(command) for command in commands])
+
+    def _single(self, request: Request) -> Answer:
+        words = request.path.strip("/").split("/")
+        reply = self._run([*words, *([request.body.decode()] if request.body else [])])
+        return json_answer(reply, 400 if "error" in reply else 200)
 
     def _run(self, command: Sequence[Any]) -> dict[str, Any]:
         try:
