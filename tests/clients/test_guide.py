@@ -82,7 +82,7 @@ def front(server: RedisServer) -> Iterator[RestFront]:
 
 def listed(front: RestFront, queue: str) -> list[Any]:
     """The payloads in a list, the next one first."""
-    return [json.loads(each) for each in reversed(front.redis.call("LRANGE", queue, "0", "-1"))]
+    return [json.loads(each) for each in front.redis.call("LRANGE", queue, "0", "-1")]
 
 
 def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
@@ -116,8 +116,9 @@ def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
     with bridged(shaky, rest(front)):
         wait_for(shaky, 1)
 
-    assert answers[0] == {"success": True, "job_id": "by-the-list"}
-    assert answers[1]["runpod"]["endpoint"] == "talk"
+    # The application's pages read `jobId`.
+    assert answers[0] == {"jobId": "by-the-list", "status": "queued"}
+    assert (answers[1]["jobId"], answers[1]["runpod"]["endpoint"]) == ("moved", "talk")
     assert pushed == [picture]
     assert (accepted(shaky), accepted(shaky, "talk")) == (["by-the-list"], ["moved"])
 

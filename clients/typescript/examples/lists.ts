@@ -1,4 +1,5 @@
-// The old way: a job at the end of its family's Redis list, for the old workers or the bridge.
+// The old way: a job goes to the right end of its family's Redis list, as the application pushes.
+// The bridge and the old workers take jobs from the left end.
 
 import { familyOf, type Job, RequestFailed } from "../mod.ts";
 
@@ -8,7 +9,7 @@ export async function push(job: Job): Promise<void> {
   const answer = await fetch(`${Deno.env.get("UPSTASH_REDIS_REST_URL")}/pipeline`, {
     method: "POST",
     headers: { Authorization: `Bearer ${Deno.env.get("UPSTASH_REDIS_REST_TOKEN")}` },
-    body: JSON.stringify([["LPUSH", LISTS[familyOf(job)], JSON.stringify(job)]]),
+    body: JSON.stringify([["RPUSH", LISTS[familyOf(job)], JSON.stringify(job)]]),
   });
   if (!answer.ok) throw new RequestFailed(answer.status, "the list did not take the job");
 }

@@ -23,11 +23,11 @@ export async function queue(request: Request): Promise<Response> {
   try {
     if (!moved.includes(familyOf(job))) {
       await push(job);
-      return Response.json({ success: true, job_id: job.id });
+      return Response.json({ jobId: job.id, status: "queued" });
     }
     const submitted = await client.submit(job);
     // To be kept in the job's row: with it status, cancel and stream can be asked for later.
-    return Response.json({ success: true, job_id: job.id, runpod: submitted });
+    return Response.json({ jobId: job.id, status: "queued", runpod: submitted });
   } catch (error) {
     const status = error instanceof RequestFailed ? 503 : 400;
     return Response.json({ success: false, error: (error as Error).message }, { status });
