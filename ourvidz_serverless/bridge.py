@@ -61,10 +61,17 @@ REDIS_S = 10.0
 
 #: Errors of Redis that end by themselves: while it fails over, loads its data, has no room or no
 #: replica, cannot write to its disk, or runs a script. An error's first word is its kind.
-PASSING = frozenset(
-    ("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM", "READONLY")
-    + ("TRYAGAIN",)
-)
+PASSING = {
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM",
+    "READONLY",
+    "TRYAGAIN",
+}
 
 #: Likewise, of the kind ERR: limits that others use up (https://upstash.com/docs/redis/troubleshooting).
 PASSING_LIMITS = (
@@ -368,7 +375,6 @@ class Plain:
             raise self._refused(exc) from exc
         except self._error as exc:
             raise Fault(None) from exc
-
 
     def _refused(self, error: Any) -> Refused:
         # redis-py takes the kind off the text where it knows it.
