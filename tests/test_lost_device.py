@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ourvidz_serverless.errors import DeviceLost, InternalError
-from ourvidz_serverless.models.device import Device, as_job_error
+from ourvidz_serverless.errors import DeviceLost, InternalError, OutOfMemory
+from ourvidz_serverless.models.device import Device, as_job_error, is_out_of_memory
 from ourvidz_serverless.settings import Settings
 from tests.support import lost_device
 from tests.support.bench import Bench, chat_payload, sdxl_payload
@@ -104,6 +104,9 @@ def test_a_streaming_endpoints_worker_is_replaced_too(tmp_path: Path) -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
         RuntimeError("CUDA error: misaligned address"),
+        RuntimeError("CUDA driver error: an illegal memory access was encountered"),
+        RuntimeError("CUDA driver error: unknown error"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
     ],
     ids=str,
 )
@@ -116,7 +119,8 @@ def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Ex
     [
         lost(1, "CUDA error: invalid argument"),
         lost(98, "CUDA error: invalid device function"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+        RuntimeError("CUDA driver error: invalid argument"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ValueError("CUDA error: an illegal memory access was encountered"),
     ],
@@ -124,6 +128,32 @@ def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Ex
 )
 def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
     assert type(as_job_error(error)) is InternalError
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        lost(2, "CUDA error: out of memory\nCUDA kernel errors might be"),
+        lost(None, "CUDA error: out of memory"),
+        lost(None, "HIP error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=str,
+)
+def test_an_allocation_that_did_not_fit_is_out_of_memory_in_whichever_words(
+    error: Exception,
+) -> None:
+    assert is_out_of_memory(error)
+    assert type(as_job_error(error)) is OutOfMemory
 
 
 def test_it_is_seen_below_whatever_was_made_of_it() -> None:

@@ -48,8 +48,26 @@ LOST = {
     999: "unknown error",
 }
 
+#: How an error of the device begins: of torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`) and of
+#: Triton.
+OF_THE_DEVICE = ("CUDA error", "CUDA driver error", "HIP error", "HIP driver error", "Triton Error")
+
 #: A library's kernel that began and did not end; what was wrong is told to later calls only.
 LIBRARIES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
+
+#: The number of "out of memory" (`cudaErrorMemoryAllocation`).
+OUT_OF_MEMORY = 2
+
+#: How a library says that an allocation did not fit. "Not initialized" is among them: a library
+#: makes its handle at its first call, and on a full device the handle has no room.
+ALLOCATION_FAILED = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
 
 #: Held while a graph is recorded, and for what CUDA forbids meanwhile in whichever thread: to wait
 #: for all that a device does, and to give its unused memory back.
@@ -215,10 +233,20 @@ def out_of_memory_is_ours() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation did not fit; on a CPU torch says so in words only."""
-    return isinstance(error, (torch.OutOfMemoryError, OutOfMemory)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Whether an allocation did not fit.
+
+    torch's allocators raise OutOfMemoryError on a GPU and say it in words on a CPU. The driver and
+    the libraries, which allocate by themselves, are told of as a RuntimeError with their words.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    first = _first_line(error)
+    if "can't allocate memory" in first or any(name in first for name in ALLOCATION_FAILED):
+        return True
+    is_full = getattr(error, "error_code", None) == OUT_OF_MEMORY or "out of memory" in first
+    return is_full and _is_of_the_device(error)
 
 
 def is_lost(error: BaseException | None) -> bool:
@@ -235,16 +263,28 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    first = str(error).split("\n", 1)[0]
+    first = _first_line(error)
     if any(name in first for name in LIBRARIES):
         return True
-    code = getattr(error, "error_code", None)
-    is_device = isinstance(error, torch.AcceleratorError) or first.startswith(("CUDA error", "HIP"))
-    return is_device and (code in LOST or any(words in first for words in LOST.values()))
+    is_known = getattr(error, "error_code", None) in LOST or any(
+        words in first for words in LOST.values()
+    )
+    return is_known and _is_of_the_device(error)
+
+
+def _is_of_the_device(error: RuntimeError) -> bool:
+    is_numbered = isinstance(error, torch.AcceleratorError)
+    return is_numbered or _first_line(error).startswith(OF_THE_DEVICE)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n", 1)[0]
 
 
 def as_job_error(error: BaseException) -> JobError:
     """What an error that nobody foresaw is in our words."""
     if is_lost(error):
         return DeviceLost("the device failed, and with it this worker; another one can do the job")
+    if is_out_of_memory(error):
+        return OutOfMemory("the job does not fit the device's memory")
     return InternalError("an internal error; the worker's log says where")
