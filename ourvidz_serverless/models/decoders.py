@@ -49,6 +49,37 @@ class Decoder(Protocol):
         """
 
 
+def normalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
+    """A VAE's latent (1, channels, h, w) in the scale that its UNet was trained in.
+
+    SDXL's is a factor. Some checkpoints, such as Playground v2.5, have a mean and a deviation for
+    each channel besides.
+    """
+    mean, deviation = _statistics(latent, config)
+    return (latent - mean) * config.scaling_factor / deviation
+
+
+def denormalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
+    """A UNet's latent (1, channels, h, w) as its VAE decodes it."""
+    mean, deviation = _statistics(latent, config)
+    return latent * deviation / config.scaling_factor + mean
+
+
+def has_statistics(config: Any) -> bool:
+    """Whether a VAE has a mean and a deviation; diffusers leaves one without the other out."""
+    return None not in (config.get("latents_mean"), config.get("latents_std"))
+
+
+def _statistics(like: torch.Tensor, config: Any) -> tuple[Any, Any]:
+    if not has_statistics(config):
+        return 0.0, 1.0
+    mean, deviation = (
+        torch.tensor(config[name], dtype=like.dtype, device=like.device)[:, None, None]
+        for name in ("latents_mean", "latents_std")
+    )
+    return mean, deviation
+
+
 @dataclass(frozen=True, slots=True)
 class Vae:
     """The checkpoint's own VAE, in the dtype it is kept in or, for a decode, in another."""
@@ -66,7 +97,7 @@ class Vae:
         return None if self.dtype == self.vae.dtype else "vae_bf16"
 
     def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
-        latent = (latent.to(self.vae.dtype) / self.vae.config.scaling_factor).to(self.dtype)
+        latent = denormalised(latent.to(self.vae.dtype), self.vae.config).to(self.dtype)
         modules = (self.vae.post_quant_conv, self.vae.decoder)
         with cast(modules, self.dtype) if self.lever else nullcontext():
             if in_strips:
@@ -168,7 +199,11 @@ def _tiny(config: Any, tensors: loading.Tensors, device: Device, like: Any) -> T
 
 
 def _check_latents(tiny: Any, like: Any) -> None:
-    """Raise ValueError in words where a tiny VAE is for latents of another shape than a VAE's."""
+    """Raise ValueError in words where a tiny VAE is for other latents than a VAE's."""
+    if has_statistics(like):
+        raise ValueError(
+            "SDXL_MODEL scales its latents by latents_mean and latents_std, which no tiny VAE knows"
+        )
     doublings = len(tiny.num_decoder_blocks) - 1
     found = tiny.latent_channels, tiny.upsampling_scaling_factor**doublings
     wanted = like.latent_channels, 2 ** (len(like.block_out_channels) - 1)

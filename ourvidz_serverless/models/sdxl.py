@@ -568,7 +568,8 @@ class Sdxl:
         self._have(plan or self._plans.usual, "vae")
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(self.device.name)
         pixels = pixels.permute(2, 0, 1)[None].to(self._vae.dtype) / 127.5 - 1
-        return self._vae.encode(pixels).latent_dist.mode() * self._vae.config.scaling_factor
+        latent = self._vae.encode(pixels).latent_dist.mode()
+        return decoders.normalised(latent, self._vae.config)
 
     def _decoder(self, levers: Levers) -> Decoder:
         """What decodes a job: the VAE as it is, unless the levers let something smaller."""
