@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,10 +12,11 @@ from diffusers import (
     AutoencoderKL,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image
 
-from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.models.plans import Plan, Plans
 from ourvidz_serverless.settings import Settings
@@ -118,3 +120,87 @@ def test_a_vae_with_latents_mean_and_std_encodes_a_reference_as_in_diffusers(
 def test_a_tiny_vae_is_refused_beside_a_vae_with_latents_mean_and_std(playground: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"^SDXL_TINY_VAE: .*latents_mean"):
         models.load(Settings(sdxl_model=str(playground), sdxl_tiny_vae="pocket"))
+
+
+# --- UNets of another kind ---
+
+#: What differs from the pocket SDXL's UNet, and what the line says.
+OTHER_UNETS: dict[str, tuple[dict[str, Any], str]] = {
+    "inpainting": ({"in_channels": 9}, "takes 9 channels, as one for inpainting or editing does"),
+    "editing": ({"in_channels": 8}, "takes 8 channels"),
+    "learned variance": ({"out_channels": 8}, "gives 8 channels"),
+    # The refiner reads one text encoder of two, and five sizes and scores.
+    "refiner's text": ({"cross_attention_dim": 64}, "such as a refiner"),
+    "refiner's sizes": ({"projection_class_embeddings_input_dim": 224}, "such as a refiner"),
+    "Stable Diffusion 2": ({"addition_embed_type": None}, "addition_embed_type None"),
+    "classes": ({"class_embed_type": "timestep"}, "class_embed_type timestep"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_UNETS)
+def test_a_unet_of_another_kind_ends_the_start(sdxl: Any, folder: Path, kind: str) -> None:
+    changes, line = OTHER_UNETS[kind]
+    other = UNet2DConditionModel.from_config(sdxl._unet.config, **changes)
+    other.save_pretrained(folder / "unet")
+
+    with pytest.raises(ModelLoadError) as refused:
+        load(folder)
+
+    assert refused.value.message.startswith("SDXL_MODEL: other does not load as SDXL")
+    assert line in refused.value.message
+
+
+# --- the checkpoint's own scheduler ---
+
+
+def with_scheduler(folder: Path, name: str) -> Path:
+    """The folder with another scheduler as its own, in that scheduler's default configuration."""
+    scheduler = getattr(diffusers, name)()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("is_with_reference", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TCDScheduler",
+        "LCMScheduler",
+        "DDPMScheduler",
+        "HeunDiscreteScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "SASolverScheduler",
+    ],
+)
+def test_a_checkpoints_own_scheduler_equals_diffusers(
+    folder: Path, name: str, is_with_reference: bool
+) -> None:
+    model = load(with_scheduler(folder, name))
+    options: dict[str, Any] = {}
+    theirs: dict[str, Any] = {"width": 64, "height": 64}
+    pipe: Any = model._pipe
+    if is_with_reference:
+        reference = Image.new("RGB", (64, 64), "green")
+        options = {"image": reference, "strength": 0.5}
+        theirs = {"image": model._encode(reference), "strength": 0.5}
+        pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components)
+
+    ours = render(model, **options)
+
+    assert np.abs(ours - through_diffusers(pipe, **theirs)).max() <= 1
+
+
+def test_a_scheduler_that_cannot_run_sdxl_ends_the_start(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"^SDXL_MODEL: other .*FlowMatchEulerDiscrete"):
+        load(with_scheduler(folder, "FlowMatchEulerDiscreteScheduler"))
+
+
+def test_more_steps_than_a_distilled_scheduler_takes_are_refused_by_field(folder: Path) -> None:
+    with_scheduler(folder, "LCMScheduler")
+    change(folder, "scheduler", original_inference_steps=8)
+
+    with pytest.raises(InvalidPrompt, match=r"^config\.num_inference_steps: .* takes no 10 steps$"):
+        render(load(folder))

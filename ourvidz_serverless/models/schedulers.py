@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -20,6 +21,8 @@ from diffusers import (
     LCMScheduler,
     UniPCMultistepScheduler,
 )
+
+from ourvidz_serverless.errors import InvalidPrompt
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {}),
@@ -33,6 +36,9 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lcm": (LCMScheduler, {}),
 }
 
+#: More than two: consistency models' schedulers have a way of their own for two steps.
+REHEARSED_STEPS = 4
+
 
 def make_scheduler(config: Any, name: str | None) -> Any:
     """A scheduler of this job's own, made from the checkpoint's configuration.
@@ -44,6 +50,34 @@ def make_scheduler(config: Any, name: str | None) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(config)
     kind, overrides = SCHEDULERS[name]
     return kind.from_config(config, **overrides)
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> None:
+    """Set a scheduler to so many steps.
+
+    Raises InvalidPrompt where it takes no such number: a distilled checkpoint's own scheduler takes
+    no more than it was distilled for.
+    """
+    try:
+        scheduler.set_timesteps(steps, device=device)
+    except ValueError as exc:
+        raise InvalidPrompt(
+            f"config.num_inference_steps: the scheduler of this checkpoint takes no {steps} steps"
+        ) from exc
+
+
+def rehearse(config: Any) -> None:
+    """Take one step by a checkpoint's own scheduler, on latents that are nothing.
+
+    It raises whatever the scheduler raises that cannot run SDXL's loop, such as one for flow
+    matching, which has no `init_noise_sigma`.
+    """
+    scheduler = make_scheduler(config, None)
+    scheduler.set_timesteps(REHEARSED_STEPS)
+    timestep = scheduler.timesteps[0]
+    latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
+    predicted = scheduler.scale_model_input(latents, timestep)
+    scheduler.step(predicted, timestep, latents, return_dict=False)
 
 
 #: WAN's solvers; each runs on the straight paths of flow matching (arXiv:2210.02747).

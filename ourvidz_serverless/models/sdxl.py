@@ -38,7 +38,8 @@ from ourvidz_serverless.models.memory import alone, open_ledger
 from ourvidz_serverless.models.plans import Plan, Planned, Plans, Way
 from ourvidz_serverless.models.prompts import Embedding, PromptEncoder, level
 from ourvidz_serverless.models.residency import Check, Home, Ledger
-from ourvidz_serverless.models.schedulers import make_scheduler
+from ourvidz_serverless.models.schedulers import make_scheduler, rehearse, set_steps
+from ourvidz_serverless.models.sdxl_networks import check_networks
 from ourvidz_serverless.models.speed import EXACT, SDXL, Levers, Sped, Tally
 from ourvidz_serverless.models.step_cache import DeepCache
 from ourvidz_serverless.models.tensors import Parts
@@ -148,9 +149,12 @@ def _read(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
         else:
             tensors = single_file.convert(name, whole, config)
         networks[name] = _network(kind, config, tensors, kept)
-    return StableDiffusionXLPipeline.from_pretrained(
+    check_networks(**{name: network.config for name, network in networks.items()})
+    pipe = StableDiffusionXLPipeline.from_pretrained(
         folder, **networks, local_files_only=True, add_watermarker=False
     )
+    rehearse(pipe.scheduler.config)
+    return pipe
 
 
 def _config_of(path: Path, settings: Settings) -> Path:
@@ -441,7 +445,7 @@ class Sdxl:
     ) -> torch.Tensor:
         """Latents (len(seeds), 4, h, w), each made from its own seed alone."""
         scheduler = make_scheduler(self._pipe.scheduler.config, schedule.scheduler)
-        scheduler.set_timesteps(schedule.num_inference_steps, device=self.device.name)
+        set_steps(scheduler, schedule.num_inference_steps, self.device.name)
         skipped = (schedule.num_inference_steps - schedule.steps) * scheduler.order
         timesteps = scheduler.timesteps[skipped:]
         if hasattr(scheduler, "set_begin_index"):
@@ -459,7 +463,8 @@ class Sdxl:
         ways = [(each, each.for_batch(len(seeds))) for each in (conditioning, conditioning.plain())]
         levers = schedule.levers
         guided_steps = levers.guided_steps(len(timesteps))
-        extra = _accepted(scheduler.step, generator=generators)
+        # Without noise of its own, as in diffusers' pipelines; TCD's step adds some by default.
+        extra = _accepted(scheduler.step, generator=generators, eta=0.0)
         settled = levers.settled_steps(len(timesteps))
         cache, count = DeepCache(self._unet, levers.deep_every, settled), Tally()
         is_fp8 = levers.fp8 and not is_lean

@@ -1,0 +1,65 @@
+"""Whether a checkpoint's networks belong together as SDXL's do (arXiv:2307.01952).
+
+Networks of other kinds have SDXL's classes: UNets for inpainting (9 channels) and for editing (8),
+the refiner. Each would load, and fail in each job.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The original size, the crop and the target size, two numbers each.
+SIZES = 6
+
+
+def check_networks(unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:
+    """Raise ValueError in words where these configurations are not of one SDXL."""
+    _check_channels(unet, vae)
+    _check_conditions(unet)
+    _check_width(
+        "the hidden states of its text encoders",
+        text_encoder.hidden_size + text_encoder_2.hidden_size,
+        unet.cross_attention_dim,
+    )
+    _check_width(
+        "its pooled text and six sizes",
+        text_encoder_2.projection_dim + SIZES * (unet.addition_time_embed_dim or 0),
+        unet.projection_class_embeddings_input_dim,
+    )
+
+
+def _check_channels(unet: Any, vae: Any) -> None:
+    channels = vae.latent_channels
+    if unet.in_channels != channels:
+        raise ValueError(
+            f"its UNet takes {unet.in_channels} channels, as one for inpainting or editing does, "
+            f"where its latents have {channels}"
+        )
+    if unet.out_channels != channels:
+        raise ValueError(
+            f"its UNet gives {unet.out_channels} channels, where its latents have {channels}"
+        )
+    for name in ("latents_mean", "latents_std"):
+        values = vae.get(name)
+        if values is not None and len(values) != channels:
+            raise ValueError(f"its VAE has {len(values)} {name}, where its latents have {channels}")
+
+
+def _check_conditions(unet: Any) -> None:
+    """What SDXL's UNet is told beside the text: sizes, and nothing else."""
+    wanted = {
+        "addition_embed_type": "text_time",
+        "class_embed_type": None,
+        "encoder_hid_dim_type": None,
+    }
+    for name, value in wanted.items():
+        if unet.get(name) != value:
+            raise ValueError(f"its UNet has {name} {unet.get(name)}, where SDXL's has {value}")
+
+
+def _check_width(what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{what} are {found} numbers wide, where its UNet takes {wanted}: "
+            "it is another kind, such as a refiner"
+        )
