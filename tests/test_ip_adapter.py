@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
@@ -15,17 +17,18 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import sdxl_payload
-from tests.support.ip_adapter import write_ip_adapter
+from tests.support.ip_adapter import IMAGE_DIM, write_ip_adapter
 from tests.support.small import PICTURE
 
 SMALL = {**PICTURE, "seeds": [3, 4]}
 RED = Image.new("RGB", (80, 50), "red")
 
 
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "plus"])
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The pocket SDXL with an IP-Adapter, and with an IP-Adapter Plus."""
     folder = tmp_path_factory.mktemp("adapter")
-    path = write_ip_adapter(folder, models.load(Settings())._unet)
+    path = write_ip_adapter(folder, models.load(Settings())._unet, is_plus=request.param)
     return models.load(Settings(sdxl_ip_adapter=path))
 
 
@@ -51,6 +54,33 @@ def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: str) -> N
     )
 
     assert 0 < little < much
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
+def test_a_reference_acts_as_in_diffusers_pipeline(adapted: Any, guidance_scale: float) -> None:
+    (ours,) = render(
+        adapted,
+        seeds=[3],
+        guidance_scale=guidance_scale,
+        likeness=RED,
+        likeness_keeps="character",
+        likeness_scale=0.6,
+    )
+
+    adapted._pipe.set_ip_adapter_scale(0.6)
+    adapted._pipe.set_progress_bar_config(disable=True)
+    theirs = adapted._pipe(
+        "a red circle",
+        width=64,
+        height=64,
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        ip_adapter_image=RED,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]
+
+    assert np.array_equal(ours, (theirs * 255).round())
 
 
 def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
@@ -137,3 +167,42 @@ def test_an_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:
 
     with pytest.raises(ModelLoadError, match=r"SDXL_IP_ADAPTER: broken\.safetensors does not load"):
         models.load(Settings(sdxl_ip_adapter=tmp_path / "broken.safetensors"))
+
+
+def of_another_encoder(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    wider = weights["image_proj.proj.weight"].repeat(1, 2)
+    return {**weights, "image_proj.proj.weight": wider}
+
+
+def of_faces(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As IP-Adapter FaceID has it, which reads what another network says of a face."""
+    dim = weights["image_proj.norm.weight"].shape[0]
+    del weights["image_proj.proj.weight"], weights["image_proj.proj.bias"]
+    wide = torch.zeros(2 * IMAGE_DIM, IMAGE_DIM)
+    return {
+        **weights,
+        "image_proj.proj.0.weight": wide,
+        "image_proj.proj.0.bias": wide[:, 0].clone(),
+        "image_proj.proj.2.weight": torch.zeros(4 * dim, 2 * IMAGE_DIM),
+        "image_proj.proj.2.bias": torch.zeros(4 * dim),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (of_another_encoder, "it belongs to another encoder"),
+        (of_faces, "IPAdapterFaceIDImageProjection reads more than an image encoder gives"),
+    ],
+)
+def test_an_adapter_that_would_fail_in_each_job_ends_the_start(
+    sdxl: Any, tmp_path: Path, change: Any, line: str
+) -> None:
+    path = write_ip_adapter(tmp_path, sdxl._unet)
+    save_file(change(load_file(path)), path)
+
+    with pytest.raises(ModelLoadError) as refused:
+        models.load(Settings(sdxl_ip_adapter=path))
+
+    assert refused.value.message.startswith("SDXL_IP_ADAPTER: ")
+    assert line in refused.value.message

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFullImageProjection,
+    IPAdapterPlusImageProjection,
+)
 from PIL import Image
+
+#: What an adapter's projection reads of the image encoder: the picture's embedding, or the hidden
+#: states of its patches.
+OF_THE_PICTURE = (ImageProjection,)
+OF_ITS_PATCHES = (IPAdapterPlusImageProjection, IPAdapterFullImageProjection)
 
 STYLE_BLOCK = "up_blocks.0.attentions.1."
 LAYOUT_STAGE = "down_blocks.2.attentions."
@@ -30,6 +40,7 @@ class IpAdapter:
             local_files_only=True,
         )
         self._pipe = pipe
+        self._empty = _empty_embedding(pipe)
         self._processors = {
             name: processor
             for name, processor in pipe.unet.attn_processors.items()
@@ -47,12 +58,13 @@ class IpAdapter:
             processor.scale = [scale if what and name.startswith(self._block(what)) else 0.0]
 
     def embed(self, image: Image.Image | None, is_guided: bool) -> torch.Tensor:
-        """What the UNet is shown of a picture: (1 or 2, 1, dim), the empty one first if guided."""
+        """What the UNet is shown of a picture, the empty one first if guided.
+
+        That is (1 or 2, 1, dim), or (1 or 2, 1, patches, dim) for an IP-Adapter Plus.
+        """
         if image is None:
-            rows = 2 if is_guided else 1
-            size = self._pipe.image_encoder.config.projection_dim
-            unet = self._pipe.unet
-            return torch.zeros(rows, 1, size, device=unet.device, dtype=unet.dtype)
+            rows, unet = 2 if is_guided else 1, self._pipe.unet
+            return torch.zeros(rows, *self._empty, device=unet.device, dtype=unet.dtype)
         with torch.inference_mode():
             (embeds,) = self._pipe.prepare_ip_adapter_image_embeds(
                 [image], None, self._pipe.device, 1, is_guided
@@ -67,3 +79,27 @@ class IpAdapter:
             last = max(int(name.removeprefix(LAYOUT_STAGE).split(".")[0]) for name in stage)
             return f"{LAYOUT_STAGE}{last}."
         return ""
+
+
+def _empty_embedding(pipe: Any) -> tuple[int, ...]:
+    """The shape of what one row of the UNet is shown where there is no picture.
+
+    Raises ValueError in words where the adapter reads something else, as FaceID does, or was
+    trained beside another image encoder.
+    """
+    (projection,) = pipe.unet.encoder_hid_proj.image_projection_layers
+    encoder = pipe.image_encoder.config
+    if isinstance(projection, OF_THE_PICTURE):
+        width, shape = encoder.projection_dim, (1, encoder.projection_dim)
+    elif isinstance(projection, OF_ITS_PATCHES):
+        patches = (encoder.image_size // encoder.patch_size) ** 2 + 1
+        width, shape = encoder.hidden_size, (1, patches, encoder.hidden_size)
+    else:
+        raise ValueError(f"{type(projection).__name__} reads more than an image encoder gives")
+    linear = next(each for each in projection.modules() if isinstance(each, torch.nn.Linear))
+    if linear.in_features != width:
+        raise ValueError(
+            f"it reads {linear.in_features} numbers, where image_encoder gives {width}: "
+            "it belongs to another encoder"
+        )
+    return shape

@@ -1,4 +1,4 @@
-"""A pocket IP-Adapter: the real file layout and the real CLIP encoder, with random weights."""
+"""Pocket IP-Adapters: the real file layouts and the real CLIP encoder, with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 TOKENS = 4
 IMAGE_DIM = 24
+#: Of the encoder's hidden states, which an IP-Adapter Plus reads.
+HIDDEN_DIM = 32
 
 
-def write_ip_adapter(folder: Path, unet: Any) -> Path:
+def write_ip_adapter(folder: Path, unet: Any, is_plus: bool = False) -> Path:
     """An adapter for this UNet, as `ip-adapter.safetensors` with `image_encoder/` beside it."""
     torch.manual_seed(0)
     encoder = CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=HIDDEN_DIM,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -25,7 +27,8 @@ def write_ip_adapter(folder: Path, unet: Any) -> Path:
     )
     CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
     path = folder / "ip-adapter.safetensors"
-    save_file({**_projection(unet), **_attention(unet)}, path)
+    projection = _resampler(unet) if is_plus else _projection(unet)
+    save_file({**projection, **_attention(unet)}, path)
     return path
 
 
@@ -37,6 +40,36 @@ def _projection(unet: Any) -> dict[str, torch.Tensor]:
         "image_proj.norm.weight": torch.ones(dim),
         "image_proj.norm.bias": torch.zeros(dim),
     }
+
+
+def _resampler(unet: Any) -> dict[str, torch.Tensor]:
+    """An IP-Adapter Plus's, of its usual four layers, under the names that it is published with."""
+    dim, inner, wide = HIDDEN_DIM, 64, 4 * HIDDEN_DIM
+    out = unet.config.cross_attention_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        "latents": (1, TOKENS, dim),
+        "proj_in.weight": (dim, dim),
+        "proj_in.bias": (dim,),
+        "proj_out.weight": (out, dim),
+        "proj_out.bias": (out,),
+        "norm_out.weight": (out,),
+        "norm_out.bias": (out,),
+    }
+    for index in range(4):
+        sizes |= {
+            f"layers.{index}.0.norm1.weight": (dim,),
+            f"layers.{index}.0.norm1.bias": (dim,),
+            f"layers.{index}.0.norm2.weight": (dim,),
+            f"layers.{index}.0.norm2.bias": (dim,),
+            f"layers.{index}.0.to_q.weight": (inner, dim),
+            f"layers.{index}.0.to_kv.weight": (2 * inner, dim),
+            f"layers.{index}.0.to_out.weight": (dim, inner),
+            f"layers.{index}.1.0.weight": (dim,),
+            f"layers.{index}.1.0.bias": (dim,),
+            f"layers.{index}.1.1.weight": (wide, dim),
+            f"layers.{index}.1.3.weight": (dim, wide),
+        }
+    return {f"image_proj.{name}": 0.3 * torch.randn(size) for name, size in sizes.items()}
 
 
 def _attention(unet: Any) -> dict[str, torch.Tensor]:
