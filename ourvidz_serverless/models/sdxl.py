@@ -31,6 +31,7 @@ from ourvidz_serverless.models import attention, decoders, fp8, loading, single_
 from ourvidz_serverless.models.compiled import Regions, regions
 from ourvidz_serverless.models.decoders import Decoder, TinyVae, Vae
 from ourvidz_serverless.models.device import Device
+from ourvidz_serverless.models.finite import checked
 from ourvidz_serverless.models.ip_adapter import IpAdapter
 from ourvidz_serverless.models.kept import Kept
 from ourvidz_serverless.models.loras import LoraShelf, applied
@@ -587,8 +588,9 @@ class Sdxl:
     def _decode(self, decoder: Decoder, latent: torch.Tensor, plan: Plan) -> np.ndarray:
         """The picture of one latent (4, h, w); it becomes bytes where the decoder leaves it."""
         self._have(plan, decoder.part)
-        decoded = decoder.decode(latent[None], plan.tiled_decode)
+        decoded = decoder.decode(checked(latent, "the latent")[None], plan.tiled_decode)
         with self.device.uncounted() if plan.tiled_decode else nullcontext():
+            checked(decoded, "the decoded picture")
             # bf16 has not 255 grey levels; the exact way takes its bytes as diffusers does.
             pixels = _pixels(decoded.float() if decoder.lever else decoded)
         return self.device.parked(pixels).numpy()

@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from PIL import Image
 
 from ourvidz_serverless.models.device import Device
+from ourvidz_serverless.models.finite import checked
 from ourvidz_serverless.models.residency import Home
 
 
@@ -59,7 +60,7 @@ class VideoVae:
         First one frame, then four for each further latent frame. Device and host hold one piece
         at a time, whatever the video's length.
         """
-        latents = latents.to(self.dtype)
+        latents = checked(latents, "the latent").to(self.dtype)
         latents = latents / self._scale(self.dtype) + self._per_channel("latents_mean", self.dtype)
         hidden = self._vae.post_quant_conv(latents)
         cache: list[torch.Tensor | None] = [None] * self._convolutions
@@ -70,7 +71,7 @@ class VideoVae:
                 feat_idx=[0],
                 first_chunk=index == 0,
             )
-            yield _as_bytes(piece[0].clamp(-1.0, 1.0))
+            yield _as_bytes(checked(piece[0], "the decoded video").clamp(-1.0, 1.0))
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images of one size as a video (1, 3, frames, height, width) from -1 to 1, in fp32."""
