@@ -89,6 +89,7 @@ def _empty_embedding(pipe: Any) -> tuple[int, ...]:
     """
     (projection,) = pipe.unet.encoder_hid_proj.image_projection_layers
     encoder = pipe.image_encoder.config
+    shape: tuple[int, ...]
     if isinstance(projection, OF_THE_PICTURE):
         width, shape = encoder.projection_dim, (1, encoder.projection_dim)
     elif isinstance(projection, OF_ITS_PATCHES):
