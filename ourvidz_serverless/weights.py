@@ -1,29 +1,66 @@
-"""Weighted prompts: the two ways in which people write them, read into fragments.
+r"""Weighted prompts: a text becomes fragments, each with its weight.
 
-    (sharp:1.3)      A1111: the weight inside
-    (sharp)1.3       Compel: the weight behind; `+` is 1.1 and `-` 0.9, once for each sign
-    sharp++          the same on a single word
-    \\(sharp\\)        parentheses that mean themselves
+Brackets mean what they mean in A1111. A weight right behind a group, a quotation or a word means
+what it means in Compel.
 
-Nested weights multiply. Parentheses without a weight group and say nothing, as in Compel.
-Compel's own parser is not used: it reads `(word:1.3)` as text, gives the pooled embedding the
-syntax to read, and its time is exponential in the depth of parentheses.
+    prompt    = { group | quotation | word | separator }
+    group     = "(" prompt ")"               1.1; likewise where it is never closed
+              | "(" prompt ":" number ")"    A1111: the number
+              | "(" prompt ")" behind        Compel: the weight behind it
+              | "[" prompt "]"               1 / 1.1
+    quotation = '"' prompt '"' behind        Compel; without a weight the quotes are text
+    word      = characters [ signs | ".attend(" value ")" ]
+    behind    = value | ".attend(" value ")"
+    value     = number | signs
+    signs     = "+" { "+" } | "-" { "-" }    1.1 or 0.9, once for each sign
+    separator = whitespace | "," | ";"
+
+Nested weights multiply. A backslash makes `( ) [ ] \ " + - . , : =` text. A whole number behind
+a digit and a colon is a time or a ratio and no weight: `(at 10:30)`, `(in 16:9)`. Everything else
+of the two languages is text: `[a:b:0.5]` and `BREAK` of A1111, `.blend()`, `.and()` and `.swap()`
+of Compel.
+
+Reading takes time linear in the text's length: every character is matched a bounded number of
+times, and no pattern backtracks.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from dataclasses import dataclass
 
 #: Beyond this a weight makes noise of a picture, whatever the word.
 MAX_WEIGHT = 3.0
 MAX_DEPTH = 16
 
-_NUMBER = r"\d+(?:\.\d+)?|\.\d+"
-_INSIDE = re.compile(rf":\s*({_NUMBER})\s*\Z")
-_BEHIND = re.compile(rf"({_NUMBER})(?![\w.])|(\++|-+)(?![\w+-])")
-_TOKEN = re.compile(r"\\[()\\]|[()]|[^\\()]+|\\")
-_SIGNED_WORD = re.compile(r"(?<!\S)([^\s,+-][^\s,+]*?)(\++|--+)(?=[\s,.;]|\Z)")
+#: In one text. Each fragment of a weight below 1 is one row more for the text encoders.
+MAX_WEIGHTED = 256
+
+#: What a bracket weighs where no number is given.
+_BRACKETS = {"(": 1.1, "[": 1 / 1.1}
+_OPENED_BY = {")": "(", "]": "["}
+
+_NUMBER = r"(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
+_SIGNS = r"(?:\+++|-++)"
+_ESCAPED = re.compile(r'\\([()\[\]\\"+\-.,:=])')
+_ARGUMENT = re.compile(rf"\(\s*+({_SIGNS}|{_NUMBER})\s*+\)")
+_BEHIND = re.compile(
+    rf"\.attend{_ARGUMENT.pattern}"
+    rf"|({_SIGNS})(?![\w+-])"
+    rf"|({_NUMBER})(?!\w|\.[0-9])"
+)
+_TOKEN = re.compile(
+    r"""
+      :\s*+ (?P<inside> [+-]?+ (?: [0-9]++ \.?+ [0-9]*+ | \.[0-9]++ ) ) \s*+ (?=\))
+    | (?P<bracket> [()\[\]] )
+    | (?P<quotation> "(?: \\. | [^"\\] )*+" )
+    | (?P<word> (?: \\[()\[\]\\"+\-.,:=] | [^\s,;()\[\]":] )++ )
+    | [\s,;]++
+    | .
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,72 +81,145 @@ def plain(text: str) -> Prompt:
 
 
 def parse(text: str) -> Prompt:
-    """A prompt with its weights, in time linear in its length.
+    """A prompt with its weights.
 
-    Raises ValueError, in words for the caller, for a weight above 3 or more than 16 levels of
-    parentheses.
+    Raises ValueError, in words for the caller, for a weight that is not from 0 to 3, more than 16
+    levels of parentheses, or more than 256 weighted fragments.
     """
-    stack: list[list[Fragment]] = [[]]
-    position = 0
-    while match := _TOKEN.match(text, position):
-        token, position = match.group(), match.end()
-        if token == "(":
-            _check_depth(len(stack))
-            stack.append([])
-        elif token == ")" and len(stack) > 1:
-            group, weight, position = _close(stack.pop(), text, position)
-            stack[-1] += [Fragment(part.text, round(part.weight * weight, 4)) for part in group]
+    fragments = _merged(_Reader(text).read())
+    weighted = sum(each.weight != 1 and not each.text.isspace() for each in fragments)
+    if weighted > MAX_WEIGHTED:
+        raise ValueError(f"Weighted parts should be at most {MAX_WEIGHTED}")
+    return fragments
+
+
+class _Reader:
+    """One pass over a text: what was read so far, and where the open brackets began."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._pieces: list[tuple[str, float]] = []
+        self._open: dict[str, list[int]] = {bracket: [] for bracket in _BRACKETS}
+
+    def read(self) -> list[tuple[str, float]]:
+        """The text's pieces, each with its weight."""
+        position = 0
+        while match := _TOKEN.match(self._text, position):
+            position = self._take(match)
+        for bracket, starts in self._open.items():
+            while starts:
+                self._close(bracket, _BRACKETS[bracket])
+        return self._pieces
+
+    def _take(self, match: re.Match[str]) -> int:
+        """Read one token; return where the next one begins."""
+        token, end = match.group(), match.end()
+        if match.lastgroup == "inside" and self._open["("] and not _is_ratio(match):
+            self._close("(", _checked(float(match["inside"])))
+            return end + 1
+        if match.lastgroup == "bracket":
+            return self._bracket(token, end)
+        if match.lastgroup == "quotation":
+            return self._quotation(token, end)
+        if match.lastgroup == "word":
+            return self._word(token, end)
+        self._add(token)
+        return end
+
+    def _bracket(self, bracket: str, end: int) -> int:
+        opened_by = _OPENED_BY.get(bracket)
+        if opened_by is None:
+            if len(self._open[bracket]) == MAX_DEPTH:
+                raise ValueError(f"Parentheses should be at most {MAX_DEPTH} deep")
+            self._open[bracket].append(len(self._pieces))
+        elif not self._open[opened_by]:
+            self._add(bracket)
+        elif bracket == ")" and (behind := _BEHIND.match(self._text, end)):
+            self._close("(", _value(behind[behind.lastindex or 0]))
+            return behind.end()
         else:
-            stack[-1] += _words(token[1:] if len(token) > 1 and token[0] == "\\" else token)
-    # A parenthesis that nobody closed was only a character.
-    while len(stack) > 1:
-        unclosed = stack.pop()
-        stack[-1] += [Fragment("("), *unclosed]
-    return _merged(stack[0])
+            self._close(opened_by, _BRACKETS[opened_by])
+        return end
+
+    def _quotation(self, token: str, end: int) -> int:
+        behind = _BEHIND.match(self._text, end)
+        if behind is None:
+            self._add('"')
+            return end - len(token) + 1
+        start = len(self._pieces)
+        self._pieces += _Reader(token[1:-1]).read()
+        self._scale(start, _value(behind[behind.lastindex or 0]))
+        return behind.end()
+
+    def _word(self, word: str, end: int) -> int:
+        if word.endswith(".attend") and (argument := _ARGUMENT.match(self._text, end)):
+            self._add(word.removesuffix(".attend"), _value(argument[1]))
+            return argument.end()
+        core, signs, tail = _signed(word)
+        self._add(core, _value(signs) if signs else 1.0)
+        self._add(tail)
+        return end
+
+    def _add(self, text: str, weight: float = 1.0) -> None:
+        self._pieces.append((_ESCAPED.sub(r"\1", text), weight))
+
+    def _close(self, bracket: str, weight: float) -> None:
+        self._scale(self._open[bracket].pop(), weight)
+
+    def _scale(self, start: int, weight: float) -> None:
+        # A piece is scaled at most once for each level, and the levels are few.
+        self._pieces[start:] = [(text, before * weight) for text, before in self._pieces[start:]]
 
 
-def _check_depth(depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"Parentheses should be at most {MAX_DEPTH} deep")
+def _is_ratio(match: re.Match[str]) -> bool:
+    """Whether a colon stands between two whole numbers, as in 10:30 or 16:9."""
+    before = match.string[match.start() - 1 : match.start()]
+    return before.isdigit() and match["inside"].isdigit()
 
 
-def _close(group: list[Fragment], text: str, position: int) -> tuple[list[Fragment], float, int]:
-    """A group at its closing parenthesis: its weight, and where reading goes on."""
-    if group and (inside := _INSIDE.search(group[-1].text)):
-        last = Fragment(group[-1].text[: inside.start()], group[-1].weight)
-        return [*group[:-1], last], float(inside[1]), position
-    if behind := _BEHIND.match(text, position):
-        number, signs = behind.groups()
-        return group, float(number) if number else _signs(signs), behind.end()
-    return group, 1.0, position
+def _signed(word: str) -> tuple[str, str, str]:
+    """A word, the signs at its end, and the full stop behind them."""
+    body = word.rstrip(".!?")
+    core = body.rstrip(body[-1]) if body.endswith(("+", "-")) else body
+    if core.endswith("\\"):
+        # The first of the signs is escaped.
+        core = body[: len(core) + 1]
+    elif core.endswith(("+", "-")) or not core.strip(string.punctuation):
+        core = body
+    if core == body:
+        return word, "", ""
+    return core, body[len(core) :], word[len(body) :]
 
 
-def _words(text: str) -> list[Fragment]:
-    """Text without parentheses, in which single words may carry signs."""
-    fragments, position = [], 0
-    for match in _SIGNED_WORD.finditer(text):
-        fragments += [
-            Fragment(text[position : match.start()]),
-            Fragment(match[1], _signs(match[2])),
-        ]
-        position = match.end()
-    return [*fragments, Fragment(text[position:])]
+def _value(text: str) -> float:
+    """A number, or signs; more signs than a thousand weigh no other way than a thousand."""
+    if text.startswith(("+", "-")):
+        return _checked((1.1 if text[0] == "+" else 0.9) ** min(len(text), 1000))
+    return _checked(float(text))
 
 
-def _signs(signs: str) -> float:
-    return round((1.1 if signs[0] == "+" else 0.9) ** len(signs), 4)
+def _checked(weight: float) -> float:
+    if weight < 0:
+        raise ValueError("Weights should be greater than or equal to 0")
+    if weight > MAX_WEIGHT:
+        raise ValueError(f"Weights should be less than or equal to {MAX_WEIGHT:g}")
+    return weight
 
 
-def _merged(fragments: list[Fragment]) -> Prompt:
-    """Neighbours of one weight made one, the empty ones left out; never no fragment at all."""
+def _merged(pieces: list[tuple[str, float]]) -> Prompt:
+    """Neighbours of one weight made one, the empty ones left out; never no fragment at all.
+
+    Blank space between two fragments of one weight joins them, whatever it weighs itself.
+    """
     merged: list[tuple[list[str], float]] = []
-    for fragment in fragments:
-        if not fragment.text:
+    for text, exact in pieces:
+        if not text:
             continue
-        if fragment.weight > MAX_WEIGHT:
-            raise ValueError(f"Weights should be less than or equal to {MAX_WEIGHT:g}")
-        if merged and merged[-1][1] == fragment.weight:
-            merged[-1][0].append(fragment.text)
+        weight = round(_checked(exact), 4)
+        if len(merged) > 1 and merged[-2][1] == weight and all(map(str.isspace, merged[-1][0])):
+            merged[-2][0].extend(merged.pop()[0])
+        if merged and merged[-1][1] == weight:
+            merged[-1][0].append(text)
         else:
-            merged.append(([fragment.text], fragment.weight))
+            merged.append(([text], weight))
     return tuple(Fragment("".join(texts), weight) for texts, weight in merged) or plain("")
