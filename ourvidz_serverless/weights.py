@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 #: Beyond this a weight makes noise of a picture, whatever the word.
@@ -91,6 +92,15 @@ def parse(text: str) -> Prompt:
     if weighted > MAX_WEIGHTED:
         raise ValueError(f"Weighted parts should be at most {MAX_WEIGHTED}")
     return fragments
+
+
+def listed(prompts: Iterable[Prompt]) -> Prompt:
+    """Prompts one behind the other, with commas between them."""
+    pieces: list[tuple[str, float]] = []
+    for prompt in prompts:
+        pieces += [(", ", 1.0)] if pieces else []
+        pieces += [(fragment.text, fragment.weight) for fragment in prompt]
+    return _merged(pieces)
 
 
 class _Reader:

@@ -9,7 +9,7 @@ from botocore.handlers import validate_bucket_name
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ourvidz_serverless import jobs
+from ourvidz_serverless import jobs, weights
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.jobs.sdxl import SdxlJob
 from ourvidz_serverless.settings import Settings
@@ -238,6 +238,30 @@ def test_with_compel_the_weights_come_after_the_prompt() -> None:
     assert job.weighted_prompt == (Fragment("a cat, "), Fragment("sharp", 1.3))
 
 
+def test_a_parenthesis_that_the_prompt_leaves_open_does_not_reach_the_weights_behind_it() -> None:
+    job = sdxl(prompt="a (cat", compel_enabled=True, compel_weights="(sharp:1.3)")
+
+    weighted = (Fragment("a "), Fragment("cat", 1.1), Fragment(", "), Fragment("sharp", 1.3))
+    assert job.weighted_prompt == weighted
+
+
+def test_a_jobs_texts_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    weights_parse = weights.parse
+
+    def noted(text: str) -> weights.Prompt:
+        parsed.append(text)
+        return weights_parse(text)
+
+    monkeypatch.setattr(weights, "parse", noted)
+
+    job = sdxl(prompt="(a)", negative_prompt="(b)", compel_enabled=True)
+    for _ in range(2):
+        _ = job.texts, job.weighted_prompt, job.weighted_negative
+
+    assert parsed == ["(a)", "(b)"]
+
+
 def test_compel_weights_do_nothing_unless_compel_is_on() -> None:
     assert sdxl(prompt="a cat", compel_weights="(sharp:1.3)").weighted_prompt == plain("a cat")
 
@@ -280,6 +304,18 @@ def test_compel_weights_do_nothing_unless_compel_is_on() -> None:
         ({"prompt": "x" * 20_001}, "prompt: String should have at most 20000 characters"),
         ({"prompt": "\ud800"}, "prompt: Input should be a valid string"),
         ({"prompt": "(a:9)", "compel_enabled": True}, "prompt: Weights should be less than"),
+        (
+            {"compel_weights": f"(a:{'9' * 400})", "compel_enabled": True},
+            "compel_weights: Weights should be less than or equal to 3",
+        ),
+        (
+            {"negative_prompt": "a" + "+" * 8000, "compel_enabled": True},
+            "negative_prompt: Weights should be less than or equal to 3",
+        ),
+        (
+            {"config": {"negative_prompt": "a-- , " * 257}, "compel_enabled": True},
+            "config.negative_prompt: Weighted parts should be at most 256",
+        ),
         ({"user_id": None}, "user_id: Field required"),
         ({"user_id": "../other"}, "user_id: String should match pattern"),
         ({"id": "a/b"}, "id: String should match pattern"),

@@ -380,7 +380,7 @@ def test_what_is_kept_takes_no_more_than_it_may() -> None:
     kept = Kept(CPU, max_bytes=3 * row.nbytes)
 
     for key in ("a", "b", "c", "a", "d"):
-        kept.get(key, lambda: (row,))
+        kept.get(lambda key: (row,), key)
 
     assert [key in kept for key in "abcd"] == [True, False, True, True]
     assert kept.num_bytes == 3 * row.nbytes
@@ -393,12 +393,25 @@ def test_what_is_kept_takes_nothing_of_the_device() -> None:
     kept = Kept(device)
 
     with device.computing():
-        kept.get("a", lambda: (torch.zeros(1, 1024),))
+        kept.get(lambda key: (torch.zeros(1, 1024),), "a")
     assert (memory.used_bytes, kept.num_bytes) == (0, 4096)
 
     with device.computing():
-        (row,) = kept.get("a", lambda: ())
+        (row,) = kept.get(lambda key: (), "a")
         assert memory.used_bytes == row.nbytes
+
+
+def test_one_text_read_in_two_ways_is_kept_twice() -> None:
+    kept = Kept(CPU)
+
+    def read(key: tuple[str, int]) -> tuple[torch.Tensor]:
+        text, skipped_layers = key
+        return (torch.full((1, 4), float(len(text) + skipped_layers)),)
+
+    rows = [kept.get(read, ("a circle", skipped))[0] for skipped in (0, 1, 0)]
+
+    assert [row[0, 0].item() for row in rows] == [8, 9, 8]
+    assert (kept.reads, kept.hits) == (2, 1)
 
 
 # --- presets ---

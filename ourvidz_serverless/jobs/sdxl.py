@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -155,10 +156,7 @@ class SdxlJob(Job):
 
     @model_validator(mode="after")
     def _weights_that_can_be_read(self) -> SdxlJob:
-        try:
-            _ = self.weighted_prompt, self.weighted_negative
-        except ValueError as exc:
-            raise ValueError(f"prompt: {exc}") from None
+        _ = self.weighted_prompt, self.weighted_negative
         return self
 
     @property
@@ -168,9 +166,9 @@ class SdxlJob(Job):
             CheckedText(self.compel_weights or "", "compel_weights"),
         ]
         if self.compel_enabled:
-            # As the model reads it: without a syntax that may part a word.
-            read = "".join(part.text for part in self.weighted_prompt)
-            texts.append(CheckedText(read, "prompt"))
+            # As the model reads it: without a syntax that may part a word, or join two.
+            parts = [part.text for part in self.weighted_prompt]
+            texts += [CheckedText(between.join(parts), "prompt") for between in ("", " ")]
         return texts
 
     @property
@@ -203,24 +201,39 @@ class SdxlJob(Job):
     def steps(self) -> int:
         return self.config.num_inference_steps or STEPS[self.type]
 
+    @cached_property
+    def weighted_prompt(self) -> weights.Prompt:
+        """The prompt as the model takes it, with the terms of `compel_weights` behind it."""
+        terms = {"prompt": self.prompt}
+        if self.compel_enabled:
+            terms["compel_weights"] = self.compel_weights
+        return weights.listed(self._read(field, text) for field, text in terms.items() if text)
+
     @property
     def negative(self) -> str | None:
         """The negative prompt: top level, then `config`, then `metadata`."""
-        places = (self.negative_prompt, self.config.negative_prompt, self.metadata.negative_prompt)
-        return next((text for text in places if text is not None), None)
+        return next((text for text in self._negatives.values() if text is not None), None)
 
     @property
-    def weighted_prompt(self) -> weights.Prompt:
-        """The prompt as the model takes it, with the terms of `compel_weights` behind it."""
-        terms = [self.prompt or "", self.compel_weights or "" if self.compel_enabled else ""]
-        return self._read(", ".join(term for term in terms if term))
+    def _negatives(self) -> dict[str, str | None]:
+        return {
+            "negative_prompt": self.negative_prompt,
+            "config.negative_prompt": self.config.negative_prompt,
+            "metadata.negative_prompt": self.metadata.negative_prompt,
+        }
 
-    @property
+    @cached_property
     def weighted_negative(self) -> weights.Prompt | None:
-        return None if self.negative is None else self._read(self.negative)
+        given = ((field, text) for field, text in self._negatives.items() if text is not None)
+        return next((self._read(field, text) for field, text in given), None)
 
-    def _read(self, text: str) -> weights.Prompt:
-        return weights.parse(text) if self.compel_enabled else weights.plain(text)
+    def _read(self, field: str, text: str) -> weights.Prompt:
+        if not self.compel_enabled:
+            return weights.plain(text)
+        try:
+            return weights.parse(text)
+        except ValueError as exc:
+            raise ValueError(f"{field}: {exc}") from None
 
     @property
     def strength(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,9 @@ from ourvidz_serverless.models.device import Device
 #: The most bytes that one model's embeddings take of the host: WAN's are 4 MiB each in bf16,
 #: SDXL's a third of one.
 KEPT_BYTES = 128 << 20
+
+#: What an embedding is made of: a text, and how it is read.
+Key = TypeVar("Key", bound=Hashable)
 
 #: What an encoder gives for one text.
 Row = tuple[torch.Tensor, ...]
@@ -36,14 +40,17 @@ class Kept:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, key: Hashable, read: Callable[[], Row]) -> Row:
-        """The embedding of a text, on the device: the kept one, or what `read` gives."""
+    def get(self, read: Callable[[Key], Row], key: Key) -> Row:
+        """The embedding for a key, on the device: the kept one, or what `read` makes of the key.
+
+        `read` is given nothing else, so that whatever changes an embedding is part of its key.
+        """
         found = self._rows.get(key)
         if found is not None:
             self.hits += 1
             self._rows.move_to_end(key)
             return tuple(self._device.brought(each) for each in found)
-        made = read()
+        made = read(key)
         self.reads += 1
         self._keep(key, tuple(self._device.parked(each.clone()) for each in made))
         return made

@@ -340,7 +340,7 @@ class Sdxl:
                 self.home,
                 "condition",
                 lambda plan: self._condition(
-                    functools.partial(self._read, plan, bool(loras)),
+                    functools.partial(self._read, plan, check, bool(loras)),
                     prompt,
                     negative_prompt,
                     (width, height),
@@ -545,15 +545,15 @@ class Sdxl:
         embedded = self._pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
         return embedded.to(self.device.name, self.device.dtype)
 
-    def _read(self, plan: Plan, is_changed: bool, prompt: Prompt) -> Embedding:
+    def _read(self, plan: Plan, check: Check, is_changed: bool, prompt: Prompt) -> Embedding:
         """A prompt's embedding: the one that was kept, unless a LoRA has changed the encoders."""
 
-        def read() -> tuple[torch.Tensor, torch.Tensor]:
+        def read(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
             self._have(plan, "text")
-            made = self._prompts.encode(prompt)
+            made = self._prompts.encode(prompt, check)
             return made.hidden, made.pooled
 
-        return Embedding(*(read() if is_changed else self._kept.get(prompt, read)))
+        return Embedding(*(read(prompt) if is_changed else self._kept.get(read, prompt)))
 
     def _show(
         self,

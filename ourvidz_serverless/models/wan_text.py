@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +72,7 @@ class TextEncoder:
 
     def _read_or_kept(self, texts: Sequence[str]) -> list[torch.Tensor]:
         with self._device.computing():
-            return [self._kept.get(text, functools.partial(self._read, text))[0] for text in texts]
+            return [self._kept.get(self._read, text)[0] for text in texts]
 
     def _read(self, text: str) -> tuple[torch.Tensor]:
         row = self._tokenizer(
