@@ -168,6 +168,14 @@ def test_a_word_that_compel_puts_together_is_read_as_a_word(studio: Studio, part
     assert "a river" in studio.heard(sdxl_payload(prompt="a ri()()ver", **adult))
 
 
+def test_words_that_weights_join_are_read_as_words(studio: Studio) -> None:
+    adult = {"compel_enabled": True, "content_type": "nsfw"}
+    joined, harmless = "(little)1.1(girl)1.2(dressed)1.1", "(little)1.1(river)1.2(frozen)1.1"
+
+    assert studio.heard(sdxl_payload(prompt=joined, **adult)) == []
+    assert studio.heard(sdxl_payload(prompt=harmless, **adult))
+
+
 @pytest.mark.parametrize(
     "written",
     ["ｔｅｅｎ".encode().decode("cp1252"), "te\x1b[0men"],
