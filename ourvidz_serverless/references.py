@@ -36,10 +36,12 @@ from http import HTTPStatus
 from typing import Literal, cast
 from urllib.parse import urljoin
 
+import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from ourvidz_serverless.addresses import Address, is_public, look_up, resolve
 from ourvidz_serverless.errors import ReferenceFrameError
+from ourvidz_serverless.picture_files import PNG, Png, orientation, read_png
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
 
 ReadObject = Callable[[str], bytes]
@@ -63,6 +65,17 @@ MAX_SCANNED_PIXELS = 8_000_000_000
 
 MAX_URL_CHARS = 8192
 MAX_KEY_CHARS = 512
+
+#: What sets a picture upright, by its EXIF orientation; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 #: What `pad` fills with: the middle of a model's range, which asks for neither light nor dark.
 GREY = (128, 128, 128)
@@ -441,8 +454,9 @@ def decode(data: bytes, policy: Policy) -> Image.Image:
     Raises ReferenceFrameError for what is none of the three, too large, too long and thin,
     animated or damaged.
     """
+    png = read_png(data) if data.startswith(PNG) else None
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        image = Image.open(io.BytesIO(png.file if png else data), formats=("PNG", "JPEG", "WEBP"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise _refused(f"more than {policy.max_pixels} pixels") from exc
     except Exception as exc:  # whatever a malformed byte leads a decoder to
@@ -452,7 +466,7 @@ def decode(data: bytes, policy: Policy) -> Image.Image:
     if image.width * image.height * scans > MAX_SCANNED_PIXELS:
         raise _refused("the image has too many scans")
     try:
-        return _plain(image)
+        return _plain(image, png)
     except Exception as exc:  # as above
         raise _refused("the image is damaged") from exc
 
@@ -468,17 +482,40 @@ def _check_shape(image: Image.Image, policy: Policy) -> None:
         raise _refused("the image is animated")
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    alpha = None
+def _plain(image: Image.Image, png: Png | None) -> Image.Image:
+    """The picture over white, in sRGB, upright. XMP has no say in how it stands."""
+    profile = png.profile if png else image.info.get("icc_profile")
+    exif = png.exif if png else image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    image.load()
+    alpha = _opaque(image, png) if png and png.key else None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     # A new picture, so that nothing of the file but its pixels goes on.
     plain = Image.new("RGB", image.size, "white")
     plain.paste(_srgb(image, profile), mask=alpha)
-    return plain
+    turn = TURNS.get(orientation(exif))
+    return plain if turn is None else plain.transpose(turn)
+
+
+def _opaque(image: Image.Image, png: Png) -> Image.Image:
+    """0 where a PNG has its transparent colour, 255 elsewhere."""
+    samples = np.asarray(image.convert("L") if image.mode == "1" else image)
+    key = np.array(png.key)
+    if png.depth < 8:
+        key = key * 255 // (2**png.depth - 1)  # as Pillow spreads the samples
+    elif png.depth == 16 and image.mode == "RGB":
+        samples = samples.astype(np.uint16) << 8 | _low_bytes(png)
+    is_key = (samples.reshape(image.height, image.width, -1) == key).all(axis=-1)
+    return Image.fromarray(np.where(is_key, 0, 255).astype(np.uint8))
+
+
+def _low_bytes(png: Png) -> np.ndarray:
+    """The low bytes of 16-bit RGB, of which Pillow keeps the high ones."""
+    image = Image.open(io.BytesIO(png.file), formats=("PNG",))
+    # Read with the other byte order, the low byte is the high one.
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    return np.asarray(image)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

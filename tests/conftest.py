@@ -61,6 +61,25 @@ def receiver() -> Iterator[CallbackReceiver]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A real browser; whoever has none skips, but on CI."""
+    from playwright.sync_api import sync_playwright
+
+    from builder import browser as builder
+
+    found = builder.find()
+    if found is None and "CI" not in os.environ:
+        pytest.skip("no browser: neither `python -m builder.browser` nor a Chromium on PATH")
+    assert found, "a browser is needed on CI"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found.program, args=list(found.arguments), env=found.env
+        )
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def sdxl() -> Any:
     """The pocket SDXL, loaded as production loads a checkpoint."""

@@ -1,7 +1,6 @@
 """The page at `/`: who gets it, what it shows of the storage, its own logic, and a real browser."""
 
 import json
-import os
 import re
 import subprocess
 import threading
@@ -14,9 +13,8 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route
 
-from builder import browser as builder
 from ourvidz_serverless import http, jobs, page
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
@@ -359,20 +357,6 @@ def test_the_page_is_formatted_and_linted(check: list[str]) -> None:
 
 
 # --- a real browser ---
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    found = builder.find()
-    if found is None and "CI" not in os.environ:
-        pytest.skip("no browser: neither `python -m builder.browser` nor a Chromium on PATH")
-    assert found, "a browser is needed on CI"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=found.program, args=list(found.arguments), env=found.env
-        )
-        yield browser
-        browser.close()
 
 
 Visit = Callable[[ServedFace], Page]

@@ -1,0 +1,124 @@
+"""What a picture's file says beside its pixels, read as browsers read it.
+
+A browser passes over what it cannot read beside the pixels: a damaged EXIF block, a comment of
+many megabytes. Pillow gives up the whole picture for some of these. So Pillow gets a PNG without
+them, and a PNG's colour profile, transparent colour and EXIF are read here.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+#: A longer profile of a PNG is left out, as Chromium does.
+MAX_PROFILE_BYTES = 10 << 20
+
+#: How many samples name the transparent colour, by a PNG's colour type: grey, and RGB.
+KEY_SAMPLES = {0: 1, 2: 3}
+PALETTE = 3
+
+#: What Pillow gets of the optional chunks: the frames for which an animation is refused, and the
+#: alpha of a palette.
+KEPT = (b"acTL", b"fcTL", b"fdAT")
+KEPT_OF_PALETTE = (*KEPT, b"tRNS")
+
+#: What is read here of a PNG, where it stands before the pixels.
+READ = (b"tRNS", b"iCCP", b"eXIf")
+
+#: The EXIF tag that tells how a picture is turned, and the type of its value: a short number.
+ORIENTATION, SHORT = 0x0112, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Png:
+    """A PNG: the file that Pillow reads the pixels from, and what stands beside them."""
+
+    file: bytes
+    #: Bits of a sample.
+    depth: int
+    #: The samples of the one colour that is transparent.
+    key: tuple[int, ...] | None = None
+    profile: bytes | None = None
+    exif: bytes = b""
+
+
+def read_png(data: bytes) -> Png:
+    """The parts of a PNG; a damaged one is read as far as it goes. Never raises."""
+    depth, colour = (data[24], data[25]) if len(data) > 25 else (8, PALETTE)
+    kept = KEPT_OF_PALETTE if colour == PALETTE else KEPT
+    file, found, is_before_pixels = bytearray(PNG), dict[bytes, bytes](), True
+    for kind, body, chunk in _chunks(memoryview(data)):
+        is_before_pixels = is_before_pixels and kind != b"IDAT"
+        if not _is_optional(kind) or kind in kept:
+            file += chunk
+        elif kind in READ and is_before_pixels:
+            found.setdefault(kind, bytes(body))
+    return Png(
+        bytes(file),
+        depth,
+        _key(found.get(b"tRNS", b""), depth, KEY_SAMPLES.get(colour)),
+        _inflated(found.get(b"iCCP", b"")),
+        found.get(b"eXIf", b""),
+    )
+
+
+def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview, memoryview]]:
+    """Kind, body and whole of each chunk; of the optional ones, those whose checksum holds.
+
+    The last one may be cut off: how much of a picture that leaves is for Pillow to say.
+    """
+    at, kind = len(PNG), b""
+    while kind != b"IEND" and at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        chunk = data[at : at + 12 + length]
+        body, checksum = chunk[8:-4], bytes(chunk[-4:])
+        at += 12 + length
+        if not _is_optional(kind) or struct.pack(">I", zlib.crc32(chunk[4:-4])) == checksum:
+            yield kind, body, chunk
+
+
+def _is_optional(kind: bytes) -> bool:
+    return bool(kind[0] & 0x20)
+
+
+def _key(body: bytes, depth: int, num_samples: int | None) -> tuple[int, ...] | None:
+    """The samples that a tRNS chunk names, of which the bits beyond the depth count for nothing."""
+    if not num_samples or len(body) < 2 * num_samples:
+        return None
+    samples = struct.unpack_from(f">{num_samples}H", body)
+    return tuple(sample & (2**depth - 1) for sample in samples)
+
+
+def _inflated(body: bytes) -> bytes | None:
+    """The profile in an iCCP chunk; None for one that is damaged or too long."""
+    _, _, compressed = body.partition(b"\0")
+    inflate = zlib.decompressobj()
+    try:
+        profile = inflate.decompress(compressed[1:], MAX_PROFILE_BYTES)
+    except zlib.error:
+        return None
+    return profile if compressed[:1] == b"\0" and inflate.eof else None
+
+
+def orientation(tiff: bytes) -> int:
+    """How EXIF says that a picture is turned, 1 to 8; 1, which is upright, where it does not say.
+
+    Never raises, whatever the bytes are.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * num_entries, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, at)
+            if (tag, kind) == (ORIENTATION, SHORT):
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # it ends before its entries do
+    return 1
