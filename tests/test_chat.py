@@ -17,6 +17,7 @@ from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload
 from tests.support.chatbox import tiny_chat, tiny_tokenizer, tiny_writer, until
+from tests.support.clock import Clock
 from tests.support.parrot import Parrot
 
 MakeBench = Callable[..., Bench]
@@ -149,10 +150,14 @@ def code(document: Document) -> str | None:
 
 @pytest.fixture
 def talk(bench: MakeBench) -> Callable[..., tuple[Document, Bench]]:
-    """Runs a job whose model says the given pieces."""
+    """Runs a job whose model says the given pieces, each in more than a stream's interval."""
 
-    def run(*pieces: str, **changes: Any) -> tuple[Document, Bench]:
-        at = bench(models={"chat": Parrot(*pieces)})
+    def run(
+        *pieces: str, piece_s: float = 2 * chat_jobs.STREAM_INTERVAL_S, **changes: Any
+    ) -> tuple[Document, Bench]:
+        clock = Clock()
+        parrot = Parrot(*pieces, piece_s=piece_s, clock=clock)
+        at = bench(models={"chat": parrot}, clock=clock)
         return at.run(chat_payload(**changes)), at
 
     return run
@@ -331,10 +336,47 @@ def test_the_floor_reads_the_reply_together_with_what_it_answers(talk: Any) -> N
     assert at.stored() == []
 
 
-def test_the_floor_stops_a_stream_before_the_word_is_out(talk: Any) -> None:
-    _, at = talk("A ", "child ", "nu", "de", ".", stream=True)
+def deltas(at: Bench) -> list[str]:
+    return [item["delta"] for item in at.streamed]
 
-    assert "nude" not in json.dumps(at.streamed)
+
+def test_the_floor_stops_a_stream_before_the_word_that_it_refuses(talk: Any) -> None:
+    document, at = talk("A ", "child ", "nu", "de ", "in ", "oil.", stream=True)
+
+    assert deltas(at) == ["A ", "child "]
+    assert code(document) == "CONTENT_REFUSED"
+
+
+def test_the_floor_reads_a_stream_in_adult_mode_where_the_job_is_adult(talk: Any) -> None:
+    document, at = talk("A ", "child ", "in oil.", stream=True, type="chat_unrestricted")
+
+    assert deltas(at) == ["A "]
+    assert code(document) == "CONTENT_REFUSED"
+
+
+def test_the_floor_reads_a_piece_of_a_stream_with_the_sentence_before_it(talk: Any) -> None:
+    between = "in rain " * 30
+    pieces = ["A child ", between, "in the ", "nude ", "now."]
+
+    document, at = talk(*pieces, stream=True)
+
+    assert deltas(at) == ["A child ", between, "in the "]
+    assert code(document) == "CONTENT_REFUSED"
+
+
+def test_the_floor_reads_the_last_word_of_a_stream_before_it_leaves(talk: Any) -> None:
+    document, at = talk("A child ", "is ", "nude", stream=True)
+
+    assert deltas(at) == ["A child ", "is "]
+    assert code(document) == "CONTENT_REFUSED"
+
+
+def test_the_floor_reads_what_a_stream_gathered_between_two_deltas(talk: Any) -> None:
+    pieces = ["A ", *["lake "] * 9, "nude child ", *["lake "] * 9]
+
+    _, at = talk(*pieces, piece_s=chat_jobs.STREAM_INTERVAL_S / 15.5, stream=True)
+
+    assert deltas(at) == ["A "]
 
 
 def test_sfw_mode_filters_explicit_words_and_no_others(talk: Any) -> None:
@@ -351,28 +393,20 @@ def test_without_sfw_mode_nothing_is_filtered(talk: Any) -> None:
 
 
 @pytest.mark.parametrize("sfw_mode", [True, False])
-def test_deltas_add_up_to_the_reply(
-    talk: Any, sfw_mode: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat_jobs, "STREAM_INTERVAL_S", 0)
+def test_deltas_add_up_to_the_reply(talk: Any, sfw_mode: bool) -> None:
     document, at = talk("Na", "ked", " rocks, 下", "雨 ", "and mo", stream=True, sfw_mode=sfw_mode)
 
-    deltas = [item["delta"] for item in at.streamed]
-    assert len(deltas) > 2
-    assert "".join(deltas) == document.reply["response"]
+    assert len(deltas(at)) > 2
+    assert "".join(deltas(at)) == document.reply["response"]
 
 
 def test_words_are_gathered_for_a_fifth_of_a_second(talk: Any) -> None:
-    _, at = talk(*(f"{i} " for i in range(100)), stream=True)
+    _, at = talk(*["word "] * 30, piece_s=chat_jobs.STREAM_INTERVAL_S / 7.5, stream=True)
 
-    assert [len(item["delta"]) for item in at.streamed] == [2, 288]
+    assert [delta.count("word") for delta in deltas(at)] == [1, 8, 8, 8, 5]
 
 
-def test_a_run_of_letters_that_is_no_word_streams_too(
-    talk: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat_jobs, "STREAM_INTERVAL_S", 0)
-
+def test_a_run_of_letters_that_is_no_word_streams_too(talk: Any) -> None:
     assert len(talk(*["abcdefghij"] * 10, stream=True)[1].streamed) == 7
 
 

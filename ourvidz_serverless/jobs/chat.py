@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -231,13 +230,13 @@ def _generate(job: ChatJob, model: Any, context: JobContext) -> Any:
 
 def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
     """The whole reply, filtered and checked; what is streamed of it is checked before it leaves."""
-    reply, told, told_at = "", 0, 0.0
+    reply, told, told_at = "", 0, -STREAM_INTERVAL_S
     for words in _in_words(pieces):
         reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
-        if job.stream and time.monotonic() - told_at >= STREAM_INTERVAL_S:
+        if job.stream and context.elapsed_s - told_at >= STREAM_INTERVAL_S:
             check_content([_spoken(reply[max(told - CHECKED_LETTERS, 0) :])], job, context)
             context.emit({"delta": reply[told:]})
-            told, told_at = len(reply), time.monotonic()
+            told, told_at = len(reply), context.elapsed_s
     check_content([*job.texts, _spoken(reply)], job, context)
     if job.stream and told < len(reply):
         context.emit({"delta": reply[told:]})
