@@ -16,7 +16,7 @@ from ourvidz_serverless.errors import (
     WorkerUnavailable,
 )
 from ourvidz_serverless.limits import Limits
-from ourvidz_serverless.payloads import CheckedText, Job
+from ourvidz_serverless.payloads import CheckedText, Job, Signs
 from ourvidz_serverless.retries import Fault
 from ourvidz_serverless.settings import Settings
 
@@ -44,7 +44,7 @@ class Admission:
         if self._limits.rates and job.is_counted:
             self._check_rate(job, context)
         context.asks_consent = self._settings.require_reference_consent and bool(job.references)
-        check_content(job.texts, job, context)
+        context.signs = _judge(job.texts, job, context)
 
     def _check_rate(self, job: Job, context: JobContext) -> None:
         try:
@@ -59,12 +59,26 @@ class Admission:
                 raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
 
 
-def check_content(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
-    """Raise ContentRefused where the texts, taken together, are refused or lack consent.
+def check_made(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
+    """Raise ContentRefused where texts that a model wrote are refused beside the job's own."""
+    if context.signs is None:
+        context.signs = _judge(job.texts, job, context)
+    _judge([*job.texts, *texts], job, context, num_judged=len(job.texts))
 
-    Raises what the job was stopped with, if it is stopped meanwhile.
+
+def _judge(
+    texts: Sequence[CheckedText], job: Job, context: JobContext, num_judged: int = 0
+) -> Signs:
+    """The signs in all texts together, the first of which may have been judged before.
+
+    Raises ContentRefused where they are refused or lack consent, and what the job was stopped with.
     """
-    verdict = safety.judge(texts, adult=job.adult, check_stop=context.check)
+    verdict = safety.judge(
+        texts[num_judged:],
+        adult=job.adult,
+        found=context.signs,
+        check_stop=context.check,
+    )
     context.audit |= {
         "content": verdict.rule or "passed",
         "content_list": verdict.version,
@@ -72,8 +86,9 @@ def check_content(texts: Sequence[CheckedText], job: Job, context: JobContext) -
     }
     if verdict.refused:
         raise safety.refusal(verdict)
-    if verdict.is_sexual and context.asks_consent:
+    if verdict.signs.sexual and context.asks_consent:
         _check_consent(job, context)
+    return verdict.signs
 
 
 def _check_consent(job: Job, context: JobContext) -> None:

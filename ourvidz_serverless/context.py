@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
+from ourvidz_serverless.payloads import Signs
 
 Report = Callable[[Mapping[str, Any]], None]
 Emit = Callable[[Mapping[str, Any]], None]
@@ -59,6 +60,7 @@ class JobContext:
         self.reply: dict[str, Any] = {}
         self.audit: dict[str, Any] = {}
         self.asks_consent = False  # for a reference of this job, where its texts are sexual
+        self.signs: Signs | None = None  # in the job's texts, once the content floor read them
         self.timings: dict[str, float] = {}
         self.progress: Mapping[str, Any] = {}
         self._report = report

@@ -76,6 +76,14 @@ class CheckedText:
     role: Role = "user"
 
 
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What the content floor found in texts; in adult mode every text counts as sexual."""
+
+    minor: bool = False
+    sexual: bool = False
+
+
 class Job(Wire):
     """What every job type has in common."""
 

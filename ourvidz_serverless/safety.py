@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
-from ourvidz_serverless.payloads import CheckedText, Role
+from ourvidz_serverless.payloads import CheckedText, Role, Signs
 
 LIST_VERSION = "2026-11-3"
 
@@ -328,15 +328,12 @@ KATAKANA = re.compile("[ァ-ヺー]")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a text is refused, by which rule (for the audit line) of which list.
-
-    `is_sexual` tells of a text in adult mode, or with a sexual sign.
-    """
+    """Whether texts are refused, by which rule (for the audit line) of which list, and why."""
 
     refused: bool
     rule: str | None
     version: str
-    is_sexual: bool
+    signs: Signs
 
 
 def check(text: str, *, adult: bool = False, role: Role = "user") -> Verdict:
@@ -355,21 +352,23 @@ def judge(
     texts: Iterable[CheckedText],
     *,
     adult: bool = False,
+    found: Signs | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """What the floor says of a job: the signs in any of its texts add up.
 
-    `check_stop` is called at each reading of each text; what it raises ends the work.
+    `found` are the signs in texts that were judged before. `check_stop` is called at each reading
+    of each text; what it raises ends the work.
     """
-    minor, sexual = False, adult
+    minor, sexual = bool(found and found.minor), adult or bool(found and found.sexual)
     for tokens in chain.from_iterable(map(_readings, map(_without_prohibitions, texts))):
         check_stop()
         minor = minor or _has_minor(tokens)
         sexual = sexual or _is_sexual(tokens)
         if minor and sexual:
             rule = "minor+adult-mode" if adult else "minor+sexual"
-            return Verdict(True, rule, LIST_VERSION, sexual)
-    return Verdict(False, None, LIST_VERSION, sexual)
+            return Verdict(True, rule, LIST_VERSION, Signs(minor, sexual))
+    return Verdict(False, None, LIST_VERSION, Signs(minor, sexual))
 
 
 def audit_hash(texts: Iterable[CheckedText]) -> str:

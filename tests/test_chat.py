@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless import jobs
+from ourvidz_serverless import jobs, safety
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import ContentRefused, InvalidPrompt, WorkerUnavailable
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
-from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.payloads import CheckedText, Document
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload
 from tests.support.chatbox import tiny_chat, tiny_tokenizer, tiny_writer, until
@@ -362,6 +362,52 @@ def test_the_floor_reads_a_piece_of_a_stream_with_the_sentence_before_it(talk: A
 
     assert deltas(at) == ["A child ", between, "in the "]
     assert code(document) == "CONTENT_REFUSED"
+
+
+@pytest.mark.parametrize(
+    ("asked", "pieces"),
+    [("A child at a lake.", ["A ", "nude ", "now."]), ("A nude.", ["A ", "child ", "now."])],
+)
+def test_the_floor_reads_a_stream_together_with_what_it_answers(
+    talk: Any, asked: str, pieces: list[str]
+) -> None:
+    document, at = talk(*pieces, messages=[user(asked)], stream=True)
+
+    assert deltas(at) == ["A "]
+    assert code(document) == "CONTENT_REFUSED"
+
+
+@pytest.mark.parametrize("lead", ["", "a lake ", "a lake " * 9])
+@pytest.mark.parametrize("num_letters", range(1, 9))
+def test_the_floor_cuts_no_word_of_a_stream_in_two(talk: Any, num_letters: int, lead: str) -> None:
+    filler = "r" * (chat_jobs.CHECKED_LETTERS - num_letters - 2)
+    pieces = [f"{lead}nineteen", f" {filler} ", "now."]
+
+    document, _ = talk(*pieces, type="chat_unrestricted", stream=True)
+
+    assert document.status == "completed"
+
+
+def times_the_clock_is_read(bench: MakeBench, messages: list[dict[str, str]]) -> int:
+    times = iter(range(1_000_000))
+    at = bench(
+        models={"chat": Parrot("Water.")},
+        settings=Settings(job_timeout_s=1_000_000),
+        clock=lambda: float(next(times)),
+    )
+    assert at.run(chat_payload(messages=messages)).status == "completed"
+    return next(times)
+
+
+def test_the_floor_reads_a_conversation_once_and_not_again_with_its_reply(
+    bench: MakeBench,
+) -> None:
+    readings: list[None] = []
+    safety.judge([CheckedText("rain", "messages")], check_stop=lambda: readings.append(None))
+
+    one, many = (times_the_clock_is_read(bench, [user("rain")] * num) for num in (1, 101))
+
+    assert many - one == 100 * len(readings)
 
 
 def test_the_floor_reads_the_last_word_of_a_stream_before_it_leaves(talk: Any) -> None:

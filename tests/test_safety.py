@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless import safety
-from ourvidz_serverless.payloads import CheckedText
+from ourvidz_serverless.payloads import CheckedText, Signs
 from tests import measure_safety
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "content-floor.md"
@@ -107,9 +107,11 @@ def test_only_the_known_disguises_help():
 
 def test_a_minor_and_a_sexual_sign_are_refused_together_only():
     version = safety.LIST_VERSION
-    assert safety.check("nude child") == safety.Verdict(True, "minor+sexual", version, True)
-    assert safety.check("child") == safety.Verdict(False, None, version, False)
-    assert safety.check("nude") == safety.Verdict(False, None, version, True)
+    assert safety.check("nude child") == safety.Verdict(
+        True, "minor+sexual", version, safety.Signs(True, True)
+    )
+    assert safety.check("child") == safety.Verdict(False, None, version, safety.Signs(True, False))
+    assert safety.check("nude") == safety.Verdict(False, None, version, safety.Signs(False, True))
 
 
 def test_in_adult_mode_the_sign_of_a_minor_is_enough():
@@ -117,9 +119,9 @@ def test_in_adult_mode_the_sign_of_a_minor_is_enough():
 
 
 def test_a_verdict_tells_whether_any_text_is_sexual():
-    assert judge("a street", "a nude", "rain").is_sexual
-    assert judge("a street", adult=True).is_sexual
-    assert not judge("a street", "rain").is_sexual
+    assert judge("a street", "a nude", "rain").signs.sexual
+    assert judge("a street", adult=True).signs.sexual
+    assert not judge("a street", "rain").signs.sexual
 
 
 def test_the_signs_of_a_job_add_up_over_its_texts():
@@ -177,6 +179,19 @@ def test_everyday_words_pass_in_any_order_in_adult_mode(words):
 def test_a_job_is_never_safer_than_its_worst_text(texts, adult):
     if any(safety.check(text, adult=adult).refused for text in texts):
         assert judge(*texts, adult=adult).refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from(["a child", "nude", "rain", "a minor key"])), st.booleans())
+def test_texts_may_be_judged_one_after_the_other(texts, adult):
+    found = Signs()
+    refused = []
+    for text in texts:
+        verdict = safety.judge([CheckedText(text, "prompt")], adult=adult, found=found)
+        refused.append(verdict.refused)
+        found = verdict.signs
+
+    assert any(refused) == judge(*texts, adult=adult).refused
 
 
 # --- sentences that forbid, in a system message ---

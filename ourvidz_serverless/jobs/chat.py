@@ -18,7 +18,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
 
-from ourvidz_serverless.admission import check_content
+from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire, says_adult
 from ourvidz_serverless.settings import Settings
@@ -234,13 +234,22 @@ def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
     for words in _in_words(pieces):
         reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
         if job.stream and context.elapsed_s - told_at >= STREAM_INTERVAL_S:
-            check_content([_spoken(reply[max(told - CHECKED_LETTERS, 0) :])], job, context)
+            check_made([_spoken(reply[_start_of_check(reply, told) :])], job, context)
             context.emit({"delta": reply[told:]})
             told, told_at = len(reply), context.elapsed_s
-    check_content([*job.texts, _spoken(reply)], job, context)
+    check_made([_spoken(reply)], job, context)
     if job.stream and told < len(reply):
         context.emit({"delta": reply[told:]})
     return reply
+
+
+def _start_of_check(reply: str, told: int) -> int:
+    """Where the text before a new piece begins that is read with it, at the start of a word."""
+    start = max(told - CHECKED_LETTERS, 0)
+    if start <= LONGEST_WORD:
+        return 0
+    blank = reply.rfind(" ", start - LONGEST_WORD, start)
+    return blank + 1 if blank >= 0 else start
 
 
 def _spoken(reply: str) -> CheckedText:

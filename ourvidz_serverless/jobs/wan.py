@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from ourvidz_serverless import references as images
-from ourvidz_serverless.admission import check_content
+from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import (
     InternalError,
@@ -492,7 +492,7 @@ def _prompt(job: WanJob, model: Any, seed: int, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_content([*job.texts, *_read_by_wan(enhanced, "enhanced_prompt")], job, context)
+    check_made(_read_by_wan(enhanced, "enhanced_prompt"), job, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )
