@@ -215,12 +215,13 @@ class Worker:
         if family == "admin":
             self._admission.check(job, context)
             return self._office
-        if family not in self._models:
+        model = jobs.model_of(job, self._models)
+        if model is None:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
         self._admission.check(job, context)
         self._pills.swallow(job)
-        return self._models[family]
+        return model
 
     def _announce(self, job: Job) -> None:
         """Tell the caller that the job has begun, where that is wanted; nothing depends on it."""

@@ -97,6 +97,7 @@ export interface SdxlJob {
 
 export interface ChatConfig {
   system_prompt?: string | null;
+  job_type?: string | null;
   /** the same as model */
   model?: "qwen_instruct" | "qwen_base" | null;
   /** the same as max_tokens */

@@ -65,6 +65,16 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
         raise InvalidPrompt(_first(exc)) from None
 
 
+def model_of(job: Job, models: Mapping[str, Any]) -> Any | None:
+    """The model that serves a job, of those by family; None where none does.
+
+    A prompt for WAN is enhanced by the model that WAN's own jobs ask, where there is one.
+    """
+    if isinstance(job, chat.ChatJob) and job.is_for_wan and "wan" in models:
+        return models["wan"].enhancer or models.get("chat")
+    return models.get(FAMILY_OF[job.type])
+
+
 def takes_turns(job: Job) -> bool:
     """Whether a job wants the device to itself while it computes."""
     return FAMILY_OF[job.type] not in WITHOUT_TURNS

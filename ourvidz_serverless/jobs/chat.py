@@ -10,16 +10,20 @@ to either: a conversation without a system prompt has none.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
 
 from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import WorkerUnavailable
+from ourvidz_serverless.jobs import wan
 from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire, says_adult
 from ourvidz_serverless.settings import Settings
 
@@ -61,6 +65,8 @@ class Message(Wire):
 
 class ChatConfig(Wire):
     system_prompt: str | None = Field(None, max_length=100_000)
+    #: Of `chat_enhance`: the type of the job that the prompt is for.
+    job_type: str | None = Field(None, max_length=100)
 
 
 class ChatMetadata(Wire):
@@ -169,6 +175,12 @@ class ChatJob(Job):
         return "\n\n".join(texts) if texts else None
 
     @property
+    def is_for_wan(self) -> bool:
+        """Whether this is WAN's own call for an enhanced prompt."""
+        kind = (self.config.job_type or "").removeprefix("wan_")
+        return self.type == "chat_enhance" and kind in get_args(wan.Type)
+
+    @property
     def texts(self) -> list[CheckedText]:
         return [CheckedText(each.content, "messages", each.role) for each in self.conversation]
 
@@ -188,7 +200,26 @@ class ChatJob(Job):
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
     """The job of a payload; raises pydantic's ValidationError."""
-    return ChatJob.model_validate(payload)
+    job = ChatJob.model_validate(payload)
+    return _as_wan_enhances(job, settings) if job.is_for_wan else job
+
+
+def _as_wan_enhances(job: ChatJob, settings: Settings) -> ChatJob:
+    """The job with what WAN's enhanced jobs ask their enhancer, where it does not say itself."""
+    sampling = {
+        name: value for name, value in wan.ENHANCEMENT.items() if name not in job.model_fields_set
+    }
+    system = job.system_prompt or _enhancement_prompt(settings.wan_enhancement_prompt)
+    config = job.config.model_copy(update={"system_prompt": system})
+    return job.model_copy(update={**sampling, "config": config})
+
+
+@functools.cache
+def _enhancement_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise WorkerUnavailable("WAN_ENHANCEMENT_PROMPT: the text cannot be read") from None
 
 
 def prepare(job: ChatJob, model: Any, context: JobContext) -> None:
