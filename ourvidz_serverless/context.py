@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
@@ -42,6 +43,16 @@ class Stop:
         return self._error if self._event.is_set() else None
 
 
+@dataclass(slots=True)
+class Pace:
+    """How fast a stage goes: its steps from `first` at the time `since` up to `last`, of `total`."""
+
+    first: int
+    last: int
+    total: int
+    since: float
+
+
 class JobContext:
     """Handed to the code that computes, which calls `step` as it goes and is stopped there."""
 
@@ -67,7 +78,7 @@ class JobContext:
         self._clock = clock
         self._started = clock()
         self._timeout_s = timeout_s
-        self._first_steps: dict[str, tuple[int, float]] = {}
+        self._paces: dict[str, Pace] = {}
 
     @property
     def elapsed_s(self) -> float:
@@ -94,7 +105,8 @@ class JobContext:
         """Report that `done` of `total` steps of a stage are behind, then `check`.
 
         From the second step on the report tells how many seconds the stage will take yet, by the
-        pace since its first one.
+        pace since its first one. A stage that is tried again, in a smaller way, has a new first
+        step.
         """
         progress: dict[str, Any] = {
             "stage": stage,
@@ -102,10 +114,13 @@ class JobContext:
             "steps": total,
             "progress": done / total,
         }
-        first, since = self._first_steps.setdefault(stage, (done, self._clock()))
-        if done > first:
-            pace_s = (self._clock() - since) / (done - first)
-            progress["remaining_s"] = round(pace_s * (total - done), 1)
+        now, pace = self._clock(), self._paces.get(stage)
+        if pace is None or done <= pace.last or total != pace.total:
+            pace = self._paces[stage] = Pace(done, done, total, now)
+        pace.last = done
+        if done > pace.first:
+            step_s = (now - pace.since) / (done - pace.first)
+            progress["remaining_s"] = round(step_s * (total - done), 1)
         self.progress = progress
         self._report(progress)
         self.check()
