@@ -11,6 +11,7 @@ whole, and safetensors.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -41,6 +42,9 @@ PLACES: dict[str, Sequence[tuple[str, str, tuple[str, ...]]]] = {
         ("WAN_ENHANCER_MODEL", "chat", (".",)),
     ],
 }
+
+#: How the names end of weights in halves, in one piece or in several.
+_HALVES = re.compile(r"\.fp16(-\d+-of-\d+)?\.safetensors$")
 
 #: Where NVIDIA's driver shows itself, so that nobody has to import torch to know.
 DRIVER = Path("/dev/nvidiactl")
@@ -79,7 +83,7 @@ def wants_halves(settings: Settings) -> bool:
 def _weights(folder: Path, wants_halves: bool) -> list[Path]:
     """A folder's weights; of those that are there in both sizes, one."""
     found = sorted(folder.glob("*.safetensors"))
-    halves = [path for path in found if ".fp16" in path.suffixes]
+    halves = [path for path in found if _HALVES.search(path.name)]
     others = [path for path in found if path not in halves]
     return (halves or others) if wants_halves else (others or halves)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ourvidz_serverless import readahead
 from ourvidz_serverless.models import qwen
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.settings import Settings
@@ -44,6 +45,12 @@ def mapped(folder: Path) -> set[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = [Path(line.split()[-1]) for line in lines if str(folder) in line]
     return {f"{path.parent.name}/{path.name}".removesuffix(".safetensors") for path in paths}
+
+
+def read_ahead(folder: Path) -> set[str]:
+    """Those weights that are read while Python imports, named likewise."""
+    settings = Settings(sdxl_model=REPOSITORY, model_dirs=(folder,), dtype="float16")
+    return {f"{path.parent.name}/{path.stem}" for path in readahead.files(settings)}
 
 
 def picture(model: Any) -> Any:
@@ -90,6 +97,27 @@ def test_halves_are_read_where_there_is_nothing_else(hub_cache: Path, tmp_path: 
     model = load(tmp_path / "models", mmap_weights="never")
 
     assert model._unet.dtype == torch.float32
+
+
+def test_halves_in_several_pieces_are_found_under_their_writers_names(
+    hub_cache: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(hub_cache, tmp_path / "models", ignore=shutil.ignore_patterns("*.safetensors"))
+    halves, snapshot = load(hub_cache, dtype="float16"), next(tmp_path.glob("models/*/*/*"))
+    for name, network in halves._pipe.components.items():
+        if isinstance(network, torch.nn.Module):
+            # A tensor of its own each: what shares memory stays in one file.
+            network.float().half().save_pretrained(
+                snapshot / name, variant="fp16", max_shard_size="100KB"
+            )
+
+    model = load(tmp_path / "models", dtype="float16")
+
+    pieces = {f"{path.parent.name}/{path.stem}" for path in snapshot.rglob("*.safetensors")}
+    assert all("-of-" in piece for piece in pieces)
+    assert mapped(tmp_path) == pieces
+    assert read_ahead(tmp_path / "models") == pieces
+    del model
 
 
 def test_chat_is_mapped_from_a_disk_and_read_from_elsewhere(tmp_path: Path) -> None:

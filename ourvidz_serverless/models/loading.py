@@ -83,7 +83,7 @@ def read_parts(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors
     A file's name is without its `.safetensors`. Raises ValueError where there is none of them.
     """
     for name in names:
-        path, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+        path, index = folder / f"{name}.safetensors", folder / _index(name)
         if path.exists():
             return read(path, is_mapped)
         if index.exists():
@@ -94,6 +94,15 @@ def read_parts(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors
                 for tensor, each in read(folder / piece, is_mapped).items()
             }
     raise ValueError(f"there is no {names[0]}.safetensors in {folder.name}")
+
+
+def _index(name: str) -> str:
+    """The name of the index of weights in pieces.
+
+    A variant stands before the ending, whatever the ending is: `model.safetensors.index.fp16.json`.
+    """
+    weights, dot, variant = name.partition(".")
+    return f"{weights}.safetensors.index{dot}{variant}.json"
 
 
 def build(make: Callable[[], Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
