@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.payloads import Job
 
@@ -32,11 +32,16 @@ class Pills:
     """The marks of the jobs in flight; without a folder, none."""
 
     def __init__(self, folder: Path | None, clock: Callable[[], float] = time.time) -> None:
-        self._folder = folder
+        """Raises ModelLoadError where the folder cannot be had."""
+        self._folder, self._clock = folder, clock
         self._swallowed: set[Path] = set()
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._forget(clock() - FORGET_S)
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._forget()
+        except OSError as exc:
+            why = exc.strerror or type(exc).__name__
+            raise ModelLoadError(f"POISON_DIR: the folder cannot be used: {why}") from exc
 
     def swallow(self, job: Job) -> None:
         """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""
@@ -44,7 +49,7 @@ class Pills:
         if mark is None:
             return
         try:
-            if mark.exists() and mark.stat().st_size >= DEATHS:
+            if self._deaths(mark) >= DEATHS:
                 raise InvalidPrompt(
                     "id: this job has ended its worker twice; it is not tried again"
                 )
@@ -67,9 +72,21 @@ class Pills:
         name = hashlib.sha256(f"{job.user_id}/{job.id}".encode()).hexdigest()
         return self._folder / name if self._folder else None
 
-    def _forget(self, before: float) -> None:
+    def _deaths(self, mark: Path) -> int:
+        """How many processes died with the job in flight, of those that are not forgotten."""
+        if not mark.exists():
+            return 0
+        if self._is_old(mark.stat()):
+            mark.unlink(missing_ok=True)
+            return 0
+        return mark.stat().st_size
+
+    def _is_old(self, mark: os.stat_result) -> bool:
+        return mark.st_mtime < self._clock() - FORGET_S
+
+    def _forget(self) -> None:
         assert self._folder
         with os.scandir(self._folder) as marks, suppress(FileNotFoundError):
             for mark in marks:
-                if mark.is_file() and mark.stat().st_mtime < before:
+                if mark.is_file() and self._is_old(mark.stat()):
                     os.unlink(mark)

@@ -108,6 +108,17 @@ def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
     assert [mark.name for mark in tmp_path.iterdir()] == ["new"]
 
 
+def test_an_old_mark_counts_no_more_though_its_worker_started_before(
+    at: Bench, tmp_path: Path
+) -> None:
+    die(at, times=2)
+    for mark in (tmp_path / "pills").iterdir():
+        os.utime(mark, (0, 0))
+
+    assert code(at.run()) is None
+    assert marks(at) == {}
+
+
 def test_a_folder_that_takes_no_marks_stops_no_job(at: Bench, tmp_path: Path) -> None:
     (tmp_path / "pills").rmdir()
     (tmp_path / "pills").write_text("a file")
