@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from urllib3 import HTTPResponse
 
@@ -23,7 +23,7 @@ from ourvidz_serverless.addresses import is_public, look_up
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
 from ourvidz_serverless.payloads import S3Config
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
-from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.settings import Settings, storage_place, storage_problems
 from ourvidz_serverless.transport import Answer, Gate, Left, Transport, until
 
 T = TypeVar("T")
@@ -37,6 +37,9 @@ MAX_BYTES = 20_000_000
 #: What a payload calls the host of its own bucket, and how long its name is looked up for.
 ENDPOINT = "s3Config.endpointUrl"
 LOOK_UP_S = 5.0
+
+#: What JavaScript's `encodeURI` leaves alone, and what is quoted already.
+URL_MARKS = ";,/?:@&=+$-_.!~*'()#%"
 
 #: Entries of a folder that Supabase is asked for at once.
 PAGE = 100
@@ -69,17 +72,14 @@ def open_storage(settings: Settings) -> Storage:
 
     Raises ModelLoadError, at start, when its own variables do not hold.
     """
-    scheme, _, rest = settings.storage_url.partition(":")
-    bucket, _, prefix = rest.removeprefix("//").partition("/")
-    if scheme == "file" and rest:
-        return DirectoryStorage(Path(rest.removeprefix("//")))
-    if scheme == "s3" and bucket:
+    for problem in storage_problems(settings):
+        raise ModelLoadError(problem)
+    scheme, bucket, prefix = storage_place(settings)
+    if scheme == "s3":
         return S3Storage.of(settings, bucket, prefix)
-    if scheme == "supabase" and bucket:
+    if scheme == "supabase":
         return SupabaseStorage.of(settings, bucket, prefix)
-    raise ModelLoadError(
-        "STORAGE_URL: Input should be file:FOLDER, s3://BUCKET or supabase://BUCKET"
-    )
+    return DirectoryStorage(Path(settings.storage_url.removeprefix("file:").removeprefix("//")))
 
 
 @functools.lru_cache(maxsize=8)
@@ -256,14 +256,17 @@ class S3Storage:
 
     @classmethod
     def of(cls, settings: Settings, bucket: str, prefix: str) -> S3Storage:
-        return cls(
-            bucket=bucket,
-            prefix=prefix,
-            endpoint=settings.bucket_endpoint_url,
-            key_id=_secret(settings.bucket_access_key_id),
-            secret=_secret(settings.bucket_secret_access_key),
-            region=settings.bucket_region,
-        )
+        try:
+            return cls(
+                bucket=bucket,
+                prefix=prefix,
+                endpoint=settings.bucket_endpoint_url,
+                key_id=_secret(settings.bucket_access_key_id),
+                secret=_secret(settings.bucket_secret_access_key),
+                region=settings.bucket_region,
+            )
+        except ValueError as exc:  # botocore's, of a host that it takes for none
+            raise ModelLoadError("BUCKET_ENDPOINT_URL: Input should be the URL of a host") from exc
 
     def put(self, key: str, data: bytes, mime: str) -> None:
         place = self._place(key)
@@ -292,7 +295,7 @@ class S3Storage:
             signed: str = self._client.generate_presigned_url("get_object", place, expiry_s)
             return signed
         path = self._prefix + key
-        return path if style == "path" else f"{self._endpoint}/{self._bucket}/{path}"
+        return path if style == "path" else f"{self._endpoint}/{self._bucket}/{quote(path)}"
 
     def _send(self, request: Any, **event: Any) -> Any:
         """What botocore takes for the answer to a request that it has signed."""
@@ -336,17 +339,15 @@ class SupabaseStorage:
 
     @classmethod
     def of(cls, settings: Settings, bucket: str, prefix: str) -> SupabaseStorage:
-        key = _secret(settings.supabase_service_key)
-        if not (settings.supabase_url and key):
-            raise ModelLoadError("STORAGE_URL: needs SUPABASE_URL and SUPABASE_SERVICE_KEY")
-        return cls(settings.supabase_url, key, bucket, prefix)
+        url, key = settings.supabase_url, _secret(settings.supabase_service_key)
+        return cls(url or "", key or "", bucket, prefix)
 
     def put(self, key: str, data: bytes, mime: str) -> None:
         headers = {"Content-Type": mime, "x-upsert": "true"}
         self._call("POST", self._path(key), data=data, headers=headers)
 
     def get(self, key: str, bucket: str | None = None) -> bytes:
-        path = f"{bucket}/{key}" if bucket else self._path(key)
+        path = quote(f"{bucket}/{key}") if bucket else self._path(key)
         return self._call("GET", f"authenticated/{path}", max_bytes=MAX_BYTES).body
 
     def keys(self) -> Iterator[str]:
@@ -373,14 +374,16 @@ class SupabaseStorage:
         return self._prefix + key if style == "path" else f"{self._url}/public/{self._path(key)}"
 
     def _path(self, key: str) -> str:
-        return f"{self._bucket}/{self._prefix}{key}"
+        """A key as a part of URLs."""
+        return quote(f"{self._bucket}/{self._prefix}{key}")
 
     def _signed(self, key: str, expiry_s: int) -> str:
         answer = self._ask(f"sign/{self._path(key)}", {"expiresIn": expiry_s})
         path = answer.get("signedURL") if isinstance(answer, dict) else None
         if not isinstance(path, str):
             raise Fault(None)
-        return path
+        # The key comes back as it is; Supabase's own clients make it a URL by `encodeURI`.
+        return quote(path, safe=URL_MARKS)
 
     def _ask(self, path: str, wish: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

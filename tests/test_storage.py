@@ -1,7 +1,9 @@
 """Every storage takes an asset, overwrites it, finds it again, and says plainly when it cannot."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -132,6 +134,34 @@ def test_a_public_url_names_bucket_and_key(s3: SeaweedServer, supabase: Supabase
 
     assert of_s3 == f"{s3.endpoint}/{s3.bucket}/a/b/0.png"
     assert of_supabase == f"{supabase.url}/storage/v1/object/public/assets/a/b/0.png"
+
+
+ODD_PREFIX = "our assets/50%25 (a+b)"
+
+
+def test_a_public_s3_url_quotes_as_the_client_does(s3: SeaweedServer) -> None:
+    store = s3_storage(s3, prefix=ODD_PREFIX)
+
+    public, signed = (store.url("a/0.png", style, 60) for style in ("public", "presigned"))
+
+    assert urlsplit(public)[:3] == urlsplit(signed)[:3]
+
+
+@pytest.mark.parametrize(
+    ("style", "prefix"), [("public", "our assets/what? 1+1"), ("presigned", "our assets/1+1")]
+)
+def test_a_supabase_url_is_one_whatever_the_prefix(
+    supabase: SupabaseServer, style: str, prefix: str
+) -> None:
+    supabase.buckets["shown"] = Bucket(public=True)
+    store = SupabaseStorage(supabase.url, supabase.service_key, "shown", prefix)
+    store.put("user/job/0.png", b"picture", "image/png")
+
+    url = store.url("user/job/0.png", style, 60)
+
+    assert re.fullmatch("[!-~]+", url)
+    assert requests.get(url, timeout=PATIENCE_S).content == b"picture"
+    assert store.get("user/job/0.png") == b"picture"
 
 
 def test_supabase_takes_a_new_secret_key_without_a_bearer(supabase: SupabaseServer) -> None:
@@ -266,6 +296,8 @@ def test_a_name_that_comes_to_mean_an_inner_address_is_not_connected_to(s3: Seaw
 def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
     settings = Settings(
         storage_url=url,
+        bucket_access_key_id=SecretStr("id"),
+        bucket_secret_access_key=SecretStr("secret"),
         supabase_url="https://project.example",
         supabase_service_key=SecretStr("key"),
     )
@@ -273,7 +305,7 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
     assert isinstance(open_storage(settings), kind)
 
 
-@pytest.mark.parametrize("url", ["", "outputs", "s3://", "file:", "ftp://host", "supabase://b"])
+@pytest.mark.parametrize("url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b"])
 def test_a_storage_url_that_means_nothing_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))

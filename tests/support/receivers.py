@@ -158,7 +158,9 @@ def _acceptable(document: Any) -> bool:
 
 # --- Supabase Storage ---
 
-KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+#: Supabase Storage takes these in a key, and no others (storage-api, `isValidKey`).
+_NAME = r"[\w!\-.*'() &$@=;:+,?]+"
+KEY = re.compile(rf"{_NAME}(/{_NAME})*", re.ASCII)
 MEDIA = ("image/png", "image/jpeg", "image/webp", "video/mp4", "application/json", "text/plain")
 
 
