@@ -672,7 +672,7 @@ def serve(config: Settings, reading: ReadAhead | None = None) -> None:
     """
     face = Face(config)
     server = make_server(face)
-    sockets = [socket.create_server((config.host, port)) for port in _ports(config)]
+    sockets = [_listen(config.host, port) for port in _ports(config)]
     log.info("HTTP on %s", ", ".join(f"port {each.getsockname()[1]}" for each in sockets))
     if page.is_wanted(config):
         log.info("a page at http://%s:%d/", config.host, sockets[0].getsockname()[1])
@@ -692,6 +692,19 @@ def serve(config: Settings, reading: ReadAhead | None = None) -> None:
         raise fault[0]
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises ModelLoadError where the address is none of this machine's."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # A name such as localhost may mean an address of either kind.
+        kind, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        is_any = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=kind, dualstack_ipv6=is_any)
+    except OSError as exc:
+        why = exc.strerror or type(exc).__name__
+        raise ModelLoadError(f"HOST, PORT: cannot listen at {host}, port {port}: {why}") from exc
+
+
 def _ports(config: Settings) -> list[int]:
     health = config.port_health
     return [config.port] if health in (None, config.port) else [config.port, int(health or 0)]
@@ -700,7 +713,7 @@ def _ports(config: Settings) -> list[int]:
 def main() -> None:
     """The HTTP face as a process of its own."""
     try:
-        config = settings.read()
+        config = settings.read_for_worker()
         logs.configure(config.log_level)
         serve(config, ReadAhead.of(config).start())
     except ModelLoadError as exc:

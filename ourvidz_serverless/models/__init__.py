@@ -1,9 +1,10 @@
 """The families' models. torch, diffusers and transformers are imported below this floor only.
 
-A family is one module here with `load(settings, ledger) -> model`, and one row in `FAMILIES`. The
-table holds names, not modules: importing one imports torch, and no process should import what
-it does not serve. `load` registers its weights with the worker's ledger (see `residency`) and
-leaves the rest of their life to it.
+A family is one module here with `load(settings, ledger) -> model` and `check(settings, ledger)`,
+and one row in `FAMILIES`. The table holds names, not modules: importing one imports torch, and no
+process should import what it does not serve. `load` registers its weights with the worker's ledger
+(see `residency`) and leaves the rest of their life to it. `check` raises ModelLoadError for
+settings that the device cannot do, before any family reads a weight.
 """
 
 from __future__ import annotations
@@ -16,16 +17,13 @@ from typing import Any
 
 from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.residency import Ledger
-from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.settings import MAIN_MODEL, Settings
 
 FAMILIES = {
     "sdxl": "ourvidz_serverless.models.sdxl",
     "chat": "ourvidz_serverless.models.qwen",
     "wan": "ourvidz_serverless.models.wan",
 }
-
-#: The variable that names a family's main weights.
-MAIN = {"sdxl": "SDXL_MODEL", "chat": "CHAT_INSTRUCT_MODEL", "wan": "WAN_MODEL"}
 
 log = logging.getLogger("ourvidz")
 
@@ -45,10 +43,11 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     if settings.chat_quantization == "none":
         # transformers, diffusers and peft import it wherever they find it, which takes seconds.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
-    loaded = {
-        family: importlib.import_module(FAMILIES[family]).load(settings, ledger)
-        for family in settings.families
-    }
+    modules = {family: importlib.import_module(FAMILIES[family]) for family in settings.families}
+    # Of every family, before any of them reads its weights.
+    for module in modules.values():
+        module.check(settings, ledger)
+    loaded = {family: module.load(settings, ledger) for family, module in modules.items()}
     for family, model in loaded.items():
         if settings.warm_up == "always" or (settings.warm_up == "auto" and model.device.is_cuda):
             _warm_up(family, model)
@@ -67,7 +66,9 @@ def _warm_up(family: str, model: Any) -> None:
         log.warning("%s is not warm: %s", family, exc.message)
     except Exception as exc:
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        raise ModelLoadError(f"{MAIN[family]}: it loads, and does not generate ({why})") from exc
+        raise ModelLoadError(
+            f"{MAIN_MODEL[family]}: it loads, and does not generate ({why})"
+        ) from exc
     else:
         log.info("%s is warm after %.1f s", family, time.monotonic() - began)
 

@@ -119,8 +119,8 @@ def choose(network: Any, name: str, device: Device) -> None:
 
     Raises ModelLoadError where this device has none.
     """
+    check(name, device)
     backend = BACKENDS[name]
-    _try(name, backend, device)
     for module in _with_processor(network):
         if type(module.processor) is AttnProcessor2_0 and _is_plain(module):
             module.set_processor(Dispatched(backend))
@@ -148,10 +148,11 @@ def _is_plain(attention: Attention) -> bool:
     )
 
 
-def _try(name: str, backend: AttentionBackendName, device: Device) -> None:
+def check(name: str, device: Device) -> None:
+    """Raise ModelLoadError where this device has no kernel of that name."""
     tried = torch.zeros(TRIED_SHAPE, device=device.name, dtype=device.dtype)
     try:
-        dispatch_attention_fn(tried, tried, tried, backend=backend)
+        dispatch_attention_fn(tried, tried, tried, backend=BACKENDS[name])
     except (RuntimeError, ValueError) as exc:
         raise ModelLoadError(
             f"ATTENTION_BACKEND: this device has no {name} for {device.dtype}"

@@ -25,6 +25,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.blocks import repeated_blocks
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.residency import Home
@@ -198,6 +199,18 @@ def regions(network: Any, home: Home, device: Device, settings: Settings) -> Reg
         return None
     _configure(settings.compile_cache_dir, device)
     return Regions(network, home)
+
+
+def check_cache_dir(settings: Settings) -> None:
+    """Raise ModelLoadError where `COMPILE_CACHE_DIR` is no folder and cannot become one."""
+    folder = settings.compile_cache_dir
+    if settings.compile == "off" or folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        why = exc.strerror or type(exc).__name__
+        raise ModelLoadError(f"COMPILE_CACHE_DIR: the folder cannot be used: {why}") from exc
 
 
 @functools.cache

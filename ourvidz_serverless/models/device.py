@@ -101,6 +101,8 @@ class Device:
         name = torch.device(asked)
         if name.type == "cuda" and not cuda:
             raise ModelLoadError("DEVICE: cuda is asked for, and this machine has none")
+        if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
+            raise ModelLoadError(f"DEVICE: {name} is asked for, and this machine has no such one")
         auto = on_gpu if name.type == "cuda" else torch.float32
         counted = memory if isinstance(memory, CountedMemory) else None
         return cls(name, DTYPES.get(settings.dtype, auto), counted)

@@ -82,6 +82,12 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
     return Chat(served, device, settings.chat_context, ledger)
 
 
+def check(settings: Settings, ledger: Ledger) -> None:
+    """Raise ModelLoadError where the device cannot do what the settings ask of chat."""
+    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
+    quantization.check(settings.chat_quantization, device)
+
+
 def load_one(
     variable: str, place: str, name: str, settings: Settings, device: Device, ledger: Ledger
 ) -> Chat:

@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.models import attention, decoders, fp8, loading, single_file
-from ourvidz_serverless.models.compiled import Regions, regions
+from ourvidz_serverless.models.compiled import Regions, check_cache_dir, regions
 from ourvidz_serverless.models.decoders import Decoder, TinyVae, Vae
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.finite import checked
@@ -90,6 +90,14 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Sdxl:
     sdxl.regions = regions(pipe.unet, home, device, settings)
     sdxl.has_fp8 = has_fp8
     return sdxl
+
+
+def check(settings: Settings, ledger: Ledger) -> None:
+    """Raise ModelLoadError where the device cannot do what the settings ask of SDXL."""
+    device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
+    fp8.is_wanted(settings, device)
+    attention.check(settings.attention_backend, device)
+    check_cache_dir(settings)
 
 
 def low_vram_plans() -> Plans[Plan]:

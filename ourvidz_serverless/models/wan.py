@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ourvidz_serverless.models import fp8, qwen
+from ourvidz_serverless.models import attention, fp8, qwen
+from ourvidz_serverless.models.compiled import check_cache_dir
 from ourvidz_serverless.models.device import Device, out_of_memory_is_ours
 from ourvidz_serverless.models.memory import open_ledger
 from ourvidz_serverless.models.plans import Planned, Plans, VideoPlan, Way
@@ -71,6 +72,15 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
     homes = (*(network.home for network in networks.values()), vae.home, text.home)
     ledger.settle(*(home.model for home in homes))
     return wan
+
+
+def check(settings: Settings, ledger: Ledger) -> None:
+    """Raise ModelLoadError where the device cannot do what the settings ask of WAN."""
+    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
+    fp8.is_wanted(settings, device)
+    attention.check(settings.attention_backend, device)
+    check_cache_dir(settings)
+    read_prompt(settings)
 
 
 @dataclass(frozen=True, slots=True)
