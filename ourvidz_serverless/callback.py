@@ -14,11 +14,13 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.retries import Retry, is_transient, retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.transport import Transport, until
+from ourvidz_serverless.transport import Left, Transport, until
+from ourvidz_serverless.values import webhook_key
 
 #: The receiver marks the job before it inserts the assets, which takes its time.
 RETRY = Retry(try_s=30.0)
@@ -32,6 +34,14 @@ _URL = re.compile(
 
 #: All tries of one document together; what is not delivered by then is kept.
 DELIVERY_S = 75.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long one delivery may take, beside `DELIVERY_S`: seconds `left`, and how it `sleep`s."""
+
+    left: Left = lambda: DELIVERY_S
+    sleep: Callable[[float], None] = time.sleep
 
 
 class Callback:
@@ -64,24 +74,34 @@ class Callback:
             settings.callback_hosts,
         )
 
-    def post(self, document: Document, job_url: str | None = None) -> None:
+    def post(
+        self, document: Document, job_url: str | None = None, patience: Patience | None = None
+    ) -> None:
         """Deliver a document, in three tries; do nothing where there is no URL.
 
         `job_url` is the payload's own wish, which counts only when its host is allowed. Raises
         Fault with the last try's status.
         """
         body = json.dumps(document.callback(), allow_nan=False).encode()
-        self.deliver(body, document.job_id, document.status, job_url)
+        self.deliver(body, document.job_id, document.status, job_url, patience)
 
-    def deliver(self, body: bytes, job_id: str, status: str, job_url: str | None = None) -> None:
+    def deliver(
+        self,
+        body: bytes,
+        job_id: str,
+        status: str,
+        job_url: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         """The same for a document that is bytes already."""
         url = self._target(job_url)
         if not url:
             return
         message_id, ends = webhook_id(job_id, status), time.monotonic() + DELIVERY_S
+        patience = patience or Patience()
 
         def left() -> float:
-            return ends - time.monotonic()
+            return min(ends - time.monotonic(), patience.left())
 
         with until(left):
             retry(
@@ -89,6 +109,7 @@ class Callback:
                 on=is_transient,
                 policy=self._policy,
                 remaining_s=left,
+                sleep=patience.sleep,
             )
 
     def _target(self, job_url: str | None) -> str | None:
@@ -123,19 +144,12 @@ def webhook_id(job_id: str, status: str) -> str:
 def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
     """Both signatures of a body, as headers. `timestamp` is in seconds, and new at each try."""
     signed = f"{message_id}.{timestamp}.".encode() + body
-    webhook = base64.b64encode(hmac.digest(_webhook_key(secret), signed, "sha256")).decode()
+    webhook = base64.b64encode(hmac.digest(webhook_key(secret), signed, "sha256")).decode()
     return {
         "X-Callback-Signature": f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}",
         "webhook-timestamp": str(timestamp),
         "webhook-signature": f"v1,{webhook}",
     }
-
-
-def _webhook_key(secret: str) -> bytes:
-    """Standard Webhooks hands out keys as `whsec_` and base64; any other secret is its own key."""
-    if secret.startswith("whsec_"):
-        return base64.b64decode(secret.removeprefix("whsec_"))
-    return secret.encode()
 
 
 if __name__ == "__main__":

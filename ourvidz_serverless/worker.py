@@ -22,7 +22,7 @@ from PIL import Image
 
 from ourvidz_serverless import __version__, jobs, logs, models, references, storage
 from ourvidz_serverless.admission import Admission
-from ourvidz_serverless.callback import Callback
+from ourvidz_serverless.callback import DELIVERY_S, Callback, Patience
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
 from ourvidz_serverless.credentials import Credentials
 from ourvidz_serverless.delivery import Delivery
@@ -50,6 +50,9 @@ DELIVERY_THREADS = 16
 #: over, and whoever waits for its result hears of it after that.
 KEEP_S = 30.0
 
+#: What either of the two may take of a job that was stopped, or whose time is over.
+LAST_WORD_S = 10.0
+
 VERSIONED = ("runpod", "torch", "diffusers", "transformers")
 
 
@@ -67,6 +70,7 @@ class Worker:
         limits: Limits | None = None,
         policy: references.Policy | None = None,
         credentials: Credentials | None = None,
+        pills: Pills | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -80,8 +84,9 @@ class Worker:
             libraries=frozenset(settings.reference_buckets),
         )
         self._admission = Admission(settings, limits or Limits.of(settings))
-        self._pills = Pills(settings.poison_dir)
-        self._closing, self._lost = threading.Event(), threading.Event()
+        self._pills = pills or Pills(settings.poison_dir)
+        self._closing, self._closed = threading.Event(), threading.Event()
+        self._lost = threading.Event()
         self._computing = threading.Lock()
         self._flights, self._roster = Flights(), Roster()
         self._office = Office(
@@ -95,20 +100,20 @@ class Worker:
 
         `reading` is what has been reading their files meanwhile.
         """
-        # Before the models, which take minutes: what does not hold should be told at once.
-        credentials, ledger = Credentials.of(settings), models.open_ledger(settings)
+        # All before the models, which take minutes: what does not hold is told at once.
+        parts: dict[str, Any] = {
+            "assets": storage.open_storage(settings),
+            "callback": Callback.of(settings),
+            "credentials": Credentials.of(settings),
+            "limits": Limits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
+            "pills": Pills(settings.poison_dir),
+        }
+        ledger = models.open_ledger(settings)
         if reading:
             ledger.wait_for_files = reading.wait
-        return cls(
-            settings,
-            models.load(settings, ledger),
-            assets=storage.open_storage(settings),
-            callback=Callback.of(settings),
-            worker_id=os.environ.get("RUNPOD_POD_ID") or socket.gethostname(),
-            ledger=ledger,
-            credentials=credentials,
-            limits=Limits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
-        )
+        worker_id = os.environ.get("RUNPOD_POD_ID") or socket.gethostname()
+        loaded = models.load(settings, ledger)
+        return cls(settings, loaded, worker_id=worker_id, ledger=ledger, **parts)
 
     def silent(self) -> Worker:
         """This worker, with the same models, lane and threads, which posts no callbacks."""
@@ -143,7 +148,7 @@ class Worker:
             stop,
             lambda: self._run(event, job_id, context),
             joined=lambda: logs.joined(job_id),
-            tell=None if self._is_silent else lambda document: self._tell(event, document),
+            tell=None if self._is_silent else lambda document: self._tell(event, document, context),
         )
 
     def _run(self, event: Mapping[str, Any], job_id: str, context: JobContext) -> Document:
@@ -156,7 +161,7 @@ class Worker:
             logs.started(job)
             self._roster.began(job, context)
             model = self._admit(job, context)
-            self._announce(job)
+            self._announce(job, context)
             with context.stage("fetch"):
                 images = self._fetch(job, context)
                 jobs.prepare(job, model, context)
@@ -175,7 +180,7 @@ class Worker:
             logs.bug(job_id, exc)
             failure = Failure.of(models.as_job_error(exc))
         document = self._document(job_id, assets, failure, context)
-        document = self._post(document, event, job)
+        document = self._post(document, event, job, context)
         logs.ended(document, job, context.elapsed_s, context.audit)
         if failure and failure.is_the_workers_end:
             self._lose_device()
@@ -189,10 +194,14 @@ class Worker:
         """Take no further job, and stop after `grace_s` seconds those that still run."""
         self._closing.set()
         log.info("shutting down; what runs has %g s to finish", grace_s)
-        shutdown = WorkerUnavailable("the worker is shutting down")
-        timer = threading.Timer(grace_s, self._flights.stop_all, (lambda stop: stop.set(shutdown),))
+        timer = threading.Timer(grace_s, self._end_grace)
         timer.daemon = True
         timer.start()
+
+    def _end_grace(self) -> None:
+        shutdown = WorkerUnavailable("the worker is shutting down")
+        self._closed.set()
+        self._flights.stop_all(lambda stop: stop.set(shutdown))
 
     def _lose_device(self) -> None:
         if not self._lost.is_set():
@@ -223,14 +232,18 @@ class Worker:
         self._pills.swallow(job)
         return model
 
-    def _announce(self, job: Job) -> None:
-        """Tell the caller that the job has begun, where that is wanted; nothing depends on it."""
-        if self._settings.callback_processing:
-            try:
-                document = Document(job.id, self._worker_id, "processing")
-                self._callback.post(document, job.callback_url)
-            except Fault as exc:
-                log.warning("job %s could not be announced: %s", job.id, exc)
+    def _announce(self, job: Job, context: JobContext) -> None:
+        """Tell the caller that the job has begun, where that is wanted; nothing depends on it.
+
+        It takes the job's own time, and ends when the job is stopped.
+        """
+        if not self._settings.callback_processing:
+            return
+        document = Document(job.id, self._worker_id, "processing")
+        patience = Patience(lambda: context.remaining_s, context.stop.wait)
+        why_not = _tried(job.id, lambda: self._callback.post(document, job.callback_url, patience))
+        if why_not:
+            log.warning("job %s could not be announced: %s", job.id, why_not)
 
     def _fetch(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
         """The job's references that could be had; a warning stands for each of the others."""
@@ -323,47 +336,89 @@ class Worker:
             return Document(job_id, self._worker_id, "failed", failure=Failure.of(exc))
         return document
 
-    def _post(self, document: Document, event: Mapping[str, Any], job: Job | None) -> Document:
-        """Post a document; one that cannot be delivered is kept beside the assets and says so."""
+    def _post(
+        self,
+        document: Document,
+        event: Mapping[str, Any],
+        job: Job | None,
+        context: JobContext,
+    ) -> Document:
+        """Post a document; one that cannot be delivered is kept beside the assets and says so.
+
+        Never raises: the job has ended, and what holds its place must hear of that.
+        """
         # Whoever brings no key has no say in where its refusal goes.
         is_stranger = document.failure is not None and document.failure.code == "UNAUTHORIZED"
         url = None if is_stranger else jobs.callback_url(event)
-        try:
-            self._callback.post(document, url)
+        patience = self._patience(context, DELIVERY_S)
+        why_not = _tried(document.job_id, lambda: self._callback.post(document, url, patience))
+        if why_not is None:
             return document
-        except Fault as exc:
-            log.warning("callback of job %s was not delivered: %s", document.job_id, exc)
-            told = {"delivered": False, "reason": str(exc), "kept": self._keep(document, url, job)}
-            return replace(document, metadata={**document.metadata, "callback": told})
+        log.warning("callback of job %s was not delivered: %s", document.job_id, why_not)
+        kept = self._keep(document, url, job, self._patience(context, KEEP_S))
+        told = {"delivered": False, "reason": why_not, "kept": kept}
+        return replace(document, metadata={**document.metadata, "callback": told})
 
-    def _tell(self, event: Mapping[str, Any], document: Document) -> Document:
+    def _tell(self, event: Mapping[str, Any], document: Document, context: JobContext) -> Document:
         """Post the end of a job that ran in silence, for a delivery of it that does not."""
         try:
             job = jobs.parse(event, self._settings)
         except JobError:
             job = None
-        return self._post(document, event, job)
+        return self._post(document, event, job, context)
 
-    def _keep(self, document: Document, url: str | None, job: Job | None) -> str | None:
+    def _keep(
+        self, document: Document, url: str | None, job: Job | None, patience: Patience
+    ) -> str | None:
+        """Where an undelivered document lies now; None where it could not be kept."""
         # Of a payload that could not be read, nobody knows whose folder it would be.
         folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{document.job_id}"
         key = f"{folder}/callback.{document.status}.json"
-        # With the job's own URL, which whoever posts it again would not know.
-        own = {"callback_url": url} if url else {}
-        body = json.dumps({**document.callback(), **own}).encode()
-        ends = time.monotonic() + KEEP_S
-        try:
+
+        def keep() -> None:
+            # With the job's own URL, which whoever posts it again would not know.
+            own = {"callback_url": url} if url else {}
+            body = json.dumps({**document.callback(), **own}).encode()
             storage.upload(
                 self._storage(job),
                 key,
                 body,
                 "application/json",
-                remaining_s=lambda: ends - time.monotonic(),
+                remaining_s=patience.left,
+                sleep=patience.sleep,
             )
-        except JobError as exc:
-            log.warning("nor could its document be kept: %s", exc.message)
-            return None
-        return key
+
+        why_not = _tried(document.job_id, keep)
+        if why_not:
+            log.warning("nor could its document be kept: %s", why_not)
+        return None if why_not else key
+
+    def _patience(self, context: JobContext, most_s: float) -> Patience:
+        """For what is left to do when a job has ended: at most its own time, from now on.
+
+        Of a job that was stopped, or whose time or grace is over, `LAST_WORD_S`.
+        """
+        began = self._clock()
+
+        def left() -> float:
+            spent_s = self._clock() - began
+            own_s = 0.0 if self._closed.is_set() else context.remaining_s
+            return min(most_s - spent_s, max(own_s, LAST_WORD_S - spent_s))
+
+        # A stop ends a wait, but one that was set before would end every wait.
+        return Patience(left, time.sleep if context.stop.error else context.stop.wait)
+
+
+def _tried(job_id: str, call: Callable[[], None]) -> str | None:
+    """Why a call failed, in words for everybody; None where it did not. Never raises."""
+    try:
+        call()
+    except (Fault, JobError) as exc:
+        return str(exc)
+    except Exception as exc:
+        logs.bug(job_id, exc)
+        return "an internal error; the worker's log says where"
+    return None
 
 
 def _cause(error: JobError, context: JobContext) -> JobError:

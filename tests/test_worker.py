@@ -4,6 +4,7 @@ import base64
 import gc
 import io
 import json
+import socket
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from ourvidz_serverless import errors
 from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.payloads import Document, check_result
+from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
@@ -550,6 +552,150 @@ def test_a_refusal_of_a_broken_payload_goes_to_the_jobs_own_url(
     own.run(sdxl_payload(prompt=None, callback_url=receiver.callback_url))
 
     assert receiver.wait(1)[0].document["error"]["code"] == "INVALID_PROMPT"
+
+
+def unsignable(receiver: CallbackReceiver) -> Callback:
+    """A callback that cannot sign: what its secret begins with promises base64."""
+    return Callback(receiver.callback_url, "whsec_abc", policy=QUICK)
+
+
+def test_a_callback_that_fails_by_a_bug_of_ours_loses_no_document(
+    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = bench(callback=unsignable(receiver))
+
+    document = at.run()
+
+    told = document.metadata["callback"]
+    assert (document.status, told["delivered"]) == ("completed", False)
+    assert told["reason"] == "an internal error; the worker's log says where"
+    assert told["kept"] in at.stored()
+    assert "job job-1 met a bug: ValueError at values.py:" in caplog.text
+
+
+def test_a_job_whose_callback_fails_by_a_bug_leaves_nothing_under_way(
+    bench: MakeBench, receiver: CallbackReceiver, tmp_path: Path
+) -> None:
+    pills = tmp_path / "pills"
+    at = bench(callback=unsignable(receiver), settings=Settings(poison_dir=pills))
+
+    at.run()
+
+    assert at.worker.health()["jobs"] == {"processing": 0, "completed": 1, "failed": 0}
+    assert list(pills.iterdir()) == []
+    assert at.run().status == "completed"
+
+
+def test_a_document_that_cannot_be_kept_either_is_returned(
+    bench: MakeBench, receiver: CallbackReceiver, tmp_path: Path
+) -> None:
+    receiver.script([410])
+    nowhere = DirectoryStorage(tmp_path / "no\0folder")
+
+    document = bench(callback=posting(receiver), storage=nowhere).run()
+
+    assert code(document) == "INTERNAL_ERROR"
+    assert document.metadata["callback"] == {
+        "delivered": False,
+        "reason": "HTTP 410",
+        "kept": None,
+    }
+
+
+def test_a_job_that_cannot_be_announced_is_done(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = bench(callback=unsignable(receiver), settings=Settings(callback_processing=True))
+
+    assert at.run().status == "completed"
+
+
+# --- how long a callback may take ---
+
+#: Longer waits than what a job has, which end by nothing but its stop.
+SLOW = Retry(base_s=20.0, max_s=20.0, jitter=0.0)
+
+
+def statuses(receiver: CallbackReceiver) -> list[str]:
+    return [each.document["status"] for each in receiver.received]
+
+
+def test_an_announcement_ends_with_the_jobs_stop(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([503])
+    at = bench(
+        callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
+        settings=Settings(callback_processing=True),
+    )
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(at.run)
+        receiver.wait(1)
+        at.stop.set()
+
+        assert code(running.result(PATIENCE_S)) == "CANCELLED"
+    assert statuses(receiver) == ["processing", "failed"]
+
+
+def test_an_announcement_ends_with_the_jobs_time(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([503])
+    at = bench(
+        callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
+        settings=Settings(callback_processing=True, job_timeout_s=15),
+    )
+
+    assert at.run().status == "completed"
+    assert statuses(receiver) == ["processing", "completed"]
+
+
+def test_the_last_callback_ends_with_the_jobs_time(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([503])
+    at = bench(
+        callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
+        settings=Settings(job_timeout_s=15),
+    )
+
+    assert at.run().metadata["callback"]["reason"] == "HTTP 503"
+    assert statuses(receiver) == ["completed"]
+
+
+@pytest.mark.parametrize(
+    "end", [lambda at: at.stop.set(), lambda at: at.worker.close(grace_s=0)], ids=["stop", "grace"]
+)
+def test_a_receiver_that_hangs_holds_no_job_that_is_stopped(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, end: Callable[[Bench], None]
+) -> None:
+    monkeypatch.setattr("ourvidz_serverless.worker.LAST_WORD_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as hanging, ThreadPoolExecutor() as threads:
+        url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
+        at = bench(callback=Callback(url, policy=Retry(base_s=0.01, try_s=20.0)))
+        running = threads.submit(at.run)
+        with hanging.accept()[0]:
+            end(at)
+
+            told = running.result(PATIENCE_S).metadata["callback"]
+        hanging.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody has tried again
+            hanging.accept()
+    assert told["delivered"] is False
+    assert told["kept"] in at.stored()
+
+
+def test_a_stopped_jobs_document_is_tried_again_within_its_last_seconds(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    receiver.script([503, 503])
+    at = bench(callback=posting(receiver))
+    at.stop.set()
+
+    at.run()
+
+    assert statuses(receiver) == ["failed"] * 3
+    assert receiver.received[-1].status == 200
 
 
 def test_a_stranger_has_no_say_in_where_his_refusal_goes(
