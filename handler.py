@@ -18,7 +18,7 @@ def main() -> None:
     # The kernel keeps from PID 1 a signal that it has no handler for, and loading takes minutes.
     # `endpoint.serve` sets a handler of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    config = settings.read()
+    config = settings.read_for_worker()
     logs.configure(config.log_level)
     reading = ReadAhead.of(config).start()
     # Only now what takes seconds to import: meanwhile the weights are read.

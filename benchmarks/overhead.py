@@ -32,7 +32,7 @@ from benchmarks import report
 from benchmarks.arms import PROMPT, plain_picture, plain_pipeline
 from benchmarks.store import BUCKET, Store, union_s
 from benchmarks.turns import timed
-from tests.support.handler import HANDLER, ROOT
+from tests.support.handler import HANDLER, POCKET, ROOT
 from tests.support.platform import Platform
 from tests.support.receivers import CallbackReceiver
 from tests.support.worker import WorkerProcess
@@ -199,7 +199,7 @@ class Site:
             self.platform,
             script,
             args=args,
-            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **POCKET, **env},
             cwd=ROOT,
             worker_id=name,
             endpoint=name,

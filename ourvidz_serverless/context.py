@@ -45,7 +45,7 @@ class Stop:
 
 @dataclass(slots=True)
 class Pace:
-    """How fast a stage goes: its steps from `first` at the time `since` up to `last`, of `total`."""
+    """How fast a stage goes: from step `first`, at the time `since`, to `last`, of `total`."""
 
     first: int
     last: int

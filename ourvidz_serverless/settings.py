@@ -6,14 +6,25 @@ Secrets are `SecretStr`, so that printing the settings prints no secret.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ourvidz_serverless import values
 from ourvidz_serverless.errors import ModelLoadError
 
 FAMILIES = ("sdxl", "chat", "wan")
@@ -21,6 +32,16 @@ FAMILIES = ("sdxl", "chat", "wan")
 #: Jobs a worker takes at once. SDXL: one computes while the next prepares and the last one
 #: delivers. WAN: a job is minutes long, so nothing is gained by taking a second one early.
 CONCURRENCY = {"sdxl": 2, "chat": 64, "wan": 1}
+
+#: The variable that names a family's main weights.
+MAIN_MODEL = {"sdxl": "SDXL_MODEL", "chat": "CHAT_INSTRUCT_MODEL", "wan": "WAN_MODEL"}
+
+#: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
+RUNPOD_SETS = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
+
+#: The names under which the specification and the application know `WORKER_API_KEY`.
+OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
+KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
 
 WINDOWS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
@@ -72,9 +93,12 @@ def _rate(value: object) -> object:
     return Rate(int(match[1]), WINDOWS_S[match[2]], f"{match[1]}/{match[2]}")
 
 
+Url = Annotated[str, AfterValidator(values.http_url)]
+HeaderSecret = Annotated[SecretStr, AfterValidator(values.header_secret)]
+
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
-Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
+Keys = Annotated[tuple[HeaderSecret, ...], NoDecode, BeforeValidator(_keys)]
 Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
 
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_words)]
@@ -95,7 +119,7 @@ class Settings(BaseSettings):
 
     # What is served, and on what.
     families: Annotated[Words, AfterValidator(_known_families)] = ("sdxl",)
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(values.device)] = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention_backend: Literal["native", "cudnn", "flash", "efficient", "math"] = "native"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
@@ -116,7 +140,7 @@ class Settings(BaseSettings):
     http_backlog: int = Field(16, ge=0, le=10_000)
     http_reply_timeout_s: float = Field(45.0, gt=0)
     register_worker: bool = False
-    worker_url: str | None = None
+    worker_url: Url | None = None
     page: bool | None = None
 
     # Memory, and who may ask about it.
@@ -169,13 +193,13 @@ class Settings(BaseSettings):
     storage_url: str = "file:outputs"
     asset_url_style: Literal["path", "public", "presigned"] = "path"
     presigned_expiry_s: int = Field(3600, ge=60, le=604800)
-    bucket_endpoint_url: str | None = None
-    bucket_access_key_id: SecretStr | None = None
+    bucket_endpoint_url: Url | None = None
+    bucket_access_key_id: HeaderSecret | None = None
     bucket_secret_access_key: SecretStr | None = None
-    bucket_region: str = "us-east-1"
+    bucket_region: Annotated[str, AfterValidator(values.region)] = "us-east-1"
     s3_config_hosts: Words = ()
-    supabase_url: str | None = None
-    supabase_service_key: SecretStr | None = None
+    supabase_url: Url | None = None
+    supabase_service_key: HeaderSecret | None = None
 
     # Content Credentials in them.
     c2pa_cert: str | None = None
@@ -183,18 +207,20 @@ class Settings(BaseSettings):
     require_c2pa: bool = False
 
     # Whom to tell.
-    callback_url: str | None = None
+    callback_url: Url | None = None
     callback_hosts: Words = ()
     callback_processing: bool = False
-    job_callback_secret: SecretStr | None = None
+    job_callback_secret: Annotated[SecretStr, AfterValidator(values.signing_secret)] | None = None
 
     # Who and what comes in.
     worker_api_key: Keys = ()
+    wan_worker_api_key: Keys = ()
+    chat_worker_api_key: Keys = ()
     rate_limit_user: Limit = None
     rate_limit_endpoint: Limit = None
     rate_limit_fail_open: bool = True
-    upstash_redis_rest_url: str | None = None
-    upstash_redis_rest_token: SecretStr | None = None
+    upstash_redis_rest_url: Url | None = None
+    upstash_redis_rest_token: HeaderSecret | None = None
     reference_hosts: Words = ()
     reference_buckets: Words = ("user-library",)
     require_reference_consent: bool = True
@@ -204,11 +230,23 @@ class Settings(BaseSettings):
     bridge_queues: Words = ("sdxl_queue", "chat_queue", "wan_queue")
     bridge_take_from: Literal["left", "right"] = "left"
     bridge_poll_s: float = Field(2.0, gt=0)
-    runpod_api_key: SecretStr | None = None
-    runpod_base_url: str | None = None
+    runpod_api_key: HeaderSecret | None = None
+    runpod_base_url: Url | None = None
     sdxl_endpoint_id: Words = ()
     chat_endpoint_id: Words = ()
     wan_endpoint_id: Words = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tidy(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the whitespace around values, and values that are nothing else.
+
+        A key of nothing stays: it would leave the worker open.
+        """
+        tidy = {name: v.strip() if isinstance(v, str) else v for name, v in given.items()}
+        tidy = {name: value for name, value in tidy.items() if value != "" or name in KEY_NAMES}
+        keys = [tidy[name] for name in KEY_NAMES if name in tidy]
+        return {**tidy, "worker_api_key": keys[0]} if keys else tidy
 
     @property
     def resolved_concurrency(self) -> int:
@@ -238,10 +276,74 @@ def read() -> Settings:
     left out, since a secret may stand in the wrong variable.
     """
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as exc:
-        wrong = "; ".join(_line(error) for error in exc.errors())
-        raise ModelLoadError(wrong) from None
+        raise ModelLoadError("; ".join(map(_line, exc.errors()))) from None
+    _refuse(_different_keys(settings))
+    return settings
+
+
+def read_for_worker() -> Settings:
+    """The same for a process that serves jobs: what it cannot do without is there, and holds."""
+    settings = read()
+    problems = _unnamed_models(settings), storage_problems(settings), _half_of_upstash(settings)
+    _refuse(itertools.chain(*problems))
+    return settings
+
+
+def storage_problems(settings: Settings) -> Iterator[str]:
+    """What keeps assets from `STORAGE_URL`, a line each."""
+    scheme, bucket, _ = storage_place(settings)
+    if scheme == "s3":
+        if not values.is_bucket(bucket):
+            yield "STORAGE_URL: Input should name a bucket, s3://BUCKET[/PREFIX]"
+        if not (settings.bucket_access_key_id and settings.bucket_secret_access_key):
+            yield "STORAGE_URL: needs BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"
+    elif scheme == "supabase" and bucket:
+        if not (settings.supabase_url and settings.supabase_service_key):
+            yield "STORAGE_URL: needs SUPABASE_URL and SUPABASE_SERVICE_KEY"
+    elif scheme != "file" or settings.storage_url in ("file:", "file://"):
+        yield "STORAGE_URL: Input should be file:FOLDER, s3://BUCKET or supabase://BUCKET"
+
+
+def storage_place(settings: Settings) -> tuple[str, str, str]:
+    """The scheme, the bucket and the prefix that `STORAGE_URL` names."""
+    scheme, _, rest = settings.storage_url.partition(":")
+    bucket, _, prefix = rest.removeprefix("//").partition("/")
+    return scheme, bucket, prefix
+
+
+def is_on_runpod() -> bool:
+    """Whether this process runs in one of RunPod's containers, an endpoint's or a pod's."""
+    return any(os.environ.get(name) for name in RUNPOD_SETS)
+
+
+def _unnamed_models(settings: Settings) -> Iterator[str]:
+    """A paid worker must not serve the pocket model because nobody named another one."""
+    for variable in (MAIN_MODEL[family] for family in settings.families):
+        if is_on_runpod() and variable.lower() not in settings.model_fields_set:
+            yield (
+                f"{variable}: Field required on RunPod, a model's name, or pocket for the small "
+                "model of this repository"
+            )
+
+
+def _half_of_upstash(settings: Settings) -> Iterator[str]:
+    if settings.upstash_redis_rest_url and not settings.upstash_redis_rest_token:
+        yield "UPSTASH_REDIS_REST_URL: needs UPSTASH_REDIS_REST_TOKEN"
+
+
+def _different_keys(settings: Settings) -> Iterator[str]:
+    """The names of `WORKER_API_KEY` that hold another value than the first of them that is set."""
+    for name in OTHER_KEY_NAMES:
+        if getattr(settings, name) not in ((), settings.worker_api_key):
+            names = " and ".join(each.upper() for each in KEY_NAMES if each != name)
+            yield f"{name.upper()}: Input should equal {names} where they are set too"
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if line := "; ".join(problems):
+        raise ModelLoadError(line)
 
 
 def _line(error: Any) -> str:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.handler import POCKET
 from tests.support.platform import Platform
 
 #: Jobs of some seconds on the pocket models, to be met in the middle.
@@ -269,7 +270,7 @@ def prove_sigterm(image: Image, *, grace_s: float, status: str) -> None:
 
 def worker_env(platform: Platform) -> dict[str, str]:
     # A home that is not there: the SDK prefers a key in it to the one in the environment.
-    return {**platform.env(), "HOME": "/tmp"}
+    return {**platform.env(), **POCKET, "HOME": "/tmp"}
 
 
 if __name__ == "__main__":

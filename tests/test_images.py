@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.settings import FAMILIES, Settings
+from ourvidz_serverless.settings import FAMILIES, MAIN_MODEL, Settings
 from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +254,7 @@ NOT_ON_THE_HUB = {
     *("PRESSURE_CRITICAL", "PRESSURE_HIGH", "PRESSURE_MEDIUM", "VRAM_BUDGET_GB"),
     *("ADMIN_REQUIRES_KEY", "PRESIGNED_EXPIRY_S", "RATE_LIMIT_FAIL_OPEN", "REFERENCE_BUCKETS"),
     *("S3_CONFIG_HOSTS", "ATTENTION_BACKEND", "COMPILE", "COMPILE_CACHE_DIR", "WARM_UP"),
-    *("MEMORY_FORMAT", "FP8"),
+    *("MEMORY_FORMAT", "FP8", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
 }
 
 
@@ -304,6 +304,14 @@ def test_presets_set_what_exists_to_what_is_taken() -> None:
     for preset in HUB["config"]["presets"]:
         settings_with(preset["defaults"])
         assert set(preset["defaults"]) <= {name.upper() for name in Settings.model_fields}
+
+
+def test_the_hub_names_the_model_of_each_family_that_it_starts() -> None:
+    presets = [preset["defaults"] for preset in HUB["config"]["presets"]]
+    tests = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
+
+    for env in (*presets, tests):
+        assert {MAIN_MODEL[family] for family in settings_with(env).families} <= env.keys()
 
 
 def test_secrets_have_no_default() -> None:

@@ -50,6 +50,223 @@ def test_printing_the_settings_prints_no_secret() -> None:
     assert "hush" not in repr(Settings(job_callback_secret="hush", supabase_service_key="hush"))
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\t\r\n"])
+def test_a_variable_of_whitespace_is_as_good_as_unset(
+    monkeypatch: pytest.MonkeyPatch, blank: str
+) -> None:
+    monkeypatch.setenv("CALLBACK_URL", blank)
+
+    assert settings.read().callback_url is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SUPABASE_SERVICE_KEY", "key\r"),
+        ("JOB_CALLBACK_SECRET", "hush\n"),
+        ("UPSTASH_REDIS_REST_TOKEN", " token"),
+    ],
+)
+def test_a_secret_has_no_whitespace_around_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    assert getattr(settings.read(), name.lower()).get_secret_value() == value.strip()
+
+
+@pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "WORKER_API_KEY", "RUNPOD_API_KEY"])
+@pytest.mark.parametrize("value", ["schl\u00fcssel", "two words", "a\r\nX-Injected: b", "\u4f60"])
+def test_a_key_that_no_header_carries_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ModelLoadError, match=rf"^{name}.*visible ASCII") as wrong:
+        settings.read()
+
+    assert value not in wrong.value.message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CALLBACK_URL", "SUPABASE_URL", "WORKER_URL", "BUCKET_ENDPOINT_URL"),
+        *("UPSTASH_REDIS_REST_URL", "RUNPOD_BASE_URL"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("minio:9000", "localhost", "//host/path", "ftp://host", "http://", "http://host:port"),
+        *("https://a b.example", "http://[::1", "http://a\\@b.example", "http:host"),
+    ],
+)
+def test_a_url_that_is_none_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ModelLoadError, match=f"^{name}: Input should be a URL"):
+        settings.read()
+
+
+@pytest.mark.parametrize(
+    "value", ["http://minio:9000", "https://a.example/path?x=1", "http://[::1]:80", "HTTP://h"]
+)
+def test_a_url_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", value)
+
+    assert settings.read().bucket_endpoint_url == value
+
+
+@pytest.mark.parametrize(
+    "value", ["whsec_abc", "whsec_", "whsec_a-b_", "whsec_\u00e9", "whsec_a b="]
+)
+def test_a_webhook_secret_that_is_not_base64_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("JOB_CALLBACK_SECRET", value)
+
+    with pytest.raises(ModelLoadError, match=r"^JOB_CALLBACK_SECRET: .* base64 after whsec_$"):
+        settings.read()
+
+
+# --- the names of the key ---
+
+
+@pytest.mark.parametrize("name", ["WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"])
+def test_the_key_has_the_specifications_and_the_applications_names(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "older, newer")
+
+    keys = settings.read().worker_api_key
+
+    assert [key.get_secret_value() for key in keys] == ["older", "newer"]
+
+
+def test_one_key_may_stand_under_all_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORKER_API_KEY", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"):
+        monkeypatch.setenv(name, "the-key")
+
+    assert [key.get_secret_value() for key in settings.read().worker_api_key] == ["the-key"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("WORKER_API_KEY", "WAN_WORKER_API_KEY"),
+        ("WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
+        ("WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
+    ],
+)
+def test_two_names_with_different_keys_end_the_start(
+    monkeypatch: pytest.MonkeyPatch, one: str, other: str
+) -> None:
+    monkeypatch.setenv(one, "this-key")
+    monkeypatch.setenv(other, "that-key")
+
+    with pytest.raises(ModelLoadError, match=rf"^{other}: Input should equal .*{one}") as wrong:
+        settings.read()
+
+    assert "-key" not in wrong.value.message
+
+
+@pytest.mark.parametrize("name", ["WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"])
+def test_no_name_of_the_key_may_hold_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("WORKER_API_KEY", "the-key")
+    monkeypatch.setenv(name, " , ")
+
+    with pytest.raises(ModelLoadError, match=f"^{name}: Input should hold a key"):
+        settings.read()
+
+
+# --- what a worker cannot do without ---
+
+S3_KEYS = {"BUCKET_ACCESS_KEY_ID": "id", "BUCKET_SECRET_ACCESS_KEY": "secret"}
+ON_RUNPOD = ["RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"]
+
+
+def worker_settings(monkeypatch: pytest.MonkeyPatch, **env: str) -> Settings:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return settings.read_for_worker()
+
+
+@pytest.mark.parametrize("variable", ON_RUNPOD)
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [("sdxl", "SDXL_MODEL"), ("chat", "CHAT_INSTRUCT_MODEL"), ("wan", "WAN_MODEL")],
+)
+def test_on_runpod_a_familys_model_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, family: str, model: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=f"^{model}: Field required on RunPod"):
+        worker_settings(monkeypatch, FAMILIES=family, **{variable: "something"})
+
+
+def test_on_runpod_the_pocket_model_is_served_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"RUNPOD_POD_ID": "pod", "SDXL_MODEL": "pocket"}
+
+    assert worker_settings(monkeypatch, **env).sdxl_model == "pocket"
+
+
+def test_elsewhere_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker_settings(monkeypatch).sdxl_model == "pocket"
+
+
+@pytest.mark.parametrize("missing", [*S3_KEYS, None])
+def test_an_s3_bucket_needs_both_of_its_keys(
+    monkeypatch: pytest.MonkeyPatch, missing: str | None
+) -> None:
+    env = {name: value for name, value in S3_KEYS.items() if missing and name != missing}
+
+    with pytest.raises(ModelLoadError, match=r"^STORAGE_URL: needs BUCKET_ACCESS_KEY_ID and"):
+        worker_settings(monkeypatch, STORAGE_URL="s3://bucket", **env)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3://two words", "s3://a%20b/prefix", "s3:///prefix"])
+def test_an_s3_bucket_has_a_name_that_s3_takes(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"^STORAGE_URL: Input should name a bucket"):
+        worker_settings(monkeypatch, STORAGE_URL=url, **S3_KEYS)
+
+
+def test_half_of_upstash_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ModelLoadError, match=r"^UPSTASH_REDIS_REST_URL: needs UPSTASH_REDIS_REST_T"
+    ):
+        worker_settings(monkeypatch, UPSTASH_REDIS_REST_URL="https://u.example")
+
+
+def test_all_that_a_worker_lacks_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelLoadError) as wrong:
+        worker_settings(monkeypatch, RUNPOD_POD_ID="pod", STORAGE_URL="supabase://assets")
+
+    assert "SDXL_MODEL: " in wrong.value.message
+    assert "STORAGE_URL: needs SUPABASE_URL" in wrong.value.message
+    assert "\n" not in wrong.value.message
+
+
+@pytest.mark.parametrize("name", ["cudaa", "cuda:", "cuda:x", "gpu", "0"])
+def test_a_device_that_nobody_has_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=r"^DEVICE: Input should be auto, cpu, cuda"):
+        worker_settings(monkeypatch, DEVICE=name)
+
+
+@pytest.mark.parametrize("name", ["us east", "-us", "7", "a" * 64])
+def test_a_region_that_no_host_can_have_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=r"^BUCKET_REGION: Input should be a region"):
+        worker_settings(monkeypatch, BUCKET_REGION=name)
+
+
+# --- numbers ---
+
+
 @pytest.mark.parametrize(
     ("families", "jobs"), [(("sdxl",), 2), (("wan",), 1), (("sdxl", "chat"), 64)]
 )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.handler import ROOT
+from tests.support.handler import POCKET, ROOT
 from tests.support.platform import Platform
 from tests.support.worker import WorkerProcess
 
@@ -36,7 +36,8 @@ class Brake:
 
 
 def start(platform: Platform, brake: Brake, **env: str) -> WorkerProcess:
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(brake.path), **env}
+    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(brake.path)}
+    env = {**here, **POCKET, **env}
     return WorkerProcess(platform, "-m", args=[__name__], env=env, cwd=ROOT)
 
 

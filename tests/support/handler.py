@@ -14,12 +14,15 @@ from tests.support.worker import WorkerProcess
 ROOT = Path(__file__).parents[2]
 HANDLER = ROOT / "handler.py"
 
+#: On RunPod the pocket models are served to those who ask for them by name.
+POCKET = {"SDXL_MODEL": "pocket", "CHAT_INSTRUCT_MODEL": "pocket", "WAN_MODEL": "pocket"}
+
 #: The SDK's own API, at a port that the system picks.
 LOCAL_API = ("--rp_serve_api", "--rp_api_port", "0")
 
 
 def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **POCKET, **env}
     return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
 
 

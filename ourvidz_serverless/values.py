@@ -1,0 +1,88 @@
+"""What the text of a setting must be, where its type alone does not say it.
+
+Each check returns its value, or raises ValueError with words that do not repeat the value: it may
+be a secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from pydantic import HttpUrl, SecretStr, TypeAdapter
+
+#: Standard Webhooks writes a secret's bytes in base64 behind this.
+WEBHOOK_PREFIX = "whsec_"
+
+#: What a header carries unchanged: visible ASCII, without a space (RFC 9110, 5.5).
+_HEADER = re.compile(r"[!-~]+")
+
+_URL = re.compile(r"https?://[^\s\\]+", re.IGNORECASE)
+_HTTP_URL = TypeAdapter(HttpUrl)
+
+#: The names that S3 clients take for a bucket (botocore, `VALID_BUCKET`).
+_BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+
+
+def http_url(text: str) -> str:
+    """An http or https URL with a host."""
+    problem = "Input should be a URL that begins with http:// or https://"
+    if not _URL.fullmatch(text):
+        raise ValueError(problem)
+    try:
+        _HTTP_URL.validate_python(text)
+    except ValueError:
+        raise ValueError(problem) from None
+    return text
+
+
+def header_secret(secret: SecretStr) -> SecretStr:
+    """A secret that travels in a header."""
+    if not _HEADER.fullmatch(secret.get_secret_value()):
+        raise ValueError("Input should be visible ASCII characters without spaces")
+    return secret
+
+
+def signing_secret(secret: SecretStr) -> SecretStr:
+    """A secret that signs callbacks."""
+    webhook_key(secret.get_secret_value())
+    return secret
+
+
+def webhook_key(secret: str) -> bytes:
+    """The bytes that sign by Standard Webhooks: what `whsec_` stands before, else the text itself.
+
+    Raises ValueError where `whsec_` stands before something else than base64.
+    """
+    if not secret.startswith(WEBHOOK_PREFIX):
+        return secret.encode()
+    try:
+        key = base64.b64decode(secret.removeprefix(WEBHOOK_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not key:
+        raise ValueError(f"Input should be base64 after {WEBHOOK_PREFIX}")
+    return key
+
+
+def is_bucket(text: str) -> bool:
+    """Whether S3 clients take a text for the name of a bucket."""
+    return bool(_BUCKET.fullmatch(text))
+
+
+def region(text: str) -> str:
+    """A region of S3, which becomes a part of host names."""
+    if not _REGION.fullmatch(text):
+        raise ValueError("Input should be a region's name, such as us-east-1")
+    return text
+
+
+def device(text: str) -> str:
+    """A device that torch may have."""
+    if not _DEVICE.fullmatch(text):
+        raise ValueError("Input should be auto, cpu, cuda or cuda:NUMBER")
+    return text
