@@ -1,17 +1,23 @@
 """LoRAs: found by name or fetched from an allowed host, at work for one job, gone after it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY as METADATA
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models import loras
+from ourvidz_serverless.models import sdxl as sdxl_models
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
 from ourvidz_serverless.settings import Settings
@@ -61,6 +67,101 @@ def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: Lora
         ).images[0]
 
     assert np.array_equal(ours, (theirs * 255).round())
+
+
+# --- what diffusers writes into a file's header ---
+
+
+def save_with_metadata(path: Path, adapters: Any = ("unet",), **config: Any) -> None:
+    """A LoRA that diffusers' own `save_lora_weights` wrote, with its adapter metadata."""
+    pipe = sdxl_models.load(Settings())._pipe
+    layers, metadata = {}, {}
+    torch.manual_seed(0)
+    for name in adapters:
+        network = getattr(pipe, name)
+        targets = ["to_q", "to_v"] if name == "unet" else ["q_proj", "v_proj"]
+        network.add_adapter(
+            LoraConfig(**{"r": 4, "target_modules": targets, "init_lora_weights": False, **config})
+        )
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+        metadata[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    pipe.save_lora_weights(path.parent, **layers, **metadata, weight_name=path.name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 16},
+        {"lora_alpha": 1},
+        {"lora_alpha": 8, "use_rslora": True},
+        {"lora_alpha": 4, "alpha_pattern": {"to_q": 16}},
+        {"lora_alpha": 8, "rank_pattern": {"to_q": 2}},
+        {"lora_alpha": 16, "lora_dropout": 0.5},
+        {"lora_alpha": 16, "adapters": ("unet", "text_encoder", "text_encoder_2")},
+    ],
+    ids=str,
+)
+def test_a_lora_with_adapter_metadata_equals_diffusers_loading_the_same_file(
+    sdxl: Any, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    path = tmp_path / "strong.safetensors"
+    save_with_metadata(path, **config)
+    theirs = sdxl_models.load(Settings())._pipe
+    theirs.load_lora_weights(tmp_path, weight_name=path.name)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        getattr(theirs, name).eval()
+
+    ours = render(sdxl, loras=[(path, 1.0)])
+
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        "a red circle",
+        width=64,
+        height=64,
+        num_inference_steps=10,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]
+    assert np.array_equal(ours, (expected * 255).round())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        # Changes the checkpoint's own weights, and leaves them changed.
+        {"init_lora_weights": "pissa"},
+        # Imports a module of that name.
+        {"megatron_config": {}, "megatron_core": "antigravity"},
+        {"modules_to_save": ["conv_out"]},
+        # Matched against each layer's name as a regular expression, for hours.
+        {"target_modules": "(([a-z.]+)+)+!"},
+        {"alpha_pattern": {"(([a-z.]+)+)+!": 2}},
+        {"r": "four"},
+        {"no_such_entry": 1},
+    ],
+    ids=str,
+)
+def test_adapter_metadata_that_is_more_than_a_strength_is_refused(
+    sdxl: Any, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_with_metadata(path, lora_alpha=16)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[METADATA])
+    header |= {f"unet.{name}": value for name, value in entry.items()}
+    save_file(load_file(path), path, metadata={METADATA: json.dumps(header)})
+
+    with pytest.raises(ModelLoadError, match=r"^config\.loras: odd "):
+        render(sdxl, loras=[(path, 1.0)])
+
+
+def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"unet.(([a-z.]+)+)+!.lora_B.weight": torch.zeros(4, 4)}, path)
+
+    with pytest.raises(ModelLoadError, match=r"^config\.loras: odd has a tensor with characters in its name"):
+        render(sdxl, loras=[(path, 1.0)])
 
 
 def test_a_lora_is_gone_after_its_job(sdxl: Any, shelf: LoraShelf) -> None:

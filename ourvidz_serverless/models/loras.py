@@ -7,6 +7,7 @@ downloaded once and kept in that folder's `downloads/`.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ourvidz_serverless import checkpoints, references
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
+from ourvidz_serverless.models import lora_header
 from ourvidz_serverless.settings import Settings
 
 #: The largest SDXL LoRAs have about as many bytes.
@@ -111,15 +112,28 @@ def applied(pipe: Any, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
         for name, (path, _) in zip(names, loras, strict=True):
             _load(pipe, name, path)
         pipe.set_adapters(names, [scale for _, scale in loras])
+        for network in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+            # PEFT's own layers begin in training, in which they drop values out.
+            network.eval()
         yield
     finally:
         pipe.unload_lora_weights()
 
 
 def _load(pipe: Any, name: str, path: Path) -> None:
+    """Add a LoRA of a file, at the strength that the file tells, as diffusers does."""
     try:
-        pipe.load_lora_weights(load_file(path), adapter_name=name)
-    except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as exc:
+        lora_header.check(path)
+    except (SafetensorError, OSError) as exc:
+        raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model") from exc
+    except ValueError as exc:
+        why = "has a header that is broken" if isinstance(exc, json.JSONDecodeError) else exc
+        raise ModelLoadError(f"config.loras: {path.stem[:12]} {why}") from exc
+    try:
+        pipe.load_lora_weights(
+            str(path), adapter_name=name, use_safetensors=True, local_files_only=True
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as exc:
         raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model") from exc
     if name not in {each for every in pipe.get_list_adapters().values() for each in every}:
         raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model")
