@@ -166,6 +166,7 @@ class Settings(BaseSettings):
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None
     lora_hosts: Words = ()
+    lora_cache_gb: float = Field(10.0, gt=0)
 
     # Chat.
     chat_instruct_model: str = "pocket"

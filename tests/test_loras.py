@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models import loras
 from ourvidz_serverless.models import sdxl as sdxl_models
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
@@ -41,7 +40,7 @@ def render(model: Any, **options: Any) -> np.ndarray:
 
 
 def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, shelf: LoraShelf) -> None:
-    path = shelf.path("bold")
+    path = shelf.path("bold", "ann")
     without = render(sdxl)
 
     little, much = (
@@ -52,7 +51,7 @@ def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, shelf: LoraShelf) ->
 
 
 def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: LoraShelf) -> None:
-    loras = [(shelf.path("bold"), 0.7)]
+    loras = [(shelf.path("bold", "ann"), 0.7)]
     options = {name: PICTURE[name] for name in ("width", "num_inference_steps", "guidance_scale")}
     sdxl._pipe.set_progress_bar_config(disable=True)
 
@@ -160,13 +159,15 @@ def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_p
     path = tmp_path / "odd.safetensors"
     save_file({"unet.(([a-z.]+)+)+!.lora_B.weight": torch.zeros(4, 4)}, path)
 
-    with pytest.raises(ModelLoadError, match=r"^config\.loras: odd has a tensor with characters in its name"):
+    with pytest.raises(
+        ModelLoadError, match=r"^config\.loras: odd has a tensor with characters in its name"
+    ):
         render(sdxl, loras=[(path, 1.0)])
 
 
 def test_a_lora_is_gone_after_its_job(sdxl: Any, shelf: LoraShelf) -> None:
     before = render(sdxl)
-    render(sdxl, loras=[(shelf.path("bold"), 1.0)])
+    render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
 
     assert np.array_equal(render(sdxl), before)
 
@@ -177,7 +178,7 @@ def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, shelf: LoraShelf
 
     before = render(sdxl)
     with pytest.raises(KeyboardInterrupt):
-        render(sdxl, loras=[(shelf.path("bold"), 1.0)], step=stop)
+        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)], step=stop)
 
     assert np.array_equal(render(sdxl), before)
 
@@ -209,59 +210,34 @@ def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
     before = render(sdxl)
 
     with pytest.raises(ModelLoadError, match=f"{name} is no LoRA of this model"):
-        render(sdxl, loras=[(shelf.path(name), 1.0)])
+        render(sdxl, loras=[(shelf.path(name, "ann"), 1.0)])
 
     assert np.array_equal(render(sdxl), before)
 
 
 def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:
     with pytest.raises(InvalidPrompt, match=r"config\.loras: there is no missing"):
-        shelf.path("missing")
+        shelf.path("missing", "ann")
 
 
 @pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
 def test_a_url_that_is_none_is_refused(shelf: LoraShelf, url: str) -> None:
     with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
-        shelf.fetch(url, lambda: 10.0)
+        shelf.fetch(url, "ann", lambda: 10.0)
 
 
 def test_without_a_folder_there_are_no_loras() -> None:
     with pytest.raises(InvalidPrompt, match="SDXL_LORA_DIR"):
-        LoraShelf(None).path("bold")
+        LoraShelf(None).path("bold", "ann")
 
 
 def test_a_url_is_refused_unless_hosts_are_allowed(shelf: LoraShelf) -> None:
     with pytest.raises(InvalidPrompt, match="LORA_HOSTS"):
-        shelf.fetch("https://loras.example/bold.safetensors", lambda: 10.0)
+        shelf.fetch("https://loras.example/bold.safetensors", "ann", lambda: 10.0)
 
 
 def test_a_url_of_another_host_is_refused(shelf: LoraShelf) -> None:
     strict = LoraShelf(shelf.folder, Policy(frozenset({"loras.example"})))
 
     with pytest.raises(ModelLoadError, match="allow-list"):
-        strict.fetch("https://elsewhere.example/bold.safetensors", lambda: 10.0)
-
-
-def test_a_url_that_was_fetched_once_is_not_fetched_again(shelf: LoraShelf, tmp_path: Path) -> None:
-    kept = LoraShelf(tmp_path, Policy(frozenset({"loras.example"})))
-    path = kept.path("https://loras.example/bold.safetensors?signature=1")
-    path.parent.mkdir()
-    path.write_bytes(shelf.path("bold").read_bytes())
-
-    assert kept.fetch("https://loras.example/bold.safetensors?signature=2", lambda: 10.0) == path
-
-
-def test_a_download_that_is_no_weights_is_refused_and_not_kept(
-    shelf: LoraShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bold = shelf.path("bold").read_bytes()
-    answers = [b"<html>log in</html>", bold]
-    monkeypatch.setattr(loras.references, "download", lambda *a, **options: answers.pop(0))
-    strict = LoraShelf(tmp_path, Policy(frozenset({"loras.example"})))
-    url = "https://loras.example/bold.safetensors"
-
-    with pytest.raises(ModelLoadError, match="no safetensors"):
-        strict.fetch(url, lambda: 10.0)
-
-    assert list((tmp_path / "downloads").iterdir()) == []
-    assert strict.fetch(url, lambda: 10.0).read_bytes() == bold
+        strict.fetch("https://elsewhere.example/bold.safetensors", "ann", lambda: 10.0)

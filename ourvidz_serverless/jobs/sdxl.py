@@ -288,7 +288,7 @@ def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
     model.home.expect()
     for lora in job.config.loras:
         context.check()
-        model.loras.fetch(lora.source, lambda: context.remaining_s)
+        model.loras.fetch(lora.source, job.user_id, lambda: context.remaining_s)
 
 
 def run(
@@ -310,7 +310,9 @@ def run(
         num_inference_steps=job.steps,
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
-        loras=[(model.loras.path(lora.source), lora.scale) for lora in job.config.loras],
+        loras=[
+            (model.loras.path(lora.source, job.user_id), lora.scale) for lora in job.config.loras
+        ],
         check=context.check,
         speed=job.config.speed,
         planned=lambda plan: context.metadata.update(memory_plan=dict(plan)),

@@ -1,26 +1,24 @@
 """LoRAs (arXiv:2106.09685): small weights that one job adds to a checkpoint, and leaves behind.
 
-Only safetensors are read, from one folder by name, or from allowed hosts by URL; a URL is
-downloaded once and kept in that folder's `downloads/`.
+Only safetensors are read, from one folder by name, or from allowed hosts by URL; what comes by URL
+is kept in that folder's `downloads/`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
-from ourvidz_serverless import checkpoints, references
+from ourvidz_serverless import references
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
 from ourvidz_serverless.models import lora_header
+from ourvidz_serverless.models.lora_downloads import Downloads
 from ourvidz_serverless.settings import Settings
 
 #: The largest SDXL LoRAs have about as many bytes.
@@ -34,37 +32,38 @@ class LoraShelf:
 
     folder: Path | None
     policy: references.Policy | None = None
+    max_cached_bytes: int = 10 << 30
 
     @classmethod
     def of(cls, settings: Settings) -> LoraShelf:
         hosts = frozenset(settings.lora_hosts)
         policy = references.Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S)
-        return cls(settings.sdxl_lora_dir, policy if hosts else None)
+        max_cached_bytes = int(settings.lora_cache_gb * (1 << 30))
+        return cls(settings.sdxl_lora_dir, policy if hosts else None, max_cached_bytes)
 
-    def path(self, source: str) -> Path:
-        """The file of a name or a URL; a URL must have been fetched.
+    def path(self, source: str, user_id: str) -> Path:
+        """The file of a name, or of a URL that the user's job has fetched.
 
         Raises InvalidPrompt for a name that nothing lies under, or a URL that is none.
         """
-        if self.folder is None:
-            raise InvalidPrompt("config.loras: this endpoint has none, see SDXL_LORA_DIR")
+        downloads = self._downloads()
         if ":" in source:
             try:
-                return self.folder / "downloads" / f"{_digest(source)}.safetensors"
+                return downloads.path(source, user_id)
             except ValueError as exc:
                 raise InvalidPrompt("config.loras: Input should be an https URL") from exc
-        path = self.folder / f"{source.removesuffix('.safetensors')}.safetensors"
+        path = downloads.folder.parent / f"{source.removesuffix('.safetensors')}.safetensors"
         if not path.is_file():
             raise InvalidPrompt(f"config.loras: there is no {source}")
         return path
 
-    def fetch(self, source: str, remaining_s: Callable[[], float]) -> Path:
+    def fetch(self, source: str, user_id: str, remaining_s: Callable[[], float]) -> Path:
         """The file of a name or a URL, downloaded where it must be.
 
         Raises InvalidPrompt when URLs are not allowed, ModelLoadError when one gives nothing.
         """
-        path = self.path(source)
-        if path.exists():
+        path, downloads = self.path(source, user_id), self._downloads()
+        if ":" not in source or downloads.use(path):
             return path
         if self.policy is None:
             raise InvalidPrompt("config.loras: URLs are not allowed here, see LORA_HOSTS")
@@ -73,29 +72,13 @@ class LoraShelf:
         except ReferenceFrameError as exc:
             why = exc.message.removeprefix("reference: ")
             raise ModelLoadError(f"config.loras: {why}") from exc
-        _write(path, data)
+        downloads.keep(path, data)
         return path
 
-
-def _digest(url: str) -> str:
-    """What a URL is kept under. Its query is left out: a signature is new each time."""
-    parts = urlsplit(url)
-    return hashlib.sha256(f"{parts.hostname}{parts.path}".encode()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Keep a download. Raises ModelLoadError, and keeps nothing, where it is none of weights."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        fresh = Path(file.name)
-    try:
-        fresh.write_bytes(data)
-        checkpoints.header(fresh)
-        fresh.replace(path)
-    except ValueError as exc:
-        raise ModelLoadError("config.loras: the URL gives no safetensors file") from exc
-    finally:
-        fresh.unlink(missing_ok=True)
+    def _downloads(self) -> Downloads:
+        if self.folder is None:
+            raise InvalidPrompt("config.loras: this endpoint has none, see SDXL_LORA_DIR")
+        return Downloads(self.folder / "downloads", self.max_cached_bytes)
 
 
 @contextmanager

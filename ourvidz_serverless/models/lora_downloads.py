@@ -1,0 +1,127 @@
+"""LoRAs that were downloaded, in one folder: each under its source, all of them within a size.
+
+A source is a URL with its query, since hosts tell files apart by it. A signature in the query is new
+each time and is left out. Who sends one has a right that others may not have, so what was signed is
+kept for that user alone; what needs no signature is kept for everybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from ourvidz_serverless import checkpoints
+from ourvidz_serverless.errors import ModelLoadError
+
+#: What makes a query signed, and which other parameters belong to that signature: S3 and CloudFront,
+#: Azure, Supabase and Civitai. Of a name that ends with `-` all that begin with it.
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "x-amz-signature": ("x-amz-",),
+    "x-goog-signature": ("x-goog-",),
+    "signature": ("awsaccesskeyid", "googleaccessid", "expires", "policy", "key-pair-id"),
+    "sig": (
+        *("se", "si", "sip", "ske", "skoid", "sks", "skt", "sktid", "skv"),
+        *("sp", "spr", "sr", "st", "sv"),
+    ),
+    "token": (),
+}
+
+#: A file that was used within so many seconds may be a running job's, and is not deleted.
+IN_USE_S = 3600.0
+
+#: Held while room is made and a file is written into it.
+_keeping = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Downloads:
+    """The folder may hold `max_bytes`; what was used the longest ago leaves it first."""
+
+    folder: Path
+    max_bytes: int
+
+    def path(self, url: str, user_id: str) -> Path:
+        """Where a user's download of a URL lies, or will lie. Raises ValueError for no URL."""
+        parts = urlsplit(url)
+        query, is_signed = _unsigned(parts.query)
+        owner = user_id if is_signed else None
+        source = json.dumps([owner, parts.hostname, parts.path, query])
+        return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()}.safetensors"
+
+    @staticmethod
+    def use(path: Path) -> bool:
+        """Whether a download is there; if so, it stays for `IN_USE_S` from now on."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def keep(self, path: Path, data: bytes) -> None:
+        """Write a download, and make room for it.
+
+        Raises ModelLoadError, and keeps nothing, where it is no safetensors file, or where the files
+        that are in use leave no room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _keeping:
+            self._make_room(len(data))
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                fresh = Path(file.name)
+            try:
+                fresh.write_bytes(data)
+                checkpoints.header(fresh)
+                fresh.replace(path)
+            except ValueError as exc:
+                raise ModelLoadError("config.loras: the URL gives no safetensors file") from exc
+            finally:
+                fresh.unlink(missing_ok=True)
+
+    def _make_room(self, num_bytes: int) -> None:
+        files = sorted(self._files(), key=lambda file: file[1])
+        total, newest = sum(size for _, _, size in files), time.time() - IN_USE_S
+        for path, used_at, size in files:
+            if total + num_bytes <= self.max_bytes or used_at > newest:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        if total + num_bytes > self.max_bytes:
+            raise ModelLoadError(
+                "config.loras: there is no room for this download, see LORA_CACHE_GB"
+            )
+
+    def _files(self) -> list[tuple[Path, float, int]]:
+        """Each file with the time of its last use and its size."""
+        found = []
+        for path in self.folder.iterdir():
+            # Another worker on the same volume may delete one meanwhile.
+            with suppress(FileNotFoundError):
+                facts = path.stat()
+                found.append((path, facts.st_mtime, facts.st_size))
+        return found
+
+
+def _unsigned(query: str) -> tuple[list[tuple[str, str]], bool]:
+    """A query's parameters without those of a known signature, and whether there was one."""
+    given = parse_qsl(query, keep_blank_values=True)
+    names = {name.lower() for name, _ in given}
+    signed = {each for marker in SIGNATURES.keys() & names for each in _parameters(marker)}
+    prefixes = tuple(each for each in signed if each.endswith("-"))
+    kept = [
+        (name, value)
+        for name, value in given
+        if name.lower() not in signed and not name.lower().startswith(prefixes)
+    ]
+    return kept, bool(signed)
+
+
+def _parameters(marker: str) -> tuple[str, ...]:
+    return (marker, *SIGNATURES[marker])
