@@ -1,8 +1,8 @@
 """LoRAs that were downloaded, in one folder: each under its source, all of them within a size.
 
-A source is a URL with its query, since hosts tell files apart by it. A signature in the query is new
-each time and is left out. Who sends one has a right that others may not have, so what was signed is
-kept for that user alone; what needs no signature is kept for everybody.
+A source is a URL with its query, since hosts tell files apart by it. A signature in the query is
+new each time and is left out. Who sends one has a right that others may not have, so what was
+signed is kept for that user alone; what needs no signature is kept for everybody.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from urllib.parse import parse_qsl, urlsplit
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import ModelLoadError
 
-#: What makes a query signed, and which other parameters belong to that signature: S3 and CloudFront,
-#: Azure, Supabase and Civitai. Of a name that ends with `-` all that begin with it.
+#: What makes a query signed, and which other parameters belong to that signature: S3, Google,
+#: CloudFront, Azure, Supabase and Civitai. A name that ends with `-` stands for all that begin so.
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "x-amz-signature": ("x-amz-",),
     "x-goog-signature": ("x-goog-",),
@@ -68,8 +68,8 @@ class Downloads:
     def keep(self, path: Path, data: bytes) -> None:
         """Write a download, and make room for it.
 
-        Raises ModelLoadError, and keeps nothing, where it is no safetensors file, or where the files
-        that are in use leave no room.
+        Raises ModelLoadError, and keeps nothing, where it is no safetensors file, or where the
+        files that are in use leave no room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _keeping:
