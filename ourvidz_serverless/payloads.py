@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError
 
@@ -25,6 +26,11 @@ MAX_RESULT_BYTES = 10_000_000
 
 #: In characters.
 MAX_CALLBACK_URL = 2000
+
+#: Levels of lists and objects in one another: less than any parser of JSON stops at.
+MAX_JSON_DEPTH = 64
+
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 #: Seeds are below this.
 SEEDS = 2**31
@@ -39,6 +45,34 @@ Role = Literal["system", "user", "assistant"]
 #: Ids become storage keys, and Supabase takes plain keys only.
 KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
 Key = Field(pattern=KEY_PATTERN)
+
+
+def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value itself. Raises ValueError for what another parser of JSON does not take."""
+    # No recursion: the value may be nested deeper than Python's own stack.
+    level: list[object] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [part for each in level for part in _parts(each)]
+        if not level:
+            return value
+    raise ValueError(f"Input should be nested at most {MAX_JSON_DEPTH} levels deep")
+
+
+def _parts(value: object) -> Iterable[object]:
+    """The parts of a list or an object. A text or a number has none, and is judged here."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and LONE_SURROGATE.search(value):
+        raise ValueError("Input should be valid text, without lone surrogates")
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError("Input should hold finite numbers only")
+    return ()
+
+
+#: A JSON object that goes on to another parser of JSON.
+JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 
 
 class Wire(BaseModel):

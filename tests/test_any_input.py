@@ -211,6 +211,9 @@ MONSTERS = {
     + '{"not":' * 900
     + "{}"
     + "}" * 902,
+    "config in config": '{"config":' * 900 + "{}" + "}" * 900,
+    "a schema with a strange key": '{"type": "json_schema", "json_schema": {"schema": '
+    r'{"\ud800": {}}}}',
     "a huge number": "1" * 4000,
     "a huge exponent": "1e999",
     "NaN": "NaN",

@@ -598,6 +598,70 @@ def test_a_reply_fits_its_schema_whatever_the_model_would_say(
     assert generation.finish_reason == "stop"
 
 
+def deep_schema(levels: int) -> dict[str, Any]:
+    """A schema whose objects are nested so many levels deep: two of JSON for each, and one."""
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"enum": ["\ud800"]}, "Input should be valid text, without lone surrogates"),
+        ({"\udfff": {}}, "Input should be valid text, without lone surrogates"),
+        ({"properties": {"\ud800": {}}}, "Input should be valid text, without lone surrogates"),
+        ({"const": float("nan")}, "Input should hold finite numbers only"),
+        ({"maximum": float("inf")}, "Input should hold finite numbers only"),
+        ({"minimum": -(10**400)}, "Input should hold finite numbers only"),
+        ({"const": 10**5000}, "Input should hold finite numbers only"),
+        (deep_schema(70), "Input should be nested at most 64 levels deep"),
+        (deep_schema(50_000), "Input should be nested at most 64 levels deep"),
+    ],
+    ids=[
+        "half a character",
+        "half a character as a key",
+        "half a character within",
+        "NaN",
+        "infinity",
+        "a large integer",
+        "an integer of 5,000 digits",
+        "70 levels",
+        "50,000 levels",
+    ],
+)
+def test_a_schema_that_is_no_plain_json_is_refused_by_its_field(
+    schema: dict[str, Any], message: str
+) -> None:
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+
+    assert refusal(response_format=asked) == f"response_format.json_schema.schema: {message}"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [deep_schema(31), {"enum": ["é\U0001f600"]}, {"const": 1.7e308}, {"const": 2**70}],
+    ids=["deep", "text", "a large number", "a large integer"],
+)
+def test_a_schema_of_plain_json_is_read_by_the_grammar_too(
+    chat: Any, schema: dict[str, Any]
+) -> None:
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+    job = parse(chat_payload(response_format=asked))
+
+    generation = chat.generate(
+        messages=MESSAGES[:2], schema=job.response_format.reply_schema, max_tokens=3
+    )
+
+    assert isinstance("".join(generation), str)
+
+
+def test_a_schema_that_its_parser_does_not_take_is_refused(chat: Any) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^response_format: "):
+        chat.generate(messages=MESSAGES[:2], schema=deep_schema(200), max_tokens=9)
+
+
 def test_a_schema_that_is_none_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
         chat.generate(messages=MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)

@@ -163,13 +163,15 @@ def _older_type(payload: Mapping[str, Any]) -> object:
 
 def _without_nulls(payload: Mapping[Any, Any]) -> dict[str, Any]:
     """The payload and its `config` and `metadata` without null values."""
-    return {
-        key: _without_nulls(value)
-        if key in ("config", "metadata") and isinstance(value, Mapping)
-        else value
-        for key, value in payload.items()
-        if value is not None
-    }
+    found = _given(payload)
+    for key in ("config", "metadata"):
+        if isinstance(found.get(key), Mapping):
+            found[key] = _given(found[key])
+    return found
+
+
+def _given(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _first(exc: ValidationError) -> str:

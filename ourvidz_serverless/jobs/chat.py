@@ -24,7 +24,16 @@ from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.jobs import wan
-from ourvidz_serverless.payloads import KEY_PATTERN, CheckedText, Job, Role, Text, Wire, says_adult
+from ourvidz_serverless.payloads import (
+    KEY_PATTERN,
+    CheckedText,
+    Job,
+    JsonObject,
+    Role,
+    Text,
+    Wire,
+    says_adult,
+)
 from ourvidz_serverless.settings import Settings
 
 Model = Literal["qwen_instruct", "qwen_base"]
@@ -75,7 +84,7 @@ class ChatMetadata(Wire):
 
 
 class JsonSchema(Wire):
-    schema_: dict[str, Any] = Field(validation_alias="schema")
+    schema_: JsonObject = Field(validation_alias="schema")
 
 
 class ResponseFormat(Wire):
@@ -93,7 +102,7 @@ class ResponseFormat(Wire):
     def _a_schema_of_bounded_size(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema: Field required")
-        if len(json.dumps(self.reply_schema, default=str)) > 20_000:
+        if len(json.dumps(self.reply_schema)) > 20_000:
             raise ValueError("json_schema: Input should be at most 20000 characters of JSON")
         return self
 

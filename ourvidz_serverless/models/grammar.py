@@ -16,6 +16,8 @@ from ourvidz_serverless.models.device import sent
 #: Between JSON's tokens. Without a bound a small model can go on with spaces for ever.
 SPACE = r"[ \n]{0,8}"
 
+UNSUPPORTED = "response_format: Input should be a JSON schema that is supported"
+
 
 class Grammars:
     """Makes matchers for one tokenizer. Its own index takes a second, at the first request."""
@@ -25,12 +27,16 @@ class Grammars:
 
     def matcher(self, schema: Mapping[str, Any]) -> Matcher:
         """A matcher at the beginning of a reply; raises InvalidPrompt where no reply can fit."""
-        grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": SPACE}
-        )
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_pattern": SPACE}
+            )
+        except ValueError:
+            # Its parser of JSON is stricter than Python's.
+            raise InvalidPrompt(UNSUPPORTED) from None
         matcher = LLMatcher(self._index, grammar, log_level=0)
         if matcher.is_error():
-            raise InvalidPrompt("response_format: Input should be a JSON schema that is supported")
+            raise InvalidPrompt(UNSUPPORTED)
         return Matcher(matcher)
 
     @functools.cached_property
