@@ -285,6 +285,7 @@ DRAWN = {
 }
 # Nobody sees tag characters, and language models read them as the letters that they stand for.
 TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
+TAG = re.compile("[\U000e0020-\U000e007e]")
 LEET = str.maketrans("0123456789@$!|+€£¡", "oizeasgtbgasiiteli")
 ONE_STROKE = str.maketrans("l", "i")  # 1, ! and | are both
 
@@ -392,18 +393,21 @@ def _without_prohibitions(checked: CheckedText) -> str:
 
 def _readings(text: str) -> Iterator[Tokens]:
     """Everything that a text may say to whoever wants to read it so, as masked tokens."""
-    for said in dict.fromkeys((text, text.translate(TAGS))):
-        yield from _readings_of(said)
+    yield from _readings_of(text)
+    if TAG.search(text):
+        yield from _readings_of(text.translate(TAGS))
 
 
 def _readings_of(text: str) -> Iterator[Tokens]:
     unescaped = _unescape(text)
     plain = _numbers(_fold(unescaped))
     squeezed = IN_WORD.sub("", plain)
-    tilded = _numbers(_fold(TILDE.sub("ny", unescaped)))
-    for form in dict.fromkeys((plain, squeezed, _spelled_out(plain), tilded)):
+    forms = [plain, squeezed, _spelled_out(plain)]
+    if TILDE.search(unescaped):
+        forms.append(_numbers(_fold(TILDE.sub("ny", unescaped))))
+    for form in dict.fromkeys(forms):
         yield _masked(_tokens(form))
-        restored = CHUNK.sub(_restored, form)
+        restored = _restored(form)
         if restored != form:
             yield _masked(_tokens(restored))
     yield [*_rejoined(_masked(_tokens(plain))), *_parted(_tokens(squeezed)), *_ideographs(squeezed)]
@@ -477,13 +481,19 @@ def _spelled_out(text: str) -> str:
     return ", ".join([SPELLED.sub(lambda _: next(joined), text), *found])
 
 
-def _restored(chunk: re.Match[str]) -> str:
-    """The known word that leet or stretching disguises, or the chunk as it is."""
-    word = chunk[0]
-    if len(word) > LONGEST:
-        return word
-    known = _known(word) or _known(word.strip("!|+"))
-    return f" {known} " if known else word
+def _restored(text: str) -> str:
+    """The text with the known words that leet or stretching disguises."""
+    # Each distinct chunk is looked up once: most words of a long text are repeated.
+    chunks = {chunk for chunk in set(CHUNK.findall(text)) if len(chunk) <= LONGEST}
+    known = {chunk: word for chunk in chunks if (word := _undisguised(chunk))}
+    if not known:
+        return text
+    return CHUNK.sub(lambda match: known.get(match[0], match[0]), text)
+
+
+def _undisguised(chunk: str) -> str | None:
+    known = _known(chunk) or _known(chunk.strip("!|+"))
+    return f" {known} " if known else None
 
 
 def _known(word: str) -> str | None:
@@ -497,11 +507,12 @@ def _known(word: str) -> str | None:
 
 def _rejoined(tokens: Tokens) -> Iterator[str]:
     """Known words that were cut apart ("chi ld")."""
-    for i in range(len(tokens)):
-        for pieces in (2, 3):
-            joined = "".join(tokens[i : i + pieces])
-            if joined in _CUT:
-                yield joined
+    for one, two, three in zip(tokens, [*tokens[1:], ""], [*tokens[2:], "", ""], strict=False):
+        joined = one + two
+        if joined in _CUT:
+            yield joined
+        if joined + three in _CUT:
+            yield joined + three
 
 
 def _parted(tokens: Tokens) -> Iterator[str]:
@@ -574,14 +585,18 @@ def _matches(tokens: Tokens, index: Index) -> Iterator[range]:
 
 def _starts(tokens: Tokens, i: int, by_first: Index) -> list[int]:
     """Where the phrases end that begin at `i`."""
-    phrases = by_first.get(tokens[i], set()) if i < len(tokens) else set()
-    return [i + n for n in WORDS if phrases and tuple(tokens[i : i + n]) in phrases]
+    phrases = by_first.get(tokens[i]) if i < len(tokens) else None
+    if not phrases:
+        return []
+    return [i + n for n in WORDS if tuple(tokens[i : i + n]) in phrases]
 
 
 def _ends(tokens: Tokens, i: int, by_last: Index) -> bool:
     """Whether a phrase ends just before `i`."""
-    phrases = by_last.get(tokens[i - 1], set()) if i else set()
-    return any(tuple(tokens[max(0, i - n) : i]) in phrases for n in WORDS if phrases)
+    phrases = by_last.get(tokens[i - 1]) if i else None
+    if not phrases:
+        return False
+    return any(tuple(tokens[max(0, i - n) : i]) in phrases for n in WORDS)
 
 
 def _is_young(tokens: Tokens, i: int) -> bool:

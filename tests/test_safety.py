@@ -343,6 +343,11 @@ def test_twice_the_text_takes_at_most_twice_the_steps(piece):
     assert steps(piece * 1000) <= 2.1 * steps(piece * 500) + 100
 
 
+@pytest.mark.parametrize(("word", "most"), [("rain, ", 35), ("ch!p ", 50)])
+def test_a_word_that_is_repeated_is_looked_up_once(word, most):
+    assert steps(word * 400) - steps(word * 200) <= 200 * most
+
+
 def unbounded(pattern: Any) -> list[Any]:
     """What repeats without bound in a parsed pattern."""
     found = []
