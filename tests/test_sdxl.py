@@ -214,6 +214,21 @@ def test_what_a_step_raises_ends_the_generation_and_leaves_the_model_as_good_as_
     assert distance(render(sdxl)[0], before[0]) == 0
 
 
+def test_a_stop_ends_a_job_between_two_forwards_of_a_text_encoder(sdxl: Any) -> None:
+    forwards: list[Any] = []
+
+    def check() -> None:
+        if len(forwards) == 3:
+            raise Cancelled("stop")
+
+    hook = sdxl._pipe.text_encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with pytest.raises(Cancelled):
+        render(sdxl, negative_prompt=parse("a-- , " * 256), check=check)
+    hook.remove()
+
+    assert len(forwards) == 3
+
+
 @pytest.mark.parametrize(
     ("steps", "strength", "run"), [(25, 0.05, 1), (10, 0.05, 1), (25, 0.5, 12), (20, 1.0, 20)]
 )
