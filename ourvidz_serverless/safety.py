@@ -29,7 +29,7 @@ from itertools import chain, takewhile
 from ourvidz_serverless.errors import ContentRefused
 from ourvidz_serverless.payloads import CheckedText, Role, Signs
 
-LIST_VERSION = "2026-11-3"
+LIST_VERSION = "2026-11-4"
 
 # In the tables a comma parts the entries, and `*` stands for an "s" that may follow. They are
 # folded as the texts are, so they are written with their accents and in their own scripts. Every
@@ -142,11 +142,9 @@ doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the ci
 # A clause that forbids is no wish: "never depict minors", "no one under 18", "refuse sexual
 # content". After a negation, and through these fillers, three legal words fall silent, and
 # "sexual" before "content". Not to be extended to children, teens, ages, nude: an image model reads
-# "no child" as "child".
-NEGATIONS = """
-no, not, never, without, refuse, refuses, decline, reject, avoid, exclude, forbid, prohibit, cannot,
-dont, mustnt, nobody, t
-"""
+# "no child" as "child". A refusal that is denied forbids nothing: "never refuse minors".
+DENIALS = "no, not, never, without, cannot, dont, mustnt, nobody, t"
+REFUSALS = "refuse, refuses, decline, reject, avoid, exclude, forbid, prohibit"
 FILLERS = """
 a, about, age, an, and, any, anybody, anyone, anything, are, as, be, character, characters, contain,
 contains, content, create, depict, depicting, depicts, describe, describing, discuss, engage,
@@ -542,13 +540,16 @@ def _masked(tokens: Tokens) -> Tokens:
 def _disclaimed(tokens: Tokens) -> Tokens:
     if _NEGATIONS.isdisjoint(tokens):
         return tokens
-    patience = 0
+    patience, forbids, is_denied = 0, False, False
     heard = tokens.copy()
     for i, token in enumerate(tokens):
         if token in _NEGATIONS:
-            patience = PATIENCE
+            # What was denied stays denied: "never refuse or avoid minors".
+            forbids = not patience or (forbids and not (is_denied and token in _REFUSALS))
+            patience, is_denied = PATIENCE, token in _DENIALS
         elif patience and (token in _FORBIDDEN or _is_material(tokens, i)):
-            heard[i] = MASK
+            if forbids:
+                heard[i] = MASK
         else:
             patience = patience - 1 if patience and token in _FILLERS else 0
     return heard
@@ -715,7 +716,8 @@ def _glued(table: str) -> str:
 _MINOR = _index(_glued(MINOR) + ", " + _ages_in_a_word())
 _SEXUAL = _index(_glued(SEXUAL))
 _BENIGN = _index(BENIGN)
-_NEGATIONS, _FILLERS, _FORBIDDEN = map(_words, (NEGATIONS, FILLERS, FORBIDDEN))
+_DENIALS, _REFUSALS, _FILLERS, _FORBIDDEN = map(_words, (DENIALS, REFUSALS, FILLERS, FORBIDDEN))
+_NEGATIONS = _DENIALS | _REFUSALS
 _PROHIBITION = _prohibition()
 _FORBIDDEN_NOUN = re.compile(rf"\b(?:{_either(FORBIDDEN)})\b", re.ASCII | re.IGNORECASE)
 _HEDGES = _words(HEDGES)
