@@ -1,4 +1,4 @@
-"""Which addresses are the public internet's, and what addresses a name has."""
+"""Hosts: how their names are compared, which addresses they have, and which of these are public."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from urllib.parse import urlsplit
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -43,6 +44,45 @@ CLOSED_NETWORKS = tuple(
     )
 )
 OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
+
+
+#: The port of a URL that names none.
+PORTS = {"http": 80, "https": 443}
+
+
+def host_name(text: str) -> str:
+    """A host in the one spelling in which hosts are compared.
+
+    That is in lower case, without brackets and without a last dot; an address in its shortest form.
+    """
+    name = text.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
+def is_listed(host: str, hosts: Iterable[str]) -> bool:
+    """Whether a host is one of `hosts`, however either is spelled."""
+    return bool(host) and host_name(host) in map(host_name, hosts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by name or by address."""
+    name = host_name(host)
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """A URL's scheme, host and port: two URLs of one origin lead to the same server.
+
+    Raises ValueError for a port that is none.
+    """
+    parts = urlsplit(url)
+    return parts.scheme, host_name(parts.hostname or ""), parts.port or PORTS.get(parts.scheme)
 
 
 def is_public(address: Address) -> bool:

@@ -13,12 +13,14 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ourvidz_serverless.addresses import is_listed
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.retries import Retry, is_transient, retry
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.supabase import Project
 from ourvidz_serverless.transport import Left, Transport, until
 from ourvidz_serverless.values import webhook_key
 
@@ -51,12 +53,14 @@ class Callback:
         self,
         url: str | None,
         secret: str | None = None,
-        bearer: str | None = None,
+        project: Project | None = None,
         allowed_hosts: tuple[str, ...] = (),
         policy: Retry | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._url, self._bearer = url, bearer
+        self._url = url
+        # For our own URL in the project. A payload's URL never gets the key.
+        self._key = project.headers if project and url and project.has(url) else {}
         self._secret = secret
         self._allowed_hosts = allowed_hosts
         self._policy = policy or RETRY
@@ -66,11 +70,11 @@ class Callback:
     @classmethod
     def of(cls, settings: Settings) -> Callback:
         """The callback that the environment asks for."""
-        secret, bearer = settings.job_callback_secret, settings.supabase_service_key
+        secret = settings.job_callback_secret
         return cls(
             settings.resolved_callback_url,
             secret.get_secret_value() if secret else None,
-            bearer.get_secret_value() if bearer else None,
+            Project.of(settings),
             settings.callback_hosts,
         )
 
@@ -114,18 +118,18 @@ class Callback:
 
     def _target(self, job_url: str | None) -> str | None:
         match = _URL.fullmatch(job_url) if job_url else None
-        if match and match["host"].lower() in self._allowed_hosts:
+        if match and is_listed(match["host"], self._allowed_hosts):
             return job_url
         return self._url
 
     def _try(self, url: str, body: bytes, message_id: str) -> None:
         headers = self._headers(body, message_id, int(self._clock()))
+        if url == self._url:
+            headers |= self._key
         self._transport.send("POST", url, data=body, headers=headers, within_s=self._policy.try_s)
 
-    def _headers(self, body: bytes, message_id: str, timestamp: int) -> Mapping[str, str]:
+    def _headers(self, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "webhook-id": message_id}
-        if self._bearer:
-            headers["Authorization"] = f"Bearer {self._bearer}"
         if self._secret:
             headers |= signatures(self._secret, body, message_id, timestamp)
         return headers

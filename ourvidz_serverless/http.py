@@ -149,11 +149,10 @@ class Face:
     def close(self) -> None:
         """Take no further job; what runs has the grace that the settings give it."""
         self.is_closing = True
+        if self._registration:
+            self._registration.close()
         if self._worker:
             self._worker.close(self.settings.shutdown_grace_s)
-            if self._registration:
-                # Not here: this is a signal's handler. The process waits for the thread.
-                threading.Thread(target=self._registration.withdraw, name="withdraw").start()
 
 
 router = APIRouter()

@@ -39,7 +39,7 @@ from urllib.parse import urljoin
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ourvidz_serverless.addresses import Address, is_public, look_up, resolve
+from ourvidz_serverless.addresses import Address, is_listed, is_public, look_up, resolve
 from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.picture_files import PNG, Png, orientation, read_png
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
@@ -342,7 +342,7 @@ def _gate(url: str, policy: Policy) -> tuple[str, str]:
             f"at most {MAX_URL_CHARS} characters)"
         )
     host, target = match["host"].lower(), match["target"] or "/"
-    if policy.allowed_hosts and host not in {name.lower() for name in policy.allowed_hosts}:
+    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
         raise _refused("the host is not on the allow-list")
     return host, target if target.startswith("/") else f"/{target}"
 

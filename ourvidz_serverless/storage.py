@@ -19,11 +19,12 @@ from urllib.parse import quote, urlsplit
 
 from urllib3 import HTTPResponse
 
-from ourvidz_serverless.addresses import is_public, look_up
+from ourvidz_serverless.addresses import is_listed, is_public, look_up
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
 from ourvidz_serverless.payloads import S3Config
 from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.settings import Settings, storage_place, storage_problems
+from ourvidz_serverless.supabase import Project, key_headers
 from ourvidz_serverless.transport import Answer, Gate, Left, Transport, until
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def of_job(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()) -> 
     try:
         endpoint = urlsplit(config.endpointUrl or "")
         host, _ = endpoint.hostname, endpoint.port  # a port that cannot be is a ValueError
-        gate = None if host in inner_hosts else is_public
+        gate = None if host and is_listed(host, inner_hosts) else is_public
         if host and gate and not _may_be_passed(host, gate):
             raise InvalidPrompt(f"{ENDPOINT}: Input should be a host of the public internet")
         return S3Storage(
@@ -333,14 +334,14 @@ class SupabaseStorage:
         self._url = f"{url.rstrip('/')}/storage/v1/object"
         self._bucket, self._prefix = bucket, _folder(prefix)
         self.policy = policy
-        # A new `sb_secret_` key is no token; as a bearer it is refused.
-        bearer = {} if key.startswith("sb_secret_") else {"Authorization": f"Bearer {key}"}
-        self._transport = Transport({"apikey": key, **bearer})
+        self._transport = Transport(key_headers(key))
 
     @classmethod
     def of(cls, settings: Settings, bucket: str, prefix: str) -> SupabaseStorage:
-        url, key = settings.supabase_url, _secret(settings.supabase_service_key)
-        return cls(url or "", key or "", bucket, prefix)
+        project = Project.of(settings)
+        if project is None:
+            raise ModelLoadError("STORAGE_URL: needs SUPABASE_URL and SUPABASE_SERVICE_KEY")
+        return cls(project.url, project.key, bucket, prefix)
 
     def put(self, key: str, data: bytes, mime: str) -> None:
         headers = {"Content-Type": mime, "x-upsert": "true"}

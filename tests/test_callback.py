@@ -18,6 +18,7 @@ from ourvidz_serverless.callback import Callback, signatures, webhook_id
 from ourvidz_serverless.payloads import KEY_PATTERN, Document, Status
 from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.supabase import Project
 from tests.support.bench import QUICK
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
@@ -61,8 +62,8 @@ def test_the_document_arrives_as_the_edge_function_reads_it(receiver: CallbackRe
     }
 
 
-def test_the_service_key_travels_as_the_bearer(receiver: CallbackReceiver) -> None:
-    callback(receiver, bearer="service-key").post(DONE)
+def test_the_service_key_travels_to_its_project(receiver: CallbackReceiver) -> None:
+    callback(receiver, project=Project(receiver.url, "service-key")).post(DONE)
 
     assert receiver.wait(1)[0].headers["Authorization"] == "Bearer service-key"
 
@@ -143,6 +144,15 @@ def test_a_jobs_own_url_counts_when_its_host_is_allowed(receiver: CallbackReceiv
     assert receiver.wait(1)[0].signature_ok
 
 
+@pytest.mark.parametrize("listed", ["LOCALHOST", "LocalHost.", " localhost "])
+def test_a_host_is_allowed_however_it_is_spelled(receiver: CallbackReceiver, listed: str) -> None:
+    own = Callback(None, receiver.secret, allowed_hosts=(listed,))
+
+    own.post(DONE, receiver.callback_url.replace("127.0.0.1", "LocalHost"))
+
+    assert receiver.wait(1)[0].signature_ok
+
+
 def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: CallbackReceiver) -> None:
     Callback(None, receiver.secret).post(DONE, receiver.callback_url)
 
@@ -165,7 +175,7 @@ def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: Callba
 def test_no_spelling_of_a_url_leads_past_the_list_of_hosts(
     receiver: CallbackReceiver, spelling: str
 ) -> None:
-    general = Callback(None, bearer="service-key", allowed_hosts=("allowed.example",))
+    general = Callback(None, allowed_hosts=("allowed.example",))
 
     general.post(DONE, spelling.format(there=receiver.url.removeprefix("http://")))
 

@@ -1,51 +1,60 @@
-"""A pod registers with the application, and takes itself out again."""
+"""A pod registers with the application, whose functions answer as the real ones do."""
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.registration import Registration
 from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.supabase import Project
 from tests.support.handler import ROOT
 from tests.support.patience import PATIENCE_S
-from tests.support.web import Answer, LocalServer, Request, json_answer
+from tests.support.web import Answer, LocalServer, Request, free_port, json_answer
 from tests.support.worker import WorkerProcess
 
 
 class Application(LocalServer):
-    """The edge functions that hear of workers."""
+    """The edge functions `register-chat-worker` and `update-worker-url`.
+
+    Both refuse a body without `worker_url`. The second asks that address for `/health` and refuses
+    one that does not answer 2xx, where `probes` says so.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[str, str, dict[str, Any]]] = []
-        self.go_on = threading.Event()
-        self.go_on.set()
-        self.is_asked = threading.Event()
+        self.told: list[tuple[str, Request, dict[str, Any]]] = []
+        self.probes = False
 
     def answer(self, request: Request) -> Answer:
-        """Hears of a worker at once, unless `go_on` is unset, and of its end in any case."""
         name = request.path.removeprefix("/functions/v1/")
-        bearer = request.headers.get("Authorization", "")
         body = json.loads(request.body)
-        self.is_asked.set()
-        if body["worker_url"]:
-            self.go_on.wait(PATIENCE_S)
         with self.changed:
-            self.told.append((name, bearer, body))
+            self.told.append((name, request, body))
             self.changed.notify_all()
+        if not body["worker_url"]:
+            return json_answer({"success": False, "error": "worker_url is required"}, 400)
+        if self.probes and name == "update-worker-url" and not _is_healthy(body["worker_url"]):
+            return json_answer({"success": False, "error": "Worker URL is not responding"}, 400)
         return json_answer({"success": True})
 
     @property
     def urls(self) -> list[str | None]:
         """Where workers were said to be, in turn."""
         return [body["worker_url"] for _, _, body in self.told]
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
 
 
 @pytest.fixture
@@ -57,13 +66,10 @@ def application() -> Iterator[Application]:
 URL = "https://pod-8000.proxy.runpod.net"
 
 
-def registration(
-    application: Application, *families: str, sleep: Callable[[float], None] = time.sleep
-) -> Registration:
-    quick = Retry(tries=4, base_s=0.01)
-    return Registration(
-        application.url, "key", URL, families, quick, lambda: "2026-11-24T00:00:00", sleep
-    )
+def registration(application: Application, *families: str, base_s: float = 0.01) -> Registration:
+    policy = Retry(tries=4, base_s=base_s, max_s=base_s)
+    project = Project(application.url, "key")
+    return Registration(project, URL, families, policy, lambda: "2026-11-24T00:00:00")
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,8 @@ def test_each_family_is_announced_where_it_belongs(
     registration(application, *families).announce()
 
     assert [name for name, _, _ in application.told] == functions
-    for _, bearer, body in application.told:
-        assert bearer == "Bearer key"
+    for _, request, body in application.told:
+        assert request.headers["Authorization"] == "Bearer key"
         assert body == {
             "worker_url": URL,
             "auto_registered": True,
@@ -99,6 +105,16 @@ def test_an_application_that_is_busy_is_told_again(application: Application) -> 
     assert len(application.told) == 1
 
 
+def test_an_application_that_does_not_reach_the_worker_yet_is_told_again(
+    application: Application,
+) -> None:
+    application.script([400, 400])
+
+    registration(application, "sdxl").announce()
+
+    assert len(application.told) == 1
+
+
 def test_an_application_that_does_not_want_it_is_left_alone(application: Application) -> None:
     application.script([404])
 
@@ -107,38 +123,18 @@ def test_an_application_that_does_not_want_it_is_left_alone(application: Applica
     assert application.told == []
 
 
-def test_a_withdrawal_names_no_url(application: Application) -> None:
-    registration(application, "chat").withdraw()
-
-    ((_, _, body),) = application.told
-    assert (body["worker_url"], body["status"]) == (None, "inactive")
-
-
-def test_who_has_left_is_announced_no_more(application: Application) -> None:
+def test_a_worker_that_leaves_is_announced_no_more(application: Application) -> None:
     application.script([503])
-    leaving = registration(application, "chat", sleep=lambda wait_s: leaving.withdraw())
-
-    leaving.announce()
-
-    assert application.urls == [None]
-
-
-def test_an_announcement_that_ends_after_the_withdrawal_is_taken_back(
-    application: Application,
-) -> None:
-    application.go_on.clear()
-    leaving = registration(application, "sdxl", "chat")
+    leaving = registration(application, "chat", base_s=PATIENCE_S)
     announcing = threading.Thread(target=leaving.announce)
     announcing.start()
-    assert application.is_asked.wait(PATIENCE_S)
-    withdrawing = threading.Thread(target=leaving.withdraw)
-    withdrawing.start()
-    application.wait_until(lambda: application.urls == [None, None])
-    application.go_on.set()
-    announcing.join()
-    withdrawing.join()
+    application.wait_until(lambda: not application.script_left)
 
-    assert application.urls == [None, None, URL, None, None]
+    leaving.close()
+    announcing.join(PATIENCE_S / 2)
+
+    assert not announcing.is_alive()
+    assert application.told == []
 
 
 def test_a_pods_url_is_its_proxys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,22 +156,27 @@ def test_what_registration_needs_is_asked_for_at_the_start() -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_registers_once_it_is_ready_and_withdraws_at_sigterm(
+def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
     application: Application, tmp_path: Path
 ) -> None:
+    application.probes = True
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     env = {
         "REGISTER_WORKER": "1",
         "SUPABASE_URL": application.url,
         "SUPABASE_SERVICE_KEY": "key",
-        "WORKER_URL": "https://worker.example",
+        "WORKER_URL": url,
         "STORAGE_URL": f"file:{tmp_path}",
-        "PORT": "0",
+        "PORT": str(port),
         "HOST": "127.0.0.1",
     }
     args = ["ourvidz_serverless.http"]
     with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as process:
-        application.wait_until(lambda: len(application.told) == 1)
+        application.wait_until(lambda: application.told)
         process.terminate()
         assert process.wait() == 0
+        log = process.log
 
-    assert application.urls == ["https://worker.example", None]
+    assert application.urls == [url]
+    assert "registration" not in log

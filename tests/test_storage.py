@@ -235,6 +235,15 @@ def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> Non
     assert s3_storage(s3).get("own/bucket/0.png") == b"picture"
 
 
+@pytest.mark.parametrize("listed", ["LocalHost", "localhost."])
+def test_an_inner_host_is_listed_however_it_is_spelled(s3: SeaweedServer, listed: str) -> None:
+    endpoint = s3.endpoint.replace("127.0.0.1", "localhost")
+
+    store = of_job(own_bucket(s3, endpoint), "us-east-1", (listed,))
+
+    store.put("own/bucket/1.png", b"picture", "image/png")
+
+
 @pytest.mark.parametrize(
     "host",
     [
