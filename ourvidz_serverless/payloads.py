@@ -316,13 +316,17 @@ class Document:
             "worker_id": self.worker_id,
             "status": self.status,
             "assets": [_asset(asset) for asset in self.assets],
-            "metadata": dict(self.metadata),
+            # Null without a failure: the application merges these over its row's own, which may
+            # have the error of an earlier try.
+            "metadata": {
+                **self.metadata,
+                "error_type": self.failure.code if self.failure else None,
+            },
             **self.reply,
         }
         if self.failure:
             body["error"] = self.failure.as_dict()
             body["error_message"] = self.failure.message
-            body["metadata"]["error_type"] = self.failure.code
         return body
 
     def result(self) -> dict[str, Any]:

@@ -263,7 +263,8 @@ class Worker:
             if isinstance(error, JobError):
                 if job.reference_required:
                     raise error
-                context.warnings.append(f"{role}: {error.message}; generated without it")
+                why = error.message.removeprefix("reference: ")
+                context.warnings.append(f"{role}: {why}; generated without it")
         return images
 
     @contextmanager

@@ -21,7 +21,8 @@ def test_two_spellings_of_a_host_are_one_host(host: str, listed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "internal", "evil-minio.internal", "minio.internal.evil.example", "minio.internal:80"]
+    "host",
+    ["", "internal", "evil-minio.internal", "minio.internal.evil.example", "minio.internal:80"],
 )
 def test_another_host_is_not_listed(host: str) -> None:
     assert not is_listed(host, ("minio.internal", ""))

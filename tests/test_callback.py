@@ -58,7 +58,7 @@ def test_the_document_arrives_as_the_edge_function_reads_it(receiver: CallbackRe
         "worker_id": "worker-1",
         "status": "completed",
         "assets": [],
-        "metadata": {},
+        "metadata": {"error_type": None},
     }
 
 

@@ -90,9 +90,7 @@ def test_a_callback_url_of_another_origin_gets_no_key(
 
 
 @pytest.mark.parametrize("path", ["/functions/v1/other", "/functions/v1/job-callback"])
-def test_a_payloads_own_url_gets_no_key(
-    project: Anywhere, elsewhere: Anywhere, path: str
-) -> None:
+def test_a_payloads_own_url_gets_no_key(project: Anywhere, elsewhere: Anywhere, path: str) -> None:
     callback = Callback.of(settings_of(project, callback_hosts="127.0.0.1"))
 
     callback.post(DONE, f"{elsewhere.url}{path}")
@@ -117,7 +115,9 @@ def test_a_key_is_not_sent_in_the_clear(send: Callable[[Settings], None]) -> Non
         send(settings)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:54321", "http://localhost:54321", "http://[::1]"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:54321", "http://localhost:54321", "http://[::1]"]
+)
 def test_a_project_on_this_machine_may_be_plain_http(url: str) -> None:
     project = Project.of(Settings(supabase_url=url, supabase_service_key="key"))
 

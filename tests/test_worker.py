@@ -4,6 +4,7 @@ import base64
 import gc
 import io
 import json
+import re
 import socket
 import time
 import weakref
@@ -26,6 +27,7 @@ from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
+from tests.support.handler import ROOT
 from tests.support.painter import Painter
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
@@ -733,7 +735,9 @@ def test_a_reference_that_fails_falls_back_and_says_so(bench: MakeBench) -> None
     document = bench().run(sdxl_payload(metadata={"reference_image_url": "http://a.example/x"}))
 
     assert document.metadata["reference_mode"] == "none"
-    assert document.metadata["warnings"][0].startswith("reference: ")
+    (warning,) = document.metadata["warnings"]
+    assert warning.startswith("reference: ")
+    assert warning.count("reference: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -785,6 +789,36 @@ def test_a_reference_beside_a_sexual_text_needs_consent(
     assert code(refused) == "CONTENT_REFUSED"
     assert refused.failure.message.startswith("content policy: metadata.reference_consent must")
     assert taken.status == "completed"
+
+
+def test_a_success_takes_the_error_of_an_earlier_try_from_the_applications_row(
+    bench: MakeBench,
+) -> None:
+    payload = sdxl_payload()
+    refused = bench().run({**payload, "config": {"num_images": 2}})
+    done = bench().run(payload)
+
+    row: dict[str, Any] = {}
+    for document in (refused, done):
+        row |= document.callback()["metadata"]
+
+    assert refused.callback()["metadata"]["error_type"] == "INVALID_PROMPT"
+    assert row["error_type"] is None
+
+
+def test_the_guide_tells_to_send_the_field_that_a_refusal_for_consent_names(
+    bench: MakeBench,
+) -> None:
+    metadata = {"reference_image_url": data_uri()}
+
+    refused = bench().run(sdxl_payload(content_type="nsfw", metadata=metadata))
+
+    assert refused.failure
+    (field,) = re.findall(r"metadata\.\w+", refused.failure.message)
+    guide = (ROOT / "docs/integrate.md").read_text()
+    consent = guide[guide.index("## Consent") : guide.index("## The bridge")]
+    assert f"`{field}` is `true`" in consent
+    assert f"{field.removeprefix('metadata.')}: hasReference && consentGiven" in consent
 
 
 def test_a_sexual_text_without_a_reference_needs_no_consent(bench: MakeBench) -> None:

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from builder.contract import FOLDER
+from ourvidz_serverless.http import LONG_REPLY_TOKENS
 from ourvidz_serverless.settings import Settings
 from tests.clients.test_bridge import accepted, bridged, env_of, rest, wait_for
 from tests.support.bench import chat_payload, sdxl_payload
@@ -20,6 +21,7 @@ from tests.support.handler import ROOT
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
 from tests.support.redis import RedisServer, RestFront
+from tests.support.web import Answer, LocalServer, Request, json_answer
 
 GUIDE = (ROOT / "docs/integrate.md").read_text()
 
@@ -45,7 +47,7 @@ def test_a_snippet_is_what_its_file_says(file: Path, snippet: str) -> None:
 def test_every_edge_function_is_in_the_guide() -> None:
     shown = {file.name for file, _ in SNIPPETS}
 
-    assert shown == {"queue-job.ts", "job-callback.ts", "chat.ts", "move-jobs.ts"}
+    assert shown == {"queue-job.ts", "job-callback.ts", "chat.ts", "move-jobs.ts", "worker.ts"}
     assert shown | {"lists.ts"} == {file.name for file in EXAMPLES.glob("*.ts")}
 
 
@@ -62,6 +64,46 @@ def test_every_link_in_the_guide_leads_somewhere() -> None:
         page = (ROOT / "docs" / name).read_text()
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page):
             assert (ROOT / "docs" / link).resolve().exists(), link
+
+
+# --- who calls the worker ---
+
+
+class Gateway(LocalServer):
+    """RunPod's gateway before a load-balancing endpoint, and what it lets through to the worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[Request] = []
+
+    def answer(self, request: Request) -> Answer:
+        if request.headers.get("Authorization") != "Bearer rpa-key":
+            return json_answer({"error": "unauthorized"}, 401)
+        self.passed.append(request)
+        return json_answer({"status": "healthy"})
+
+
+@pytest.mark.parametrize("key", ["worker-key", ""])
+def test_a_request_as_the_guide_writes_it_passes_the_gateway(key: str) -> None:
+    allowed = ["--no-prompt", "--allow-net=127.0.0.1", "--allow-env"]
+    with Gateway() as gateway:
+        done = subprocess.run(
+            [DENO, "run", *allowed, EXAMPLES / "worker.ts", gateway.url],
+            capture_output=True,
+            text=True,
+            env=deno_environment(RUNPOD_API_KEY="rpa-key", WORKER_API_KEY=key),
+            timeout=PATIENCE_S,
+        )
+
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"status": "healthy"})
+    (request,) = gateway.passed
+    assert request.headers.get("X-API-Key", "") == key
+
+
+def test_a_long_reply_of_the_playground_is_waited_for_as_the_guide_writes_it() -> None:
+    ((long, short),) = re.findall(r"max_tokens: long_response \? (\d+) : (\d+)", GUIDE)
+
+    assert int(short) <= LONG_REPLY_TOKENS < int(long)
 
 
 # --- the way over, and the way back ---
