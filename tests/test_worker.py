@@ -55,7 +55,7 @@ def test_a_completed_document_has_every_field_of_the_specification(bench: MakeBe
     assert sorted(body) == sorted(SPECIFICATION["document"])
     assert sorted(body["assets"][0]) == sorted(SPECIFICATION["asset"])
     assert sorted(body["assets"][0]["metadata"]) == sorted(SPECIFICATION["image_metadata"])
-    assert sorted(body["metadata"]) == sorted(SPECIFICATION["document_metadata"])
+    assert sorted(body["metadata"]) == sorted([*SPECIFICATION["document_metadata"], "error_type"])
 
 
 def test_assets_lie_under_user_and_job(bench: MakeBench) -> None:

@@ -25,11 +25,19 @@ export interface JobName {
   id: string;
 }
 
+/**
+ * A payload whose type is any string to the compiler, such as one that the application builds for
+ * either of two families. A payload whose type the compiler knows has to be a `Job`.
+ */
+export type Untyped<T extends { type: string }> = string extends T["type"] ? T : never;
+
 const ENDED: readonly Status[] = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
 
 /** The family that does a job, whichever field names its type. Throws TypeError for no type. */
-export function familyOf(job: Job): Family {
-  const { type, job_type, config } = job;
+export function familyOf(job: Job): Family;
+export function familyOf<const T extends { type: string }>(job: T & Untyped<T>): Family;
+export function familyOf(job: object): Family {
+  const { type, job_type, config } = job as Job;
   // The application's older chat payloads name it in `config` alone.
   const name = type ?? job_type ?? (config as { job_type?: string } | undefined)?.job_type;
   const family = FAMILY_OF[SYNONYMS[name as keyof typeof SYNONYMS] ?? name as JobType];
@@ -45,21 +53,30 @@ export class Client {
   }
 
   /** Queue a job on its family's endpoint. Throws RequestFailed. */
-  async submit(job: Job, s3Config?: object): Promise<SubmittedJob> {
-    const endpoint = await this.#choose(job);
-    const { id } = await endpoint.run(this.#body(job, s3Config));
+  submit(job: Job, s3Config?: object): Promise<SubmittedJob>;
+  submit<const T extends { type: string }>(
+    job: T & Untyped<T>,
+    s3Config?: object,
+  ): Promise<SubmittedJob>;
+  async submit(job: object, s3Config?: object): Promise<SubmittedJob> {
+    const endpoint = await this.#choose(job as Job);
+    const { id } = await endpoint.run(this.#body(job as Job, s3Config));
     return new SubmittedJob(endpoint, id);
   }
 
   /** Submit a job and wait for its result. Throws JobFailed. */
-  async run(job: Job, timeoutMs = 600_000): Promise<Result> {
-    return await (await this.submit(job)).result(timeoutMs);
+  run(job: Job, timeoutMs?: number): Promise<Result>;
+  run<const T extends { type: string }>(job: T & Untyped<T>, timeoutMs?: number): Promise<Result>;
+  async run(job: object, timeoutMs = 600_000): Promise<Result> {
+    return await (await this.submit(job as Job)).result(timeoutMs);
   }
 
   /** The same in one request, as long as the job takes no more than `waitMs`. Throws JobFailed. */
-  async runsync(job: Job, waitMs = 90_000): Promise<Result> {
-    const endpoint = await this.#choose(job);
-    const answer = await endpoint.runsync(this.#body(job), waitMs);
+  runsync(job: Job, waitMs?: number): Promise<Result>;
+  runsync<const T extends { type: string }>(job: T & Untyped<T>, waitMs?: number): Promise<Result>;
+  async runsync(job: object, waitMs = 90_000): Promise<Result> {
+    const endpoint = await this.#choose(job as Job);
+    const answer = await endpoint.runsync(this.#body(job as Job), waitMs);
     const outcome = parseResult(answer);
     if (outcome.done) return resultOf(outcome);
     throw new JobFailed({

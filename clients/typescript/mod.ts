@@ -7,7 +7,14 @@
 export * from "./types.ts";
 export * from "./result.ts";
 export { BadSignature, verifyCallback } from "./callback.ts";
-export { Client, type ClientOptions, familyOf, type JobName, SubmittedJob } from "./client.ts";
+export {
+  Client,
+  type ClientOptions,
+  familyOf,
+  type JobName,
+  SubmittedJob,
+  type Untyped,
+} from "./client.ts";
 export {
   type Connection,
   Endpoint,

@@ -15,7 +15,15 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload, wan_payload
-from tests.support.edge import DENO, RUNTIMES, SECRET, call, edge_function, url_of
+from tests.support.edge import (
+    DENO,
+    RUNTIMES,
+    SECRET,
+    call,
+    deno_environment,
+    edge_function,
+    url_of,
+)
 from tests.support.face import ServedFace
 from tests.support.handler import ROOT
 from tests.support.parrot import Endless, Parrot
@@ -525,3 +533,59 @@ def test_the_client_is_typed_formatted_and_linted(check: list[str]) -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+#: What `queue-job` of the application builds, as its compiler knows it.
+QUEUE_PAYLOAD = """
+  const payload = {
+    id: row.id,
+    type: request.job_type.replace("wan_video_", "video_"),
+    prompt: request.prompt,
+    user_id: row.user_id,
+    config: { num_images: request.count <= 1 ? 1 : 3, seed: request.seed, resolution: "1024x1024" },
+    metadata: { ...request.metadata, reference_type: request.metadata.reference_type || "style" },
+    negative_prompt: request.copies ? undefined : request.negative_prompt,
+    job_type: request.job_type,
+    format: request.job_type.includes("image") ? "image" : "video",
+  };
+"""
+
+ROW = "row: { id: string; user_id: string }"
+REQUEST = (
+    "request: { prompt: string; job_type: 'sdxl_image_fast' | 'wan_video_fast'; count: number; "
+    "seed?: number; copies: boolean; negative_prompt?: string; metadata: any }"
+)
+
+
+def type_errors(folder: Path, body: str) -> str:
+    """What Deno's compiler says of a function that has a client."""
+    file = folder / "caller.ts"
+    client = ROOT / "clients/typescript/mod.ts"
+    file.write_text(
+        f'import {{ type Client, familyOf }} from "{client}";\n'
+        f"export async function call(client: Client, {ROW}, {REQUEST}) {{{body}}}\n"
+        "export { familyOf };\n"
+    )
+    done = subprocess.run(
+        [DENO, "check", file], capture_output=True, text=True, env=deno_environment()
+    )
+    return "" if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize(
+    "use", ["await client.submit(payload);", "await client.run(payload);", "familyOf(payload);"]
+)
+def test_the_applications_payload_is_taken_without_a_cast(tmp_path: Path, use: str) -> None:
+    assert type_errors(tmp_path, f"{QUEUE_PAYLOAD}\n{use}") == ""
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
+        '{ type: "poem", user_id: "u" }',
+        '{ type: "sdxl_image_fast", prompt: "a red circle" }',
+    ],
+)
+def test_a_job_whose_type_is_known_is_checked(tmp_path: Path, job: str) -> None:
+    assert "TS2769" in type_errors(tmp_path, f"await client.submit({job});")

@@ -8,7 +8,7 @@ const ENDED = [
   "CANCELLED",
   "TIMED_OUT"
 ];
-/** The family that does a job, whichever field names its type. Throws TypeError for no type. */ export function familyOf(job) {
+export function familyOf(job) {
   const { type, job_type, config } = job;
   // The application's older chat payloads name it in `config` alone.
   const name = type ?? job_type ?? config?.job_type;
@@ -21,15 +21,15 @@ export class Client {
   constructor(options){
     this.#options = options;
   }
-  /** Queue a job on its family's endpoint. Throws RequestFailed. */ async submit(job, s3Config) {
+  async submit(job, s3Config) {
     const endpoint = await this.#choose(job);
     const { id } = await endpoint.run(this.#body(job, s3Config));
     return new SubmittedJob(endpoint, id);
   }
-  /** Submit a job and wait for its result. Throws JobFailed. */ async run(job, timeoutMs = 600_000) {
+  async run(job, timeoutMs = 600_000) {
     return await (await this.submit(job)).result(timeoutMs);
   }
-  /** The same in one request, as long as the job takes no more than `waitMs`. Throws JobFailed. */ async runsync(job, waitMs = 90_000) {
+  async runsync(job, waitMs = 90_000) {
     const endpoint = await this.#choose(job);
     const answer = await endpoint.runsync(this.#body(job), waitMs);
     const outcome = parseResult(answer);
