@@ -225,7 +225,7 @@ def _merged(pieces: list[tuple[str, float]]) -> Prompt:
     for text, exact in pieces:
         if not text:
             continue
-        weight = round(_checked(exact), 4)
+        weight = _checked(round(exact, 4))
         if len(merged) > 1 and merged[-2][1] == weight and all(map(str.isspace, merged[-1][0])):
             merged[-2][0].extend(merged.pop()[0])
         if merged and merged[-1][1] == weight:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from compel.prompt_parser import PromptParser
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ourvidz_serverless import weights
@@ -249,7 +249,52 @@ def test_a_text_has_a_bounded_number_of_weighted_parts() -> None:
         parse("a-- , " * (MAX_WEIGHTED + 1))
 
 
+def test_a_product_of_three_is_three_whatever_floats_make_of_it() -> None:
+    assert 1.1 * 1.5 * 1.81818182 > 3
+
+    assert read("(((sharp:1.81818182):1.5))") == [("sharp", 3.0)]
+
+
 # --- properties ---
+
+#: What a group is written in, and what its words are multiplied by.
+GROUPS = {
+    "({})": 1.1,
+    "[{}]": 1 / 1.1,
+    "({}:1.2)": 1.2,
+    "({}: 0.5 )": 0.5,
+    "({})1.2": 1.2,
+    "({})--": 0.81,
+    "({}).attend(0.9)": 0.9,
+}
+
+#: A text, and its characters with the weights that they should have.
+TREES = st.recursive(
+    st.sampled_from([("red", [("red", 1.0)]), ("blue++", [("blue", 1.21)])]),
+    lambda inner: st.builds(
+        lambda group, parts: (
+            group.format(" ".join(text for text, _ in parts)),
+            [(word, weight * GROUPS[group]) for _, read in parts for word, weight in read],
+        ),
+        st.sampled_from(list(GROUPS)),
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.lists(TREES, min_size=1, max_size=3))
+def test_nested_groups_of_both_languages_multiply(
+    trees: list[tuple[str, list[tuple[str, float]]]],
+) -> None:
+    expected = [part for _, parts in trees for part in parts]
+    assume(all(weight <= 3 for _, weight in expected))
+
+    read_as = read(", ".join(text for text, _ in trees))
+
+    spelled = "".join(_spelled(*part) for part in expected)
+    assert re.sub(r",\S* ", "", "".join(_spelled(*part) for part in read_as)) == spelled
+
 
 SYNTAX = r"""a a-- a++b + - -- ( ) () (a) (a)1 [ ] [(a]) : :1) :9 .5 . , \ " \" "a" "a"+ .attend("""
 PARTS = SYNTAX.split()
