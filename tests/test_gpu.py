@@ -178,6 +178,24 @@ def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None
         model.home.model.arrive()
 
 
+def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() -> None:
+    model = load("cuda")
+    parts, layer = model.home.model, model._unet.conv_in
+    torchs_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    for _ in range(3):
+        parts.leave()
+        assert not layer.weight.is_cuda
+        assert layer.weight.is_pinned()
+        parts.arrive()
+    parts.leave()
+    weight = layer.weight.data
+    parts.drop()
+
+    assert not weight.is_pinned()
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == torchs_before
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_fp8_multiplies_where_the_card_has_it_and_is_refused_where_it_has_not(dtype: str) -> None:
     if torch.cuda.get_device_capability() < (8, 9):

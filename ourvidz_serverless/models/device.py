@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from ourvidz_serverless.errors import (
     OutOfMemory,
 )
 from ourvidz_serverless.models.memory import CountedMemory
+from ourvidz_serverless.models.pinned import Block
 from ourvidz_serverless.settings import Settings
 
 #: The errors after which, by CUDA's documentation, "the process must be terminated and relaunched",
@@ -198,6 +199,34 @@ class Device:
     def brought(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor of the host's on the device, counted as such."""
         return tensor.clone() if self.counted else tensor.to(self.name)
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on a GPU. The copy may be under way until `wait` returns."""
+        return tensor.to(self.name, non_blocking=True)
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on a GPU."""
+        return tensor.is_cuda
+
+    def pin(self, num_bytes: int) -> Block | None:
+        """A block of pinned memory, or None where the system pins no such amount."""
+        with whole_device:
+            try:
+                return Block(num_bytes, torch.cuda.cudart())
+            except (RuntimeError, OSError):
+                self._forget_error()
+                return None
+
+    def unpin(self, block: Block) -> None:
+        """Give pinned memory back, once no copy from it is under way."""
+        with whole_device:
+            torch.cuda.synchronize(self.name)
+            block.release()
+
+    def _forget_error(self) -> None:
+        """The runtime keeps a failed call's error, and torch raises it at the next kernel."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.name)
 
     def wait(self) -> None:
         """Return when copies that were begun have arrived."""

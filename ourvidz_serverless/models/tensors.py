@@ -1,14 +1,13 @@
 """The tensors of torch modules, on the device, in the host's memory, or on the disk alone.
 
 A `Movable` for any family: the modules stay the same objects wherever their tensors are, so
-whatever refers to them need not know. On its way off a GPU a model is copied into pinned memory,
-from which it is back at the bus's full speed, and the copy is kept until it is dropped: weights do
-not change, so leaving a second time costs nothing.
+whatever refers to them need not know. On its way off a GPU a model is copied into pinned memory
+(`models.pinned`), from which it is back at the bus's full speed, and the copy is kept until it is
+dropped: weights do not change, so leaving a second time costs nothing.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.device import Device, out_of_memory_is_ours
+from ourvidz_serverless.models.pinned import Block, block_bytes
 
 #: Reads the same modules anew, in the same order.
 Read = Callable[[], Sequence[Any]]
@@ -28,9 +28,10 @@ class Tensors:
     def __init__(self, modules: Sequence[Any], device: Device, read: Read | None = None) -> None:
         self._modules, self._device, self._read = list(modules), device, read
         self._is_there = False
-        # Copies in pinned memory, by the address of the tensor on the device, with what lies there:
-        # the address of a LoRA that has gone may be the next LoRA's.
-        self._pinned: dict[int, tuple[weakref.ref[Any], torch.Tensor]] = {}
+        # The copy of each parameter in the block, once there is one. A parameter stays the same
+        # object wherever its tensor is; a LoRA's parameters are none of these.
+        self._copies: dict[torch.Tensor, torch.Tensor | None] = {}
+        self._block: Block | None = None
         self._num_bytes = self._measure()
 
     @property
@@ -42,6 +43,11 @@ class Tensors:
     def held_bytes(self) -> int:
         """What of that is on the device."""
         return self._num_bytes if self._is_there else 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What it has of the host's pinned memory."""
+        return self._block.num_bytes if self._block else 0
 
     @property
     def is_on_disk(self) -> bool:
@@ -73,13 +79,18 @@ class Tensors:
 
     def leave(self) -> None:
         if self._is_there:
+            if self._device.is_cuda and self._copies and self._block is None:
+                self._block = self._device.pin(block_bytes(self._copies))
             self._apply(self._down)
             self._let_go()
 
     def drop(self) -> None:
-        self._pinned.clear()
         for module in self._modules:
             _empty(module)
+        self._copies.clear()
+        if self._block:
+            self._device.unpin(self._block)
+        self._block = None
         self._let_go()
 
     def _let_go(self) -> None:
@@ -94,20 +105,24 @@ class Tensors:
                 module._apply(place)
 
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:
-        there = tensor.to(self._device.name, non_blocking=True)
-        if not is_traceable_wrapper_subclass(tensor) and tensor.is_pinned():
-            self._pinned[there.data_ptr()] = weakref.ref(there.untyped_storage()), tensor
-        return there
+        return self._device.send(tensor)
 
     def _down(self, tensor: torch.Tensor) -> torch.Tensor:
-        if is_traceable_wrapper_subclass(tensor) or not tensor.is_cuda:
-            return tensor.cpu()
-        found = self._pinned.pop(tensor.data_ptr(), None)
-        if found and found[0]() is tensor.untyped_storage():
-            return found[1]
-        return _pinned_copy(tensor)
+        is_plain = not is_traceable_wrapper_subclass(tensor)
+        if is_plain and tensor in self._copies and self._block and self._device.has(tensor):
+            copy = self._copies[tensor]
+            if copy is None:
+                copy = self._copies[tensor] = self._block.copy(tensor)
+            return copy
+        return self._device.parked(tensor)
 
     def _measure(self) -> int:
+        self._copies = {
+            parameter: None
+            for module in self._modules
+            for parameter in module.parameters()
+            if not is_traceable_wrapper_subclass(parameter)
+        }
         # Not the storages': in the host's memory many tensors may be views of one mapped file.
         parts = [part for module in self._modules for part in _parts(module)]
         return sum({part.data_ptr(): part.nbytes for part in parts}.values())
@@ -176,14 +191,6 @@ class Parts:
                 part.leave()
         for name in names:
             self._parts[name].arrive()
-
-
-def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    try:
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
-    except RuntimeError:
-        # The system limits what may be pinned; ordinary memory is only slower.
-        return tensor.cpu()
 
 
 def _parts(module: Any) -> Iterator[torch.Tensor]:

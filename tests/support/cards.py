@@ -1,9 +1,13 @@
-"""Devices of a size, and models that only know where they are."""
+"""Devices of a size, models that only know where they are, and what pins the host's memory."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 
+import torch
+
+from ourvidz_serverless.models.pinned import Block
 from ourvidz_serverless.models.residency import Ledger
 
 
@@ -61,3 +65,113 @@ class NoHome:
 
 def card(total_bytes: int) -> Ledger:
     return Ledger(Card(total_bytes))
+
+
+#: Of CUDA's errors (`cudaError_t`).
+MEMORY_ALLOCATION, ALREADY_REGISTERED, NOT_REGISTERED = 2, 712, 713
+PAGE = 4096
+
+
+class Pins:
+    """The part of CUDA's runtime that pins memory: by pages, none twice, `most` bytes at most."""
+
+    def __init__(self, most: int = 1 << 40) -> None:
+        self.most = most
+        self.pages: dict[int, range] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return PAGE * sum(map(len, self.pages.values()))
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int, /) -> int:
+        pages = range(address // PAGE, -(-(address + num_bytes) // PAGE))
+        if self.num_bytes + PAGE * len(pages) > self.most:
+            return MEMORY_ALLOCATION
+        if any(each.start < pages.stop and pages.start < each.stop for each in self.pages.values()):
+            return ALREADY_REGISTERED
+        self.pages[address] = pages
+        return 0
+
+    def cudaHostUnregister(self, address: int, /) -> int:
+        return 0 if self.pages.pop(address, None) else NOT_REGISTERED
+
+
+class TorchsPins:
+    """torch's own allocator of pinned memory (ATen/core/CachingHostAllocator.h, torch 2.13).
+
+    A request is rounded up to a power of two, and a freed block is kept for the next one of that
+    size, for as long as `pinned_max_cached_size_mb` is not set.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._free: list[int] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        size = 1 << (num_bytes - 1).bit_length()
+        if size in self._free:
+            self._free.remove(size)
+        else:
+            self.num_bytes += size
+        return size
+
+    def free(self, size: int) -> None:
+        self._free.append(size)
+
+
+class Gpu:
+    """A GPU for `models.tensors`: its memory is the host's, at addresses of its own.
+
+    It gives the lowest address that is free, as CUDA's allocator gives the block freed last.
+    """
+
+    is_cuda = True
+
+    def __init__(self, num_bytes: int = 1 << 24, pins: Pins | None = None) -> None:
+        self._memory = memoryview(bytearray(num_bytes))
+        self._taken: dict[int, int] = {}
+        self.pins = pins or Pins()
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self._taken.values())
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        start = self._room(tensor.nbytes)
+        there = torch.frombuffer(
+            self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=start
+        )
+        self._taken[start] = tensor.nbytes
+        weakref.finalize(there.untyped_storage(), self._taken.pop, start)
+        strides = torch.empty_like(tensor).stride()
+        return there.as_strided(tensor.shape, strides).copy_(tensor)
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        return start <= tensor.data_ptr() < start + len(self._memory)
+
+    def parked(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if self.has(tensor) else tensor
+
+    def pin(self, num_bytes: int) -> Block | None:
+        try:
+            return Block(num_bytes, self.pins)
+        except RuntimeError:
+            return None
+
+    def unpin(self, block: Block) -> None:
+        block.release()
+
+    def hold(self, num_bytes: int) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def free_memory(self) -> None: ...
+
+    def _room(self, num_bytes: int) -> int:
+        start = 0
+        for taken, size in sorted(self._taken.items()):
+            if start + num_bytes <= taken:
+                break
+            start = -(-(taken + size) // 64) * 64
+        return start
