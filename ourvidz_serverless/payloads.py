@@ -46,6 +46,23 @@ Role = Literal["system", "user", "assistant"]
 KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
 Key = Field(pattern=KEY_PATTERN)
 
+#: The user of a job that needs none and names none.
+ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a job is known by. Two jobs are one only where user, key and id are the same."""
+
+    user_id: str | None
+    api_key: str | None = field(repr=False)
+    job_id: str
+
+    @classmethod
+    def of(cls, user_id: str | None, api_key: str | None, job_id: str) -> Identity:
+        """The identity of a job; one of `anonymous` has no user."""
+        return cls(None if user_id == ANONYMOUS else user_id, api_key or None, job_id)
+
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
     """The value itself. Raises ValueError for what another parser of JSON does not take."""

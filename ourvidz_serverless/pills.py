@@ -12,6 +12,7 @@ what made it a poison pill.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.payloads import Job
+from ourvidz_serverless.payloads import Identity
 
 DEATHS = 2
 
@@ -43,9 +44,9 @@ class Pills:
             why = exc.strerror or type(exc).__name__
             raise ModelLoadError(f"POISON_DIR: the folder cannot be used: {why}") from exc
 
-    def swallow(self, job: Job) -> None:
+    def swallow(self, identity: Identity) -> None:
         """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""
-        mark = self._mark(job)
+        mark = self._mark(identity)
         if mark is None:
             return
         try:
@@ -57,19 +58,20 @@ class Pills:
                 file.write(b".")
             self._swallowed.add(mark)
         except OSError as exc:
-            log.warning("job %s could not be marked: %s", job.id, type(exc).__name__)
+            log.warning("job %s could not be marked: %s", identity.job_id, type(exc).__name__)
 
-    def survived(self, job: Job) -> None:
+    def survived(self, identity: Identity) -> None:
         """Say that a job has ended, well or not; one that was never swallowed keeps its mark."""
-        mark = self._mark(job)
+        mark = self._mark(identity)
         if mark in self._swallowed:
             self._swallowed.discard(mark)
             with suppress(OSError):
                 mark.unlink()
 
-    def _mark(self, job: Job) -> Path | None:
-        # A digest: no user's name lies on a disk for it.
-        name = hashlib.sha256(f"{job.user_id}/{job.id}".encode()).hexdigest()
+    def _mark(self, identity: Identity) -> Path | None:
+        # A digest: neither a user's name nor a key lies on a disk for it.
+        parts = (identity.user_id, identity.api_key, identity.job_id)
+        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self._folder / name if self._folder else None
 
     def _deaths(self, mark: Path) -> int:

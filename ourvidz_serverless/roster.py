@@ -1,4 +1,4 @@
-"""The last jobs of this worker, by user and id: where each is, never what it holds."""
+"""The last jobs of this worker, by user, key and id: where each is, never what it holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import Document, Job
+from ourvidz_serverless.payloads import Document, Identity
 
 #: Ended jobs that are remembered; those under way always are.
 MOST_REMEMBERED = 1000
@@ -19,35 +19,35 @@ class Roster:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._under_way: dict[tuple[str, str], tuple[str, JobContext]] = {}
-        self._ended: OrderedDict[tuple[str, str], Mapping[str, Any]] = OrderedDict()
+        self._under_way: dict[Identity, tuple[str, JobContext]] = {}
+        self._ended: OrderedDict[Identity, Mapping[str, Any]] = OrderedDict()
         self._counts: Counter[str] = Counter()
 
-    def began(self, job: Job, context: JobContext) -> None:
+    def began(self, identity: Identity, job_type: str, context: JobContext) -> None:
         """A job is under way from now on."""
         with self._lock:
-            self._under_way[job.user_id, job.id] = (job.type, context)
+            self._under_way[identity] = (job_type, context)
 
-    def ended(self, job: Job, document: Document, seconds: float) -> None:
+    def ended(self, identity: Identity, job_type: str, document: Document, seconds: float) -> None:
         """A job has ended with a document, which is not kept."""
-        facts: dict[str, Any] = {"status": document.status, "type": job.type}
+        facts: dict[str, Any] = {"status": document.status, "type": job_type}
         facts["processing_time"] = round(seconds, 3)
         if document.failure:
             facts["error"] = document.failure.as_dict()
         with self._lock:
-            self._under_way.pop((job.user_id, job.id), None)
-            self._ended[job.user_id, job.id] = facts
-            self._ended.move_to_end((job.user_id, job.id))
+            self._under_way.pop(identity, None)
+            self._ended[identity] = facts
+            self._ended.move_to_end(identity)
             self._counts[document.status] += 1
             if len(self._ended) > MOST_REMEMBERED:
                 self._ended.popitem(last=False)
 
-    def find(self, user_id: str, job_id: str) -> Mapping[str, Any] | None:
-        """What is known of a user's job; None where this worker has not had it, or forgot it."""
+    def find(self, identity: Identity) -> Mapping[str, Any] | None:
+        """What is known of a job; None where this worker has not had it, or forgot it."""
         with self._lock:
-            found = self._under_way.get((user_id, job_id))
+            found = self._under_way.get(identity)
             if found is None:
-                return self._ended.get((user_id, job_id))
+                return self._ended.get(identity)
         kind, context = found
         facts: dict[str, Any] = {"status": "processing", "type": kind, **context.progress}
         return {**facts, "processing_time": round(context.elapsed_s, 3)}

@@ -32,7 +32,7 @@ from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
 from ourvidz_serverless.limits import Limits
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.residency import Ledger
-from ourvidz_serverless.payloads import Asset, Document, Failure, Job, check_result
+from ourvidz_serverless.payloads import Asset, Document, Failure, Identity, Job, check_result
 from ourvidz_serverless.pills import Pills
 from ourvidz_serverless.readahead import ReadAhead
 from ourvidz_serverless.retries import Fault
@@ -141,17 +141,19 @@ class Worker:
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
         context = JobContext(stop, report, self._settings.job_timeout_s, self._clock, emit)
-        # Of one user and key only: nobody hears the end of another's job by its id.
-        flight = (jobs.user_id(event), job_id, jobs.api_key(event))
+        # Nobody is told the end of another's job by its id.
+        identity = jobs.identity(event)
         return self._flights.run(
-            flight,
+            identity,
             stop,
-            lambda: self._run(event, job_id, context),
+            lambda: self._run(event, job_id, identity, context),
             joined=lambda: logs.joined(job_id),
             tell=None if self._is_silent else lambda document: self._tell(event, document, context),
         )
 
-    def _run(self, event: Mapping[str, Any], job_id: str, context: JobContext) -> Document:
+    def _run(
+        self, event: Mapping[str, Any], job_id: str, identity: Identity, context: JobContext
+    ) -> Document:
         job: Job | None = None
         assets: tuple[Asset, ...] = ()
         failure: Failure | None = None
@@ -159,8 +161,8 @@ class Worker:
             self._admission.check_key(jobs.api_key(event), context)
             job = jobs.parse(event, self._settings)
             logs.started(job)
-            self._roster.began(job, context)
-            model = self._admit(job, context)
+            self._roster.began(identity, job.type, context)
+            model = self._admit(job, identity, context)
             self._announce(job, context)
             with context.stage("fetch"):
                 images = self._fetch(job, context)
@@ -185,9 +187,9 @@ class Worker:
         if failure and failure.is_the_workers_end:
             self._lose_device()
         elif job:
-            self._pills.survived(job)
+            self._pills.survived(identity)
         if job:
-            self._roster.ended(job, document, context.elapsed_s)
+            self._roster.ended(identity, job.type, document, context.elapsed_s)
         return document
 
     def close(self, grace_s: float) -> None:
@@ -214,7 +216,7 @@ class Worker:
             return "unhealthy"
         return "shutting_down" if self._closing.is_set() else None
 
-    def _admit(self, job: Job, context: JobContext) -> Any:
+    def _admit(self, job: Job, identity: Identity, context: JobContext) -> Any:
         """The model that serves a job, once nothing speaks against it."""
         if self._closing.is_set():
             raise WorkerUnavailable("the worker is shutting down")
@@ -223,13 +225,13 @@ class Worker:
         family = jobs.FAMILY_OF[job.type]
         if family == "admin":
             self._admission.check(job, context)
-            return self._office
+            return replace(self._office, asker_key=identity.api_key)
         model = jobs.model_of(job, self._models)
         if model is None:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
         self._admission.check(job, context)
-        self._pills.swallow(job)
+        self._pills.swallow(identity)
         return model
 
     def _announce(self, job: Job, context: JobContext) -> None:

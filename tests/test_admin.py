@@ -203,6 +203,16 @@ def test_nobody_is_told_of_anothers_job_by_its_id_alone(site: Site) -> None:
     assert site.ask("job_status", job_id="job-1")["status"] == "unknown"
 
 
+def test_nobody_is_told_of_a_job_of_another_key(site: Site) -> None:
+    site.at.run(sdxl_payload(api_key="mine"))
+    question = {"operation": "job_status", "job_id": "job-1", "user_id": "user-1"}
+    payload = {"id": "admin", "type": "admin_utilities", "config": question}
+
+    answers = [site.at.run({**payload, "api_key": key}).reply for key in ("mine", "another")]
+
+    assert [each["result"]["status"] for each in answers] == ["completed", "unknown"]
+
+
 def test_a_job_in_the_middle_is_counted_until_its_end(site: Site) -> None:
     site.at.run()
 

@@ -39,9 +39,9 @@ def code(document: Document) -> str | None:
 
 def die(at: Bench, times: int) -> None:
     """What processes do that end with `job-1` in flight."""
-    job = jobs.parse({"input": sdxl_payload()}, at.settings)
+    identity = jobs.identity({"input": sdxl_payload()})
     for _ in range(times):
-        Pills(at.settings.poison_dir).swallow(job)
+        Pills(at.settings.poison_dir).swallow(identity)
 
 
 def test_a_job_in_flight_is_marked_and_one_that_ended_is_not(at: Bench) -> None:
@@ -63,6 +63,13 @@ def test_a_job_that_failed_has_ended_too(at: Bench) -> None:
     at.run()
 
     assert marks(at) == {}
+
+
+def test_another_users_job_of_the_same_id_is_not_refused(at: Bench) -> None:
+    die(at, times=2)
+
+    assert code(at.run(sdxl_payload(user_id="user-2"))) is None
+    assert code(at.run(sdxl_payload(api_key="another"))) is None
 
 
 def test_one_death_is_forgiven(at: Bench) -> None:

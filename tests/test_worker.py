@@ -26,9 +26,10 @@ from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage
-from tests.support.bench import QUICK, Bench, sdxl_payload
+from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
 from tests.support.handler import ROOT
 from tests.support.painter import Painter
+from tests.support.parrot import Endless
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
 
@@ -465,6 +466,31 @@ def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> N
 
         assert first.result(PATIENCE_S).assets[0].url == "user-1/job-1/0.png"
         assert second.result(PATIENCE_S).assets[0].url == "user-2/job-1/0.png"
+
+
+@pytest.mark.parametrize(("ids", "replies"), [(("rp-1", "rp-2"), 2), (("rp-1", "rp-1"), 1)])
+def test_anonymous_deliveries_are_joined_by_the_platforms_own_id_alone(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture, ids: tuple[str, str], replies: int
+) -> None:
+    caplog.set_level("INFO", "ourvidz")
+    endless = Endless()
+    at = bench(settings=Settings(families=("chat",)), models={"chat": endless})
+    payload = chat_payload(id="hello")
+    del payload["user_id"]
+    stops = [Stop(), Stop()]
+    with ThreadPoolExecutor() as threads:
+        runs = [
+            threads.submit(at.worker.run, {"id": name, "input": payload}, stop, at.progress.append)
+            for name, stop in zip(ids, stops, strict=True)
+        ]
+        while endless.begun + caplog.text.count("arrived again") < 2:
+            time.sleep(0.01)
+        for stop in stops:
+            stop.set()
+        ends = [run.result(PATIENCE_S) for run in runs]
+
+    assert [end.job_id for end in ends] == ["hello", "hello"]
+    assert endless.begun == replies
 
 
 def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:

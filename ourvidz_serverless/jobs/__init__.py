@@ -9,6 +9,7 @@ endpoint hears WORKER_UNAVAILABLE.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,16 @@ from pydantic import ValidationError
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.jobs import admin, chat, sdxl, wan
-from ourvidz_serverless.payloads import KEY_PATTERN, MAX_CALLBACK_URL, Job, Output, Text, Video
+from ourvidz_serverless.payloads import (
+    ANONYMOUS,
+    KEY_PATTERN,
+    MAX_CALLBACK_URL,
+    Identity,
+    Job,
+    Output,
+    Text,
+    Video,
+)
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.
@@ -112,6 +122,18 @@ def job_id(event: Mapping[str, Any]) -> str | None:
     return next((name for name in candidates if _is_key(name)), None)
 
 
+def identity(event: Mapping[str, Any]) -> Identity:
+    """Who a job is to everybody who joins, finds or stops it.
+
+    A job without a user is known by the platform's own id: the ids of callers whom nobody tells
+    apart may be the same by chance, or on purpose.
+    """
+    user, key, own = user_id(event), api_key(event), _text_of(event.get("id"))
+    if user in (None, ANONYMOUS):
+        return Identity.of(None, key, own or f"unnamed-{uuid.uuid4().hex}")
+    return Identity.of(user, key, job_id(event) or own or f"unnamed-{uuid.uuid4().hex}")
+
+
 def user_id(event: Mapping[str, Any]) -> str | None:
     """The user whose job this is, as far as a broken payload tells."""
     return _text(event, "user_id")
@@ -129,7 +151,10 @@ def callback_url(event: Mapping[str, Any]) -> str | None:
 
 
 def _text(event: Mapping[str, Any], field: str) -> str | None:
-    value = _mapping(event.get("input")).get(field)
+    return _text_of(_mapping(event.get("input")).get(field))
+
+
+def _text_of(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 

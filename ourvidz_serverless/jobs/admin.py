@@ -25,7 +25,7 @@ from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
 from ourvidz_serverless.models.residency import Holding, Ledger, State, Wish
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, Output
+from ourvidz_serverless.payloads import ANONYMOUS, KEY_PATTERN, Identity, Job, Output
 from ourvidz_serverless.roster import Roster
 from ourvidz_serverless.settings import FAMILIES, Settings
 
@@ -71,7 +71,7 @@ def _either(name: str) -> Any:
 class AdminJob(Job):
     type: Literal["admin_utilities"]
     # An administrator need not be a user of the application.
-    user_id: str = Field("anonymous", pattern=KEY_PATTERN)
+    user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     operation: Operation = Field(validation_alias=_either("operation"))
     target_worker: str | None = Field(
         None, max_length=128, validation_alias=_either("target_worker")
@@ -114,6 +114,8 @@ class Office:
     fate: Callable[[], Fate | None]
     ledger: Ledger | None
     opened: float = field(default_factory=time.monotonic)
+    #: The key of whoever asks now.
+    asker_key: str | None = field(default=None, repr=False)
 
     #: Nothing is computed here.
     device = None
@@ -262,7 +264,8 @@ def _debug_env(job: AdminJob, office: Office) -> dict[str, Any]:
 
 
 def _job_status(job: AdminJob, office: Office) -> dict[str, Any]:
-    found = office.roster.find(job.of_user or job.user_id, job.of_job or "")
+    identity = Identity.of(job.of_user or job.user_id, office.asker_key, job.of_job or "")
+    found = office.roster.find(identity)
     return {"job_id": job.of_job, **(found or {"status": "unknown"})}
 
 

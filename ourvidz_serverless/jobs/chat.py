@@ -25,6 +25,7 @@ from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.jobs import wan
 from ourvidz_serverless.payloads import (
+    ANONYMOUS,
     KEY_PATTERN,
     CheckedText,
     Job,
@@ -117,7 +118,7 @@ class ResponseFormat(Wire):
 class ChatJob(Job):
     type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
     # A chat needs no account; its texts are then stored under this name.
-    user_id: str = Field("anonymous", pattern=KEY_PATTERN)
+    user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     messages: tuple[Message, ...] = Field((), max_length=500)
     prompt: str | None = Field(None, max_length=100_000)
     config: ChatConfig = ChatConfig()

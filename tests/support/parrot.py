@@ -47,10 +47,12 @@ class Endless:
 
     def __init__(self) -> None:
         self.device = NoDevice()
+        self.begun = 0
         self.speaks = threading.Event()
         self.stopped = threading.Event()
 
     def generate(self, *, check: Callable[[], None], **call: Any) -> Iterator[str]:
+        self.begun += 1
         try:
             while True:
                 check()
