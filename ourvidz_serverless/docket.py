@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.errors import RateLimited
-from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.errors import JobError, RateLimited, WorkerUnavailable
+from ourvidz_serverless.payloads import Document, Identity
 from ourvidz_serverless.worker import Worker
 
 #: Jobs whose end is remembered.
@@ -26,7 +26,13 @@ KEPT = 500
 #: What a caller is asked to wait, in seconds, when every thread and place in the row is taken.
 RETRY_AFTER_S = 2
 
+#: Threads for jobs that were stopped before they began. Such a job computes nothing: it ends at
+#: its first check, and its callback is posted.
+STOPPED_THREADS = 4
+
 Status = Literal["queued", "processing", "completed", "failed"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Ticket:
@@ -35,10 +41,10 @@ class Ticket:
     Its state belongs to the event loop; `changed` wakes whoever watches it.
     """
 
-    def __init__(self, job_id: str, delivery: Hashable = None) -> None:
+    def __init__(self, job_id: str, worker: Worker | None = None) -> None:
         self.job_id = job_id
-        #: Whose delivery it was, and to which worker.
-        self.delivery = delivery
+        #: Which worker it was given to: one that posts callbacks, or a silent one.
+        self.worker = worker
         self.stop = Stop()
         self.status: Status = "queued"
         self.progress: Mapping[str, Any] = {}
@@ -66,42 +72,57 @@ class Ticket:
 
 
 class Docket:
-    """Takes jobs as long as there is room, and knows the last ones by their ids."""
+    """Takes jobs as long as there is room, and knows the last ones by user, key and id.
+
+    All its methods belong to the event loop.
+    """
 
     def __init__(self, threads: int, waiting: int) -> None:
-        self._most = threads + waiting
-        self._open = 0
-        self._tickets: OrderedDict[str, Ticket] = OrderedDict()
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="job")
+        self._threads, self._most = threads, threads + waiting
+        self._open = self._running = 0
+        self._tickets: OrderedDict[Identity, Ticket] = OrderedDict()
+        #: What has no thread yet: the call that runs it, and holds its payload.
+        self._waiting: OrderedDict[Ticket, Callable[[], Document]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="job")
+        self._stopped = ThreadPoolExecutor(STOPPED_THREADS, thread_name_prefix="stopped")
+        self._is_empty = asyncio.Event()
 
-    def submit(self, worker: Worker, job_id: str, event: Mapping[str, Any]) -> Ticket:
+    def submit(self, worker: Worker, event: Mapping[str, Any]) -> Ticket:
         """Have a job run as soon as a thread is free; raise RateLimited when the row is full.
 
         A job that is under way is not taken again: one ticket, which stops it for all.
         """
-        # As `Flights` has it, which a delivery that waits for a thread does not reach.
-        delivery = (worker, jobs.user_id(event), jobs.api_key(event))
-        first = self._tickets.get(job_id)
-        if first and not first.document and first.delivery == delivery:
+        identity = jobs.identity(event)
+        first = self._tickets.get(identity)
+        if first and not first.document and first.worker is worker:
             return first
         if self._open >= self._most:
             raise RateLimited(
                 f"{self._open} jobs are under way here already", retry_after=RETRY_AFTER_S
             )
-        loop, ticket = asyncio.get_running_loop(), Ticket(job_id, delivery)
+        loop, ticket = asyncio.get_running_loop(), Ticket(identity.job_id, worker)
 
         def tell(**changes: Any) -> None:
             loop.call_soon_threadsafe(functools.partial(ticket.note, **changes))
 
         self._open += 1
-        self._remember(ticket)
-        running = loop.run_in_executor(self._threads, _run, worker, event, ticket.stop, tell)
-        running.add_done_callback(functools.partial(self._end, ticket))
+        self._remember(identity, ticket)
+        self._waiting[ticket] = functools.partial(_run, worker, event, ticket.stop, tell)
+        self._start_next()
         return ticket
 
-    def find(self, job_id: str) -> Ticket | None:
-        """The latest job of that id, while it is remembered."""
-        return self._tickets.get(job_id)
+    def stop(self, ticket: Ticket, error: JobError | None = None) -> None:
+        """Stop a job at its next step; one that waits for a thread ends at once.
+
+        Such a job gives its place in the row back.
+        """
+        ticket.stop.set(error)
+        if call := self._waiting.pop(ticket, None):
+            self._start(ticket, call, self._stopped)
+
+    def find(self, identity: Identity) -> Ticket | None:
+        """The latest job of that user, key and id, while it is remembered."""
+        return self._tickets.get(identity)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,19 +135,75 @@ class Docket:
 
     async def close(self) -> None:
         """Wait until the last job has ended; the worker sees to it that they do."""
-        await asyncio.to_thread(self._threads.shutdown)
+        while self._open:
+            self._is_empty.clear()
+            await self._is_empty.wait()
+        self._pool.shutdown()
+        self._stopped.shutdown()
 
-    def _remember(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.job_id, None)
-        self._tickets[ticket.job_id] = ticket
+    def _start_next(self) -> None:
+        while self._waiting and self._running < self._threads:
+            ticket, call = self._waiting.popitem(last=False)
+            self._running += 1
+            self._start(ticket, call, self._pool)
+
+    def _start(self, ticket: Ticket, call: Callable[[], Document], pool: Executor) -> None:
+        running = asyncio.get_running_loop().run_in_executor(pool, call)
+        running.add_done_callback(functools.partial(self._end, ticket, pool))
+
+    def _end(self, ticket: Ticket, pool: Executor, running: asyncio.Future[Document]) -> None:
+        self._open -= 1
+        if pool is self._pool:
+            self._running -= 1
+            self._start_next()
+        if not self._open:
+            self._is_empty.set()
+        document = running.result()
+        ticket.note(document=document, status=document.status)
+
+    def _remember(self, identity: Identity, ticket: Ticket) -> None:
+        self._tickets.pop(identity, None)
+        self._tickets[identity] = ticket
         ended = [name for name, old in self._tickets.items() if old.document]
         for name in ended[:-KEPT]:
             del self._tickets[name]
 
-    def _end(self, ticket: Ticket, running: asyncio.Future[Document]) -> None:
+
+class CallThreads:
+    """A few threads for short calls of one kind, so that one kind never waits for another."""
+
+    def __init__(self, name: str, threads: int, waiting: int) -> None:
+        self._most = threads + waiting
+        self._open = 0
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a call gives; raises WorkerUnavailable when too many calls wait already."""
+        if self.is_full:
+            raise WorkerUnavailable(
+                f"{self._open} such calls are under way here already", retry_after=RETRY_AFTER_S
+            )
+        self._open += 1
+        running = asyncio.get_running_loop().run_in_executor(
+            self._pool, functools.partial(call, *args, **kwargs)
+        )
+        running.add_done_callback(self._end)
+        return await asyncio.shield(running)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next call would be refused."""
+        return self._open >= self._most
+
+    def close(self) -> None:
+        """Start no further call; whoever runs ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _end(self, running: asyncio.Future[Any]) -> None:
         self._open -= 1
-        document = running.result()
-        ticket.note(document=document, status=document.status)
+        # Nobody may wait for it any more, and then its error is nobody's.
+        if not running.cancelled():
+            running.exception()
 
 
 def _run(

@@ -36,11 +36,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ourvidz_serverless import __version__, access, jobs, logs, page, settings
+from ourvidz_serverless import __version__, access, jobs, logs, page, request_checks, settings
+from ourvidz_serverless.connections import KEEP_ALIVE_S, Connection
 from ourvidz_serverless.context import Stop, to_nobody
-from ourvidz_serverless.docket import Docket, Ticket
+from ourvidz_serverless.docket import CallThreads, Docket, Ticket
 from ourvidz_serverless.errors import (
     DeadlinePassed,
     InternalError,
@@ -49,16 +49,21 @@ from ourvidz_serverless.errors import (
     ModelLoadError,
     WorkerUnavailable,
 )
+from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.openapi import describe
-from ourvidz_serverless.payloads import Document, Failure
+from ourvidz_serverless.payloads import Document, Failure, Identity, Job
 from ourvidz_serverless.readahead import ReadAhead
 from ourvidz_serverless.registration import Registration
+from ourvidz_serverless.request_checks import (
+    MAX_REQUESTS,
+    MAX_REQUESTS_WITHOUT_KEY,
+    RequestChecks,
+    is_known,
+    key_of,
+)
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
-
-#: What RunPod's load balancer lets through.
-MAX_BODY_BYTES = 30_000_000
 
 #: A body that takes longer is given up; a thread never waits for one.
 BODY_TIMEOUT_S = 60.0
@@ -72,11 +77,15 @@ LAST_WORD_S = 2.0
 #: Proxies close a connection on which nothing is said for a minute or so.
 HEARTBEAT_S = 15.0
 
-#: An idle connection is the proxy's to close, or its next request would meet our close.
-KEEP_ALIVE_S = 75
+#: Most commas and brackets of a body, since no other thread runs while Python parses it. They are
+#: more than a job's texts may have characters, and a picture as a data URI has one.
+MAX_JSON_MARKS = 250_000
+JSON_MARKS = (b",", b"[", b"{")
 
-#: A worker needs its files and sockets for its jobs; the proxy in front of it needs few.
-MAX_CONNECTIONS = 512
+#: Threads that read bodies and payloads, and those that answer administrators; so many of the
+#: latter's calls may wait.
+READERS = 4
+ADMINISTRATORS = 8
 
 #: What the caller is asked to wait while the models are loaded, in seconds.
 LOADING_S = 5
@@ -118,9 +127,18 @@ class Face:
     def __init__(self, config: Settings) -> None:
         self.settings = config
         self.docket = Docket(config.resolved_concurrency, config.http_backlog)
+        # A worker that cannot answer an administrator must still read what callers send.
+        self.reading = CallThreads("read", READERS, MAX_REQUESTS + MAX_REQUESTS_WITHOUT_KEY)
+        self.administration = CallThreads("administer", ADMINISTRATORS, ADMINISTRATORS)
         self.is_closing = False
         self._worker: Worker | None = None
         self._registration = Registration.of(config)
+
+    @property
+    def own_hosts(self) -> frozenset[str]:
+        """The host names, beside loopback's, that the worker is reached by."""
+        registered = self._registration.host if self._registration else None
+        return frozenset([*self.settings.allowed_hosts, *([registered] if registered else [])])
 
     @property
     def is_ready(self) -> bool:
@@ -166,19 +184,13 @@ def _face(request: Request) -> Face:
 TheFace = Annotated[Face, Depends(_face)]
 
 
-def _key(request: Request) -> str | None:
-    """The caller's key: of its own header where a gateway uses the usual one for itself."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else None
-    return request.headers.get("X-API-Key") or bearer or None
-
-
 def _check_key(request: Request, face: TheFace) -> None:
-    access.check(_key(request), face.settings.worker_api_key)
+    access.check(key_of(request.headers), face.settings.worker_api_key)
 
 
 NeedsKey = Depends(_check_key)
 Wait = Annotated[float, Query(ge=0, le=300, description="seconds to wait for the job's end")]
+User = Annotated[str | None, Query(description="the job's `user_id`; none for a job without one")]
 
 
 # --- is anybody there ---
@@ -210,7 +222,7 @@ async def health(face: TheFace) -> Response:
 @router.post("/chat")
 async def chat(request: Request, face: TheFace) -> Response:
     """A conversation's next reply, in `response`."""
-    payload = await _payload(request)
+    payload = await _body(request, face)
     kind = _asked_type(payload)
     return await _reply(
         request,
@@ -222,13 +234,13 @@ async def chat(request: Request, face: TheFace) -> Response:
 @router.post("/chat/unrestricted")
 async def chat_unrestricted(request: Request, face: TheFace) -> Response:
     """The same in adult mode."""
-    return await _reply(request, face, {**await _payload(request), "type": "chat_unrestricted"})
+    return await _reply(request, face, {**await _body(request, face), "type": "chat_unrestricted"})
 
 
 @router.post("/enhance")
 async def enhance(request: Request, face: TheFace) -> Response:
     """A better prompt, in `enhanced_prompt`."""
-    return await _reply(request, face, {**await _payload(request), "type": "chat_enhance"})
+    return await _reply(request, face, {**await _body(request, face), "type": "chat_enhance"})
 
 
 # --- any job ---
@@ -240,10 +252,10 @@ async def submit(request: Request, face: TheFace, wait: Wait = 0) -> Response:
 
     A payload that does not hold is refused before the job is taken.
     """
-    worker, event = face.worker, _event_of(request, **await _input(request))
+    worker, event = face.worker, _event_of(request, **await _input(request, face))
     _check(face, event)
-    await asyncio.to_thread(jobs.parse, event, face.settings)
-    ticket = _take(face, worker, event)
+    await face.reading.run(jobs.parse, event, face.settings)
+    ticket = face.docket.submit(worker, event)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(ticket.ended(), wait)
     if ticket.document:
@@ -252,23 +264,25 @@ async def submit(request: Request, face: TheFace, wait: Wait = 0) -> Response:
 
 
 @router.get("/job/{job_id}", dependencies=[NeedsKey])
-async def job(job_id: str, face: TheFace) -> Response:
+async def job(job_id: str, request: Request, face: TheFace, user_id: User = None) -> Response:
     """Where a job stands: `queued`, `processing` with its progress, or its document."""
-    ticket = _find(face, job_id)
+    ticket = _find(face, request, job_id, user_id)
     return JSONResponse(_body_of(ticket.document) if ticket.document else _standing(ticket))
 
 
 @router.get("/job/{job_id}/events", dependencies=[NeedsKey])
-async def job_events(job_id: str, face: TheFace) -> Response:
+async def job_events(
+    job_id: str, request: Request, face: TheFace, user_id: User = None
+) -> Response:
     """A job's progress and its end, as server-sent events."""
-    return EventStream(_events(_find(face, job_id)))
+    return EventStream(_events(_find(face, request, job_id, user_id)))
 
 
 @router.post("/job/{job_id}/cancel", dependencies=[NeedsKey])
-async def cancel(job_id: str, face: TheFace) -> Response:
+async def cancel(job_id: str, request: Request, face: TheFace, user_id: User = None) -> Response:
     """Stop a job at its next step."""
-    ticket = _find(face, job_id)
-    ticket.stop.set()
+    ticket = _find(face, request, job_id, user_id)
+    face.docket.stop(ticket)
     return JSONResponse(_standing(ticket), 202)
 
 
@@ -289,18 +303,18 @@ async def ask(request: Request, face: TheFace, target_worker: str | None = None)
     )
 
 
-@router.post("/memory/load")
-@router.post("/memory/unload")
+@router.post("/memory/load", dependencies=[NeedsKey])
+@router.post("/memory/unload", dependencies=[NeedsKey])
 async def move(request: Request, face: TheFace) -> Response:
     """Bring models to the device, or off it."""
     operation = OPERATION_OF[request.url.path]
-    return await _administer(request, face, {**await _body(request), "operation": operation})
+    return await _administer(request, face, {**await _body(request, face), "operation": operation})
 
 
-@router.post("/emergency/operation")
+@router.post("/emergency/operation", dependencies=[NeedsKey])
 async def emergency(request: Request, face: TheFace) -> Response:
     """One of `EMERGENCIES`, with `target_worker` and `force`."""
-    body = await _body(request)
+    body = await _body(request, face)
     if body.get("operation") not in EMERGENCIES:
         raise InvalidPrompt(f"operation: Input should be one of {', '.join(EMERGENCIES)}")
     return await _administer(request, face, body)
@@ -309,7 +323,7 @@ async def emergency(request: Request, face: TheFace) -> Response:
 async def _administer(request: Request, face: Face, config: Mapping[str, Any]) -> Response:
     """An `admin_utilities` job, beside whatever computes: it waits for no thread of a job."""
     worker, event = face.worker.silent(), _event_of(request, {"type": ADMIN, "config": config})
-    document = await asyncio.to_thread(worker.run, event, Stop(), to_nobody, to_nobody)
+    document = await face.administration.run(worker.run, event, Stop(), to_nobody, to_nobody)
     if document.failure:
         return _answer(document)
     result = dict(document.reply["result"])
@@ -322,22 +336,18 @@ async def _administer(request: Request, face: Face, config: Mapping[str, Any]) -
 # --- the way of a request ---
 
 
-async def _payload(request: Request) -> dict[str, Any]:
-    """A chat call's payload; it has no `input` around it."""
-    return await _body(request)
-
-
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request, face: Face) -> dict[str, Any]:
     """The request's JSON object. Raises InvalidPrompt for anything else."""
+    has_key = is_known(request.headers, face.settings.worker_api_key)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await _read(request)
+            raw = await _read(request, has_key)
     except TimeoutError:
         raise HTTPException(408, "the body took too long to arrive") from None
     except ClientDisconnect:
         raise HTTPException(400, "the body did not arrive") from None
     try:
-        body = await asyncio.to_thread(json.loads, raw, parse_constant=_no_number)
+        body = await face.reading.run(_parse, raw)
     except (ValueError, RecursionError):
         raise InvalidPrompt("body: Input should be JSON") from None
     if not isinstance(body, dict):
@@ -345,13 +355,20 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _read(request: Request) -> bytes:
-    raw = bytearray()
+async def _read(request: Request, has_key: bool) -> bytes:
+    raw, limit = bytearray(), request_checks.body_limit(has_key)
     async for chunk in request.stream():
         raw += chunk
-        if len(raw) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
+        if len(raw) > limit:
+            raise request_checks.too_long(has_key)
     return bytes(raw)
+
+
+def _parse(raw: bytes) -> object:
+    """The value of a JSON text; raises ValueError, or InvalidPrompt for too many values."""
+    if sum(map(raw.count, JSON_MARKS)) > MAX_JSON_MARKS:
+        raise InvalidPrompt(f"body: Input should have at most {MAX_JSON_MARKS} commas and brackets")
+    return json.loads(raw, parse_constant=_no_number)
 
 
 def _no_number(constant: str) -> None:
@@ -364,14 +381,10 @@ def _asked_type(payload: Mapping[str, Any]) -> object:
     return payload.get("type") or payload.get("job_type") or in_config
 
 
-async def _input(request: Request) -> dict[str, Any]:
+async def _input(request: Request, face: Face) -> dict[str, Any]:
     """What of RunPod's envelope the worker reads."""
-    body = await _body(request)
+    body = await _body(request, face)
     return {"payload": body.get("input"), "s3_config": body.get("s3Config")}
-
-
-def _take(face: Face, worker: Worker, event: Mapping[str, Any]) -> Ticket:
-    return face.docket.submit(worker, jobs.job_id(event) or event["id"], event)
 
 
 def _check(face: Face, event: Mapping[str, Any]) -> None:
@@ -385,14 +398,15 @@ def _event_of(request: Request, payload: object, s3_config: object = None) -> di
     if s3_config:
         event["s3Config"] = s3_config
     if isinstance(payload, Mapping):
-        event["input"] = {**payload, "api_key": jobs.api_key(event) or _key(request)}
+        event["input"] = {**payload, "api_key": jobs.api_key(event) or key_of(request.headers)}
     return event
 
 
-def _find(face: Face, job_id: str) -> Ticket:
-    ticket = face.docket.find(job_id)
+def _find(face: Face, request: Request, job_id: str, user_id: str | None) -> Ticket:
+    """The job that the caller may see: the one of this key, this user and this id."""
+    ticket = face.docket.find(Identity.of(user_id, key_of(request.headers), job_id))
     if ticket is None:
-        raise HTTPException(404, "no job of that id is remembered here")
+        raise HTTPException(404, "no job of this id and user_id is remembered here for this key")
     return ticket
 
 
@@ -403,30 +417,32 @@ async def _reply(request: Request, face: Face, payload: Mapping[str, Any]) -> Re
     """
     worker, event = face.worker.silent(), _event_of(request, payload)
     _check(face, event)
-    ticket = _take(face, worker, event)
-    streams = payload.get("stream") is True
-    await _wait(
-        request,
-        ticket,
-        ticket.begun() if streams else ticket.ended(),
-        _reply_timeout_s(face.settings, payload),
-    )
+    job = await face.reading.run(jobs.parse, event, face.settings)
+    ticket = face.docket.submit(worker, event)
+    streams = isinstance(job, ChatJob) and job.stream
+    stop = functools.partial(face.docket.stop, ticket)
+    until = ticket.begun() if streams else ticket.ended()
+    await _wait(request, until, stop, _reply_timeout_s(face.settings, job))
     # A job that failed before its first event has a status; who asked for events and has a whole
     # reply already gets them all the same.
     if ticket.document and (ticket.document.failure or not streams):
         return _answer(ticket.document, with_assets=False)
-    return EventStream(_events(ticket), at_end=ticket.stop.set)
+    return EventStream(_events(ticket), at_end=stop)
 
 
-def _reply_timeout_s(config: Settings, payload: Mapping[str, Any]) -> float:
+def _reply_timeout_s(config: Settings, job: Job) -> float:
     """How long the caller of a chat waits, in seconds, less what the answer's way takes."""
-    asked = payload.get("max_tokens")
-    is_long = isinstance(asked, int) and asked > LONG_REPLY_TOKENS
+    is_long = isinstance(job, ChatJob) and (job.max_tokens or 0) > LONG_REPLY_TOKENS
     return max(config.http_reply_timeout_s * (2 if is_long else 1) - LAST_WORD_S, 0.0)
 
 
-async def _wait(request: Request, ticket: Ticket, until: Awaitable[None], timeout_s: float) -> None:
-    """Wait for a job; stop it when its caller has gone, or its time is over."""
+async def _wait(
+    request: Request,
+    until: Awaitable[None],
+    stop: Callable[[JobError | None], None],
+    timeout_s: float,
+) -> None:
+    """Wait for a job; `stop` it when its caller has gone, or its time is over."""
     reached = asyncio.ensure_future(until)
     gone = asyncio.create_task(_hang_up(request))
     try:
@@ -434,7 +450,7 @@ async def _wait(request: Request, ticket: Ticket, until: Awaitable[None], timeou
         if reached.done():
             return
         late = DeadlinePassed(f"the reply took more than {timeout_s:g} seconds")
-        ticket.stop.set(None if gone.done() else late)
+        stop(None if gone.done() else late)
         await asyncio.wait({reached}, timeout=LAST_WORD_S / 2)
         if not reached.done():
             raise late
@@ -537,26 +553,28 @@ def _headers(failure: Failure | None) -> dict[str, str]:
     return headers
 
 
-async def _on_job_error(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, JobError)
-    failure = Failure.of(exc)
-    return JSONResponse(_failed(failure), STATUS_OF[failure.code], _headers(failure))
-
-
-async def _on_http_error(request: Request, exc: Exception) -> Response:
+def _refusal(exc: Exception) -> Response:
+    """The response for an error that has its own status."""
+    if isinstance(exc, JobError):
+        failure = Failure.of(exc)
+        return JSONResponse(_failed(failure), STATUS_OF[failure.code], _headers(failure))
     assert isinstance(exc, HTTPException)
     return JSONResponse({"success": False, "error": exc.detail}, exc.status_code, exc.headers)
+
+
+async def _on_error(request: Request, exc: Exception) -> Response:
+    return _refusal(exc)
 
 
 async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     error = exc.errors()[0]
-    return await _on_job_error(request, InvalidPrompt(f"{error['loc'][-1]}: {error['msg']}"))
+    return _refusal(InvalidPrompt(f"{error['loc'][-1]}: {error['msg']}"))
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
     logs.bug(request.url.path, exc)
-    return await _on_job_error(request, InternalError("an internal error; the log says where"))
+    return _refusal(InternalError("an internal error; the log says where"))
 
 
 # --- the process ---
@@ -569,6 +587,8 @@ def make_app(face: Face) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await face.docket.close()
+        face.reading.close()
+        face.administration.close()
 
     app = FastAPI(
         title="ourvidz_serverless",
@@ -584,56 +604,15 @@ def make_app(face: Face) -> FastAPI:
     )
     app.include_router(router)
     if page.is_wanted(face.settings):
-        app.include_router(page.make_router(face.settings, NeedsKey))
-    app.add_exception_handler(JobError, _on_job_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+        app.include_router(page.make_router(face.settings, NeedsKey, face.own_hosts))
+    app.add_exception_handler(JobError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(
+        RequestChecks, keys=face.settings.worker_api_key, hosts=face.own_hosts, refuse=_refusal
+    )
     return app
-
-
-class Connection(H11Protocol):
-    """A client's connection, which may be idle, or bring a request's head, for `KEEP_ALIVE_S`.
-
-    uvicorn waits for a head without end. Its parser in Python is taken for being bounded: the one
-    in C takes a head of any length.
-    """
-
-    _too_late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.close()
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._unwatch()
-
-    def _watch(self) -> None:
-        """Have the clock run between requests, from the first byte that is waited for on."""
-        if not self._is_between_requests:
-            self._unwatch()
-        elif self._too_late is None:
-            self._too_late = self.loop.call_later(KEEP_ALIVE_S, self._give_up)
-
-    def _unwatch(self) -> None:
-        if self._too_late:
-            self._too_late.cancel()
-        self._too_late = None
-
-    def _give_up(self) -> None:
-        if self._is_between_requests:
-            self.transport.close()
-
-    @property
-    def _is_between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
 
 
 class Server(uvicorn.Server):
@@ -658,6 +637,7 @@ def make_server(face: Face) -> Server:
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        ws="none",
         timeout_graceful_shutdown=int(face.settings.shutdown_grace_s) + 10,
     )
     return Server(config, face)

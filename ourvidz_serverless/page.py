@@ -9,8 +9,7 @@ other host for anything, and a browser is told to let it ask none.
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
+from ourvidz_serverless.request_checks import is_loopback, is_own_host
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage, open_storage
 
@@ -59,29 +59,35 @@ HEADERS = {
 
 def is_wanted(settings: Settings) -> bool:
     """Whether the page is there: as `PAGE` says, or else on an address that only this host has."""
-    return _is_loopback(settings.host) if settings.page is None else settings.page
+    return is_loopback(settings.host) if settings.page is None else settings.page
 
 
-def make_router(settings: Settings, needs_key: Any) -> APIRouter:
-    """The page's routes; whoever asks for an asset has to pass `needs_key` first."""
-    is_local = _is_loopback(settings.host)
+def make_router(settings: Settings, needs_key: Any, hosts: Collection[str]) -> APIRouter:
+    """The page's routes, for these `hosts` and loopback where the worker listens there alone.
+
+    Whoever asks for an asset has to pass `needs_key` first.
+    """
+    is_local = is_loopback(settings.host)
 
     async def own_host(request: Request) -> None:
         # A site whose name was made to lead here would be no other origin to the browser.
-        if is_local and not _is_loopback(request.url.hostname or ""):
+        if is_local and not is_own_host(request.headers.get("Host", ""), hosts):
             raise HTTPException(404, "Not Found")
 
     router = APIRouter(include_in_schema=False, dependencies=[Depends(own_host)])
     storage = open_storage(settings)
 
+    @router.head("/")
     @router.get("/")
     async def index() -> FileResponse:
         return _file(FOLDER / "index.html", "text/html")
 
+    @router.head("/page/{name}")
     @router.get("/page/{name}")
     async def part(name: str) -> FileResponse:
         return _file(FOLDER / name, _kind(PARTS, name))
 
+    @router.head("/assets/{key:path}", dependencies=[needs_key])
     @router.get("/assets/{key:path}", dependencies=[needs_key])
     async def asset(key: str) -> FileResponse:
         kind = _kind(MEDIA, Path(key).suffix.lower())
@@ -101,10 +107,3 @@ def _kind(kinds: Mapping[str, str], name: str) -> str:
     if name not in kinds:
         raise HTTPException(404, "Not Found")
     return kinds[name]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
@@ -79,6 +80,11 @@ class Registration:
                 "WORKER_URL are needed with it"
             )
         return cls(project, url, settings.families)
+
+    @property
+    def host(self) -> str | None:
+        """The host name under which the application is told to find the worker."""
+        return urlsplit(self._worker_url).hostname
 
     def announce(self) -> None:
         """Say where the worker is, in a few tries, until `close`."""

@@ -60,6 +60,12 @@ def _known_families(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _host_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name) for name in value):
+        raise ValueError("Input should be host names without a port, comma-separated, or *")
+    return tuple(name.lower() for name in value)
+
+
 def _falling(value: tuple[int, ...]) -> tuple[int, ...]:
     if list(value) != sorted(set(value), reverse=True) or any(not 0 < t <= 1000 for t in value):
         raise ValueError("Input should be falling numbers from 1000 to 1, comma-separated")
@@ -137,6 +143,7 @@ class Settings(BaseSettings):
     host: str = "0.0.0.0"
     port: int = Field(8000, ge=0, le=65535)
     port_health: int | None = Field(None, ge=0, le=65535)
+    allowed_hosts: Annotated[Words, AfterValidator(_host_names)] = ()
     http_backlog: int = Field(16, ge=0, le=10_000)
     http_reply_timeout_s: float = Field(45.0, gt=0)
     register_worker: bool = False

@@ -7,18 +7,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from ourvidz_serverless import errors, http, openapi
+from ourvidz_serverless import connections, errors, http, jobs, openapi, request_checks
 from ourvidz_serverless.docket import Ticket
 from ourvidz_serverless.jobs import admin
+from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.payloads import Identity
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
+from tests.support.cards import Card
 from tests.support.chatbox import tiny_folder
 from tests.support.face import ServedFace, events
 from tests.support.handler import HANDLER, ROOT
@@ -79,8 +84,22 @@ def knock(face: ServedFace) -> socket.socket:
 def raw_post(path: str, body: Any) -> bytes:
     """A request as it goes over the wire."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    return raw_head(path, len(data)) + data
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Look again and again until a condition holds."""
+    ends = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < ends
+        threading.Event().wait(0.01)
+
+
+def raw_head(path: str, length: int, *lines: str) -> bytes:
+    """The head of a request whose body is JSON."""
+    kind = "Content-Type: application/json"
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", kind, f"Content-Length: {length}", *lines]
+    return "\r\n".join([*head, "", ""]).encode()
 
 
 # --- the application's chat calls ---
@@ -152,7 +171,7 @@ def test_a_refusal_is_a_status_and_a_text(
 
 @pytest.mark.parametrize("raw", [b"{", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
 def test_what_is_no_json_is_refused(face: ServedFace, raw: bytes) -> None:
-    answer = requests.post(f"{face.url}/chat", data=raw, timeout=PATIENCE_S)
+    answer = face.post("/chat", data=raw, headers={"Content-Type": "application/json"})
 
     assert (answer.status_code, answer.json()["success"]) == (400, False)
 
@@ -219,6 +238,14 @@ def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: 
     assert (name, json.loads(last)["response"]) == ("done", "")
 
 
+@pytest.mark.parametrize("asked", [True, "true", "yes", 1])
+def test_a_stream_is_asked_for_over_http_as_on_the_queue(face: ServedFace, asked: object) -> None:
+    answer = face.post("/chat", {**CALL, "stream": asked})
+
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert events(answer)[-1][0] == "done"
+
+
 def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
     answer = face.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
 
@@ -261,9 +288,20 @@ def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
     assert endless.stopped.is_set() or not endless.speaks.is_set()
 
 
-@pytest.mark.parametrize(("max_tokens", "seconds"), [(512, 43), (513, 88), (None, 43), ("x", 43)])
-def test_a_long_reply_is_waited_for_twice_as_long(max_tokens: object, seconds: float) -> None:
-    assert http._reply_timeout_s(Settings(), {"max_tokens": max_tokens}) == seconds
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ({"max_tokens": 512}, 43),
+        ({"max_tokens": 513}, 88),
+        ({"max_tokens": "513"}, 88),
+        ({"max_tokens": None, "config": {"max_tokens": 513}}, 88),
+        ({"max_tokens": None}, 43),
+    ],
+)
+def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
+    job = jobs.parse({"input": chat_payload(**asked)}, Settings())
+
+    assert http._reply_timeout_s(Settings(), job) == seconds
 
 
 # --- any job ---
@@ -273,11 +311,11 @@ def test_a_job_is_taken_at_once_and_told_by_its_id(face: ServedFace, bench: Benc
     bench.painter.hold()
     taken = face.post("/jobs", {"input": sdxl_payload(id="picture")})
     assert bench.painter.at_step.wait(PATIENCE_S)
-    running = face.get("/job/picture").json()
+    running = face.get("/job/picture?user_id=user-1").json()
     bench.painter.go_on.set()
-    face.get("/job/picture/events")
+    face.get("/job/picture/events?user_id=user-1")
 
-    ended = face.get("/job/picture").json()
+    ended = face.get("/job/picture?user_id=user-1").json()
 
     assert (taken.status_code, taken.json()["job_id"]) == (202, "picture")
     assert running["status"] == "processing"
@@ -298,7 +336,7 @@ def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
     bench.painter.fails = [errors.UploadError("storage is full")]
 
     answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
-    told = face.get("/job/job-1")
+    told = face.get("/job/job-1?user_id=user-1")
 
     assert (answer.status_code, told.status_code) == (502, 200)
     assert answer.json() == told.json()
@@ -320,14 +358,14 @@ def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
 
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(says)
-    assert face.get("/job/job-1").status_code == 404
+    assert face.get("/job/job-1?user_id=user-1").status_code == 404
 
 
 def test_progress_and_end_are_events(face: ServedFace, bench: Bench) -> None:
     bench.painter.hold()
     face.post("/jobs", {"input": sdxl_payload()})
     assert bench.painter.at_step.wait(PATIENCE_S)
-    stream = face.get("/job/job-1/events", stream=True)
+    stream = face.get("/job/job-1/events?user_id=user-1", stream=True)
     bench.painter.go_on.set()
 
     *progress, (name, last) = events(stream)
@@ -352,10 +390,10 @@ def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
     face.post("/jobs", {"input": sdxl_payload()})
     assert bench.painter.at_step.wait(PATIENCE_S)
 
-    answer = face.post("/job/job-1/cancel")
+    answer = face.post("/job/job-1/cancel?user_id=user-1")
 
     assert answer.status_code == 202
-    (*_, (name, last)) = events(face.get("/job/job-1/events"))
+    (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
     assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
 
 
@@ -368,9 +406,9 @@ def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
         again = face.post("/jobs", {"input": sdxl_payload()})
         assert again.json()["status"] == "processing"
 
-        face.post("/job/job-1/cancel")
+        face.post("/job/job-1/cancel?user_id=user-1")
 
-        (*_, (name, last)) = events(face.get("/job/job-1/events"))
+        (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
         assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
     assert (len(small.painter.calls), small.stored()) == (1, [])
 
@@ -386,10 +424,105 @@ def test_another_callers_job_of_the_same_id_is_another_job(
         assert small.painter.at_step.wait(PATIENCE_S)
         answer = face.post("/jobs", {"input": sdxl_payload(**other)})
         small.painter.go_on.set()
-        face.get("/job/job-1/events")
+        face.get("/job/job-1/events?user_id=user-1")
 
     assert answer.json()["status"] == "queued"
     assert len(small.painter.calls) == 2
+
+
+def test_a_job_is_seen_and_stopped_by_its_own_user_alone(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+
+    for query in ("", "?user_id=", "?user_id=user-2", "?user_id=anonymous"):
+        assert face.get(f"/job/job-1{query}").status_code == 404
+        assert face.get(f"/job/job-1/events{query}").status_code == 404
+        assert face.post(f"/job/job-1/cancel{query}").status_code == 404
+    bench.painter.go_on.set()
+
+    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    assert name == "done"
+
+
+def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
+    face: ServedFace, bench: Bench
+) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    face.post("/jobs", {"input": sdxl_payload(user_id="user-2", prompt="")})
+
+    seen = face.get("/job/job-1?user_id=user-1").json()
+    face.post("/job/job-1/cancel?user_id=user-1")
+    bench.painter.go_on.set()
+
+    (*_, (_, mine)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    (*_, (_, others)) = events(face.get("/job/job-1/events?user_id=user-2"))
+    assert seen["status"] == "processing"
+    assert (json.loads(mine)["code"], json.loads(others)["status"]) == ("CANCELLED", "completed")
+
+
+def test_a_job_is_told_to_the_key_that_brought_it(locked: ServedFace) -> None:
+    locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
+
+    answers = [
+        locked.get("/job/job-1?user_id=user-1", headers=bearer(key))
+        for key in ("new-key", "old-key")
+    ]
+
+    assert [answer.status_code for answer in answers] == [200, 404]
+
+
+def anonymous(**changes: Any) -> dict[str, Any]:
+    """A conversation of nobody in particular, with an id that others use too."""
+    payload = chat_payload(id="hello", **changes)
+    del payload["user_id"]
+    return payload
+
+
+@pytest.fixture
+def single(tmp_path: Path, parrot: Parrot) -> Iterator[tuple[ServedFace, Bench]]:
+    """A face whose one thread paints a picture until `painter.go_on`; two more jobs may wait."""
+    settings = Settings(families=("sdxl", "chat"), concurrency=1, http_backlog=2)
+    small = Bench(tmp_path, settings=settings, models={"chat": parrot})
+    small.models["sdxl"] = small.painter
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload(id="paints")})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        yield face, small
+        small.painter.go_on.set()
+
+
+@pytest.mark.parametrize("named", [{}, {"user_id": "anonymous"}])
+def test_a_job_without_a_user_is_known_by_the_workers_own_id(
+    single: tuple[ServedFace, Bench], named: dict[str, str]
+) -> None:
+    face, small = single
+    payload = {**anonymous(), **named}
+
+    taken = [face.post("/jobs", {"input": payload}).json()["job_id"] for _ in range(2)]
+    small.painter.go_on.set()
+    ended = [events(face.get(f"/job/{name}/events"))[-1] for name in taken]
+
+    assert len({*taken, "hello"}) == 3
+    assert [json.loads(data)["job_id"] for _, data in ended] == ["hello", "hello"]
+    assert face.get("/job/hello").status_code == 404
+
+
+def test_anonymous_chats_of_one_id_are_answered_and_hung_up_each_for_itself(
+    tmp_path: Path, endless: Endless
+) -> None:
+    with serve_endless(tmp_path, endless, concurrency=2) as face, knock(face) as first:
+        first.sendall(raw_post("/chat", anonymous(stream=True)))
+        assert endless.speaks.wait(PATIENCE_S)
+        with face.post("/chat", anonymous(stream=True), stream=True) as second:
+            next(second.iter_lines())
+        assert endless.stopped.wait(PATIENCE_S)
+
+        endless.speaks.clear()
+        assert endless.speaks.wait(PATIENCE_S), "the first reply was stopped too"
 
 
 def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: Bench) -> None:
@@ -398,9 +531,9 @@ def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: 
         caller.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
         assert bench.painter.at_step.wait(PATIENCE_S)
 
-    assert face.get("/job/job-1").json()["status"] == "processing"
+    assert face.get("/job/job-1?user_id=user-1").json()["status"] == "processing"
     bench.painter.go_on.set()
-    (*_, (name, _)) = events(face.get("/job/job-1/events"))
+    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
     assert name == "done"
 
 
@@ -540,9 +673,9 @@ def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedFace) -> N
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     for headers, status in ((bearer("wrong"), 401), (bearer("new-key"), 200)):
-        assert locked.get("/job/job-1", headers=headers).status_code == status
-        assert locked.get("/job/job-1/events", headers=headers).status_code == status
-    assert locked.post("/job/job-1/cancel").status_code == 401
+        assert locked.get("/job/job-1?user_id=user-1", headers=headers).status_code == status
+        assert locked.get("/job/job-1/events?user_id=user-1", headers=headers).status_code == status
+    assert locked.post("/job/job-1/cancel?user_id=user-1").status_code == 401
 
 
 # --- limits ---
@@ -554,13 +687,104 @@ def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None
     with ServedFace(small.settings, small.worker) as face:
         taken = [face.post("/jobs", {"input": sdxl_payload(id=name)}) for name in ("a", "b", "c")]
         small.painter.go_on.set()
-        face.get("/job/b/events")
+        face.get("/job/b/events?user_id=user-1")
         again = face.post("/jobs?wait=150", {"input": sdxl_payload(id="c")})
 
     assert [answer.status_code for answer in taken] == [202, 202, 429]
     assert taken[2].headers["Retry-After"] == "2"
     assert taken[2].json()["code"] == "RATE_LIMITED"
     assert again.status_code == 200
+
+
+def test_whoever_hangs_up_gives_a_place_in_the_row_back(
+    single: tuple[ServedFace, Bench], parrot: Parrot
+) -> None:
+    face, _ = single
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(knock(face)).sendall(raw_post("/chat", CALL))
+        wait_until(lambda: face.face.docket.counts["queued"] == 2)
+        full = face.post("/jobs", {"input": sdxl_payload(id="next")})
+    wait_until(lambda: face.face.docket.counts["queued"] == 0)
+
+    taken = face.post("/jobs", {"input": sdxl_payload(id="next")})
+
+    assert (full.status_code, taken.status_code) == (429, 202)
+    assert parrot.calls == []
+
+
+def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    from ourvidz_serverless.callback import Callback
+
+    callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+    small = Bench(tmp_path, settings=Settings(concurrency=1), callback=callback)
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        face.post("/jobs", {"input": sdxl_payload(id="waits")})
+
+        face.post("/job/waits/cancel?user_id=user-1")
+
+        (*_, (_, last)) = events(face.get("/job/waits/events?user_id=user-1"))
+        told = [each.document["job_id"] for each in receiver.received]
+        small.painter.go_on.set()
+    assert (json.loads(last)["code"], told) == ("CANCELLED", ["waits"])
+
+
+class StuckLedger(Ledger):
+    """A ledger whose device does not answer until it is `freed`."""
+
+    def __init__(self) -> None:
+        super().__init__(Card(10))
+        self.asked, self.freed = threading.Semaphore(0), threading.Event()
+
+    def report(self) -> list[Any]:
+        self.asked.release()
+        assert self.freed.wait(PATIENCE_S)
+        return super().report()
+
+
+def test_administrators_who_wait_keep_nobodys_request_from_being_read(
+    tmp_path: Path, parrot: Parrot
+) -> None:
+    ledger = StuckLedger()
+    chatty = Bench(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    )
+    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+        for _ in range(2 * http.ADMINISTRATORS):
+            asks = stack.enter_context(knock(face))
+            asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(http.ADMINISTRATORS):
+            assert ledger.asked.acquire(timeout=PATIENCE_S)
+
+        answer = face.post("/chat", CALL)
+        ledger.freed.set()
+
+    assert answer.json()["response"] == "Water that falls."
+
+
+def test_administrators_beyond_the_row_are_told_to_come_later(
+    tmp_path: Path, parrot: Parrot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "ADMINISTRATORS", 1)
+    ledger = StuckLedger()
+    chatty = Bench(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    )
+    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+        for _ in range(2):
+            asks = stack.enter_context(knock(face))
+            asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: face.face.administration.is_full)
+
+        answer = face.get("/status")
+        ledger.freed.set()
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
 
 
 def test_the_last_jobs_are_remembered_and_no_more(
@@ -571,13 +795,18 @@ def test_the_last_jobs_are_remembered_and_no_more(
     for name in ("a", "b", "c", "d"):
         face.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
 
-    assert [face.get(f"/job/{name}").status_code for name in "abcd"] == [404, 200, 200, 200]
+    assert [face.get(f"/job/{name}?user_id=user-1").status_code for name in "abcd"] == [
+        404,
+        200,
+        200,
+        200,
+    ]
 
 
 def test_a_body_beyond_the_limit_is_refused(
     face: ServedFace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(request_checks, "MAX_BODY_BYTES", 1000)
 
     answer = face.post("/chat", {**CALL, "prompt": "x" * 1000})
 
@@ -590,7 +819,7 @@ def test_a_body_that_does_not_arrive_is_given_up(
     monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
 
     with knock(face) as slow:
-        slow.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        slow.sendall(raw_head("/chat", 10) + b"{")
         answer = slow.recv(1000)
 
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -600,8 +829,7 @@ def test_who_hangs_up_while_sending_is_no_bug(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ServedFace(bench.settings, bench.worker) as face, knock(face) as client:
-        head = b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nExpect: 100-continue\r\n"
-        client.sendall(head + b"\r\n")
+        client.sendall(raw_head("/jobs", 10, "Expect: 100-continue"))
         assert client.recv(65536).startswith(b"HTTP/1.1 100")
         client.sendall(b"{")
 
@@ -611,7 +839,7 @@ def test_who_hangs_up_while_sending_is_no_bug(
 # --- loading, ready, leaving ---
 
 
-HEAD = b"GET /ping HTTP/1.1\r\nHost: worker\r\n"
+HEAD = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
@@ -628,7 +856,7 @@ def test_a_head_without_end_is_cut(face: ServedFace, piece: bytes) -> None:
 def test_a_head_that_does_not_arrive_is_given_up(
     monkeypatch: pytest.MonkeyPatch, face: ServedFace, said: bytes
 ) -> None:
-    monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
 
     with knock(face) as client:
         client.sendall(said)
@@ -641,7 +869,7 @@ def test_a_head_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, face: Se
         client.sendall(HEAD + b"\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         # The clock of the next head begins with its first byte.
-        monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.2)
+        monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
 
         with pytest.raises(ConnectionError):
             while True:
@@ -653,7 +881,7 @@ def test_a_job_may_take_longer_than_a_head(
     monkeypatch: pytest.MonkeyPatch, face: ServedFace, bench: Bench
 ) -> None:
     # As good as for ever for a head to arrive in, and over before the job ends.
-    monkeypatch.setattr(http, "KEEP_ALIVE_S", 2)
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 2)
     bench.painter.hold()
 
     with knock(face) as client:
@@ -662,18 +890,6 @@ def test_a_job_may_take_longer_than_a_head(
         bench.painter.go_on.set()
 
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
-
-
-def test_more_connections_than_a_worker_has_room_for_are_closed(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace
-) -> None:
-    monkeypatch.setattr(http, "MAX_CONNECTIONS", 2)
-    with knock(face) as first, knock(face) as second, knock(face) as third:
-        assert third.recv(1) == b""
-
-        for client in (first, second):
-            client.sendall(HEAD + b"\r\n")
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> None:
@@ -719,7 +935,7 @@ def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> Non
         face.post("/jobs", {"input": sdxl_payload()})
         assert impatient.painter.at_step.wait(PATIENCE_S)
 
-    ended = face.face.docket.find("job-1")
+    ended = face.face.docket.find(Identity.of("user-1", None, "job-1"))
     assert ended and ended.document and ended.document.failure
     assert ended.document.failure.code == "WORKER_UNAVAILABLE"
 

@@ -117,7 +117,7 @@ def test_the_page_names_no_host_and_has_all_its_parts() -> None:
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 404)],
+    [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 403)],
 )
 def test_a_name_that_was_made_to_lead_here_opens_nothing(
     face: ServedFace, bench: Bench, host: str, status: int
@@ -153,6 +153,17 @@ def test_an_asset_is_shown_as_what_it_is(face: ServedFace, bench: Bench) -> None
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png")
     assert answer.content == (bench.root / document.assets[0].url).read_bytes()
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
+def test_head_answers_as_get_does_without_a_body(face: ServedFace, bench: Bench, path: str) -> None:
+    bench.run()
+
+    whole, head = face.get(path), face.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    kept = ("Content-Length", "Content-Type", "Content-Security-Policy")
+    assert [head.headers[name] for name in kept] == [whole.headers[name] for name in kept]
 
 
 ELSEWHERE = [

@@ -39,6 +39,9 @@ class ServedFace:
     def get(self, path: str, **options: Any) -> requests.Response:
         return requests.get(self.url + path, timeout=PATIENCE_S, **options)
 
+    def head(self, path: str, **options: Any) -> requests.Response:
+        return requests.head(self.url + path, timeout=PATIENCE_S, **options)
+
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
         return requests.post(self.url + path, json=body, **{"timeout": PATIENCE_S, **options})
 

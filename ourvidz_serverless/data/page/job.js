@@ -112,6 +112,12 @@ export function caption({ width, height, seed, steps, frame_num: frames, fps }) 
   return parts.filter(Boolean).join(" · ");
 }
 
+/** Where the worker is asked for a job: of a job with a user, only for that user. */
+export function pathOf({ id, user }, part) {
+  const query = typeof user === "string" ? `?user_id=${encodeURIComponent(user)}` : "";
+  return `job/${encodeURIComponent(id)}/${part}${query}`;
+}
+
 /** Where the worker shows an asset; undefined for what lies elsewhere. */
 export function addressOf({ type, url }) {
   const isHere = type !== "text" && !/^[a-z][a-z0-9+.-]*:/i.test(url);

@@ -7,6 +7,7 @@ import {
   eventsOf,
   familyOf,
   FIELDS,
+  pathOf,
   payloadOf,
   pretty,
   tell,
@@ -18,12 +19,14 @@ const GROUPS = { sdxl: "SDXL", wan: "WAN", chat: "Chat", admin: "Administration"
 const at = (id) => document.getElementById(id);
 /** WORKER_API_KEY, if one is asked for: in this variable and nowhere else. */
 let key = "";
-let job = "";
+/** Where the worker is asked for the job that runs: its id, and the user whose it is. */
+let job = { id: "", user: undefined };
 let turns = [];
 let shown = [];
 
 async function call(path, options = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  if (options.body) headers["Content-Type"] = "application/json";
   const answer = await fetch(path, { ...options, headers });
   if (answer.status === 401) openDoor();
   return answer;
@@ -138,7 +141,7 @@ async function run(event) {
       say("refused", true);
       return refuse(told.error);
     }
-    job = told.job_id;
+    job = { id: told.job_id, user: payload.user_id };
     at("stop").hidden = false;
     say("queued");
     await watch(payload);
@@ -152,7 +155,7 @@ async function run(event) {
 /** Follow a job to its end. */
 async function watch(payload) {
   const talk = familyOf(payload.type ?? "") === "chat" ? converse(payload) : undefined;
-  const answer = await call(`job/${encodeURIComponent(job)}/events`);
+  const answer = await call(pathOf(job, "events"));
   for await (const { event, data } of eventsOf(answer.body)) {
     if (event === "progress") {
       const { words, share } = tell(data);
@@ -262,7 +265,7 @@ at("type").addEventListener("change", draw);
 at("fields").addEventListener("input", write);
 at("stop").addEventListener(
   "click",
-  () => call(`job/${encodeURIComponent(job)}/cancel`, { method: "POST" }),
+  () => call(pathOf(job, "cancel"), { method: "POST" }),
 );
 at("door").addEventListener("submit", (event) => {
   event.preventDefault();

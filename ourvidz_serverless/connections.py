@@ -1,0 +1,79 @@
+"""One client's connection to the HTTP face, within limits of time and number."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+#: An idle connection is the proxy's to close: if we close it, its next request may be lost.
+KEEP_ALIVE_S = 75
+
+#: A worker needs its files and sockets for its jobs; the proxy in front of it needs few.
+MAX_CONNECTIONS = 512
+
+#: Numbers the connections in the order in which they became idle. The event loop's clock would not
+#: do: uvloop's stands still while it accepts many connections.
+_TURNS = itertools.count()
+
+
+class Connection(H11Protocol):
+    """A connection that may be idle, or bring a request's head, for `KEEP_ALIVE_S`.
+
+    Of more than `MAX_CONNECTIONS` the one that has waited longest without a request is closed, so
+    that idle connections shut nobody out.
+
+    uvicorn waits for a head without end. Its parser in Python is taken for being bounded: the one
+    in C takes a head of any length.
+    """
+
+    _too_late: asyncio.TimerHandle | None = None
+    _idle_since = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+        self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _make_room(self) -> None:
+        """Close the connection that has been without a request for longest, if there are many."""
+        every = [each for each in self.connections if isinstance(each, Connection)]
+        open_ones = [each for each in every if not each.transport.is_closing()]
+        if len(open_ones) > MAX_CONNECTIONS:
+            # Never empty: this one is idle too.
+            idle = [each for each in open_ones if each._too_late]
+            min(idle, key=lambda each: each._idle_since).transport.close()
+
+    def _watch(self) -> None:
+        """Have the clock run between requests, from the first byte that is waited for on."""
+        if not self._is_between_requests:
+            self._unwatch()
+        elif self._too_late is None:
+            self._idle_since = next(_TURNS)
+            self._too_late = self.loop.call_later(KEEP_ALIVE_S, self._give_up)
+
+    def _unwatch(self) -> None:
+        if self._too_late:
+            self._too_late.cancel()
+        self._too_late = None
+
+    def _give_up(self) -> None:
+        if self._is_between_requests:
+            self.transport.close()
+
+    @property
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
