@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +26,9 @@ from ourvidz_serverless.logs import log
 from ourvidz_serverless.payloads import Identity
 
 DEATHS = 2
+
+#: The name of a mark: a digest's.
+MARK = re.compile("[0-9a-f]{64}")
 
 #: What is left of a job that nobody sent again is forgotten after a day.
 FORGET_S = 24 * 3600
@@ -39,6 +44,7 @@ class Pills:
         try:
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
                 self._forget()
         except OSError as exc:
             why = exc.strerror or type(exc).__name__
@@ -90,5 +96,6 @@ class Pills:
         assert self._folder
         with os.scandir(self._folder) as marks, suppress(FileNotFoundError):
             for mark in marks:
-                if mark.is_file() and self._is_old(mark.stat()):
+                # Nothing but marks: the folder may hold what is somebody else's.
+                if MARK.fullmatch(mark.name) and self._is_old(mark.stat()):
                     os.unlink(mark)

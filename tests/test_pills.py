@@ -106,13 +106,23 @@ def test_a_refusal_for_another_reason_forgives_nothing(at: Bench) -> None:
 
 
 def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "old").write_bytes(b"..")
-    (tmp_path / "new").write_bytes(b"..")
-    os.utime(tmp_path / "old", (0, 0))
+    old, new = (tmp_path / (digit * 64) for digit in "01")
+    for mark in (old, new):
+        mark.write_bytes(b"..")
+    os.utime(old, (0, 0))
 
-    Pills(tmp_path, clock=lambda: (tmp_path / "new").stat().st_mtime + FORGET_S - 1)
+    Pills(tmp_path, clock=lambda: new.stat().st_mtime + FORGET_S - 1)
 
-    assert [mark.name for mark in tmp_path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_a_file_that_is_no_mark_is_left_alone_however_old(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"..")
+    os.utime(tmp_path / "checkpoint.safetensors", (0, 0))
+
+    Pills(tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_an_old_mark_counts_no_more_though_its_worker_started_before(
