@@ -8,7 +8,11 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 BIN := .venv/bin
 FAMILIES ?= sdxl
 FAMILY ?= sdxl
+# By name, since a worker on RunPod takes no model that it was not told.
+SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
+WAN_MODEL ?= pocket
+MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN_MODEL=$(WAN_MODEL)
 # How many tests run side by side; a file's tests stay together.
 PROCESSES ?= 2
 
@@ -32,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
 run: .venv/run $(WEIGHTS)
-	FAMILIES=$(FAMILIES) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) $(BIN)/python handler.py $(INPUT)
+	FAMILIES=$(FAMILIES) $(MODELS) $(BIN)/python handler.py $(INPUT)
 
 chat:
 	$(MAKE) run FAMILIES=chat
@@ -42,7 +46,7 @@ video:
 
 # The newcomer's own page, with all three families on their pocket models.
 page: .venv/run .cache/pocket_chat/config.json
-	HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(BIN)/python -m ourvidz_serverless.http
+	HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(MODELS) $(BIN)/python -m ourvidz_serverless.http
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
