@@ -216,6 +216,13 @@ def test_elsewhere_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPat
     assert worker_settings(monkeypatch).sdxl_model == "pocket"
 
 
+def test_a_process_that_serves_no_jobs_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNPOD_POD_ID", "pod")
+    monkeypatch.setenv("STORAGE_URL", "s3://bucket")
+
+    assert settings.read().families == ("sdxl",)
+
+
 @pytest.mark.parametrize("missing", [*S3_KEYS, None])
 def test_an_s3_bucket_needs_both_of_its_keys(
     monkeypatch: pytest.MonkeyPatch, missing: str | None

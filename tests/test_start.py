@@ -1,16 +1,20 @@
 """A start that fails says why in one line, before any weight is read."""
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.http import serve
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
-from tests.support.handler import run_handler
+from tests.support.handler import POCKET, ROOT, run_handler
+from tests.support.patience import PATIENCE_S
+from tests.support.worker import WorkerProcess
 
 #: Whoever looks for these weights tells of SDXL_MODEL, or of WAN_MODEL.
 NOWHERE: dict[str, Any] = {"sdxl_model": "/no/such/model", "wan_model": "/no/such/model"}
@@ -61,6 +65,10 @@ def test_a_folder_that_cannot_be_had_is_told_before_weights_are_looked_for(
     assert told == f"{variable.upper()}: the folder cannot be used: Not a directory"
 
 
+def test_a_folder_that_takes_no_file_is_told_before_weights_are_looked_for() -> None:
+    assert refusal(poison_dir="/proc/self").startswith("POISON_DIR: the folder cannot be used: ")
+
+
 def test_an_endpoint_that_s3s_client_refuses_is_told_at_the_start() -> None:
     keys = {"bucket_access_key_id": "id", "bucket_secret_access_key": "secret"}
 
@@ -85,6 +93,19 @@ def test_the_process_ends_with_the_line_and_no_traceback(env: dict[str, str], li
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1].startswith(f"cannot start: {line}")
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_host_of_two_colons_listens_at_ipv6_and_ipv4(tmp_path: Path) -> None:
+    env = {"HOST": "::", "PORT": "0", "STORAGE_URL": f"file:{tmp_path}", **POCKET}
+
+    with WorkerProcess(None, "-m", args=["ourvidz_serverless.http"], env=env, cwd=ROOT) as worker:
+        port = re.search(r"HTTP on port (\d+)", worker.wait_for_log("HTTP on port"))
+        assert port
+
+        for host in ("127.0.0.1", "[::1]"):
+            answer = requests.get(f"http://{host}:{port[1]}/ping", timeout=PATIENCE_S)
+            assert answer.status_code in (200, 204)
 
 
 def test_a_port_that_is_taken_is_told_in_one_line() -> None:
