@@ -6,23 +6,29 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from ourvidz_serverless import jobs
 from ourvidz_serverless.addresses import Address
+from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.lora_downloads import IN_USE_S, Downloads
 from ourvidz_serverless.models.loras import LoraShelf
 from ourvidz_serverless.references import Policy
+from ourvidz_serverless.settings import Settings
+from tests.support.bench import sdxl_payload
+from tests.support.small import write_lora
 from tests.support.web import Answer, LocalServer, Request
 
 HOST = "https://images.example"
 
 
-def weights(number: float, size: int = 4) -> bytes:
-    return save({"lora": torch.full((size,), number)})
+def weights(number: float) -> bytes:
+    return save({"lora": torch.full((4,), number)})
 
 
 class Host(LocalServer):
@@ -33,7 +39,7 @@ class Host(LocalServer):
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(authority / "host.pem")
         self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
-        self.size = 4
+        self.bold = b""
         self.asked: list[dict[str, str]] = []
 
     def answer(self, request: Request) -> Answer:
@@ -43,9 +49,13 @@ class Host(LocalServer):
             request.query[name] == "right" for name in signed
         ):
             return Answer(403, b"")
+        if "/bold" in request.path:
+            return Answer(200, self.bold)
         if "/page" in request.path:
             return Answer(200, b"<html>log in</html>")
-        return Answer(200, weights(float(request.query.get("version", 0)), self.size))
+        if "/bold" in request.path:
+            return Answer(200, self.bold)
+        return Answer(200, weights(float(request.query.get("version", 0))))
 
 
 @pytest.fixture
@@ -199,3 +209,33 @@ def test_a_download_that_is_no_weights_is_refused_and_not_kept(
         fetch("/page")
 
     assert list((shelf.folder / "downloads").iterdir()) == []  # type: ignore[operator]
+
+
+def test_a_job_is_painted_with_the_lora_that_its_users_signed_url_gave(
+    sdxl: Any, shelf: LoraShelf, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lora(tmp_path / "bold.safetensors", "to_q", "to_v")
+    host.bold = (tmp_path / "bold.safetensors").read_bytes()
+    monkeypatch.setattr(sdxl, "loras", shelf)
+    urls = [f"{HOST}/private/bold?token={token}" for token in ("right", "wrong")]
+    anns, bens = (
+        jobs.parse({"input": sdxl_payload(user_id=user, config=CONFIG | lora(url))}, Settings())
+        for user, url in zip(("ann", "ben"), urls, strict=True)
+    )
+    context = JobContext(Stop(), lambda progress: None, 60)
+
+    jobs.prepare(anns, sdxl, context)
+    (painted,) = jobs.run(anns, sdxl, {}, context)
+    with pytest.raises(ModelLoadError, match="403"):
+        jobs.prepare(bens, sdxl, context)
+
+    plainly = sdxl_payload(user_id="ann", config=CONFIG)
+    (plain,) = jobs.run(jobs.parse({"input": plainly}, Settings()), sdxl, {}, context)
+    assert (painted.pixels != plain.pixels).any()
+
+
+CONFIG = {"resolution": "64x64", "seed": 3}
+
+
+def lora(url: str) -> dict[str, Any]:
+    return {"loras": [{"url": url}]}

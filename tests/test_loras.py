@@ -15,8 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import JobContext, Stop
-from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
+from ourvidz_serverless.errors import (
+    Cancelled,
+    DeviceLost,
+    InvalidPrompt,
+    ModelLoadError,
+    OutOfMemory,
+)
 from ourvidz_serverless.models import sdxl as sdxl_models
+from ourvidz_serverless.models.device import as_job_error
 from ourvidz_serverless.models.loras import LoraShelf, applied
 from ourvidz_serverless.references import Policy
 from ourvidz_serverless.settings import Settings
@@ -213,6 +220,32 @@ def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
         render(sdxl, loras=[(shelf.path(name, "ann"), 1.0)])
 
     assert np.array_equal(render(sdxl), before)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost),
+    ],
+)
+def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
+    sdxl: Any,
+    shelf: LoraShelf,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: type[Exception],
+) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise error
+
+    # Where diffusers moves the LoRA's tensors to the device.
+    monkeypatch.setattr(sdxl._unet, "load_lora_adapter", fail)
+
+    with pytest.raises(type(error)) as failed:
+        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
+
+    assert type(as_job_error(failed.value)) is expected
 
 
 def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ourvidz_serverless import references
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
 from ourvidz_serverless.models import lora_header
+from ourvidz_serverless.models.device import is_lost, is_out_of_memory
 from ourvidz_serverless.models.lora_downloads import Downloads
 from ourvidz_serverless.settings import Settings
 
@@ -46,13 +47,13 @@ class LoraShelf:
 
         Raises InvalidPrompt for a name that nothing lies under, or a URL that is none.
         """
-        downloads = self._downloads()
+        folder = self._place()
         if ":" in source:
             try:
-                return downloads.path(source, user_id)
+                return self._downloads().path(source, user_id)
             except ValueError as exc:
                 raise InvalidPrompt("config.loras: Input should be an https URL") from exc
-        path = downloads.folder.parent / f"{source.removesuffix('.safetensors')}.safetensors"
+        path = folder / f"{source.removesuffix('.safetensors')}.safetensors"
         if not path.is_file():
             raise InvalidPrompt(f"config.loras: there is no {source}")
         return path
@@ -75,10 +76,13 @@ class LoraShelf:
         downloads.keep(path, data)
         return path
 
-    def _downloads(self) -> Downloads:
+    def _place(self) -> Path:
         if self.folder is None:
             raise InvalidPrompt("config.loras: this endpoint has none, see SDXL_LORA_DIR")
-        return Downloads(self.folder / "downloads", self.max_cached_bytes)
+        return self.folder
+
+    def _downloads(self) -> Downloads:
+        return Downloads(self._place() / "downloads", self.max_cached_bytes)
 
 
 @contextmanager
@@ -117,6 +121,8 @@ def _load(pipe: Any, name: str, path: Path) -> None:
             str(path), adapter_name=name, use_safetensors=True, local_files_only=True
         )
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as exc:
+        if is_lost(exc) or is_out_of_memory(exc):
+            raise
         raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model") from exc
     if name not in {each for every in pipe.get_list_adapters().values() for each in every}:
         raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model")
