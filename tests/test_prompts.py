@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -162,6 +163,17 @@ def test_blank_space_of_a_low_weight_changes_nothing(encoder: Encoder) -> None:
     assert space == Fragment(" ", 0.9)
 
     assert torch.equal(encoder.read(prompt)[0], encoder.read((red, circle))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weighs_as_full_precision_does(encoder: Encoder, dtype: torch.dtype) -> None:
+    half = Encoder(encoder.tokenizer, copy.deepcopy(encoder.model).to(dtype))
+    prompt = parse("a (red:0) circle, [blue] (green:0) (square:3) " + LONG)
+
+    found, expected = half.read(prompt)[0], encoder.read(prompt)[0]
+
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 # --- cost ---

@@ -9,6 +9,7 @@ import string
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from ourvidz_serverless import weights
 from ourvidz_serverless.weights import MAX_WEIGHTED, parse
 from tests.support.regex_steps import Counted
+
+CALLING = Path(__file__).parents[1] / "docs/calling.md"
 
 
 def read(text: str) -> list[tuple[str, float]]:
@@ -203,6 +206,22 @@ def test_all_else_keeps_its_characters_and_a_weight_of_one(text: str, words: str
 
 def test_words_of_one_weight_are_one_fragment_whatever_space_is_between() -> None:
     assert read("(red:0.8) (circle:0.8)") == [("red circle", 0.8)]
+
+
+ROWS = re.findall(r"^\| (`.*`) \| (`.* × .*) \| .* \|$", CALLING.read_text(), re.MULTILINE)
+EXAMPLES = [(text, row) for texts, row in ROWS for text in re.findall("`([^`]+)`", texts)]
+
+
+@pytest.mark.parametrize(("text", "row"), EXAMPLES)
+def test_the_documents_examples_are_read_as_it_says(text: str, row: str) -> None:
+    documented = re.findall(r"`([^`]+)` × ([0-9.]+)", row)
+
+    spoken = [(words.strip(), weight) for words, weight in read(text) if words.strip()]
+    assert spoken == [(words, float(weight)) for words, weight in documented]
+
+
+def test_the_document_has_examples() -> None:
+    assert len(EXAMPLES) > 15
 
 
 # --- bounds ---

@@ -156,8 +156,9 @@ class Encoder:
         empty = self._forward(self._row([])[None], None, check)[0].float()
         base = _scaled(hidden.float(), empty, rows.weights)
         pulls = [_pull(weight) for weight, _, _ in rows.spans]
+        total = 1 + sum(pulls)
         masked = [
-            (pull / (1 + sum(pulls)), index, mask)
+            (pull / total, index, mask)
             for pull, (_, first, last) in zip(pulls, rows.spans, strict=True)
             for index, mask in rows.masked(first, last)
         ]
