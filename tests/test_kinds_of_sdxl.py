@@ -16,9 +16,11 @@ from diffusers import (
 )
 from PIL import Image
 
+from benchmarks import architectures
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.models.plans import Plan, Plans
+from ourvidz_serverless.models.sdxl_networks import check_networks
 from ourvidz_serverless.settings import Settings
 from tests.support.small import PICTURE
 
@@ -150,6 +152,18 @@ def test_a_unet_of_another_kind_ends_the_start(sdxl: Any, folder: Path, kind: st
     assert line in refused.value.message
 
 
+def test_networks_of_sdxls_published_sizes_are_of_its_kind() -> None:
+    with architectures.made_on("meta", torch.float16):
+        pipe = architectures.sdxl()
+
+    check_networks(
+        unet=pipe.unet.config,
+        vae=pipe.vae.config,
+        text_encoder=pipe.text_encoder.config,
+        text_encoder_2=pipe.text_encoder_2.config,
+    )
+
+
 # --- the checkpoint's own scheduler ---
 
 
@@ -196,6 +210,13 @@ def test_a_checkpoints_own_scheduler_equals_diffusers(
 def test_a_scheduler_that_cannot_run_sdxl_ends_the_start(folder: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"^SDXL_MODEL: other .*FlowMatchEulerDiscrete"):
         load(with_scheduler(folder, "FlowMatchEulerDiscreteScheduler"))
+
+
+def test_a_scheduler_of_one_step_is_served(folder: Path) -> None:
+    with_scheduler(folder, "LCMScheduler")
+    change(folder, "scheduler", original_inference_steps=1)
+
+    assert render(load(folder), num_inference_steps=1).shape == (64, 64, 3)
 
 
 def test_more_steps_than_a_distilled_scheduler_takes_are_refused_by_field(folder: Path) -> None:

@@ -210,12 +210,11 @@ class Device:
 
     def pin(self, num_bytes: int) -> Block | None:
         """A block of pinned memory, or None where the system pins no such amount."""
-        with whole_device:
-            try:
-                return Block(num_bytes, torch.cuda.cudart())
-            except (RuntimeError, OSError):
-                self._forget_error()
-                return None
+        try:
+            return Block(num_bytes, torch.cuda.cudart())
+        except (RuntimeError, OSError):
+            self._forget_error()
+            return None
 
     def unpin(self, block: Block) -> None:
         """Give pinned memory back, once no copy from it is under way."""

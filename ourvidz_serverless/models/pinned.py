@@ -44,7 +44,7 @@ class Block:
     def __init__(self, num_bytes: int, runtime: Runtime) -> None:
         """Raises RuntimeError where the system does not pin so much."""
         with _plainly():
-            self._memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+            self._memory = torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)
         self._used = 0
         address = self._memory.data_ptr()
         if code := int(runtime.cudaHostRegister(address, num_bytes, PORTABLE)):
@@ -74,6 +74,13 @@ class Block:
 def block_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """How large a block is that holds these tensors."""
     return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    """Pages that no child process shares: a GPU would write past their copy-on-write."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
+    return memory
 
 
 def _aligned(num_bytes: int) -> int:

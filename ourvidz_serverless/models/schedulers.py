@@ -73,7 +73,8 @@ def rehearse(config: Any) -> None:
     matching, which has no `init_noise_sigma`.
     """
     scheduler = make_scheduler(config, None)
-    scheduler.set_timesteps(REHEARSED_STEPS)
+    most = config.get("original_inference_steps") or REHEARSED_STEPS
+    scheduler.set_timesteps(min(REHEARSED_STEPS, most))
     timestep = scheduler.timesteps[0]
     latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
     predicted = scheduler.scale_model_input(latents, timestep)
