@@ -1,5 +1,5 @@
 // The old way: a job goes to the right end of its family's Redis list, as the application pushes.
-// The bridge and the old workers take jobs from the left end.
+// The bridge takes jobs from the left end, first in first out; the old workers take from the right.
 
 import { familyOf, type Job, RequestFailed } from "../mod.ts";
 
