@@ -17,7 +17,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-from ourvidz_serverless.request_checks import is_loopback, is_own_host
+from ourvidz_serverless.addresses import is_loopback
+from ourvidz_serverless.request_checks import is_own_host
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.storage import DirectoryStorage, open_storage
 

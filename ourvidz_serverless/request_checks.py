@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ourvidz_serverless import access
+from ourvidz_serverless.addresses import is_listed, is_loopback
 from ourvidz_serverless.errors import JobError, Unauthorized, WorkerUnavailable
 
 #: What RunPod's load balancer lets through.
@@ -156,15 +157,7 @@ def check_origin(headers: Headers, allowed_hosts: Collection[str], path: str) ->
 def is_own_host(host: str, allowed_hosts: Collection[str]) -> bool:
     """Whether a `Host` header names this machine, or one of the allowed hosts."""
     name = _name(host)
-    return "*" in allowed_hosts or name in allowed_hosts or is_loopback(name)
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host's name, without a port, is one that only this machine has."""
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return "*" in allowed_hosts or is_listed(name, allowed_hosts) or is_loopback(name)
 
 
 def _is_address(host: str) -> bool:

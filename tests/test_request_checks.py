@@ -11,6 +11,7 @@ import requests
 
 from ourvidz_serverless import connections, http, request_checks, settings
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
+from ourvidz_serverless.request_checks import is_own_host
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.face import ServedFace
@@ -124,10 +125,20 @@ def test_a_body_of_unknown_length_is_json_too(face: ServedFace) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000"]
+    "host",
+    [
+        *("localhost", "LOCALHOST:8000", "localhost.", "localhost.:8000"),
+        *("127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000", "[0:0::1]"),
+    ],
 )
 def test_without_a_key_every_loopback_name_is_answered(face: ServedFace, host: str) -> None:
     assert ask(face, "GET", "/status", Host=host).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["worker.example", "WORKER.example.", "worker.example:8000"])
+@pytest.mark.parametrize("allowed", ["worker.example", "Worker.Example."])
+def test_an_allowed_host_is_known_however_it_is_spelled(host: str, allowed: str) -> None:
+    assert is_own_host(host, (allowed,))
 
 
 @pytest.mark.parametrize(
