@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform, ResultDropped
-from tests.support.receivers import Bucket, CallbackReceiver, SupabaseStorage
+from tests.support.receivers import Bucket, CallbackReceiver, SupabaseStorage, webhook_key
 from tests.support.s3 import SeaweedServer
 from tests.support.worker import WorkerDied, WorkerProcess
 
@@ -49,11 +49,11 @@ async def handler(job):
             0.3, runpod.serverless.progress_update, job, {"percent": 99}
         )
     if do == "wait":
-        print("waiting", flush=True)
+        print("waiting", job["id"], flush=True)
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            print("stopped", flush=True)
+            print("stopped", job["id"], flush=True)
             raise
     if do == "meet":
         running += 1
@@ -147,11 +147,11 @@ def test_cancelling_a_running_job_reaches_its_handler(
     at_work: Platform, worker: WorkerProcess
 ) -> None:
     job = at_work.submit({"do": "wait"})
-    at_work.wait_for_status(job, "IN_PROGRESS")
+    worker.wait_for_log(f"waiting {job}")
 
     at_work.cancel(job)
 
-    worker.wait_for_log("stopped")
+    worker.wait_for_log(f"stopped {job}")
     assert at_work.status(job)["status"] == "CANCELLED"
     assert at_work.updates(job) == []
 
@@ -234,6 +234,94 @@ def test_jobs_queue_up_while_no_worker_polls_and_can_be_taken_back(script: Path)
         assert platform.updates(first) == []
 
 
+def ask(platform: Platform, path: str, body: bytes | None = None) -> requests.Response:
+    """Ask as a caller does, with an HTTP client of its own."""
+    return requests.request(
+        "GET" if body is None else "POST",
+        f"{platform.caller_url}/local/{path}",
+        data=body,
+        headers={"Authorization": f"Bearer {platform.caller_key}"},
+        timeout=PATIENCE_S,
+    )
+
+
+def payload_of(size: int) -> bytes:
+    frame = b'{"input": {"text": ""}}'
+    return frame.replace(b'""', b'"' + b"x" * (size - len(frame)) + b'"')
+
+
+def test_run_takes_10_mb_and_no_more() -> None:
+    with Platform() as platform:
+        fits, exceeds = (ask(platform, "run", payload_of(10_000_000 + more)) for more in (0, 1))
+
+    assert (fits.status_code, exceeds.status_code) == (200, 400)
+
+
+def test_runsync_takes_20_mb_and_no_more() -> None:
+    with Platform() as platform:
+        fits = ask(platform, "runsync?wait=1", payload_of(20_000_000))
+        exceeds = ask(platform, "runsync?wait=1", payload_of(20_000_001))
+
+    assert (fits.status_code, exceeds.status_code) == (200, 400)
+
+
+@pytest.mark.parametrize(("sync", "kept_s"), [(False, 1800), (True, 60)])
+def test_a_result_is_forgotten_after_a_time(at_work: Platform, sync: bool, kept_s: float) -> None:
+    job = at_work.submit({"n": 1}, sync=sync)
+    at_work.result(job)
+
+    at_work.skip(kept_s - 30)
+    before = ask(at_work, f"status/{job}")
+    at_work.skip(31)
+    after = ask(at_work, f"status/{job}")
+
+    assert (before.status_code, after.status_code) == (200, 404)
+
+
+def test_a_job_that_runs_too_long_times_out_and_its_worker_is_told(
+    at_work: Platform, worker: WorkerProcess
+) -> None:
+    job = at_work.submit({"do": "wait"}, policy={"executionTimeout": 60_000})
+    worker.wait_for_log(f"waiting {job}")
+
+    at_work.skip(61)
+
+    worker.wait_for_log(f"stopped {job}")
+    assert at_work.status(job)["status"] == "TIMED_OUT"
+
+
+def test_a_job_that_no_worker_takes_times_out() -> None:
+    with Platform() as platform:
+        job = platform.submit({}, policy={"ttl": 60_000})
+
+        platform.skip(61)
+
+        assert platform.status(job)["status"] == "TIMED_OUT"
+        assert platform.queued() == []
+
+
+def test_a_dead_workers_job_is_given_to_another(script: Path) -> None:
+    with Platform(dead_after=5) as platform:
+        with WorkerProcess(platform, script, worker_id="dies") as dies:
+            job = platform.submit({"do": "wait"}, id="moves")
+            platform.wait_for_status(job, "IN_PROGRESS")
+            dies.kill()
+        platform.wait_for_status(job, "IN_QUEUE")
+        with WorkerProcess(platform, script, worker_id="lives"):
+            platform.wait_until(lambda: any(ping.jobs == [job] for ping in platform.pings))
+
+        assert platform.health()["jobs"]["retried"] == 1
+
+
+def test_a_job_is_handed_out_though_the_worker_hung_up(script: Path) -> None:
+    with Platform(hold=60) as platform, WorkerProcess(platform, script) as worker:
+        worker.kill()
+
+        job = platform.submit({"n": 1})
+
+        platform.wait_for_status(job, "IN_PROGRESS")
+
+
 def test_sigterm_lets_the_running_job_finish_and_the_worker_exits(script: Path) -> None:
     with Platform() as platform, WorkerProcess(platform, script) as worker:
         job = platform.submit({"do": "progress"})
@@ -279,7 +367,9 @@ def post(
     """Post a callback signed as it should be, `changes` to its headers apart."""
     body = json.dumps(document).encode()
     signature = hmac.digest(receiver.secret.encode(), body, "sha256").hex()
-    headers = {"X-Callback-Signature": f"sha256={signature}"} | changes
+    key = webhook_key(receiver.secret)
+    trio = standard_webhook(key, document, time.time())
+    headers = {"X-Callback-Signature": f"sha256={signature}"} | trio | changes
     return requests.post(receiver.callback_url, data=body, headers=headers, timeout=within_s)
 
 
@@ -299,7 +389,25 @@ def test_a_signed_callback_is_accepted_and_kept_byte_for_byte(receiver: Callback
 
     (received,) = receiver.wait()
     assert json.loads(received.body) == received.document == DONE
-    assert received.signature_ok and received.webhook_ok is None
+    assert received.signature_ok and received.webhook_ok
+
+
+def test_a_body_with_one_signature_alone_is_refused(receiver: CallbackReceiver) -> None:
+    body = json.dumps(DONE).encode()
+    ours = hmac.digest(receiver.secret.encode(), body, "sha256").hex()
+    key = webhook_key(receiver.secret)
+    either = [
+        {"X-Callback-Signature": f"sha256={ours}"},
+        standard_webhook(key, DONE, time.time()),
+    ]
+
+    answers = [
+        requests.post(receiver.callback_url, body, headers=each, timeout=PATIENCE_S)
+        for each in either
+    ]
+
+    assert [answer.status_code for answer in answers] == [401, 401]
+    assert receiver.jobs == {}
 
 
 def test_a_wrong_or_missing_signature_is_refused(receiver: CallbackReceiver) -> None:

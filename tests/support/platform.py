@@ -8,17 +8,28 @@
 A caller with an HTTP client of its own finds RunPod's operations under `caller_url`, with
 `caller_key` for a bearer: run, runsync, status, stream, cancel and health of each endpoint.
 
-It is true to what was seen of the real one: polls are held, the last post for a job decides what
-the caller sees, and a result that is too large or is no JSON is refused and gone.
+It is as strict as RunPod's documentation, and as what was seen of the real one:
+
+- `/run` takes 10 MB and `/runsync` 20 MB, and so large may a result be. A result that is too large
+  or is no JSON is refused, and gone.
+- A job ends as TIMED_OUT after its `policy.executionTimeout`, and its worker is told to stop it; so
+  does one that no worker takes within its `policy.ttl`.
+- A result is forgotten 30 minutes after its job's end, that of `/runsync` after one.
+- The jobs of a worker that no longer sends its heartbeat are given to another.
+- Polls are held, and a job is handed out though the worker may have hung up. A cancel is told to
+  the worker at once. The last post for a job decides what the caller sees.
+
+`skip` lets a test pass the time.
 """
 
 import json
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tests.support.patience import PATIENCE_S
 from tests.support.web import Answer, LocalServer, Request, json_answer
@@ -26,19 +37,31 @@ from tests.support.web import Answer, LocalServer, Request, json_answer
 RUN_LIMIT = 10 * 1000 * 1000
 RUNSYNC_LIMIT = 20 * 1000 * 1000
 
-# A stop signal that comes before the SDK has made the job's task, up to 0.1 s after the take, is
-# lost in the SDK. A person who cancels is slower than that.
-SOONEST_STOP = 0.5
+#: A job's policy where it brings none, in milliseconds.
+EXECUTION_TIMEOUT_MS, TTL_MS = 600_000, 86_400_000
+
+#: How long a result is kept after its job's end, in seconds: of `/run`, and of `/runsync`.
+RUN_RETENTION_S, RUNSYNC_RETENTION_S = 30 * 60, 60
+
+#: What stands beside `input` in a request.
+TOP = ("webhook", "policy", "s3Config")
+
+#: How often the time that passes is looked at, in seconds.
+TICK_S = 0.1
 
 #: How long `/runsync` waits where the caller does not say, in milliseconds.
 RUNSYNC_WAIT_MS = 90_000
 
-Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED"]
+Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 NOTHING = Answer(204)
 
 
 class ResultDropped(Exception):
     """The worker posted a result and the platform refused it: the caller will never see it."""
+
+
+class TooLarge(Exception):
+    """A request is larger than its operation takes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +89,17 @@ class Ping:
 
 @dataclass
 class _Job:
-    limit: int
+    given: dict[str, Any]
     endpoint: str
+    is_sync: bool
+    submitted_at: float
     status: Status = "IN_QUEUE"
     output: Any = None
     error: str | None = None
     worker: str = ""
     taken_at: float = 0.0
+    ended_at: float | None = None
+    num_retries: int = 0
     updates: list[Update] = field(default_factory=list)
     stream: list[Any] = field(default_factory=list)
     num_streamed: int = 0
@@ -81,8 +108,23 @@ class _Job:
     def ended(self) -> bool:
         return self.status not in ("IN_QUEUE", "IN_PROGRESS")
 
+    @property
+    def limit(self) -> int:
+        return RUNSYNC_LIMIT if self.is_sync else RUN_LIMIT
+
+    def is_overdue(self, now: float) -> bool:
+        policy = self.given.get("policy") or {}
+        if self.status == "IN_QUEUE":
+            return now - self.submitted_at > policy.get("ttl", TTL_MS) / 1000
+        timeout_ms = policy.get("executionTimeout", EXECUTION_TIMEOUT_MS)
+        return self.status == "IN_PROGRESS" and now - self.taken_at > timeout_ms / 1000
+
+    def is_forgotten(self, now: float) -> bool:
+        retention_s = RUNSYNC_RETENTION_S if self.is_sync else RUN_RETENTION_S
+        return self.ended_at is not None and now - self.ended_at > retention_s
+
     def apply(self, document: dict[str, Any]) -> None:
-        if self.status == "CANCELLED":
+        if self.status in ("CANCELLED", "TIMED_OUT"):
             return
         self.output, self.error = document.get("output"), None
         error = document.get("error")
@@ -101,15 +143,23 @@ class Platform(LocalServer):
     """RunPod endpoints, each with a queue, for use in a `with` statement.
 
     `script([...])` (see `LocalServer`) applies to the requests whose path holds `script_path`: the
-    posts of results and progress, unless a test says otherwise.
+    posts of results, unless a test says otherwise. A worker is dead, and its jobs are given to
+    another, once it has sent no heartbeat for `dead_after` seconds.
     """
 
     script_path = "/job-done/"
 
-    def __init__(self, hold: float = 1.0, api_key: str = "rp-local-key") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        hold: float = 1.0,
+        api_key: str = "rp-local-key",
+        dead_after: float = 30.0,
+        port: int = 0,
+    ) -> None:
+        super().__init__(port)
         self.hold = hold
         self.api_key = api_key
+        self.dead_after = dead_after
         self.caller_url = f"{self.url}/v2"
         self.caller_key = "rpa-caller-key"
         self.polls: Counter[str] = Counter()
@@ -119,6 +169,18 @@ class Platform(LocalServer):
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
         self._jobs: dict[str, _Job] = {}
         self._stops: defaultdict[str, list[str]] = defaultdict(list)
+        self._seen: dict[str, float] = {}
+        self._skipped = 0.0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._let_time_pass, daemon=True).start()
+        return super().__enter__()
+
+    def skip(self, seconds: float) -> None:
+        """Let that much time pass for jobs and results; heartbeats are not missed in it."""
+        with self.changed:
+            self._skipped += seconds
+            self._pass_time()
 
     def env(self, worker_id: str = "worker-1", endpoint: str = "local") -> dict[str, str]:
         """The environment that makes the SDK in a subprocess a worker of an endpoint."""
@@ -151,13 +213,17 @@ class Platform(LocalServer):
 
         `sync` is `/runsync` with its larger limit; `top` stands beside `input`, as `s3Config` does.
         """
+        limit, size = RUNSYNC_LIMIT if sync else RUN_LIMIT, len(json.dumps({"input": input, **top}))
+        if size > limit:
+            raise TooLarge(f"{size} bytes are more than {limit}")
         id = id or str(uuid.uuid4())
         with self.changed:
-            limit = RUNSYNC_LIMIT if sync else RUN_LIMIT
-            job = self._jobs.setdefault(id, _Job(limit, endpoint))
+            given = {"id": id, "input": input, **top}
+            job = self._jobs.setdefault(id, _Job(given, endpoint, sync, self._now()))
+            job.given = given
             if job.status != "IN_PROGRESS":
-                job.status = "IN_QUEUE"
-            self._queues[endpoint].append({"id": id, "input": input, **top})
+                job.status, job.submitted_at, job.ended_at = "IN_QUEUE", self._now(), None
+            self._queues[endpoint].append(given)
             self.changed.notify_all()
         return id
 
@@ -204,8 +270,10 @@ class Platform(LocalServer):
             return list(self._jobs[id].stream)
 
     def status(self, id: str) -> dict[str, Any]:
-        """What `GET /status/{id}` shows to the caller."""
+        """What `GET /status/{id}` shows to the caller; raises LookupError for what is forgotten."""
         with self.changed:
+            if not self._knows(id):
+                raise LookupError(f"there is no job {id}")
             job = self._jobs[id]
             shown = {"id": id, "status": job.status, "output": job.output, "error": job.error}
         return {name: value for name, value in shown.items() if value is not None}
@@ -224,15 +292,14 @@ class Platform(LocalServer):
 
         Each call sends one stop signal, so a second call is a second signal.
         """
-        time.sleep(max(0.0, self._jobs[id].taken_at + SOONEST_STOP - time.monotonic()))
         with self.changed:
             job = self._jobs[id]
             if job.worker and job.status in ("IN_PROGRESS", "CANCELLED"):
                 self._stops[job.worker].append(id)
-            queue = self._queues[job.endpoint]
-            self._queues[job.endpoint] = deque(each for each in queue if each["id"] != id)
-            if job.status not in ("COMPLETED", "FAILED"):
+            self._unqueue(id, job)
+            if job.status not in ("COMPLETED", "FAILED", "TIMED_OUT"):
                 job.status, job.output = "CANCELLED", None
+                job.ended_at = job.ended_at or self._now()
             self.changed.notify_all()
 
     def stop(self) -> None:
@@ -240,7 +307,8 @@ class Platform(LocalServer):
         self._home.cleanup()
 
     def scripted(self, request: Request) -> bool:
-        return self.script_path in request.path
+        is_progress = self.script_path == "/job-done/" and b'"IN_PROGRESS"' in request.body[:40]
+        return self.script_path in request.path and not is_progress
 
     def answer(self, request: Request) -> Answer:
         key, (endpoint, *operation) = (
@@ -257,15 +325,13 @@ class Platform(LocalServer):
 
     def _answer_caller(self, request: Request, endpoint: str, operation: list[str]) -> Answer:
         match [request.method, *operation]:
-            case ["POST", "run"]:
-                return self._run(request, endpoint)
-            case ["POST", "runsync"]:
-                return self._runsync(request, endpoint)
-            case ["GET", "status", id] if id in self._jobs:
+            case ["POST", "run" | "runsync" as way]:
+                return self._submitted(request, endpoint, is_sync=way == "runsync")
+            case ["GET", "status", id] if self._knows(id):
                 return json_answer(self.status(id))
-            case ["GET", "stream", id] if id in self._jobs:
+            case ["GET", "stream", id] if self._knows(id):
                 return self._stream_on(self._jobs[id])
-            case ["POST", "cancel", id] if id in self._jobs:
+            case ["POST", "cancel", id] if self._knows(id):
                 self.cancel(id)
                 return json_answer({"id": id, "status": self.status(id)["status"]})
             case ["GET", "health"]:
@@ -275,10 +341,10 @@ class Platform(LocalServer):
     def _answer_worker(self, request: Request, endpoint: str, operation: list[str]) -> Answer:
         match operation:
             case ["job-take", worker]:
-                jobs = self._take(request, endpoint, worker, 1)
+                jobs = self._take(endpoint, worker, 1)
                 return json_answer(jobs[0]) if jobs else NOTHING
             case ["job-take-batch", worker]:
-                jobs = self._take(request, endpoint, worker, int(request.query["batch_size"]))
+                jobs = self._take(endpoint, worker, int(request.query["batch_size"]))
                 return json_answer(jobs) if jobs else NOTHING
             case ["job-stop", worker]:
                 stops = self._stop_signals(worker)
@@ -304,7 +370,7 @@ class Platform(LocalServer):
                 "failed": states["FAILED"],
                 "inProgress": states["IN_PROGRESS"],
                 "inQueue": states["IN_QUEUE"],
-                "retried": 0,
+                "retried": sum(job.num_retries for job in jobs),
             },
             "workers": {
                 "idle": idle,
@@ -316,14 +382,18 @@ class Platform(LocalServer):
             },
         }
 
-    def _run(self, request: Request, endpoint: str) -> Answer:
-        body = json.loads(request.body)
-        if "input" not in body:
+    def _submitted(self, request: Request, endpoint: str, is_sync: bool) -> Answer:
+        try:
+            body = json.loads(request.body)
+            top = {name: body[name] for name in TOP if name in body}
+            id = self.submit(body["input"], sync=is_sync, endpoint=endpoint, **top)
+        except TooLarge as exc:
+            return json_answer({"error": str(exc)}, 400)
+        except (ValueError, KeyError, TypeError):
             return json_answer({"error": "input is missing"}, 400)
-        return json_answer({"id": self.submit(endpoint=endpoint, **body), "status": "IN_QUEUE"})
+        return self._runsync(request, id) if is_sync else json_answer(self.status(id))
 
-    def _runsync(self, request: Request, endpoint: str) -> Answer:
-        id = self.submit(endpoint=endpoint, sync=True, **json.loads(request.body))
+    def _runsync(self, request: Request, id: str) -> Answer:
         seconds = int(request.query.get("wait", RUNSYNC_WAIT_MS)) / 1000
         with self.changed:
             self.changed.wait_for(lambda: self._jobs[id].ended or self.closing.is_set(), seconds)
@@ -340,9 +410,7 @@ class Platform(LocalServer):
                 {"status": job.status, "stream": [{"output": item} for item in news]}
             )
 
-    def _take(
-        self, request: Request, endpoint: str, worker: str, count: int
-    ) -> list[dict[str, Any]]:
+    def _take(self, endpoint: str, worker: str, count: int) -> list[dict[str, Any]]:
         with self.changed:
             self.polls[worker] += 1
             self._workers[endpoint].add(worker)
@@ -350,16 +418,15 @@ class Platform(LocalServer):
             self.changed.wait_for(
                 lambda: self._queues[endpoint] or self.closing.is_set(), self.hold
             )
-            if self.closing.is_set() or request.hung_up():
+            if self.closing.is_set():
                 return []
             queue = self._queues[endpoint]
-            jobs = [queue.popleft() for _ in range(min(count, len(queue)))]
-            for job in jobs:
-                record = self._jobs[job["id"]]
-                record.status, record.worker = "IN_PROGRESS", worker
-                record.taken_at = time.monotonic()
+            given = [queue.popleft() for _ in range(min(count, len(queue)))]
+            for job in (self._jobs[each["id"]] for each in given):
+                job.status, job.worker, job.taken_at = "IN_PROGRESS", worker, self._now()
+            self._seen[worker] = time.monotonic()
             self.changed.notify_all()
-        return jobs
+        return given
 
     def _stop_signals(self, worker: str) -> list[str]:
         with self.changed:
@@ -374,6 +441,8 @@ class Platform(LocalServer):
             job.updates.append(update)
             if not refused:
                 job.apply(document)
+                if job.ended:
+                    job.ended_at = job.ended_at or self._now()
             self.changed.notify_all()
         return json_answer({"message": refused}, 400) if refused else json_answer({})
 
@@ -389,9 +458,44 @@ class Platform(LocalServer):
     def _ping(self, worker: str, request: Request) -> Answer:
         jobs = request.query.get("job_id", "").split(",")
         with self.changed:
+            self._seen[worker] = time.monotonic()
             self.pings.append(Ping(request.at, worker, [*filter(None, jobs)], request.query))
             self.changed.notify_all()
         return json_answer({})
+
+    def _now(self) -> float:
+        return time.monotonic() + self._skipped
+
+    def _knows(self, id: str) -> bool:
+        return id in self._jobs and not self._jobs[id].is_forgotten(self._now())
+
+    def _unqueue(self, id: str, job: _Job) -> None:
+        self._queues[job.endpoint] = deque(
+            each for each in self._queues[job.endpoint] if each["id"] != id
+        )
+
+    def _let_time_pass(self) -> None:
+        while not self.closing.wait(TICK_S):
+            with self.changed:
+                self._pass_time()
+
+    def _pass_time(self) -> None:
+        """End the jobs whose time is up, and queue again those of dead workers."""
+        for id, job in self._jobs.items():
+            if job.is_overdue(self._now()):
+                if job.worker:
+                    self._stops[job.worker].append(id)
+                self._unqueue(id, job)
+                job.status, job.output, job.ended_at = "TIMED_OUT", None, self._now()
+                self.changed.notify_all()
+            elif job.status == "IN_PROGRESS" and self._is_dead(job.worker):
+                job.status, job.worker = "IN_QUEUE", ""
+                job.num_retries += 1
+                self._queues[job.endpoint].appendleft(job.given)
+                self.changed.notify_all()
+
+    def _is_dead(self, worker: str) -> bool:
+        return time.monotonic() - self._seen[worker] > self.dead_after
 
 
 def _read(body: bytes, limit: int) -> tuple[dict[str, Any], str | None]:

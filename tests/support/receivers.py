@@ -41,8 +41,9 @@ class Received:
 class CallbackReceiver(LocalServer):
     """The edge function `job-callback`: checks the signatures, then the document, then the job.
 
-    It knows every job unless it is told which (`known={"job-1"}`); `jobs` holds each one's status.
-    A `service_key` makes it ask for that bearer token, as the gateway before it does.
+    Both signatures are demanded. It knows every job unless it is told which (`known={"job-1"}`);
+    `jobs` holds each one's status. A `service_key` makes it ask for that bearer token, as the
+    gateway before it does.
     """
 
     def __init__(
@@ -97,9 +98,7 @@ class CallbackReceiver(LocalServer):
         token = request.headers.get("Authorization")
         if self.service_key and token != f"Bearer {self.service_key}":
             return True
-        if not signature_ok(self.secret, request):
-            return True
-        return webhook_ok(self.secret, request) is False
+        return not (signature_ok(self.secret, request) and webhook_ok(self.secret, request))
 
     def _update(self, job: str, status: str) -> dict[str, Any]:
         with self.changed:
@@ -125,7 +124,7 @@ def webhook_ok(secret: str, request: Request) -> bool | None:
     if not timestamp.isdigit() or abs(request.at - int(timestamp)) > TOLERANCE:
         return False
     signed = f"{id}.{timestamp}.".encode() + request.body
-    digest = hmac.digest(_webhook_key(secret), signed, "sha256")
+    digest = hmac.digest(webhook_key(secret), signed, "sha256")
     expected = "v1," + base64.b64encode(digest).decode()
     return bool(id) and any(_same(signature, expected) for signature in signatures.split())
 
@@ -134,7 +133,7 @@ def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
-def _webhook_key(secret: str) -> bytes:
+def webhook_key(secret: str) -> bytes:
     if secret.startswith("whsec_"):
         return base64.b64decode(secret.removeprefix("whsec_"))
     return secret.encode()

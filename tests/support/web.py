@@ -38,16 +38,6 @@ class Request:
     headers: Message
     body: bytes
     at: float
-    connection: socket.socket
-
-    def hung_up(self) -> bool:
-        """Whether the client has gone, so that an answer would be lost."""
-        try:
-            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ def json_answer(document: Any, status: int = 200) -> Answer:
 
 
 class LocalServer:
-    """An HTTP server on a free port of 127.0.0.1, for use in a `with` statement.
+    """An HTTP server on 127.0.0.1, for use in a `with` statement; its port is free unless given.
 
     A subclass says in `answer` how the other side behaves. `changed` guards its state: mutate
     under it and notify, and `wait_until` wakes up.
@@ -76,12 +66,13 @@ class LocalServer:
 
     slow_seconds = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.changed = threading.Condition()
         self.closing = threading.Event()
         self.in_flight = self.most_in_flight = 0
         self._steps: deque[Step] = deque()
-        self._http = _Http(("127.0.0.1", 0), _handler_of(self))
+        self._http = _Http(("127.0.0.1", port), _handler_of(self))
+        self.port = self._http.server_port
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def answer(self, request: Request) -> Answer:
@@ -226,7 +217,6 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
                 self.headers,
                 self._body(),
                 arrived,
-                self.connection,
             )
 
         def _body(self) -> bytes:
