@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     compile: Literal["off", "regional"] = "off"
     compile_cache_dir: Path | None = None
     concurrency: int | None = Field(None, ge=1, le=256)
-    job_timeout_s: float = Field(600.0, gt=0)
+    job_timeout_s: float = Field(570.0, gt=0)
     shutdown_grace_s: float = Field(20.0, ge=0)
     poison_dir: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -29,7 +29,7 @@ def test_families_are_a_comma_separated_choice(monkeypatch: pytest.MonkeyPatch) 
 def test_an_empty_variable_is_as_good_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_TIMEOUT_S", "")
 
-    assert settings.read().job_timeout_s == 600
+    assert settings.read().job_timeout_s == 570
 
 
 def test_all_wrong_variables_are_named_at_once_and_no_value_is(

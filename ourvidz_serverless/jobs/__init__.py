@@ -53,6 +53,13 @@ FAMILY_OF = {
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
+#: What a job leaves of RunPod's timeout, to say that its time is up before RunPod does: seconds, or
+#: a share of it where that is less.
+TIMEOUT_MARGIN_S, TIMEOUT_MARGIN = 30.0, 0.1
+
+#: The longest timeout that RunPod has, a week, in seconds.
+MAX_TIMEOUT_S = 604_800
+
 FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat, "wan": wan, "admin": admin}
 
 #: Families whose jobs do not take turns on the device: chat's engine batches what runs at once,
@@ -148,6 +155,20 @@ def callback_url(event: Mapping[str, Any]) -> str | None:
     """Where the job wants its end told, as far as a broken payload tells."""
     url = _text(event, "callback_url")
     return url if url and len(url) <= MAX_CALLBACK_URL else None
+
+
+def timeout_s(event: Mapping[str, Any], default_s: float) -> float:
+    """How long a job may take, in seconds: RunPod's own timeout for it, less a margin.
+
+    RunPod's is `policy.executionTimeout`, in milliseconds; a job without one has `default_s`.
+    """
+    given = _mapping(event.get("policy")).get("executionTimeout")
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        return default_s
+    seconds = given / 1000
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        return default_s
+    return seconds - min(TIMEOUT_MARGIN_S, seconds * TIMEOUT_MARGIN)
 
 
 def _text(event: Mapping[str, Any], field: str) -> str | None:

@@ -74,6 +74,9 @@ ALLOCATION_FAILED = (
 #: for all that a device does, and to give its unused memory back.
 whole_device = threading.Lock()
 
+#: The side of the matrices that `Device.check` multiplies. bf16 holds integers up to 256 exactly.
+CHECK_SIDE = 256
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -111,6 +114,17 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.name.type == "cuda"
+
+    def check(self) -> None:
+        """Multiply two small matrices on the device; raises RuntimeError where that goes wrong."""
+        side = torch.arange(CHECK_SIDE)
+        # Integers that bf16 holds exactly, and a matrix that moves each row down by one.
+        numbers = ((side[:, None] + side) % CHECK_SIDE).to(self.dtype)
+        shift = torch.eye(CHECK_SIDE, dtype=self.dtype).roll(1, 0)
+        with self.computing():
+            product = torch.matmul(shift.to(self.name), numbers.to(self.name)).cpu()
+        if not torch.equal(product, numbers.roll(1, 0)):
+            raise RuntimeError("the device computes wrong numbers")
 
     @property
     def has_bf16(self) -> bool:
