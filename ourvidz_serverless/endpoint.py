@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import runpod
+from aiohttp import ClientError, ClientSession
 from runpod.http_client import AsyncClientSession
-from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.rp_logger import RunPodLogger
 from tqdm import tqdm
 
+from ourvidz_serverless import runpod_loop
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
@@ -39,6 +39,12 @@ StreamHandler = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
 #: A step of a small picture takes milliseconds, and nobody reads progress that fast.
 PROGRESS_INTERVAL_S = 0.5
 
+#: How long one post of progress may take, in seconds.
+PROGRESS_S = 10.0
+
+#: How long the device may take for a small computation before the first job, in seconds.
+FITNESS_S = 60.0
+
 #: The result must not wait long for a platform that does not take the last progress.
 LAST_PROGRESS_S = 5.0
 
@@ -48,16 +54,17 @@ def serve(worker: Worker, settings: Settings) -> None:
     # At DEBUG, the SDK's default, it logs every payload; at a terminal we show the result.
     quiet = "INFO" if is_on_platform() else "WARN"
     RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", quiet))
-    close_on_sigterm = functools.cache(lambda: _close_on_sigterm(worker, settings.shutdown_grace_s))
-
-    def concurrency(current: int) -> int:
-        # The SDK asks from its main thread before it takes a job, and after `start()` has set
-        # its own signal handlers: the first moment at which ours can stand before them.
-        close_on_sigterm()
-        return settings.resolved_concurrency
-
+    runpod.serverless.register_fitness_check(make_fitness_check(worker))
+    runpod_loop.install(
+        close=lambda: worker.close_after(settings.shutdown_grace_s),
+        keep=lambda event, result: worker.keep_result(event, read_output(result)),
+        grace_s=settings.shutdown_grace_s,
+    )
     make = make_stream_handler if _streams(settings) else make_handler
-    config: dict[str, Any] = {"concurrency_modifier": concurrency, "return_aggregate_stream": True}
+    config: dict[str, Any] = {
+        "concurrency_modifier": lambda _: settings.resolved_concurrency,
+        "return_aggregate_stream": True,
+    }
 
     def replace() -> None:
         # The SDK looks here after every job, and ends its loop when those that run are done. That
@@ -66,6 +73,22 @@ def serve(worker: Worker, settings: Settings) -> None:
 
     config["handler"] = make(worker, settings, replace)
     runpod.serverless.start(config)
+
+
+def make_fitness_check(
+    worker: Worker, within_s: float = FITNESS_S
+) -> Callable[[], Awaitable[None]]:
+    """The check that the SDK makes before it takes a job; where it raises, the process ends."""
+
+    async def device_computes() -> None:
+        # In a thread, since a dead device may never answer.
+        checking = asyncio.to_thread(worker.check_device)
+        try:
+            await asyncio.wait_for(checking, within_s)
+        except TimeoutError:
+            raise RuntimeError(f"the device does not answer within {within_s:g} seconds") from None
+
+    return device_computes
 
 
 def _streams(settings: Settings) -> bool:
@@ -188,16 +211,16 @@ async def _wait_out(running: asyncio.Future[Any]) -> None:
             await asyncio.wait([running])
 
 
-def _close_on_sigterm(worker: Worker, grace_s: float) -> None:
-    """Hear SIGTERM before the SDK does, which lets running jobs finish however long they take."""
-    sdk = signal.getsignal(signal.SIGTERM)
+def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The document in what is posted to the platform.
 
-    def close(signum: int, frame: Any) -> None:
-        worker.close(grace_s)
-        if callable(sdk):
-            sdk(signum, frame)
-
-    signal.signal(signal.SIGTERM, close)
+    A streamed job's is its last item; of one that failed the SDK posts the failure alone.
+    """
+    output = result.get("output")
+    last = output[-1] if isinstance(output, list) and output else output
+    if isinstance(last, Mapping):
+        return last
+    return {"status": "failed", "failure": json.loads(result["error"])}
 
 
 def make_reporter(event: Mapping[str, Any]) -> PlatformReporter | TerminalReporter:
@@ -221,6 +244,7 @@ class PlatformReporter:
         self._event = event
         self._loop = asyncio.get_running_loop()
         self._newest: Mapping[str, Any] = {}
+        self._is_failing = False
         self._news, self._closing = asyncio.Event(), asyncio.Event()
         self._posting = asyncio.create_task(self._post_all())
 
@@ -243,10 +267,20 @@ class PlatformReporter:
         async with AsyncClientSession() as session:
             while await self._news.wait() and not self._closing.is_set():
                 self._news.clear()
-                update = {"status": "IN_PROGRESS", "output": self._newest}
-                await send_result(session, update, self._event)
+                await self._post(session)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), PROGRESS_INTERVAL_S)
+
+    async def _post(self, session: ClientSession) -> None:
+        """Post the newest once: a later one makes up for one that was not taken."""
+        update = json.dumps({"status": "IN_PROGRESS", "output": self._newest}).encode()
+        try:
+            await runpod_loop.post(session, self._event["id"], update, False, PROGRESS_S)
+        except (ClientError, OSError) as exc:
+            if not self._is_failing:
+                why = runpod_loop.describe(exc)
+                log.warning("progress of job %s was not taken: %s", self._event["id"], why)
+            self._is_failing = True
 
 
 class TerminalReporter:

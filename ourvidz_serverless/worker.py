@@ -85,7 +85,8 @@ class Worker:
         )
         self._admission = Admission(settings, limits or Limits.of(settings))
         self._pills = pills or Pills(settings.poison_dir)
-        self._closing, self._closed = threading.Event(), threading.Event()
+        self._leaving, self._closing = threading.Event(), threading.Event()
+        self._closed = threading.Event()
         self._lost = threading.Event()
         self._computing = threading.Lock()
         self._flights, self._roster = Flights(), Roster()
@@ -126,6 +127,11 @@ class Worker:
         question = AdminJob(id="health", type="admin_utilities", operation="health")
         return ANSWERS["health"](question, self._office)
 
+    def check_device(self) -> None:
+        """Have each model's device compute something; raises RuntimeError where that goes wrong."""
+        for model in self._models.values():
+            model.device.check()
+
     @property
     def is_lost(self) -> bool:
         """Whether its device failed, so that it can do no further job."""
@@ -140,7 +146,8 @@ class Worker:
         job streams. A second delivery of a job that is under way hears the end of the first.
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
-        context = JobContext(stop, report, self._settings.job_timeout_s, self._clock, emit)
+        timeout_s = jobs.timeout_s(event, self._settings.job_timeout_s)
+        context = JobContext(stop, report, timeout_s, self._clock, emit)
         # Nobody is told the end of another's job by its id.
         identity = jobs.identity(event)
         return self._flights.run(
@@ -195,6 +202,11 @@ class Worker:
     def close(self, grace_s: float) -> None:
         """Take no further job, and stop after `grace_s` seconds those that still run."""
         self._closing.set()
+        self.close_after(grace_s)
+
+    def close_after(self, grace_s: float) -> None:
+        """Take and run jobs for `grace_s` seconds more; then take none, and stop those that run."""
+        self._leaving.set()
         log.info("shutting down; what runs has %g s to finish", grace_s)
         timer = threading.Timer(grace_s, self._end_grace)
         timer.daemon = True
@@ -202,6 +214,7 @@ class Worker:
 
     def _end_grace(self) -> None:
         shutdown = WorkerUnavailable("the worker is shutting down")
+        self._closing.set()
         self._closed.set()
         self._flights.stop_all(lambda stop: stop.set(shutdown))
 
@@ -214,7 +227,7 @@ class Worker:
         """What keeps this worker from taking jobs, if anything does."""
         if self.is_lost:
             return "unhealthy"
-        return "shutting_down" if self._closing.is_set() else None
+        return "shutting_down" if self._leaving.is_set() else None
 
     def _admit(self, job: Job, identity: Identity, context: JobContext) -> Any:
         """The model that serves a job, once nothing speaks against it."""
@@ -370,18 +383,47 @@ class Worker:
             job = None
         return self._post(document, event, job, context)
 
+    def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+        """Store a job's result, which the platform did not take, beside its assets; its key."""
+        # Whoever brings no key has no say in where a refusal lies.
+        is_stranger = (result.get("failure") or {}).get("code") == "UNAUTHORIZED"
+        try:
+            job = None if is_stranger else jobs.parse(event, self._settings)
+        except JobError:
+            job = None
+        job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
+        name, began = f"result.{result.get('status', 'failed')}.json", self._clock()
+
+        def left() -> float:
+            most_s = LAST_WORD_S if self._closed.is_set() else KEEP_S
+            return most_s - (self._clock() - began)
+
+        return self._store(name, result, job_id, job, Patience(left, time.sleep))
+
     def _keep(
         self, document: Document, url: str | None, job: Job | None, patience: Patience
     ) -> str | None:
         """Where an undelivered document lies now; None where it could not be kept."""
-        # Of a payload that could not be read, nobody knows whose folder it would be.
-        folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{document.job_id}"
-        key = f"{folder}/callback.{document.status}.json"
+        # With the job's own URL, which whoever posts it again would not know.
+        own = {"callback_url": url} if url else {}
+        name, body = f"callback.{document.status}.json", {**document.callback(), **own}
+        return self._store(name, body, document.job_id, job, patience)
 
-        def keep() -> None:
-            # With the job's own URL, which whoever posts it again would not know.
-            own = {"callback_url": url} if url else {}
-            body = json.dumps({**document.callback(), **own}).encode()
+    def _store(
+        self,
+        name: str,
+        document: Mapping[str, Any],
+        job_id: str,
+        job: Job | None,
+        patience: Patience,
+    ) -> str | None:
+        """Store an undelivered document; its key, or None where it could not be stored."""
+        # Of a payload that could not be read, nobody knows whose folder it would be.
+        folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{job_id}"
+        key = f"{folder}/{name}"
+
+        def store() -> None:
+            body = json.dumps(document).encode()
             storage.upload(
                 self._storage(job),
                 key,
@@ -391,7 +433,7 @@ class Worker:
                 sleep=patience.sleep,
             )
 
-        why_not = _tried(document.job_id, keep)
+        why_not = _tried(job_id, store)
         if why_not:
             log.warning("nor could its document be kept: %s", why_not)
         return None if why_not else key

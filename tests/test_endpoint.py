@@ -20,6 +20,9 @@ from tests.support.receivers import CallbackReceiver, SupabaseStorage
 from tests.support.s3 import SeaweedServer
 from tests.support.worker import WorkerProcess
 
+#: Longer than any test waits before it submits a job to an open poll.
+LONG_POLL_S = 8.0
+
 #: With the brake on, twelve seconds or more.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
 #: A few seconds: long enough to be met in the middle.
@@ -49,6 +52,22 @@ def worker(
     }
     with braked.start(platform, brake, **env) as process:
         yield process
+
+
+def calls_back(receiver: CallbackReceiver, folder: Path, **env: str) -> dict[str, str]:
+    """The environment of a worker that stores in a folder and tells a receiver."""
+    return {
+        "STORAGE_URL": f"file:{folder / 'assets'}",
+        "CALLBACK_URL": receiver.callback_url,
+        "JOB_CALLBACK_SECRET": receiver.secret,
+        **env,
+    }
+
+
+def told(receiver: CallbackReceiver, job_id: str) -> list[str]:
+    """The states of a job that the receiver was told of."""
+    documents = [each.document for each in receiver.received]
+    return [document["status"] for document in documents if document["job_id"] == job_id]
 
 
 # --- one job ---
@@ -210,6 +229,88 @@ def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_tells_the_sa
     assert platform.result(job, nth=2)["output"]["assets"] == first["output"]["assets"]
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_job_that_is_cancelled_as_it_is_handed_over_ends_cancelled(
+    platform: Platform, worker: WorkerProcess, brake: Brake, receiver: CallbackReceiver
+) -> None:
+    with brake.on():
+        job = platform.submit(sdxl_payload(id="at-once", **MANY_STEPS))
+        platform.wait_for_status(job, "IN_PROGRESS")
+        platform.cancel(job)
+
+        worker.wait_for_log("(at-once) CANCELLED")
+
+    after = platform.submit(sdxl_payload(id="after-at-once"))
+    assert platform.result(after)["output"]["status"] == "completed"
+    receiver.wait_until(lambda: told(receiver, "at-once") == ["failed"])
+
+
+def test_the_platforms_own_timeout_stops_the_job(
+    platform: Platform, worker: WorkerProcess, brake: Brake
+) -> None:
+    with brake.on():
+        job = platform.submit(sdxl_payload(id="overdue", **MANY_STEPS))
+        platform.wait_for_updates(job, 1)
+        platform.skip(601)
+
+        worker.wait_for_log("(overdue) CANCELLED")
+    assert platform.status(job)["status"] == "TIMED_OUT"
+
+
+# --- a platform that fails ---
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_result_is_posted_until_the_platform_takes_it(platform: Platform) -> None:
+    platform.script([503] * 4)
+
+    job = platform.submit(sdxl_payload(id="posted-again"))
+
+    assert platform.result(job)["output"]["status"] == "completed"
+    assert platform.script_left == []
+
+
+def test_a_result_that_the_platform_refuses_is_kept_beside_the_assets(
+    platform: Platform, worker: WorkerProcess, outputs: Path
+) -> None:
+    platform.script([400])
+
+    platform.submit(sdxl_payload(id="refused"))
+
+    kept = outputs / "user-1/refused/result.completed.json"
+    worker.wait_for_log("was not taken (HTTP 400); it is kept at user-1/refused/result.completed")
+    document = json.loads(kept.read_text())
+    assert document["job_id"] == "refused"
+    assert (outputs / document["assets"][0]["url"]).exists()
+
+
+def test_a_refusal_that_the_platform_refuses_is_kept_too(
+    platform: Platform, worker: WorkerProcess, outputs: Path
+) -> None:
+    platform.script([400])
+
+    platform.submit(sdxl_payload(id="twice-refused", config={"num_images": 2}))
+
+    worker.wait_for_log("kept at undelivered/twice-refused/result.failed.json")
+    kept = outputs / "undelivered/twice-refused/result.failed.json"
+    assert json.loads(kept.read_text())["failure"]["code"] == "INVALID_PROMPT"
+
+
+def test_a_platform_that_is_away_is_told_of_once_and_served_again(tmp_path: Path) -> None:
+    with Platform() as own, start(own, STORAGE_URL=f"file:{tmp_path}") as process:
+        own.stop()
+        process.wait_for_log("the platform gives no jobs")
+        time.sleep(5)
+        away = process.log
+        with Platform(port=own.port) as back:
+            assert back.result(back.submit(sdxl_payload()))["output"]["status"] == "completed"
+            process.wait_for_log("the platform gives stop signals again")
+
+    told = [line for line in away.splitlines() if "gives no" in line or "rror" in line]
+    assert len([line for line in told if "gives no jobs" in line]) <= 2, away
+    assert len(told) <= 5, away
+
+
 # --- shutdown ---
 
 
@@ -236,6 +337,36 @@ def test_sigterm_stops_a_job_that_outlasts_the_grace(tmp_path: Path) -> None:
 
         assert failure(own.status(job))["code"] == "WORKER_UNAVAILABLE"
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.5])
+def test_a_job_handed_over_after_sigterm_is_run_within_the_grace(
+    tmp_path: Path, receiver: CallbackReceiver, after_s: float
+) -> None:
+    name = f"late-{after_s}".replace(".", "-")
+    with Platform(hold=LONG_POLL_S) as own, start(own, **calls_back(receiver, tmp_path)) as process:
+        process.terminate()
+        time.sleep(after_s)
+        job = own.submit(sdxl_payload(id=name))
+
+        assert process.wait() == 0
+        assert own.status(job)["status"] == "COMPLETED"
+    assert told(receiver, name) == ["completed"]
+
+
+def test_a_job_handed_over_after_the_grace_is_told_that_the_worker_is_unavailable(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    env = calls_back(receiver, tmp_path, SHUTDOWN_GRACE_S="0")
+    with Platform(hold=LONG_POLL_S) as own, start(own, **env) as process:
+        process.terminate()
+        process.wait_for_log("what runs has 0 s to finish")
+        time.sleep(1)
+        job = own.submit(sdxl_payload(id="too-late"))
+
+        assert process.wait() == 0
+        assert failure(own.status(job))["code"] == "WORKER_UNAVAILABLE"
+    assert told(receiver, "too-late") == ["failed"]
 
 
 def test_sigterm_while_the_models_load_ends_the_worker(tmp_path: Path) -> None:

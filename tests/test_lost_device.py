@@ -1,5 +1,7 @@
 """A device that takes no more work from this process: the job may be retried, the worker goes."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ourvidz_serverless.endpoint import make_fitness_check
 from ourvidz_serverless.errors import DeviceLost, InternalError, OutOfMemory
 from ourvidz_serverless.models.device import Device, as_job_error, is_out_of_memory
 from ourvidz_serverless.settings import Settings
@@ -19,7 +22,7 @@ from tests.support.handler import ROOT, failure
 from tests.support.parrot import Parrot
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
-from tests.support.worker import WorkerProcess
+from tests.support.worker import WorkerDied, WorkerProcess
 
 #: With the brake on, twelve seconds or more.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
@@ -88,6 +91,56 @@ def test_a_streaming_endpoints_worker_is_replaced_too(tmp_path: Path) -> None:
         assert process.wait() == 0
     assert told["stopPod"] is True
     assert failure(platform.status(job))["code"] == "INTERNAL_ERROR"
+
+
+@pytest.mark.slow
+def test_a_device_that_does_not_compute_ends_the_worker_before_it_takes_a_job(
+    tmp_path: Path,
+) -> None:
+    with Platform() as platform:
+        job = platform.submit(sdxl_payload())
+        with (
+            pytest.raises(WorkerDied, match="exit 1"),
+            start(platform, tmp_path, DEAD_FROM_THE_START="1"),
+        ):
+            pass
+
+        assert platform.status(job)["status"] == "IN_QUEUE"
+        (ping,) = platform.pings
+    assert (ping.params["status"], ping.params["check"]) == ("unhealthy", "device_computes")
+    assert "an illegal memory access was encountered" in ping.params["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_device_that_computes_passes_the_check(dtype: torch.dtype) -> None:
+    Device(torch.device("cpu"), dtype).check()
+
+
+def test_a_device_that_computes_wrong_numbers_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "matmul", lambda left, right: right)
+
+    with pytest.raises(RuntimeError, match="computes wrong numbers"):
+        Device(torch.device("cpu"), torch.float32).check()
+
+
+def test_a_device_that_does_not_answer_fails_the_check() -> None:
+    class Hung:
+        answer = threading.Event()
+
+        def check_device(self) -> None:
+            self.answer.wait(PATIENCE_S)
+
+    async def ask() -> None:
+        try:
+            await make_fitness_check(worker, within_s=0.1)()
+        finally:
+            worker.answer.set()
+
+    worker: Any = Hung()
+    with pytest.raises(RuntimeError, match=r"does not answer within 0\.1 seconds"):
+        asyncio.run(ask())
 
 
 # --- what is one, and what is none ---

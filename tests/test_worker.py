@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ourvidz_serverless import errors
+from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.payloads import Document, check_result
@@ -335,6 +335,46 @@ def test_a_deadline_acts_at_the_next_step(bench: MakeBench) -> None:
 
     assert code(document) == "TIMEOUT_ERROR"
     assert document.failure.message == "the job's 0.2 seconds are over"
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [
+        ({"executionTimeout": 1_200_000}, 1170),
+        ({"executionTimeout": 60_000}, 54),
+        ({"executionTimeout": 5_000}, 4.5),
+        ({}, 570),
+        (None, 570),
+        ({"executionTimeout": "soon"}, 570),
+        ({"executionTimeout": 0}, 570),
+        ({"executionTimeout": True}, 570),
+        ({"executionTimeout": 1e300}, 570),
+    ],
+)
+def test_a_job_ends_before_the_platform_ends_it(policy: object, seconds: float) -> None:
+    assert jobs.timeout_s({"policy": policy}, 570) == seconds
+
+
+def test_the_jobs_own_timeout_is_the_one_that_counts(bench: MakeBench) -> None:
+    at = bench(settings=Settings(job_timeout_s=60))
+    at.painter.hold()
+    event = {"input": sdxl_payload(), "policy": {"executionTimeout": 200}}
+
+    document = at.worker.run(event, at.stop, at.progress.append)
+
+    assert code(document) == "TIMEOUT_ERROR"
+    assert document.failure.message == "the job's 0.18 seconds are over"
+
+
+def test_a_worker_that_leaves_takes_jobs_until_the_grace_is_over(bench: MakeBench) -> None:
+    at = bench()
+    at.worker.close_after(grace_s=60)
+    within = at.run()
+
+    at.worker.close_after(grace_s=0)
+    at.worker._closing.wait(PATIENCE_S)
+
+    assert (within.status, code(at.run())) == ("completed", "WORKER_UNAVAILABLE")
 
 
 def test_a_closing_worker_takes_no_job(bench: MakeBench) -> None:

@@ -1,8 +1,10 @@
 """`handler.py` on a device that fails as CUDA does, at jobs of 128x64 pixels and at any chat.
 
-What it raises is the class that torch raises, where torch raises it: in a network's forward.
+With `DEAD_FROM_THE_START` it fails at whatever is multiplied, before the first job. What it raises
+is the class that torch raises, where torch raises it: in a network's forward.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ def main() -> None:
     if "chat" in config.families:
         for writer in worker._models["chat"].writers:
             writer.engine._body.register_forward_pre_hook(fail, with_kwargs=True)
+    if "DEAD_FROM_THE_START" in os.environ:
+        torch.matmul = fail
     endpoint.serve(worker, config)
 
 

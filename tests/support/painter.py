@@ -13,6 +13,8 @@ from tests.support.cards import NoHome
 class NoDevice:
     """A device that has no memory to speak of."""
 
+    def check(self) -> None: ...
+
     def reset_peak(self) -> None: ...
 
     def peak_mb(self) -> None:

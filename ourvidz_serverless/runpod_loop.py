@@ -1,0 +1,293 @@
+"""RunPod's worker loop, with its faults mended: the one place where parts of the SDK are replaced.
+
+What the SDK (1.12) does, and what `install` does instead:
+
+- After SIGTERM it stops running jobs while its poll for jobs is still open: a job that this poll
+  brings is never run and never answered. Here the poll ends first, and what it brings is run.
+  Nor is the poll hung up: a job may be on its way in it.
+- It drops a result after three tries, which take about four seconds. Here the tries go on for
+  `RESULT_S`, and a result that was not taken is given to `keep`.
+- While the platform cannot be reached it asks again at once and logs every try. Here the waits
+  grow, and a line is logged when the platform is lost and when it is back.
+- A stop signal that comes before the job's task has begun is lost, and may lose the slot too. Here
+  the job is stopped as it begins.
+
+The rest of the loop is the SDK's own. `tests/test_runpod_loop.py` fails where a version of the SDK
+changes what this module relies on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import runpod
+from aiohttp import ClientError, ClientResponseError, ClientSession, ClientTimeout
+from runpod.http_client import TooManyRequests
+from runpod.serverless.modules import rp_http, rp_job, rp_ping, rp_scale
+from runpod.serverless.modules.rp_logger import RunPodLogger
+
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.logs import log
+from ourvidz_serverless.retries import TRANSIENT, Retry
+
+#: The version of the SDK whose insides are replaced here.
+SDK = "1.12."
+
+#: How long a result is tried to be posted, in seconds. Meanwhile its job keeps its place.
+RESULT_S = 120.0
+
+#: The waits between the tries of a result, and how long one may take.
+RESULT = Retry(base_s=0.5, max_s=10.0, try_s=60.0)
+
+#: The waits between polls of a platform that cannot be reached.
+POLL = Retry(base_s=0.5, max_s=30.0)
+
+#: How long a stop signal is remembered for a job that has not begun, in seconds. Not longer: a job
+#: that is tried again later comes under the same id.
+EARLY_STOP_S = 10.0
+
+#: How soon the end of the last job is seen while the worker closes, in seconds.
+IDLE_POLL_S = 0.1
+
+#: The type that the SDK posts JSON with.
+HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
+
+#: Keeps a result that the platform did not take, of this job; where it is, if it could be kept.
+Keep = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
+
+
+def install(close: Callable[[], None], keep: Keep, grace_s: float) -> None:
+    """Have `runpod.serverless.start` run this loop.
+
+    `close` is called once, at SIGTERM or SIGINT. `grace_s` bounds the posting of results after it.
+    Raises ModelLoadError for a version of the SDK that this module does not know.
+    """
+    if not runpod.__version__.startswith(SDK):
+        raise ModelLoadError(f"runpod: version {SDK}x is needed, {runpod.__version__} is installed")
+    rp_scale.JobScaler = functools.partial(Loop, close=close, keep=keep, grace_s=grace_s)
+    rp_ping.log = OneLineAnOutage()
+
+
+class Loop(rp_scale.JobScaler):
+    """The SDK's three loops: one takes jobs, one runs them, one listens for stop signals."""
+
+    def __init__(
+        self, config: dict[str, Any], close: Callable[[], None], keep: Keep, grace_s: float
+    ) -> None:
+        super().__init__(config)
+        self._close, self._keep, self._grace_s = close, keep, grace_s
+        self._ends: float | None = None
+        self._begun: set[str] = set()
+        self._stopped_early: dict[str, float] = {}
+        self._jobs_outage, self._stops_outage = Outage("jobs"), Outage("stop signals")
+        self.jobs_fetcher, self.stop_signals_fetcher = self._fetch_jobs, self._fetch_stops
+        rp_job.send_result = self._send_result
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether no further poll for jobs is begun."""
+        return self._ends is not None
+
+    def handle_shutdown(self, signum: int, frame: object) -> None:
+        """The handler of SIGTERM and SIGINT; a second signal changes nothing."""
+        if not self.is_closing:
+            self._close()
+        self.kill_worker()
+
+    def kill_worker(self) -> None:
+        """Begin no further poll for jobs; end once the open one has, and every job with it."""
+        if not self.is_closing:
+            self._ends = time.monotonic() + self._grace_s
+
+    async def _fetch_jobs(self, session: ClientSession, count: int) -> list[dict[str, Any]] | None:
+        """The jobs of one poll. The SDK calls this only when the poll before has ended."""
+        if self.is_closing:
+            await self._wait_until_idle()
+            super().kill_worker()
+            return None
+        try:
+            jobs: list[dict[str, Any]] | None = await rp_job.get_job(session, count)
+        except TooManyRequests:
+            raise  # The SDK waits by itself.
+        except (ClientError, OSError) as exc:
+            await self._pause(self._jobs_outage.failed(exc))
+            return None
+        self._jobs_outage.ended()
+        return jobs
+
+    async def _wait_until_idle(self) -> None:
+        # Not the SDK's own wait at the end: during that one it listens to no stop signals.
+        while self.current_occupancy():
+            await asyncio.sleep(IDLE_POLL_S)
+
+    async def _pause(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not self.is_closing:
+            await asyncio.sleep(IDLE_POLL_S)
+
+    async def _fetch_stops(self, session: ClientSession) -> list[str]:
+        """The jobs to stop, of one poll; it is given up once no job is left to be stopped."""
+        asked = asyncio.ensure_future(rp_job.get_stop_signals(session))
+        over = asyncio.ensure_future(self._shutdown_event.wait())
+        try:
+            await asyncio.wait({asked, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                return []
+            stops: list[str] = asked.result()
+        except TooManyRequests:
+            raise
+        except (ClientError, OSError) as exc:
+            await self._pause(self._stops_outage.failed(exc))
+            return []
+        finally:
+            asked.cancel()
+            over.cancel()
+        self._stops_outage.ended()
+        return stops
+
+    async def stop_job(self, job_id: str) -> bool:
+        """Stop a job that runs, or remember to stop it as it begins."""
+        if job_id in self._begun:
+            stopped: bool = await super().stop_job(job_id)
+            return stopped
+        now = time.monotonic()
+        remembered = self._stopped_early.items()
+        self._stopped_early = {id: at for id, at in remembered if now - at < EARLY_STOP_S}
+        self._stopped_early[job_id] = now
+        return False
+
+    async def handle_job(self, session: ClientSession, job: dict[str, Any]) -> None:
+        """Run a job and post its result."""
+        stopped_at = self._stopped_early.pop(job["id"], None)
+        if stopped_at is not None and time.monotonic() - stopped_at < EARLY_STOP_S:
+            task = asyncio.current_task()
+            assert task
+            # Takes effect where the handler first waits, so that the job ends as any stopped one.
+            task.cancel()
+        self._begun.add(job["id"])
+        try:
+            await super().handle_job(session, job)
+        finally:
+            self._begun.discard(job["id"])
+
+    async def _send_result(
+        self,
+        session: ClientSession,
+        result: dict[str, Any],
+        job: dict[str, Any],
+        is_stream: bool = False,
+    ) -> None:
+        """Post a result; one that the platform does not take is kept."""
+        body = json.dumps(result, ensure_ascii=False).encode()
+        refusal = await post_result(session, job["id"], body, is_stream, self._left())
+        if refusal:
+            place = await asyncio.to_thread(self._keep, job, result)
+            kept = f"it is kept at {place}" if place else "it could not be kept"
+            log.error("the result of job %s was not taken (%s); %s", job["id"], refusal, kept)
+        RunPodLogger().info("Finished.", job["id"])
+
+    def _left(self) -> Callable[[], float]:
+        """The seconds left to post a result, counted from now; fewer once the worker closes."""
+        ends = time.monotonic() + RESULT_S
+        return lambda: min(ends, self._ends or ends) - time.monotonic()
+
+
+async def post_result(
+    session: ClientSession,
+    job_id: str,
+    body: bytes,
+    is_stream: bool,
+    remaining_s: Callable[[], float],
+    policy: Retry = RESULT,
+) -> str | None:
+    """Post what a job came to, at least once, until it is taken; why it was not, if it was not.
+
+    A refusal that another try would not change ends the tries.
+    """
+    failures = 0
+    while True:
+        try:
+            await post(session, job_id, body, is_stream, policy.try_s)
+            return None
+        except (ClientError, OSError) as exc:
+            refusal, is_final = describe(exc), not is_transient(exc)
+        failures += 1
+        wait_s = policy.wait_s(failures)
+        if is_final or wait_s >= remaining_s():
+            return refusal
+        await asyncio.sleep(wait_s)
+
+
+async def post(
+    session: ClientSession, job_id: str, body: bytes, is_stream: bool, within_s: float
+) -> None:
+    """Post something about a job once; raises aiohttp's error, or TimeoutError."""
+    url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + f"&isStream={str(is_stream).lower()}"
+    headers = {**HEADERS, "X-Request-ID": job_id}
+    timeout = ClientTimeout(total=within_s)
+    async with session.post(url, data=body, headers=headers, timeout=timeout) as answer:
+        answer.raise_for_status()
+        await answer.read()
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether another try may go better: no answer, or one that says that the platform is busy."""
+    if isinstance(error, ClientResponseError):
+        return error.status in TRANSIENT or error.status >= 500
+    return True
+
+
+def describe(error: Exception) -> str:
+    """An error without the URL that it names, which holds the endpoint's and the worker's ids."""
+    if isinstance(error, ClientResponseError):
+        return f"HTTP {error.status}"
+    return type(error).__name__
+
+
+class Outage:
+    """Says once that the platform gives something no more, and once that it does again."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._failures, self._told = what, 0, ""
+
+    def failed(self, error: Exception) -> float:
+        """Take note of a failure; how long to wait before the next try, in seconds."""
+        self._failures += 1
+        reason = describe(error)
+        if reason != self._told:
+            log.warning("the platform gives no %s (%s); trying again", self._what, reason)
+        self._told = reason
+        return POLL.wait_s(self._failures)
+
+    def ended(self) -> None:
+        """Take note of an answer."""
+        if self._failures:
+            log.info("the platform gives %s again", self._what)
+        self._failures, self._told = 0, ""
+
+
+class OneLineAnOutage:
+    """The log of the SDK's heartbeat, which has an error for each ping that fails."""
+
+    def __init__(self) -> None:
+        self._log, self._is_down = RunPodLogger(), False
+
+    def error(self, message: str) -> None:
+        """A ping that failed: told once, until one arrives again."""
+        if not self._is_down:
+            self._log.error(message)
+        self._is_down = True
+
+    def debug(self, message: str) -> None:
+        """A ping that arrived."""
+        self._is_down = False
+        self._log.debug(message)
+
+    def info(self, message: str) -> None:
+        """What concerns no single ping."""
+        self._log.info(message)
