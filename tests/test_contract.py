@@ -125,6 +125,28 @@ def test_every_documents_example_holds(path: Path) -> None:
     check(path.name.split(".")[0], read(path))
 
 
+def large_fields(schema: Any) -> list[str]:
+    """The schema's fields that take more than RunPod does, as JSON."""
+    if isinstance(schema, list):
+        return [found for part in schema for found in large_fields(part)]
+    if not isinstance(schema, dict):
+        return []
+    options = [schema, *schema.get("anyOf", [])]
+    if any(
+        option.get("maxLength", 0) > 10_000_000 for option in options if isinstance(option, dict)
+    ):
+        return [json.dumps(schema)]
+    return [found for part in schema.values() for found in large_fields(part)]
+
+
+@pytest.mark.parametrize("name", ["sdxl_image_fast", "video_fast", "image_high"])
+def test_a_field_that_takes_more_than_the_queue_says_what_the_queue_takes(name: str) -> None:
+    fields = large_fields(contract.job_schemas()[name])
+
+    assert fields
+    assert all("10 MB on /run, 20 on /runsync" in field for field in fields)
+
+
 def test_the_schemas_know_every_error_code() -> None:
     codes = sorted(error.code for error in errors.JobError.__subclasses__())
 

@@ -46,6 +46,7 @@ export interface SdxlConfig {
   resolution?: string | null;
   seed?: number | null;
   negative_prompt?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   image?: string | null;
   denoise_strength?: number | null;
   scheduler?: "euler" | "euler_a" | "dpmpp_2m" | "dpmpp_2m_karras" | "dpmpp_sde" | "unipc" | "ddim" | "lcm" | null;
@@ -62,6 +63,7 @@ export interface SdxlConfig {
 
 export interface SdxlMetadata {
   negative_prompt?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   reference_image_url?: string | null;
   reference_strength?: number | null;
   reference_type?: "style" | "composition" | "character" | null;
@@ -222,8 +224,11 @@ export interface WanConfig {
   negative_prompt?: string | null;
   enhancement_system_prompt?: string | null;
   reference_mode?: "none" | "single" | "start" | "end" | "both" | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   image?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   first_frame?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   last_frame?: string | null;
   single_mode?: "first_frame" | "subject" | null;
   denoise_strength?: number | null;
@@ -240,8 +245,11 @@ export interface WanMetadata {
   aspect_ratio?: string | null;
   duration?: number | null;
   video_reference_mode?: "none" | "single" | "start" | "end" | "both" | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   reference_image_url?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   start_reference_url?: string | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
   end_reference_url?: string | null;
   reference_strength?: number | null;
   denoise_strength?: number | null;

@@ -21,7 +21,7 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 from ourvidz_serverless import references as images
 from ourvidz_serverless import weights
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Wire, says_adult
+from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Reference, Wire, says_adult
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
@@ -81,7 +81,7 @@ class SdxlConfig(Wire):
     resolution: tuple[int, int] = (1024, 1024)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
     negative_prompt: str | None = Text
-    image: str | None = Field(None, max_length=30_000_000)
+    image: str | None = Reference
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
     loras: tuple[Lora, ...] = Field((), max_length=4)
@@ -124,7 +124,7 @@ class SdxlConfig(Wire):
 
 class SdxlMetadata(Wire):
     negative_prompt: str | None = Text
-    reference_image_url: str | None = Field(None, max_length=30_000_000)
+    reference_image_url: str | None = Reference
     reference_strength: float | None = Strength
     reference_type: ReferenceType | None = None
     denoise_strength: float | None = Strength

@@ -37,6 +37,7 @@ from ourvidz_serverless.payloads import (
     Job,
     Output,
     Reel,
+    Reference,
     Video,
     Wire,
     says_adult,
@@ -114,7 +115,6 @@ ENHANCEMENT: dict[str, Any] = {
 }
 
 Text = Field(None, max_length=20_000)
-Reference = Field(None, max_length=30_000_000)
 Strength = Field(None, ge=0.0, le=1.0)
 Side = Field(None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_MULTIPLE)
 
