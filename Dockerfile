@@ -95,6 +95,7 @@ ARG FAMILY
 ARG BAKE=0
 WORKDIR /fetch
 COPY builder/__init__.py builder/fetch_models.py builder/models.json builder/models.lock.json builder/
+COPY ourvidz_serverless/__init__.py ourvidz_serverless/signed_urls.py ourvidz_serverless/
 RUN --mount=type=secret,id=HF_TOKEN \
     mkdir /models \
  && if [ "$BAKE" = 1 ]; then \

@@ -11,7 +11,10 @@ use, and must be the same from then on: commit that file. Interrupted, the comma
 it stopped; run again, it verifies what is there. `HF_TOKEN` is honoured, and so is `HF_ENDPOINT`.
 
 With `--url` a single-file checkpoint takes the place of the family's own weights; of those only
-the configurations and tokenizers come with it, for `SDXL_CONFIG`.
+the configurations and tokenizers come with it, for `SDXL_CONFIG`. The URL with its query is the
+file's source, by which `builder/models.lock.json` knows it; `--name` says what to call the file
+where the URL's path does not. A file of that name which is not known to be this source's is an
+error: it is neither used nor replaced.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -30,10 +34,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import requests
 from tqdm import tqdm
+
+from ourvidz_serverless.signed_urls import unsigned
 
 # The images say that there is no hub; here there is one. Read when the library is imported.
 os.environ["HF_HUB_OFFLINE"] = "0"
@@ -54,6 +60,13 @@ RETRY_S = float(os.environ.get("FETCH_RETRY_S", "1"))
 #: What a folder may need beside its weights.
 WEIGHTS = "*.safetensors"
 
+#: Parameters of a URL that say which file is meant: the lock file holds their values. Of any other
+#: it holds a digest, since the value may be a secret.
+PUBLIC = (
+    *("type", "format", "size", "fp", "download", "name", "file", "filename", "path", "id"),
+    *("version", "revision", "ref", "raw", "dl"),
+)
+
 
 class FetchError(Exception):
     """Weights could not be fetched, or are not what they should be."""
@@ -65,14 +78,29 @@ class Damaged(FetchError):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file to fetch. `digest` is `sha256:...`, or `git:...` for a blob of git's, or None."""
+    """One file to fetch. `digest` is `sha256:...`, or `git:...` for a blob of git's, or None.
+
+    `source` is what stays of the URL from one fetch to the next.
+    """
 
     url: str
     path: Path
     name: str
     size: int | None
     digest: str | None
+    source: str
     token: str | None = None
+
+    @property
+    def partial(self) -> Path:
+        """What has arrived so far of this source's file, and of no other's."""
+        source = hashlib.sha256(self.source.encode()).hexdigest()
+        return self.path.with_name(f"{self.path.name}.{source[:16]}.incomplete")
+
+    @property
+    def etag(self) -> Path:
+        """Holds the strong ETag of what the partial file's bytes belong to."""
+        return self.partial.with_suffix(".etag")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,9 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 repository, entry["revision"], patterns, lock.get(repository, {}), args
             )
         if args.url:
-            # Without its query, which may be a signature.
-            plain = args.url.partition("?")[0]
-            lock[plain] = fetch_url(args.url, args.sha256, lock.get(plain, {}), args)
+            source = source_of(args.url)
+            lock[source] = fetch_url(source, lock, args)
     except (FetchError, requests.RequestException, HfHubHTTPError, OSError) as exc:
         sys.exit(f"cannot fetch: {exc}")
     args.lock.write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
@@ -107,11 +134,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dest", type=Path, required=True, help="a folder of MODEL_DIRS")
     parser.add_argument("--optional", action="store_true", help="and what no setting names unasked")
     parser.add_argument("--url", help="a single-file checkpoint instead of the family's weights")
-    parser.add_argument("--sha256", help="of that checkpoint")
+    parser.add_argument("--sha256", type=_sha256, help="of that checkpoint")
+    parser.add_argument("--name", help="of that checkpoint's file, if not the URL's last part")
     parser.add_argument("--jobs", type=int, default=4, help="downloads at once")
     parser.add_argument("--manifest", type=Path, default=MANIFEST)
     parser.add_argument("--lock", type=Path, default=LOCK)
     return parser.parse_args(argv)
+
+
+def _sha256(text: str) -> str:
+    """A hash in small letters. Raises ArgumentTypeError for anything else."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError("64 hexadecimal digits were expected")
+    return text.lower()
 
 
 def _chosen(manifest: Mapping[str, Any], family: str, optional: bool) -> dict[str, Any]:
@@ -146,6 +181,7 @@ def fetch_repository(
             name=sibling.rfilename,
             size=sibling.size,
             digest=_digest_of(sibling, digest or known.get(sibling.rfilename)),
+            source=f"{repository}@{info.sha}/{sibling.rfilename}",
             token=get_token(),
         )
         for sibling, digest in _matching(repository, info.siblings, patterns)
@@ -183,14 +219,54 @@ def _digest_of(sibling: Any, sha256: str | None) -> str:
     return f"git:{sibling.blob_id}"
 
 
-def fetch_url(
-    url: str, sha256: str | None, locked: Mapping[str, Any], args: argparse.Namespace
-) -> dict[str, Any]:
+def source_of(url: str) -> str:
+    """A URL as the lock file has it: without credentials, signatures and other secrets.
+
+    The same file's URL gives the same source, whatever signature it has today.
+    """
+    parts = urlsplit(url)
+    kept, _ = unsigned(parts.query)
+    query = urlencode([(name, _public(name, value)) for name, value in kept])
+    host = parts.netloc.rpartition("@")[2].lower()
+    return f"{parts.scheme.lower()}://{host}{parts.path}{'?' if query else ''}{query}"
+
+
+def _public(name: str, value: str) -> str:
+    if name.lower() in PUBLIC:
+        return value
+    return f"sha256-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
+
+
+def fetch_url(source: str, lock: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What the lock file says of a checkpoint once it is there: its SHA-256."""
-    name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
-    known = sha256 or locked.get("files", {}).get(name)
-    file = File(url, args.dest / name, name, None, f"sha256:{known}" if known else None)
+    name = args.name or unquote(urlsplit(args.url).path).rpartition("/")[2]
+    if not name or name != Path(name).name:
+        raise FetchError("--name: the URL's path does not end with a file's name, so give one")
+    known = args.sha256 or lock.get(source, {}).get("files", {}).get(name)
+    digest = f"sha256:{known}" if known else None
+    file = File(args.url, args.dest / name, name, None, digest, source)
+    if file.path.exists():
+        _check_owner(file, lock)
     return {"files": fetch_all([file], args.jobs)}
+
+
+def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
+    """Raise FetchError where the file that is there may be another source's."""
+    if not file.digest:
+        raise FetchError(
+            f"{file.name} is there already, and nothing tells whether it is this URL's: "
+            "give its --sha256, or another --name or --dest"
+        )
+    found = _sha256_of(file.path)
+    owners = {
+        source for source, entry in lock.items() if entry.get("files", {}).get(file.name) == found
+    }
+    is_own = file.source in owners or (file.source in lock and not owners)
+    if file.digest != f"sha256:{found}" and not is_own:
+        raise FetchError(
+            f"{file.name} is there already, and it is another file (sha256 {found[:12]}...): "
+            "give another --name or --dest, or remove it"
+        )
 
 
 def fetch_all(files: Sequence[File], jobs: int) -> dict[str, str]:
@@ -215,9 +291,7 @@ def fetch_all(files: Sequence[File], jobs: int) -> dict[str, str]:
 
 
 def _check_space(files: Sequence[File]) -> None:
-    missing = sum(
-        (file.size or 0) - _size(_partial(file)) for file in files if not _size(file.path)
-    )
+    missing = sum((file.size or 0) - _size(file.partial) for file in files if not _size(file.path))
     free = shutil.disk_usage(files[0].path.parent).free
     if missing > free:
         raise FetchError(f"{missing / 1e9:.1f} GB are missing, and {free / 1e9:.1f} GB are free")
@@ -227,10 +301,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _partial(file: File) -> Path:
-    return file.path.with_name(f"{file.path.name}.incomplete")
-
-
 def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
     """The SHA-256 of a file that is there and verified: from before, or from now on."""
     if file.path.exists():
@@ -238,20 +308,22 @@ def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
             sha256 = _verified(file, file.path)
             bar.update(_size(file.path))
             return sha256
-    partial = _partial(file)
     for attempt in range(1, TRIES + 1):
         try:
-            _download(file, partial, bar, stop)
-            sha256 = _verified(file, partial)
+            _download(file, bar, stop)
+            sha256 = _verified(file, file.partial)
             break
         except (requests.RequestException, Damaged) as exc:
+            if not file.partial.exists():
+                file.etag.unlink(missing_ok=True)
             # A file that is wrong twice is another file, not one that suffered on its way.
             tries = 2 if isinstance(exc, Damaged) else TRIES
             if attempt >= tries or not _is_passing(exc):
                 raise FetchError(f"{file.name}: {_why(exc)}") from exc
             tqdm.write(f"{file.name}: {_why(exc)}; once more", file=sys.stderr)
             stop.wait(min(2**attempt, 30) * RETRY_S)
-    os.replace(partial, file.path)
+    os.replace(file.partial, file.path)
+    file.etag.unlink(missing_ok=True)
     return sha256
 
 
@@ -269,24 +341,31 @@ def _why(exc: Exception) -> str:
     return str(exc) if isinstance(exc, FetchError) else type(exc).__name__
 
 
-def _download(file: File, partial: Path, bar: Any, stop: threading.Event) -> None:
-    """Append to a partial file what is missing of it."""
-    start = _size(partial)
+def _download(file: File, bar: Any, stop: threading.Event) -> None:
+    """Append to a partial file what is missing of it, or fetch it from the start.
+
+    Only what can be told from another file's bytes is continued: by the hash that the whole must
+    have, or by an ETag on which the request depends.
+    """
+    start, etag = _size(file.partial), _read(file.etag)
     if file.size is not None and start == file.size:
         bar.update(start)
         return
-    headers = {"Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    if file.token:
-        # Not followed to the storage that the hub redirects to: `requests` sees to that.
-        headers["Authorization"] = f"Bearer {file.token}"
+    if not (file.digest or etag):
+        start = 0
+    headers = _headers(file, start, etag)
     with requests.get(file.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         if answer.status_code == 416:
-            partial.unlink()
+            file.partial.unlink()
         answer.raise_for_status()
-        resumes = answer.status_code == 206
-        with partial.open("ab" if resumes else "wb") as out:
+        continues = answer.status_code == 206
+        if continues and not _continues(answer, start, etag):
+            file.partial.unlink()
+            raise Damaged("the rest is another file's, or begins elsewhere")
+        with file.partial.open("ab" if continues else "wb") as out:
+            if not continues:
+                # Not before the bytes of what was there have gone.
+                _note_etag(file, answer.headers.get("ETag", ""))
             for chunk in answer.iter_content(CHUNK):
                 if stop.is_set():
                     raise FetchError(f"{file.name}: stopped")
@@ -294,16 +373,50 @@ def _download(file: File, partial: Path, bar: Any, stop: threading.Event) -> Non
                 bar.update(len(chunk))
 
 
+def _headers(file: File, start: int, etag: str) -> dict[str, str]:
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if etag:
+            headers["If-Range"] = etag
+    if file.token:
+        # Not followed to the storage that the hub redirects to: `requests` sees to that.
+        headers["Authorization"] = f"Bearer {file.token}"
+    return headers
+
+
+def _continues(answer: requests.Response, start: int, etag: str) -> bool:
+    """Whether a partial answer is the rest of the bytes that are there, as far as it tells."""
+    is_same = not etag or answer.headers.get("ETag", etag) == etag
+    return is_same and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+
+
+def _note_etag(file: File, etag: str) -> None:
+    """Keep a strong ETag. A weak one (`W/"..."`) may be that of other bytes."""
+    if etag.startswith('"'):
+        file.etag.write_text(etag)
+    else:
+        file.etag.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def _verified(file: File, path: Path) -> str:
     """The SHA-256 of a file. Raises Damaged, and removes it, when it is not the right one."""
-    with path.open("rb") as data:
-        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+    sha256 = _sha256_of(path)
     kind, _, wanted = (file.digest or "").partition(":")
     found = {"": "", "sha256": sha256, "git": _git_blob(path) if kind == "git" else ""}[kind]
     if found != wanted:
         path.unlink()
         raise Damaged(f"{kind} is {found[:12]}..., and should be {wanted[:12]}...")
     return sha256
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _git_blob(path: Path) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,19 @@ import pytest
 from builder import fetch_models
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.settings import FAMILIES
-from tests.support.hub import REVISION, TOKEN, Hub, corrupt, cut, status
+from tests.support.hub import (
+    REVISION,
+    TOKEN,
+    Hub,
+    corrupt,
+    cut,
+    no_etag,
+    status,
+    strong_etag,
+    weak_etag,
+)
 from tests.support.patience import PATIENCE_S
+from tests.support.web import Answer
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "tiny/painter"
@@ -155,17 +166,26 @@ def test_a_killed_fetch_goes_on_where_it_was(place: Place, hub: Hub) -> None:
     environment = place.environment(FETCH_RETRY_S="60")
     with subprocess.Popen(place.command(), env=environment, cwd=ROOT) as fetching:
         hub.storage.wait_until(lambda: hub.storage.ranges(name))
-        partial = place.snapshot / f"{name}.incomplete"
-        while not partial.exists() or partial.stat().st_size < 1_000_000:
-            time.sleep(0.05)
-        fetching.send_signal(signal.SIGKILL)
-    kept = partial.stat().st_size
+        kept = kept_when_killed(fetching, place.snapshot / name)
     hub.storage.mishaps.clear()
 
     assert place.fetch().returncode == 0
 
     assert hub.storage.ranges(name)[-1] == f"bytes={kept}-"
     assert (place.snapshot / name).read_bytes() == WEIGHTS
+
+
+def kept_when_killed(fetching: subprocess.Popen[bytes], path: Path) -> int:
+    """The bytes of a file that had arrived when its fetch was killed: a million at least."""
+    while not (size := sum(part.stat().st_size for part in partial_files(path))) > 1_000_000:
+        time.sleep(0.05)
+    fetching.send_signal(signal.SIGKILL)
+    fetching.wait()
+    return size
+
+
+def partial_files(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{path.name}*.incomplete"))
 
 
 def test_corrupt_bytes_are_fetched_once_more(place: Place, hub: Hub) -> None:
@@ -287,6 +307,218 @@ def test_a_checkpoint_with_another_hash_is_refused(place: Place, hub: Hub) -> No
 
     assert run.returncode == 1
     assert "mine.safetensors: sha256 is" in run.stderr
+
+
+# --- a checkpoint by URL, its source, and what of it is continued ---
+
+CHECKPOINT = WEIGHTS[::-1]
+OTHER = b"another checkpoint" * 170_000
+NAME = "mine.safetensors"
+
+
+def publish(hub: Hub, data: bytes, name: str = NAME) -> str:
+    """The URL of a file in the storage."""
+    hub.storage.files[name] = data
+    return f"{hub.storage.url}/{name}"
+
+
+def begin(place: Place, hub: Hub, url: str) -> int:
+    """Kill a fetch in the midst of a file; the bytes that are kept of it."""
+    hub.storage.mishaps[NAME] = [cut(2_500_000), *[status(503)] * 5]
+    command = place.command("--url", url)
+    with subprocess.Popen(command, env=place.environment(FETCH_RETRY_S="60"), cwd=ROOT) as fetching:
+        kept = kept_when_killed(fetching, place.dest / NAME)
+    hub.storage.mishaps.clear()
+    hub.storage.requests.clear()
+    return kept
+
+
+def test_another_checkpoint_of_the_same_name_is_not_taken_for_the_one_asked_for(
+    place: Place, hub: Hub
+) -> None:
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+    before = place.locked()
+
+    run = place.fetch("--url", publish(hub, CHECKPOINT, f"two/{NAME}"))
+
+    assert f"cannot fetch: {NAME} is there already, and nothing tells" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+    assert place.locked() == before
+
+
+def test_a_file_with_another_hash_than_asked_for_is_not_replaced(place: Place, hub: Hub) -> None:
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+
+    url = publish(hub, CHECKPOINT, f"two/{NAME}")
+    run = place.fetch("--url", url, "--sha256", sha256(CHECKPOINT))
+
+    assert f"cannot fetch: {NAME} is there already, and it is another file" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+
+
+def test_a_known_source_does_not_replace_another_known_sources_file(place: Place, hub: Hub) -> None:
+    first = publish(hub, CHECKPOINT, f"two/{NAME}")
+    place.fetch("--url", first)
+    (place.dest / NAME).unlink()
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+
+    run = place.fetch("--url", first)
+
+    assert f"cannot fetch: {NAME} is there already, and it is another file" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+
+
+def test_a_checkpoint_by_url_that_rotted_on_the_volume_is_fetched_again(
+    place: Place, hub: Hub
+) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    (place.dest / NAME).write_bytes(b"\x00" + CHECKPOINT[1:-1])
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_hash_in_capitals_is_the_same_hash(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", publish(hub, CHECKPOINT), "--sha256", sha256(CHECKPOINT).upper())
+
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_query_tells_one_file_from_another(place: Place, hub: Hub) -> None:
+    full = publish(hub, CHECKPOINT, "models/128713?size=full")
+    pruned = publish(hub, OTHER, "models/128713?size=pruned")
+
+    for url, name in ((full, "full.safetensors"), (pruned, "pruned.safetensors")):
+        run = place.fetch("--url", f"{url}&token=secret", "--name", name)
+        assert run.returncode == 0, run.stderr
+
+    assert (place.dest / "full.safetensors").read_bytes() == CHECKPOINT
+    assert (place.dest / "pruned.safetensors").read_bytes() == OTHER
+    assert place.locked()[full] == {"files": {"full.safetensors": sha256(CHECKPOINT)}}
+    assert place.locked()[pruned] == {"files": {"pruned.safetensors": sha256(OTHER)}}
+
+
+def test_a_new_signature_is_the_same_source(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", f"{url}?X-Amz-Signature=1&X-Amz-Date=1")
+    hub.storage.requests.clear()
+
+    run = place.fetch("--url", f"{url}?X-Amz-Signature=2&X-Amz-Date=2")
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@example.com/file.safetensors",
+        "https://example.com/file.safetensors?token=secret",
+        "https://example.com/file.safetensors?api_key=secret",
+        "https://example.com/file.safetensors?Signature=secret&Policy=secret&Expires=1",
+    ],
+)
+def test_the_lock_file_holds_no_secret_of_a_url(url: str) -> None:
+    source = fetch_models.source_of(url)
+
+    assert source.startswith("https://example.com/file.safetensors")
+    assert "secret" not in source
+
+
+def test_a_url_that_names_no_file_asks_for_a_name(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", f"{hub.storage.url}/")
+
+    assert "cannot fetch: --name: the URL's path does not end with a file's name" in run.stderr
+
+
+def test_a_name_stays_inside_the_folder(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", publish(hub, CHECKPOINT), "--name", "../outside.safetensors")
+
+    assert "cannot fetch: --name" in run.stderr
+    assert not (place.dest.parent / "outside.safetensors").exists()
+
+
+def test_a_partial_file_is_not_continued_with_another_sources_bytes(place: Place, hub: Hub) -> None:
+    begin(place, hub, publish(hub, OTHER))
+    url = publish(hub, CHECKPOINT, f"two/{NAME}")
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(f"two/{NAME}") == [None]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_source_whose_file_has_changed_is_fetched_from_the_start(place: Place, hub: Hub) -> None:
+    url = publish(hub, OTHER)
+    begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+    assert place.locked()[url] == {"files": {NAME: sha256(CHECKPOINT)}}
+
+
+def test_a_file_with_a_strong_etag_goes_on_where_it_was(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    kept = begin(place, hub, url)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [f"bytes={kept}-"]
+    assert hub.storage.requests[-1].headers["If-Range"] == strong_etag(CHECKPOINT)
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+    assert [path.name for path in place.dest.iterdir() if path.name.startswith(NAME)] == [NAME]
+
+
+@pytest.mark.parametrize("etag", [weak_etag, no_etag])
+def test_without_a_strong_etag_or_a_hash_nothing_is_continued(
+    place: Place, hub: Hub, etag: Callable[[bytes], str | None]
+) -> None:
+    hub.storage.etag = etag
+    url = publish(hub, OTHER)
+    begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [None]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_hash_suffices_to_go_on(place: Place, hub: Hub) -> None:
+    hub.storage.etag = no_etag
+    url = publish(hub, CHECKPOINT)
+    kept = begin(place, hub, url)
+
+    run = place.fetch("--url", url, "--sha256", sha256(CHECKPOINT))
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [f"bytes={kept}-"]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_the_rest_of_another_file_than_the_etag_names_is_not_appended(
+    place: Place, hub: Hub
+) -> None:
+    url = publish(hub, OTHER)
+    kept = begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+    told = {"ETag": strong_etag(CHECKPOINT), "Content-Range": f"bytes {kept}-9/9"}
+    # A host that knows no If-Range.
+    hub.storage.mishaps[NAME] = [lambda _: Answer(206, CHECKPOINT[kept:], told)]
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
 
 
 # --- the manifest that is shipped ---

@@ -16,23 +16,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import ModelLoadError
-
-#: What makes a query signed, and which other parameters belong to that signature: S3, Google,
-#: CloudFront, Azure, Supabase and Civitai. A name that ends with `-` stands for all that begin so.
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    "x-amz-signature": ("x-amz-",),
-    "x-goog-signature": ("x-goog-",),
-    "signature": ("awsaccesskeyid", "googleaccessid", "expires", "policy", "key-pair-id"),
-    "sig": (
-        *("se", "si", "sip", "ske", "skoid", "sks", "skt", "sktid", "skv"),
-        *("sp", "spr", "sr", "st", "sv"),
-    ),
-    "token": (),
-}
+from ourvidz_serverless.signed_urls import unsigned
 
 #: A file that was used within so many seconds may be a running job's, and is not deleted.
 IN_USE_S = 3600.0
@@ -51,7 +39,7 @@ class Downloads:
     def path(self, url: str, user_id: str) -> Path:
         """Where a user's download of a URL lies, or will lie. Raises ValueError for no URL."""
         parts = urlsplit(url)
-        query, is_signed = _unsigned(parts.query)
+        query, is_signed = unsigned(parts.query)
         owner = user_id if is_signed else None
         source = json.dumps([owner, parts.hostname, parts.path, query])
         return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()}.safetensors"
@@ -107,21 +95,3 @@ class Downloads:
                 facts = path.stat()
                 found.append((path, facts.st_mtime, facts.st_size))
         return found
-
-
-def _unsigned(query: str) -> tuple[list[tuple[str, str]], bool]:
-    """A query's parameters without those of a known signature, and whether there was one."""
-    given = parse_qsl(query, keep_blank_values=True)
-    names = {name.lower() for name, _ in given}
-    signed = {each for marker in SIGNATURES.keys() & names for each in _parameters(marker)}
-    prefixes = tuple(each for each in signed if each.endswith("-"))
-    kept = [
-        (name, value)
-        for name, value in given
-        if name.lower() not in signed and not name.lower().startswith(prefixes)
-    ]
-    return kept, bool(signed)
-
-
-def _parameters(marker: str) -> tuple[str, ...]:
-    return (marker, *SIGNATURES[marker])

@@ -19,19 +19,26 @@ Mishap = Callable[[Answer], Answer]
 
 
 class Storage(LocalServer):
-    """Where the large files lie. Each name in `mishaps` spoils that many of the next answers."""
+    """Where the large files lie. Each name in `mishaps` spoils that many of the next answers.
+
+    A parameter `size` asks for another file. `etag` makes a file's ETag, or none.
+    """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         super().__init__()
         self.files = dict(files)
         self.requests: list[Request] = []
         self.mishaps: dict[str, list[Mishap]] = {}
+        self.etag: Callable[[bytes], str | None] = strong_etag
 
     def answer(self, request: Request) -> Answer:
         with self.changed:
             self.requests.append(request)
             name = request.path.removeprefix("/")
-            answer = _ranged(self.files[name], request)
+            size = request.query.get("size")
+            answer = _ranged(
+                self.files[f"{name}?size={size}" if size else name], request, self.etag
+            )
             mishaps = self.mishaps.get(name)
             return mishaps.pop(0)(answer) if mishaps else answer
 
@@ -104,12 +111,28 @@ def status(number: int) -> Mishap:
     return lambda answer: Answer(number, json.dumps({"error": "mishap"}).encode())
 
 
-def _ranged(data: bytes, request: Request) -> Answer:
-    asked = request.headers["Range"]
-    if not asked:
-        return Answer(200, data)
+def strong_etag(data: bytes) -> str:
+    return f'"{hashlib.sha256(data).hexdigest()}"'
+
+
+def weak_etag(data: bytes) -> str:
+    return f'W/"{len(data)}"'
+
+
+def no_etag(data: bytes) -> None:
+    return None
+
+
+def _ranged(
+    data: bytes, request: Request, etag_of: Callable[[bytes], str | None] = strong_etag
+) -> Answer:
+    """The file, or its rest: of the file alone whose strong ETag `If-Range` names (RFC 9110)."""
+    asked, only_of, etag = request.headers["Range"], request.headers["If-Range"], etag_of(data)
+    told = {"ETag": etag} if etag else {}
+    if not asked or (only_of and (only_of != etag or only_of.startswith("W/"))):
+        return Answer(200, data, told)
     start = int(asked.removeprefix("bytes=").rstrip("-"))
     if start >= len(data):
         return Answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-    told = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+    told["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
     return Answer(206, data[start:], told)
