@@ -87,7 +87,16 @@ def compiled(requirements: Sequence[Path], upgrade: bool) -> list[str]:
         options = [*OPTIONS, *(["--upgrade"] if upgrade else []), "--override", str(overrides)]
         options += ["--output-file", str(whole)]
         subprocess.run([uv, "pip", "compile", "--quiet", *options, *requirements], check=True)
-        return [entry for entry in ENTRY.findall(whole.read_text()) if "'never'" not in entry]
+        return [entry for entry in entries_of(whole.read_text()) if "'never'" not in entry]
+
+
+def entries_of(text: str) -> list[str]:
+    """The entries of a lock. Ends the program where one has no hashes, and names it."""
+    rest = ENTRY.sub("", text).splitlines()
+    bare = [line for line in rest if line.strip() and not line.startswith("#")]
+    if bare:
+        sys.exit(f"cannot lock, since there are no hashes of it: {bare[0]}")
+    return ENTRY.findall(text)
 
 
 if __name__ == "__main__":

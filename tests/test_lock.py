@@ -22,6 +22,7 @@ from builder.lock import (
     OVERRIDES,
     REQUIREMENTS,
     TORCH_LOCK,
+    compiled,
 )
 
 WANTED = [
@@ -73,6 +74,22 @@ def test_what_a_locked_package_requires_is_locked_too(python: str) -> None:
     for name in installed:
         for wish in requires(name):
             assert wish.specifier.contains(Version(versions[canonicalize_name(wish.name)]), True)
+
+
+PACKAGE = """
+[project]
+name = "without-hashes"
+version = "1.0"
+"""
+
+
+def test_a_requirement_without_hashes_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(PACKAGE)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"without-hashes @ {tmp_path.as_uri()}\n")
+
+    with pytest.raises(SystemExit, match=r"cannot lock.*: without-hashes @"):
+        compiled([requirements], upgrade=False)
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
