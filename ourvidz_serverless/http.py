@@ -51,7 +51,7 @@ from ourvidz_serverless.errors import (
 )
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.openapi import describe
+from ourvidz_serverless.openapi import EMERGENCIES, describe
 from ourvidz_serverless.payloads import Document, Failure, Identity, Job
 from ourvidz_serverless.readahead import ReadAhead
 from ourvidz_serverless.registration import Registration
@@ -102,7 +102,6 @@ OPERATION_OF = {
     "/memory/load": "memory_load",
     "/memory/unload": "memory_unload",
 }
-EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
 
 #: A failure's status on the wire.
 STATUS_OF = {
@@ -190,12 +189,14 @@ def _check_key(request: Request, face: TheFace) -> None:
 
 NeedsKey = Depends(_check_key)
 Wait = Annotated[float, Query(ge=0, le=300, description="seconds to wait for the job's end")]
+Target = Annotated[str | None, Query(description="a family or a model")]
 User = Annotated[str | None, Query(description="the job's `user_id`; none for a job without one")]
 
 
 # --- is anybody there ---
 
 
+@router.head("/ping", response_class=Response, include_in_schema=False)
 @router.get("/ping", response_class=Response)
 async def ping(face: TheFace) -> Response:
     """RunPod's load balancer: 200 takes requests, 204 is still loading, 503 takes no more."""
@@ -204,6 +205,7 @@ async def ping(face: TheFace) -> Response:
     return JSONResponse({"status": "healthy"}) if face.is_ready else Response(status_code=204)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(face: TheFace) -> Response:
     """Whether jobs are taken, what is served, and on what."""
@@ -295,7 +297,7 @@ async def cancel(job_id: str, request: Request, face: TheFace, user_id: User = N
 @router.get("/memory/status")
 @router.get("/memory/report")
 @router.get("/debug/env")
-async def ask(request: Request, face: TheFace, target_worker: str | None = None) -> Response:
+async def ask(request: Request, face: TheFace, target_worker: Target = None) -> Response:
     """What `admin_utilities` answers, in the words of the specification's endpoints."""
     operation = OPERATION_OF[request.url.path]
     return await _administer(
@@ -384,7 +386,10 @@ def _asked_type(payload: Mapping[str, Any]) -> object:
 async def _input(request: Request, face: Face) -> dict[str, Any]:
     """What of RunPod's envelope the worker reads."""
     body = await _body(request, face)
-    return {"payload": body.get("input"), "s3_config": body.get("s3Config")}
+    s3_config = body.get("s3Config")
+    if s3_config is not None and not (s3_config and isinstance(s3_config, dict)):
+        raise InvalidPrompt("s3Config: Input should be an object with a bucketName")
+    return {"payload": body.get("input"), "s3_config": s3_config}
 
 
 def _check(face: Face, event: Mapping[str, Any]) -> None:
@@ -395,10 +400,12 @@ def _check(face: Face, event: Mapping[str, Any]) -> None:
 def _event_of(request: Request, payload: object, s3_config: object = None) -> dict[str, Any]:
     """What RunPod would hand to the worker; the caller's key stands in the payload."""
     event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
-    if s3_config:
+    if s3_config is not None:
         event["s3Config"] = s3_config
     if isinstance(payload, Mapping):
-        event["input"] = {**payload, "api_key": jobs.api_key(event) or key_of(request.headers)}
+        own = payload.get("api_key")
+        key = key_of(request.headers) if own in (None, "") else own
+        event["input"] = {**payload, "api_key": key}
     return event
 
 
@@ -600,7 +607,7 @@ def make_app(face: Face) -> FastAPI:
     app.state.face = face
     described = functools.partial(get_openapi, title=app.title, version=app.version)
     app.openapi = functools.cache(  # type: ignore[method-assign]
-        lambda: describe(described(routes=app.routes))
+        lambda: describe(described(routes=app.routes), face.settings)
     )
     app.include_router(router)
     if page.is_wanted(face.settings):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ourvidz_serverless import contract
+from ourvidz_serverless.settings import Settings
 
 #: What a chat's caller sends, as the guides show it.
 CALL = {
@@ -16,6 +17,10 @@ CALL = {
     "max_tokens": 64,
 }
 WISH = {"target_worker": "chat_worker", "force": False}
+
+#: What a question or a wish is about. The schema lists the families alone.
+ABOUT = "a family, or a model as `/memory/status` names it; all where it is missing"
+EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
 PICTURE = {
     "type": "sdxl_image_fast",
     "user_id": "user-1",
@@ -31,8 +36,15 @@ BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "/jobs": ("RunRequest", {"input": PICTURE}),
     "/memory/load": ("Wish", WISH),
     "/memory/unload": ("Wish", WISH),
-    "/emergency/operation": ("Wish", {**WISH, "operation": "pressure_check"}),
+    "/emergency/operation": ("Emergency", {**WISH, "operation": "pressure_check"}),
 }
+
+#: How a key is brought: the second where a gateway uses the first for itself.
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+KEYS: list[dict[str, list[str]]] = [{"bearer": []}, {"key": []}]
 
 #: Routes whose answer may be a stream of events.
 STREAMS = ("/chat", "/chat/unrestricted", "/enhance", "/job/{job_id}/events")
@@ -62,19 +74,22 @@ ANSWER = {
 STATE = {"title": "State", "type": "object", "properties": {"status": {"type": "string"}}}
 
 
-def describe(schema: dict[str, Any]) -> dict[str, Any]:
+def describe(schema: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """FastAPI's own schema, with the bodies, answers and keys of every route."""
-    schema["components"] = {
-        "schemas": _components(),
-        "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-    }
+    target = _target(settings.families)
+    schema["components"] = {"schemas": _components(target), "securitySchemes": SECURITY_SCHEMES}
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            _describe(path, operation)
+            _describe(path, operation, bool(settings.worker_api_key), target)
     return schema
 
 
-def _describe(path: str, operation: dict[str, Any]) -> None:
+def _describe(
+    path: str, operation: dict[str, Any], has_keys: bool, target: Mapping[str, Any]
+) -> None:
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] == "target_worker":
+            parameter["schema"] = target
     if path in BODIES:
         name, example = BODIES[path]
         content = {"schema": _reference(name), "example": example}
@@ -93,20 +108,41 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
         operation["responses"]["503"] = {"description": "not ready", "content": answer}
         operation["responses"]["204"] = {"description": "models are being loaded"}
     else:
-        # No key at all where the worker has none.
-        operation["security"] = [{"bearer": []}, {}]
+        # A small body may bring its `api_key` itself; a header is what every route takes.
+        operation["security"] = KEYS if has_keys else [*KEYS, {}]
 
 
-def _components() -> dict[str, Any]:
+def _target(families: Sequence[str]) -> dict[str, Any]:
+    names = [name for family in families for name in (family, f"{family}_worker")]
+    return {"type": "string", "enum": names, "description": ABOUT}
+
+
+def _components(target: Mapping[str, Any]) -> dict[str, Any]:
     chat = contract.family_schema("chat")
     chat["required"] = [name for name in chat["required"] if name != "type"]
     del chat["properties"]["type"]
-    wish = contract.family_schema("admin")["properties"]
-    names = ("operation", "target_worker", "force")
+    chat["properties"]["id"] = {"anyOf": [chat["properties"]["id"], {"type": "null"}]}
+    # What `config` may hold as well stands in the contract.
+    config = chat["$defs"]["ChatConfig"]["properties"]
+    for name in set(config) & set(chat["properties"]):
+        del config[name]
+    force = contract.family_schema("admin")["properties"]["force"]
+    wish: dict[str, Any] = {
+        "type": "object",
+        "properties": {"target_worker": {"anyOf": [target, {"type": "null"}]}, "force": force},
+    }
+    operation = {"type": "string", "enum": [*EMERGENCIES]}
+    run = contract.event_schema()
+    run["properties"]["s3Config"] = {"anyOf": [run["properties"]["s3Config"], {"type": "null"}]}
     parts = {
         "ChatCall": chat,
-        "RunRequest": contract.event_schema(),
-        "Wish": {"type": "object", "properties": {name: wish[name] for name in names}},
+        "RunRequest": run,
+        "Wish": wish,
+        "Emergency": {
+            **wish,
+            "properties": {**wish["properties"], "operation": operation},
+            "required": ["operation"],
+        },
         "Error": ERROR,
         "Answer": ANSWER,
         "State": STATE,

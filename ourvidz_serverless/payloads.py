@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+)
 
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError
 
@@ -88,6 +96,18 @@ def _parts(value: object) -> Iterable[object]:
     return ()
 
 
+def _no_text_nor_flag(value: object) -> object:
+    if isinstance(value, str | bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+#: Of a number: neither "7" nor true is one. 7.0 is a whole one.
+JSON_NUMBER = BeforeValidator(_no_text_nor_flag)
+
+#: True or false: neither 1 nor "true", which a contract that says boolean does not mean.
+Flag = Annotated[bool, Field(strict=True)]
+
 #: A JSON object that goes on to another parser of JSON.
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 
@@ -115,7 +135,7 @@ class S3Config(Wire):
     # The widest rule that S3 has had. No ARN: it names a host beside `endpointUrl`.
     bucketName: str = Field(pattern=r"^[A-Za-z0-9._-]{3,255}$")
     endpointUrl: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+/?$")
-    accessId: SecretStr = Field(min_length=1)
+    accessId: SecretStr = Field(min_length=1, json_schema_extra={"pattern": "^[!-~]+$"})
     accessSecret: SecretStr = Field(min_length=1)
 
     @field_validator("accessId")

@@ -27,6 +27,7 @@ from tests.support.cards import Card
 from tests.support.chatbox import tiny_folder
 from tests.support.face import ServedFace, events
 from tests.support.handler import HANDLER, ROOT
+from tests.support.painter import Painter
 from tests.support.parrot import Endless, Parrot
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
@@ -238,12 +239,18 @@ def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: 
     assert (name, json.loads(last)["response"]) == ("done", "")
 
 
-@pytest.mark.parametrize("asked", [True, "true", "yes", 1])
-def test_a_stream_is_asked_for_over_http_as_on_the_queue(face: ServedFace, asked: object) -> None:
-    answer = face.post("/chat", {**CALL, "stream": asked})
+@pytest.mark.parametrize("asked", ["true", "yes", 1])
+def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
+    face: ServedFace, asked: object
+) -> None:
+    call = {**CALL, "stream": asked}
 
-    assert answer.headers["Content-Type"].startswith("text/event-stream")
-    assert events(answer)[-1][0] == "done"
+    answers = [face.post("/chat", call), face.post("/jobs", {"input": chat_payload(stream=asked)})]
+
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert {answer.json()["error"] for answer in answers} == {
+        "stream: Input should be a valid boolean"
+    }
 
 
 def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
@@ -293,7 +300,7 @@ def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
     [
         ({"max_tokens": 512}, 43),
         ({"max_tokens": 513}, 88),
-        ({"max_tokens": "513"}, 88),
+        ({"max_tokens": 513.0}, 88),
         ({"max_tokens": None, "config": {"max_tokens": 513}}, 88),
         ({"max_tokens": None}, 43),
     ],
@@ -956,23 +963,67 @@ def test_every_route_is_described_with_its_body_and_its_failures(face: ServedFac
             assert has_body is (method == "post" and not path.endswith("/cancel"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_schemathesis_finds_nothing(face: ServedFace, tmp_path: Path) -> None:
-    run = subprocess.run(
+def schemathesis(face: ServedFace, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Ask for whatever OpenAPI promises, and for what it rules out."""
+    return subprocess.run(
         [
             Path(sys.executable).parent / "schemathesis",
-            *("run", f"{face.url}/openapi.json", "--max-examples=15", "--workers=1"),
-            *("--phases=examples,fuzzing", "--seed=1", "--request-timeout=20"),
-            # That a conversation holds some text, say, is beyond a schema.
-            "--exclude-checks=positive_data_acceptance",
+            *("run", f"{face.url}/openapi.json", "--max-examples=10", "--workers=1"),
+            *("--phases=examples,coverage,fuzzing", "--seed=1", "--generation-deterministic"),
+            *("--request-timeout=20", "--no-color", "--suppress-health-check=all", *options),
         ],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
 
+
+@pytest.fixture
+def asked_all(tmp_path: Path, parrot: Parrot) -> Iterator[ServedFace]:
+    """A face whose worker has models to report of and to move."""
+    settings = Settings(families=("sdxl", "chat"))
+    models = {"sdxl": Painter(), "chat": parrot}
+    made = Bench(tmp_path, settings=settings, models=models, ledger=Ledger(Card(10)))
+    with ServedFace(settings, made.worker) as served:
+        yield served
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--exclude-path=/jobs"],
+        # A payload's own rules stand in the contract, by job type.
+        ["--include-path=/jobs", "--exclude-checks=positive_data_acceptance"],
+    ],
+    ids=["all-but-jobs", "jobs"],
+)
+def test_schemathesis_finds_nothing(
+    asked_all: ServedFace, tmp_path: Path, options: list[str]
+) -> None:
+    run = schemathesis(asked_all, tmp_path, *options)
+
     assert run.returncode == 0, run.stdout[-6000:]
+
+
+def test_machines_are_told_of_both_headers_for_the_key(
+    face: ServedFace, locked: ServedFace
+) -> None:
+    open_to_all, with_key = (each.get("/openapi.json").json() for each in (face, locked))
+
+    schemes = with_key["components"]["securitySchemes"]
+    assert {"type": "apiKey", "in": "header", "name": "X-API-Key"} in schemes.values()
+    assert with_key["paths"]["/chat"]["post"]["security"] == [{"bearer": []}, {"key": []}]
+    assert {} in open_to_all["paths"]["/chat"]["post"]["security"]
+    assert "security" not in with_key["paths"]["/ping"]["get"]
+
+
+@pytest.mark.parametrize("path", ["/ping", "/health"])
+def test_a_health_check_may_ask_by_head(face: ServedFace, path: str) -> None:
+    head = face.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
 
 
 # --- the process ---

@@ -50,6 +50,9 @@ FAMILY_OF = {
     "video7b_high_enhanced": "wan",
 }
 
+#: What a payload may hold beside its job's fields, where it does.
+ALSO_TEXT = ("api_key", "job_id", "job_type")
+
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
@@ -193,7 +196,12 @@ def _payload(event: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
         raise InvalidPrompt("input: Input should be an object")
     payload = _without_nulls(payload)
-    payload["id"] = payload.get("id") or payload.get("job_id") or event.get("id")
+    for name in ALSO_TEXT:
+        if not isinstance(payload.get(name, ""), str):
+            raise InvalidPrompt(f"{name}: Input should be a valid string")
+    if not _is_key(payload.get("job_id", "absent")):
+        raise InvalidPrompt(f"job_id: String should match pattern '{KEY_PATTERN}'")
+    payload["id"] = payload.get("id", payload.get("job_id", event.get("id")))
     payload["type"] = job_type(payload)
     if payload["type"] is None:
         raise InvalidPrompt(f"type: Input should be one of {', '.join(FAMILY_OF)}")

@@ -25,7 +25,7 @@ from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
 from ourvidz_serverless.models.residency import Holding, Ledger, State, Wish
-from ourvidz_serverless.payloads import ANONYMOUS, KEY_PATTERN, Identity, Job, Output
+from ourvidz_serverless.payloads import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job, Output
 from ourvidz_serverless.roster import Roster
 from ourvidz_serverless.settings import FAMILIES, Settings
 
@@ -76,7 +76,7 @@ class AdminJob(Job):
     target_worker: str | None = Field(
         None, max_length=128, validation_alias=_either("target_worker")
     )
-    force: bool = Field(False, validation_alias=_either("force"))
+    force: Flag = Field(False, validation_alias=_either("force"))
     # Whose job, and which one, `job_status` is about.
     of_job: str | None = Field(
         None, pattern=KEY_PATTERN, validation_alias=AliasPath("config", "job_id")
@@ -165,6 +165,8 @@ def run(
     job: AdminJob, office: Office, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output]:
     """No output: the answer is in `context.reply`."""
+    # A target that this operation does not read must still be one that there is.
+    office.of(job)
     answer = ANSWERS[job.operation](job, office)
     context.reply["result"] = {"operation": job.operation, **answer}
     return iter(())

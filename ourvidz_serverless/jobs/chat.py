@@ -15,10 +15,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from PIL import Image
-from pydantic import AliasChoices, AliasPath, Field, field_validator, model_validator
+from pydantic import AliasChoices, AliasPath, ConfigDict, Field, field_validator, model_validator
 
 from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
@@ -26,8 +26,10 @@ from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.jobs import wan
 from ourvidz_serverless.payloads import (
     ANONYMOUS,
+    JSON_NUMBER,
     KEY_PATTERN,
     CheckedText,
+    Flag,
     Job,
     JsonObject,
     Role,
@@ -80,8 +82,58 @@ class ChatConfig(Wire):
 
 
 class ChatMetadata(Wire):
-    unrestricted_mode: bool = False
-    nsfw_optimization: bool = False
+    unrestricted_mode: Flag = False
+    nsfw_optimization: Flag = False
+
+
+MaxTokens = Annotated[int, Field(ge=1, le=2048), JSON_NUMBER]
+Temperature = Annotated[float, Field(ge=0, le=2), JSON_NUMBER]
+TopP = Annotated[float, Field(gt=0, le=1), JSON_NUMBER]
+TopK = Annotated[int, Field(ge=0, le=1000), JSON_NUMBER]
+Penalty = Annotated[float, Field(ge=-2, le=2), JSON_NUMBER]
+Repetition = Annotated[float, Field(ge=0.1, le=2), JSON_NUMBER]
+Seed = Annotated[int, Field(ge=0, lt=2**63), JSON_NUMBER]
+
+#: A text that ends a reply, and how many of them a job may name.
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
+StopTexts = Annotated[tuple[StopText, ...], Field(max_length=8)]
+
+#: For the contract: what must hold between fields.
+SCHEMA_WITH_ITS_TYPE: dict[str, Any] = {
+    "if": {"required": ["type"], "properties": {"type": {"const": "json_schema"}}},
+    "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+}
+# White space as Python has it, which is more than a browser's `\\s`.
+SOME_TEXT: dict[str, Any] = {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"}
+NO_MESSAGES: dict[str, Any] = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
+SOMETHING_TO_ANSWER: dict[str, Any] = {
+    "anyOf": [
+        {
+            "required": ["prompt"],
+            "properties": {"prompt": SOME_TEXT, "messages": NO_MESSAGES},
+        },
+        {
+            "required": ["config"],
+            "properties": {
+                "messages": NO_MESSAGES,
+                "config": {
+                    "type": "object",
+                    "required": ["system_prompt"],
+                    "properties": {"system_prompt": SOME_TEXT},
+                },
+            },
+        },
+        {
+            "required": ["messages"],
+            "properties": {
+                "messages": {
+                    "type": "array",
+                    "contains": {"required": ["content"], "properties": {"content": SOME_TEXT}},
+                }
+            },
+        },
+    ]
+}
 
 
 class JsonSchema(Wire):
@@ -90,6 +142,8 @@ class JsonSchema(Wire):
 
 class ResponseFormat(Wire):
     """What the reply must parse as, in OpenAI's words; the bare `type` is enough."""
+
+    model_config = ConfigDict(json_schema_extra=SCHEMA_WITH_ITS_TYPE)
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -116,6 +170,8 @@ class ResponseFormat(Wire):
 
 
 class ChatJob(Job):
+    model_config = ConfigDict(json_schema_extra=SOMETHING_TO_ANSWER)
+
     type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
     # A chat needs no account; its texts are then stored under this name.
     user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
@@ -125,37 +181,28 @@ class ChatJob(Job):
     metadata: ChatMetadata = ChatMetadata()
     content_tier: str | None = None
     content_type: str | None = None
-    sfw_mode: bool = False
-    stream: bool = False
+    sfw_mode: Flag = False
+    stream: Flag = False
     truncate: Literal["oldest"] | None = None
 
     model: Model = Field("qwen_instruct", validation_alias=_either("model"))
-    max_tokens: int | None = Field(None, ge=1, le=2048, validation_alias=_either("max_tokens"))
-    temperature: float = Field(0.7, ge=0, le=2, validation_alias=_either("temperature"))
-    top_p: float = Field(0.9, gt=0, le=1, validation_alias=_either("top_p"))
-    top_k: int = Field(0, ge=0, le=1000, validation_alias=_either("top_k"))
-    presence_penalty: float = Field(0, ge=-2, le=2, validation_alias=_either("presence_penalty"))
-    frequency_penalty: float = Field(0, ge=-2, le=2, validation_alias=_either("frequency_penalty"))
-    repetition_penalty: float = Field(
-        1, ge=0.1, le=2, validation_alias=_either("repetition_penalty")
-    )
-    stop: tuple[str, ...] = Field((), max_length=8, validation_alias=_either("stop"))
-    seed: int | None = Field(None, ge=0, lt=2**63, validation_alias=_either("seed"))
+    max_tokens: MaxTokens | None = Field(None, validation_alias=_either("max_tokens"))
+    temperature: Temperature = Field(0.7, validation_alias=_either("temperature"))
+    top_p: TopP = Field(0.9, validation_alias=_either("top_p"))
+    top_k: TopK = Field(0, validation_alias=_either("top_k"))
+    presence_penalty: Penalty = Field(0, validation_alias=_either("presence_penalty"))
+    frequency_penalty: Penalty = Field(0, validation_alias=_either("frequency_penalty"))
+    repetition_penalty: Repetition = Field(1, validation_alias=_either("repetition_penalty"))
+    stop: StopTexts = Field((), validation_alias=_either("stop"))
+    seed: Seed | None = Field(None, validation_alias=_either("seed"))
     response_format: ResponseFormat = Field(
         ResponseFormat(), validation_alias=_either("response_format")
     )
 
-    @field_validator("stop", mode="before", json_schema_input_type=str | tuple[str, ...])
+    @field_validator("stop", mode="before", json_schema_input_type=StopText | StopTexts)
     @classmethod
     def _one_or_many(cls, stop: object) -> object:
         return (stop,) if isinstance(stop, str) else stop
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty_nor_long(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not 1 <= len(text) <= 100 for text in stop):
-            raise ValueError("Input should be strings of 1 to 100 characters")
-        return stop
 
     @model_validator(mode="after")
     def _something_to_answer(self) -> ChatJob:
