@@ -123,7 +123,7 @@ def test_no_word_is_added() -> None:
         ({"presence_penalty": 2.5}, "presence_penalty: "),
         ({"frequency_penalty": -2.5}, "frequency_penalty: "),
         ({"repetition_penalty": 0}, "repetition_penalty: "),
-        ({"stop": [""]}, "stop: "),
+        ({"stop": [""]}, "stop.0: "),
         ({"stop": ["x"] * 9}, "stop: "),
         ({"seed": -1}, "seed: "),
         ({"model": "gpt"}, "model: "),
