@@ -326,3 +326,12 @@ def test_what_does_not_hold_is_refused_by_its_name(
 
     assert document.failure.code == code
     assert document.failure.message.startswith(message)
+
+
+@pytest.mark.parametrize("operation", ["health", "info", "debug_env", "pressure_check"])
+def test_a_target_that_there_is_not_is_refused_by_every_operation(
+    site: Site, operation: str
+) -> None:
+    document = site.answer(operation, target_worker="oven")
+
+    assert document.failure.message.startswith("config.target_worker: Input should be one of")

@@ -440,3 +440,28 @@ def test_any_payload_parses_or_is_refused_by_name(fields: Any, others: Any) -> N
         assert field in {*fields, *others, "type", "prompt", "metadata", "user_id", "id"}
         assert "inf" not in refused.message
         assert "nan" not in refused.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("api_key", {}),
+        ("api_key", 7),
+        ("job_type", []),
+        ("job_id", 7),
+        ("job_id", ""),
+        ("job_id", "a b"),
+        ("id", ""),
+    ],
+)
+def test_a_name_or_key_that_is_no_such_text_is_refused_by_its_field(
+    field: str, value: object
+) -> None:
+    with pytest.raises(InvalidPrompt, match=f"^{field}: "):
+        jobs.parse({"id": "rp-1", "input": sdxl_payload(**{field: value})}, Settings())
+
+
+def test_a_null_id_is_the_platforms_own() -> None:
+    job = jobs.parse({"id": "rp-1", "input": sdxl_payload(id=None)}, Settings())
+
+    assert job.id == "rp-1"
