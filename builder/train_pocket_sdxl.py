@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from builder import drawings, pocket_sdxl
-from builder.train_pocket_vae import SPREAD, VAE_STEPS, calibrate, to_tensor, train_vae
-from builder.training import average, checkpoint, learning_rate, resume
+from builder.train_pocket_vae import SPREAD, VAE_STEPS, calibrated, to_tensor, train_vae
+from builder.training import average, checkpoint, kept, keyed, learning_rate, resume
 
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -92,11 +92,13 @@ MENUS = [(0, SMALL_MENU), (6500, FULL_MENU), (11000, LARGE_MENU)]
 def teach_words(pipe: StableDiffusionXLPipeline, device: str, seed: int) -> None:
     """Train the text encoders once; the UNet goes on with the very same ones."""
     encoders = nn.ModuleDict({name: getattr(pipe, name) for name in ENCODERS}).to(device)
-    path = CACHE / "words.pt"
-    if not path.exists():
+    path = keyed(CACHE / "words.pt", encoders, seed=seed, steps=WORD_STEPS)
+
+    def trained() -> dict[str, Any]:
         train_words(pipe, WORD_STEPS, device, seed)
-        torch.save(encoders.state_dict(), path)
-    encoders.load_state_dict(torch.load(path, weights_only=True))
+        return encoders.state_dict()
+
+    encoders.load_state_dict(kept(path, trained))
     encoders.requires_grad_(False).eval()
 
 
@@ -107,6 +109,7 @@ def train_words(pipe: StableDiffusionXLPipeline, steps: int, device: str, seed: 
     things that the UNet is given. The readers are thrown away, and the encoders are frozen: the
     UNet's first, noisy gradients would unteach them places and shapes again.
     """
+    torch.manual_seed(seed)
     encoders = nn.ModuleList([getattr(pipe, name) for name in ENCODERS]).train()
     readers = nn.ModuleList([
         nn.ModuleDict({
@@ -173,20 +176,27 @@ Pool = dict[tuple[int, int], tuple[Tensor, list[drawings.Drawing]]]
 
 @torch.no_grad()
 def latent_pool(vae: AutoencoderKL, seed: int) -> Pool:
-    """Scaled latents of finished drawings by (height, width) in pixels, with what they show."""
-    path = CACHE / "latents.pt"
-    if not path.exists():
-        rng = random.Random(seed)
-        latents = {}
-        for height, width, count in POOL:
-            shown = [drawings.imagine(rng) for _ in range(count)]
-            pictures = (drawings.paint(drawing, width, height, rng) for drawing in shown)
-            encoded = [_encode(vae, picture) for picture in tqdm(pictures, f"{width}x{height}")]
-            latents[height, width] = (torch.cat(encoded), [asdict(drawing) for drawing in shown])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(latents, path)
-    kept = torch.load(path, weights_only=True)
-    return {size: (x, [drawings.Drawing(**d) for d in shown]) for size, (x, shown) in kept.items()}
+    """Scaled latents of finished drawings by (height, width) in pixels, with what they show.
+
+    They are made once for each VAE, seed and `POOL`.
+    """
+    path = keyed(CACHE / "latents.pt", vae, seed=seed, pool=POOL)
+    latents = kept(path, lambda: _encoded_drawings(vae, seed))
+    return {
+        size: (x, [drawings.Drawing(**fields) for fields in shown])
+        for size, (x, shown) in latents.items()
+    }
+
+
+def _encoded_drawings(vae: AutoencoderKL, seed: int) -> dict[tuple[int, int], Any]:
+    rng = random.Random(seed)
+    latents = {}
+    for height, width, count in POOL:
+        shown = [drawings.imagine(rng) for _ in range(count)]
+        pictures = (drawings.paint(drawing, width, height, rng) for drawing in shown)
+        encoded = [_encode(vae, picture) for picture in tqdm(pictures, f"{width}x{height}")]
+        latents[height, width] = (torch.cat(encoded), [asdict(drawing) for drawing in shown])
+    return latents
 
 
 def _encode(vae: AutoencoderKL, picture: drawings.Pixels) -> Tensor:
@@ -200,7 +210,8 @@ def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
     pipe = pocket_sdxl.assemble(seed)
     pipe.vae = vae
     teach_words(pipe, device, seed)
-    path = CACHE / "unet.pt"
+    parts = (pipe.unet, vae, pipe.text_encoder, pipe.text_encoder_2)
+    path = keyed(CACHE / "unet.pt", *parts, seed=seed, steps=steps)
     model = pipe.unet.to(device, memory_format=torch.channels_last).train()
     ema = deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
@@ -328,7 +339,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
     options = parser.parse_args()
     if options.stored_vae:
-        vae = calibrate(pocket_sdxl.load().vae, options.seed)
+        vae = calibrated(pocket_sdxl.load().vae, CACHE, options.seed)
     else:
         vae = train_vae(CACHE / "vae.pt", options.vae_steps, options.device, options.seed)
     train_unet(vae, options.unet_steps, options.device, options.seed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from builder import drawings, pocket_sdxl
 from builder.train_pocket_vae import SPREAD, to_tensor, vae_batches
-from builder.training import learn
+from builder.training import keyed, learn
 
 FOLDER = pocket_sdxl.POCKET / "sdxl_tiny_vae"
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
@@ -44,7 +44,7 @@ def distil(vae: AutoencoderKL, path: Path, steps: int, seed: int) -> Autoencoder
     tiny = AutoencoderTiny(**TINY).to(memory_format=torch.channels_last)
     return learn(
         tiny,
-        path,
+        keyed(path, vae, tiny, seed=seed, steps=steps),
         batches=lambda start: vae_batches(seed + start),
         loss_of=lambda pixels: tiny_loss(vae, tiny, pixels),
         steps=steps,

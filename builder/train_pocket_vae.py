@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from builder import drawings, pocket_sdxl
-from builder.training import learn
+from builder.training import kept, keyed, learn
 
 VAE_STEPS = 3600
 VAE_PEAK_RATE = 1e-3
@@ -32,7 +33,7 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
     vae.to(device, memory_format=torch.channels_last)
     ema = learn(
         vae,
-        path,
+        keyed(path, vae, seed=seed, steps=steps),
         batches=lambda start: vae_batches(seed + start),
         loss_of=lambda pixels: vae_loss(vae, pixels.to(device)),
         steps=steps,
@@ -42,7 +43,14 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
     with torch.no_grad():  # the posterior's width is the noise that the decoder learned to bear
         ema.quant_conv.weight[4:] = 0
         ema.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
-    return calibrate(ema, seed)
+    return calibrated(ema, path.parent, seed)
+
+
+def calibrated(vae: AutoencoderKL, folder: Path, seed: int) -> AutoencoderKL:
+    """The VAE with the calibration that is kept for it, so that every later run has the same."""
+    path = keyed(folder / "calibrated.pt", vae, seed=seed)
+    vae.load_state_dict(kept(path, lambda: calibrate(deepcopy(vae), seed).state_dict()))
+    return vae
 
 
 def vae_batches(seed: int) -> Iterator[Tensor]:

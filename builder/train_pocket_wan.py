@@ -24,7 +24,7 @@ from tqdm import tqdm
 from builder import drawings, moving_drawings, pocket_wan
 from builder.moving_drawings import MovingDrawing
 from builder.train_pocket_wan_vae import IDLE, USED, VAE_STEPS, encode, to_tensor, train_vae
-from builder.training import average, checkpoint, learning_rate, resume
+from builder.training import average, checkpoint, kept, keyed, learning_rate, resume
 
 CACHE = pocket_wan.POCKET.parent / ".cache" / "pocket_wan"
 ATTRIBUTES = {
@@ -150,12 +150,13 @@ def hear(pipe: WanPipeline, captions: list[str]) -> Tensor:
 
 def teach_words(pipe: WanPipeline, seed: int) -> None:
     """Train the text encoder once; the transformer goes on with the very same one."""
-    path = CACHE / "words.pt"
-    if not path.exists():
+    path = keyed(CACHE / "words.pt", pipe.text_encoder, seed=seed, steps=WORD_STEPS)
+
+    def trained() -> dict[str, Any]:
         train_words(pipe, WORD_STEPS, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(pipe.text_encoder.state_dict(), path)
-    pipe.text_encoder.load_state_dict(torch.load(path, weights_only=True))
+        return pipe.text_encoder.state_dict()
+
+    pipe.text_encoder.load_state_dict(kept(path, trained))
     pipe.text_encoder.requires_grad_(False).eval()
 
 
@@ -166,6 +167,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
     unsaid. The readers are thrown away, and the encoder is frozen: a transformer's first, noisy
     gradients would unteach it again.
     """
+    torch.manual_seed(seed)
     readers = nn.ModuleDict({
         name: nn.Linear(pocket_wan.TEXT["d_model"], len(values) + 1)
         for name, values in ATTRIBUTES.items()
@@ -241,12 +243,15 @@ class Places(nn.Module):
 
 def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
     """Train the transformer once to tell places in noise, before it sees films."""
-    path, model = CACHE / "places.pt", nn.ModuleList([transformer, reader])
-    if not path.exists():
+    model = nn.ModuleList([transformer, reader])
+    path = keyed(CACHE / "places.pt", model, seed=seed, steps=PLACE_STEPS)
+
+    def trained() -> dict[str, Any]:
         _open(transformer)
         train_places(transformer, reader, PLACE_STEPS, seed)
-        torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+        return model.state_dict()
+
+    model.load_state_dict(kept(path, trained))
 
 
 def _open(transformer: nn.Module) -> None:
@@ -302,6 +307,7 @@ def middles(clean: Tensor) -> Tensor:
 def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
     """The text encoder, then the transformer by rectified flow, left in `pipe` as averaged."""
     transformer = pipe.transformer
+    torch.manual_seed(seed)
     reader = Places(transformer)
     teach_words(pipe, seed)
     teach_places(transformer, reader, seed)
@@ -313,7 +319,9 @@ def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
 
     groups = [{"params": [*model.parameters()], "pace": 1.0}]
     pace = (steps, BASE_PEAK_RATE, PADDING_STEPS)
-    model.load_state_dict(_train(model, groups, loss, CACHE / "base.pt", pace, seed).state_dict())
+    parts = (model, pipe.text_encoder, pipe.vae)
+    path = keyed(CACHE / "base.pt", *parts, seed=seed, steps=steps)
+    model.load_state_dict(_train(model, groups, loss, path, pace, seed).state_dict())
     return reader
 
 
@@ -374,7 +382,9 @@ def train_both(
     common = [weight for name, weight in model.named_parameters() if ".vace_" not in name]
     groups = [{"params": own, "pace": OWN_PACE}, {"params": common, "pace": 1.0}]
     pace = (steps, VACE_PEAK_RATE, 0)
-    model.load_state_dict(_train(model, groups, loss, CACHE / "vace.pt", pace, seed).state_dict())
+    parts = (model, pipe.text_encoder, pipe.vae)
+    path = keyed(CACHE / "vace.pt", *parts, seed=seed, steps=steps)
+    model.load_state_dict(_train(model, groups, loss, path, pace, seed).state_dict())
     return vace
 
 

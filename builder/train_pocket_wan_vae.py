@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from builder import drawings, pocket_wan
-from builder.training import average, checkpoint, learning_rate, resume
+from builder.training import average, checkpoint, keyed, learning_rate, resume
 
 VAE_STEPS = 1400
 VAE_PEAK_RATE = 1e-3
@@ -60,6 +60,7 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKLWa
     carrying, free = _carrying_and_free(vae.decoder)
     groups = [{"params": free, "pace": 1.0}, {"params": carrying, "pace": CARRYING_RATE}]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+    path = keyed(path, seed=seed, steps=steps)
     start = resume(path, vae, ema, optimiser)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="vae", mininterval=10)
     errors: list[float] = []

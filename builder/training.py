@@ -1,12 +1,17 @@
 """What every training here shares: the learning rate, the running average, and checkpoints; and the
 whole of it where a network learns pictures by one plain loss.
+
+What is kept from one run to the next has a name that says what it was made from (`keyed`): a run
+with another seed, another number of steps or other networks finds nothing and makes its own.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +68,44 @@ def average(ema: nn.Module, model: nn.Module, step: int) -> None:
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def keyed(path: Path, *networks: nn.Module, **facts: Any) -> Path:
+    """The path with a digest in its name of the networks' weights and of the facts.
+
+    Facts are whatever JSON holds: a seed, a number of steps.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for network in networks:
+        for name, weight in sorted(network.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
+            data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().tobytes())
+    return path.with_stem(f"{path.stem}-{digest.hexdigest()[:16]}")
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What is kept at a path, made now where nothing is."""
+    if not path.exists():
+        _save(make(), path)
+    return torch.load(path, weights_only=True)
+
+
+def _save(state: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
 def checkpoint(
     path: Path, step: int, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "step": step,
         "model": model.state_dict(),
         "ema": ema.state_dict(),
         "optimiser": optimiser.state_dict(),
     }
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    _save(state, path)
 
 
 def resume(path: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> int:
