@@ -7,41 +7,61 @@ export class BadSignature extends Error {
   override name = "BadSignature";
 }
 
+export interface VerifyOptions {
+  /** How old a callback may be, and how far the clocks may differ, in seconds. */
+  toleranceS?: number;
+  /** `false` also takes a callback without any `webhook-*` header, which has no time of its own:
+   * whoever has recorded a callback can then leave those headers out and send it again, at any
+   * time. For senders that sign with `X-Callback-Signature` alone, while there are any. */
+  requireWebhook?: boolean;
+  now?: () => number;
+}
+
 /**
- * The document of a callback, once its signatures hold. `secret` is JOB_CALLBACK_SECRET; several
- * while it is rotated. `X-Callback-Signature` must be there; the Standard Webhooks headers must
- * hold where any of them is, and be of the last five minutes, so that a recorded callback cannot
- * be sent again later. Throws BadSignature, or SyntaxError for a body that is no JSON.
+ * The document of a callback, once its signatures hold: `X-Callback-Signature`, and the Standard
+ * Webhooks headers, whose time must be within the last five minutes, so that a recorded callback
+ * cannot be sent again later. `secret` is JOB_CALLBACK_SECRET; several while it is rotated.
+ * Throws BadSignature, or SyntaxError for a body that is no JSON.
  */
 export async function verifyCallback(
   request: Request,
   secret: string | readonly string[],
-  { toleranceS = 300, now = Date.now }: { toleranceS?: number; now?: () => number } = {},
+  options: VerifyOptions = {},
 ): Promise<Callback> {
-  const body = new Uint8Array(await request.arrayBuffer());
-  const secrets = typeof secret === "string" ? [secret] : secret;
-  for (const each of secrets) {
-    if (await isSigned(request.headers, body, each, toleranceS, now() / 1000)) {
-      return JSON.parse(new TextDecoder().decode(body)) as Callback;
+  const sent = {
+    headers: request.headers,
+    body: new Uint8Array(await request.arrayBuffer()),
+  };
+  for (const each of typeof secret === "string" ? [secret] : secret) {
+    if (await isSigned(sent, each) && await isWebhook(sent, each, options)) {
+      return JSON.parse(new TextDecoder().decode(sent.body)) as Callback;
     }
   }
   throw new BadSignature("the callback's signature does not hold");
 }
 
-async function isSigned(
-  headers: Headers,
-  body: Uint8Array,
-  secret: string,
-  toleranceS: number,
-  nowS: number,
-): Promise<boolean> {
+interface Sent {
+  headers: Headers;
+  body: Uint8Array;
+}
+
+/** Whether `X-Callback-Signature` is the secret's, for this body. */
+async function isSigned({ headers, body }: Sent, secret: string): Promise<boolean> {
   const [, hex] = /^sha256=([0-9a-f]{64})$/.exec(headers.get("X-Callback-Signature") ?? "") ?? [];
-  if (!secret || !hex || !await holds(utf8(secret), fromHex(hex), body)) return false;
+  return Boolean(secret && hex) && await holds(utf8(secret), fromHex(hex), body);
+}
+
+/** Whether the Standard Webhooks headers are the secret's, for this body and this time. */
+async function isWebhook(
+  { headers, body }: Sent,
+  secret: string,
+  { toleranceS = 300, requireWebhook = true, now = Date.now }: VerifyOptions,
+): Promise<boolean> {
   const [id, timestamp, signatures] = ["webhook-id", "webhook-timestamp", "webhook-signature"]
     .map((name) => headers.get(name));
-  if (!id && !timestamp && !signatures) return true;
+  if (!id && !timestamp && !signatures) return !requireWebhook;
   if (!id || !signatures || !/^\d{1,12}$/.test(timestamp ?? "")) return false;
-  if (Math.abs(nowS - Number(timestamp)) > toleranceS) return false;
+  if (Math.abs(now() / 1000 - Number(timestamp)) > toleranceS) return false;
   const signed = join(utf8(`${id}.${timestamp}.`), body);
   for (const each of signatures.split(" ")) {
     const [version, digest] = each.split(",");

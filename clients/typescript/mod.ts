@@ -6,7 +6,7 @@
 
 export * from "./types.ts";
 export * from "./result.ts";
-export { BadSignature, verifyCallback } from "./callback.ts";
+export { BadSignature, verifyCallback, type VerifyOptions } from "./callback.ts";
 export {
   Client,
   type ClientOptions,

@@ -26,7 +26,7 @@ const ACTIONS = {
       headers: given.headers,
       body: given.body,
     });
-    return client.verifyCallback(request, given.secret);
+    return client.verifyCallback(request, given.secret, given.options);
   },
   face: () => new client.Face(given.face)[given.method](given.call),
   faceStream: () => all(new client.Face(given.face).stream(given.call)),

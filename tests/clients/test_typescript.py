@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -357,46 +358,71 @@ def signed(secret: str = SECRET, age_s: int = 0, **changes: str | None) -> dict[
 
 NO_TRIO = {"webhook-id": None, "webhook-timestamp": None, "webhook-signature": None}
 
+Sign = Callable[[], dict[str, str]]
+
 
 @pytest.mark.parametrize(
-    ("headers", "secret"),
-    [
-        (signed(), SECRET),
-        (signed("plain"), "plain"),
-        (signed(**NO_TRIO), SECRET),
-        (signed("old"), ["new", "old"]),
-    ],
-    ids=["both", "plain secret", "the first alone", "rotated"],
+    ("sign", "secret"),
+    [(signed, SECRET), (lambda: signed("plain"), "plain"), (lambda: signed("old"), ["new", "old"])],
+    ids=["both", "plain secret", "rotated"],
 )
-def test_a_callback_that_is_signed_is_read(
-    runtime: str, headers: dict[str, str], secret: str
-) -> None:
-    said = call(runtime, "verify", headers=headers, body=BODY, secret=secret)
+def test_a_callback_that_is_signed_is_read(runtime: str, sign: Sign, secret: str) -> None:
+    said = call(runtime, "verify", headers=sign(), body=BODY, secret=secret)
 
     assert said["value"] == json.loads(BODY)
 
 
 @pytest.mark.parametrize(
-    ("headers", "body", "secret"),
+    ("sign", "body", "secret"),
     [
-        ({}, BODY, SECRET),
-        (signed(), BODY + " ", SECRET),
-        (signed("another"), BODY, SECRET),
-        (signed(), BODY, ""),
-        (signed(), BODY, []),
-        (signed(**{"X-Callback-Signature": None}), BODY, SECRET),
-        (signed(**{"X-Callback-Signature": "sha256=" + "0" * 64}), BODY, SECRET),
-        (signed(**{"webhook-signature": "v1,AAAA"}), BODY, SECRET),
-        (signed(**{"webhook-signature": None}), BODY, SECRET),
-        (signed(**{"webhook-id": webhook_id("job-2", "completed")}), BODY, SECRET),
-        (signed(**{"webhook-timestamp": "soon"}), BODY, SECRET),
-        (signed(age_s=301), BODY, SECRET),
+        (dict, BODY, SECRET),
+        (signed, BODY + " ", SECRET),
+        (lambda: signed("another"), BODY, SECRET),
+        (signed, BODY, ""),
+        (signed, BODY, []),
+        (lambda: signed(**{"X-Callback-Signature": None}), BODY, SECRET),
+        (lambda: signed(**{"X-Callback-Signature": "sha256=" + "0" * 64}), BODY, SECRET),
+        (lambda: signed(**{"webhook-signature": "v1,AAAA"}), BODY, SECRET),
+        (lambda: signed(**{"webhook-signature": None}), BODY, SECRET),
+        (lambda: signed(**{"webhook-id": webhook_id("job-2", "completed")}), BODY, SECRET),
+        (lambda: signed(**{"webhook-timestamp": "soon"}), BODY, SECRET),
+        (lambda: signed(age_s=301), BODY, SECRET),
     ],
 )
-def test_a_callback_that_is_not_is_thrown_out(
-    headers: dict[str, str], body: str, secret: str
-) -> None:
-    said = call("deno", "verify", headers=headers, body=body, secret=secret)
+def test_a_callback_that_is_not_is_thrown_out(sign: Sign, body: str, secret: str) -> None:
+    said = call("deno", "verify", headers=sign(), body=body, secret=secret)
+
+    assert said["error"]["name"] == "BadSignature"
+
+
+def test_a_recorded_callback_without_its_webhook_headers_is_thrown_out(runtime: str) -> None:
+    said = call(runtime, "verify", headers=signed(**NO_TRIO), body=BODY, secret=SECRET)
+
+    assert said["error"]["name"] == "BadSignature"
+
+
+OLD_SENDERS = {"requireWebhook": False}
+
+
+def test_a_callback_of_an_old_sender_is_read_where_the_receiver_says_so(runtime: str) -> None:
+    said = call(
+        runtime, "verify", headers=signed(**NO_TRIO), body=BODY, secret=SECRET, options=OLD_SENDERS
+    )
+
+    assert said["value"] == json.loads(BODY)
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        lambda: signed(age_s=301),
+        lambda: signed(**{"webhook-timestamp": None}),
+        lambda: signed(**{**NO_TRIO, "X-Callback-Signature": None}),
+    ],
+    ids=["too old", "a part of the three", "not signed at all"],
+)
+def test_where_old_senders_are_taken_what_is_there_must_hold(sign: Sign) -> None:
+    said = call("deno", "verify", headers=sign(), body=BODY, secret=SECRET, options=OLD_SENDERS)
 
     assert said["error"]["name"] == "BadSignature"
 
@@ -468,12 +494,15 @@ def test_an_edge_function_receives_what_the_real_loop_posts(
     }
 
 
-def test_an_edge_function_turns_a_forged_callback_away(receiver: WorkerProcess) -> None:
-    forged = requests.post(
-        url_of(receiver), data=BODY, headers=signed("a guess"), timeout=PATIENCE_S
-    )
+@pytest.mark.parametrize(
+    "sign",
+    [lambda: signed("a guess"), lambda: signed(**NO_TRIO)],
+    ids=["forged", "recorded, and sent again without its time"],
+)
+def test_an_edge_function_turns_a_callback_away(receiver: WorkerProcess, sign: Sign) -> None:
+    answer = requests.post(url_of(receiver), data=BODY, headers=sign(), timeout=PATIENCE_S)
 
-    assert (forged.status_code, forged.json()["success"]) == (401, False)
+    assert (answer.status_code, answer.json()["success"]) == (401, False)
 
 
 @pytest.mark.usefixtures("worker")

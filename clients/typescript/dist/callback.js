@@ -3,34 +3,38 @@
   name = "BadSignature";
 }
 /**
- * The document of a callback, once its signatures hold. `secret` is JOB_CALLBACK_SECRET; several
- * while it is rotated. `X-Callback-Signature` must be there; the Standard Webhooks headers must
- * hold where any of them is, and be of the last five minutes, so that a recorded callback cannot
- * be sent again later. Throws BadSignature, or SyntaxError for a body that is no JSON.
+ * The document of a callback, once its signatures hold: `X-Callback-Signature`, and the Standard
+ * Webhooks headers, whose time must be within the last five minutes, so that a recorded callback
+ * cannot be sent again later. `secret` is JOB_CALLBACK_SECRET; several while it is rotated.
+ * Throws BadSignature, or SyntaxError for a body that is no JSON.
  */
-export async function verifyCallback(request, secret, { toleranceS = 300, now = Date.now } = {}) {
-  const body = new Uint8Array(await request.arrayBuffer());
-  const secrets = typeof secret === "string" ? [
+export async function verifyCallback(request, secret, options = {}) {
+  const sent = {
+    headers: request.headers,
+    body: new Uint8Array(await request.arrayBuffer())
+  };
+  for (const each of typeof secret === "string" ? [
     secret
-  ] : secret;
-  for (const each of secrets){
-    if (await isSigned(request.headers, body, each, toleranceS, now() / 1000)) {
-      return JSON.parse(new TextDecoder().decode(body));
+  ] : secret){
+    if (await isSigned(sent, each) && await isWebhook(sent, each, options)) {
+      return JSON.parse(new TextDecoder().decode(sent.body));
     }
   }
   throw new BadSignature("the callback's signature does not hold");
 }
-async function isSigned(headers, body, secret, toleranceS, nowS) {
+/** Whether `X-Callback-Signature` is the secret's, for this body. */ async function isSigned({ headers, body }, secret) {
   const [, hex] = /^sha256=([0-9a-f]{64})$/.exec(headers.get("X-Callback-Signature") ?? "") ?? [];
-  if (!secret || !hex || !await holds(utf8(secret), fromHex(hex), body)) return false;
+  return Boolean(secret && hex) && await holds(utf8(secret), fromHex(hex), body);
+}
+/** Whether the Standard Webhooks headers are the secret's, for this body and this time. */ async function isWebhook({ headers, body }, secret, { toleranceS = 300, requireWebhook = true, now = Date.now }) {
   const [id, timestamp, signatures] = [
     "webhook-id",
     "webhook-timestamp",
     "webhook-signature"
   ].map((name)=>headers.get(name));
-  if (!id && !timestamp && !signatures) return true;
+  if (!id && !timestamp && !signatures) return !requireWebhook;
   if (!id || !signatures || !/^\d{1,12}$/.test(timestamp ?? "")) return false;
-  if (Math.abs(nowS - Number(timestamp)) > toleranceS) return false;
+  if (Math.abs(now() / 1000 - Number(timestamp)) > toleranceS) return false;
   const signed = join(utf8(`${id}.${timestamp}.`), body);
   for (const each of signatures.split(" ")){
     const [version, digest] = each.split(",");
