@@ -74,6 +74,7 @@ class Client:
         self._ids = {
             family: (ids,) if isinstance(ids, str) else tuple(ids)
             for family, ids in endpoints.items()
+            if ids
         }
         self._api_key, self._worker_key = api_key, worker_key
         self._base_url = base_url
@@ -86,13 +87,23 @@ class Client:
         api, body = self._choose(payload), self._body(payload, s3_config)
         return SubmittedJob(api, api.call(lambda: api.endpoint.run(body)).job_id)
 
-    def run(self, payload: Mapping[str, Any], timeout_s: float = 600) -> Mapping[str, Any]:
+    def run(
+        self,
+        payload: Mapping[str, Any],
+        timeout_s: float = 600,
+        s3_config: Mapping[str, Any] | None = None,
+    ) -> Mapping[str, Any]:
         """A job's document, waited for; raises the JobError that it failed with."""
-        return self.submit(payload).result(timeout_s)
+        return self.submit(payload, s3_config).result(timeout_s)
 
-    def runsync(self, payload: Mapping[str, Any], wait_s: float = 90) -> Mapping[str, Any]:
+    def runsync(
+        self,
+        payload: Mapping[str, Any],
+        wait_s: float = 90,
+        s3_config: Mapping[str, Any] | None = None,
+    ) -> Mapping[str, Any]:
         """The same in one request, for jobs that take no longer than `wait_s`."""
-        api, body = self._choose(payload), self._body(payload)
+        api, body = self._choose(payload), self._body(payload, s3_config)
         path, timeout_s = f"runsync?wait={int(wait_s * 1000)}", int(wait_s) + TIMEOUT_S
         outcome = read_outcome(api.post(path, body, timeout_s))
         return _document(outcome, wait_s)
@@ -120,8 +131,8 @@ class Client:
         # Every worker serves an administrator: the one that the question is about, or the first.
         config = payload.get("config")
         wish = config.get("target_worker") if isinstance(config, Mapping) else None
-        target = str(wish).removesuffix("_worker")
-        return target if target in self._ids else next(iter(self._ids))
+        target = str(wish or payload.get("target_worker")).removesuffix("_worker")
+        return target if target in self._ids else next(iter(self._ids), family)
 
     def _endpoints(self, family: str) -> tuple[str, ...]:
         if not self._ids.get(family):
@@ -156,32 +167,98 @@ class SubmittedJob:
         return read_outcome(self._api.get(f"status/{self.id}"))
 
     def result(self, timeout_s: float = 600) -> Mapping[str, Any]:
-        """The document, asked for ever more rarely; raises the JobError that the job ended with."""
-        end, wait_s = time.monotonic() + timeout_s, FIRST_POLL_S
-        while True:
-            outcome = self.status()
-            left_s = end - time.monotonic()
-            if outcome.status in ("completed", "failed") or left_s <= 0:
-                return _document(outcome, timeout_s)
-            time.sleep(min(wait_s, left_s))
-            wait_s = min(wait_s * 1.5, LAST_POLL_S)
+        """The document, asked for ever more rarely, and on through outages of the platform.
 
-    def stream(self) -> Generator[str, None, Mapping[str, Any]]:
-        """A streamed reply, piece by piece; the generator's value is the document."""
-        # Not the SDK's own, which never ends for a job that was cancelled.
+        Raises the JobError that the job ended with; once the time is over DeadlinePassed, or Fault
+        where the platform does not answer.
+        """
+        questions = _Questions(self._api, timeout_s)
         while True:
-            answer = self._api.get(f"stream/{self.id}")
-            for item in answer["stream"]:
-                if isinstance(item["output"], Mapping) and "delta" in item["output"]:
-                    yield item["output"]["delta"]
-            if not answer["stream"]:
-                if STATUS_OF[answer["status"]] in ("completed", "failed"):
-                    return self.result()
-                time.sleep(FIRST_POLL_S)
+            answer = questions.ask(f"status/{self.id}")
+            outcome = read_outcome(answer) if answer else None
+            if outcome and outcome.status in ("completed", "failed"):
+                return _document(outcome, timeout_s)
+            questions.pause()
+
+    def stream(self, timeout_s: float = 600) -> Generator[str, None, Mapping[str, Any]]:
+        """A streamed reply, piece by piece; the generator's value is the document.
+
+        RunPod tells a piece once: those in an answer that is lost are lost. What follows them is
+        then held back, and the rest of the reply comes in one piece at its end. Raises as `result`
+        does.
+        """
+        # Not the SDK's own, which never ends for a job that was cancelled.
+        questions, told = _Questions(self._api, timeout_s), ""
+        while True:
+            answer = questions.ask(f"stream/{self.id}") or {}
+            items = answer.get("stream") or []
+            for delta in () if questions.is_answer_lost else _deltas(items):
+                told += delta
+                yield delta
+            if answer and not items and STATUS_OF[answer["status"]] in ("completed", "failed"):
+                break
+            questions.pause(has_news=bool(items))
+        document = self.result(questions.left_s)
+        rest = _rest(document, told) if questions.is_answer_lost else ""
+        if rest:
+            yield rest
+        return document
 
     def cancel(self) -> None:
         """Have the job stopped at its next step."""
         self._api.post(f"cancel/{self.id}", {})
+
+
+class _Questions:
+    """Questions about one job, each tried once, until the caller's time is up."""
+
+    def __init__(self, api: _Api, timeout_s: float) -> None:
+        self._api, self._timeout_s = api, timeout_s
+        self._ends = time.monotonic() + timeout_s
+        self._pause_s = FIRST_POLL_S
+        self._failed: Fault | None = None
+        #: Whether a question may have reached the platform whose answer never came.
+        self.is_answer_lost = False
+
+    @property
+    def left_s(self) -> float:
+        return max(self._ends - time.monotonic(), 0.0)
+
+    def ask(self, path: str) -> Any:
+        """The answer, or None where there is none and a later question may have one."""
+        try:
+            answer = self._api.get(path, Retry(tries=1))
+        except Fault as fault:
+            if not fault.is_transient:
+                raise
+            self._failed = fault
+            self.is_answer_lost |= fault.status is None or fault.status >= 500
+            return None
+        self._failed = None
+        return answer
+
+    def pause(self, has_news: bool = False) -> None:
+        """Wait before the next question: not at all after news, else ever longer.
+
+        Raises Fault or DeadlinePassed where no time is left.
+        """
+        if not self.left_s:
+            raise self._failed or _under_way(self._timeout_s)
+        asked_s = (self._failed.retry_after if self._failed else None) or 0.0
+        if not has_news:
+            time.sleep(min(max(self._pause_s, asked_s), self.left_s))
+        self._pause_s = FIRST_POLL_S if has_news else min(self._pause_s * 1.5, LAST_POLL_S)
+
+
+def _deltas(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    outputs = (item.get("output") for item in items)
+    return [each["delta"] for each in outputs if isinstance(each, Mapping) and "delta" in each]
+
+
+def _rest(document: Mapping[str, Any], told: str) -> str:
+    """What of a reply follows the part that was told; nothing where that is another text."""
+    whole = document.get("response") or document.get("enhanced_prompt") or ""
+    return whole.removeprefix(told) if whole.startswith(told) else ""
 
 
 def read_outcome(answer: Mapping[str, Any]) -> Outcome:
@@ -223,8 +300,12 @@ def _document(outcome: Outcome, waited_s: float) -> Mapping[str, Any]:
     if outcome.error:
         raise outcome.error
     if outcome.document is None:
-        raise DeadlinePassed(f"the job is still under way after {waited_s:g} seconds")
+        raise _under_way(waited_s)
     return outcome.document
+
+
+def _under_way(waited_s: float) -> DeadlinePassed:
+    return DeadlinePassed(f"the job is still under way after {waited_s:g} seconds")
 
 
 def _load(api: _Api) -> float:
@@ -250,19 +331,27 @@ class _Api:
     def name(self) -> str:
         return str(self.endpoint.endpoint_id)
 
-    def get(self, path: str) -> Any:
-        return self.call(lambda: self.endpoint.rp_client.get(f"{self.name}/{path}", TIMEOUT_S))
+    def get(self, path: str, policy: Retry | None = None) -> Any:
+        client, path = self.endpoint.rp_client, f"{self.name}/{path}"
+        return self.call(lambda: _with("status", client.get(path, TIMEOUT_S)), policy)
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: int = TIMEOUT_S) -> Any:
         client, path = self.endpoint.rp_client, f"{self.name}/{path}"
-        return self.call(lambda: client.post(path, body, timeout_s))
+        return self.call(lambda: _with("status", client.post(path, body, timeout_s)))
 
     def health(self) -> Any:
-        return self.call(lambda: self.endpoint.health(TIMEOUT_S))
+        return self.call(lambda: _with("jobs", self.endpoint.health(TIMEOUT_S)))
 
-    def call(self, request: Callable[[], T]) -> T:
+    def call(self, request: Callable[[], T], policy: Retry | None = None) -> T:
         """What a request gives; raises Fault after its tries."""
-        return retry(lambda: _named(request), on=is_transient, policy=self._policy)
+        return retry(lambda: _named(request), on=is_transient, policy=policy or self._policy)
+
+
+def _with(field: str, answer: Any) -> Any:
+    """The answer. One without its field is not whole."""
+    if not (isinstance(answer, Mapping) and field in answer):
+        raise KeyError(field)
+    return answer
 
 
 def _named(request: Callable[[], T]) -> T:
@@ -272,7 +361,7 @@ def _named(request: Callable[[], T]) -> T:
     except requests.HTTPError as exc:
         answer = exc.response
         raise Fault(answer.status_code, answer.headers.get("Retry-After")) from exc
-    # KeyError: an answer without the job's id is none.
+    # KeyError: an answer without its field is none.
     except (requests.RequestException, OSError, KeyError) as exc:
         raise Fault(None) from exc
     except RuntimeError as exc:  # the SDK's for a wrong API key

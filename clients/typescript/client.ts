@@ -1,9 +1,10 @@
 // Jobs by their type: which endpoint serves one, and the way from submission to result.
 
-import { type Connection, Endpoint, type Health, sleep, type Status } from "./endpoint.ts";
-import { JobFailed, type Outcome, parseResult } from "./result.ts";
+import { type Connection, Endpoint, type Health } from "./endpoint.ts";
+import { type JobName, resultOf, SubmittedJob, underWay } from "./job.ts";
+import { type Outcome, parseResult } from "./result.ts";
 import {
-  type Delta,
+  type AdminJob,
   type Family,
   FAMILY_OF,
   type Job,
@@ -19,19 +20,11 @@ export interface ClientOptions extends Connection {
   workerKey?: string;
 }
 
-/** What is to be remembered of a job: with it any process can ask on. */
-export interface JobName {
-  endpoint: string;
-  id: string;
-}
-
 /**
  * A payload whose type is any string to the compiler, such as one that the application builds for
  * either of two families. A payload whose type the compiler knows has to be a `Job`.
  */
 export type Untyped<T extends { type: string }> = string extends T["type"] ? T : never;
-
-const ENDED: readonly Status[] = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
 
 /** The family that does a job, whichever field names its type. Throws TypeError for no type. */
 export function familyOf(job: Job): Family;
@@ -39,7 +32,7 @@ export function familyOf<const T extends { type: string }>(job: T & Untyped<T>):
 export function familyOf(job: object): Family {
   const { type, job_type, config } = job as Job;
   // The application's older chat payloads name it in `config` alone.
-  const name = type ?? job_type ?? (config as { job_type?: string } | undefined)?.job_type;
+  const name = type || job_type || (config as { job_type?: string } | undefined)?.job_type;
   const family = FAMILY_OF[SYNONYMS[name as keyof typeof SYNONYMS] ?? name as JobType];
   if (family === undefined) throw new TypeError(`${name} is no job type`);
   return family;
@@ -65,25 +58,29 @@ export class Client {
   }
 
   /** Submit a job and wait for its result. Throws JobFailed. */
-  run(job: Job, timeoutMs?: number): Promise<Result>;
-  run<const T extends { type: string }>(job: T & Untyped<T>, timeoutMs?: number): Promise<Result>;
-  async run(job: object, timeoutMs = 600_000): Promise<Result> {
-    return await (await this.submit(job as Job)).result(timeoutMs);
+  run(job: Job, timeoutMs?: number, s3Config?: object): Promise<Result>;
+  run<const T extends { type: string }>(
+    job: T & Untyped<T>,
+    timeoutMs?: number,
+    s3Config?: object,
+  ): Promise<Result>;
+  async run(job: object, timeoutMs?: number, s3Config?: object): Promise<Result> {
+    return await (await this.submit(job as Job, s3Config)).result(timeoutMs);
   }
 
   /** The same in one request, as long as the job takes no more than `waitMs`. Throws JobFailed. */
-  runsync(job: Job, waitMs?: number): Promise<Result>;
-  runsync<const T extends { type: string }>(job: T & Untyped<T>, waitMs?: number): Promise<Result>;
-  async runsync(job: object, waitMs = 90_000): Promise<Result> {
+  runsync(job: Job, waitMs?: number, s3Config?: object): Promise<Result>;
+  runsync<const T extends { type: string }>(
+    job: T & Untyped<T>,
+    waitMs?: number,
+    s3Config?: object,
+  ): Promise<Result>;
+  async runsync(job: object, waitMs = 90_000, s3Config?: object): Promise<Result> {
     const endpoint = await this.#choose(job as Job);
-    const answer = await endpoint.runsync(this.#body(job as Job), waitMs);
+    const answer = await endpoint.runsync(this.#body(job as Job, s3Config), waitMs);
     const outcome = parseResult(answer);
     if (outcome.done) return resultOf(outcome);
-    throw new JobFailed({
-      code: "TIMEOUT_ERROR",
-      message: `the job is still under way after ${waitMs} ms`,
-      retryable: true,
-    });
+    throw underWay(waitMs);
   }
 
   /** A job that was submitted before. */
@@ -95,8 +92,8 @@ export class Client {
     return this.job(job).status();
   }
 
-  stream(job: JobName): AsyncGenerator<string, Result> {
-    return this.job(job).stream();
+  stream(job: JobName, timeoutMs?: number): AsyncGenerator<string, Result> {
+    return this.job(job).stream(timeoutMs);
   }
 
   cancel(job: JobName): Promise<void> {
@@ -123,11 +120,12 @@ export class Client {
   #family(job: Job): Family {
     const family = familyOf(job);
     const endpoints = this.#options.endpoints;
-    if (job.type !== "admin_utilities" || endpoints.admin) return family;
-    const about = job.config?.target_worker ?? job.target_worker;
+    if (family !== "admin" || endpoints.admin?.length) return family;
+    const { config, target_worker } = job as AdminJob;
+    const about = config?.target_worker ?? target_worker;
     const target = about?.replace(/_worker$/, "") as Family | undefined;
     const known = (Object.keys(endpoints) as Family[]).filter((each) => endpoints[each]?.length);
-    return target && known.includes(target) ? target : known[0];
+    return target && known.includes(target) ? target : known[0] ?? family;
   }
 
   #endpoints(family: Family): Endpoint[] {
@@ -139,73 +137,10 @@ export class Client {
   /** With an id of our own, so that a request whose answer was lost can be made again. */
   #body(job: Job, s3Config?: object): object {
     const key = this.#options.workerKey;
-    const id = job.id ?? job.job_id ?? crypto.randomUUID();
+    const id = job.id || job.job_id || crypto.randomUUID();
     const input = { ...job, id, ...(key ? { api_key: key } : {}) };
     return s3Config ? { input, s3Config } : { input };
   }
-}
-
-/** A job on its endpoint. */
-export class SubmittedJob implements JobName {
-  readonly id: string;
-  readonly #endpoint: Endpoint;
-
-  constructor(endpoint: Endpoint, id: string) {
-    this.#endpoint = endpoint;
-    this.id = id;
-  }
-
-  get endpoint(): string {
-    return this.#endpoint.id;
-  }
-
-  async status(): Promise<Outcome> {
-    return parseResult(await this.#endpoint.status(this.id));
-  }
-
-  /** Wait for the result, asking ever more rarely. Throws JobFailed. */
-  async result(timeoutMs = 600_000): Promise<Result> {
-    const end = Date.now() + timeoutMs;
-    for (let waitMs = 250; Date.now() < end; waitMs = Math.min(waitMs * 1.5, 3000)) {
-      const outcome = await this.status();
-      if (outcome.done) return resultOf(outcome);
-      await sleep(Math.min(waitMs, Math.max(end - Date.now(), 0)));
-    }
-    throw new JobFailed({
-      code: "TIMEOUT_ERROR",
-      message: `the job is still under way after ${timeoutMs} ms`,
-      retryable: true,
-    });
-  }
-
-  /**
-   * A streamed reply, piece by piece, and at its end the result, which has the whole. A piece is
-   * told once: two readers of one job share its pieces. Throws JobFailed.
-   */
-  async *stream(): AsyncGenerator<string, Result> {
-    for (;;) {
-      const { status, stream } = await this.#endpoint.stream(this.id);
-      for (const { output } of stream) {
-        const delta = (output as Delta | undefined)?.delta;
-        if (typeof delta === "string") yield delta;
-      }
-      if (ENDED.includes(status) && !stream.length) return await this.result();
-      if (!stream.length) await sleep(250);
-    }
-  }
-
-  async cancel(): Promise<void> {
-    await this.#endpoint.cancel(this.id);
-  }
-
-  toJSON(): JobName {
-    return { endpoint: this.endpoint, id: this.id };
-  }
-}
-
-function resultOf(outcome: Outcome & { done: true }): Result {
-  if (outcome.ok) return outcome.result;
-  throw new JobFailed(outcome.failure);
 }
 
 function load({ jobs, workers }: Health): number {

@@ -25,7 +25,7 @@ export interface Health {
 
 export interface StreamPart {
   status: Status;
-  stream: { output: unknown }[];
+  stream?: { output: unknown }[];
 }
 
 /** How often a request is made, and how its waits grow. */
@@ -44,15 +44,29 @@ export interface Connection {
   fetch?: typeof globalThis.fetch;
 }
 
+/** How long one request is waited for, and how often it is made, where that is not the client's. */
+export type Patience = Pick<Connection, "timeoutMs" | "retry">;
+
+const TIMEOUT_MS = 30_000;
 export const RETRY: Retry = { tries: 4, baseMs: 500, maxMs: 10_000 };
 
-/** An answer that is not 2xx, or none at all (`status` 0), after the last try. */
+/** An answer that is not 2xx, or no whole answer (`status` 0), after the last try. */
 export class RequestFailed extends Error {
   override name = "RequestFailed";
   readonly status: number;
-  constructor(status: number, message: string) {
+  /** How long the other side asks to wait, in milliseconds. */
+  readonly retryAfterMs: number;
+
+  constructor(status: number, message: string, retryAfterMs = 0) {
     super(message);
     this.status = status;
+    this.retryAfterMs = retryAfterMs;
+  }
+
+  /** Whether the same request may go better later. */
+  get isTransient(): boolean {
+    const { status } = this;
+    return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
   }
 }
 
@@ -67,87 +81,100 @@ export class Endpoint {
 
   /** Queue a job. A payload with an `id` may be sent again: the worker does it once. */
   run(body: object): Promise<RunStatus> {
-    return this.#request("POST", "run", body);
+    return this.#request("POST", "run", "id", { body });
   }
 
   /** Queue a job and wait for it, up to `waitMs`; it may still be under way then. */
   runsync(body: object, waitMs = 90_000): Promise<RunStatus> {
-    return this.#request("POST", `runsync?wait=${waitMs}`, body, waitMs);
+    const timeoutMs = (this.#to.timeoutMs ?? TIMEOUT_MS) + waitMs;
+    return this.#request("POST", `runsync?wait=${waitMs}`, "status", { body, timeoutMs });
   }
 
-  status(job: string): Promise<RunStatus> {
-    return this.#request("GET", `status/${encodeURIComponent(job)}`);
+  status(job: string, patience: Patience = {}): Promise<RunStatus> {
+    return this.#request("GET", `status/${encodeURIComponent(job)}`, "status", patience);
   }
 
   /** What the job has said since the last call. */
-  stream(job: string): Promise<StreamPart> {
-    return this.#request("GET", `stream/${encodeURIComponent(job)}`);
+  stream(job: string, patience: Patience = {}): Promise<StreamPart> {
+    return this.#request("GET", `stream/${encodeURIComponent(job)}`, "status", patience);
   }
 
   cancel(job: string): Promise<RunStatus> {
-    return this.#request("POST", `cancel/${encodeURIComponent(job)}`);
+    return this.#request("POST", `cancel/${encodeURIComponent(job)}`, "status");
   }
 
   health(): Promise<Health> {
-    return this.#request("GET", "health");
+    return this.#request("GET", "health", "jobs");
   }
 
-  async #request<T>(method: string, path: string, body?: object, waitMs = 0): Promise<T> {
+  /** The answer as JSON. One without its `field` is not whole. */
+  #request<T>(method: string, path: string, field: string, asked: Asked = {}): Promise<T> {
+    const { body, ...patience } = asked;
     const base = this.#to.baseUrl ?? "https://api.runpod.ai/v2";
     const init = {
       method,
       headers: { Authorization: `Bearer ${this.#to.apiKey}`, "Content-Type": "application/json" },
       ...(body ? { body: JSON.stringify(body) } : {}),
     };
-    const timeoutMs = (this.#to.timeoutMs ?? 30_000) + waitMs;
-    const answer = await fetchAgain(`${base}/${this.id}/${path}`, init, { ...this.#to, timeoutMs });
-    return await answer.json() as T;
+    return fetchAgain(
+      `${base}/${this.id}/${path}`,
+      init,
+      { ...this.#to, ...patience },
+      (answer) => documentWith<T>(answer, field),
+    );
   }
 }
 
+interface Asked extends Patience {
+  body?: object;
+}
+
 /**
- * Fetch, and again after 408, 425, 429, 5xx and no answer: exponential backoff with jitter, and
- * not before what `Retry-After` asks for. Throws RequestFailed.
+ * What `read` makes of an answer. Fetched and read again after 408, 425, 429, 5xx and no whole
+ * answer: exponential backoff with jitter, and not before what `Retry-After` asks for. Throws
+ * RequestFailed.
  */
-export async function fetchAgain(
+export async function fetchAgain<T>(
   url: string,
   init: RequestInit,
-  { retry, timeoutMs = 30_000, fetch = globalThis.fetch }: Omit<Connection, "apiKey">,
-): Promise<Response> {
+  { retry, timeoutMs = TIMEOUT_MS, fetch = globalThis.fetch }: Omit<Connection, "apiKey">,
+  read: (answer: Response) => Promise<T>,
+): Promise<T> {
   const { tries, baseMs, maxMs } = { ...RETRY, ...retry };
   for (let failures = 1;; failures++) {
-    let askedMs = 0;
     let failed: RequestFailed;
     try {
       const answer = await fetch(url, { ...init, signal: AbortSignal.timeout(timeoutMs) });
-      if (answer.ok) return answer;
-      failed = new RequestFailed(answer.status, await why(answer));
-      askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
+      if (answer.ok) return await read(answer);
+      const askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
+      failed = new RequestFailed(answer.status, await why(answer), askedMs);
     } catch (error) {
-      failed = new RequestFailed(0, `no answer: ${(error as Error).name}`);
+      failed = new RequestFailed(0, `no whole answer: ${(error as Error).name}`);
     }
-    if (failures >= tries || !isTransient(failed.status)) throw failed;
+    if (failures >= tries || !failed.isTransient) throw failed;
     const backoff = baseMs * 2 ** (failures - 1) * (0.75 + Math.random() / 2);
-    await sleep(Math.min(Math.max(backoff, askedMs), maxMs));
+    await sleep(Math.min(Math.max(backoff, failed.retryAfterMs), maxMs));
   }
+}
+
+/** The answer's JSON, which has to be an object with this field. */
+async function documentWith<T>(answer: Response, field: string): Promise<T> {
+  const document = await answer.json();
+  if (typeof document === "object" && document !== null && field in document) return document as T;
+  throw new TypeError(`the answer has no ${field}`);
 }
 
 export function sleep(ms: number): Promise<void> {
   return new Promise((done) => setTimeout(done, ms));
 }
 
-function isTransient(status: number): boolean {
-  return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
-}
-
 /** The error's own text where the answer is one of the worker's, else the status alone. */
 async function why(answer: Response): Promise<string> {
-  const text = await answer.text();
   try {
-    const error = JSON.parse(text).error;
+    const error = JSON.parse(await answer.text()).error;
     if (typeof error === "string") return error;
   } catch {
-    // Not ours: a gateway's page says nothing more than its status.
+    // Not ours, or not whole: a gateway's page says nothing more than its status.
   }
   return `HTTP ${answer.status}`;
 }

@@ -1,6 +1,6 @@
 // The worker behind plain HTTP: chat that is answered in place.
 
-import { type Connection, fetchAgain } from "./endpoint.ts";
+import { type Connection, fetchAgain, RequestFailed } from "./endpoint.ts";
 import type { ChatJob, Usage } from "./types.ts";
 
 /** How long a reply is waited for, and twice as long where it may be longer than so many tokens. */
@@ -52,21 +52,27 @@ export class Face {
 
   /** A reply, piece by piece, and at its end the whole. */
   async *stream(call: ChatCall, route = "chat"): AsyncGenerator<string, Reply> {
-    const answer = await this.#fetch(route, { ...call, stream: true }, STREAM_MS);
+    const asIs = (answer: Response) => Promise.resolve(answer);
+    const answer = await this.#fetch(route, { ...call, stream: true }, STREAM_MS, asIs);
     for await (const { event, data } of events(answer)) {
       if (event === "error") throw new Error(String(data.error));
       if (event === "done") return data as unknown as Reply;
       if (typeof data.delta === "string") yield data.delta;
     }
-    throw new Error("the stream broke off");
+    throw new RequestFailed(0, "the stream broke off");
   }
 
-  async #post(route: string, call: ChatCall): Promise<Reply> {
+  #post(route: string, call: ChatCall): Promise<Reply> {
     const isLong = (call.max_tokens ?? 0) > LONG_REPLY_TOKENS;
-    return await (await this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1))).json() as Reply;
+    return this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1), (answer) => answer.json());
   }
 
-  #fetch(route: string, call: ChatCall, timeoutMs: number): Promise<Response> {
+  #fetch<T>(
+    route: string,
+    call: ChatCall,
+    timeoutMs: number,
+    read: (answer: Response) => Promise<T>,
+  ): Promise<T> {
     const { url, apiKey, workerKey } = this.#options;
     const headers = {
       Authorization: `Bearer ${apiKey}`,
@@ -75,7 +81,7 @@ export class Face {
     };
     const init = { method: "POST", headers, body: JSON.stringify(call) };
     const options = { timeoutMs, ...this.#options };
-    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options);
+    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options, read);
   }
 }
 
@@ -87,8 +93,9 @@ async function* events(
   let held = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
+      // A connection that breaks ends the events as a server does that says no more.
+      const { value } = await reader.read().catch(() => ({ value: undefined }));
+      if (!value) return;
       held += decoder.decode(value, { stream: true });
       const blocks = held.split("\n\n");
       held = blocks.pop()!;
@@ -100,6 +107,6 @@ async function* events(
     }
   } finally {
     // Whoever stops listening hangs up, and the worker stops writing.
-    await reader.cancel();
+    await reader.cancel().catch(() => {});
   }
 }

@@ -7,14 +7,8 @@
 export * from "./types.ts";
 export * from "./result.ts";
 export { BadSignature, verifyCallback, type VerifyOptions } from "./callback.ts";
-export {
-  Client,
-  type ClientOptions,
-  familyOf,
-  type JobName,
-  SubmittedJob,
-  type Untyped,
-} from "./client.ts";
+export { Client, type ClientOptions, familyOf, type Untyped } from "./client.ts";
+export { type JobName, SubmittedJob } from "./job.ts";
 export {
   type Connection,
   Endpoint,

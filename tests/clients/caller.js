@@ -8,9 +8,9 @@ const given = JSON.parse(json);
 
 const ACTIONS = {
   submit: async () => (await jobs().submit(given.job)).toJSON(),
-  run: () => jobs().run(given.job),
+  run: () => jobs().run(given.job, given.timeoutMs, given.s3Config),
   runAll: () => Promise.all(given.jobs.map((job) => jobs().run(job))),
-  runsync: () => jobs().runsync(given.job, given.waitMs),
+  runsync: () => jobs().runsync(given.job, given.waitMs, given.s3Config),
   status: () => jobs().status(given.name),
   result: () => jobs().job(given.name).result(given.timeoutMs),
   cancel: async () => (await jobs().cancel(given.name)) ?? null,
@@ -19,6 +19,7 @@ const ACTIONS = {
     const job = await jobs().submit(given.job);
     return all(job.stream());
   },
+  streamOn: () => all(jobs().stream(given.name, given.timeoutMs)),
   parse: () => client.parseResult(given.answer),
   verify: () => {
     const request = new Request("http://localhost/", {

@@ -1,6 +1,7 @@
 """The Python client over the real SDK, against the platform and the real worker's loop."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 
 from builder.contract import FOLDER
 from ourvidz_serverless import errors, jobs
-from ourvidz_serverless.client import Client, read_outcome
+from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
 from ourvidz_serverless.retries import Fault, Retry
+from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.support.bench import chat_payload, sdxl_payload
 from tests.support.platform import Platform
+from tests.support.web import Answer
 
 #: Endpoints at which nobody works: what is submitted there stays in the queue.
 EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
@@ -44,6 +47,22 @@ def test_an_administrators_job_goes_where_it_is_about(platform: Platform) -> Non
     payload = {"type": "admin_utilities", "config": {"target_worker": "wan_worker"}}
 
     assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "films"
+
+
+def test_an_administrators_job_may_name_what_it_is_about_beside_its_config(
+    platform: Platform,
+) -> None:
+    payload = {"job_type": "admin_utilities", "target_worker": "chat_worker"}
+
+    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "talk"
+
+
+def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
+    endpoints = {"sdxl": "", "chat": "talk"}
+
+    job = client(platform, endpoints=endpoints).submit({"type": "admin_utilities"})
+
+    assert job.endpoint == "talk"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +207,99 @@ def test_a_job_without_an_id_gets_one_before_it_is_sent(shaky: Platform) -> None
     client(shaky).submit(payload)
 
     assert shaky.queued()[0]["input"]["id"]
+
+
+# --- asking for a job ---
+
+
+@pytest.fixture
+def spoken() -> Iterator[Spoken]:
+    with Spoken(hold=0.05) as server:
+        yield server
+
+
+def told(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
+    """The pieces of a stream, and the document at its end."""
+    stream, pieces = job.stream(**options), []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+#: A proxy's answer that ends too soon, though its length is right.
+HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [["cut"], [HALF], [Answer(200, b"{}")], [Answer(200, b"[]")], [503] * 5],
+    ids=["cut", "half a document", "empty", "a list", "an outage longer than a request's tries"],
+)
+def test_a_job_is_asked_for_again_after_an_answer_that_is_none(
+    spoken: Spoken, steps: list[Any]
+) -> None:
+    job = client(spoken).job("local", spoken.done())
+    spoken.script_path = "/status/"
+    spoken.script(steps)
+
+    assert job.result() == DOCUMENT
+    assert spoken.script_left == []
+
+
+def test_a_job_that_nobody_may_ask_for_is_given_up(spoken: Spoken) -> None:
+    with pytest.raises(Fault, match="HTTP 404"):
+        client(spoken).job("local", "forgotten").result()
+
+
+def test_the_stream_of_a_job_that_waits_in_its_queue_ends_when_the_time_is_over(
+    spoken: Spoken,
+) -> None:
+    job = client(spoken).submit(chat_payload())
+
+    with pytest.raises(errors.DeadlinePassed, match=r"still under way after 0\.05 seconds"):
+        told(job, timeout_s=0.05)
+
+
+def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(spoken: Spoken) -> None:
+    job = client(spoken).job("local", spoken.done())
+    spoken.script_path = "/status/"
+    spoken.script([503] * 9)
+
+    with pytest.raises(Fault, match="HTTP 503"):
+        job.result(timeout_s=0.05)
+
+
+def test_without_a_lost_answer_a_stream_is_told_as_it_was_spoken(spoken: Spoken) -> None:
+    job = client(spoken).job("local", spoken.done())
+
+    assert told(job) == (PIECES, DOCUMENT)
+
+
+def test_the_pieces_of_an_answer_that_was_cut_come_at_the_streams_end(spoken: Spoken) -> None:
+    job = client(spoken).job("local", spoken.done())
+    spoken.script_path = "/stream/"
+    spoken.script([200, "cut"])
+
+    assert told(job) == ([PIECES[0], "".join(PIECES[1:])], DOCUMENT)
+
+
+@pytest.mark.parametrize(("way", "wait"), [("run", "timeout_s"), ("runsync", "wait_s")])
+def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
+    shaky: Platform, way: str, wait: str
+) -> None:
+    bucket = {
+        "accessId": "a",
+        "accessSecret": "s",
+        "bucketName": "b",
+        "endpointUrl": "https://s3.test",
+    }
+
+    with pytest.raises(errors.DeadlinePassed):
+        getattr(client(shaky), way)(chat_payload(), s3_config=bucket, **{wait: 0.001})
+
+    assert shaky.queued()[0]["s3Config"] == bucket
 
 
 # --- reading answers ---

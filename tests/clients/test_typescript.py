@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from builder.contract import FOLDER
 from ourvidz_serverless import jobs
 from ourvidz_serverless.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
+from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.support.bench import Bench, chat_payload, sdxl_payload, wan_payload
 from tests.support.edge import (
     DENO,
@@ -30,6 +31,7 @@ from tests.support.handler import ROOT
 from tests.support.parrot import Endless, Parrot
 from tests.support.patience import PATIENCE_S
 from tests.support.platform import Platform
+from tests.support.web import Answer, LocalServer, Request
 from tests.support.worker import WorkerProcess
 
 #: Endpoints at which nobody works: what is submitted there stays in the queue.
@@ -98,6 +100,23 @@ def test_an_administrators_job_goes_where_it_is_about(platform: Platform) -> Non
     said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
     assert said["value"]["endpoint"] == "films"
+
+
+def test_an_administrators_job_is_known_by_either_field_of_its_type(platform: Platform) -> None:
+    job = {"job_type": "admin_utilities", "target_worker": "chat_worker"}
+
+    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+
+    assert said["value"]["endpoint"] == "talk"
+
+
+def test_an_empty_type_leaves_the_word_to_the_other_field(platform: Platform) -> None:
+    job = {"id": "", "job_id": "named", "type": "", "job_type": "video_fast"}
+
+    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+
+    assert said["value"]["endpoint"] == "films"
+    assert platform.queued("films")[-1]["input"]["id"] == "named"
 
 
 def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
@@ -293,6 +312,136 @@ def test_a_job_whose_answer_was_lost_is_sent_again_under_the_same_id(
     assert first["input"]["id"] == second["input"]["id"]
 
 
+def test_a_job_whose_answer_was_cut_is_sent_again_under_the_same_id(
+    shaky: Platform, runtime: str
+) -> None:
+    shaky.script(["cut"])
+    job = chat_payload()
+    del job["id"]
+
+    said = call(runtime, "submit", client=caller(shaky), job=job)
+
+    first, second = shaky.queued()
+    assert first["input"]["id"] == second["input"]["id"]
+    assert said["value"]["id"] == second["id"]
+
+
+def test_a_refusal_whose_text_was_cut_is_still_a_refusal(shaky: Platform, runtime: str) -> None:
+    shaky.script([Answer(400, b'{"error": "no input"}', cut_at=12)])
+
+    error = call(runtime, "submit", client=caller(shaky), job=chat_payload())["error"]
+
+    assert (error["name"], error["status"], shaky.queued()) == ("RequestFailed", 400, [])
+
+
+# --- asking for a job ---
+
+
+@pytest.fixture
+def spoken() -> Iterator[Spoken]:
+    with Spoken(hold=0.05) as server:
+        yield server
+
+
+def name_of(job: str) -> dict[str, str]:
+    return {"endpoint": "local", "id": job}
+
+
+#: A proxy's answer that ends too soon, though its length is right.
+HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [["cut"], [HALF], [Answer(200, b"{}")], [503] * 5],
+    ids=["cut", "half a document", "an empty document", "an outage longer than a request's tries"],
+)
+def test_a_job_is_asked_for_again_after_an_answer_that_is_none(
+    spoken: Spoken, runtime: str, steps: list[Any]
+) -> None:
+    job = spoken.done()
+    spoken.script_path = "/status/"
+    spoken.script(steps)
+
+    said = call(runtime, "result", client=caller(spoken), name=name_of(job))
+
+    assert said["value"] == DOCUMENT
+    assert spoken.script_left == []
+
+
+def test_a_job_that_nobody_may_ask_for_is_given_up(spoken: Spoken, runtime: str) -> None:
+    said = call(runtime, "result", client=caller(spoken), name=name_of("forgotten"))
+
+    assert (said["error"]["name"], said["error"]["status"]) == ("RequestFailed", 404)
+
+
+@pytest.mark.parametrize("action", ["result", "streamOn"])
+def test_a_job_that_waits_in_its_queue_is_under_way_when_the_time_is_over(
+    spoken: Spoken, runtime: str, action: str
+) -> None:
+    job = spoken.submit(chat_payload())
+
+    error = call(runtime, action, client=caller(spoken), name=name_of(job), timeoutMs=50)["error"]
+
+    assert error["message"] == "the job is still under way after 50 ms"
+    assert error["failure"]["code"] == "TIMEOUT_ERROR"
+
+
+@pytest.mark.parametrize("action", ["result", "streamOn"])
+def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(
+    spoken: Spoken, action: str
+) -> None:
+    job = spoken.done()
+    spoken.script_path = f"/{job}"
+    spoken.script([503] * 9)
+
+    error = call("deno", action, client=caller(spoken), name=name_of(job), timeoutMs=50)["error"]
+
+    assert (error["name"], error["status"]) == ("RequestFailed", 503)
+
+
+@pytest.mark.parametrize("step", [200, 429], ids=["none", "one that the platform refused"])
+def test_without_a_lost_answer_a_stream_is_told_as_it_was_spoken(
+    spoken: Spoken, runtime: str, step: int
+) -> None:
+    job = spoken.done()
+    spoken.script_path = "/stream/"
+    spoken.script([step])
+
+    said = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+
+    assert said["value"] == {"pieces": PIECES, "result": DOCUMENT}
+
+
+def test_the_pieces_of_an_answer_that_was_cut_come_at_the_streams_end(
+    spoken: Spoken, runtime: str
+) -> None:
+    job = spoken.done()
+    spoken.script_path = "/stream/"
+    spoken.script([200, "cut"])
+
+    said = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+
+    assert said["value"] == {
+        "pieces": [PIECES[0], "".join(PIECES[1:])],
+        "result": DOCUMENT,
+    }
+
+
+BUCKET = {"accessId": "a", "accessSecret": "s", "bucketName": "b", "endpointUrl": "https://s3.test"}
+
+
+@pytest.mark.parametrize(
+    ("action", "wait"), [("run", {"timeoutMs": 1}), ("runsync", {"waitMs": 1})]
+)
+def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
+    shaky: Platform, runtime: str, action: str, wait: dict[str, int]
+) -> None:
+    call(runtime, action, client=caller(shaky), job=chat_payload(), s3Config=BUCKET, **wait)
+
+    assert shaky.queued()[0]["s3Config"] == BUCKET
+
+
 # --- reading answers ---
 
 
@@ -467,6 +616,29 @@ def test_a_refusal_over_http_is_its_text(tmp_path: Path, runtime: str) -> None:
 
     assert (error["name"], error["status"]) == ("RequestFailed", 401)
     assert error["message"].startswith("api_key: ")
+
+
+class Cutting(LocalServer):
+    """A chat worker whose connection breaks in the middle of each answer."""
+
+    def answer(self, request: Request) -> Answer:
+        body = b'data: {"delta": "Rain"}\n\ndata: {"delta": "falls"}\n\n'
+        return Answer(200, body, cut_at=30)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [("face", "no whole answer"), ("faceStream", "the stream broke off")],
+)
+def test_a_reply_over_http_that_breaks_off_is_a_request_that_failed(
+    runtime: str, action: str, message: str
+) -> None:
+    with Cutting() as worker:
+        face = {"url": worker.url, "apiKey": "of-the-gateway"}
+        error = call(runtime, action, face=face, method="chat", call=CALL)["error"]
+
+    assert (error["name"], error["status"]) == ("RequestFailed", 0)
+    assert error["message"].startswith(message)
 
 
 # --- edge functions, as the guide shows them ---

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.support.patience import PATIENCE_S
 
-_MISBEHAVIOURS = ("reset", "slow")
+_MISBEHAVIOURS = ("reset", "slow", "cut")
 
 
 def free_port() -> int:
@@ -90,7 +90,7 @@ class LocalServer:
 
         200 behaves as usual, another status is answered as it stands (with headers as a pair:
         `(429, {"Retry-After": "1"})`), "reset" breaks the connection and nothing is done, "slow"
-        acts at once and answers after `slow_seconds`.
+        acts at once and answers after `slow_seconds`, "cut" acts and sends half of the answer.
         """
         steps = list(steps)
         for step in steps:
@@ -160,6 +160,9 @@ class LocalServer:
             return None
         if step in (200, "slow"):
             return self.answer(request)
+        if step == "cut":
+            answer = self.answer(request)
+            return replace(answer, cut_at=len(answer.body) // 2)
         status, headers = step if isinstance(step, tuple) else (step, {})
         return Answer(int(status), b"scripted", headers)
 

@@ -1,15 +1,22 @@
 // One RunPod endpoint over fetch: its operations, and trying again where that may help.
+const TIMEOUT_MS = 30_000;
 export const RETRY = {
   tries: 4,
   baseMs: 500,
   maxMs: 10_000
 };
-/** An answer that is not 2xx, or none at all (`status` 0), after the last try. */ export class RequestFailed extends Error {
+/** An answer that is not 2xx, or no whole answer (`status` 0), after the last try. */ export class RequestFailed extends Error {
   name = "RequestFailed";
   status;
-  constructor(status, message){
+  /** How long the other side asks to wait, in milliseconds. */ retryAfterMs;
+  constructor(status, message, retryAfterMs = 0){
     super(message);
     this.status = status;
+    this.retryAfterMs = retryAfterMs;
+  }
+  /** Whether the same request may go better later. */ get isTransient() {
+    const { status } = this;
+    return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
   }
 }
 export class Endpoint {
@@ -20,24 +27,31 @@ export class Endpoint {
     this.#to = to;
   }
   /** Queue a job. A payload with an `id` may be sent again: the worker does it once. */ run(body) {
-    return this.#request("POST", "run", body);
+    return this.#request("POST", "run", "id", {
+      body
+    });
   }
   /** Queue a job and wait for it, up to `waitMs`; it may still be under way then. */ runsync(body, waitMs = 90_000) {
-    return this.#request("POST", `runsync?wait=${waitMs}`, body, waitMs);
+    const timeoutMs = (this.#to.timeoutMs ?? TIMEOUT_MS) + waitMs;
+    return this.#request("POST", `runsync?wait=${waitMs}`, "status", {
+      body,
+      timeoutMs
+    });
   }
-  status(job) {
-    return this.#request("GET", `status/${encodeURIComponent(job)}`);
+  status(job, patience = {}) {
+    return this.#request("GET", `status/${encodeURIComponent(job)}`, "status", patience);
   }
-  /** What the job has said since the last call. */ stream(job) {
-    return this.#request("GET", `stream/${encodeURIComponent(job)}`);
+  /** What the job has said since the last call. */ stream(job, patience = {}) {
+    return this.#request("GET", `stream/${encodeURIComponent(job)}`, "status", patience);
   }
   cancel(job) {
-    return this.#request("POST", `cancel/${encodeURIComponent(job)}`);
+    return this.#request("POST", `cancel/${encodeURIComponent(job)}`, "status");
   }
   health() {
-    return this.#request("GET", "health");
+    return this.#request("GET", "health", "jobs");
   }
-  async #request(method, path, body, waitMs = 0) {
+  /** The answer as JSON. One without its `field` is not whole. */ #request(method, path, field, asked = {}) {
+    const { body, ...patience } = asked;
     const base = this.#to.baseUrl ?? "https://api.runpod.ai/v2";
     const init = {
       method,
@@ -49,55 +63,54 @@ export class Endpoint {
         body: JSON.stringify(body)
       } : {}
     };
-    const timeoutMs = (this.#to.timeoutMs ?? 30_000) + waitMs;
-    const answer = await fetchAgain(`${base}/${this.id}/${path}`, init, {
+    return fetchAgain(`${base}/${this.id}/${path}`, init, {
       ...this.#to,
-      timeoutMs
-    });
-    return await answer.json();
+      ...patience
+    }, (answer)=>documentWith(answer, field));
   }
 }
 /**
- * Fetch, and again after 408, 425, 429, 5xx and no answer: exponential backoff with jitter, and
- * not before what `Retry-After` asks for. Throws RequestFailed.
+ * What `read` makes of an answer. Fetched and read again after 408, 425, 429, 5xx and no whole
+ * answer: exponential backoff with jitter, and not before what `Retry-After` asks for. Throws
+ * RequestFailed.
  */
-export async function fetchAgain(url, init, { retry, timeoutMs = 30_000, fetch = globalThis.fetch }) {
+export async function fetchAgain(url, init, { retry, timeoutMs = TIMEOUT_MS, fetch = globalThis.fetch }, read) {
   const { tries, baseMs, maxMs } = {
     ...RETRY,
     ...retry
   };
   for(let failures = 1;; failures++){
-    let askedMs = 0;
     let failed;
     try {
       const answer = await fetch(url, {
         ...init,
         signal: AbortSignal.timeout(timeoutMs)
       });
-      if (answer.ok) return answer;
-      failed = new RequestFailed(answer.status, await why(answer));
-      askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
+      if (answer.ok) return await read(answer);
+      const askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
+      failed = new RequestFailed(answer.status, await why(answer), askedMs);
     } catch (error) {
-      failed = new RequestFailed(0, `no answer: ${error.name}`);
+      failed = new RequestFailed(0, `no whole answer: ${error.name}`);
     }
-    if (failures >= tries || !isTransient(failed.status)) throw failed;
+    if (failures >= tries || !failed.isTransient) throw failed;
     const backoff = baseMs * 2 ** (failures - 1) * (0.75 + Math.random() / 2);
-    await sleep(Math.min(Math.max(backoff, askedMs), maxMs));
+    await sleep(Math.min(Math.max(backoff, failed.retryAfterMs), maxMs));
   }
+}
+/** The answer's JSON, which has to be an object with this field. */ async function documentWith(answer, field) {
+  const document = await answer.json();
+  if (typeof document === "object" && document !== null && field in document) return document;
+  throw new TypeError(`the answer has no ${field}`);
 }
 export function sleep(ms) {
   return new Promise((done)=>setTimeout(done, ms));
 }
-function isTransient(status) {
-  return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
-}
 /** The error's own text where the answer is one of the worker's, else the status alone. */ async function why(answer) {
-  const text = await answer.text();
   try {
-    const error = JSON.parse(text).error;
+    const error = JSON.parse(await answer.text()).error;
     if (typeof error === "string") return error;
   } catch  {
-  // Not ours: a gateway's page says nothing more than its status.
+  // Not ours, or not whole: a gateway's page says nothing more than its status.
   }
   return `HTTP ${answer.status}`;
 }

@@ -1,5 +1,5 @@
 // The worker behind plain HTTP: chat that is answered in place.
-import { fetchAgain } from "./endpoint.js";
+import { fetchAgain, RequestFailed } from "./endpoint.js";
 /** How long a reply is waited for, and twice as long where it may be longer than so many tokens. */ const REPLY_MS = 45_000;
 const LONG_REPLY_TOKENS = 512;
 const STREAM_MS = 600_000;
@@ -24,22 +24,23 @@ export class Face {
     return this.#post("enhance", call);
   }
   /** A reply, piece by piece, and at its end the whole. */ async *stream(call, route = "chat") {
+    const asIs = (answer)=>Promise.resolve(answer);
     const answer = await this.#fetch(route, {
       ...call,
       stream: true
-    }, STREAM_MS);
+    }, STREAM_MS, asIs);
     for await (const { event, data } of events(answer)){
       if (event === "error") throw new Error(String(data.error));
       if (event === "done") return data;
       if (typeof data.delta === "string") yield data.delta;
     }
-    throw new Error("the stream broke off");
+    throw new RequestFailed(0, "the stream broke off");
   }
-  async #post(route, call) {
+  #post(route, call) {
     const isLong = (call.max_tokens ?? 0) > LONG_REPLY_TOKENS;
-    return await (await this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1))).json();
+    return this.#fetch(route, call, REPLY_MS * (isLong ? 2 : 1), (answer)=>answer.json());
   }
-  #fetch(route, call, timeoutMs) {
+  #fetch(route, call, timeoutMs, read) {
     const { url, apiKey, workerKey } = this.#options;
     const headers = {
       Authorization: `Bearer ${apiKey}`,
@@ -57,7 +58,7 @@ export class Face {
       timeoutMs,
       ...this.#options
     };
-    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options);
+    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options, read);
   }
 }
 async function* events(answer) {
@@ -66,8 +67,11 @@ async function* events(answer) {
   let held = "";
   try {
     for(;;){
-      const { done, value } = await reader.read();
-      if (done) return;
+      // A connection that breaks ends the events as a server does that says no more.
+      const { value } = await reader.read().catch(()=>({
+          value: undefined
+        }));
+      if (!value) return;
       held += decoder.decode(value, {
         stream: true
       });
@@ -84,6 +88,6 @@ async function* events(answer) {
     }
   } finally{
     // Whoever stops listening hangs up, and the worker stops writing.
-    await reader.cancel();
+    await reader.cancel().catch(()=>{});
   }
 }

@@ -6,6 +6,7 @@
 export * from "./types.js";
 export * from "./result.js";
 export { BadSignature, verifyCallback } from "./callback.js";
-export { Client, familyOf, SubmittedJob } from "./client.js";
+export { Client, familyOf } from "./client.js";
+export { SubmittedJob } from "./job.js";
 export { Endpoint, RequestFailed } from "./endpoint.js";
 export { Face } from "./http.js";
