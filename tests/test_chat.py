@@ -667,10 +667,29 @@ def test_a_schema_that_is_none_is_refused(chat: Any) -> None:
         chat.generate(messages=MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)
 
 
-def test_a_schema_that_is_too_much_is_refused_and_cuts_no_reply_short(chat: Any) -> None:
-    endless = chat.generate(messages=MESSAGES[:2], schema={"$ref": "#"}, max_tokens=9)
+#: It has more states than a matcher may hold.
+PATTERN = "^(a?){500}a{500}$"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"type": "string", "pattern": PATTERN},
+        {
+            "type": "array",
+            "prefixItems": [{"const": 1}, {"type": "string", "pattern": PATTERN}],
+            "minItems": 2,
+        },
+    ],
+    ids=["before the first token", "at the first token", "at a later token"],
+)
+def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
+    chat: Any, schema: dict[str, Any]
+) -> None:
     other = chat.generate(messages=MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=0)
+    too_much = chat.generate(messages=MESSAGES[:2], schema=schema, max_tokens=150, temperature=0)
 
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
-        "".join(endless)
+        "".join(too_much)
     assert json.loads("".join(other))

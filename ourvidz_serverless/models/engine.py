@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from ourvidz_serverless.errors import InternalError, InvalidPrompt, JobError, OutOfMemory
+from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
 from ourvidz_serverless.models import norms
 from ourvidz_serverless.models.device import (
     Device,
@@ -147,7 +147,10 @@ class Generation:
         return (self.num_completion - 1) / spent if spent > 0 else None
 
     def append(self, token: int, is_end: bool) -> None:
-        """Take the reply's next token; it may be its last."""
+        """Take the reply's next token; it may be its last.
+
+        Raises JobError where the request cannot go on, whatever the others of its batch do.
+        """
         self._last = time.monotonic()
         if not self.num_completion:
             self._first = self._last
@@ -402,13 +405,18 @@ class Engine:
         growing = [batch[row] for row in ready]
         tokens = choose(self._head(picked(hidden, ready)), [each.sampler for each in growing])
         for generation, token in zip(growing, tokens, strict=True):
-            if generation.sampler.is_lost:
-                generation.fail(InvalidPrompt("response_format: this schema is too complex"))
-                self._remove(generation)
-                continue
+            self._append(generation, token)
+
+    def _append(self, generation: Generation, token: int) -> None:
+        """Give one reply its token. What is wrong with this request alone ends it alone."""
+        try:
             generation.append(token, token in self._ends)
-            if generation.finish_reason:
-                self._remove(generation)
+        except JobError as exc:
+            generation.fail(exc)
+            self._remove(generation)
+            return
+        if generation.finish_reason:
+            self._remove(generation)
 
     def _remove(self, generation: Generation) -> None:
         with self._news:

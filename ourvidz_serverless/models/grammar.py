@@ -18,6 +18,9 @@ SPACE = r"[ \n]{0,8}"
 
 UNSUPPORTED = "response_format: Input should be a JSON schema that is supported"
 
+#: llguidance bounds what a schema may take of time and memory, and stops where one takes more.
+TOO_COMPLEX = "response_format: this schema is too complex"
+
 
 class Grammars:
     """Makes matchers for one tokenizer. Its own index takes a second, at the first request."""
@@ -56,12 +59,11 @@ class Matcher:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         logits.masked_fill_(sent(allowed[: len(logits)] == 0, logits.device), -torch.inf)
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the schema was too much for its matcher, which then lets a reply only end."""
-        return bool(self._matcher.is_error())
-
     def note(self, token: int) -> None:
-        """Go on by a token."""
-        if not self._matcher.consume_token(token):
+        """Go on by a token; raises InvalidPrompt where the schema was too much for its matcher."""
+        is_taken = self._matcher.consume_token(token)
+        # A matcher that has stopped takes the end of a reply, and nothing else.
+        if self._matcher.is_error():
+            raise InvalidPrompt(TOO_COMPLEX)
+        if not is_taken:
             raise InternalError("a reply left its schema")

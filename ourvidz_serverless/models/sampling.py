@@ -64,7 +64,7 @@ class Sampler:
         self._is_seen: torch.Tensor | None = None
 
     def note(self, token: int) -> None:
-        """Count a token that was chosen."""
+        """Count a token that was chosen. Raises JobError where its grammar cannot go on."""
         self._chance = None
         if self.sampling.has_penalties:
             self._fresh.append(token)
@@ -80,11 +80,6 @@ class Sampler:
         if self._chance is None:
             self._chance = self._random.random()
         return Draw(rules.temperature, rules.top_k, rules.top_p, self._chance)
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether its grammar can say no more what would fit."""
-        return self._grammar is not None and self._grammar.is_lost
 
     @property
     def adjusts(self) -> bool:
