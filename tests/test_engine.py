@@ -1,22 +1,27 @@
 """The chat engine on a real, tiny Qwen2: what a request hears does not depend on the others."""
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
-from ourvidz_serverless.models import sampling
+from ourvidz_serverless.models import batch_limit, sampling
+from ourvidz_serverless.models.batch_limit import BatchLimit
+from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation
 from ourvidz_serverless.models.kv_cache import bytes_per_token
 from ourvidz_serverless.models.qwen import Writer
 from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
 from ourvidz_serverless.models.text_stream import TextStream
 from tests.support.chatbox import (
+    CPU,
     Gate,
     Leave,
     request,
@@ -401,6 +406,104 @@ def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
 
     assert replies(tiny_writer().engine) == alone
     assert not failures
+
+
+class Failing(TorchDispatchMode):
+    """Runs out of memory at the first call of an operation, before or after it is computed."""
+
+    def __init__(self, operation: str, is_computed: bool) -> None:
+        super().__init__()
+        self.operation, self.is_computed, self.failed = operation, is_computed, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fails = not self.failed and str(func).startswith(f"aten.{self.operation}.")
+        self.failed = self.failed or fails
+        made = None if fails and not self.is_computed else func(*args, **(kwargs or {}))
+        if fails:
+            raise torch.OutOfMemoryError("full")
+        return made
+
+
+@dataclass(frozen=True)
+class FailingDevice(Device):
+    mode: Failing | None = None
+
+    def limited(self) -> Any:
+        return self.mode or super().limited()
+
+
+PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize("is_computed", [False, True])
+@pytest.mark.parametrize(
+    "operation", ["zeros_like", "index_fill_", "ones_like", "index_add_", "where", "sub_", "argmax"]
+)
+def test_out_of_memory_while_a_penalty_is_counted_loses_no_count(
+    writer: Writer, operation: str, is_computed: bool
+) -> None:
+    def replies(engine: Engine) -> list[str]:
+        texts = ["hello", "bye"]
+        asked = [request(writer, each, max_tokens=20, **PENALTIES) for each in texts]
+        return say_all(engine, asked)
+
+    mode = Failing(operation, is_computed)
+    device = FailingDevice(CPU.name, CPU.dtype, mode=mode)
+    failing_once = Engine(tiny_model(), device, [])
+
+    assert replies(failing_once) == replies(Engine(tiny_model(), CPU, []))
+    assert mode.failed
+
+
+def test_a_batch_grows_again_after_an_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_limit, "PATIENCE", 4)
+    model, sizes = tiny_model(), [0]
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        rows, width = kwargs["input_ids"].shape
+        if width == 1 and rows != sizes[-1]:
+            sizes.append(rows)
+
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    own = tiny_writer(failing(model, torch.OutOfMemoryError("full"), rows=7, times=[1]))
+
+    say_all(own.engine, [request(own, "hello", max_tokens=200) for _ in range(8)])
+
+    assert sizes[1:6] == [4, 5, 6, 7, 8]
+
+
+def steps_until_larger(limit: BatchLimit) -> int:
+    return next(step for step in range(1, 10_000) if limit.note_step(limit.size))
+
+
+def test_each_out_of_memory_doubles_the_steps_before_a_larger_batch_is_tried() -> None:
+    limit, steps = BatchLimit(64), []
+    for _ in range(9):
+        limit.shrink(8)
+        steps.append(steps_until_larger(limit))
+
+    assert steps == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192]
+
+
+def test_a_batch_that_is_not_full_does_not_make_the_next_one_larger() -> None:
+    limit = BatchLimit(64)
+    limit.shrink(8)
+
+    assert not any(limit.note_step(3) for _ in range(1000))
+    assert limit.size == 4
+
+
+def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
+    limit = BatchLimit(8)
+    limit.shrink(8)
+    limit.shrink(8)
+    while limit.size < limit.most:
+        limit.note_step(limit.size)
+    for _ in range(128):
+        limit.note_step(8)
+    limit.shrink(8)
+
+    assert steps_until_larger(limit) == 64
 
 
 def test_a_conversation_that_does_not_fit_alone_says_so() -> None:

@@ -32,6 +32,7 @@ import torch
 
 from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
 from ourvidz_serverless.models import norms
+from ourvidz_serverless.models.batch_limit import BatchLimit
 from ourvidz_serverless.models.device import (
     Device,
     as_job_error,
@@ -163,6 +164,11 @@ class Generation:
         elif self.num_completion == self.sampling.max_tokens:
             self._finish("length")
 
+    def restart(self) -> None:
+        """Compute anew what was computed on the device so far; the reply stays."""
+        self.num_computed = 0
+        self.sampler.restart()
+
     def fail(self, error: Exception) -> None:
         """End the iteration with an error."""
         self._pieces.put(error)
@@ -198,7 +204,7 @@ class Engine:
         self._token_bytes = bytes_per_token(model.config, device.dtype)
         self._prefixes = PrefixStore(self.limits.prefix_tokens)
         self.replay = record and Replay(self._step_of, device, record)
-        self._max_batch = self.limits.max_batch
+        self._batch = BatchLimit(self.limits.max_batch)
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._news = threading.Condition()
@@ -287,7 +293,7 @@ class Engine:
         rows = len(self._running) + 1
         longest = max(each.num_at_most for each in [newcomer, *self._running])
         cells, (rounded_rows, length) = self.limits.kv_tokens, rounded(rows, longest)
-        return rows <= self._max_batch and rounded_rows * length <= cells
+        return rows <= self._batch.size and rounded_rows * length <= cells
 
     def _prefill(self) -> None:
         """Read one piece of prompts: as many tokens as may come between two of a reply."""
@@ -319,7 +325,10 @@ class Engine:
             for generation in self._running:
                 generation.num_computed = 0
             return
+        running = len(self._running)
         self._grow(growing, ones, hidden)
+        if self._batch.note_step(running):
+            log.info("at most %d requests at once from now on", self._batch.size)
 
     def _replayed(self, growing: Sequence[Generation]) -> torch.Tensor:
         """The same from a recording of all rows, where there is one.
@@ -430,7 +439,7 @@ class Engine:
         self._running.pop()
 
     def _recover(self, error: Exception) -> None:
-        """After an out-of-memory, the same requests in half the batch; after a bug, none."""
+        """After an out-of-memory, the same requests in a smaller batch; after a bug, none."""
         try:
             self._clear()
             self._device.free_memory()
@@ -439,10 +448,10 @@ class Engine:
             error = error if is_lost(error) else exc.with_traceback(None)
         stranded, self._running = self._running, []
         if is_out_of_memory(error) and len(stranded) > 1:
-            self._max_batch = max(len(stranded) // 2, 1)
-            log.warning("out of memory: at most %d requests at once from now on", self._max_batch)
+            self._batch.shrink(len(stranded))
+            log.warning("out of memory: at most %d requests at once for now", self._batch.size)
             for generation in stranded:
-                generation.num_computed = 0
+                generation.restart()
             with self._news:
                 self._waiting.extendleft(reversed(stranded))
             return

@@ -58,7 +58,8 @@ class Sampler:
         self._random = random.Random(sampling.seed)
         self._chance: float | None = None
         self._prompt = list(set(prompt))
-        # The reply's tokens that are not counted on the device yet, and the counts there.
+        # The reply's tokens, those that are not counted on the device yet, and the counts there.
+        self._said: list[int] = []
         self._fresh: list[int] = []
         self._times: torch.Tensor | None = None
         self._is_seen: torch.Tensor | None = None
@@ -67,9 +68,15 @@ class Sampler:
         """Count a token that was chosen. Raises JobError where its grammar cannot go on."""
         self._chance = None
         if self.sampling.has_penalties:
+            self._said.append(token)
             self._fresh.append(token)
         if self._grammar:
             self._grammar.note(token)
+
+    def restart(self) -> None:
+        """Count all tokens anew: an out-of-memory may have left any part of the counts behind."""
+        self._fresh = list(self._said)
+        self._times = self._is_seen = None
 
     def draw(self) -> Draw:
         """The rules of the next token, with the next number of this request's own generator.
