@@ -148,6 +148,29 @@ def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[i
     assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **rules)) == drawn
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
+def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
+    writer: Writer, temperature: float
+) -> None:
+    ids = writer.encode("once upon")
+    theirs = tiny_model().generate(
+        # Below this one its own quotients are no numbers.
+        torch.tensor([ids]),
+        max_new_tokens=12,
+        do_sample=True,
+        temperature=max(temperature, 1e-30),
+        top_k=0,
+    )
+
+    reply = say(writer.engine, request(writer, "once upon", temperature=temperature, seed=1))
+
+    assert reply == writer.decode(theirs[0, len(ids) :].tolist())
+
+
+def test_tokens_that_are_equally_likely_are_both_drawn_at_the_coldest_temperature() -> None:
+    assert set(chosen([-3.0, 2.0, 2.0], temperature=5e-324)) == {1, 2}
+
+
 def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -220,6 +243,25 @@ def streamed(text: str, stop: list[str]) -> list[str]:
         if stream.is_stopped:
             break
     return [*pieces, stream.finish()]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé下\U0001f600\ufffd"), max_size=9), st.integers(0, 9))
+def test_a_stream_adds_up_to_what_transformers_decodes_wherever_it_is_cut(
+    text: str, num_cut: int
+) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = ids[: max(len(ids) - num_cut, 0)]
+    stream = TextStream(TOKENIZER.decode)
+
+    pieces = [stream.push(token) for token in ids]
+
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_character_is_held_until_it_is_whole() -> None:
+    assert streamed("下a", []) == ["", "", "下", "a", ""]
 
 
 @settings(max_examples=50, deadline=None)

@@ -169,7 +169,9 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw], width: int) -> torch.Tens
     rules = sent([each[:] for each in draws], logits.device, torch.float64)
     temperature, top_k, top_p, chance = rules.split(1, dim=-1)
     top_k = torch.where(top_k == 0, vocabulary, top_k.clamp(max=vocabulary))
-    heated = logits / temperature.float()
+    # Below the likeliest token, so that no quotient overflows but towards a probability of 0.
+    below = logits - logits.amax(-1, keepdim=True)
+    heated = below / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)
     everything = heated.logsumexp(-1, keepdim=True)
 
     ranked, order = heated.topk(width)

@@ -1,4 +1,4 @@
-"""Tokens in, text out: whole characters only, and never a letter of a stop string."""
+"""Tokens in, text out: no character before it is whole, and never a letter of a stop string."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ class TextStream:
         return self._before_stop(text)
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """What was held back: for a stop string that did not come, or a character that is not whole.
+
+        Such a character is U+FFFD, as in transformers' own decoding; a reply may also end with a
+        real one, which looks the same.
+        """
         if self.is_stopped:
             return ""
-        text = self._before_stop(self._new_text().rstrip(BROKEN))
+        text = self._before_stop(self._new_text())
         held, self._held = self._held, ""
         return text + ("" if self.is_stopped else held)
 
