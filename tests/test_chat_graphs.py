@@ -133,7 +133,10 @@ def test_json_that_fits_its_schema(plain: Writer) -> None:
     def answer(of: Writer, seed: int) -> str:
         sampling = Sampling(max_tokens=60, temperature=1.5, seed=seed)
         grammar = of.grammars.matcher(SCHEMA)
-        return say(of.engine, Generation(of.encode("x"), sampling, of.decode, grammar=grammar))
+        return say(
+            of.engine,
+            Generation(of.tokens.encode("x"), sampling, of.tokens.decode, grammar=grammar),
+        )
 
     assert [answer(writer, seed) for seed in range(3)] == [answer(plain, seed) for seed in range(3)]
     assert tape.replayed > 0

@@ -47,11 +47,13 @@ def writer() -> Writer:
 
 
 def test_a_greedy_reply_is_transformers_own(writer: Writer) -> None:
-    model, ids = tiny_model(), writer.encode("hello there")
+    model, ids = tiny_model(), writer.tokens.encode("hello there")
 
     theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
 
-    assert say(writer.engine, request(writer, "hello there")) == writer.decode(theirs.tolist())
+    assert say(writer.engine, request(writer, "hello there")) == writer.tokens.decode(
+        theirs.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[i
 def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
     writer: Writer, temperature: float
 ) -> None:
-    ids = writer.encode("once upon")
+    ids = writer.tokens.encode("once upon")
     theirs = tiny_model().generate(
         # Below this one its own quotients are no numbers.
         torch.tensor([ids]),
@@ -164,7 +166,7 @@ def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
 
     reply = say(writer.engine, request(writer, "once upon", temperature=temperature, seed=1))
 
-    assert reply == writer.decode(theirs[0, len(ids) :].tolist())
+    assert reply == writer.tokens.decode(theirs[0, len(ids) :].tolist())
 
 
 def test_tokens_that_are_equally_likely_are_both_drawn_at_the_coldest_temperature() -> None:

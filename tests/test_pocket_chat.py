@@ -72,9 +72,9 @@ def test_our_chat_format_is_the_models_own(chat: Any) -> None:
     messages = [("system", SYSTEM), ("user", "\n\nIs  it 10,000? "), ("assistant", "It is…")]
     template = [{"role": role, "content": text} for role, text in messages]
     expected = own.apply_chat_template(template, add_generation_prompt=True, return_dict=False)
-    writer = chat._writers["qwen_instruct"]
+    tokens = chat._writers["qwen_instruct"].tokens
 
-    ours = [token for message in messages for token in writer.turn(*message)] + writer.answer()
+    ours = [token for message in messages for token in tokens.turn(*message)] + tokens.answer()
 
     assert ours == expected
 

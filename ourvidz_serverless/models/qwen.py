@@ -1,9 +1,4 @@
-"""Chat: Qwen2.5's instruct and base models (or a Llama of the same chat format) on the engine.
-
-The conversation is written here, not by a tokenizer's template: templates put words of their own
-before a conversation without a system prompt. Each message is encoded by itself and as plain
-text, so that no message can end its turn and speak as somebody else.
-"""
+"""Chat: Qwen2.5's instruct and base models (or a Llama of the same chat format) on the engine."""
 
 from __future__ import annotations
 
@@ -18,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnavailable
 from ourvidz_serverless.models import loading, quantization
+from ourvidz_serverless.models.chat_tokens import ChatTokenizer
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.grammar import Grammars
@@ -33,9 +29,6 @@ POCKET = Path(__file__).parents[2] / ".cache" / "pocket_chat"
 
 #: Decoders whose attention sees every earlier token, which is all that the engine's cache knows.
 ARCHITECTURES = ("qwen2", "llama")
-
-START, END = "<|im_start|>", "<|im_end|>"
-OTHER_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
 #: How much of a GPU's free memory the cache may take; the rest is what a forward needs, and where
 #: other families are served, what their jobs need.
@@ -116,10 +109,10 @@ def _writer(
     device: Device,
 ) -> Writer:
     """A model and its tokenizer at work; it can be read anew from where it came."""
-    model, tokenizer = loaded
+    model, tokens = loaded
     read = functools.partial(_reread, variable, place, settings, device)
     record = recorder(settings.chat_graphs, device, model.config)
-    return Writer(model, tokenizer, device, limits, read, record)
+    return Writer(model, tokens, device, limits, read, record)
 
 
 def _room(
@@ -179,38 +172,32 @@ def _open(path: Path, device: Device, is_mapped: bool, quantized: str) -> tuple[
         **quantization.options(quantized, device),
     )
     loading.check_told(told, len(model.state_dict()))
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
-    if None in map(tokenizer.token_to_id, (START, END)):
-        raise ValueError(f"its tokenizer has no {START} and {END}")
+    tokens = ChatTokenizer(AutoTokenizer.from_pretrained(path, local_files_only=True))
     if quantized == "int4":
         # Packed on the device; where it lies from now on is the ledger's affair.
         model = model.to("cpu")
-    return model.eval(), tokenizer
+    return model.eval(), tokens
 
 
 class Writer:
-    """One model with its tokenizer and its engine.
-
-    The tokenizer is the library's under transformers' own: to encode through that one changes
-    its state, and many jobs encode at once.
-    """
+    """One model with its tokenizer and its engine."""
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokens: ChatTokenizer,
         device: Device,
         limits: Limits | None = None,
         read: Read | None = None,
         record: Record | None = None,
     ) -> None:
         self._tensors = Tensors([model], device, read)
-        self._tokenizer = tokenizer
-        self._tokenizer.encode_special_tokens = True
-        self._start, self._end = map(self._tokenizer.token_to_id, (START, END))
+        self.tokens = tokens
         self.context: int = model.config.max_position_embeddings
-        ends = self._ends(model)
-        self.grammars = Grammars(self._tokenizer, model.config.vocab_size, ends)
+        own = model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own]
+        ends = [*tokens.ends, *(token for token in own if token is not None)]
+        self.grammars = Grammars(tokens.own, model.config.vocab_size, ends)
         self.engine = Engine(model, device, ends, limits, record)
 
     @property
@@ -235,29 +222,6 @@ class Writer:
     def drop(self) -> None:
         self.engine.forget()
         self._tensors.drop()
-
-    def turn(self, role: str, text: str) -> list[int]:
-        """The tokens of one message of a conversation."""
-        return [self._start, *self.encode(f"{role}\n{text}"), self._end, *self.encode("\n")]
-
-    def answer(self) -> list[int]:
-        """The tokens after which an instruct model answers."""
-        return [self._start, *self.encode("assistant\n")]
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, in which control tokens are mere letters."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    def _ends(self, model: Any) -> list[int]:
-        own = model.generation_config.eos_token_id
-        known = [self._tokenizer.token_to_id(name) for name in (END, *OTHER_ENDS)]
-        ids = [*known, *(own if isinstance(own, list) else [own])]
-        return [token for token in ids if token is not None]
 
 
 class Chat:
@@ -304,16 +268,16 @@ class Chat:
             served = ", ".join(self._writers)
             raise WorkerUnavailable(f"model: {model} is not served here; this worker has {served}")
         writer, rules = self._writers[model], Sampling(**sampling)
-        turns, tail = _turns(writer, messages, plain=model == "qwen_base")
-        room = min(self._context, writer.context) - rules.max_tokens - len(tail)
+        lead, turns, tail = _turns(writer.tokens, messages, plain=model == "qwen_base")
+        room = min(self._context, writer.context) - rules.max_tokens - len(lead) - len(tail)
         kept = _fit(messages, turns, room, truncate)
         shared = next((i for i, at in enumerate(kept) if messages[at][0] != "system"), len(kept))
         generation = Generation(
-            [token for at in kept for token in turns[at]] + tail,
+            lead + [token for at in kept for token in turns[at]] + tail,
             rules,
-            writer.decode,
+            writer.tokens.decode,
             check,
-            num_shared=sum(len(turns[at]) for at in kept[:shared]),
+            num_shared=len(lead) + sum(len(turns[at]) for at in kept[:shared]),
             grammar=None if schema is None else writer.grammars.matcher(schema),
         )
         generation.num_dropped = len(turns) - len(kept)
@@ -325,16 +289,15 @@ class Chat:
 
 
 def _turns(
-    writer: Writer, messages: Sequence[Message], plain: bool
-) -> tuple[list[list[int]], list[int]]:
-    """Each message's tokens, and those that stand behind the last one."""
+    tokens: ChatTokenizer, messages: Sequence[Message], plain: bool
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """What stands before the first message, each message's tokens, what stands behind the last."""
     if not plain:
-        return [writer.turn(role, text) for role, text in messages], writer.answer()
+        turns = [tokens.turn(role, text) for role, text in messages]
+        return tokens.chat_lead, turns, tokens.answer()
     last = len(messages) - 1
-    return [
-        writer.encode(text if at == last else f"{text}\n\n")
-        for at, (_, text) in enumerate(messages)
-    ], []
+    texts = [text if at == last else f"{text}\n\n" for at, (_, text) in enumerate(messages)]
+    return tokens.text_lead, [tokens.encode(text) for text in texts], []
 
 
 def _fit(

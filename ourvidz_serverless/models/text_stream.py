@@ -33,10 +33,10 @@ class TextStream:
         return self._before_stop(text)
 
     def finish(self) -> str:
-        """What was held back: for a stop string that did not come, or a character that is not whole.
+        """What was held back for a stop string that did not come, or for the rest of a character.
 
-        Such a character is U+FFFD, as in transformers' own decoding; a reply may also end with a
-        real one, which looks the same.
+        A character without its rest is U+FFFD, as in transformers' own decoding. A reply may end
+        with a real one too, which looks the same.
         """
         if self.is_stopped:
             return ""

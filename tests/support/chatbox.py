@@ -5,13 +5,13 @@ from __future__ import annotations
 import string
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     LlamaConfig,
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ourvidz_serverless.errors import Cancelled
+from ourvidz_serverless.models.chat_tokens import ChatTokenizer
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.graphs import Record
@@ -33,17 +34,22 @@ from tests.support.patience import PATIENCE_S
 
 CPU = Device(torch.device("cpu"), torch.float32)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+CONTROL = tuple(AddedToken(name, special=True, normalized=False) for name in SPECIAL)
 LETTERS = string.ascii_lowercase + " "
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and ChatML's control tokens."""
+def tiny_tokenizer(
+    control: Sequence[AddedToken] = CONTROL, **names: str
+) -> PreTrainedTokenizerFast:
+    """One token a byte, and ChatML's control tokens; further `names` are of transformers' own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    tokenizer.add_tokens(list(control))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"eos_token": "<|im_end|>", **names}
+    )
 
 
 def tiny_model(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
@@ -66,10 +72,10 @@ def tiny_model(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
     return _that_writes_letters(Qwen2ForCausalLM(config).eval(), tokenizer)
 
 
-def tiny_llama() -> Any:
+def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
     """The same of the other architecture, with Llama 3's stretched positions."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -108,8 +114,8 @@ def tiny_folder(path: Path, context: int = 4096, layers: int = 2) -> str:
 
 
 def tiny_writer(model: Any = None, record: Record | None = None, **limits: int) -> Writer:
-    tokenizer = tiny_tokenizer().backend_tokenizer
-    return Writer(model or tiny_model(), tokenizer, CPU, Limits(**limits), record=record)
+    tokens = ChatTokenizer(tiny_tokenizer())
+    return Writer(model or tiny_model(), tokens, CPU, Limits(**limits), record=record)
 
 
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
@@ -164,10 +170,10 @@ class Gate(Leave):
 def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:
     """A request for the words after `shared + prompt`, greedy unless `rules` say otherwise."""
     sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **rules})
-    ids = writer.encode(shared + prompt)
-    num_shared = len(writer.encode(shared))
+    ids = writer.tokens.encode(shared + prompt)
+    num_shared = len(writer.tokens.encode(shared))
     options = {"check": check} if check else {}
-    return Generation(ids, sampling, writer.decode, num_shared=num_shared, **options)
+    return Generation(ids, sampling, writer.tokens.decode, num_shared=num_shared, **options)
 
 
 def say(engine: Engine, generation: Generation) -> str:
