@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 BIN := .venv/bin
 FAMILIES ?= sdxl
 FAMILY ?= sdxl
-# By name, since a worker on RunPod takes no model that it was not told.
+# Named, since a worker on RunPod does not start without a model's name.
 SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
 WAN_MODEL ?= pocket
@@ -73,7 +73,7 @@ image:
 clean:
 	rm -rf .venv .cache outputs
 
-# `venv` writes the interpreter before pip: only the mark says that both are there.
+# `venv` writes the interpreter before pip: only `.venv/made` shows that both are there.
 .venv/made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed"; exit 1; }
 	rm -rf .venv
