@@ -1,6 +1,6 @@
 """Every benchmark, one after another, each in a process of its own; all tables last.
 
-    python -m benchmarks.all --quick             under ten minutes on two quiet cores
+    python -m benchmarks.all --quick             fewer rounds, for two quiet cores
     python -m benchmarks.all --quick --docs      the same, and docs/benchmarks.md holds its tables
 
 `--json FILE` writes what each has measured, `--only overhead,post` runs some. A benchmark that

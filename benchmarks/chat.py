@@ -4,11 +4,13 @@
     python -m benchmarks.chat --size full      Qwen2.5-7B's architecture, random weights, on a GPU
     python -m benchmarks.chat --model FOLDER
 
-Greedy, so that the arms' tokens can be compared; the same prompts in both, half of each shared.
-On CUDA the engine replays recorded steps, and a second one, in the same turns, does not. `decoding`
-is the pace of one reply after its first token, `late` the time to the first token of a request that
-comes when all others are being answered. The floor of one stream's decoding is the weights' way
-from memory, once a token.
+Greedy, so that the arms' tokens can be compared; the same prompts in both, no two of which begin
+alike, so that both arms read every token of them. `with kept beginnings` is the engine on prompts
+whose first half is the same and was kept from an earlier request; `generate` keeps nothing, so this
+pace is compared with none. On CUDA the engine replays recorded steps, and a second one, in the same
+turns, does not. `decoding` is the pace of one reply after its first token, `late` the time to the
+first token of a request that comes when all others are being answered. The floor of one stream's
+decoding is the weights' way from memory, once a token.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ POCKET, FULL = TITLES = (
 HEADERS = (
     "requests at once",
     "tokens/s, engine",
+    "with kept beginnings",
     "without graphs",
     "tokens/s, one by one",
     "times as fast",
@@ -135,7 +138,8 @@ class Arms:
         self, model: Any, device: Device, scale: Scale, record: Record | None = None
     ) -> None:
         self.model, self.device, self.scale, self.record = model, device, scale, record
-        self.prompts = make_prompts(model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
+        size = (model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
+        self.prompts, self.alike = make_prompts(*size), begin_alike(make_prompts(*size))
 
     def rows(self, at_once: Sequence[int]) -> list[list[object]]:
         return [self.row(count) for count in at_once]
@@ -148,7 +152,9 @@ class Arms:
         unrecorded = self.engine(count, None) if self.record else None
         if unrecorded:
             self.answer_all(unrecorded, prompts)
+        self.answer_all(engine, self.alike[:count], keep=True)
         ours: list[float] = []
+        kept: list[float] = []
         eager: list[float] = []
         theirs: list[float] = []
         controls: list[float] = []
@@ -157,18 +163,21 @@ class Arms:
             singly = [self.generate(alone) for _ in range(2)]
             if unrecorded:
                 eager += [self.answer_all(unrecorded, prompts).pace for _ in range(2)]
+            kept.append(self.answer_all(engine, self.alike[:count], keep=True).pace)
             again = self.answer_all(engine, prompts)
             ours += [together.pace, again.pace]
             theirs += [each.pace for each in singly]
             controls.append(singly[0].pace / singly[1].pace)
         equal = sum(map(list.__eq__, together.replies, singly[0].replies))
+        control = median(controls)
         return [
             count,
             median(ours),
+            median(kept),
             median(eager) if eager else None,
             median(theirs),
-            median(ours) / median(theirs),
-            median(controls),
+            report.trusted(median(ours) / median(theirs), control),
+            control,
             f"{equal} of {len(alone)}",
             median(together.decoding),
             1000 * median(together.first_s),
@@ -189,10 +198,12 @@ class Arms:
             replies.append(reply[len(prompt) :].tolist())
         return Answers(replies, time.monotonic() - began)
 
-    def answer_all(self, engine: Engine, prompts: Sequence[list[int]]) -> Answers:
-        """The engine's, all at once."""
+    def answer_all(
+        self, engine: Engine, prompts: Sequence[list[int]], keep: bool = False
+    ) -> Answers:
+        """The engine's, all at once; with `keep` the prompts' first halves are kept for others."""
         began = time.monotonic()
-        asked = [self.ask(engine, prompt) for prompt in prompts]
+        asked = [self.ask(engine, prompt, keep) for prompt in prompts]
         with ThreadPoolExecutor(len(asked)) as threads:
             list(threads.map("".join, asked))
         first_s = [each.time_to_first_token_s for each in asked]
@@ -210,10 +221,11 @@ class Arms:
             list(threads.map("".join, [*pieces, iter(late)]))
         return late.time_to_first_token_s
 
-    def ask(self, engine: Engine, prompt: list[int]) -> Generation:
+    def ask(self, engine: Engine, prompt: list[int], keep: bool = False) -> Generation:
         sampling = Sampling(max_tokens=self.scale.reply, temperature=0)
+        num_shared = len(prompt) // 2 if keep else 0
         generation = Generation(
-            prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=len(prompt) // 2
+            prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=num_shared
         )
         engine.submit(generation)
         return generation
@@ -237,10 +249,17 @@ class Answers:
 
 
 def make_prompts(vocabulary: int, requests: int, length: int) -> list[list[int]]:
+    """Prompts no two of which begin alike."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randint(100, vocabulary, (requests, length), generator=random)
-    rows[:, : length // 2] = rows[0, : length // 2]
+    rows[:, 0] = 100 + torch.arange(requests)
     return rows.tolist()
+
+
+def begin_alike(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts with one first half in the place of their own, which is none of theirs."""
+    half = len(prompts[0]) // 2
+    return [prompts[0][-half:] + each[half:] for each in prompts]
 
 
 if __name__ == "__main__":

@@ -60,10 +60,14 @@ def read(file: str, stages: Stages) -> None:
     stages.end("read")
 
 
-def imports(file: str, stages: Stages) -> None:
-    """The libraries that a worker for SDXL is made of, and nothing else."""
-    import runpod.serverless  # noqa: F401
+def libraries(file: str, stages: Stages) -> None:
+    """The libraries that every arm which paints imports, and nothing else."""
+    _pipeline()
+    stages.end("imports")
 
+
+def libraries_and_sdk(file: str, stages: Stages) -> None:
+    """The same and RunPod's SDK, as a handler imports both."""
     _peer()
     stages.end("imports")
 
@@ -94,6 +98,13 @@ def worker_on_the_folder(file: str, stages: Stages) -> None:
 
 
 def _peer() -> Any:
+    """What a RunPod handler around diffusers' pipeline imports; the pipeline's class."""
+    import runpod.serverless  # noqa: F401
+
+    return _pipeline()
+
+
+def _pipeline() -> Any:
     import torch  # noqa: F401
     from diffusers import (  # noqa: F401
         AutoencoderKL,
@@ -166,7 +177,8 @@ def _work(model: str, stages: Stages) -> None:
 
 ARMS = {
     "read": read,
-    "imports": imports,
+    "libraries": libraries,
+    "libraries and SDK": libraries_and_sdk,
     "from_single_file": single_file,
     "from_pretrained": pretrained,
     "worker, file": worker_on_the_file,

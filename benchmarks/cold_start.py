@@ -1,10 +1,11 @@
 """From nothing to ready: a worker's start, stage by stage, against what cannot be avoided.
 
     python -m benchmarks.cold_start --size full     SDXL's own size, 14 GB on the disk
-    python -m benchmarks.cold_start --quick         the pocket model, files in memory, one round
+    python -m benchmarks.cold_start --quick         the pocket model, files in memory, two rounds
 
-The floor is the larger of two: the libraries' imports alone, and one plain read of the weights. The
-peers are diffusers' two loaders. Every arm is a process of its own, one at a time, in fp16; `cold`
+The floor is the larger of two: the imports that every arm makes, torch's and diffusers' alone, and
+one plain read of the weights. The peers are handlers around diffusers' two loaders, which import
+RunPod's SDK as the worker does. Every arm is a process of its own, one at a time, in fp16; `cold`
 is after the kernel was told to forget the weights (not the libraries). `ready` is when a job could
 be taken; the worker's has its file in memory then, the peers' map it and pay with the first job:
 `first picture` is the sum.
@@ -33,17 +34,22 @@ from statistics import median
 
 from benchmarks import report
 from benchmarks.cold_arms import ARMS
+from benchmarks.turns import control_of
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "pocket" / "sdxl.safetensors"
 
 #: What shows that it runs.
 FEWEST = ("read", "worker, file")
+
+#: What no start of an arm that paints can do without.
+FLOOR = ("read", "libraries")
 STAGES = ("interpreter", "imports", "read", "build", "wait")
 HEADERS = [
     "arm",
     *STAGES,
     "ready",
+    "control",
     "of the floor",
     "first job",
     "first picture",
@@ -75,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cache,
                 file,
                 arms=FEWEST if options.tiny else tuple(ARMS),
-                rounds=1 if is_short else options.rounds,
+                rounds=1 if options.tiny else 2 if is_short else options.rounds,
             )
             for cache in (["warm"] if is_short else ["warm", "cold"])
         ]
@@ -111,27 +117,37 @@ def _table(cache: str, file: Path, arms: Sequence[str], rounds: int) -> report.T
         for arm in order if turn % 2 == 0 else order[::-1]:
             prepare(cache, files(arm, file))
             runs[arm].append(start(arm, file))
-    floor = max(_middle(runs[arm], "ready") for arm in ("read", "imports") if arm in runs)
+    floor = max((runs[arm] for arm in FLOOR if arm in runs), key=_ready_s)
     rows = [[arm, *_row(each, floor)] for arm, each in runs.items()]
     size = file.stat().st_size
-    note = f"Seconds, of the files' {size / 1e9:.2f} GB; {rounds} rounds. Floor: {floor:.2f} s."
+    note = f"Seconds, of the files' {size / 1e9:.2f} GB; {rounds} rounds. "
+    note += f"Floor: {_ready_s(floor):.2f} s."
     return report.table(f"SDXL, {cache} cache", HEADERS, rows, note)
 
 
-def _row(runs: list[Run], floor: float) -> list[object]:
-    ready = _middle(runs, "ready")
+def _row(runs: list[Run], floor: list[Run]) -> list[object]:
+    ready, controls = _ready_s(runs), [_control(each) for each in (runs, floor)]
     stages = [_middle(runs, stage) for stage in STAGES]
     first = _middle(runs, "first job")
     memory = [round(_middle(runs, name)) for name in ("peak", "anonymous")]
     return [
         *(stage or None for stage in stages),
         ready,
-        ready / floor,
+        controls[0],
+        report.trusted(ready / _ready_s(floor), *controls),
         first or None,
         ready + first if first else None,
         _middle(runs, "cpu"),
         *memory,
     ]
+
+
+def _ready_s(runs: list[Run]) -> float:
+    return _middle(runs, "ready")
+
+
+def _control(runs: list[Run]) -> float | None:
+    return control_of([run["ready"] for run in runs])
 
 
 def _middle(runs: list[Run], name: str) -> float:

@@ -24,6 +24,12 @@ from typing import Any
 #: What stands in a cell that needs a machine which was not at hand.
 NOT_MEASURED = "not measured yet"
 
+#: An arm against itself may differ from 1 by this factor, or nothing is told of it and another.
+CONTROL = 1.1
+
+#: What stands where the control is further from 1, or where there is none.
+UNSTEADY = "control off, no figure"
+
 PACKAGES = ("torch", "diffusers", "transformers", "runpod")
 
 
@@ -55,6 +61,12 @@ def table(
 def unmeasured(what: object, headers: Sequence[str]) -> list[object]:
     """The row of something that this machine could not measure."""
     return [str(what), NOT_MEASURED, *[None] * (len(headers) - 2)]
+
+
+def trusted(figure: float, *controls: float | None) -> float | str:
+    """A figure that compares arms, or words where a control says that it cannot be trusted."""
+    is_steady = all(each is not None and 1 / CONTROL <= each <= CONTROL for each in controls)
+    return figure if is_steady else UNSTEADY
 
 
 def cell(value: object) -> str:

@@ -99,7 +99,7 @@ def measure(model: sdxl.Sdxl, pipe: Any, shape: Shape, rounds: int) -> list[obje
         partial(generate, model, shape), partial(generate_plainly, pipe, shape), rounds
     )
     pace = shape.count / turns.a_s
-    return [str(shape), pace, turns.ratio, turns.control, difference, said(ours), said(theirs)]
+    return [str(shape), pace, turns.told, turns.control, difference, said(ours), said(theirs)]
 
 
 def generate(model: sdxl.Sdxl, shape: Shape, speed: str = "exact") -> Any:
@@ -245,7 +245,7 @@ def lever_row(
     difference = int(np.abs(made.astype(int) - expected).max())
     turns = take_turns(*arms, rounds)
     pace = shape.count / turns.a_s
-    return [name, str(shape), pace, turns.ratio, turns.control, difference]
+    return [name, str(shape), pace, turns.told, turns.control, difference]
 
 
 def full_lever_rows(rounds: int) -> list[list[object]]:

@@ -1,11 +1,16 @@
-"""Two arms that take turns, so that what else the machine does strikes both alike."""
+"""Two arms that take turns, so that what else the machine does strikes both alike.
+
+A control is an arm against itself, its earlier runs over its later ones: 1 on a quiet machine.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+from benchmarks import report
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,11 @@ class Turns:
         """The same of b against itself, in the first half of a round and in the second."""
         return median(self.b_first) / median(self.b_second)
 
+    @property
+    def told(self) -> float | str:
+        """The ratio, or that the control is off."""
+        return report.trusted(self.ratio, self.control)
+
 
 def take_turns(a: Callable[[], object], b: Callable[[], object], rounds: int) -> Turns:
     """Run a, b, b, a as many rounds as asked for, each timed. Warming up is the caller's."""
@@ -45,6 +55,12 @@ def take_turns(a: Callable[[], object], b: Callable[[], object], rounds: int) ->
         for run, spent in order:
             spent.append(timed(run))
     return turns
+
+
+def control_of(runs: Sequence[float]) -> float | None:
+    """The earlier half of an arm's runs against the later half; None of a single run."""
+    half = len(runs) // 2
+    return median(runs[:half]) / median(runs[-half:]) if half else None
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -110,7 +110,7 @@ def measure(model: wan.Wan, pipe: Any, shape: Shape, rounds: int) -> list[object
     turns = take_turns(
         partial(generate, model, shape), partial(generate_plainly, pipe, shape), rounds
     )
-    facts = [str(shape), turns.a_s, turns.ratio, turns.control, difference]
+    facts = [str(shape), turns.a_s, turns.told, turns.control, difference]
     return [*facts, said(ours), said(theirs)]
 
 

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,19 @@ import pytest
 import torch
 
 from benchmarks import all as every
-from benchmarks import architectures, chat, memory, overhead, report, sdxl, wan
+from benchmarks import (
+    architectures,
+    chat,
+    cold_arms,
+    cold_start,
+    memory,
+    overhead,
+    report,
+    sdxl,
+    wan,
+)
 from benchmarks.store import Upload, union_s
-from benchmarks.turns import Turns, take_turns
+from benchmarks.turns import Turns, control_of, take_turns
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import CPU, tiny_model
 from tests.support.tape import Tape
@@ -87,11 +101,34 @@ def test_the_worker_is_measured_beside_its_pipeline_and_a_straight_line_handler(
     overhead.main(["--tiny", "--upload-ms", "5", "--json", str(path)])
 
     backlog, tail = json.loads(path.read_text())["tables"]
-    assert [row[0] for row in backlog["rows"]] == ["pipeline", "worker", "straight"]
-    assert all(row[1] > 0 for row in backlog["rows"])
+    arms = ["pipeline", "worker", "straight"]
+    assert [row[1] for row in backlog["rows"]] == 2 * arms  # with jobs of two lengths
+    assert all(row[2] > 0 for row in backlog["rows"])
+    assert "64x64, 10, 50 steps" in backlog["note"]
     ((jobs, median_ms, worst_ms),) = tail["rows"]
-    assert jobs == 4
+    assert jobs == 8
     assert 0 < median_ms <= worst_ms
+
+
+def test_what_an_arm_loses_is_seconds_over_the_pipeline() -> None:
+    took = {"pipeline": [1.0, 1.0], "worker": [0.9, 0.9], "straight": [2.0, 2.0]}
+    backlogs = {name: [overhead.Backlog(each, 0.5) for each in took[name]] for name in took}
+
+    rows = [dict(zip(overhead.HEADERS, row, strict=True)) for row in overhead.rows_of(backlogs)]
+
+    assert [row["s lost a job"] for row in rows] == [None, pytest.approx(-0.1), 1.0]
+    assert not [header for header in overhead.HEADERS if "against" in header]
+
+
+@pytest.mark.parametrize("restless", ["pipeline", "straight"])
+def test_nothing_is_lost_or_won_where_one_of_both_controls_is_off(restless: str) -> None:
+    took = {"pipeline": [1.0, 1.0], "straight": [2.0, 2.0]}
+    took[restless] = [1.0, 3.0]
+    backlogs = {name: [overhead.Backlog(each, 0.5) for each in took[name]] for name in took}
+
+    _, straight = overhead.rows_of(backlogs)
+
+    assert straight[overhead.HEADERS.index("s lost a job")] == report.UNSTEADY
 
 
 @pytest.mark.parametrize("name", ["sdxl", "chat"])
@@ -228,6 +265,67 @@ def test_an_engine_that_replays_is_compared_with_one_that_does_not() -> None:
     assert tape.replayed > 0
 
 
+def test_engine_and_generate_read_the_same_tokens() -> None:
+    arms = chat.Arms(tiny_model(), CPU, chat.Scale(prompt=64, reply=3))
+    read: list[int] = []
+    arms.model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].numel())
+    )
+    engine, prompts = arms.engine(1, None), arms.prompts[:1]
+    arms.answer_all(engine, prompts)
+    arms.answer_all(engine, arms.alike[:1], keep=True)
+    read.clear()
+
+    arms.answer_all(engine, prompts)
+    ours = sum(read)
+    read.clear()
+    arms.generate(prompts)
+
+    assert ours == sum(read) == 64 + 3 - 1
+
+
+def test_what_is_kept_is_measured_apart() -> None:
+    arms = chat.Arms(tiny_model(), CPU, chat.Scale(prompt=64, reply=3))
+    engine = arms.engine(1, None)
+    arms.answer_all(engine, arms.alike[:1], keep=True)
+
+    plain, kept = arms.ask(engine, arms.prompts[1]), arms.ask(engine, arms.alike[1], keep=True)
+    for each in (plain, kept):
+        "".join(each)
+
+    assert (plain.num_reused, kept.num_reused) == (0, 32)
+
+
+#: Runs one arm, then tells which modules it has imported.
+IMPORTED = """
+import json, sys
+from benchmarks import cold_arms
+cold_arms.main()
+print(json.dumps([name for name in sys.modules if sys.modules[name]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_floor_of_a_start_imports_nothing_that_an_arm_spares() -> None:
+    def imported(arm: str) -> set[str]:
+        command = [sys.executable, "-c", IMPORTED, arm, str(cold_start.POCKET)]
+        env = {**os.environ, "BENCHMARK_BEGAN": "0", "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(command, cwd=cold_start.ROOT, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return set(json.loads(run.stdout.splitlines()[-1]))
+
+    floor = imported("libraries")
+    others = ("libraries and SDK", "from_single_file", "worker, file")
+    assert {*others, *cold_start.FLOOR} < set(cold_arms.ARMS)
+    arms = {arm: imported(arm) for arm in others}
+
+    assert "runpod" not in floor
+    for arm, modules in arms.items():
+        assert floor <= modules, arm
+        assert "runpod.serverless" in modules, arm  # each of them could be a worker
+
+
 # --- what is counted ---
 
 
@@ -286,6 +384,48 @@ def test_the_floor_in_the_document_is_counted() -> None:
 
 
 # --- their parts ---
+
+
+def test_a_control_is_the_earlier_runs_over_the_later_ones() -> None:
+    assert control_of([1.0, 3.0, 9.0, 4.0, 4.0]) == 0.5
+    assert control_of([1.0]) is None
+
+
+@pytest.mark.parametrize("control", [0.92, 1.0, 1.08])
+def test_a_ratio_is_told_where_the_control_is_near_one(control: float) -> None:
+    assert report.trusted(1.63, control) == 1.63
+
+
+@pytest.mark.parametrize("control", [2.7, 0.4, None])
+def test_no_ratio_is_told_where_the_control_is_off_or_missing(control: float | None) -> None:
+    assert report.trusted(1.63, 1.0, control) == report.UNSTEADY
+
+
+def test_arms_that_took_turns_tell_no_ratio_where_the_control_is_off() -> None:
+    assert Turns(a=[1.0, 1.0], b_first=[2.0], b_second=[2.0]).told == 2.0
+    assert Turns(a=[1.0, 1.0], b_first=[2.7], b_second=[1.0]).told == report.UNSTEADY
+
+
+def test_no_figure_in_the_document_stands_beside_a_control_that_is_off() -> None:
+    rows = list(controlled_rows(every.DOCUMENT.read_text(encoding="utf-8")))
+
+    assert rows
+    for row in rows:
+        if row["control"] and not 1 / report.CONTROL <= float(row["control"]) <= report.CONTROL:
+            assert report.UNSTEADY in row.values(), row
+
+
+def controlled_rows(text: str) -> Iterator[dict[str, str]]:
+    """The rows of a document's tables that have a column `control`, by header."""
+    headers: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            headers = []
+        elif not headers:
+            headers = cells
+        elif "control" in headers and set(cells) != {"---"}:
+            yield dict(zip(headers, cells, strict=True))
 
 
 def test_arms_take_turns() -> None:
