@@ -28,6 +28,9 @@ ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
 WEIGHTS := .cache/pocket_chat/config.json
 endif
 
+# npm writes this file last.
+CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: run chat video page test check format image clean
@@ -48,7 +51,7 @@ video:
 page: .venv/run .cache/pocket_chat/config.json
 	HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(MODELS) $(BIN)/python -m ourvidz_serverless.http
 
-test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium
+test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 check: .venv/dev
@@ -92,6 +95,12 @@ clean:
 # What the page's tests look through. Without it they take a browser on PATH, or are skipped.
 .cache/chromium/chromium: | .venv/dev
 	-$(BIN)/python -m builder.browser
+
+# TypeScript's own compiler and two linters of npm packages, which check the client's package.
+# Without npm those tests are skipped.
+$(CLIENT_CHECKS): tests/clients/npm/package-lock.json
+	-mkdir -p .cache/npm && cp tests/clients/npm/package*.json .cache/npm/ && \
+	npm ci --prefix .cache/npm --ignore-scripts --no-audit --no-fund && touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
 	$(BIN)/pip install --progress-bar on -r requirements-dev.txt

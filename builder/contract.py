@@ -134,9 +134,9 @@ def check() -> list[str]:
 def artefacts() -> dict[Path, str]:
     """Every generated file's text."""
     files = {FOLDER / "VERSION": f"{contract.VERSION}\n", TYPES: types()}
-    for source in (TYPES, *(each for each in TYPES.parent.glob("*.ts") if each != TYPES)):
-        text = files.get(source) or source.read_text()
-        files[TYPES.parent / f"dist/{source.stem}.js"] = typescript.to_javascript(text)
+    modules = {file.name: file.read_text() for file in sorted(TYPES.parent.glob("*.ts"))}
+    for name, text in typescript.compiled({**modules, TYPES.name: files[TYPES]}).items():
+        files[TYPES.parent / f"dist/{name}"] = text
     for name, schema in contract.job_schemas().items():
         files[FOLDER / f"jobs/{name}.schema.json"] = _json(schema)
     for name, schema in {**contract.document_schemas(), "event": contract.event_schema()}.items():

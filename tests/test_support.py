@@ -466,6 +466,15 @@ def test_a_receiver_misbehaves_as_it_was_told_and_then_behaves(receiver: Callbac
     assert [received.status for received in receiver.received] == [503, 429, None, 200, 200]
 
 
+def test_a_receiver_that_cuts_its_answer_has_acted(receiver: CallbackReceiver) -> None:
+    receiver.script(["cut"])
+
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        post(receiver, DONE)
+
+    assert receiver.jobs == {"job-1": "completed"}
+
+
 # --- Supabase Storage ---
 
 
