@@ -74,6 +74,9 @@ LONG_REPLY_TOKENS = 512
 #: How long before its caller gives up a job is stopped, so that the answer still arrives.
 LAST_WORD_S = 2.0
 
+#: How soon the end of the last job is seen by a worker that leaves, in seconds.
+LEAVING_POLL_S = 0.1
+
 #: Proxies close a connection on which nothing is said for a minute or so.
 HEARTBEAT_S = 15.0
 
@@ -632,6 +635,14 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._face.close()
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen until the last job has ended: a load balancer hears 503, and callers its end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                while any(self._face.docket.counts.values()):
+                    await asyncio.sleep(LEAVING_POLL_S)
+        await super().shutdown(sockets)
 
 
 def make_server(face: Face) -> Server:

@@ -935,6 +935,24 @@ def test_who_leaves_finishes_what_runs(bench: Bench) -> None:
     assert answers[0].json()["status"] == "completed"
 
 
+def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(bench: Bench) -> None:
+    bench.painter.hold()
+    with ServedFace(bench.settings, bench.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert bench.painter.at_step.wait(PATIENCE_S)
+        face.stop()
+        # Longer than the server goes on by itself.
+        threading.Event().wait(0.5)
+
+        ping, health = face.get("/ping"), face.get("/health")
+        job = face.get("/job/job-1?user_id=user-1")
+        bench.painter.go_on.set()
+
+    assert (ping.status_code, health.status_code) == (503, 503)
+    assert health.json()["status"] == "shutting_down"
+    assert job.json()["status"] == "processing"
+
+
 def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> None:
     impatient = Bench(tmp_path, settings=Settings(shutdown_grace_s=0.1))
     impatient.painter.hold()
