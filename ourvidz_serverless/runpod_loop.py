@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,7 +82,7 @@ class Loop(rp_scale.JobScaler):
     ) -> None:
         super().__init__(config)
         self._close, self._keep, self._grace_s = close, keep, grace_s
-        self._ends: float | None = None
+        self._is_closing, self._ends = False, math.inf
         self._begun: set[str] = set()
         self._stopped_early: dict[str, float] = {}
         self._jobs_outage, self._stops_outage = Outage("jobs"), Outage("stop signals")
@@ -91,18 +92,22 @@ class Loop(rp_scale.JobScaler):
     @property
     def is_closing(self) -> bool:
         """Whether no further poll for jobs is begun."""
-        return self._ends is not None
+        return self._is_closing
 
     def handle_shutdown(self, signum: int, frame: object) -> None:
         """The handler of SIGTERM and SIGINT; a second signal changes nothing."""
-        if not self.is_closing:
+        if self._ends == math.inf:
+            self._ends = time.monotonic() + self._grace_s
             self._close()
         self.kill_worker()
 
     def kill_worker(self) -> None:
-        """Begin no further poll for jobs; end once the open one has, and every job with it."""
-        if not self.is_closing:
-            self._ends = time.monotonic() + self._grace_s
+        """Begin no further poll for jobs; end once the open one has, and every job with it.
+
+        The SDK also calls this for a worker that is to be replaced. Such a worker's jobs have no
+        grace that ends, until a signal comes.
+        """
+        self._is_closing = True
 
     async def _fetch_jobs(self, session: ClientSession, count: int) -> list[dict[str, Any]] | None:
         """The jobs of one poll. The SDK calls this only when the poll before has ended."""
@@ -194,7 +199,7 @@ class Loop(rp_scale.JobScaler):
     def _left(self) -> Callable[[], float]:
         """The seconds left to post a result, counted from now; fewer once the worker closes."""
         ends = time.monotonic() + RESULT_S
-        return lambda: min(ends, self._ends or ends) - time.monotonic()
+        return lambda: min(ends, self._ends) - time.monotonic()
 
 
 async def post_result(

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import inspect
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from runpod.serverless.modules import rp_http, rp_job, rp_ping, rp_scale
 from ourvidz_serverless import runpod_loop
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.retries import Retry
-from ourvidz_serverless.runpod_loop import Outage, post_result
+from ourvidz_serverless.runpod_loop import Loop, Outage, post_result
 from tests.support.web import Answer, LocalServer, Request, json_answer
 
 HASTE = Retry(base_s=0.001, max_s=0.001)
@@ -79,6 +80,42 @@ def test_another_version_of_the_sdk_ends_the_start(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ModelLoadError, match=r"runpod: version 1\.12\.x is needed, 1\.13\.0 is"):
         runpod_loop.install(lambda: None, lambda *_: None, 20)
+
+
+# --- the end of a worker ---
+
+
+@pytest.fixture
+def closed() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch, closed: list[str]) -> Loop:
+    """A loop that nobody runs, whose grace is over at once; `closed` tells when it was closed."""
+    monkeypatch.setattr(rp_job, "send_result", rp_job.send_result)
+    return Loop({}, lambda: closed.append("closed"), lambda *_: None, grace_s=0)
+
+
+def test_a_worker_that_is_being_replaced_still_hears_sigterm(
+    loop: Loop, closed: list[str]
+) -> None:
+    loop.kill_worker()
+
+    loop.handle_shutdown(signal.SIGTERM, None)
+    loop.handle_shutdown(signal.SIGTERM, None)
+
+    assert closed == ["closed"]
+
+
+def test_the_grace_of_results_begins_with_the_signal_and_not_with_the_replacement(
+    loop: Loop,
+) -> None:
+    loop.kill_worker()
+    before = loop._left()()
+    loop.handle_shutdown(signal.SIGTERM, None)
+
+    assert (before > 0, loop._left()() > 0) == (True, False)
 
 
 # --- results ---
