@@ -97,9 +97,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, closed: list[str]) -> Loop:
     return Loop({}, lambda: closed.append("closed"), lambda *_: None, grace_s=0)
 
 
-def test_a_worker_that_is_being_replaced_still_hears_sigterm(
-    loop: Loop, closed: list[str]
-) -> None:
+def test_a_worker_that_is_being_replaced_still_hears_sigterm(loop: Loop, closed: list[str]) -> None:
     loop.kill_worker()
 
     loop.handle_shutdown(signal.SIGTERM, None)
