@@ -238,16 +238,19 @@ def _public(name: str, value: str) -> str:
 
 
 def fetch_url(source: str, lock: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the lock file says of a checkpoint once it is there: its SHA-256."""
+    """What the lock file says of a checkpoint once it is there: its SHA-256 under each name."""
     name = args.name or unquote(urlsplit(args.url).path).rpartition("/")[2]
     if not name or name != Path(name).name:
         raise FetchError("--name: the URL's path does not end with a file's name, so give one")
-    known = args.sha256 or lock.get(source, {}).get("files", {}).get(name)
+    names = lock.get(source, {}).get("files", {})
+    # Whatever its name, a source's file is the same.
+    known = args.sha256 or next(iter(names.values()), None)
     digest = f"sha256:{known}" if known else None
     file = File(args.url, args.dest / name, name, None, digest, source)
     if file.path.exists():
         _check_owner(file, lock)
-    return {"files": fetch_all([file], args.jobs)}
+    fetched = fetch_all([file], args.jobs)
+    return {"files": {**dict.fromkeys(names, fetched[name]), **fetched}}
 
 
 def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
@@ -258,10 +261,14 @@ def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
             "give its --sha256, or another --name or --dest"
         )
     found = _sha256_of(file.path)
-    owners = {
-        source for source, entry in lock.items() if entry.get("files", {}).get(file.name) == found
+    named = {
+        source: entry["files"][file.name]
+        for source, entry in lock.items()
+        if file.name in entry.get("files", {})
     }
-    is_own = file.source in owners or (file.source in lock and not owners)
+    owners = [source for source, sha256 in named.items() if sha256 == found]
+    # What no source has recorded may be this one's file, rotted, if it has had this name.
+    is_own = file.source in (owners or named)
     if file.digest != f"sha256:{found}" and not is_own:
         raise FetchError(
             f"{file.name} is there already, and it is another file (sha256 {found[:12]}...): "

@@ -381,6 +381,17 @@ def test_a_checkpoint_by_url_that_rotted_on_the_volume_is_fetched_again(
     assert (place.dest / NAME).read_bytes() == CHECKPOINT
 
 
+def test_a_source_does_not_replace_an_unknown_file_under_a_new_name(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    (place.dest / "own.safetensors").write_bytes(b"nobody knows whose")
+
+    run = place.fetch("--url", url, "--name", "own.safetensors")
+
+    assert "cannot fetch: own.safetensors is there already, and it is another file" in run.stderr
+    assert (place.dest / "own.safetensors").read_bytes() == b"nobody knows whose"
+
+
 def test_a_hash_in_capitals_is_the_same_hash(place: Place, hub: Hub) -> None:
     run = place.fetch("--url", publish(hub, CHECKPOINT), "--sha256", sha256(CHECKPOINT).upper())
 
@@ -399,6 +410,17 @@ def test_the_query_tells_one_file_from_another(place: Place, hub: Hub) -> None:
     assert (place.dest / "pruned.safetensors").read_bytes() == OTHER
     assert place.locked()[full] == {"files": {"full.safetensors": sha256(CHECKPOINT)}}
     assert place.locked()[pruned] == {"files": {"pruned.safetensors": sha256(OTHER)}}
+
+
+def test_a_source_has_one_hash_under_each_name(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    publish(hub, OTHER)
+
+    run = place.fetch("--url", url, "--name", "again.safetensors")
+
+    assert "cannot fetch: again.safetensors: sha256 is" in run.stderr
+    assert not (place.dest / "again.safetensors").exists()
 
 
 def test_a_new_signature_is_the_same_source(place: Place, hub: Hub) -> None:
