@@ -95,13 +95,13 @@ class Play:
     receiver: CallbackReceiver
     root: Path
     deliveries: list[tuple[str, Future[Document]]] = field(default_factory=list)
-    late_s: float = 0.0
     closed: bool = False
 
     def __post_init__(self) -> None:
         self.receiver.at = self.at  # type: ignore[attr-defined]
         self.stops: dict[str, list[Heard]] = {"job-0": [], "job-1": []}
-        self.ticks = itertools.count()
+        self.late_s = {"job-0": 0.0, "job-1": 0.0}
+        self.thread = threading.local()
         self.store = Store(self.root, self.at)
         self.threads = ThreadPoolExecutor(16)
         self.lock = threading.Lock()
@@ -111,14 +111,22 @@ class Play:
             painter=Brush(self.at),
             callback=Callback(self.receiver.callback_url, self.receiver.secret, policy=HASTE),
             storage=self.store,
-            clock=lambda: self.late_s,
+            clock=self.clock,
         )
+
+    def clock(self) -> float:
+        """Seconds of the job whose thread asks: a deadline is one job's, and delays no other."""
+        return self.late_s.get(getattr(self.thread, "job", ""), 0.0)
+
+    def run_job(self, job: str, stop: Stop) -> Document:
+        self.thread.job = job
+        return self.bench.run(payload(job), stop)
 
     def deliver(self, job: str) -> Heard:
         stop = Heard()
         with self.lock:
             self.stops[job].append(stop)
-            future = self.threads.submit(self.bench.run, payload(job), stop)
+            future = self.threads.submit(self.run_job, job, stop)
             self.deliveries.append((job, future))
         return stop
 
@@ -134,7 +142,7 @@ class Play:
             case "stop":
                 self.stops[job][-1].set()
             case "deadline":
-                self.late_s += 2000
+                self.late_s[job] += 2000
             case "shutdown":
                 self.closed = True
                 self.bench.worker.close(grace_s=0)

@@ -64,7 +64,9 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
         config |= {"seed": seed, **payload.pop("config", {})}
         prompt = caption(DRAWINGS[seed]) if prompt is None else prompt
         document = at.run(wan_payload(prompt=prompt, config=config, **payload))
-        assert document.metadata.get("warnings") is None
+        warnings = document.metadata.get("warnings", [])
+        # A weakened frame is told of, and is what one test asks for.
+        assert [each for each in warnings if "metadata.reference_strength" not in each] == []
         return frames_of(root / document.assets[0].url)
 
     return film

@@ -80,13 +80,14 @@ def test_it_is_no_job_and_stores_nothing(tmp_path: Path, told: pytest.LogCapture
 def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
     config = tmp_path / "config"
     shutil.copytree(ROOT / "pocket/sdxl", config)
-    scheduler = config / "scheduler/scheduler_config.json"
-    facts = json.loads(scheduler.read_text())
-    scheduler.write_text(json.dumps({**facts, "prediction_type": "the future"}))
+    # A token that the text encoder has no embedding of.
+    vocabulary = config / "tokenizer/vocab.json"
+    tokens = json.loads(vocabulary.read_text())
+    vocabulary.write_text(json.dumps({**tokens, "<|endoftext|>": 99_999}))
     settings = {"sdxl_model": str(ROOT / "pocket/sdxl.safetensors"), "sdxl_config": config}
 
     assert load(Settings(**settings))
-    with pytest.raises(ModelLoadError, match=r"SDXL_MODEL: it loads, and does not generate \(Va"):
+    with pytest.raises(ModelLoadError, match=r"SDXL_MODEL: it loads, and does not generate \(In"):
         load(Settings(**settings, warm_up="always"))
 
 
