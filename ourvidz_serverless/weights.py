@@ -16,9 +16,10 @@ what it means in Compel.
     separator = whitespace | "," | ";"
 
 Nested weights multiply. A backslash makes `( ) [ ] \ " + - . , : =` text. A whole number behind
-a digit and a colon is a time or a ratio and no weight: `(at 10:30)`, `(in 16:9)`. Everything else
-of the two languages is text: `[a:b:0.5]` and `BREAK` of A1111, `.blend()`, `.and()` and `.swap()`
-of Compel.
+another and a colon is a time or a ratio and no weight: `(at 10:30)`, `(in 16:9)`. Behind a word
+that ends in a digit it is a weight, `(score_9:1)`, unless it is greater than any weight. Everything
+else of the two languages is text: `[a:b:0.5]` and `BREAK` of A1111, `.blend()`, `.and()` and
+`.swap()` of Compel.
 
 Reading takes time linear in the text's length: every character is matched a bounded number of
 times, and no pattern backtracks.
@@ -38,6 +39,9 @@ MAX_DEPTH = 16
 #: In one text. Each fragment of a weight below 1 is one row more for the text encoders.
 MAX_WEIGHTED = 256
 
+#: Of the number before a colon, in a time or a ratio: no longer one is looked for.
+MAX_DIGITS = 4
+
 #: What a bracket weighs where no number is given.
 _BRACKETS = {"(": 1.1, "[": 1 / 1.1}
 _OPENED_BY = {")": "(", "]": "["}
@@ -46,6 +50,8 @@ _NUMBER = r"(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
 _SIGNS = r"(?:\+++|-++)"
 _ESCAPED = re.compile(r'\\([()\[\]\\"+\-.,:=])')
 _ARGUMENT = re.compile(rf"\(\s*+({_SIGNS}|{_NUMBER})\s*+\)")
+# Only at the end of what is searched. Of a longer number this is a part, and so no whole one.
+_WHOLE_NUMBER = re.compile(r"(?<![^\s()\[\],;:])[0-9]+\Z")
 _BEHIND = re.compile(
     rf"\.attend{_ARGUMENT.pattern}"
     rf"|({_SIGNS})(?![\w+-])"
@@ -182,9 +188,12 @@ class _Reader:
 
 
 def _is_ratio(match: re.Match[str]) -> bool:
-    """Whether a colon stands between two whole numbers, as in 10:30 or 16:9."""
-    before = match.string[match.start() - 1 : match.start()]
-    return before.isdigit() and match["inside"].isdigit()
+    """Whether a colon is that of a time or a ratio: as in 10:30 or 16:9, and not in score_9:1."""
+    start, inside = match.start(), match["inside"]
+    if not (match.string[start - 1 : start].isdigit() and inside.isdigit()):
+        return False
+    before = _WHOLE_NUMBER.search(match.string, max(start - MAX_DIGITS, 0), start)
+    return before is not None or float(inside) > MAX_WEIGHT
 
 
 def _signed(word: str) -> tuple[str, str, str]:

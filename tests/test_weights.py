@@ -169,6 +169,7 @@ def test_a_hyphen_behind_parentheses_is_no_weight_unlike_in_compel() -> None:
         ("(red (very:1.2) big)1.5", [("red ", 1.5), ("very", 1.8), (" big", 1.5)]),
         ("((red:0.8) (circle:0.7):0.9)", [("red", 0.72), (" ", 0.9), ("circle", 0.63)]),
         ("(2girls:1.2)", [("2girls", 1.2)]),
+        ("(score_9:2), (f1.4:1)", [("score_9", 2.0), (", f1.4", 1)]),
         ("(the year 1920:1.2)", [("the year 1920", 1.2)]),
         ("(blur:0)", [("blur", 0.0)]),
         ("[(sharp)]", [("sharp", 1.0)]),
@@ -181,7 +182,9 @@ def test_both_languages_give_words_their_weight(
     assert read(text) == fragments
 
 
-@pytest.mark.parametrize("text", ["(time 10:30)", "(aspect 16:9)", "(film 4:3)"])
+@pytest.mark.parametrize(
+    "text", ["(time 10:30)", "(at 10:30:02)", "(aspect 16:9)", "(film 4:3)", "(T10:30)"]
+)
 def test_a_time_or_a_ratio_is_no_weight(text: str) -> None:
     assert read(text) == [(text[1:-1], 1.1)]
 
