@@ -7,14 +7,15 @@
 
 `builder/models.json` says which files of which repositories, at which revision, and their SHA-256
 where it is known. What it leaves open (null) is recorded in `builder/models.lock.json` on first
-use, and must be the same from then on: commit that file. Interrupted, the command goes on where
-it stopped; run again, it verifies what is there. `HF_TOKEN` is honoured, and so is `HF_ENDPOINT`.
+use, and must be the same from then on: commit that file. After an interruption the command
+continues where it stopped. Run again, it verifies the files that are there. `HF_TOKEN` is honoured,
+and so is `HF_ENDPOINT`.
 
-With `--url` a single-file checkpoint takes the place of the family's own weights; of those only
-the configurations and tokenizers come with it, for `SDXL_CONFIG`. The URL with its query is the
-file's source, by which `builder/models.lock.json` knows it; `--name` says what to call the file
-where the URL's path does not. A file of that name which is not known to be this source's is an
-error: it is neither used nor replaced.
+With `--url` a single-file checkpoint replaces the family's own weights. Of the family only the
+configurations and tokenizers are fetched, for `SDXL_CONFIG`. The URL with its query is the file's
+source, the key of its row in `builder/models.lock.json`. `--name` names the file if the URL's path
+does not. If a file of that name is there, and may come from another source, the command ends with
+an error: it neither uses nor replaces that file.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ RETRY_S = float(os.environ.get("FETCH_RETRY_S", "1"))
 #: What a folder may need beside its weights.
 WEIGHTS = "*.safetensors"
 
-#: Parameters of a URL that say which file is meant: the lock file holds their values. Of any other
+#: Parameters of a URL that select a file: the lock file holds their values. For any other parameter
 #: it holds a digest, since the value may be a secret.
 PUBLIC = (
     *("type", "format", "size", "fp", "download", "name", "file", "filename", "path", "id"),
@@ -93,13 +94,13 @@ class File:
 
     @property
     def partial(self) -> Path:
-        """What has arrived so far of this source's file, and of no other's."""
+        """The path of the partial download. Each source has its own."""
         source = hashlib.sha256(self.source.encode()).hexdigest()
         return self.path.with_name(f"{self.path.name}.{source[:16]}.incomplete")
 
     @property
     def etag(self) -> Path:
-        """Holds the strong ETag of what the partial file's bytes belong to."""
+        """The path of the strong ETag under which the partial file's bytes were sent."""
         return self.partial.with_suffix(".etag")
 
 
@@ -222,7 +223,7 @@ def _digest_of(sibling: Any, sha256: str | None) -> str:
 def source_of(url: str) -> str:
     """A URL as the lock file has it: without credentials, signatures and other secrets.
 
-    The same file's URL gives the same source, whatever signature it has today.
+    Two URLs of one file that differ only in their signatures have the same source.
     """
     parts = urlsplit(url)
     kept, _ = unsigned(parts.query)
@@ -257,7 +258,7 @@ def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
     """Raise FetchError where the file that is there may be another source's."""
     if not file.digest:
         raise FetchError(
-            f"{file.name} is there already, and nothing tells whether it is this URL's: "
+            f"{file.name} is there already, and may not be this URL's file: "
             "give its --sha256, or another --name or --dest"
         )
     found = _sha256_of(file.path)
@@ -349,10 +350,10 @@ def _why(exc: Exception) -> str:
 
 
 def _download(file: File, bar: Any, stop: threading.Event) -> None:
-    """Append to a partial file what is missing of it, or fetch it from the start.
+    """Append the missing rest to a partial file, or fetch the file from the start.
 
-    Only what can be told from another file's bytes is continued: by the hash that the whole must
-    have, or by an ETag on which the request depends.
+    The rest is only appended if it must be of the same file: the hash of the whole is known, or the
+    request depends on the ETag.
     """
     start, etag = _size(file.partial), _read(file.etag)
     if file.size is not None and start == file.size:
@@ -387,19 +388,19 @@ def _headers(file: File, start: int, etag: str) -> dict[str, str]:
         if etag:
             headers["If-Range"] = etag
     if file.token:
-        # Not followed to the storage that the hub redirects to: `requests` sees to that.
+        # `requests` does not send it to the storage host that the hub redirects to.
         headers["Authorization"] = f"Bearer {file.token}"
     return headers
 
 
 def _continues(answer: requests.Response, start: int, etag: str) -> bool:
-    """Whether a partial answer is the rest of the bytes that are there, as far as it tells."""
+    """Whether a partial answer continues the bytes that are there, by its headers."""
     is_same = not etag or answer.headers.get("ETag", etag) == etag
     return is_same and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
 
 def _note_etag(file: File, etag: str) -> None:
-    """Keep a strong ETag. A weak one (`W/"..."`) may be that of other bytes."""
+    """Keep a strong ETag. Files with different bytes may share a weak one (`W/"..."`)."""
     if etag.startswith('"'):
         file.etag.write_text(etag)
     else:

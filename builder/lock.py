@@ -40,9 +40,9 @@ OPTIONS = (
     *("--no-emit-index-url", "--no-emit-find-links"),
 )
 
-#: Requirements of other packages that are left out: no image imports what they bring. An override
-#: replaces a requirement wherever it stands; `NEVER` is true on no system, and what only such a
-#: requirement brings is not written.
+#: Packages that others require and no image imports: they are left out. An override replaces a
+#: requirement wherever it stands. `NEVER` is true on no system, so the lock omits these packages,
+#: and those that only they require.
 NEVER = 'sys_platform == "never"'
 OVERRIDES = (
     # runpod asks for `fastapi[all]`: a command line that talks to a cloud and to Sentry, mail

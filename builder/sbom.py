@@ -2,10 +2,9 @@
 
     python -m builder.sbom --name ourvidz-sdxl --version 1.0 --weights /models --dest sbom.cdx.json
 
-Python's packages and Debian's as they are installed, the native libraries that a wheel brings
-below its package, and every file of weights in the folders that are given, with the SHA-256 of
-what lies there. Run while an image is built; it needs nothing but the standard library. The same
-system gives the same bytes.
+It lists the installed packages of Python and Debian, the native libraries in each wheel below its
+package, and every file of weights in the given folders, with its SHA-256. It runs while an image is
+built, and needs only the standard library. The same system gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ DPKG = ("dpkg-query", "--show", "--showformat", "${Package}\t${Version}\t${Archi
 #: What a package index calls licences, before the name of one.
 CLASSIFIER = "License :: OSI Approved :: "
 
-#: Licences that stand in a package's text alone, in no field of its metadata.
+#: Licences that only the package's text names, and no field of its metadata.
 OF_PACKAGES = {"torchao": "BSD-3-Clause"}
 
 #: A native library in the folder NAME.libs of a wheel: `libx264-d6533a8d.so.165`.
@@ -38,8 +37,8 @@ NATIVE = re.compile(r"lib(?P<name>.+?)_?(?:-[0-9a-f]{8})*\.so(?:\.(?P<version>[\
 
 _DUAL = "LGPL-3.0-or-later OR GPL-2.0-or-later"
 
-#: What the authors of those libraries say of them. A wheel's own licence is that of its Python
-#: part: av is BSD, and carries x264 and x265. NOTICE says what follows.
+#: The licences of those libraries, by their authors. A wheel's own licence is that of its Python
+#: part: av is BSD, and contains x264 and x265. NOTICE says what follows from that.
 OF_NATIVE = {
     **dict.fromkeys(("x264", "x265"), "GPL-2.0-or-later"),
     # FFmpeg, configured with --enable-version3.
@@ -135,7 +134,7 @@ def _library(name: str, version: str, purl: str) -> Component:
 
 
 def _native(purl: str, package: importlib.metadata.Distribution) -> Iterator[Component]:
-    """The native libraries that a wheel brings in its folder `NAME.libs`, by name."""
+    """The native libraries in a wheel's folder `NAME.libs`, by name."""
     for file in sorted(package.files or ()):
         if file.parts[0].endswith(".libs") and (match := NATIVE.fullmatch(file.name)):
             name, version = match["name"], match["version"] or ""
@@ -147,7 +146,7 @@ def _native(purl: str, package: importlib.metadata.Distribution) -> Iterator[Com
 
 
 def _licences(name: str, metadata: importlib.metadata.PackageMetadata) -> Component:
-    """What a package says of its licence: by expression, by classifier, or in words."""
+    """A package's licence by its metadata: an expression, a classifier, or free text."""
     expressions = metadata.get_all("License-Expression") or OF_PACKAGES.get(name, "").split()
     if expressions:
         return {"licenses": [{"expression": expressions[0]}]}

@@ -47,7 +47,7 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
 
 
 def calibrated(vae: AutoencoderKL, folder: Path, seed: int) -> AutoencoderKL:
-    """The VAE with the calibration that is kept for it, so that every later run has the same."""
+    """The VAE with its stored calibration, so that every later run has the same one."""
     path = keyed(folder / "calibrated.pt", vae, seed=seed)
     vae.load_state_dict(kept(path, lambda: calibrate(deepcopy(vae), seed).state_dict()))
     return vae

@@ -1,8 +1,8 @@
-"""What every training here shares: the learning rate, the running average, and checkpoints; and the
-whole of it where a network learns pictures by one plain loss.
+"""What all trainings share: the learning rate, the running average and checkpoints.
 
-What is kept from one run to the next has a name that says what it was made from (`keyed`): a run
-with another seed, another number of steps or other networks finds nothing and makes its own.
+It also has the whole training of a network that learns pictures by one plain loss. Files that are
+kept from one run to the next are named by what they were made from (`keyed`): a run with another
+seed, another number of steps or other networks does not find them, and makes its own.
 """
 
 import hashlib
@@ -69,9 +69,9 @@ def average(ema: nn.Module, model: nn.Module, step: int) -> None:
 
 
 def keyed(path: Path, *networks: nn.Module, **facts: Any) -> Path:
-    """The path with a digest in its name of the networks' weights and of the facts.
+    """The path, with a digest of the networks' weights and of the facts in its name.
 
-    Facts are whatever JSON holds: a seed, a number of steps.
+    Facts are JSON values, such as a seed or a number of steps.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for network in networks:
@@ -83,7 +83,7 @@ def keyed(path: Path, *networks: nn.Module, **facts: Any) -> Path:
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What is kept at a path, made now where nothing is."""
+    """The value stored at a path. If there is none, it is made and stored."""
     if not path.exists():
         _save(make(), path)
     return torch.load(path, weights_only=True)

@@ -51,9 +51,9 @@ PORTS = {"http": 80, "https": 443}
 
 
 def host_name(text: str) -> str:
-    """A host in the one spelling in which hosts are compared.
+    """A host's canonical spelling, for comparison.
 
-    That is in lower case, without brackets and without a last dot; an address in its shortest form.
+    It has lower case, no brackets and no final dot; an address has its shortest form.
     """
     name = text.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
     try:
@@ -63,7 +63,7 @@ def host_name(text: str) -> str:
 
 
 def is_listed(host: str, hosts: Iterable[str]) -> bool:
-    """Whether a host is one of `hosts`, however either is spelled."""
+    """Whether a host is one of `hosts`, whatever the spelling of each."""
     return bool(host) and host_name(host) in map(host_name, hosts)
 
 

@@ -60,7 +60,7 @@ class Admission:
 
 
 def check_made(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
-    """Raise ContentRefused where texts that a model wrote are refused beside the job's own."""
+    """Raise ContentRefused if a model's texts, together with the job's own, are refused."""
     if context.signs is None:
         context.signs = _judge(job.texts, job, context)
     _judge([*job.texts, *texts], job, context, num_judged=len(job.texts))
@@ -69,9 +69,10 @@ def check_made(texts: Sequence[CheckedText], job: Job, context: JobContext) -> N
 def _judge(
     texts: Sequence[CheckedText], job: Job, context: JobContext, num_judged: int = 0
 ) -> Signs:
-    """The signs in all texts together, the first of which may have been judged before.
+    """The signs in all texts together. The first `num_judged` texts were judged before.
 
-    Raises ContentRefused where they are refused or lack consent, and what the job was stopped with.
+    Raises ContentRefused if the texts are refused or lack consent, and the job's error if it was
+    stopped.
     """
     verdict = safety.judge(
         texts[num_judged:],

@@ -59,8 +59,8 @@ UNACCEPTABLE = {400, 413, 422}
 #: How long Redis may take for a command, in seconds.
 REDIS_S = 10.0
 
-#: Errors of Redis that end by themselves: while it fails over, loads its data, has no room or no
-#: replica, cannot write to its disk, or runs a script. An error's first word is its kind.
+#: Errors of Redis that end by themselves: it fails over, loads its data, has no memory or replica
+#: left, cannot write to its disk, or runs a script. An error's first word is its kind.
 PASSING = {
     "BUSY",
     "CLUSTERDOWN",
@@ -73,7 +73,7 @@ PASSING = {
     "TRYAGAIN",
 }
 
-#: Likewise, of the kind ERR: limits that others use up (https://upstash.com/docs/redis/troubleshooting).
+#: Errors of the kind ERR that also end: limits (https://upstash.com/docs/redis/troubleshooting).
 PASSING_LIMITS = (
     "max number of clients",
     "max concurrent connections",
@@ -89,14 +89,14 @@ MAX_BYTES = 100_000_000
 class Redis(Protocol):
     """Where the lists are. `call` makes one try at a command and gives its reply.
 
-    Raises Fault, which is not transient where Redis refuses for good.
+    Raises Fault. It is not transient if another try would not help.
     """
 
     def call(self, *command: str) -> Any: ...
 
 
 class Refused(Fault):
-    """An error that Redis answered. Its kind alone is told: the rest may quote the command."""
+    """An error of Redis. The message has only its kind, since the rest may quote the command."""
 
     def __init__(self, said: str) -> None:
         super().__init__(None)
@@ -286,7 +286,7 @@ def _parsed(text: str) -> Any:
     """The value of a JSON text. Raises NotAJob."""
     try:
         value = json.loads(text)
-        # What JSON has no word for, such as NaN or 1e999, could not be sent on.
+        # Values that JSON does not have, such as NaN or 1e999, could not be sent on.
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         raise NotAJob("it is not JSON") from None
@@ -329,14 +329,14 @@ class Upstash:
                 max_bytes=MAX_BYTES,
             )
         except Fault as exc:
-            # Of limits the whole request is refused, with the error's text in the body.
+            # Beyond a limit Upstash refuses the whole request, with the error's text in the body.
             if exc.status == 400 and (said := _error_in(exc.body)):
                 raise Refused(said) from exc
             raise
 
 
 def _error_in(body: bytes) -> str | None:
-    """What Upstash says is wrong: `{"error": TEXT}`."""
+    """The error in Upstash's answer: `{"error": TEXT}`."""
     try:
         said = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
@@ -377,11 +377,11 @@ class Plain:
             raise Fault(None) from exc
 
     def _refused(self, error: Any) -> Refused:
-        # redis-py takes the kind off the text where it knows it.
+        # redis-py removes the kind from the text if it knows that kind.
         kind = f"{error.status_code} " if error.status_code else ""
         refused = Refused(f"{kind}{error}")
         if refused.passes:
-            # After a failover the name leads to another server; this connection does not.
+            # After a failover the host name leads to another server, but this connection does not.
             self._client.connection_pool.disconnect()
         return refused
 

@@ -138,8 +138,8 @@ class Callback:
 def webhook_id(job_id: str, status: str) -> str:
     """The `webhook-id` of a job's document: one for each job and status, the same at every try.
 
-    A caller's job id may hold a dot, which would make `id.timestamp.body`, the text that is
-    signed, ambiguous.
+    It is a digest, since a job id may hold a dot: then the signed text `id.timestamp.body` would
+    be ambiguous.
     """
     digest = hashlib.sha256(f"{job_id}.{status}".encode()).hexdigest()
     return f"msg_{digest[:32]}"

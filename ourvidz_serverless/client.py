@@ -167,10 +167,10 @@ class SubmittedJob:
         return read_outcome(self._api.get(f"status/{self.id}"))
 
     def result(self, timeout_s: float = 600) -> Mapping[str, Any]:
-        """The document, asked for ever more rarely, and on through outages of the platform.
+        """Wait for the document, with growing pauses; outages of the platform are waited out.
 
-        Raises the JobError that the job ended with; once the time is over DeadlinePassed, or Fault
-        where the platform does not answer.
+        Raises the JobError that the job ended with. After `timeout_s` raises DeadlinePassed, or
+        Fault if the platform does not answer.
         """
         questions = _Questions(self._api, timeout_s)
         while True:
@@ -183,9 +183,9 @@ class SubmittedJob:
     def stream(self, timeout_s: float = 600) -> Generator[str, None, Mapping[str, Any]]:
         """A streamed reply, piece by piece; the generator's value is the document.
 
-        RunPod tells a piece once: those in an answer that is lost are lost. What follows them is
-        then held back, and the rest of the reply comes in one piece at its end. Raises as `result`
-        does.
+        RunPod sends each piece once: if an answer is lost, its pieces are lost. Then no more
+        pieces are yielded until the end, where the rest of the reply comes in one piece. Raises
+        the errors of `result`.
         """
         # Not the SDK's own, which never ends for a job that was cancelled.
         questions, told = _Questions(self._api, timeout_s), ""
@@ -217,7 +217,7 @@ class _Questions:
         self._ends = time.monotonic() + timeout_s
         self._pause_s = FIRST_POLL_S
         self._failed: Fault | None = None
-        #: Whether a question may have reached the platform whose answer never came.
+        #: Whether the answer to a question may have been lost on its way.
         self.is_answer_lost = False
 
     @property
@@ -225,7 +225,7 @@ class _Questions:
         return max(self._ends - time.monotonic(), 0.0)
 
     def ask(self, path: str) -> Any:
-        """The answer, or None where there is none and a later question may have one."""
+        """The answer, or None if there is none and a later question may get one."""
         try:
             answer = self._api.get(path, Retry(tries=1))
         except Fault as fault:
@@ -238,9 +238,9 @@ class _Questions:
         return answer
 
     def pause(self, has_news: bool = False) -> None:
-        """Wait before the next question: not at all after news, else ever longer.
+        """Wait before the next question: no time after news, else longer each time.
 
-        Raises Fault or DeadlinePassed where no time is left.
+        Raises Fault or DeadlinePassed if no time is left.
         """
         if not self.left_s:
             raise self._failed or _under_way(self._timeout_s)
@@ -256,7 +256,7 @@ def _deltas(items: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rest(document: Mapping[str, Any], told: str) -> str:
-    """What of a reply follows the part that was told; nothing where that is another text."""
+    """The part of a reply after the pieces that were yielded; empty if they do not match it."""
     whole = document.get("response") or document.get("enhanced_prompt") or ""
     return whole.removeprefix(told) if whole.startswith(told) else ""
 
@@ -348,7 +348,7 @@ class _Api:
 
 
 def _with(field: str, answer: Any) -> Any:
-    """The answer. One without its field is not whole."""
+    """The answer. An answer without its field is incomplete."""
     if not (isinstance(answer, Mapping) and field in answer):
         raise KeyError(field)
     return answer
@@ -361,7 +361,7 @@ def _named(request: Callable[[], T]) -> T:
     except requests.HTTPError as exc:
         answer = exc.response
         raise Fault(answer.status_code, answer.headers.get("Retry-After")) from exc
-    # KeyError: an answer without its field is none.
+    # KeyError: the answer lacks its field.
     except (requests.RequestException, OSError, KeyError) as exc:
         raise Fault(None) from exc
     except RuntimeError as exc:  # the SDK's for a wrong API key

@@ -7,25 +7,25 @@ import itertools
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-#: An idle connection is the proxy's to close: if we close it, its next request may be lost.
+#: The proxy should close an idle connection: if we close it, its next request may be lost.
 KEEP_ALIVE_S = 75
 
 #: A worker needs its files and sockets for its jobs; the proxy in front of it needs few.
 MAX_CONNECTIONS = 512
 
-#: Numbers the connections in the order in which they became idle. The event loop's clock would not
-#: do: uvloop's stands still while it accepts many connections.
+#: Numbers the connections in the order in which they became idle. The event loop's clock cannot be
+#: used: uvloop's clock does not move while it accepts many connections.
 _TURNS = itertools.count()
 
 
 class Connection(H11Protocol):
-    """A connection that may be idle, or bring a request's head, for `KEEP_ALIVE_S`.
+    """A connection that may be idle, or receive a request's head, for `KEEP_ALIVE_S`.
 
-    Of more than `MAX_CONNECTIONS` the one that has waited longest without a request is closed, so
-    that idle connections shut nobody out.
+    Beyond `MAX_CONNECTIONS` the connection that is idle longest is closed, so that idle ones do
+    not keep new callers out.
 
-    uvicorn waits for a head without end. Its parser in Python is taken for being bounded: the one
-    in C takes a head of any length.
+    uvicorn itself waits for a head without a limit. We use its parser in Python, since it bounds
+    a head's length: the one in C takes a head of any length.
     """
 
     _too_late: asyncio.TimerHandle | None = None
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def _make_room(self) -> None:
-        """Close the connection that has been without a request for longest, if there are many."""
+        """If there are too many connections, close the one that is idle longest."""
         every = [each for each in self.connections if isinstance(each, Connection)]
         open_ones = [each for each in every if not each.transport.is_closing()]
         if len(open_ones) > MAX_CONNECTIONS:
@@ -58,7 +58,7 @@ class Connection(H11Protocol):
             min(idle, key=lambda each: each._idle_since).transport.close()
 
     def _watch(self) -> None:
-        """Have the clock run between requests, from the first byte that is waited for on."""
+        """Start the timeout between requests."""
         if not self._is_between_requests:
             self._unwatch()
         elif self._too_late is None:

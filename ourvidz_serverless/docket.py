@@ -43,7 +43,7 @@ class Ticket:
 
     def __init__(self, job_id: str, worker: Worker | None = None) -> None:
         self.job_id = job_id
-        #: Which worker it was given to: one that posts callbacks, or a silent one.
+        #: Which worker runs it: one that posts callbacks, or a silent one.
         self.worker = worker
         self.stop = Stop()
         self.status: Status = "queued"
@@ -72,16 +72,16 @@ class Ticket:
 
 
 class Docket:
-    """Takes jobs as long as there is room, and knows the last ones by user, key and id.
+    """Accepts jobs while there is room, and remembers the last ones by user, key and id.
 
-    All its methods belong to the event loop.
+    Call its methods only from the event loop.
     """
 
     def __init__(self, threads: int, waiting: int) -> None:
         self._threads, self._most = threads, threads + waiting
         self._open = self._running = 0
         self._tickets: OrderedDict[Identity, Ticket] = OrderedDict()
-        #: What has no thread yet: the call that runs it, and holds its payload.
+        #: The calls of jobs that have no thread yet. A call holds its job's payload.
         self._waiting: OrderedDict[Ticket, Callable[[], Document]] = OrderedDict()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="job")
         self._stopped = ThreadPoolExecutor(STOPPED_THREADS, thread_name_prefix="stopped")
@@ -112,9 +112,9 @@ class Docket:
         return ticket
 
     def stop(self, ticket: Ticket, error: JobError | None = None) -> None:
-        """Stop a job at its next step; one that waits for a thread ends at once.
+        """Stop a job at its next step. A job that waits for a thread ends at once.
 
-        Such a job gives its place in the row back.
+        Its place in the backlog is then free again.
         """
         ticket.stop.set(error)
         if call := self._waiting.pop(ticket, None):
@@ -170,7 +170,7 @@ class Docket:
 
 
 class CallThreads:
-    """A few threads for short calls of one kind, so that one kind never waits for another."""
+    """A few threads for short calls of one kind, so that one kind never delays another."""
 
     def __init__(self, name: str, threads: int, waiting: int) -> None:
         self._most = threads + waiting
@@ -178,7 +178,7 @@ class CallThreads:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a call gives; raises WorkerUnavailable when too many calls wait already."""
+        """The result of a call; raises WorkerUnavailable if too many calls are open already."""
         if self.is_full:
             raise WorkerUnavailable(
                 f"{self._open} such calls are under way here already", retry_after=RETRY_AFTER_S
@@ -196,12 +196,12 @@ class CallThreads:
         return self._open >= self._most
 
     def close(self) -> None:
-        """Start no further call; whoever runs ends by itself."""
+        """Start no further call. Running calls end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _end(self, running: asyncio.Future[Any]) -> None:
         self._open -= 1
-        # Nobody may wait for it any more, and then its error is nobody's.
+        # If nobody waits for it any more, its error is dropped.
         if not running.cancelled():
             running.exception()
 

@@ -214,7 +214,7 @@ async def _wait_out(running: asyncio.Future[Any]) -> None:
 def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The document in what is posted to the platform.
 
-    A streamed job's is its last item; of one that failed the SDK posts the failure alone.
+    For a streamed job it is the last item. For a failed job the SDK posts only the failure.
     """
     output = result.get("output")
     last = output[-1] if isinstance(output, list) and output else output
@@ -272,14 +272,14 @@ class PlatformReporter:
                     await asyncio.wait_for(self._closing.wait(), PROGRESS_INTERVAL_S)
 
     async def _post(self, session: ClientSession) -> None:
-        """Post the newest once: a later one makes up for one that was not taken."""
+        """Post the newest progress once: a later post replaces one that failed."""
         update = json.dumps({"status": "IN_PROGRESS", "output": self._newest}).encode()
         try:
             await runpod_loop.post(session, self._event["id"], update, False, PROGRESS_S)
         except (ClientError, OSError) as exc:
             if not self._is_failing:
                 why = runpod_loop.describe(exc)
-                log.warning("progress of job %s was not taken: %s", self._event["id"], why)
+                log.warning("progress of job %s was not posted: %s", self._event["id"], why)
             self._is_failing = True
 
 

@@ -85,8 +85,8 @@ HEARTBEAT_S = 15.0
 MAX_JSON_MARKS = 250_000
 JSON_MARKS = (b",", b"[", b"{")
 
-#: Threads that read bodies and payloads, and those that answer administrators; so many of the
-#: latter's calls may wait.
+#: Threads that read bodies and payloads, threads that answer administrators, and how many of the
+#: administrators' calls may wait.
 READERS = 4
 ADMINISTRATORS = 8
 
@@ -416,7 +416,7 @@ def _find(face: Face, request: Request, job_id: str, user_id: str | None) -> Tic
     """The job that the caller may see: the one of this key, this user and this id."""
     ticket = face.docket.find(Identity.of(user_id, key_of(request.headers), job_id))
     if ticket is None:
-        raise HTTPException(404, "no job of this id and user_id is remembered here for this key")
+        raise HTTPException(404, "this worker remembers no job with this id, user_id and key")
     return ticket
 
 
@@ -452,7 +452,7 @@ async def _wait(
     stop: Callable[[JobError | None], None],
     timeout_s: float,
 ) -> None:
-    """Wait for a job; `stop` it when its caller has gone, or its time is over."""
+    """Wait for a job. Stop it with `stop` when its caller hangs up, or its time is over."""
     reached = asyncio.ensure_future(until)
     gone = asyncio.create_task(_hang_up(request))
     try:
@@ -690,7 +690,7 @@ def serve(config: Settings, reading: ReadAhead | None = None) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises ModelLoadError where the address is none of this machine's."""
+    """A listening socket; raises ModelLoadError if this machine does not have the address."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # A name such as localhost may mean an address of either kind.

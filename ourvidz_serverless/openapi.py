@@ -18,8 +18,8 @@ CALL = {
 }
 WISH = {"target_worker": "chat_worker", "force": False}
 
-#: What a question or a wish is about. The schema lists the families alone.
-ABOUT = "a family, or a model as `/memory/status` names it; all where it is missing"
+#: The target of a question or of a change. The schema lists only the families.
+ABOUT = "a family, or a model's name from `/memory/status`; all models if it is missing"
 EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
 PICTURE = {
     "type": "sdxl_image_fast",
@@ -39,7 +39,7 @@ BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "/emergency/operation": ("Emergency", {**WISH, "operation": "pressure_check"}),
 }
 
-#: How a key is brought: the second where a gateway uses the first for itself.
+#: The headers for a key: the second if a gateway uses the first for itself.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -108,7 +108,7 @@ def _describe(
         operation["responses"]["503"] = {"description": "not ready", "content": answer}
         operation["responses"]["204"] = {"description": "models are being loaded"}
     else:
-        # A small body may bring its `api_key` itself; a header is what every route takes.
+        # A small body may hold its `api_key`; every route takes a header.
         operation["security"] = KEYS if has_keys else [*KEYS, {}]
 
 

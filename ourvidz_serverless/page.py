@@ -64,9 +64,9 @@ def is_wanted(settings: Settings) -> bool:
 
 
 def make_router(settings: Settings, needs_key: Any, hosts: Collection[str]) -> APIRouter:
-    """The page's routes, for these `hosts` and loopback where the worker listens there alone.
+    """The page's routes. A worker that listens only at loopback serves only it and `hosts`.
 
-    Whoever asks for an asset has to pass `needs_key` first.
+    A request for an asset has to pass `needs_key` first.
     """
     is_local = is_loopback(settings.host)
 

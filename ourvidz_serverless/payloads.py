@@ -35,7 +35,7 @@ MAX_RESULT_BYTES = 10_000_000
 #: In characters.
 MAX_CALLBACK_URL = 2000
 
-#: Levels of lists and objects in one another: less than any parser of JSON stops at.
+#: Levels of nested lists and objects: fewer than the limit of any parser of JSON.
 MAX_JSON_DEPTH = 64
 
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -73,7 +73,7 @@ class Identity:
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
-    """The value itself. Raises ValueError for what another parser of JSON does not take."""
+    """The value itself. Raises ValueError for values that other parsers of JSON refuse."""
     # No recursion: the value may be nested deeper than Python's own stack.
     level: list[object] = [value]
     for _ in range(MAX_JSON_DEPTH):
@@ -84,7 +84,7 @@ def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(value: object) -> Iterable[object]:
-    """The parts of a list or an object. A text or a number has none, and is judged here."""
+    """The parts of a list or an object. A text or a number has none, and is checked here."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     if isinstance(value, list):
@@ -102,13 +102,13 @@ def _no_text_nor_flag(value: object) -> object:
     return value
 
 
-#: Of a number: neither "7" nor true is one. 7.0 is a whole one.
+#: Numbers: "7" and true are refused. 7.0 is a whole number.
 JSON_NUMBER = BeforeValidator(_no_text_nor_flag)
 
-#: True or false: neither 1 nor "true", which a contract that says boolean does not mean.
+#: Booleans: 1 and "true" are refused, as by the contract's `boolean`.
 Flag = Annotated[bool, Field(strict=True)]
 
-#: A JSON object that goes on to another parser of JSON.
+#: A JSON object that another parser of JSON will read.
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 
 
@@ -148,7 +148,7 @@ class S3Config(Wire):
 
 @dataclass(frozen=True, slots=True)
 class CheckedText:
-    """A text that the content floor reads, the field that it came in, and who speaks it."""
+    """A text that the content floor reads, its field, and the role of its speaker."""
 
     text: str
     field: str
@@ -176,8 +176,8 @@ class Job(Wire):
     def own_seed(self) -> int:
         """The seed of a job that names none: the same at each delivery of the job.
 
-        A second delivery overwrites the files of the first, of which the application may know
-        already. The seed is never 0, which the receiver of the callback takes for "none".
+        A second delivery overwrites the files of the first, which the application may already use.
+        The seed is never 0: the callback's receiver reads 0 as "none".
         """
         digest = hashlib.sha256(f"{self.user_id}/{self.id}".encode()).digest()
         return 1 + int.from_bytes(digest) % (SEEDS - MAX_PICTURES)
@@ -361,8 +361,8 @@ class Document:
             "worker_id": self.worker_id,
             "status": self.status,
             "assets": [_asset(asset) for asset in self.assets],
-            # Null without a failure: the application merges these over its row's own, which may
-            # have the error of an earlier try.
+            # Null without a failure: the application merges these into its row, which may hold
+            # the error of an earlier try.
             "metadata": {
                 **self.metadata,
                 "error_type": self.failure.code if self.failure else None,

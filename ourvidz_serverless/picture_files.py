@@ -1,8 +1,8 @@
-"""What a picture's file says beside its pixels, read as browsers read it.
+"""A picture file's metadata, read as browsers read it.
 
-A browser passes over what it cannot read beside the pixels: a damaged EXIF block, a comment of
-many megabytes. Pillow gives up the whole picture for some of these. So Pillow gets a PNG without
-them, and a PNG's colour profile, transparent colour and EXIF are read here.
+A browser ignores metadata that it cannot read, such as a damaged EXIF block or a comment of many
+megabytes. For some of these Pillow refuses the whole picture. So Pillow gets a PNG without its
+metadata, and a PNG's colour profile, transparent colour and EXIF are read here.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from dataclasses import dataclass
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-#: A longer profile of a PNG is left out, as Chromium does.
+#: A longer profile in a PNG is ignored, as in Chromium.
 MAX_PROFILE_BYTES = 10 << 20
 
-#: How many samples name the transparent colour, by a PNG's colour type: grey, and RGB.
+#: How many samples the transparent colour has, by a PNG's colour type: grey, and RGB.
 KEY_SAMPLES = {0: 1, 2: 3}
 PALETTE = 3
 
-#: What Pillow gets of the optional chunks: the frames for which an animation is refused, and the
+#: The optional chunks that Pillow gets: the frames of an animation, which is then refused, and the
 #: alpha of a palette.
 KEPT = (b"acTL", b"fcTL", b"fdAT")
 KEPT_OF_PALETTE = (*KEPT, b"tRNS")
 
-#: What is read here of a PNG, where it stands before the pixels.
+#: The chunks of a PNG that are read here, if they come before the pixels.
 READ = (b"tRNS", b"iCCP", b"eXIf")
 
-#: The EXIF tag that tells how a picture is turned, and the type of its value: a short number.
+#: The EXIF tag of a picture's orientation, and the type of its value: a short number.
 ORIENTATION, SHORT = 0x0112, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Png:
-    """A PNG: the file that Pillow reads the pixels from, and what stands beside them."""
+    """A PNG: the file from which Pillow reads the pixels, and its metadata."""
 
     file: bytes
     #: Bits of a sample.
@@ -69,7 +69,7 @@ def read_png(data: bytes) -> Png:
 def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview, memoryview]]:
     """Kind, body and whole of each chunk; of the optional ones, those whose checksum holds.
 
-    The last one may be cut off: how much of a picture that leaves is for Pillow to say.
+    The last one may be cut off; Pillow decides whether the pixels suffice.
     """
     at, kind = len(PNG), b""
     while kind != b"IEND" and at + 8 <= len(data):
@@ -86,7 +86,7 @@ def _is_optional(kind: bytes) -> bool:
 
 
 def _key(body: bytes, depth: int, num_samples: int | None) -> tuple[int, ...] | None:
-    """The samples that a tRNS chunk names, of which the bits beyond the depth count for nothing."""
+    """The samples in a tRNS chunk, without the bits beyond the picture's depth."""
     if not num_samples or len(body) < 2 * num_samples:
         return None
     samples = struct.unpack_from(f">{num_samples}H", body)
@@ -105,7 +105,7 @@ def _inflated(body: bytes) -> bytes | None:
 
 
 def orientation(tiff: bytes) -> int:
-    """How EXIF says that a picture is turned, 1 to 8; 1, which is upright, where it does not say.
+    """A picture's orientation by its EXIF, 1 to 8; 1, which is upright, if there is none.
 
     Never raises, whatever the bytes are.
     """

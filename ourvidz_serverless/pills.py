@@ -27,7 +27,7 @@ from ourvidz_serverless.payloads import Identity
 
 DEATHS = 2
 
-#: The name of a mark: a digest's.
+#: A mark's file name: a digest.
 MARK = re.compile("[0-9a-f]{64}")
 
 #: What is left of a job that nobody sent again is forgotten after a day.
@@ -38,7 +38,7 @@ class Pills:
     """The marks of the jobs in flight; without a folder, none."""
 
     def __init__(self, folder: Path | None, clock: Callable[[], float] = time.time) -> None:
-        """Raises ModelLoadError where the folder cannot be had."""
+        """Raises ModelLoadError if the folder cannot be used."""
         self._folder, self._clock = folder, clock
         self._swallowed: set[Path] = set()
         try:
@@ -75,13 +75,13 @@ class Pills:
                 mark.unlink()
 
     def _mark(self, identity: Identity) -> Path | None:
-        # A digest: neither a user's name nor a key lies on a disk for it.
+        # A digest, so that no user's name and no key is written to the disk.
         parts = (identity.user_id, identity.api_key, identity.job_id)
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self._folder / name if self._folder else None
 
     def _deaths(self, mark: Path) -> int:
-        """How many processes died with the job in flight, of those that are not forgotten."""
+        """How many processes died with the job in flight, by a mark that is not too old."""
         if not mark.exists():
             return 0
         if self._is_old(mark.stat()):
@@ -96,6 +96,6 @@ class Pills:
         assert self._folder
         with os.scandir(self._folder) as marks, suppress(FileNotFoundError):
             for mark in marks:
-                # Nothing but marks: the folder may hold what is somebody else's.
+                # Delete only marks: the folder may hold files of others.
                 if MARK.fullmatch(mark.name) and self._is_old(mark.stat()):
                     os.unlink(mark)

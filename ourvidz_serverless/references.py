@@ -66,7 +66,7 @@ MAX_SCANNED_PIXELS = 8_000_000_000
 MAX_URL_CHARS = 8192
 MAX_KEY_CHARS = 512
 
-#: What sets a picture upright, by its EXIF orientation; 1 is upright.
+#: The transposition that turns a picture upright, by its EXIF orientation; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -483,7 +483,7 @@ def _check_shape(image: Image.Image, policy: Policy) -> None:
 
 
 def _plain(image: Image.Image, png: Png | None) -> Image.Image:
-    """The picture over white, in sRGB, upright. XMP has no say in how it stands."""
+    """The picture over white, in sRGB, upright. XMP's orientation is ignored."""
     profile = png.profile if png else image.info.get("icc_profile")
     exif = png.exif if png else image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     image.load()
@@ -499,7 +499,7 @@ def _plain(image: Image.Image, png: Png | None) -> Image.Image:
 
 
 def _opaque(image: Image.Image, png: Png) -> Image.Image:
-    """0 where a PNG has its transparent colour, 255 elsewhere."""
+    """A mask: 0 where a PNG has its transparent colour, 255 elsewhere."""
     samples = np.asarray(image.convert("L") if image.mode == "1" else image)
     key = np.array(png.key)
     if png.depth < 8:
@@ -511,7 +511,7 @@ def _opaque(image: Image.Image, png: Png) -> Image.Image:
 
 
 def _low_bytes(png: Png) -> np.ndarray:
-    """The low bytes of 16-bit RGB, of which Pillow keeps the high ones."""
+    """The low bytes of 16-bit RGB; Pillow itself keeps only the high ones."""
     image = Image.open(io.BytesIO(png.file), formats=("PNG",))
     # Read with the other byte order, the low byte is the high one.
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]

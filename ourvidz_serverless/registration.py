@@ -1,11 +1,11 @@
-"""A pod tells the application where it is.
+"""A pod posts its address to the application.
 
-As the specification's worker registration does: a POST to the edge function of the family, with the
-service key. A serverless endpoint has one address for ever and needs none of this.
+This is the specification's worker registration: a POST to the edge function of the family, with the
+service key. A serverless endpoint has a fixed address and does not need it.
 
-A worker that leaves tells nothing: both functions refuse a body without an address, and store the
-address of whoever posted last, which may be the next worker's by then. The application finds out
-by `/health`, which it asks before it uses a worker, and which answers 503 from SIGTERM on.
+A worker that leaves posts nothing: both functions refuse a body without an address, and store the
+last address that was posted, which may already be the next worker's. The application requests
+`/health` before it uses a worker, and `/health` answers 503 from SIGTERM on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FUNCTION = "update-worker-url"
 METHOD = "ourvidz_serverless"
 WITHIN_S = 15.0
 
-#: Half a minute in all: a pod's proxy takes a while to see that its port is open.
+#: Half a minute in all: a pod's proxy needs a while to notice that the port is open.
 RETRY = Retry(tries=6, base_s=1.0)
 
 
@@ -41,7 +41,7 @@ def _now() -> str:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another try may go better: `update-worker-url` answers 400 until it is reached."""
+    """Whether another try may succeed: `update-worker-url` answers 400 until `/health` answers."""
     return is_transient(error) or (isinstance(error, Fault) and error.status == 400)
 
 
@@ -83,11 +83,11 @@ class Registration:
 
     @property
     def host(self) -> str | None:
-        """The host name under which the application is told to find the worker."""
+        """The host name of the address that the application gets."""
         return urlsplit(self._worker_url).hostname
 
     def announce(self) -> None:
-        """Say where the worker is, in a few tries, until `close`."""
+        """Post the worker's address, in a few tries, until `close`."""
         body = {
             "worker_url": self._worker_url,
             "auto_registered": True,

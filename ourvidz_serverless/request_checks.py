@@ -1,10 +1,10 @@
-"""What every HTTP request is checked for before a route reads its body.
+"""The checks of every HTTP request, before a route reads its body.
 
-A worker with keys is guarded by them. A worker without keys has the browsers of its own machine to
-fear: any web page can send requests to it, and a name that was made to resolve to 127.0.0.1 (DNS
-rebinding) even lets the page read the answers. So without a key only the worker's own host names
-are answered, a foreign `Origin` is refused, and a body must be JSON, which no page of another
-origin can send unasked.
+Keys protect a worker that has them. A worker without keys can be attacked through a browser on its
+own machine: any web page can send requests to it, and with a host name that resolves to 127.0.0.1
+(DNS rebinding) the page can even read the answers. So without a key the worker answers only to its
+own host names, refuses a foreign `Origin`, and takes only JSON bodies, which a page of another
+origin cannot send without permission.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ourvidz_serverless import access
 from ourvidz_serverless.addresses import is_listed, is_loopback
 from ourvidz_serverless.errors import JobError, Unauthorized, WorkerUnavailable
 
-#: What RunPod's load balancer lets through.
+#: The limit of RunPod's load balancer.
 MAX_BODY_BYTES = 30_000_000
 
-#: What is read of a body whose key is not known yet: it may stand in the body.
+#: The limit for a body whose key is not known yet, since the body may hold it.
 MAX_BODY_BYTES_WITHOUT_KEY = 1_000_000
 
 #: Requests at once, with an accepted key and without. Together they are fewer than the
@@ -35,7 +35,7 @@ MAX_BODY_BYTES_WITHOUT_KEY = 1_000_000
 MAX_REQUESTS = 320
 MAX_REQUESTS_WITHOUT_KEY = 128
 
-#: What a caller is asked to wait, in seconds, when the worker has too many requests.
+#: The `Retry-After`, in seconds, when the worker has too many requests.
 RETRY_AFTER_S = 2
 
 #: Answered without a key, and however many requests there are.
@@ -107,7 +107,7 @@ def is_known(headers: Headers, keys: Collection[SecretStr]) -> bool:
 
 
 def body_limit(has_key: bool) -> int:
-    """How many bytes of a body are read."""
+    """The most bytes that a body may have."""
     return MAX_BODY_BYTES if has_key else MAX_BODY_BYTES_WITHOUT_KEY
 
 
@@ -124,7 +124,7 @@ def check_framing(headers: Headers, http_version: str) -> None:
 
 
 def check_length(headers: Headers, limit: int, has_key: bool) -> None:
-    """Refuse a body by the length that it announces, before a byte of it is read."""
+    """Refuse a body by its `Content-Length`, before a byte of it is read."""
     if int(headers.get("Content-Length", "0")) > limit:
         raise too_long(has_key)
 
@@ -161,7 +161,7 @@ def is_own_host(host: str, allowed_hosts: Collection[str]) -> bool:
 
 
 def _is_address(host: str) -> bool:
-    # A load balancer asks by address; an address is no name that could be made to lead here.
+    # A load balancer sends an address. An address is safe: no attacker's DNS resolves it.
     try:
         return bool(ipaddress.ip_address(_name(host)))
     except ValueError:
@@ -169,7 +169,7 @@ def _is_address(host: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """A `Host` header's name in lower case, without the port; empty where it is none."""
+    """A `Host` header's name in lower case, without the port; empty if it is invalid."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""The last jobs of this worker, by user, key and id: where each is, never what it holds."""
+"""The last jobs of this worker, by user, key and id: each one's state, never its contents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Roster:
                 self._ended.popitem(last=False)
 
     def find(self, identity: Identity) -> Mapping[str, Any] | None:
-        """What is known of a job; None where this worker has not had it, or forgot it."""
+        """What is known of a job; None if this worker has not had it, or has forgotten it."""
         with self._lock:
             found = self._under_way.get(identity)
             if found is None:

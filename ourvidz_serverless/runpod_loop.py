@@ -1,16 +1,16 @@
-"""RunPod's worker loop, with its faults mended: the one place where parts of the SDK are replaced.
+"""RunPod's worker loop without its faults: the only module that replaces parts of the SDK.
 
 What the SDK (1.12) does, and what `install` does instead:
 
-- After SIGTERM it stops running jobs while its poll for jobs is still open: a job that this poll
-  brings is never run and never answered. Here the poll ends first, and what it brings is run.
-  Nor is the poll hung up: a job may be on its way in it.
-- It drops a result after three tries, which take about four seconds. Here the tries go on for
+- After SIGTERM the SDK runs no further jobs while its poll for jobs is still open: a job from this
+  poll is never run and never answered. Here the poll ends first, and its job is run. The poll is
+  not cut off, since its answer may already hold a job.
+- The SDK drops a result after three tries, which take about four seconds. Here the tries go on for
   `RESULT_S`, and a result that was not taken is given to `keep`.
-- While the platform cannot be reached it asks again at once and logs every try. Here the waits
-  grow, and a line is logged when the platform is lost and when it is back.
-- A stop signal that comes before the job's task has begun is lost, and may lose the slot too. Here
-  the job is stopped as it begins.
+- While the platform cannot be reached the SDK asks again at once and logs every try. Here the waits
+  grow, and one line is logged when the outage begins, and one when it ends.
+- In the SDK a stop signal that comes before the job's task has begun is lost, and the job's slot
+  may be lost too. Here the job is stopped as it begins.
 
 The rest of the loop is the SDK's own. `tests/test_runpod_loop.py` fails where a version of the SDK
 changes what this module relies on.
@@ -36,10 +36,10 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.retries import TRANSIENT, Retry
 
-#: The version of the SDK whose insides are replaced here.
+#: The version of the SDK whose internals are replaced here.
 SDK = "1.12."
 
-#: How long a result is tried to be posted, in seconds. Meanwhile its job keeps its place.
+#: How long the tries to post a result go on, in seconds. Meanwhile its job keeps its place.
 RESULT_S = 120.0
 
 #: The waits between the tries of a result, and how long one may take.
@@ -52,18 +52,18 @@ POLL = Retry(base_s=0.5, max_s=30.0)
 #: that is tried again later comes under the same id.
 EARLY_STOP_S = 10.0
 
-#: How soon the end of the last job is seen while the worker closes, in seconds.
+#: How often a closing worker checks whether the last job has ended, in seconds.
 IDLE_POLL_S = 0.1
 
-#: The type that the SDK posts JSON with.
+#: The content type of the SDK's posts of JSON.
 HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
 
-#: Keeps a result that the platform did not take, of this job; where it is, if it could be kept.
+#: Stores a job's result that the platform did not take; returns its key, or None if that failed.
 Keep = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
 
 
 def install(close: Callable[[], None], keep: Keep, grace_s: float) -> None:
-    """Have `runpod.serverless.start` run this loop.
+    """Make `runpod.serverless.start` run this loop.
 
     `close` is called once, at SIGTERM or SIGINT. `grace_s` bounds the posting of results after it.
     Raises ModelLoadError for a version of the SDK that this module does not know.
@@ -91,7 +91,7 @@ class Loop(rp_scale.JobScaler):
 
     @property
     def is_closing(self) -> bool:
-        """Whether no further poll for jobs is begun."""
+        """Whether the loop begins no further poll for jobs."""
         return self._is_closing
 
     def handle_shutdown(self, signum: int, frame: object) -> None:
@@ -110,7 +110,7 @@ class Loop(rp_scale.JobScaler):
         self._is_closing = True
 
     async def _fetch_jobs(self, session: ClientSession, count: int) -> list[dict[str, Any]] | None:
-        """The jobs of one poll. The SDK calls this only when the poll before has ended."""
+        """The jobs of one poll. The SDK calls this only after the previous poll has ended."""
         if self.is_closing:
             await self._wait_until_idle()
             super().kill_worker()
@@ -126,7 +126,7 @@ class Loop(rp_scale.JobScaler):
         return jobs
 
     async def _wait_until_idle(self) -> None:
-        # Not the SDK's own wait at the end: during that one it listens to no stop signals.
+        # Replaces the SDK's own wait at the end, during which it ignores stop signals.
         while self.current_occupancy():
             await asyncio.sleep(IDLE_POLL_S)
 
@@ -136,7 +136,7 @@ class Loop(rp_scale.JobScaler):
             await asyncio.sleep(IDLE_POLL_S)
 
     async def _fetch_stops(self, session: ClientSession) -> list[str]:
-        """The jobs to stop, of one poll; it is given up once no job is left to be stopped."""
+        """The jobs to stop, from one poll; the poll is cancelled once no job is left."""
         asked = asyncio.ensure_future(rp_job.get_stop_signals(session))
         over = asyncio.ensure_future(self._shutdown_event.wait())
         try:
@@ -156,7 +156,7 @@ class Loop(rp_scale.JobScaler):
         return stops
 
     async def stop_job(self, job_id: str) -> bool:
-        """Stop a job that runs, or remember to stop it as it begins."""
+        """Stop a running job, or remember to stop it as it begins."""
         if job_id in self._begun:
             stopped: bool = await super().stop_job(job_id)
             return stopped
@@ -172,7 +172,7 @@ class Loop(rp_scale.JobScaler):
         if stopped_at is not None and time.monotonic() - stopped_at < EARLY_STOP_S:
             task = asyncio.current_task()
             assert task
-            # Takes effect where the handler first waits, so that the job ends as any stopped one.
+            # Takes effect at the handler's first `await`: the job ends like any stopped job.
             task.cancel()
         self._begun.add(job["id"])
         try:
@@ -210,7 +210,7 @@ async def post_result(
     remaining_s: Callable[[], float],
     policy: Retry = RESULT,
 ) -> str | None:
-    """Post what a job came to, at least once, until it is taken; why it was not, if it was not.
+    """Post a job's result, at least once, until it is taken. Returns why it was not, or None.
 
     A refusal that another try would not change ends the tries.
     """
@@ -231,7 +231,7 @@ async def post_result(
 async def post(
     session: ClientSession, job_id: str, body: bytes, is_stream: bool, within_s: float
 ) -> None:
-    """Post something about a job once; raises aiohttp's error, or TimeoutError."""
+    """Post a job's data once; raises aiohttp's error, or TimeoutError."""
     url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + f"&isStream={str(is_stream).lower()}"
     headers = {**HEADERS, "X-Request-ID": job_id}
     timeout = ClientTimeout(total=within_s)
@@ -241,49 +241,49 @@ async def post(
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another try may go better: no answer, or one that says that the platform is busy."""
+    """Whether another try may succeed: no answer, or an answer that the platform is busy."""
     if isinstance(error, ClientResponseError):
         return error.status in TRANSIENT or error.status >= 500
     return True
 
 
 def describe(error: Exception) -> str:
-    """An error without the URL that it names, which holds the endpoint's and the worker's ids."""
+    """An error in words without its URL, which holds the endpoint's and the worker's ids."""
     if isinstance(error, ClientResponseError):
         return f"HTTP {error.status}"
     return type(error).__name__
 
 
 class Outage:
-    """Says once that the platform gives something no more, and once that it does again."""
+    """Logs one line when polls of one kind begin to fail, and one when they succeed again."""
 
     def __init__(self, what: str) -> None:
         self._what, self._failures, self._told = what, 0, ""
 
     def failed(self, error: Exception) -> float:
-        """Take note of a failure; how long to wait before the next try, in seconds."""
+        """Note a failure. Returns the wait before the next try, in seconds."""
         self._failures += 1
         reason = describe(error)
         if reason != self._told:
-            log.warning("the platform gives no %s (%s); trying again", self._what, reason)
+            log.warning("the platform sends no %s (%s); trying again", self._what, reason)
         self._told = reason
         return POLL.wait_s(self._failures)
 
     def ended(self) -> None:
-        """Take note of an answer."""
+        """Note an answer."""
         if self._failures:
-            log.info("the platform gives %s again", self._what)
+            log.info("the platform sends %s again", self._what)
         self._failures, self._told = 0, ""
 
 
 class OneLineAnOutage:
-    """The log of the SDK's heartbeat, which has an error for each ping that fails."""
+    """The log of the SDK's heartbeat, with one line for each outage, not for each failed ping."""
 
     def __init__(self) -> None:
         self._log, self._is_down = RunPodLogger(), False
 
     def error(self, message: str) -> None:
-        """A ping that failed: told once, until one arrives again."""
+        """A failed ping: logged once, until a ping arrives again."""
         if not self._is_down:
             self._log.error(message)
         self._is_down = True
@@ -294,5 +294,5 @@ class OneLineAnOutage:
         self._log.debug(message)
 
     def info(self, message: str) -> None:
-        """What concerns no single ping."""
+        """Log what does not concern a single ping."""
         self._log.info(message)

@@ -158,10 +158,10 @@ MATERIAL = "content, material, themes, acts, activity"
 PATIENCE = 10  # fillers between a negation and what it forbids
 
 # A whole sentence of a system message that forbids: a negation, a list of these nouns, a verb or
-# none ("No school settings or minor context applies."). There the nouns that are FORBIDDEN too fall
-# silent, and nothing else does. Every word of the sentence must stand here, so that it can ask for
-# nothing: neither "No rules or minor context applies." nor "No, minor context applies." does so.
-# Not to be extended to adult, rule, limit, restriction, nor to another verb ("is refused").
+# none ("No school settings or minor context applies."). In it the nouns that are also in FORBIDDEN
+# are no signs; nothing else changes. Every word of the sentence must be in these tables, so that it
+# cannot ask for anything: "No rules or minor context applies." and "No, minor context applies." are
+# not recognised. Do not add adult, rule, limit, restriction, or another verb ("is refused").
 PROHIBITIONS = "no, never any, not any"
 PROHIBITED = """
 school, schools, college, colleges, classroom, classrooms, campus, minor, minors, underage,
@@ -354,10 +354,10 @@ def judge(
     found: Signs | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Verdict:
-    """What the floor says of a job: the signs in any of its texts add up.
+    """The verdict on a job: the signs in all of its texts add up.
 
     `found` are the signs in texts that were judged before. `check_stop` is called at each reading
-    of each text; what it raises ends the work.
+    of each text; an error that it raises ends the work.
     """
     minor, sexual = bool(found and found.minor), adult or bool(found and found.sexual)
     for tokens in chain.from_iterable(map(_readings, map(_without_prohibitions, texts))):
@@ -382,7 +382,7 @@ def audit_hash(texts: Iterable[CheckedText]) -> str:
 def _without_prohibitions(checked: CheckedText) -> str:
     """The text; in a system message the nouns that a prohibition forbids are replaced.
 
-    The rest of the sentence stays, so that the text around it is read as it was.
+    The rest of the sentence stays, so that the text around it is read as before.
     """
     if checked.role != "system":
         return checked.text
@@ -544,7 +544,7 @@ def _disclaimed(tokens: Tokens) -> Tokens:
     heard = tokens.copy()
     for i, token in enumerate(tokens):
         if token in _NEGATIONS:
-            # What was denied stays denied: "never refuse or avoid minors".
+            # A refusal that was denied stays denied: "never refuse or avoid minors".
             forbids = not patience or (forbids and not (is_denied and token in _REFUSALS))
             patience, is_denied = PATIENCE, token in _DENIALS
         elif patience and (token in _FORBIDDEN or _is_material(tokens, i)):
@@ -679,7 +679,7 @@ def _index(table: str, key: int = 0) -> Index:
 
 
 def _prohibition() -> re.Pattern[str]:
-    """The sentences that `PROHIBITIONS` describes, as they are written: no disguise is one."""
+    """The sentences that `PROHIBITIONS` describes, in their plain spelling only."""
     noun = rf"(?:{_either(PROHIBITED)})(?: (?:{_either(KINDS)}))?"
     by_and = rf"(?: and {noun}){{1,6}}"
     by_or = rf"(?:, {noun}){{0,6}}(?:,? n?or {noun}){{1,6}}"

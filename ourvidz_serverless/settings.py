@@ -247,9 +247,9 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _tidy(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the whitespace around values, and values that are nothing else.
+        """Strip whitespace from values, and drop values that are empty then.
 
-        A key of nothing stays: it would leave the worker open.
+        An empty key is not dropped, since without a key the worker would be open.
         """
         tidy = {name: v.strip() if isinstance(v, str) else v for name, v in given.items()}
         tidy = {name: value for name, value in tidy.items() if value != "" or name in KEY_NAMES}
@@ -292,7 +292,7 @@ def read() -> Settings:
 
 
 def read_for_worker() -> Settings:
-    """The same for a process that serves jobs: what it cannot do without is there, and holds."""
+    """The same for a process that serves jobs: what it needs is set, and valid."""
     settings = read()
     problems = _unnamed_models(settings), storage_problems(settings), _half_of_upstash(settings)
     _refuse(itertools.chain(*problems))
@@ -300,7 +300,7 @@ def read_for_worker() -> Settings:
 
 
 def storage_problems(settings: Settings) -> Iterator[str]:
-    """What keeps assets from `STORAGE_URL`, a line each."""
+    """Why assets cannot be stored at `STORAGE_URL`, one line for each reason."""
     scheme, bucket, _ = storage_place(settings)
     if scheme == "s3":
         if not values.is_bucket(bucket):
@@ -315,7 +315,7 @@ def storage_problems(settings: Settings) -> Iterator[str]:
 
 
 def storage_place(settings: Settings) -> tuple[str, str, str]:
-    """The scheme, the bucket and the prefix that `STORAGE_URL` names."""
+    """The scheme, the bucket and the prefix in `STORAGE_URL`."""
     scheme, _, rest = settings.storage_url.partition(":")
     bucket, _, prefix = rest.removeprefix("//").partition("/")
     return scheme, bucket, prefix
@@ -327,11 +327,11 @@ def is_on_runpod() -> bool:
 
 
 def _unnamed_models(settings: Settings) -> Iterator[str]:
-    """A paid worker must not serve the pocket model because nobody named another one."""
+    """On RunPod, the families without a named model: a paid worker needs one by name."""
     for variable in (MAIN_MODEL[family] for family in settings.families):
         if is_on_runpod() and variable.lower() not in settings.model_fields_set:
             yield (
-                f"{variable}: Field required on RunPod, a model's name, or pocket for the small "
+                f"{variable}: Field required on RunPod: a model's name, or pocket for the small "
                 "model of this repository"
             )
 
@@ -342,7 +342,7 @@ def _half_of_upstash(settings: Settings) -> Iterator[str]:
 
 
 def _different_keys(settings: Settings) -> Iterator[str]:
-    """The names of `WORKER_API_KEY` that hold another value than the first of them that is set."""
+    """The names of `WORKER_API_KEY` whose value differs from the first one that is set."""
     for name in OTHER_KEY_NAMES:
         if getattr(settings, name) not in ((), settings.worker_api_key):
             names = " and ".join(each.upper() for each in KEY_NAMES if each != name)

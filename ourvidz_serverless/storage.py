@@ -93,7 +93,7 @@ def of_job(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()) -> 
     """
     try:
         endpoint = urlsplit(config.endpointUrl or "")
-        host, _ = endpoint.hostname, endpoint.port  # a port that cannot be is a ValueError
+        host, _ = endpoint.hostname, endpoint.port  # an impossible port raises ValueError
         gate = None if host and is_listed(host, inner_hosts) else is_public
         if host and gate and not _may_be_passed(host, gate):
             raise InvalidPrompt(f"{ENDPOINT}: Input should be a host of the public internet")
@@ -266,7 +266,7 @@ class S3Storage:
                 secret=_secret(settings.bucket_secret_access_key),
                 region=settings.bucket_region,
             )
-        except ValueError as exc:  # botocore's, of a host that it takes for none
+        except ValueError as exc:  # botocore raises it for an invalid host
             raise ModelLoadError("BUCKET_ENDPOINT_URL: Input should be the URL of a host") from exc
 
     def put(self, key: str, data: bytes, mime: str) -> None:
@@ -383,7 +383,7 @@ class SupabaseStorage:
         path = answer.get("signedURL") if isinstance(answer, dict) else None
         if not isinstance(path, str):
             raise Fault(None)
-        # The key comes back as it is; Supabase's own clients make it a URL by `encodeURI`.
+        # The document holds the key unquoted; Supabase's own clients quote it by `encodeURI`.
         return quote(path, safe=URL_MARKS)
 
     def _ask(self, path: str, wish: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ class Project:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What carries the key to the project's own URLs."""
+        """The headers with the key, for the project's own URLs."""
         return key_headers(self.key)
 
     def has(self, url: str) -> bool:

@@ -1,7 +1,7 @@
-"""What the text of a setting must be, where its type alone does not say it.
+"""Checks of a setting's text, beyond its type.
 
-Each check returns its value, or raises ValueError with words that do not repeat the value: it may
-be a secret.
+Each check returns its value, or raises ValueError with a message that does not repeat the value,
+since it may be a secret.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 from pydantic import HttpUrl, SecretStr, TypeAdapter
 
-#: Standard Webhooks writes a secret's bytes in base64 behind this.
+#: Standard Webhooks writes a secret's bytes in base64 after this prefix.
 WEBHOOK_PREFIX = "whsec_"
 
 #: What a header carries unchanged: visible ASCII, without a space (RFC 9110, 5.5).
@@ -54,9 +54,9 @@ def signing_secret(secret: SecretStr) -> SecretStr:
 
 
 def webhook_key(secret: str) -> bytes:
-    """The bytes that sign by Standard Webhooks: what `whsec_` stands before, else the text itself.
+    """The signing key for Standard Webhooks: the base64 after `whsec_`, else the text itself.
 
-    Raises ValueError where `whsec_` stands before something else than base64.
+    Raises ValueError if `whsec_` is followed by something other than base64.
     """
     if not secret.startswith(WEBHOOK_PREFIX):
         return secret.encode()
@@ -70,7 +70,7 @@ def webhook_key(secret: str) -> bytes:
 
 
 def is_bucket(text: str) -> bool:
-    """Whether S3 clients take a text for the name of a bucket."""
+    """Whether S3 clients accept a text as the name of a bucket."""
     return bool(_BUCKET.fullmatch(text))
 
 
@@ -82,7 +82,7 @@ def region(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """A device that torch may have."""
+    """The name of a device, in torch's spelling."""
     if not _DEVICE.fullmatch(text):
         raise ValueError("Input should be auto, cpu, cuda or cuda:NUMBER")
     return text

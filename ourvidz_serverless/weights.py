@@ -1,6 +1,6 @@
 r"""Weighted prompts: a text becomes fragments, each with its weight.
 
-Brackets mean what they mean in A1111. A weight right behind a group, a quotation or a word means
+Brackets mean what they mean in A1111. A weight directly after a group, a quotation or a word means
 what it means in Compel.
 
     prompt    = { group | quotation | word | separator }
@@ -15,9 +15,9 @@ what it means in Compel.
     signs     = "+" { "+" } | "-" { "-" }    1.1 or 0.9, once for each sign
     separator = whitespace | "," | ";"
 
-Nested weights multiply. A backslash makes `( ) [ ] \ " + - . , : =` text. A whole number behind
-another and a colon is a time or a ratio and no weight: `(at 10:30)`, `(in 16:9)`. Behind a word
-that ends in a digit it is a weight, `(score_9:1)`, unless it is greater than any weight. Everything
+Nested weights multiply. A backslash makes `( ) [ ] \ " + - . , : =` text. A whole number after
+another and a colon is a time or a ratio, not a weight: `(at 10:30)`, `(in 16:9)`. After a word that
+ends in a digit it is a weight, `(score_9:1)`, unless it is greater than any weight. Everything
 else of the two languages is text: `[a:b:0.5]` and `BREAK` of A1111, `.blend()`, `.and()` and
 `.swap()` of Compel.
 
@@ -36,13 +36,13 @@ from dataclasses import dataclass
 MAX_WEIGHT = 3.0
 MAX_DEPTH = 16
 
-#: In one text. Each fragment of a weight below 1 is one row more for the text encoders.
+#: In one text. Each fragment with a weight below 1 is one more row for the text encoders.
 MAX_WEIGHTED = 256
 
-#: Of the number before a colon, in a time or a ratio: no longer one is looked for.
+#: The most digits of the number before a colon, in a time or a ratio.
 MAX_DIGITS = 4
 
-#: What a bracket weighs where no number is given.
+#: The weight of a bracket without a number.
 _BRACKETS = {"(": 1.1, "[": 1 / 1.1}
 _OPENED_BY = {")": "(", "]": "["}
 
@@ -101,7 +101,7 @@ def parse(text: str) -> Prompt:
 
 
 def listed(prompts: Iterable[Prompt]) -> Prompt:
-    """Prompts one behind the other, with commas between them."""
+    """Prompts one after the other, with commas between them."""
     pieces: list[tuple[str, float]] = []
     for prompt in prompts:
         pieces += [(", ", 1.0)] if pieces else []
@@ -197,7 +197,7 @@ def _is_ratio(match: re.Match[str]) -> bool:
 
 
 def _signed(word: str) -> tuple[str, str, str]:
-    """A word, the signs at its end, and the full stop behind them."""
+    """A word, the signs at its end, and the full stop after them."""
     body = word.rstrip(".!?")
     core = body.rstrip(body[-1]) if body.endswith(("+", "-")) else body
     if core.endswith("\\"):
@@ -211,7 +211,7 @@ def _signed(word: str) -> tuple[str, str, str]:
 
 
 def _value(text: str) -> float:
-    """A number, or signs; more signs than a thousand weigh no other way than a thousand."""
+    """A number, or signs; more than a thousand signs weigh the same as a thousand."""
     if text.startswith(("+", "-")):
         return _checked((1.1 if text[0] == "+" else 0.9) ** min(len(text), 1000))
     return _checked(float(text))
@@ -226,9 +226,9 @@ def _checked(weight: float) -> float:
 
 
 def _merged(pieces: list[tuple[str, float]]) -> Prompt:
-    """Neighbours of one weight made one, the empty ones left out; never no fragment at all.
+    """Join neighbours of one weight, and drop empty ones; at least one fragment stays.
 
-    Blank space between two fragments of one weight joins them, whatever it weighs itself.
+    Blank space between two fragments of one weight joins them, whatever its own weight is.
     """
     merged: list[tuple[list[str], float]] = []
     for text, exact in pieces:

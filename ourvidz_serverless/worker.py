@@ -101,7 +101,7 @@ class Worker:
 
         `reading` is what has been reading their files meanwhile.
         """
-        # All before the models, which take minutes: what does not hold is told at once.
+        # All before the models, which take minutes, so that an error shows at once.
         parts: dict[str, Any] = {
             "assets": storage.open_storage(settings),
             "callback": Callback.of(settings),
@@ -128,7 +128,7 @@ class Worker:
         return ANSWERS["health"](question, self._office)
 
     def check_device(self) -> None:
-        """Have each model's device compute something; raises RuntimeError where that goes wrong."""
+        """Compute something on each model's device; raises RuntimeError if that fails."""
         for model in self._models.values():
             model.device.check()
 
@@ -148,7 +148,7 @@ class Worker:
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
         timeout_s = jobs.timeout_s(event, self._settings.job_timeout_s)
         context = JobContext(stop, report, timeout_s, self._clock, emit)
-        # Nobody is told the end of another's job by its id.
+        # The identity holds user and key: a caller who only knows the id gets nothing.
         identity = jobs.identity(event)
         return self._flights.run(
             identity,
@@ -248,9 +248,9 @@ class Worker:
         return model
 
     def _announce(self, job: Job, context: JobContext) -> None:
-        """Tell the caller that the job has begun, where that is wanted; nothing depends on it.
+        """Post that the job has begun, if that is wanted. A failure does not matter.
 
-        It takes the job's own time, and ends when the job is stopped.
+        The post counts towards the job's time, and ends when the job is stopped.
         """
         if not self._settings.callback_processing:
             return
@@ -359,9 +359,9 @@ class Worker:
         job: Job | None,
         context: JobContext,
     ) -> Document:
-        """Post a document; one that cannot be delivered is kept beside the assets and says so.
+        """Post a document; one that cannot be delivered is stored, and says so.
 
-        Never raises: the job has ended, and what holds its place must hear of that.
+        Never raises: the job has ended, and its place must be given back.
         """
         # Whoever brings no key has no say in where its refusal goes.
         is_stranger = document.failure is not None and document.failure.code == "UNAUTHORIZED"
@@ -385,7 +385,7 @@ class Worker:
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a job's result, which the platform did not take, beside its assets; its key."""
-        # Whoever brings no key has no say in where a refusal lies.
+        # A caller without a key must not choose where the refusal is stored.
         is_stranger = (result.get("failure") or {}).get("code") == "UNAUTHORIZED"
         try:
             job = None if is_stranger else jobs.parse(event, self._settings)
@@ -403,7 +403,7 @@ class Worker:
     def _keep(
         self, document: Document, url: str | None, job: Job | None, patience: Patience
     ) -> str | None:
-        """Where an undelivered document lies now; None where it could not be kept."""
+        """Store an undelivered document; its key, or None if that failed."""
         # With the job's own URL, which whoever posts it again would not know.
         own = {"callback_url": url} if url else {}
         name, body = f"callback.{document.status}.json", {**document.callback(), **own}
@@ -417,8 +417,8 @@ class Worker:
         job: Job | None,
         patience: Patience,
     ) -> str | None:
-        """Store an undelivered document; its key, or None where it could not be stored."""
-        # Of a payload that could not be read, nobody knows whose folder it would be.
+        """Store a document by this name; its key, or None if that failed."""
+        # A payload that could not be read has no user, and so no user's folder.
         folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{job_id}"
         key = f"{folder}/{name}"
 
@@ -435,13 +435,13 @@ class Worker:
 
         why_not = _tried(job_id, store)
         if why_not:
-            log.warning("nor could its document be kept: %s", why_not)
+            log.warning("the document of job %s could not be stored: %s", job_id, why_not)
         return None if why_not else key
 
     def _patience(self, context: JobContext, most_s: float) -> Patience:
-        """For what is left to do when a job has ended: at most its own time, from now on.
+        """The time for what is left to do after a job's end: at most the job's own time.
 
-        Of a job that was stopped, or whose time or grace is over, `LAST_WORD_S`.
+        `LAST_WORD_S` if the job was stopped, or its time or the grace is over.
         """
         began = self._clock()
 
@@ -450,7 +450,7 @@ class Worker:
             own_s = 0.0 if self._closed.is_set() else context.remaining_s
             return min(most_s - spent_s, max(own_s, LAST_WORD_S - spent_s))
 
-        # A stop ends a wait, but one that was set before would end every wait.
+        # A stop ends a wait. A stop that is already set would end every wait at once.
         return Patience(left, time.sleep if context.stop.error else context.stop.wait)
 
 

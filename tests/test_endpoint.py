@@ -299,15 +299,15 @@ def test_a_refusal_that_the_platform_refuses_is_kept_too(
 def test_a_platform_that_is_away_is_told_of_once_and_served_again(tmp_path: Path) -> None:
     with Platform() as own, start(own, STORAGE_URL=f"file:{tmp_path}") as process:
         own.stop()
-        process.wait_for_log("the platform gives no jobs")
+        process.wait_for_log("the platform sends no jobs")
         time.sleep(5)
         away = process.log
         with Platform(port=own.port) as back:
             assert back.result(back.submit(sdxl_payload()))["output"]["status"] == "completed"
-            process.wait_for_log("the platform gives stop signals again")
+            process.wait_for_log("the platform sends stop signals again")
 
-    told = [line for line in away.splitlines() if "gives no" in line or "rror" in line]
-    assert len([line for line in told if "gives no jobs" in line]) <= 2, away
+    told = [line for line in away.splitlines() if "sends no" in line or "rror" in line]
+    assert len([line for line in told if "sends no jobs" in line]) <= 2, away
     assert len(told) <= 5, away
 
 

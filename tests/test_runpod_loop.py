@@ -181,8 +181,8 @@ def test_an_outage_is_told_once_and_its_end_once(caplog: pytest.LogCaptureFixtur
     outage.ended()
 
     assert [record.message for record in caplog.records] == [
-        "the platform gives no jobs (ClientConnectionError); trying again",
-        "the platform gives jobs again",
+        "the platform sends no jobs (ClientConnectionError); trying again",
+        "the platform sends jobs again",
     ]
 
 

@@ -56,11 +56,11 @@ ALSO_TEXT = ("api_key", "job_id", "job_type")
 #: Names that the caller's legacy fields use for the same.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
-#: What a job leaves of RunPod's timeout, to say that its time is up before RunPod does: seconds, or
-#: a share of it where that is less.
+#: How long before RunPod's timeout a job reports its own: seconds, or a share of RunPod's timeout
+#: if that is less.
 TIMEOUT_MARGIN_S, TIMEOUT_MARGIN = 30.0, 0.1
 
-#: The longest timeout that RunPod has, a week, in seconds.
+#: RunPod's longest timeout, a week, in seconds.
 MAX_TIMEOUT_S = 604_800
 
 FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat, "wan": wan, "admin": admin}
@@ -86,9 +86,9 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
 
 
 def model_of(job: Job, models: Mapping[str, Any]) -> Any | None:
-    """The model that serves a job, of those by family; None where none does.
+    """The model that serves a job, from the models by family; None if there is none.
 
-    A prompt for WAN is enhanced by the model that WAN's own jobs ask, where there is one.
+    A prompt for WAN is enhanced by the enhancer of WAN's own jobs, if there is one.
     """
     if isinstance(job, chat.ChatJob) and job.is_for_wan and "wan" in models:
         return models["wan"].enhancer or models.get("chat")
@@ -133,10 +133,10 @@ def job_id(event: Mapping[str, Any]) -> str | None:
 
 
 def identity(event: Mapping[str, Any]) -> Identity:
-    """Who a job is to everybody who joins, finds or stops it.
+    """The identity by which a job is joined, found or stopped.
 
-    A job without a user is known by the platform's own id: the ids of callers whom nobody tells
-    apart may be the same by chance, or on purpose.
+    A job without a user is known by the platform's own id: two anonymous callers may send the same
+    id, by chance or on purpose.
     """
     user, key, own = user_id(event), api_key(event), _text_of(event.get("id"))
     if user in (None, ANONYMOUS):

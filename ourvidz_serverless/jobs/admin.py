@@ -114,7 +114,7 @@ class Office:
     fate: Callable[[], Fate | None]
     ledger: Ledger | None
     opened: float = field(default_factory=time.monotonic)
-    #: The key of whoever asks now.
+    #: The key of the job that asks.
     asker_key: str | None = field(default=None, repr=False)
 
     #: Nothing is computed here.
@@ -165,7 +165,7 @@ def run(
     job: AdminJob, office: Office, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output]:
     """No output: the answer is in `context.reply`."""
-    # A target that this operation does not read must still be one that there is.
+    # A target must exist even if the operation does not read it.
     office.of(job)
     answer = ANSWERS[job.operation](job, office)
     context.reply["result"] = {"operation": job.operation, **answer}

@@ -77,7 +77,7 @@ class Message(Wire):
 
 class ChatConfig(Wire):
     system_prompt: str | None = Field(None, max_length=100_000)
-    #: Of `chat_enhance`: the type of the job that the prompt is for.
+    #: For `chat_enhance`: the type of the job that the prompt is for.
     job_type: str | None = Field(None, max_length=100)
 
 
@@ -262,7 +262,7 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
 
 
 def _as_wan_enhances(job: ChatJob, settings: Settings) -> ChatJob:
-    """The job with what WAN's enhanced jobs ask their enhancer, where it does not say itself."""
+    """The job with the settings of WAN's enhanced jobs, in the fields that it does not set."""
     sampling = {
         name: value for name, value in wan.ENHANCEMENT.items() if name not in job.model_fields_set
     }
@@ -332,7 +332,7 @@ def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
 
 
 def _start_of_check(reply: str, told: int) -> int:
-    """Where the text before a new piece begins that is read with it, at the start of a word."""
+    """The start, at a word, of the earlier text that is checked together with a new piece."""
     start = max(told - CHECKED_LETTERS, 0)
     if start <= LONGEST_WORD:
         return 0

@@ -32,8 +32,8 @@ MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 #: An exact copy is the reference, re-encoded by as little denoising as makes a step.
 COPY_STRENGTH = 0.05
 
-#: Up to here a denoise strength that the job names asks for the reference's own pixels, which an
-#: IP-Adapter does not keep: the application's exact copy is such a job.
+#: A denoise strength that a job sets, up to this value, keeps the reference's pixels, which an
+#: IP-Adapter does not do. The application's exact copy is such a job.
 NEAR_COPY_STRENGTH = 0.1
 
 #: How far a reference is changed when the job does not say: the more of it a type keeps, the
@@ -166,7 +166,7 @@ class SdxlJob(Job):
             CheckedText(self.compel_weights or "", "compel_weights"),
         ]
         if self.compel_enabled:
-            # As the model reads it: without a syntax that may part a word, or join two.
+            # As the model reads it: without the syntax, which may split a word or join two.
             parts = [part.text for part in self.weighted_prompt]
             texts += [CheckedText(between.join(parts), "prompt") for between in ("", " ")]
         return texts
@@ -203,7 +203,7 @@ class SdxlJob(Job):
 
     @cached_property
     def weighted_prompt(self) -> weights.Prompt:
-        """The prompt as the model takes it, with the terms of `compel_weights` behind it."""
+        """The prompt as the model reads it, followed by the terms of `compel_weights`."""
         terms = {"prompt": self.prompt}
         if self.compel_enabled:
             terms["compel_weights"] = self.compel_weights
@@ -253,7 +253,7 @@ class SdxlJob(Job):
 
     @property
     def keeps_pixels(self) -> bool:
-        """Whether the job asks for the reference's own pixels, and hardly any change of them."""
+        """Whether the job asks for the reference's own pixels, with hardly any change."""
         asked = self._denoise_asked_for
         return self.is_exact_copy or (asked is not None and asked <= NEAR_COPY_STRENGTH)
 
@@ -270,9 +270,9 @@ class SdxlJob(Job):
         return next((strength for strength in places if strength is not None), None)
 
     def seeds(self) -> list[int]:
-        """One seed an image, counting upwards from the job's own where the job names none.
+        """One seed for each image, upwards from the job's seed, or from `own_seed` if it has none.
 
-        They begin anew at 2^31, so that each reported seed is one that a job may ask for.
+        After 2^31 - 1 comes 0, so that a job may ask for each reported seed.
         """
         first = self.own_seed if self.config.seed is None else self.config.seed
         return [(first + index) % SEEDS for index in range(self.config.num_images)]

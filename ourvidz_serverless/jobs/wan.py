@@ -323,7 +323,7 @@ class WanJob(Job):
 
     @property
     def strength_asked_for(self) -> tuple[str, float] | None:
-        """The field that says how strongly to hold to a reference, and how strongly, 0 to 1."""
+        """The field that sets the strength of a reference, and that strength, 0 to 1."""
         changed = {
             "config.denoise_strength": self.config.denoise_strength,
             "metadata.denoise_strength": self.metadata.denoise_strength,
@@ -340,7 +340,7 @@ class WanJob(Job):
         return self.strength_asked_for[1] if self.strength_asked_for else 1.0
 
     def seed(self) -> int:
-        """The seed that the job names, or its own where it names none."""
+        """The job's seed, or `own_seed` if it has none."""
         return self.own_seed if self.config.seed is None else self.config.seed
 
 
@@ -500,9 +500,9 @@ def _prompt(job: WanJob, model: Any, seed: int, context: JobContext) -> str:
 
 
 def _read_by_wan(text: str, field: str) -> list[CheckedText]:
-    """A text, and what WAN reads where that differs: its pipelines mend what looks misencoded.
+    """A text, and WAN's reading of it if that differs: its pipelines repair misencoded text.
 
-    So does `prompt_clean` of diffusers; the HTML that it unescapes too, the floor reads anyway.
+    That is `prompt_clean` of diffusers. It also unescapes HTML, as the floor does by itself.
     """
     # Here, since other families' workers read this module too and need none of it.
     from ftfy import fix_text
@@ -560,7 +560,7 @@ def _conditioning(
 
 
 def _warn_of_strength(job: WanJob, route: str, is_subject: bool, context: JobContext) -> None:
-    """Say what a strength below 1 does to a given frame, or that it does nothing."""
+    """Warn that a strength below 1 weakens a given frame, or that it has no effect."""
     field, strength = job.strength_asked_for or ("", 1.0)
     if strength == 1.0:
         return
@@ -568,7 +568,7 @@ def _warn_of_strength(job: WanJob, route: str, is_subject: bool, context: JobCon
         context.warnings.append(f"{field}: the network for given frames takes no strength")
     elif not is_subject:
         context.warnings.append(
-            f"{field}: at {strength:.3g} the video need not keep to the given frame; at 1 it does"
+            f"{field}: at {strength:.3g} the video may leave the given frame; at 1 it keeps it"
         )
 
 

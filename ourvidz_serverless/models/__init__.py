@@ -4,7 +4,7 @@ A family is one module here with `load(settings, ledger) -> model` and `check(se
 and one row in `FAMILIES`. The table holds names, not modules: importing one imports torch, and no
 process should import what it does not serve. `load` registers its weights with the worker's ledger
 (see `residency`) and leaves the rest of their life to it. `check` raises ModelLoadError for
-settings that the device cannot do, before any family reads a weight.
+settings that the device does not support, before any family reads its weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         # transformers, diffusers and peft import it wherever they find it, which takes seconds.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     modules = {family: importlib.import_module(FAMILIES[family]) for family in settings.families}
-    # Of every family, before any of them reads its weights.
+    # Check every family before any of them reads its weights.
     for module in modules.values():
         module.check(settings, ledger)
     loaded = {family: module.load(settings, ledger) for family, module in modules.items()}

@@ -202,7 +202,7 @@ def regions(network: Any, home: Home, device: Device, settings: Settings) -> Reg
 
 
 def check_cache_dir(settings: Settings) -> None:
-    """Raise ModelLoadError where `COMPILE_CACHE_DIR` is no folder and cannot become one."""
+    """Raise ModelLoadError if `COMPILE_CACHE_DIR` is not a folder and cannot be made one."""
     folder = settings.compile_cache_dir
     if settings.compile == "off" or folder is None:
         return

@@ -50,23 +50,23 @@ class Decoder(Protocol):
 
 
 def normalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
-    """A VAE's latent (1, channels, h, w) in the scale that its UNet was trained in.
+    """A VAE's latent (1, channels, h, w), scaled as its UNet was trained.
 
-    SDXL's is a factor. Some checkpoints, such as Playground v2.5, have a mean and a deviation for
-    each channel besides.
+    SDXL scales by a factor. Some checkpoints, such as Playground v2.5, also have a mean and a
+    standard deviation for each channel.
     """
     mean, deviation = _statistics(latent, config)
     return (latent - mean) * config.scaling_factor / deviation
 
 
 def denormalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
-    """A UNet's latent (1, channels, h, w) as its VAE decodes it."""
+    """A UNet's latent (1, channels, h, w), scaled for its VAE."""
     mean, deviation = _statistics(latent, config)
     return latent * deviation / config.scaling_factor + mean
 
 
 def has_statistics(config: Any) -> bool:
-    """Whether a VAE has a mean and a deviation; diffusers leaves one without the other out."""
+    """Whether a VAE has both a mean and a deviation; diffusers ignores one without the other."""
     return None not in (config.get("latents_mean"), config.get("latents_std"))
 
 
@@ -199,7 +199,7 @@ def _tiny(config: Any, tensors: loading.Tensors, device: Device, like: Any) -> T
 
 
 def _check_latents(tiny: Any, like: Any) -> None:
-    """Raise ValueError in words where a tiny VAE is for other latents than a VAE's."""
+    """Raise ValueError, with the reason, if a tiny VAE is for other latents than a VAE's."""
     if has_statistics(like):
         raise ValueError(
             "SDXL_MODEL scales its latents by latents_mean and latents_std, which no tiny VAE knows"

@@ -49,18 +49,18 @@ LOST = {
     999: "unknown error",
 }
 
-#: How an error of the device begins: of torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`) and of
+#: The beginnings of the device's errors in torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`) and in
 #: Triton.
 OF_THE_DEVICE = ("CUDA error", "CUDA driver error", "HIP error", "HIP driver error", "Triton Error")
 
 #: A library's kernel that began and did not end; what was wrong is told to later calls only.
 LIBRARIES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
 
-#: The number of "out of memory" (`cudaErrorMemoryAllocation`).
+#: CUDA's error number for "out of memory" (`cudaErrorMemoryAllocation`).
 OUT_OF_MEMORY = 2
 
-#: How a library says that an allocation did not fit. "Not initialized" is among them: a library
-#: makes its handle at its first call, and on a full device the handle has no room.
+#: The libraries' errors for an allocation that did not fit. "Not initialized" is one: a library
+#: makes its handle at its first call, and on a full device there is no memory for the handle.
 ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -106,7 +106,7 @@ class Device:
         if name.type == "cuda" and not cuda:
             raise ModelLoadError("DEVICE: cuda is asked for, and this machine has none")
         if name.type == "cuda" and (name.index or 0) >= torch.cuda.device_count():
-            raise ModelLoadError(f"DEVICE: {name} is asked for, and this machine has no such one")
+            raise ModelLoadError(f"DEVICE: this machine has no {name}")
         auto = on_gpu if name.type == "cuda" else torch.float32
         counted = memory if isinstance(memory, CountedMemory) else None
         return cls(name, DTYPES.get(settings.dtype, auto), counted)
@@ -116,7 +116,7 @@ class Device:
         return self.name.type == "cuda"
 
     def check(self) -> None:
-        """Multiply two small matrices on the device; raises RuntimeError where that goes wrong."""
+        """Multiply two small matrices on the device; raises RuntimeError if the result is wrong."""
         side = torch.arange(CHECK_SIDE)
         # Integers that bf16 holds exactly, and a matrix that moves each row down by one.
         numbers = ((side[:, None] + side) % CHECK_SIDE).to(self.dtype)
@@ -223,7 +223,7 @@ class Device:
         return tensor.is_cuda
 
     def pin(self, num_bytes: int) -> Block | None:
-        """A block of pinned memory, or None where the system pins no such amount."""
+        """A block of pinned memory, or None if the system cannot pin so much."""
         try:
             return Block(num_bytes, torch.cuda.cudart())
         except (RuntimeError, OSError):
@@ -280,7 +280,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation did not fit.
 
     torch's allocators raise OutOfMemoryError on a GPU and say it in words on a CPU. The driver and
-    the libraries, which allocate by themselves, are told of as a RuntimeError with their words.
+    the libraries allocate by themselves: torch raises a RuntimeError with their message.
     """
     if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
         return True

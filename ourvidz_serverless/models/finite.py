@@ -1,6 +1,6 @@
-"""Latents and pictures that are not finite: a job that has one fails, and says so.
+"""Latents and pictures that are not finite: their job fails, and its error says so.
 
-A byte cannot hold such a value, and a cast makes it black. The job would then end as completed.
+A byte cannot hold such a value: a cast makes it black, and the job would end as completed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ def checked(values: torch.Tensor, what: str) -> torch.Tensor:
     if not all(torch.isfinite(end) for end in torch.aminmax(values)):
         raise InternalError(
             f"the generation failed: {what} is not finite; "
-            "a strong LoRA or word weight, or a damaged checkpoint, does that"
+            "a strong LoRA or word weight, or a damaged checkpoint, can cause that"
         )
     return values

@@ -18,8 +18,8 @@ from diffusers.models.embeddings import (
 )
 from PIL import Image
 
-#: What an adapter's projection reads of the image encoder: the picture's embedding, or the hidden
-#: states of its patches.
+#: The image encoder's output that an adapter's projection reads: the picture's embedding, or the
+#: hidden states of its patches.
 OF_THE_PICTURE = (ImageProjection,)
 OF_ITS_PATCHES = (IPAdapterPlusImageProjection, IPAdapterFullImageProjection)
 
@@ -58,7 +58,7 @@ class IpAdapter:
             processor.scale = [scale if what and name.startswith(self._block(what)) else 0.0]
 
     def embed(self, image: Image.Image | None, is_guided: bool) -> torch.Tensor:
-        """What the UNet is shown of a picture, the empty one first if guided.
+        """The image embeddings for the UNet, those of an empty picture first if guided.
 
         That is (1 or 2, 1, dim), or (1 or 2, 1, patches, dim) for an IP-Adapter Plus.
         """
@@ -82,10 +82,10 @@ class IpAdapter:
 
 
 def _empty_embedding(pipe: Any) -> tuple[int, ...]:
-    """The shape of what one row of the UNet is shown where there is no picture.
+    """The shape of the image embedding of one row of the UNet, where there is no picture.
 
-    Raises ValueError in words where the adapter reads something else, as FaceID does, or was
-    trained beside another image encoder.
+    Raises ValueError, with the reason, if the adapter reads another input, as FaceID does, or was
+    trained with another image encoder.
     """
     (projection,) = pipe.unet.encoder_hid_proj.image_projection_layers
     encoder = pipe.image_encoder.config
@@ -96,11 +96,11 @@ def _empty_embedding(pipe: Any) -> tuple[int, ...]:
         patches = (encoder.image_size // encoder.patch_size) ** 2 + 1
         width, shape = encoder.hidden_size, (1, patches, encoder.hidden_size)
     else:
-        raise ValueError(f"{type(projection).__name__} reads more than an image encoder gives")
+        raise ValueError(f"{type(projection).__name__} does not read an image encoder's output")
     linear = next(each for each in projection.modules() if isinstance(each, torch.nn.Linear))
     if linear.in_features != width:
         raise ValueError(
-            f"it reads {linear.in_features} numbers, where image_encoder gives {width}: "
-            "it belongs to another encoder"
+            f"it reads {linear.in_features} numbers, and image_encoder has {width}: "
+            "it was trained with another encoder"
         )
     return shape

@@ -19,7 +19,7 @@ from ourvidz_serverless.models.device import Device
 #: SDXL's a third of one.
 KEPT_BYTES = 128 << 20
 
-#: What an embedding is made of: a text, and how it is read.
+#: The key of an embedding: a text, and how it is read.
 Key = TypeVar("Key", bound=Hashable)
 
 #: What an encoder gives for one text.
@@ -41,9 +41,9 @@ class Kept:
         return len(self._rows)
 
     def get(self, read: Callable[[Key], Row], key: Key) -> Row:
-        """The embedding for a key, on the device: the kept one, or what `read` makes of the key.
+        """The embedding for a key, on the device: from the cache, or made from the key by `read`.
 
-        `read` is given nothing else, so that whatever changes an embedding is part of its key.
+        `read` gets only the key, so everything that changes an embedding must be part of its key.
         """
         found = self._rows.get(key)
         if found is not None:

@@ -97,9 +97,9 @@ def read_parts(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors
 
 
 def _index(name: str) -> str:
-    """The name of the index of weights in pieces.
+    """The file name of the index of weights in several files.
 
-    A variant stands before the ending, whatever the ending is: `model.safetensors.index.fp16.json`.
+    A variant comes before the last suffix: `model.safetensors.index.fp16.json`.
     """
     weights, dot, variant = name.partition(".")
     return f"{weights}.safetensors.index{dot}{variant}.json"

@@ -1,8 +1,8 @@
-"""LoRAs that were downloaded, in one folder: each under its source, all of them within a size.
+"""Downloaded LoRAs in one folder of a limited size, each named by its source.
 
-A source is a URL with its query, since hosts tell files apart by it. A signature in the query is
-new each time and is left out. Who sends one has a right that others may not have, so what was
-signed is kept for that user alone; what needs no signature is kept for everybody.
+A source is a URL with its query, since the query may select the file. A signature in the query is
+left out, since each one is new. A user who sends a signature may have a right that others lack: a
+download by a signed URL is kept for that user alone. Other downloads are kept for everybody.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _keeping = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Downloads:
-    """The folder may hold `max_bytes`; what was used the longest ago leaves it first."""
+    """The folder may hold `max_bytes`; the least recently used file is deleted first."""
 
     folder: Path
     max_bytes: int
 
     def path(self, url: str, user_id: str) -> Path:
-        """Where a user's download of a URL lies, or will lie. Raises ValueError for no URL."""
+        """The path of a user's download of a URL. Raises ValueError if it is not a URL."""
         parts = urlsplit(url)
         query, is_signed = unsigned(parts.query)
         owner = user_id if is_signed else None
@@ -54,10 +54,10 @@ class Downloads:
         return True
 
     def keep(self, path: Path, data: bytes) -> None:
-        """Write a download, and make room for it.
+        """Store a download, and make room for it.
 
-        Raises ModelLoadError, and keeps nothing, where it is no safetensors file, or where the
-        files that are in use leave no room.
+        Raises ModelLoadError, and stores nothing, if it is not a safetensors file, or if the files
+        in use leave no room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _keeping:
@@ -69,7 +69,9 @@ class Downloads:
                 checkpoints.header(fresh)
                 fresh.replace(path)
             except ValueError as exc:
-                raise ModelLoadError("config.loras: the URL gives no safetensors file") from exc
+                raise ModelLoadError(
+                    "config.loras: the URL leads to no safetensors file"
+                ) from exc
             finally:
                 fresh.unlink(missing_ok=True)
 

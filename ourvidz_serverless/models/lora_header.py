@@ -2,7 +2,7 @@
 
 diffusers hands these settings to PEFT as they are. With some of them PEFT imports a module by its
 name, changes the checkpoint's own weights, or matches a regular expression against each layer's
-name. A file that comes from elsewhere has no say in that, so its header is checked first.
+name. A job's file must not control that, so its header is checked first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_RANK = 4096
 #: plain one.
 NAME = re.compile(r"\^?[\w.-]{1,256}", re.ASCII)
 
-#: Kept for people, or for training.
+#: Settings without effect here: notes for people, or for training.
 UNUSED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -37,14 +37,14 @@ UNUSED = {
 
 
 def check(path: Path) -> None:
-    """Raise ValueError in words where a file's header, or a name in it, is not a plain LoRA's."""
+    """Raise ValueError, with the reason, if a file's header is not a plain LoRA's."""
     with safe_open(path, "pt") as file:
         names, raw = list(file.keys()), (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     if not all(map(_is_name, names)):
         raise ValueError("has a tensor with characters in its name that no layer's name has")
     settings = json.loads(raw) if raw else {}
     if not isinstance(settings, dict):
-        raise ValueError("has adapter metadata that is no table")
+        raise ValueError("has adapter metadata that is not a table")
     defaults = LoraConfig().to_dict()
     for key, value in settings.items():
         # Each setting's name stands behind its network's: `unet.r`.
@@ -52,7 +52,7 @@ def check(path: Path) -> None:
         if name not in defaults:
             raise ValueError("has adapter metadata that this version of PEFT does not know")
         if name not in UNUSED and not _is_served(name, value, defaults[name]):
-            raise ValueError(f"has a value of {name} in its adapter metadata that is not served")
+            raise ValueError(f"has a value of {name} in its adapter metadata that is not supported")
 
 
 def _is_served(name: str, value: Any, default: Any) -> bool:
@@ -106,6 +106,6 @@ SERVED: dict[str, Callable[[Any], bool]] = {
     "use_dora": _is_flag,
     "lora_bias": _is_flag,
     "fan_in_fan_out": _is_flag,
-    # Other ways to begin take the checkpoint's own weights apart.
+    # Other initialisations change the checkpoint's own weights.
     "init_lora_weights": lambda value: value in (True, False, "gaussian"),
 }

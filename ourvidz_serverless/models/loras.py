@@ -1,7 +1,7 @@
 """LoRAs (arXiv:2106.09685): small weights that one job adds to a checkpoint, and leaves behind.
 
-Only safetensors are read, from one folder by name, or from allowed hosts by URL; what comes by URL
-is kept in that folder's `downloads/`.
+Only safetensors are read, by name from one folder, or by URL from allowed hosts. Downloads are kept
+in that folder's `downloads/`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoraShelf:
     def path(self, source: str, user_id: str) -> Path:
         """The file of a name, or of a URL that the user's job has fetched.
 
-        Raises InvalidPrompt for a name that nothing lies under, or a URL that is none.
+        Raises InvalidPrompt for a name without a file, or an invalid URL.
         """
         folder = self._place()
         if ":" in source:
@@ -100,7 +100,7 @@ def applied(pipe: Any, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
             _load(pipe, name, path)
         pipe.set_adapters(names, [scale for _, scale in loras])
         for network in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
-            # PEFT's own layers begin in training, in which they drop values out.
+            # PEFT's new layers are in training mode, in which dropout is active.
             network.eval()
         yield
     finally:
@@ -108,13 +108,13 @@ def applied(pipe: Any, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
 
 
 def _load(pipe: Any, name: str, path: Path) -> None:
-    """Add a LoRA of a file, at the strength that the file tells, as diffusers does."""
+    """Add a file's LoRA, with the strength in the file's header, as diffusers does."""
     try:
         lora_header.check(path)
     except (SafetensorError, OSError) as exc:
         raise ModelLoadError(f"config.loras: {path.stem[:12]} is no LoRA of this model") from exc
     except ValueError as exc:
-        why = "has a header that is broken" if isinstance(exc, json.JSONDecodeError) else exc
+        why = "has a broken header" if isinstance(exc, json.JSONDecodeError) else exc
         raise ModelLoadError(f"config.loras: {path.stem[:12]} {why}") from exc
     try:
         pipe.load_lora_weights(

@@ -3,11 +3,11 @@
 A GPU copies from page-locked ("pinned") memory at the bus's full speed. torch's own allocator of it
 (ATen/core/CachingHostAllocator.h) rounds each tensor up to a power of two, and keeps what is freed
 for the next tensor of that size: 14.2 GiB of Qwen2.5-7B take 27.0, and dropping them gives nothing
-back. `pinned_max_cached_size_mb` would end both, for every tensor of the process: chat sends
-numbers to the device at each step, from pinned memory that is fast because it is kept.
+back. `pinned_max_cached_size_mb` would stop both, but for every tensor of the process: chat sends
+numbers to the device at each step, and the cache makes their pinned memory fast.
 
-So a model has a block of its own, which CUDA is told of. The block is as large as the tensors in
-it, and is given back as a whole. torch's cache stays what it is, for what is small and comes often.
+So each model has a block of its own, registered with CUDA. The block is as large as the tensors in
+it, and is freed as a whole. torch's cache stays as it is for small, frequent tensors.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PORTABLE = 1
 
 
 class Runtime(Protocol):
-    """The part of CUDA's runtime that pins memory, as `torch.cuda.cudart()` has it.
+    """The part of CUDA's runtime that pins memory, as in `torch.cuda.cudart()`.
 
-    Each call returns CUDA's error code, which is 0 where there is none.
+    Each call returns CUDA's error code, 0 if there is no error.
     """
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int, /) -> SupportsInt: ...
@@ -42,14 +42,14 @@ class Block:
     """Memory of the host that is pinned until `release`. Tensors in it keep it mapped."""
 
     def __init__(self, num_bytes: int, runtime: Runtime) -> None:
-        """Raises RuntimeError where the system does not pin so much."""
+        """Raises RuntimeError if the system cannot pin so much."""
         with _plainly():
             self._memory = torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)
         self._used = 0
         address = self._memory.data_ptr()
         if code := int(runtime.cudaHostRegister(address, num_bytes, PORTABLE)):
-            raise RuntimeError(f"{num_bytes} bytes are not pinned, by CUDA's error {code}")
-        # Also where nobody calls `release`: memory must not be unmapped while it is pinned.
+            raise RuntimeError(f"CUDA cannot pin {num_bytes} bytes (error {code})")
+        # Runs even if nobody calls `release`: memory must not be unmapped while it is pinned.
         self._unpin = weakref.finalize(self, runtime.cudaHostUnregister, address)
         self._unpin.atexit = False
 
@@ -58,7 +58,7 @@ class Block:
         return self._memory.nbytes
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor, with its strides where it has no gaps, in the next free part."""
+        """A copy of a tensor in the next free part; it keeps its strides if it has no gaps."""
         start = self._used
         self._used += _aligned(tensor.nbytes)
         strides = torch.empty_like(tensor, device="meta").stride()
@@ -67,12 +67,12 @@ class Block:
             return part.as_strided(tensor.shape, strides).copy_(tensor)
 
     def release(self) -> None:
-        """Unpin it. The memory itself goes with the last tensor in it."""
+        """Unpin it. The memory itself is freed with the last tensor in it."""
         self._unpin()
 
 
 def block_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """How large a block is that holds these tensors."""
+    """The size of a block that holds these tensors."""
     return sum(_aligned(tensor.nbytes) for tensor in tensors)
 
 
@@ -89,6 +89,6 @@ def _aligned(num_bytes: int) -> int:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """Make no tensor of inference mode, which nobody may write to outside of it."""
+    """Leave inference mode: its tensors cannot be written to outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,9 +1,9 @@
 """Prompts to SDXL's conditioning: both encoders, any length, any weights.
 
-CLIP reads 77 tokens. A longer text is read in chunks of at most 75, each between its own start and
-end token, and the chunks' hidden states are laid end to end. A chunk ends where a sentence does,
-else a phrase, else a word, as in Compel; nothing is left out. The pooled embedding is that of the
-first 75 tokens, as in diffusers, and is not weighted.
+CLIP reads 77 tokens. A longer text is read in chunks of at most 75, each with its own start and
+end token, and the chunks' hidden states are concatenated. As in Compel, a chunk ends after a
+sentence, else after a phrase, else after a word; nothing is left out. The pooled embedding is that
+of the first 75 tokens, as in diffusers, and is not weighted.
 
 Weights are applied by Compel's arithmetic (https://github.com/damian0815/compel). A weight other
 than 1 scales the distance of a word's hidden states from those of an empty prompt. A weight below
@@ -24,13 +24,13 @@ import torch
 from ourvidz_serverless.models.residency import Check
 from ourvidz_serverless.weights import Prompt, plain
 
-#: Rows of 77 tokens in one forward: enough to fill a device, and a stop waits for no more.
+#: Rows of 77 tokens in one forward: enough to fill a device, and few enough to stop soon.
 MAX_ROWS = 16
 
 #: A weight of 0 would blend in the masked prompt alone, with a factor beyond all numbers.
 MIN_WEIGHT = 1e-5
 
-#: Where a chunk may end, best first: behind a sentence, a phrase, a word.
+#: Where a chunk may end, best first: after a sentence, a phrase, a word.
 BOUNDARIES: tuple[Callable[[str], bool], ...] = (
     lambda token: token == ".</w>",
     lambda token: token in (".</w>", ",</w>", ";</w>", ":</w>"),
@@ -59,8 +59,8 @@ class Embedding:
 class Rows:
     """A prompt as one encoder's rows of 77 tokens, a row a chunk.
 
-    `ids` and `weights` are (n, 77). `spans` are the fragments of a weight below 1: that weight,
-    and their first and last position, counted through all rows.
+    `ids` and `weights` are (n, 77). `spans` are the fragments with a weight below 1: the weight,
+    and the first and last position, counted over all rows.
     """
 
     ids: torch.Tensor
@@ -76,7 +76,7 @@ class Rows:
         width = self.ids.shape[1]
         for index in range(first // width, last // width + 1):
             mask = torch.ones_like(self.ids[0])
-            # The tokens between which a full chunk stands are never masked.
+            # A row's start and end token are never masked.
             mask[max(first - index * width, 1) : min(last + 1 - index * width, width - 1)] = 0
             yield index, mask
 
@@ -104,7 +104,7 @@ class Encoder:
 
     @torch.inference_mode()
     def pool(self, prompt: Prompt, check: Check) -> torch.Tensor:
-        """The first output (1, dim) for a prompt's first 75 tokens, whatever their weights."""
+        """The first output (1, dim) for a prompt's first 75 tokens, without weights."""
         ids = [each for each, _ in self._tokens(prompt)]
         return self._forward(self._row(ids[: self._room])[None], None, check)[1]
 
@@ -175,13 +175,13 @@ class Encoder:
 
 
 def _places(parts: Sequence[Sequence[int]], width: int) -> Iterator[int]:
-    """The position of each token in rows that are laid end to end."""
+    """The position of each token in the concatenated rows."""
     for index, part in enumerate(parts):
         yield from range(index * width + 1, index * width + 1 + len(part))
 
 
 def _scaled(hidden: torch.Tensor, empty: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each token's hidden state, as far from the empty prompt's as its weight says."""
+    """Each token's hidden state, its distance from the empty prompt's scaled by its weight."""
     factors = weights[..., None]
     return torch.where(factors == 1, hidden, empty + (hidden - empty) * factors)
 
@@ -211,9 +211,9 @@ class PromptEncoder:
         self._second = Encoder(pipe.tokenizer_2, pipe.text_encoder_2)
 
     def encode(self, prompt: Prompt, check: Check = lambda: None) -> Embedding:
-        """The embedding of a prompt; a short plain one is read as `pipe.encode_prompt` reads it.
+        """The embedding of a prompt; for a short plain one it equals `pipe.encode_prompt`'s.
 
-        `check` is called between forwards; what it raises ends the reading.
+        `check` is called between forwards; an error that it raises ends the encoding.
         """
         one, _ = self._first.read(prompt, check)
         two, pooled = self._second.read(prompt, check)
@@ -244,7 +244,7 @@ def chunks(tokenizer: Any, ids: list[int]) -> list[list[int]]:
 
 
 def _size(tokens: Sequence[str]) -> int:
-    """How many of these tokens one chunk takes: all, where there is no boundary in them."""
+    """How many of these tokens one chunk takes: all, if there is no boundary in them."""
     for is_boundary in BOUNDARIES:
         for index in reversed(range(len(tokens))):
             if is_boundary(tokens[index]):

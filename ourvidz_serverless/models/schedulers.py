@@ -36,7 +36,7 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lcm": (LCMScheduler, {}),
 }
 
-#: More than two: consistency models' schedulers have a way of their own for two steps.
+#: More than two: consistency models' schedulers treat two steps in a special way.
 REHEARSED_STEPS = 4
 
 
@@ -55,8 +55,8 @@ def make_scheduler(config: Any, name: str | None) -> Any:
 def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> None:
     """Set a scheduler to so many steps.
 
-    Raises InvalidPrompt where it takes no such number: a distilled checkpoint's own scheduler takes
-    no more than it was distilled for.
+    Raises InvalidPrompt if the scheduler cannot take so many: that of a distilled checkpoint has a
+    limit.
     """
     try:
         scheduler.set_timesteps(steps, device=device)
@@ -67,10 +67,10 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) ->
 
 
 def rehearse(config: Any) -> None:
-    """Take one step by a checkpoint's own scheduler, on latents that are nothing.
+    """Take one step with a checkpoint's own scheduler, on zero latents.
 
-    It raises whatever the scheduler raises that cannot run SDXL's loop, such as one for flow
-    matching, which has no `init_noise_sigma`.
+    A scheduler that cannot run SDXL's loop raises its own error here: one for flow matching has no
+    `init_noise_sigma`.
     """
     scheduler = make_scheduler(config, None)
     most = config.get("original_inference_steps") or REHEARSED_STEPS

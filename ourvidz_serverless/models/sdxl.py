@@ -93,7 +93,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Sdxl:
 
 
 def check(settings: Settings, ledger: Ledger) -> None:
-    """Raise ModelLoadError where the device cannot do what the settings ask of SDXL."""
+    """Raise ModelLoadError if the device does not support SDXL's settings."""
     device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
     fp8.is_wanted(settings, device)
     attention.check(settings.attention_backend, device)
@@ -472,7 +472,7 @@ class Sdxl:
         ways = [(each, each.for_batch(len(seeds))) for each in (conditioning, conditioning.plain())]
         levers = schedule.levers
         guided_steps = levers.guided_steps(len(timesteps))
-        # Without noise of its own, as in diffusers' pipelines; TCD's step adds some by default.
+        # The step adds no noise of its own, as in diffusers' pipelines; TCD's does by default.
         extra = _accepted(scheduler.step, generator=generators, eta=0.0)
         settled = levers.settled_steps(len(timesteps))
         cache, count = DeepCache(self._unet, levers.deep_every, settled), Tally()

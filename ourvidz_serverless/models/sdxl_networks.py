@@ -1,7 +1,7 @@
-"""Whether a checkpoint's networks belong together as SDXL's do (arXiv:2307.01952).
+"""Whether a checkpoint's networks fit together as SDXL's do (arXiv:2307.01952).
 
 Networks of other kinds have SDXL's classes: UNets for inpainting (9 channels) and for editing (8),
-the refiner. Each would load, and fail in each job.
+and the refiner. They would load, and then fail in every job.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SIZES = 6
 
 
 def check_networks(unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) -> None:
-    """Raise ValueError in words where these configurations are not of one SDXL."""
+    """Raise ValueError, with the reason, if these configurations do not form an SDXL."""
     _check_channels(unet, vae)
     _check_conditions(unet)
     _check_width(
@@ -33,20 +33,20 @@ def _check_channels(unet: Any, vae: Any) -> None:
     if unet.in_channels != channels:
         raise ValueError(
             f"its UNet takes {unet.in_channels} channels, as one for inpainting or editing does, "
-            f"where its latents have {channels}"
+            f"but its latents have {channels}"
         )
     if unet.out_channels != channels:
         raise ValueError(
-            f"its UNet gives {unet.out_channels} channels, where its latents have {channels}"
+            f"its UNet gives {unet.out_channels} channels, but its latents have {channels}"
         )
     for name in ("latents_mean", "latents_std"):
         values = vae.get(name)
         if values is not None and len(values) != channels:
-            raise ValueError(f"its VAE has {len(values)} {name}, where its latents have {channels}")
+            raise ValueError(f"its VAE has {len(values)} {name}, but its latents have {channels}")
 
 
 def _check_conditions(unet: Any) -> None:
-    """What SDXL's UNet is told beside the text: sizes, and nothing else."""
+    """Check the UNet's conditions beside the text: SDXL's has sizes and nothing else."""
     wanted = {
         "addition_embed_type": "text_time",
         "class_embed_type": None,
@@ -54,12 +54,12 @@ def _check_conditions(unet: Any) -> None:
     }
     for name, value in wanted.items():
         if unet.get(name) != value:
-            raise ValueError(f"its UNet has {name} {unet.get(name)}, where SDXL's has {value}")
+            raise ValueError(f"its UNet has {name} {unet.get(name)}, but SDXL's has {value}")
 
 
 def _check_width(what: str, found: int, wanted: int) -> None:
     if found != wanted:
         raise ValueError(
-            f"{what} are {found} numbers wide, where its UNet takes {wanted}: "
+            f"{what} are {found} numbers wide, but its UNet takes {wanted}: "
             "it is another kind, such as a refiner"
         )

@@ -1,9 +1,9 @@
 """The tensors of torch modules, on the device, in the host's memory, or on the disk alone.
 
 A `Movable` for any family: the modules stay the same objects wherever their tensors are, so
-whatever refers to them need not know. On its way off a GPU a model is copied into pinned memory
-(`models.pinned`), from which it is back at the bus's full speed, and the copy is kept until it is
-dropped: weights do not change, so leaving a second time costs nothing.
+whatever refers to them need not know. When a model leaves a GPU it is copied into pinned memory
+(`models.pinned`), from which it returns at the bus's full speed. The copy is kept until the model
+is dropped: weights do not change, so leaving a second time needs no copy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tensors:
 
     @property
     def pinned_bytes(self) -> int:
-        """What it has of the host's pinned memory."""
+        """How much of the host's pinned memory it uses."""
         return self._block.num_bytes if self._block else 0
 
     @property

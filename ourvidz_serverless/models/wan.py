@@ -75,7 +75,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
 
 
 def check(settings: Settings, ledger: Ledger) -> None:
-    """Raise ModelLoadError where the device cannot do what the settings ask of WAN."""
+    """Raise ModelLoadError if the device does not support WAN's settings."""
     device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
     fp8.is_wanted(settings, device)
     attention.check(settings.attention_backend, device)
