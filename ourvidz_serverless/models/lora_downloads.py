@@ -69,9 +69,7 @@ class Downloads:
                 checkpoints.header(fresh)
                 fresh.replace(path)
             except ValueError as exc:
-                raise ModelLoadError(
-                    "config.loras: the URL leads to no safetensors file"
-                ) from exc
+                raise ModelLoadError("config.loras: the URL leads to no safetensors file") from exc
             finally:
                 fresh.unlink(missing_ok=True)
 
