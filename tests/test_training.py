@@ -27,6 +27,8 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "WORD_BATCH", 2)
     monkeypatch.setattr(train_pocket_wan, "PLACE_STEPS", 1)
     monkeypatch.setattr(train_pocket_wan, "MENU", [((1, 64, 64, 1), 1.0)])
+    monkeypatch.setattr(train_pocket_wan, "VACE_MENU", [((5, 64, 64, 1), 1.0)])
+    monkeypatch.setattr(train_pocket_sdxl, "MENUS", [(0, [((64, 64, 1), 1.0)])])
 
 
 def vae(scale: float = 1.0) -> Any:
@@ -123,6 +125,43 @@ def test_words_do_not_depend_on_random_numbers_that_were_drawn_before(
     torch.rand(1)
 
     assert torch.equal(stage(0), first)
+
+
+def train_videos() -> Tensor:
+    pipe = pocket_wan.assemble(seed=0)
+    reader = train_pocket_wan.train_base(pipe, 1, seed=0)
+    vace = pocket_wan.with_references(pipe.transformer, 0)
+    return weights(train_pocket_wan.train_both(pipe, vace, reader, 1, seed=0))
+
+
+def stages(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.pt"))
+
+
+def test_a_whole_video_training_run_again_finds_every_stage(tmp_path: Path) -> None:
+    first = train_videos()
+    made = stages(tmp_path)
+
+    assert len(made) == 4
+    assert torch.equal(train_videos(), first)
+    assert stages(tmp_path) == made
+
+
+def test_a_whole_picture_training_run_again_finds_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, stored = vae(), tmp_path / "stored" / "sdxl.safetensors"
+    stored.parent.mkdir()
+    monkeypatch.setattr(pocket_sdxl, "CHECKPOINT", stored)
+    monkeypatch.setattr(pocket_sdxl, "CONFIG", stored.with_suffix(""))
+    train_pocket_sdxl.train_unet(network, 1, "cpu", seed=0)
+    made, exported = stages(tmp_path), stored.read_bytes()
+
+    train_pocket_sdxl.train_unet(network, 1, "cpu", seed=0)
+
+    assert len(made) == 3
+    assert stages(tmp_path) == made
+    assert stored.read_bytes() == exported
 
 
 def test_a_tiny_vae_goes_on_only_where_the_same_vae_taught_it(tmp_path: Path) -> None:
