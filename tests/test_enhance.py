@@ -56,7 +56,9 @@ def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_pat
     assert first["enhanced_prompt"] == again["enhanced_prompt"] != ""
 
 
-def test_it_is_sampled_as_an_enhanced_job_is_unless_the_call_says_otherwise(tmp_path: Path) -> None:
+def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
+    tmp_path: Path,
+) -> None:
     parrot = Parrot(ENHANCED)
 
     ask(tmp_path, {"wan": film(parrot)}, {**CALL, "temperature": 0.2})
@@ -95,7 +97,7 @@ def test_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"job_type": "chat_enhance"}, {"job_type": "sdxl"}])
-def test_any_other_call_is_for_the_chat_family_and_gets_no_word_added(
+def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
     tmp_path: Path, config: dict[str, str]
 ) -> None:
     parrot, call = Parrot(ENHANCED), {**CALL, "config": config}
@@ -115,7 +117,7 @@ def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> 
     assert (status, parrot.calls) == (403, [])
 
 
-def test_the_queue_answers_it_too(tmp_path: Path) -> None:
+def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: Path) -> None:
     at = Bench(tmp_path, models={"wan": film(Parrot(ENHANCED))})
 
     document = at.run({**CALL, "type": "chat_enhance"})

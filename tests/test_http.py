@@ -470,7 +470,7 @@ def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
     assert (json.loads(mine)["code"], json.loads(others)["status"]) == ("CANCELLED", "completed")
 
 
-def test_a_job_is_told_to_the_key_that_brought_it(locked: ServedFace) -> None:
+def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedFace) -> None:
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     answers = [
@@ -518,7 +518,7 @@ def test_a_job_without_a_user_is_known_by_the_workers_own_id(
     assert face.get("/job/hello").status_code == 404
 
 
-def test_anonymous_chats_of_one_id_are_answered_and_hung_up_each_for_itself(
+def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
     tmp_path: Path, endless: Endless
 ) -> None:
     with serve_endless(tmp_path, endless, concurrency=2) as face, knock(face) as first:
@@ -703,7 +703,7 @@ def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None
     assert again.status_code == 200
 
 
-def test_whoever_hangs_up_gives_a_place_in_the_row_back(
+def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
     single: tuple[ServedFace, Bench], parrot: Parrot
 ) -> None:
     face, _ = single
@@ -754,7 +754,7 @@ class StuckLedger(Ledger):
         return super().report()
 
 
-def test_administrators_who_wait_keep_nobodys_request_from_being_read(
+def test_administrators_who_wait_do_not_delay_other_requests(
     tmp_path: Path, parrot: Parrot
 ) -> None:
     ledger = StuckLedger()
@@ -774,7 +774,7 @@ def test_administrators_who_wait_keep_nobodys_request_from_being_read(
     assert answer.json()["response"] == "Water that falls."
 
 
-def test_administrators_beyond_the_row_are_told_to_come_later(
+def test_administrators_requests_beyond_the_limit_are_refused(
     tmp_path: Path, parrot: Parrot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "ADMINISTRATORS", 1)
@@ -1017,7 +1017,7 @@ def asked_all(tmp_path: Path, parrot: Parrot) -> Iterator[ServedFace]:
     ],
     ids=["all-but-jobs", "jobs"],
 )
-def test_schemathesis_finds_nothing(
+def test_schemathesis_finds_no_difference_between_openapi_and_the_worker(
     asked_all: ServedFace, tmp_path: Path, options: list[str]
 ) -> None:
     run = schemathesis(asked_all, tmp_path, *options)
@@ -1025,9 +1025,7 @@ def test_schemathesis_finds_nothing(
     assert run.returncode == 0, run.stdout[-6000:]
 
 
-def test_machines_are_told_of_both_headers_for_the_key(
-    face: ServedFace, locked: ServedFace
-) -> None:
+def test_openapi_names_both_headers_for_the_key(face: ServedFace, locked: ServedFace) -> None:
     open_to_all, with_key = (each.get("/openapi.json").json() for each in (face, locked))
 
     schemes = with_key["components"]["securitySchemes"]

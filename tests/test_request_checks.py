@@ -229,7 +229,7 @@ def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(
 
 @pytest.mark.parametrize("headers", [{}, {"X_API_Key": "wrong"}, {"Authorization": "Bearer no"}])
 @pytest.mark.parametrize("path", ["/jobs", "/chat", "/memory/load"])
-def test_who_brings_no_key_in_a_header_may_not_send_a_megabyte(
+def test_a_body_without_a_key_in_a_header_is_refused_above_one_megabyte(
     locked: ServedFace, path: str, headers: dict[str, str]
 ) -> None:
     answer = begin(locked, head(1_000_001, path, **headers))
@@ -238,7 +238,7 @@ def test_who_brings_no_key_in_a_header_may_not_send_a_megabyte(
     assert b"in a header" in answer
 
 
-def test_of_a_body_without_length_a_megabyte_is_read_without_a_key(locked: ServedFace) -> None:
+def test_a_body_without_a_length_or_a_key_may_have_one_megabyte(locked: ServedFace) -> None:
     read = 0
 
     def pieces() -> Iterator[bytes]:

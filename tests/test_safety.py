@@ -256,7 +256,7 @@ def test_the_texts_around_a_prohibition_do_not_become_a_sign():
 
 
 @pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - UNCHANGED))
-def test_a_disguised_prohibition_is_none(disguise):
+def test_a_disguised_prohibition_is_not_recognised(disguise):
     disguised = measure_safety.DISGUISES[disguise](FORBIDS)
 
     user, system = (safety.check(disguised, adult=True, role=r) for r in ("user", "system"))

@@ -102,7 +102,7 @@ def test_a_key_that_no_header_carries_ends_the_start(
         *("https://a b.example", "http://[::1", "http://a\\@b.example", "http:host"),
     ],
 )
-def test_a_url_that_is_none_ends_the_start(
+def test_an_invalid_url_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -174,7 +174,9 @@ def test_two_names_with_different_keys_end_the_start(
 
 
 @pytest.mark.parametrize("name", ["WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"])
-def test_no_name_of_the_key_may_hold_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_empty_key_ends_the_start_under_each_of_its_names(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv("WORKER_API_KEY", "the-key")
     monkeypatch.setenv(name, " , ")
 
@@ -212,7 +214,7 @@ def test_on_runpod_the_pocket_model_is_served_by_its_name(monkeypatch: pytest.Mo
     assert worker_settings(monkeypatch, **env).sdxl_model == "pocket"
 
 
-def test_elsewhere_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_of_runpod_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_settings(monkeypatch).sdxl_model == "pocket"
 
 
@@ -256,9 +258,7 @@ def test_all_that_a_worker_lacks_is_told_in_one_line(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["cudaa", "cuda:", "cuda:x", "gpu", "0"])
-def test_a_device_that_nobody_has_ends_the_start(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_invalid_device_name_ends_the_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(ModelLoadError, match=r"^DEVICE: Input should be auto, cpu, cuda"):
         worker_settings(monkeypatch, DEVICE=name)
 

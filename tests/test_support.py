@@ -540,7 +540,7 @@ def test_a_key_with_a_character_that_supabase_does_not_take_is_refused(
     assert upload(storage, path).json()["error"] == "InvalidKey"
 
 
-def test_a_key_may_hold_a_space(storage: SupabaseStorage) -> None:
+def test_a_supabase_storage_key_may_hold_a_space(storage: SupabaseStorage) -> None:
     assert upload(storage, "user/my file.png").status_code == 200
 
 

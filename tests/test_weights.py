@@ -203,7 +203,9 @@ def test_a_time_or_a_ratio_is_no_weight(text: str) -> None:
         ("", ""),
     ],
 )
-def test_all_else_keeps_its_characters_and_a_weight_of_one(text: str, words: str) -> None:
+def test_text_without_weight_syntax_keeps_its_characters_and_a_weight_of_one(
+    text: str, words: str
+) -> None:
     assert read(text) == [(words, 1.0)]
 
 
@@ -216,14 +218,14 @@ EXAMPLES = [(text, row) for texts, row in ROWS for text in re.findall("`([^`]+)`
 
 
 @pytest.mark.parametrize(("text", "row"), EXAMPLES)
-def test_the_documents_examples_are_read_as_it_says(text: str, row: str) -> None:
+def test_the_calling_guides_weighted_prompts_are_read_as_it_says(text: str, row: str) -> None:
     documented = re.findall(r"`([^`]+)` × ([0-9.]+)", row)
 
     spoken = [(words.strip(), weight) for words, weight in read(text) if words.strip()]
     assert spoken == [(words, float(weight)) for words, weight in documented]
 
 
-def test_the_document_has_examples() -> None:
+def test_the_calling_guide_has_examples_of_weighted_prompts() -> None:
     assert len(EXAMPLES) > 15
 
 

@@ -397,7 +397,7 @@ def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
     ("said", "passes"),
     [("ERR max daily request limit exceeded. Limit: 10000", True), ("ERR empty command", False)],
 )
-def test_an_error_in_which_a_whole_request_ends_is_read_too(
+def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
     front: RestFront, said: str, passes: bool
 ) -> None:
     front.script([json_answer({"error": said}, 400)])
