@@ -66,7 +66,10 @@ SHORTEST_PREFIX = 16
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is computed and kept at once."""
+    """How much is computed and kept at once.
+
+    The longest request may be longer than `kv_tokens`; it then has the cache for itself.
+    """
 
     max_batch: int = 64
     kv_tokens: int = 65536

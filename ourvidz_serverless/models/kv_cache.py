@@ -39,6 +39,15 @@ def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * heads * dim * dtype.itemsize
 
 
+def read_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """What attention takes beside the cache to read a token in one layer after the other.
+
+    Heads of queries share keys and values, and with a mask transformers repeats them for each head.
+    """
+    _, dim = _shape(config)
+    return 2 * int(config.num_attention_heads) * dim * dtype.itemsize
+
+
 def _shape(config: Any) -> tuple[int, int]:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnavailable
 from ourvidz_serverless.models import loading, quantization
+from ourvidz_serverless.models.chat_room import Room
 from ourvidz_serverless.models.chat_tokens import ChatTokenizer
 from ourvidz_serverless.models.device import Device
 from ourvidz_serverless.models.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.grammar import Grammars
 from ourvidz_serverless.models.graphs import Record, recorder
-from ourvidz_serverless.models.kv_cache import BLOCK, bytes_per_token
 from ourvidz_serverless.models.memory import open_ledger
 from ourvidz_serverless.models.residency import Ledger
 from ourvidz_serverless.models.sampling import Sampling
@@ -30,9 +30,8 @@ POCKET = Path(__file__).parents[2] / ".cache" / "pocket_chat"
 #: Decoders whose attention sees every earlier token, which is all that the engine's cache knows.
 ARCHITECTURES = ("qwen2", "llama")
 
-#: How much of a GPU's free memory the cache may take; the rest is what a forward needs, and where
-#: other families are served, what their jobs need.
-CACHE_SHARE, SHARED_CACHE_SHARE = 0.8, 0.3
+#: A system prompt, a prompt and its enhancement, in tokens: the shortest context of WAN's model.
+ENHANCER_CONTEXT = 1024
 
 #: A message: who speaks, and what they say.
 Message = tuple[str, str]
@@ -54,11 +53,8 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
     loaded = {
         place: _read(asked[name][0], place, settings, device) for place, name in names.items()
     }
-    limits = Limits(
-        max_batch=settings.chat_max_batch,
-        kv_tokens=settings.chat_kv_tokens or _room(ledger, device, settings, loaded.values()),
-        prefix_tokens=settings.chat_prefix_tokens,
-    )
+    models = {asked[names[place]][0]: model for place, (model, _) in loaded.items()}
+    limits = Room(ledger, device, settings, models).limits()
     writers = {}
     for place, each in loaded.items():
         variable, _ = asked[names[place]]
@@ -88,16 +84,14 @@ def load_one(
 
     It stands in the ledger under `name`. Raises ModelLoadError as `load`.
     """
-    limits = Limits(
-        max_batch=1,
-        kv_tokens=settings.chat_context,
-        prefix_tokens=settings.chat_prefix_tokens,
-    )
     loaded = _read(variable, place, settings, device)
+    room = Room(ledger, device, settings, {variable: loaded[0]}, ENHANCER_CONTEXT)
+    limits = room.limits_with(room.context, max_batch=1)
     writer = _writer(variable, place, loaded, limits, settings, device)
-    room = writer.engine.cache_bytes
-    ledger.register(writer, name, "wan", source=Path(place).name, room_bytes=room)
-    return Chat({"qwen_instruct": writer}, device, settings.chat_context, ledger)
+    claimed = writer.engine.cache_bytes
+    ledger.register(writer, name, "wan", source=Path(place).name, room_bytes=claimed)
+    context = min(settings.chat_context, room.context)
+    return Chat({"qwen_instruct": writer}, device, context, ledger)
 
 
 def _writer(
@@ -113,23 +107,6 @@ def _writer(
     read = functools.partial(_reread, variable, place, settings, device)
     record = recorder(settings.chat_graphs, device, model.config)
     return Writer(model, tokens, device, limits, read, record)
-
-
-def _room(
-    ledger: Ledger, device: Device, settings: Settings, loaded: Iterable[tuple[Any, Any]]
-) -> int:
-    """How many tokens the cache of each model may hold, beside as many models as fit."""
-    if ledger.memory.is_host:
-        return Limits().kv_tokens
-    models = [model for model, _ in loaded]
-    free, places = ledger.free_bytes(), 0
-    for size in (Tensors([model], device).num_bytes for model in models):
-        if size < free:
-            free, places = free - size, places + 1
-    each = max(bytes_per_token(model.config, device.dtype) for model in models)
-    share = CACHE_SHARE if settings.families == ("chat",) else SHARED_CACHE_SHARE
-    room = int(free * share) // (each * max(places, 1))
-    return max(room, BLOCK)
 
 
 def _reread(variable: str, place: str, settings: Settings, device: Device) -> list[Any]:

@@ -358,6 +358,16 @@ class Ledger:
             claimed = sum(each.claim for each in self._entries.values())
         return min(self.memory.total_bytes - claimed, self.memory.free_bytes())
 
+    @property
+    def most_bytes(self) -> int:
+        """What one model could have of the device, if all others left it."""
+        if self.memory.is_host:
+            return self.memory.total_bytes
+        with self._news:
+            there = [each for each in self._entries.values() if each.state == "device"]
+            held = sum(each.model.num_bytes for each in there)
+        return min(self.memory.total_bytes, self.memory.free_bytes() + held)
+
     def report(self) -> list[Holding]:
         """Every row, least recently used first."""
         with self._news:
