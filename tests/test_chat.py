@@ -693,3 +693,26 @@ def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
         "".join(too_much)
     assert json.loads("".join(other))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        deep_schema(70),
+        {"enum": ["\ud800"]},
+        {"const": float("nan")},
+        {"const": json.loads("1e999")},
+        {"type": "string", "pattern": PATTERN},
+    ],
+    ids=["70 levels", "half a character", "NaN", "1e999", "too complex"],
+)
+def test_a_schema_that_cannot_be_served_is_the_callers_error(
+    bench: MakeBench, schema: dict[str, Any]
+) -> None:
+    at = bench(models={"chat": tiny_chat()})
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+
+    document = at.run(chat_payload(response_format=asked))
+
+    assert code(document) == "INVALID_PROMPT"
+    assert document.failure.message.startswith("response_format")
