@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,10 @@ Report = Callable[[Mapping[str, Any]], None]
 Emit = Callable[[Mapping[str, Any]], None]
 
 
+#: The next job's number in the order of arrival.
+_arrivals = itertools.count()
+
+
 def to_nobody(item: Mapping[str, Any]) -> None:
     """Where a job's stream goes when nobody reads it."""
 
@@ -26,21 +32,49 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._error: JobError = Cancelled("the job was cancelled")
+        self._wakes: list[Callable[[], None]] = []
 
     def set(self, error: JobError | None = None) -> None:
         """Ask the job to stop; the first caller's error is the one that counts."""
         if error and not self._event.is_set():
             self._error = error
         self._event.set()
+        for wake in tuple(self._wakes):
+            wake()
 
     def wait(self, seconds: float) -> None:
         """Wait so long, or until the signal is set."""
         self._event.wait(seconds)
 
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Call `wake` when the signal is set, as long as the block lasts.
+
+        A signal that was set before is not told again: look at `error` once the block has begun.
+        """
+        self._wakes.append(wake)
+        try:
+            yield
+        finally:
+            self._wakes.remove(wake)
+
     @property
     def error(self) -> JobError | None:
         """The error to end with, once the signal is set."""
         return self._error if self._event.is_set() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a job may take, in seconds.
+
+    `work_s` bounds all that is not a wait for the device, `wait_s` that wait, and `total_s` both
+    together, since the platform's own clock does not stand still while a job waits.
+    """
+
+    work_s: float
+    wait_s: float = math.inf
+    total_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -60,10 +94,11 @@ class JobContext:
         self,
         stop: Stop,
         report: Report,
-        timeout_s: float,
+        bounds: Bounds,
         clock: Callable[[], float] = time.monotonic,
         emit: Emit = to_nobody,
     ) -> None:
+        self.arrival = next(_arrivals)
         self.stop = stop
         self.emit = emit
         self.warnings: list[str] = []
@@ -77,7 +112,10 @@ class JobContext:
         self._report = report
         self._clock = clock
         self._started = clock()
-        self._timeout_s = timeout_s
+        self._bounds = bounds
+        # Of waits for the device: the seconds of those that ended, and when one began that has not.
+        # They change together, since other threads read them.
+        self._waits: tuple[float, float | None] = (0.0, None)
         self._paces: dict[str, Pace] = {}
 
     @property
@@ -85,16 +123,33 @@ class JobContext:
         return self._clock() - self._started
 
     @property
+    def waited_s(self) -> float:
+        """The seconds that the job has waited for the device."""
+        ended_s, since = self._waits
+        return ended_s + (0.0 if since is None else self._clock() - since)
+
+    @property
     def remaining_s(self) -> float:
         """The seconds that are left: none for a job that was told to stop."""
-        return 0.0 if self.stop.error else self._timeout_s - self.elapsed_s
+        if self.stop.error:
+            return 0.0
+        elapsed_s, waited_s = self.elapsed_s, self.waited_s
+        of_work = self._bounds.work_s - (elapsed_s - waited_s)
+        return min(of_work, self._bounds.total_s - elapsed_s)
 
     @property
     def over(self) -> JobError | None:
         """What the job was stopped with, or DeadlinePassed once its time is up."""
-        if self.elapsed_s >= self._timeout_s and not self.stop.error:
-            return DeadlinePassed(f"the job's {self._timeout_s:g} seconds are over")
-        return self.stop.error
+        if self.stop.error:
+            return self.stop.error
+        bounds, elapsed_s, waited_s = self._bounds, self.elapsed_s, self.waited_s
+        if elapsed_s - waited_s >= bounds.work_s:
+            return DeadlinePassed(f"the job's {bounds.work_s:g} seconds are over")
+        is_late, is_waiting = elapsed_s >= bounds.total_s, self._waits[1] is not None
+        if is_late or (is_waiting and waited_s >= bounds.wait_s):
+            whole = f", and its {bounds.total_s:g} seconds are over" if is_late else ""
+            return DeadlinePassed(f"the job waited {waited_s:.0f} s for the device{whole}")
+        return None
 
     def check(self) -> None:
         """Raise what the job is `over` with, if it is."""
@@ -136,3 +191,26 @@ class JobContext:
         finally:
             spent = self.timings.get(name, 0.0) + self._clock() - started
             self.timings[name] = round(spent, 4)
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[int], None]]:
+        """The stage in which a job waits for the device; its time does not count as work.
+
+        It gives a function to call with the number of jobs that go first. The function reports a
+        number that has changed, as steps of the stage, and then does what `check` does.
+        """
+        told = most = 0
+
+        def hear(ahead: int) -> None:
+            nonlocal told, most
+            if ahead == told:
+                return self.check()
+            told, most = ahead, max(most, ahead)
+            self.step("wait", most - ahead, most)
+
+        with self.stage("wait"):
+            self._waits = (self.waited_s, self._clock())
+            try:
+                yield hear
+            finally:
+                self._waits = (self.waited_s, None)

@@ -1,8 +1,9 @@
 """The jobs of one HTTP face: run in threads, watched while they run, remembered for a while.
 
 RunPod keeps a queue and every job's status for us; behind plain HTTP nobody does. So there are as
-many threads as the worker takes jobs at once, a bounded row of jobs that wait for one, and the
-last jobs' documents, in memory: whoever needs them for longer has the callback.
+many threads as the worker does jobs at once, a bounded row of jobs that wait for one, and the
+last jobs' documents, in memory: whoever needs them for longer has the callback. Jobs that take
+turns on the device have threads and a row of their own, so that no other job waits behind them.
 """
 
 from __future__ import annotations
@@ -71,71 +72,41 @@ class Ticket:
         self.news = asyncio.Event()
 
 
-class Docket:
-    """Accepts jobs while there is room, and remembers the last ones by user, key and id.
+class Row:
+    """Threads for jobs of one kind, and a bounded number of jobs that wait for one.
 
     Call its methods only from the event loop.
     """
 
     def __init__(self, threads: int, waiting: int) -> None:
         self._threads, self._most = threads, threads + waiting
-        self._open = self._running = 0
-        self._tickets: OrderedDict[Identity, Ticket] = OrderedDict()
-        #: The calls of jobs that have no thread yet. A call holds its job's payload.
+        self._running = 0
+        self.num_open = 0
+        #: What has no thread yet: the call that runs it, and holds its payload.
         self._waiting: OrderedDict[Ticket, Callable[[], Document]] = OrderedDict()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="job")
         self._stopped = ThreadPoolExecutor(STOPPED_THREADS, thread_name_prefix="stopped")
         self._is_empty = asyncio.Event()
 
-    def submit(self, worker: Worker, event: Mapping[str, Any]) -> Ticket:
-        """Have a job run as soon as a thread is free; raise RateLimited when the row is full.
+    @property
+    def is_full(self) -> bool:
+        """Whether every thread is busy, and every place in the row is taken."""
+        return self.num_open >= self._most
 
-        A job that is under way is not taken again: one ticket, which stops it for all.
-        """
-        identity = jobs.identity(event)
-        first = self._tickets.get(identity)
-        if first and not first.document and first.worker is worker:
-            return first
-        if self._open >= self._most:
-            raise RateLimited(
-                f"{self._open} jobs are under way here already", retry_after=RETRY_AFTER_S
-            )
-        loop, ticket = asyncio.get_running_loop(), Ticket(identity.job_id, worker)
-
-        def tell(**changes: Any) -> None:
-            loop.call_soon_threadsafe(functools.partial(ticket.note, **changes))
-
-        self._open += 1
-        self._remember(identity, ticket)
-        self._waiting[ticket] = functools.partial(_run, worker, event, ticket.stop, tell)
+    def add(self, ticket: Ticket, call: Callable[[], Document]) -> None:
+        """Run a job as soon as a thread is free."""
+        self.num_open += 1
+        self._waiting[ticket] = call
         self._start_next()
-        return ticket
 
-    def stop(self, ticket: Ticket, error: JobError | None = None) -> None:
-        """Stop a job at its next step. A job that waits for a thread ends at once.
-
-        Its place in the backlog is then free again.
-        """
-        ticket.stop.set(error)
+    def end_waiting(self, ticket: Ticket) -> None:
+        """Run a stopped job at once, if it still waits: it ends at its first check."""
         if call := self._waiting.pop(ticket, None):
             self._start(ticket, call, self._stopped)
 
-    def find(self, identity: Identity) -> Ticket | None:
-        """The latest job of that user, key and id, while it is remembered."""
-        return self._tickets.get(identity)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many jobs wait and run at this moment."""
-        tickets = self._tickets.values()
-        return {
-            status: sum(ticket.status == status for ticket in tickets)
-            for status in ("queued", "processing")
-        }
-
     async def close(self) -> None:
-        """Wait until the last job has ended; the worker sees to it that they do."""
-        while self._open:
+        """Wait until the last job has ended."""
+        while self.num_open:
             self._is_empty.clear()
             await self._is_empty.wait()
         self._pool.shutdown()
@@ -152,14 +123,80 @@ class Docket:
         running.add_done_callback(functools.partial(self._end, ticket, pool))
 
     def _end(self, ticket: Ticket, pool: Executor, running: asyncio.Future[Document]) -> None:
-        self._open -= 1
+        self.num_open -= 1
         if pool is self._pool:
             self._running -= 1
             self._start_next()
-        if not self._open:
+        if not self.num_open:
             self._is_empty.set()
         document = running.result()
         ticket.note(document=document, status=document.status)
+
+
+class Docket:
+    """Accepts jobs while there is room, and remembers the last ones by user, key and id.
+
+    Call its methods only from the event loop.
+    """
+
+    def __init__(self, device_places: int, other_places: int, waiting: int) -> None:
+        """`device_places` threads are for jobs that take turns on the device.
+
+        `other_places` are for all others. Either kind has one thread at least, and `waiting` more
+        jobs may wait for one.
+        """
+        self._in_turn = Row(max(device_places, 1), waiting)
+        self._beside = Row(max(other_places, 1), waiting)
+        self._tickets: OrderedDict[Identity, Ticket] = OrderedDict()
+
+    def submit(self, worker: Worker, event: Mapping[str, Any]) -> Ticket:
+        """Have a job run as soon as a thread is free; raise RateLimited when the row is full.
+
+        A job that is under way is not taken again: one ticket, which stops it for all.
+        """
+        identity = jobs.identity(event)
+        first = self._tickets.get(identity)
+        if first and not first.document and first.worker is worker:
+            return first
+        row = self._in_turn if jobs.is_in_turn(event) else self._beside
+        if row.is_full:
+            raise RateLimited(
+                f"{row.num_open} jobs are under way here already", retry_after=RETRY_AFTER_S
+            )
+        loop, ticket = asyncio.get_running_loop(), Ticket(identity.job_id, worker)
+
+        def tell(**changes: Any) -> None:
+            loop.call_soon_threadsafe(functools.partial(ticket.note, **changes))
+
+        self._remember(identity, ticket)
+        row.add(ticket, functools.partial(_run, worker, event, ticket.stop, tell))
+        return ticket
+
+    def stop(self, ticket: Ticket, error: JobError | None = None) -> None:
+        """Stop a job at its next step; one that waits for a thread ends at once.
+
+        Such a job gives its place in the row back.
+        """
+        ticket.stop.set(error)
+        for row in (self._in_turn, self._beside):
+            row.end_waiting(ticket)
+
+    def find(self, identity: Identity) -> Ticket | None:
+        """The latest job of that user, key and id, while it is remembered."""
+        return self._tickets.get(identity)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many jobs wait and run at this moment."""
+        tickets = self._tickets.values()
+        return {
+            status: sum(ticket.status == status for ticket in tickets)
+            for status in ("queued", "processing")
+        }
+
+    async def close(self) -> None:
+        """Wait until the last job has ended; the worker sees to it that they do."""
+        await asyncio.gather(self._in_turn.close(), self._beside.close())
 
     def _remember(self, identity: Identity, ticket: Ticket) -> None:
         self._tickets.pop(identity, None)

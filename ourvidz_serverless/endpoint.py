@@ -26,10 +26,11 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules.rp_logger import RunPodLogger
 from tqdm import tqdm
 
-from ourvidz_serverless import runpod_loop
+from ourvidz_serverless import jobs, runpod_loop
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.runpod_loop import Share
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
@@ -59,10 +60,11 @@ def serve(worker: Worker, settings: Settings) -> None:
         close=lambda: worker.close_after(settings.shutdown_grace_s),
         keep=lambda event, result: worker.keep_result(event, read_output(result)),
         grace_s=settings.shutdown_grace_s,
+        share=share_of(settings),
     )
     make = make_stream_handler if _streams(settings) else make_handler
     config: dict[str, Any] = {
-        "concurrency_modifier": lambda _: settings.resolved_concurrency,
+        "concurrency_modifier": lambda _: num_held(settings),
         "return_aggregate_stream": True,
     }
 
@@ -73,6 +75,21 @@ def serve(worker: Worker, settings: Settings) -> None:
 
     config["handler"] = make(worker, settings, replace)
     runpod.serverless.start(config)
+
+
+def num_held(settings: Settings) -> int:
+    """How many jobs the SDK may hand to the worker: those that are done, and those that wait."""
+    return settings.resolved_concurrency + settings.resolved_backlog
+
+
+def share_of(settings: Settings) -> Share | None:
+    """How many of them may be jobs that take turns, where there are others.
+
+    Beside these there is always a place for as many chats as are answered at once.
+    """
+    if not (settings.device_places and settings.chat_places):
+        return None
+    return Share(settings.device_places + settings.resolved_backlog, jobs.is_in_turn)
 
 
 def make_fitness_check(
@@ -104,7 +121,7 @@ def make_handler(
 
     `replace` is called when a job has left the worker without its device.
     """
-    threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
+    threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
         stop, reporter = Stop(), make_reporter(event)
@@ -130,7 +147,7 @@ def make_stream_handler(
     worker: Worker, settings: Settings, replace: Callable[[], None] = lambda: None
 ) -> StreamHandler:
     """The same as a generator: what the job streams, item by item, and then the document."""
-    threads = ThreadPoolExecutor(settings.resolved_concurrency, thread_name_prefix="job")
+    threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         stop, reporter, deltas = Stop(), make_reporter(event), Deltas()

@@ -128,7 +128,7 @@ class Face:
 
     def __init__(self, config: Settings) -> None:
         self.settings = config
-        self.docket = Docket(config.resolved_concurrency, config.http_backlog)
+        self.docket = Docket(config.device_places, config.chat_places, config.http_backlog)
         # A worker that cannot answer an administrator must still read what callers send.
         self.reading = CallThreads("read", READERS, MAX_REQUESTS + MAX_REQUESTS_WITHOUT_KEY)
         self.administration = CallThreads("administer", ADMINISTRATORS, ADMINISTRATORS)

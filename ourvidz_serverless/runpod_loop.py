@@ -9,6 +9,8 @@ What the SDK (1.12) does, and what `install` does instead:
   `RESULT_S`, and a result that was not taken is given to `keep`.
 - While the platform cannot be reached the SDK asks again at once and logs every try. Here the waits
   grow, and one line is logged when the outage begins, and one when it ends.
+- The SDK takes jobs of any type, up to its concurrency. Here a `Share` bounds how many of one kind
+  the worker holds.
 - In the SDK a stop signal that comes before the job's task has begun is lost, and the job's slot
   may be lost too. Here the job is stopped as it begins.
 
@@ -22,8 +24,10 @@ import asyncio
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import runpod
@@ -62,15 +66,29 @@ HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencode
 Keep = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
 
 
-def install(close: Callable[[], None], keep: Keep, grace_s: float) -> None:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One kind of jobs, and how many of them the worker may hold."""
+
+    most: int
+    includes: Callable[[Mapping[str, Any]], bool]
+
+
+def install(
+    close: Callable[[], None], keep: Keep, grace_s: float, share: Share | None = None
+) -> None:
     """Make `runpod.serverless.start` run this loop.
 
     `close` is called once, at SIGTERM or SIGINT. `grace_s` bounds the posting of results after it.
+    While the worker holds all the jobs of `share` that it may, it polls for no job, since the type
+    of the next one is not known before.
     Raises ModelLoadError for a version of the SDK that this module does not know.
     """
     if not runpod.__version__.startswith(SDK):
         raise ModelLoadError(f"runpod: version {SDK}x is needed, {runpod.__version__} is installed")
-    rp_scale.JobScaler = functools.partial(Loop, close=close, keep=keep, grace_s=grace_s)
+    rp_scale.JobScaler = functools.partial(
+        Loop, close=close, keep=keep, grace_s=grace_s, share=share
+    )
     rp_ping.log = OneLineAnOutage()
 
 
@@ -78,12 +96,19 @@ class Loop(rp_scale.JobScaler):
     """The SDK's three loops: one takes jobs, one runs them, one listens for stop signals."""
 
     def __init__(
-        self, config: dict[str, Any], close: Callable[[], None], keep: Keep, grace_s: float
+        self,
+        config: dict[str, Any],
+        close: Callable[[], None],
+        keep: Keep,
+        grace_s: float,
+        share: Share | None = None,
     ) -> None:
         super().__init__(config)
         self._close, self._keep, self._grace_s = close, keep, grace_s
         self._is_closing, self._ends = False, math.inf
         self._begun: set[str] = set()
+        self._share, self._of_share = share, set[str]()
+        self._one_left = asyncio.Event()
         self._stopped_early: dict[str, float] = {}
         self._jobs_outage, self._stops_outage = Outage("jobs"), Outage("stop signals")
         self.jobs_fetcher, self.stop_signals_fetcher = self._fetch_jobs, self._fetch_stops
@@ -115,15 +140,28 @@ class Loop(rp_scale.JobScaler):
             await self._wait_until_idle()
             super().kill_worker()
             return None
+        room = self._room
+        if not room:
+            # The SDK bounds this call, and the poll shall have all of that time: it calls again.
+            self._one_left.clear()
+            await self._one_left.wait()
+            return None
         try:
-            jobs: list[dict[str, Any]] | None = await rp_job.get_job(session, count)
+            jobs: list[dict[str, Any]] | None = await rp_job.get_job(session, min(count, room))
         except TooManyRequests:
             raise  # The SDK waits by itself.
         except (ClientError, OSError) as exc:
             await self._pause(self._jobs_outage.failed(exc))
             return None
         self._jobs_outage.ended()
+        if self._share:
+            self._of_share |= {job["id"] for job in jobs or [] if self._share.includes(job)}
         return jobs
+
+    @property
+    def _room(self) -> int:
+        """How many jobs may be taken, though all of them were of the share."""
+        return self._share.most - len(self._of_share) if self._share else sys.maxsize
 
     async def _wait_until_idle(self) -> None:
         # Replaces the SDK's own wait at the end, during which it ignores stop signals.
@@ -179,6 +217,8 @@ class Loop(rp_scale.JobScaler):
             await super().handle_job(session, job)
         finally:
             self._begun.discard(job["id"])
+            self._of_share.discard(job["id"])
+            self._one_left.set()
 
     async def _send_result(
         self,

@@ -29,9 +29,12 @@ from ourvidz_serverless.errors import ModelLoadError
 
 FAMILIES = ("sdxl", "chat", "wan")
 
-#: Jobs a worker takes at once. SDXL: one computes while the next prepares and the last one
-#: delivers. WAN: a job is minutes long, so nothing is gained by taking a second one early.
+#: Jobs that a worker does at once. SDXL: one computes while the next prepares and the last one
+#: delivers. WAN: a job is minutes long, so nothing is gained by beginning a second one early.
 CONCURRENCY = {"sdxl": 2, "chat": 64, "wan": 1}
+
+#: Jobs that may wait for the device in a worker that serves chat too, by the slowest family served.
+BACKLOG = {"sdxl": 16, "wan": 1}
 
 #: The variable that names a family's main weights.
 MAIN_MODEL = {"sdxl": "SDXL_MODEL", "chat": "CHAT_INSTRUCT_MODEL", "wan": "WAN_MODEL"}
@@ -133,7 +136,9 @@ class Settings(BaseSettings):
     compile: Literal["off", "regional"] = "off"
     compile_cache_dir: Path | None = None
     concurrency: int | None = Field(None, ge=1, le=256)
+    queue_backlog: int | None = Field(None, ge=0, le=256)
     job_timeout_s: float = Field(570.0, gt=0)
+    device_wait_s: float = Field(300.0, gt=0)
     shutdown_grace_s: float = Field(20.0, ge=0)
     poison_dir: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -257,9 +262,31 @@ class Settings(BaseSettings):
         return {**tidy, "worker_api_key": keys[0]} if keys else tidy
 
     @property
+    def device_places(self) -> int:
+        """How many jobs that take turns on the device are prepared, computed and delivered at once.
+
+        `CONCURRENCY`, or the families' own number; 0 where none is served.
+        """
+        own = [CONCURRENCY[family] for family in self.families if family != "chat"]
+        return (self.concurrency or max(own)) if own else 0
+
+    @property
+    def chat_places(self) -> int:
+        """How many chats are answered at once; 0 where none is served."""
+        return (self.concurrency or CONCURRENCY["chat"]) if "chat" in self.families else 0
+
+    @property
     def resolved_concurrency(self) -> int:
-        """How many jobs this worker takes at once: `CONCURRENCY`, or the family's own number."""
-        return self.concurrency or max(CONCURRENCY[family] for family in self.families)
+        """How many jobs this worker does at once, of all kinds."""
+        return self.device_places + self.chat_places
+
+    @property
+    def resolved_backlog(self) -> int:
+        """How many more jobs may wait for the device; 0 where no chat could be behind them."""
+        if not (self.device_places and self.chat_places):
+            return 0
+        own = min(BACKLOG[family] for family in self.families if family != "chat")
+        return own if self.queue_backlog is None else self.queue_backlog
 
     @property
     def wan_asks_chat(self) -> bool:

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +38,7 @@ from ourvidz_serverless.readahead import ReadAhead
 from ourvidz_serverless.retries import Fault
 from ourvidz_serverless.roster import Roster
 from ourvidz_serverless.settings import Settings
-
-#: How soon a job that waits for the lane hears that it was stopped.
-LANE_POLL_S = 0.05
+from ourvidz_serverless.turns import FairSemaphore
 
 #: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
 #: of the next job with theirs.
@@ -88,7 +86,10 @@ class Worker:
         self._leaving, self._closing = threading.Event(), threading.Event()
         self._closed = threading.Event()
         self._lost = threading.Event()
-        self._computing = threading.Lock()
+        # Jobs that take turns: those that are prepared, computed or delivered, and the one of them
+        # that computes. Before a job is one of the former it holds nothing but its payload.
+        self._at_work = FairSemaphore(max(settings.device_places, 1))
+        self._computing = FairSemaphore(1)
         self._flights, self._roster = Flights(), Roster()
         self._office = Office(
             settings, worker_id, tuple(models), versions, self._roster, self._fate, ledger
@@ -146,8 +147,8 @@ class Worker:
         job streams. A second delivery of a job that is under way hears the end of the first.
         """
         job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
-        timeout_s = jobs.timeout_s(event, self._settings.job_timeout_s)
-        context = JobContext(stop, report, timeout_s, self._clock, emit)
+        bounds = jobs.bounds(event, self._settings)
+        context = JobContext(stop, report, bounds, self._clock, emit)
         # The identity holds user and key: a caller who only knows the id gets nothing.
         identity = jobs.identity(event)
         return self._flights.run(
@@ -164,40 +165,50 @@ class Worker:
         job: Job | None = None
         assets: tuple[Asset, ...] = ()
         failure: Failure | None = None
-        try:
-            self._admission.check_key(jobs.api_key(event), context)
-            job = jobs.parse(event, self._settings)
-            logs.started(job)
-            self._roster.began(identity, job.type, context)
-            model = self._admit(job, identity, context)
-            self._announce(job, context)
-            with context.stage("fetch"):
-                images = self._fetch(job, context)
-                jobs.prepare(job, model, context)
-            with self._delivery(job, context) as delivery:
-                with self._lane(job, context), context.stage("generate"):
-                    for output in jobs.run(job, model, images, context):
-                        delivery.send(output)
-                with context.stage("deliver"):
-                    assets = delivery.assets(context.check)
-        except JobError as exc:
-            # The failure alone: an exception that lives on pins the tensors of its frames.
-            failure = Failure.of(_cause(exc, context))
-            # A stop's error is its signal's, which may be remembered for hundreds of jobs.
-            exc.__traceback__ = None
-        except Exception as exc:
-            logs.bug(job_id, exc)
-            failure = Failure.of(models.as_job_error(exc))
+        with ExitStack() as turn:
+            try:
+                self._admission.check_key(jobs.api_key(event), context)
+                job = jobs.parse(event, self._settings)
+                logs.started(job)
+                self._roster.began(identity, job.type, context)
+                model = self._admit(job, identity, context)
+                turn.enter_context(self._turn(self._at_work, job, context))
+                assets = self._work(job, identity, model, context)
+            except JobError as exc:
+                # The failure alone: an exception that lives on pins the tensors of its frames.
+                failure = Failure.of(_cause(exc, context))
+                # A stop's error is its signal's, which may be remembered for hundreds of jobs.
+                exc.__traceback__ = None
+            except Exception as exc:
+                logs.bug(job_id, exc)
+                failure = Failure.of(models.as_job_error(exc))
+            if failure and failure.is_the_workers_end:
+                # Before the next job may begin.
+                self._lose_device()
         document = self._document(job_id, assets, failure, context)
         document = self._post(document, event, job, context)
         logs.ended(document, job, context.elapsed_s, context.audit)
-        if failure and failure.is_the_workers_end:
-            self._lose_device()
-        elif job:
-            self._pills.survived(identity)
         if job:
+            if not (failure and failure.is_the_workers_end):
+                self._pills.survived(identity)
             self._roster.ended(identity, job.type, document, context.elapsed_s)
         return document
+
+    def _work(
+        self, job: Job, identity: Identity, model: Any, context: JobContext
+    ) -> tuple[Asset, ...]:
+        """The job's assets: prepared, computed and delivered."""
+        self._begin(job, identity)
+        self._announce(job, context)
+        with context.stage("fetch"):
+            images = self._fetch(job, context)
+            jobs.prepare(job, model, context)
+        with self._delivery(job, context) as delivery:
+            with self._turn(self._computing, job, context), context.stage("generate"):
+                for output in jobs.run(job, model, images, context):
+                    delivery.send(output)
+            with context.stage("deliver"):
+                return delivery.assets(context.check)
 
     def close(self, grace_s: float) -> None:
         """Take no further job, and stop after `grace_s` seconds those that still run."""
@@ -233,19 +244,26 @@ class Worker:
         """The model that serves a job, once nothing speaks against it."""
         if self._closing.is_set():
             raise WorkerUnavailable("the worker is shutting down")
-        if self.is_lost and jobs.FAMILY_OF[job.type] != "admin":
-            raise WorkerUnavailable("this worker's device failed, and it is being replaced")
-        family = jobs.FAMILY_OF[job.type]
-        if family == "admin":
+        if jobs.FAMILY_OF[job.type] == "admin":
             self._admission.check(job, context)
             return replace(self._office, asker_key=identity.api_key)
         model = jobs.model_of(job, self._models)
         if model is None:
             served = ", ".join(self._models)
             raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
+        self._check_device_is_there()
         self._admission.check(job, context)
-        self._pills.swallow(identity)
         return model
+
+    def _begin(self, job: Job, identity: Identity) -> None:
+        """Mark a job as begun; raises WorkerUnavailable if the device failed while it waited."""
+        if jobs.FAMILY_OF[job.type] != "admin":
+            self._check_device_is_there()
+            self._pills.swallow(identity)
+
+    def _check_device_is_there(self) -> None:
+        if self.is_lost:
+            raise WorkerUnavailable("this worker's device failed, and it is being replaced")
 
     def _announce(self, job: Job, context: JobContext) -> None:
         """Post that the job has begun, if that is wanted. A failure does not matter.
@@ -283,18 +301,17 @@ class Worker:
         return images
 
     @contextmanager
-    def _lane(self, job: Job, context: JobContext) -> Iterator[None]:
-        """The device, to oneself: one job computes, the next prepares, the last one delivers."""
+    def _turn(self, places: FairSemaphore, job: Job, context: JobContext) -> Iterator[None]:
+        """A place for a job that takes turns, in the order of arrival; others need none."""
         if not jobs.takes_turns(job):
             yield
             return
-        with context.stage("wait"):
-            while not self._computing.acquire(timeout=LANE_POLL_S):
-                context.check()
+        with context.waiting() as hear:
+            places.acquire(context.arrival, context.stop, hear)
         try:
             yield
         finally:
-            self._computing.release()
+            places.release()
 
     def _storage(self, job: Job | None) -> storage.Storage:
         """The job's own bucket, or the worker's storage."""

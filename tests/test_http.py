@@ -488,29 +488,41 @@ def anonymous(**changes: Any) -> dict[str, Any]:
     return payload
 
 
+class HeldParrot(Parrot):
+    """A parrot that says nothing until `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__("Water.")
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def generate(self, **call: Any) -> Any:
+        speech = super().generate(**call)
+        self.is_asked.set()
+        assert self.go_on.wait(PATIENCE_S)
+        return speech
+
+
 @pytest.fixture
-def single(tmp_path: Path, parrot: Parrot) -> Iterator[tuple[ServedFace, Bench]]:
-    """A face whose one thread paints a picture until `painter.go_on`; two more jobs may wait."""
-    settings = Settings(families=("sdxl", "chat"), concurrency=1, http_backlog=2)
+def single(tmp_path: Path) -> Iterator[tuple[ServedFace, HeldParrot]]:
+    """A face whose one thread for chats answers one until `go_on`; two more may wait."""
+    settings, parrot = Settings(families=("chat",), concurrency=1, http_backlog=2), HeldParrot()
     small = Bench(tmp_path, settings=settings, models={"chat": parrot})
-    small.models["sdxl"] = small.painter
-    small.painter.hold()
     with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload(id="paints")})
-        assert small.painter.at_step.wait(PATIENCE_S)
-        yield face, small
-        small.painter.go_on.set()
+        face.post("/jobs", {"input": chat_payload(id="speaks")})
+        assert parrot.is_asked.wait(PATIENCE_S)
+        yield face, parrot
+        parrot.go_on.set()
 
 
 @pytest.mark.parametrize("named", [{}, {"user_id": "anonymous"}])
 def test_a_job_without_a_user_is_known_by_the_workers_own_id(
-    single: tuple[ServedFace, Bench], named: dict[str, str]
+    single: tuple[ServedFace, HeldParrot], named: dict[str, str]
 ) -> None:
-    face, small = single
+    face, parrot = single
     payload = {**anonymous(), **named}
 
     taken = [face.post("/jobs", {"input": payload}).json()["job_id"] for _ in range(2)]
-    small.painter.go_on.set()
+    parrot.go_on.set()
     ended = [events(face.get(f"/job/{name}/events"))[-1] for name in taken]
 
     assert len({*taken, "hello"}) == 3
@@ -704,20 +716,20 @@ def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None
 
 
 def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
-    single: tuple[ServedFace, Bench], parrot: Parrot
+    single: tuple[ServedFace, HeldParrot],
 ) -> None:
-    face, _ = single
+    face, parrot = single
     with ExitStack() as stack:
         for _ in range(2):
             stack.enter_context(knock(face)).sendall(raw_post("/chat", CALL))
         wait_until(lambda: face.face.docket.counts["queued"] == 2)
-        full = face.post("/jobs", {"input": sdxl_payload(id="next")})
+        full = face.post("/jobs", {"input": chat_payload(id="next")})
     wait_until(lambda: face.face.docket.counts["queued"] == 0)
 
-    taken = face.post("/jobs", {"input": sdxl_payload(id="next")})
+    taken = face.post("/jobs", {"input": chat_payload(id="next")})
 
     assert (full.status_code, taken.status_code) == (429, 202)
-    assert parrot.calls == []
+    assert len(parrot.calls) == 1, "only the chat that was answered all the while"
 
 
 def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(

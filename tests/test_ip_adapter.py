@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models import sdxl as models
 from ourvidz_serverless.settings import Settings
@@ -107,7 +107,7 @@ def test_the_reference_of_one_job_leaves_the_next_one_alone(adapted: Any, sdxl: 
 
 def run(model: Any, config: Mapping[str, Any] = MappingProxyType({}), **metadata: Any) -> Any:
     """The metadata that a job with a red reference leaves."""
-    context = JobContext(Stop(), lambda progress: None, 60)
+    context = JobContext(Stop(), lambda progress: None, Bounds(60))
     metadata = {"reference_image_url": "https://a.example/red.png", **metadata}
     event = {"input": sdxl_payload(config=dict(config), metadata=metadata)}
     list(jobs.run(jobs.parse(event, Settings()), model, {"reference": RED}, context))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.addresses import Address
-from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.lora_downloads import IN_USE_S, Downloads
 from ourvidz_serverless.models.loras import LoraShelf
@@ -222,7 +222,7 @@ def test_a_job_is_painted_with_the_lora_that_its_users_signed_url_gave(
         jobs.parse({"input": sdxl_payload(user_id=user, config=CONFIG | lora(url))}, Settings())
         for user, url in zip(("ann", "ben"), urls, strict=True)
     )
-    context = JobContext(Stop(), lambda progress: None, 60)
+    context = JobContext(Stop(), lambda progress: None, Bounds(60))
 
     jobs.prepare(anns, sdxl, context)
     (painted,) = jobs.run(anns, sdxl, {}, context)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import (
     Cancelled,
     DeviceLost,
@@ -195,7 +195,7 @@ def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_rememb
 ) -> None:
     monkeypatch.setattr(sdxl, "loras", shelf)
     stop = Stop()
-    context = JobContext(stop, lambda progress: None, 60)
+    context = JobContext(stop, lambda progress: None, Bounds(60))
     config = {"num_images": 3, "loras": [{"name": "bold"}]}
     pictures = jobs.run(
         jobs.parse({"input": sdxl_payload(config=config)}, Settings()), sdxl, {}, context

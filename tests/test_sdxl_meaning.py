@@ -13,7 +13,7 @@ from PIL import Image
 
 from builder.drawings import COLOURS, POSITION_WORDS, POSITIONS, Drawing, read
 from ourvidz_serverless import jobs
-from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def pictures(model: Any, reference: Image.Image | None = None, **payload: Any) -
     event = {
         "input": {"id": "job-1", "user_id": "user-1", "type": "sdxl_image_fast", **payload},
     }
-    context = JobContext(Stop(), lambda progress: None, 600)
+    context = JobContext(Stop(), lambda progress: None, Bounds(600))
     references = {"reference": reference} if reference else {}
     job = jobs.parse(event, Settings())
     return [output.pixels for output in jobs.run(job, model, references, context)]

@@ -275,8 +275,35 @@ def test_a_region_that_no_host_can_have_ends_the_start(
 
 
 @pytest.mark.parametrize(
-    ("families", "jobs"), [(("sdxl",), 2), (("wan",), 1), (("sdxl", "chat"), 64)]
+    ("families", "in_turn", "chats", "backlog"),
+    [
+        (("sdxl",), 2, 0, 0),
+        (("wan",), 1, 0, 0),
+        (("chat",), 0, 64, 0),
+        (("sdxl", "wan"), 2, 0, 0),
+        (("sdxl", "chat"), 2, 64, 16),
+        (("chat", "wan"), 1, 64, 1),
+        (("sdxl", "chat", "wan"), 2, 64, 1),
+    ],
 )
-def test_concurrency_is_the_familys_own_unless_set(families: tuple[str, ...], jobs: int) -> None:
-    assert Settings(families=families).resolved_concurrency == jobs
-    assert Settings(families=families, concurrency=5).resolved_concurrency == 5
+def test_each_family_has_places_of_its_own(
+    families: tuple[str, ...], in_turn: int, chats: int, backlog: int
+) -> None:
+    settings = Settings(families=families)
+
+    assert (settings.device_places, settings.chat_places) == (in_turn, chats)
+    assert settings.resolved_concurrency == in_turn + chats
+    assert settings.resolved_backlog == backlog
+
+
+@pytest.mark.parametrize(
+    ("families", "in_turn", "chats", "backlog"),
+    [(("sdxl",), 5, 0, 0), (("chat",), 0, 5, 0), (("sdxl", "chat"), 5, 5, 7)],
+)
+def test_concurrency_and_backlog_are_what_they_are_set_to(
+    families: tuple[str, ...], in_turn: int, chats: int, backlog: int
+) -> None:
+    settings = Settings(families=families, concurrency=5, queue_backlog=7)
+
+    assert (settings.device_places, settings.chat_places) == (in_turn, chats)
+    assert settings.resolved_backlog == backlog

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ourvidz_serverless import jobs, media, video
-from ourvidz_serverless.context import JobContext, Stop
+from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.wan import MAX_AREA, WanJob
 from ourvidz_serverless.models import wan as models
@@ -397,7 +397,7 @@ def test_a_job_stopped_while_nobody_reads_its_video_gives_its_models_back_though
     wan: models.Wan,
 ) -> None:
     stop = Stop()
-    context = JobContext(stop, lambda progress: None, 60)
+    context = JobContext(stop, lambda progress: None, Bounds(60))
     job = WanJob.model_validate(wan_payload(), context=Settings())
     outputs = jobs.run(job, wan, {}, context)
     next(outputs)

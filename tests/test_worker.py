@@ -4,6 +4,7 @@ import base64
 import gc
 import io
 import json
+import math
 import re
 import socket
 import time
@@ -21,7 +22,7 @@ from PIL import Image
 
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.callback import Callback
-from ourvidz_serverless.context import Stop
+from ourvidz_serverless.context import Bounds, Stop
 from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
@@ -349,10 +350,27 @@ def test_a_deadline_acts_at_the_next_step(bench: MakeBench) -> None:
         ({"executionTimeout": 0}, 570),
         ({"executionTimeout": True}, 570),
         ({"executionTimeout": 1e300}, 570),
+        ({"executionTimeout": 10**400}, 570),
     ],
 )
 def test_a_job_ends_before_the_platform_ends_it(policy: object, seconds: float) -> None:
-    assert jobs.timeout_s({"policy": policy}, 570) == seconds
+    bounds = jobs.bounds({"policy": policy}, Settings())
+
+    assert bounds == Bounds(work_s=seconds, wait_s=300, total_s=seconds)
+
+
+@pytest.mark.parametrize(
+    ("settings", "total_s"),
+    [
+        (Settings(job_timeout_s=5), 570),
+        (Settings(job_timeout_s=1800), 1800),
+        (Settings(job_timeout_s=5, serve="http"), math.inf),
+    ],
+)
+def test_wait_and_work_have_a_bound_together_where_the_platform_has_one(
+    settings: Settings, total_s: float
+) -> None:
+    assert jobs.bounds({}, settings).total_s == total_s
 
 
 def test_the_jobs_own_timeout_is_the_one_that_counts(bench: MakeBench) -> None:

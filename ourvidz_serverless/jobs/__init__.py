@@ -8,6 +8,7 @@ endpoint hears WORKER_UNAVAILABLE.
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
-from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.context import Bounds, JobContext
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.jobs import admin, chat, sdxl, wan
 from ourvidz_serverless.payloads import (
@@ -60,6 +61,9 @@ SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 #: if that is less.
 TIMEOUT_MARGIN_S, TIMEOUT_MARGIN = 30.0, 0.1
 
+#: RunPod's default timeout of an endpoint, in seconds.
+DEFAULT_TIMEOUT_S = 600.0
+
 #: RunPod's longest timeout, a week, in seconds.
 MAX_TIMEOUT_S = 604_800
 
@@ -98,6 +102,12 @@ def model_of(job: Job, models: Mapping[str, Any]) -> Any | None:
 def takes_turns(job: Job) -> bool:
     """Whether a job wants the device to itself while it computes."""
     return FAMILY_OF[job.type] not in WITHOUT_TURNS
+
+
+def is_in_turn(event: Mapping[str, Any]) -> bool:
+    """The same of a job that has not been parsed; a broken one computes nothing."""
+    name = job_type(_mapping(event.get("input")))
+    return name is not None and FAMILY_OF[name] not in WITHOUT_TURNS
 
 
 def prepare(job: Job, model: Any, context: JobContext) -> None:
@@ -160,18 +170,33 @@ def callback_url(event: Mapping[str, Any]) -> str | None:
     return url if url and len(url) <= MAX_CALLBACK_URL else None
 
 
-def timeout_s(event: Mapping[str, Any], default_s: float) -> float:
-    """How long a job may take, in seconds: RunPod's own timeout for it, less a margin.
+def bounds(event: Mapping[str, Any], settings: Settings) -> Bounds:
+    """How long a job may work, and wait for the device.
 
-    RunPod's is `policy.executionTimeout`, in milliseconds; a job without one has `default_s`.
+    On the queue both together end a margin before RunPod's own timeout, whose clock runs from the
+    moment in which it hands the job over: the job's `policy.executionTimeout`, in milliseconds, or
+    the endpoint's, which no worker is told of. It is taken to be RunPod's default, or longer where
+    `JOB_TIMEOUT_S` is.
     """
-    given = _mapping(event.get("policy")).get("executionTimeout")
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        return default_s
-    seconds = given / 1000
-    if not 0 < seconds <= MAX_TIMEOUT_S:
-        return default_s
-    return seconds - min(TIMEOUT_MARGIN_S, seconds * TIMEOUT_MARGIN)
+    own_s = _own_timeout_s(event)
+    if own_s is not None:
+        return Bounds(own_s, settings.device_wait_s, own_s)
+    work_s = settings.job_timeout_s
+    is_queued = settings.serve == "queue"
+    total_s = max(work_s, _less_margin(DEFAULT_TIMEOUT_S)) if is_queued else math.inf
+    return Bounds(work_s, settings.device_wait_s, total_s)
+
+
+def _own_timeout_s(event: Mapping[str, Any]) -> float | None:
+    """What a job's `policy.executionTimeout` leaves it, where it has one."""
+    given_ms = _mapping(event.get("policy")).get("executionTimeout")
+    if isinstance(given_ms, bool) or not isinstance(given_ms, (int, float)):
+        return None
+    return _less_margin(given_ms / 1000) if 0 < given_ms <= MAX_TIMEOUT_S * 1000 else None
+
+
+def _less_margin(timeout_s: float) -> float:
+    return timeout_s - min(TIMEOUT_MARGIN_S, timeout_s * TIMEOUT_MARGIN)
 
 
 def _text(event: Mapping[str, Any], field: str) -> str | None:

@@ -1,5 +1,7 @@
 """`handler.py` with a brush for a model: the real worker and loop, there in a second or two.
 
+Where `FAMILIES` names chat, a parrot answers chats; that takes torch's import longer.
+
 It runs as `python -m tests.support.studio`. While the file `HOLD` exists, no step ends. While
 `HOLD.pixels` exists, no picture can be read, so that its encoder waits; `HOLD.waits` says so.
 While `HOLD.later` exists, it is `LATER_S` later than it would be.
@@ -76,10 +78,14 @@ def clock() -> float:
 def main() -> None:
     config = settings.read()
     logs.configure(config.log_level)
-    brush = Brush(os.environ["HOLD"])
+    models: dict[str, Any] = {"sdxl": Brush(os.environ["HOLD"])}
+    if "chat" in config.families:
+        from tests.support.parrot import Parrot
+
+        models["chat"] = Parrot("Water.")
     worker = Worker(
         config,
-        {"sdxl": brush},
+        models,
         open_storage(config),
         Callback.of(config),
         "worker-1",
