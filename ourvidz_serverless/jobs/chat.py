@@ -5,7 +5,9 @@
  "max_tokens": 512, "temperature": 0.7, "top_p": 0.9, "stream": false}
 
 The older shape means the same two messages: `prompt` and `config.system_prompt`. No word is added
-to either: a conversation without a system prompt has none.
+to either: a conversation without a system prompt has none. The one exception is a call for WAN's
+enhanced prompt, `{"prompt": "...", "config": {"job_type": "video_fast"}}`: it gets WAN's system
+prompt where it brings none.
 """
 
 from __future__ import annotations
