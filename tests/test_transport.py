@@ -156,7 +156,7 @@ def test_a_connection_is_used_again(echo: Echo) -> None:
     for _ in range(5):
         transport.send("GET", echo.url, within_s=AGES_S)
 
-    assert len({id(each.connection) for each in echo.seen}) == 1
+    assert len({each.client for each in echo.seen}) == 1
 
 
 def test_a_cookie_is_not_kept(echo: Echo) -> None:

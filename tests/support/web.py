@@ -38,6 +38,8 @@ class Request:
     headers: Message
     body: bytes
     at: float
+    client: tuple[str, int]
+    """The address and the port of the other end: one connection's are its own."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
                 self.headers,
                 self._body(),
                 arrived,
+                self.client_address,
             )
 
         def _body(self) -> bytes:
