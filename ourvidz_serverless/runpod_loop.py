@@ -38,7 +38,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.retries import TRANSIENT, Retry
+from ourvidz_serverless.retries import Fault, Retry
 
 #: The version of the SDK whose internals are replaced here.
 SDK = "1.12."
@@ -282,9 +282,8 @@ async def post(
 
 def is_transient(error: Exception) -> bool:
     """Whether another try may succeed: no answer, or an answer that the platform is busy."""
-    if isinstance(error, ClientResponseError):
-        return error.status in TRANSIENT or error.status >= 500
-    return True
+    status = error.status if isinstance(error, ClientResponseError) else None
+    return Fault(status).is_transient
 
 
 def describe(error: Exception) -> str:
