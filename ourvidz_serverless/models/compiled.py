@@ -44,6 +44,39 @@ SEEN_SHAPES = 256
 _turn = threading.Lock()
 
 
+#: The thread that compiles, while it does; `_turn` allows one.
+_compiler: int | None = None
+
+
+@contextmanager
+def own_traces() -> Iterator[None]:
+    """Keep what the compiler traces apart from the modules that other threads call.
+
+    While torch.fx traces, `torch.nn.Module.__call__` is the tracer's for the whole process: a job
+    that calls a module at that moment ends in "module is not installed as a submodule" (torch
+    2.13, `torch/fx/_symbolic_trace.py`). Inductor traces so in each compilation.
+    """
+    global _compiler
+    _patch_tracer()
+    _compiler = threading.get_ident()
+    try:
+        yield
+    finally:
+        _compiler = None
+
+
+@functools.cache
+def _patch_tracer() -> None:
+    trace_module = torch.fx.Tracer.call_module
+
+    def call_module(tracer: Any, module: Any, forward: Any, args: Any, options: Any) -> Any:
+        if _compiler in (None, threading.get_ident()):
+            return trace_module(tracer, module, forward, args, options)
+        return forward(*args, **options)
+
+    torch.fx.Tracer.call_module = call_module
+
+
 class Regions:
     """One network's repeated blocks; `calls` counts those that were answered by compiled code."""
 
@@ -140,7 +173,7 @@ class Regions:
                     return
                 shape, compute = self._wanted.pop(0)
             try:
-                with _turn, self._home.using(), torch.inference_mode():
+                with _turn, own_traces(), self._home.using(), torch.inference_mode():
                     compute()
                 self._ready.add(shape)
             except Exception as exc:
