@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -146,7 +145,7 @@ class Worker:
         `stop` ends the job at its next step; `report` hears its progress, and `emit` what the
         job streams. A second delivery of a job that is under way hears the end of the first.
         """
-        job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
+        job_id = jobs.job_id(event) or jobs.new_id()
         bounds = jobs.bounds(event, self._settings)
         context = JobContext(stop, report, bounds, self._clock, emit)
         # The identity holds user and key: a caller who only knows the id gets nothing.
@@ -394,21 +393,21 @@ class Worker:
 
     def _tell(self, event: Mapping[str, Any], document: Document, context: JobContext) -> Document:
         """Post the end of a job that ran in silence, for a delivery of it that does not."""
+        return self._post(document, event, self._read(event), context)
+
+    def _read(self, event: Mapping[str, Any]) -> Job | None:
+        """The job that an event asks for; None if its payload is not valid."""
         try:
-            job = jobs.parse(event, self._settings)
+            return jobs.parse(event, self._settings)
         except JobError:
-            job = None
-        return self._post(document, event, job, context)
+            return None
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a job's result, which the platform did not take, beside its assets; its key."""
         # A caller without a key must not choose where the refusal is stored.
         is_stranger = (result.get("failure") or {}).get("code") == "UNAUTHORIZED"
-        try:
-            job = None if is_stranger else jobs.parse(event, self._settings)
-        except JobError:
-            job = None
-        job_id = jobs.job_id(event) or f"unnamed-{uuid.uuid4().hex}"
+        job = None if is_stranger else self._read(event)
+        job_id = jobs.job_id(event) or jobs.new_id()
         name, began = f"result.{result.get('status', 'failed')}.json", self._clock()
 
         def left() -> float:

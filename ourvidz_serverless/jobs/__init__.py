@@ -142,6 +142,11 @@ def job_id(event: Mapping[str, Any]) -> str | None:
     return next((name for name in candidates if _is_key(name)), None)
 
 
+def new_id() -> str:
+    """An id for a job that has none, or none that can be read."""
+    return f"unnamed-{uuid.uuid4().hex}"
+
+
 def identity(event: Mapping[str, Any]) -> Identity:
     """The identity by which a job is joined, found or stopped.
 
@@ -150,8 +155,8 @@ def identity(event: Mapping[str, Any]) -> Identity:
     """
     user, key, own = user_id(event), api_key(event), _text_of(event.get("id"))
     if user in (None, ANONYMOUS):
-        return Identity.of(None, key, own or f"unnamed-{uuid.uuid4().hex}")
-    return Identity.of(user, key, job_id(event) or own or f"unnamed-{uuid.uuid4().hex}")
+        return Identity.of(None, key, own or new_id())
+    return Identity.of(user, key, job_id(event) or own or new_id())
 
 
 def user_id(event: Mapping[str, Any]) -> str | None:
