@@ -420,9 +420,15 @@ def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
     assert (len(small.painter.calls), small.stored()) == (1, [])
 
 
-@pytest.mark.parametrize("other", [{"user_id": "user-2"}, {"api_key": "another"}])
+@pytest.mark.parametrize(
+    ("other", "user", "headers"),
+    [
+        ({"user_id": "user-2"}, "user-2", {}),
+        ({"api_key": "another"}, "user-1", {"X-API-Key": "another"}),
+    ],
+)
 def test_another_callers_job_of_the_same_id_is_another_job(
-    tmp_path: Path, other: dict[str, str]
+    tmp_path: Path, other: dict[str, str], user: str, headers: dict[str, str]
 ) -> None:
     small = Bench(tmp_path, settings=Settings(concurrency=1))
     small.painter.hold()
@@ -431,9 +437,10 @@ def test_another_callers_job_of_the_same_id_is_another_job(
         assert small.painter.at_step.wait(PATIENCE_S)
         answer = face.post("/jobs", {"input": sdxl_payload(**other)})
         small.painter.go_on.set()
-        face.get("/job/job-1/events?user_id=user-1")
+        stream = face.get(f"/job/job-1/events?user_id={user}", headers=headers)
 
     assert answer.json()["status"] == "queued"
+    assert events(stream)[-1][0] == "done"
     assert len(small.painter.calls) == 2
 
 
