@@ -95,7 +95,8 @@ ARG FAMILY
 ARG BAKE=0
 WORKDIR /fetch
 COPY builder/__init__.py builder/fetch_models.py builder/models.json builder/models.lock.json builder/
-COPY ourvidz_serverless/__init__.py ourvidz_serverless/signed_urls.py ourvidz_serverless/
+COPY ourvidz_serverless/__init__.py ourvidz_serverless/
+COPY ourvidz_serverless/net/__init__.py ourvidz_serverless/net/signed_urls.py ourvidz_serverless/net/
 RUN --mount=type=secret,id=HF_TOKEN \
     mkdir /models \
  && if [ "$BAKE" = 1 ]; then \

@@ -11,7 +11,7 @@ import sys
 
 from ourvidz_serverless import logs, settings
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.readahead import ReadAhead
+from ourvidz_serverless.models.loading.readahead import ReadAhead
 
 
 def main() -> None:
@@ -23,17 +23,17 @@ def main() -> None:
     reading = ReadAhead.of(config).start()
     # Only now what takes seconds to import: meanwhile the weights are read.
     if config.serve == "http":
-        from ourvidz_serverless import http
+        from ourvidz_serverless.serving.http import app as http
 
         http.serve(config, reading)
     else:
-        from ourvidz_serverless import sdk
+        from ourvidz_serverless.serving import runpod_sdk
 
-        sdk.load()
-        from ourvidz_serverless import endpoint
+        runpod_sdk.load()
+        from ourvidz_serverless.serving import runpod_queue
         from ourvidz_serverless.worker import Worker
 
-        endpoint.serve(Worker.of(config, reading), config)
+        runpod_queue.serve(Worker.of(config, reading), config)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import architectures, report
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.graphs import Record, recorder
-from ourvidz_serverless.models.qwen import POCKET as POCKET_FOLDER
-from ourvidz_serverless.models.sampling import Sampling
+from ourvidz_serverless.models.chat.cuda_graphs import Record, recorder
+from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
+from ourvidz_serverless.models.chat.model import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import tiny_folder
 

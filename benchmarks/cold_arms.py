@@ -138,7 +138,7 @@ def _paint(pipe: Any, stages: Stages) -> None:
 
 def _work(model: str, stages: Stages) -> None:
     from ourvidz_serverless import settings
-    from ourvidz_serverless.readahead import ReadAhead
+    from ourvidz_serverless.models.loading.readahead import ReadAhead
 
     class Timed(ReadAhead):
         """One that knows for how long it was waited for."""
@@ -156,12 +156,13 @@ def _work(model: str, stages: Stages) -> None:
         )
         reading = Timed(ReadAhead.of(config)._paths)
         reading.start()
-        from ourvidz_serverless import sdk
+        from ourvidz_serverless.serving import runpod_sdk
 
-        sdk.load()
-        from ourvidz_serverless import endpoint, models  # noqa: F401
+        runpod_sdk.load()
+        from ourvidz_serverless import models  # noqa: F401
         from ourvidz_serverless.context import Stop
-        from ourvidz_serverless.models import sdxl  # noqa: F401
+        from ourvidz_serverless.models.sdxl import pipeline as sdxl  # noqa: F401
+        from ourvidz_serverless.serving import runpod_queue  # noqa: F401
         from ourvidz_serverless.worker import Worker
 
         stages.end("imports")

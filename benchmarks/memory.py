@@ -27,12 +27,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import architectures, report
-from ourvidz_serverless.models import open_ledger, qwen, sdxl, wan
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.engine import Engine, Generation
-from ourvidz_serverless.models.sampling import Sampling
+from ourvidz_serverless.models import open_ledger
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.engine import Engine, Generation
+from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 from tests.support.chatbox import tiny_folder
 
 POCKET, FULL = TITLES = (

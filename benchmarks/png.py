@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ourvidz_serverless.media import Pixels, encode_image
+from ourvidz_serverless.delivery.images import Pixels, encode_image
 
 Plane = NDArray[np.float64]
 

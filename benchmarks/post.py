@@ -34,12 +34,12 @@ from PIL import Image
 from benchmarks import png, report
 from benchmarks.store import BUCKET, Store
 from benchmarks.turns import control_of, take_turns
-from ourvidz_serverless import storage
-from ourvidz_serverless.delivery import Delivery
-from ourvidz_serverless.models.sdxl import _pixels
-from ourvidz_serverless.models.wan_vae import _as_bytes
+from ourvidz_serverless.delivery import storage
+from ourvidz_serverless.delivery.uploads import Delivery
+from ourvidz_serverless.delivery.video import encode_video
+from ourvidz_serverless.models.sdxl.pipeline import _pixels
+from ourvidz_serverless.models.wan.vae import _as_bytes
 from ourvidz_serverless.payloads import Output, Reel
-from ourvidz_serverless.video import encode_video
 from ourvidz_serverless.worker import DELIVERY_THREADS
 
 PICTURES = 4

@@ -19,11 +19,14 @@ import numpy as np
 import torch
 
 from benchmarks import report
-from ourvidz_serverless.models import decoders, sdxl, speed, wan
-from ourvidz_serverless.models.plans import Plan
-from ourvidz_serverless.models.speed import Levers
+from ourvidz_serverless.models.memory.oom_fallback import Plan
+from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.speed import presets as speed
+from ourvidz_serverless.models.speed.presets import Levers
+from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 
 PROMPT = "a red circle on a blue background"
 

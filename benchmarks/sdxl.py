@@ -25,10 +25,11 @@ from benchmarks import architectures, report
 from benchmarks.arms import PROMPT, plain_pipeline
 from benchmarks.turns import take_turns
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models import fp8, sdxl
-from ourvidz_serverless.models.plans import Plan, Plans
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.speed import fp8
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 
 POCKET, FULL, LEVERS = TITLES = (
     "SDXL against diffusers' pipeline, pocket size",

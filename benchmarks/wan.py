@@ -22,8 +22,8 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 from benchmarks import architectures, report
 from benchmarks.turns import take_turns
-from ourvidz_serverless.models import wan
-from ourvidz_serverless.models.wan_networks import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan.network import POCKET as POCKET_FOLDER
 from ourvidz_serverless.settings import Settings
 
 POCKET, FULL = TITLES = (

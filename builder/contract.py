@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from builder import typescript
-from ourvidz_serverless import contract, jobs
+from ourvidz_serverless import jobs
 from ourvidz_serverless.payloads import Asset, Document, Failure
+from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -40,7 +40,7 @@ from urllib.parse import unquote, urlencode, urlsplit
 import requests
 from tqdm import tqdm
 
-from ourvidz_serverless.signed_urls import unsigned
+from ourvidz_serverless.net.signed_urls import unsigned
 
 # The images say that there is no hub; here there is one. Read when the library is imported.
 os.environ["HF_HUB_OFFLINE"] = "0"

@@ -77,7 +77,7 @@ def served() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         env = {"FAMILIES": "sdxl,chat", "HOST": "127.0.0.1", "PORT": "0"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "ourvidz_serverless.http"],
+            [sys.executable, "-m", "ourvidz_serverless.serving.http.app"],
             env={**os.environ, **env, "STORAGE_URL": f"file:{folder}"},
             cwd=ROOT,
             stderr=subprocess.PIPE,

@@ -23,7 +23,7 @@ from runpod.endpoint import Endpoint
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, InternalError, JobError
 from ourvidz_serverless.jobs import FAMILY_OF, job_type
-from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
+from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 
 T = TypeVar("T")
 

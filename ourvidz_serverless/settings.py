@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ourvidz_serverless import values
+from ourvidz_serverless import setting_checks
 from ourvidz_serverless.errors import ModelLoadError
 
 FAMILIES = ("sdxl", "chat", "wan")
@@ -102,8 +102,8 @@ def _rate(value: object) -> object:
     return Rate(int(match[1]), WINDOWS_S[match[2]], f"{match[1]}/{match[2]}")
 
 
-Url = Annotated[str, AfterValidator(values.http_url)]
-HeaderSecret = Annotated[SecretStr, AfterValidator(values.header_secret)]
+Url = Annotated[str, AfterValidator(setting_checks.http_url)]
+HeaderSecret = Annotated[SecretStr, AfterValidator(setting_checks.header_secret)]
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
@@ -128,7 +128,7 @@ class Settings(BaseSettings):
 
     # What is served, and on what.
     families: Annotated[Words, AfterValidator(_known_families)] = ("sdxl",)
-    device: Annotated[str, AfterValidator(values.device)] = "auto"
+    device: Annotated[str, AfterValidator(setting_checks.device)] = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention_backend: Literal["native", "cudnn", "flash", "efficient", "math"] = "native"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
@@ -200,7 +200,7 @@ class Settings(BaseSettings):
     wan_distilled_solver: Literal["unipc", "dpm++", "euler"] = "euler"
     wan_distilled_timesteps: Timesteps = ()
     wan_enhancer_model: str | None = None
-    wan_enhancement_prompt: Path = Path(__file__).parent / "data" / "enhancement.txt"
+    wan_enhancement_prompt: Path = Path(__file__).parent / "models" / "wan" / "enhancement.txt"
 
     # Where assets go.
     storage_url: str = "file:outputs"
@@ -209,7 +209,7 @@ class Settings(BaseSettings):
     bucket_endpoint_url: Url | None = None
     bucket_access_key_id: HeaderSecret | None = None
     bucket_secret_access_key: SecretStr | None = None
-    bucket_region: Annotated[str, AfterValidator(values.region)] = "us-east-1"
+    bucket_region: Annotated[str, AfterValidator(setting_checks.region)] = "us-east-1"
     s3_config_hosts: Words = ()
     supabase_url: Url | None = None
     supabase_service_key: HeaderSecret | None = None
@@ -223,7 +223,9 @@ class Settings(BaseSettings):
     callback_url: Url | None = None
     callback_hosts: Words = ()
     callback_processing: bool = False
-    job_callback_secret: Annotated[SecretStr, AfterValidator(values.signing_secret)] | None = None
+    job_callback_secret: (
+        Annotated[SecretStr, AfterValidator(setting_checks.signing_secret)] | None
+    ) = None
 
     # Who and what comes in.
     worker_api_key: Keys = ()
@@ -330,7 +332,7 @@ def storage_problems(settings: Settings) -> Iterator[str]:
     """Why assets cannot be stored at `STORAGE_URL`, one line for each reason."""
     scheme, bucket, _ = storage_place(settings)
     if scheme == "s3":
-        if not values.is_bucket(bucket):
+        if not setting_checks.is_bucket(bucket):
             yield "STORAGE_URL: Input should name a bucket, s3://BUCKET[/PREFIX]"
         if not (settings.bucket_access_key_id and settings.bucket_secret_access_key):
             yield "STORAGE_URL: needs BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY"

@@ -19,25 +19,27 @@ from typing import Any
 
 from PIL import Image
 
-from ourvidz_serverless import __version__, jobs, logs, models, references, storage
-from ourvidz_serverless.admission import Admission
-from ourvidz_serverless.callback import DELIVERY_S, Callback, Patience
+from ourvidz_serverless import __version__, jobs, logs, models
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
-from ourvidz_serverless.credentials import Credentials
-from ourvidz_serverless.delivery import Delivery
+from ourvidz_serverless.deduplication import Flights
+from ourvidz_serverless.delivery import storage
+from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback, Patience
+from ourvidz_serverless.delivery.content_credentials import Credentials
+from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
-from ourvidz_serverless.flights import Flights
+from ourvidz_serverless.guard.admission import Admission
+from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
+from ourvidz_serverless.guard.poison_jobs import Pills
+from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.job_history import Roster
 from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
-from ourvidz_serverless.limits import Limits
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.loading.readahead import ReadAhead
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.payloads import Asset, Document, Failure, Identity, Job, check_result
-from ourvidz_serverless.pills import Pills
-from ourvidz_serverless.readahead import ReadAhead
-from ourvidz_serverless.retries import Fault
-from ourvidz_serverless.roster import Roster
+from ourvidz_serverless.references import fetch as references
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.turns import FairSemaphore
 
 #: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
 #: of the next job with theirs.

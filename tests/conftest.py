@@ -87,7 +87,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def sdxl() -> Any:
     """The pocket SDXL, loaded as production loads a checkpoint."""
-    from ourvidz_serverless.models import sdxl as models
+    from ourvidz_serverless.models.sdxl import pipeline as models
 
     return models.load(Settings())
 
@@ -103,6 +103,6 @@ def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def wan(wan_settings: Settings) -> Any:
     """That WAN, loaded as production loads a checkpoint. It has no enhancer."""
-    from ourvidz_serverless.models import wan as models
+    from ourvidz_serverless.models.wan import pipeline as models
 
     return models.load(wan_settings)

@@ -17,13 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from ourvidz_serverless.callback import Callback
-from ourvidz_serverless.limits import Limits, Upstash
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import S3Storage, SupabaseStorage
+from ourvidz_serverless.guard.rate_limits import Limits, Upstash
+from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.references import Policy
-from ourvidz_serverless.retries import Retry
+from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Rate, Settings
-from ourvidz_serverless.storage import S3Storage, SupabaseStorage
 from tests.support.authority import write_authority
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.chaos import FAULTS, Chaos, Fault

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ourvidz_serverless import safety
+from ourvidz_serverless.guard import content_floor
 
 CASES = Path(__file__).parent / "data" / "safety_cases.json"
 
@@ -95,10 +95,10 @@ def groups() -> list[dict[str, Any]]:
     return loaded
 
 
-def verdicts(group: dict[str, Any]) -> list[safety.Verdict]:
+def verdicts(group: dict[str, Any]) -> list[content_floor.Verdict]:
     """What the floor says of each text of a group, said by the group's role."""
     adult, role = group["adult"], group.get("role", "user")
-    return [safety.check(text, adult=adult, role=role) for text in group["texts"]]
+    return [content_floor.check(text, adult=adult, role=role) for text in group["texts"]]
 
 
 def refused(group: dict[str, Any]) -> int:
@@ -114,7 +114,7 @@ def rows(refuse: bool) -> Iterator[tuple[str, int, int]]:
 
 def disguised() -> Iterator[tuple[str, int, int]]:
     for name, disguise in DISGUISES.items():
-        caught = sum(safety.check(disguise(phrase)).refused for phrase in PHRASES)
+        caught = sum(content_floor.check(disguise(phrase)).refused for phrase in PHRASES)
         yield name, len(PHRASES), caught
 
 
@@ -127,7 +127,7 @@ def table(title: str, verdict: str, lines: list[tuple[str, int, int]]) -> str:
 def report() -> str:
     return "\n\n".join(
         [
-            f"List {safety.LIST_VERSION}.",
+            f"List {content_floor.LIST_VERSION}.",
             table("should be refused", "refused", list(rows(True))),
             table("disguise of a text to refuse", "refused", list(disguised())),
             table("should pass", "refused", list(rows(False))),

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import DirectoryStorage
 from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
+from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.painter import Painter
 from tests.support.patience import PATIENCE_S

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from ourvidz_serverless import access, settings
+from ourvidz_serverless import settings
 from ourvidz_serverless.errors import ModelLoadError, Unauthorized
+from ourvidz_serverless.guard import access
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.handler import run_handler

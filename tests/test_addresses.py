@@ -2,7 +2,7 @@
 
 import pytest
 
-from ourvidz_serverless.addresses import is_listed, is_loopback, origin
+from ourvidz_serverless.net.addresses import is_listed, is_loopback, origin
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.jobs.admin import ANSWERS, CHANGING
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.cards import Card, Parcel

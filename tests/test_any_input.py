@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ourvidz_serverless import endpoint
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.film import Film
@@ -255,7 +255,7 @@ def test_a_monster_in_any_place_ends_in_a_valid_document(
 def test_the_handler_returns_a_document_for_a_monster(
     bench: Bench, monster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = endpoint.make_handler(bench.worker, bench.settings)
+    handler = runpod_queue.make_handler(bench.worker, bench.settings)
 
     for place in ("prompt", "config", "input"):
         result = asyncio.run(_handled(handler, with_monster("sdxl", place, MONSTERS[monster])))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless import safety
 from ourvidz_serverless.errors import OutOfMemory
+from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.payloads import CheckedText
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
@@ -58,7 +58,7 @@ def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
     at.run(sdxl_payload(prompt="a zebra", config={"num_images": 3}))
 
     (line,) = trail()
-    assert line["texts_sha256"] == safety.audit_hash(
+    assert line["texts_sha256"] == content_floor.audit_hash(
         [CheckedText("a zebra", "prompt"), CheckedText("", "compel_weights")]
     )
     assert line["stored_sha256"] == {

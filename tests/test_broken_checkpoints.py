@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from builder import pocket_sdxl
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models import qwen, sdxl, wan
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import tiny_folder
 

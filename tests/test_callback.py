@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ourvidz_serverless.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.delivery.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.net.retries import Fault, Retry
+from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.payloads import KEY_PATTERN, Document, Status
-from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.supabase import Project
 from tests.support.bench import QUICK
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import CallbackReceiver
@@ -198,7 +198,7 @@ def silent() -> Iterator[str]:
 def test_a_receiver_that_hangs_ends_the_last_try_too(
     silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.callback.DELIVERY_S", 1.0)
+    monkeypatch.setattr("ourvidz_serverless.delivery.callback.DELIVERY_S", 1.0)
     began = time.monotonic()
 
     with pytest.raises(Fault):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless import jobs, safety
+from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import ContentRefused, InvalidPrompt, WorkerUnavailable
+from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.payloads import CheckedText, Document
@@ -403,7 +404,7 @@ def test_the_floor_reads_a_conversation_once_and_not_again_with_its_reply(
     bench: MakeBench,
 ) -> None:
     readings: list[None] = []
-    safety.judge([CheckedText("rain", "messages")], check_stop=lambda: readings.append(None))
+    content_floor.judge([CheckedText("rain", "messages")], check_stop=lambda: readings.append(None))
 
     one, many = (times_the_clock_is_read(bench, [user("rain")] * num) for num in (1, 101))
 

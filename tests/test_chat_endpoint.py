@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pytest
 import requests
 
-from ourvidz_serverless.endpoint import make_stream_handler
-from ourvidz_serverless.models.qwen import POCKET
+from ourvidz_serverless.models.chat.model import POCKET
+from ourvidz_serverless.serving.runpod_queue import make_stream_handler
 from ourvidz_serverless.settings import Settings
 from tests.support import braked
 from tests.support.bench import Bench, chat_payload, sdxl_payload

@@ -12,11 +12,11 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models import graphs, norms
-from ourvidz_serverless.models.engine import Generation
-from ourvidz_serverless.models.kv_cache import KVCache
-from ourvidz_serverless.models.qwen import Writer
-from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat import cuda_graphs, norms
+from ourvidz_serverless.models.chat.engine import Generation
+from ourvidz_serverless.models.chat.kv_cache import KVCache
+from ourvidz_serverless.models.chat.model import Writer
+from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
 from tests.support.chatbox import (
     CPU,
     Gate,
@@ -245,7 +245,7 @@ def test_the_cache_moves_seldom_where_there_is_room() -> None:
 
 def test_steps_of_all_sizes_have_few_shapes() -> None:
     shapes = {
-        graphs._bucket([(1, length - 1)] * rows, 8192)[0]
+        cuda_graphs._bucket([(1, length - 1)] * rows, 8192)[0]
         for rows, length in itertools.product(range(1, 65), range(1, 8193, 100))
     }
 
@@ -256,7 +256,7 @@ def test_steps_of_all_sizes_have_few_shapes() -> None:
 def test_the_recording_that_was_not_used_longest_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graphs, "MAX_RECORDINGS", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_RECORDINGS", 2)
     writer = tiny_writer(record=Tape())
 
     for at_once in (4, 1, 2):
@@ -308,8 +308,8 @@ def test_what_a_wrong_recording_wrote_is_read_anew(plain: Writer) -> None:
 def test_nothing_is_recorded_on_a_cpu_or_where_it_is_switched_off() -> None:
     config = Qwen2Config()
 
-    assert graphs.recorder("auto", CPU, config) is None
-    assert graphs.recorder("off", CPU, config) is None
+    assert cuda_graphs.recorder("auto", CPU, config) is None
+    assert cuda_graphs.recorder("off", CPU, config) is None
 
 
 # --- what the host waits for ---

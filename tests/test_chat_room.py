@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models import qwen
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.memory import open_ledger
-from ourvidz_serverless.models.qwen import Chat
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.model import Chat
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import tiny_folder
 
@@ -93,7 +93,9 @@ def test_two_models_that_take_turns_claim_no_more_than_the_device(
 def test_on_a_cpu_the_cache_fits_the_hosts_memory(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.models.memory.host_memory", lambda: (6 << 20, 6 << 20))
+    monkeypatch.setattr(
+        "ourvidz_serverless.models.memory.device_memory.host_memory", lambda: (6 << 20, 6 << 20)
+    )
 
     chat = load(place, 0, vram_budget_gb=None)
 

@@ -10,9 +10,9 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from ourvidz_serverless.models import qwen
-from ourvidz_serverless.models.chat_tokens import ChatTokenizer
-from ourvidz_serverless.models.qwen import Chat, Writer
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.model import Chat, Writer
+from ourvidz_serverless.models.chat.tokens import ChatTokenizer
 from ourvidz_serverless.settings import Settings
 from tests.support.cards import card
 from tests.support.chatbox import (

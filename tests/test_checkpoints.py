@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ourvidz_serverless import checkpoints
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models.loading import checkpoints
 from ourvidz_serverless.settings import MODEL_DIRS, Settings
 
 REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"

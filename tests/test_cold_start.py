@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import checkpoints, cold_start
 from builder import pocket_sdxl
-from ourvidz_serverless.models import sdxl as models
+from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ourvidz_serverless.models import compiled
+from ourvidz_serverless.models.speed import regional_compile
 
 #: A compiler and five interpreters, on a machine that others share.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -114,7 +114,7 @@ def test_a_job_computes_while_the_compilers_thread_traces() -> None:
         return value
 
     def compile_it() -> None:
-        with compiled.own_traces():
+        with regional_compile.own_traces():
             torch.fx.symbolic_trace(traced)
 
     thread = threading.Thread(target=compile_it)

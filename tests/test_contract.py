@@ -8,7 +8,8 @@ import pytest
 from jsonschema import Draft202012Validator as Validator
 
 from builder import contract as artefacts
-from ourvidz_serverless import contract, errors, jobs
+from ourvidz_serverless import errors, jobs
+from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.parrot import Parrot

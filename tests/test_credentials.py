@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import SecretStr
 
-from ourvidz_serverless import media, video
-from ourvidz_serverless.credentials import UNSIGNED, Credentials
+from ourvidz_serverless.delivery import images, video
+from ourvidz_serverless.delivery.content_credentials import UNSIGNED, Credentials
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, sdxl_payload
@@ -122,7 +122,7 @@ def test_the_reader_trusts_what_was_signed(
     authority: Authority, algorithm: str, format: Any
 ) -> None:
     key = MAKE_KEY[algorithm]()
-    file = media.encode_image(picture(), format)
+    file = images.encode_image(picture(), format)
 
     signed = Credentials(authority.chain(key), pem(key)).sign(file.data, file.mime, False, [])
 
@@ -143,18 +143,20 @@ def test_the_reader_trusts_a_signed_video(authority: Authority, pair: tuple[str,
 def test_the_reader_sees_a_file_that_was_changed(
     authority: Authority, pair: tuple[str, str]
 ) -> None:
-    file = media.encode_image(picture())
+    file = images.encode_image(picture())
     signed = bytearray(Credentials(*pair).sign(file.data, file.mime, False, []))
     signed[-20] ^= 1
 
     assert read(bytes(signed), file.mime, authority).get_validation_state() == "Invalid"
 
 
-@pytest.mark.parametrize(("composite", "source"), [(False, media.TRAINED), (True, media.COMPOSITE)])
+@pytest.mark.parametrize(
+    ("composite", "source"), [(False, images.TRAINED), (True, images.COMPOSITE)]
+)
 def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
     authority: Authority, pair: tuple[str, str], composite: bool, source: str
 ) -> None:
-    file = media.encode_image(picture())
+    file = images.encode_image(picture())
 
     signed = Credentials(*pair).sign(file.data, file.mime, composite, [])
 
@@ -163,7 +165,7 @@ def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
     assert [each["data"] for each in manifest["assertions"]] == [{"actions": [action]}]
     assert manifest["claim_generator_info"][0]["name"] == "ourvidz-serverless"
     assert "thumbnail" not in manifest
-    assert media.digital_source_type(signed) == media.TRAINED  # the XMP mark stays as it was
+    assert images.digital_source_type(signed) == images.TRAINED  # the XMP mark stays as it was
 
 
 # --- a job ---

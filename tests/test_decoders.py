@@ -14,13 +14,15 @@ from PIL import Image
 from benchmarks import presets
 from benchmarks.presets import psnr
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models import decoders, speed, strips
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.memory import CountedMemory
-from ourvidz_serverless.models.plans import Plan
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import CountedMemory
+from ourvidz_serverless.models.memory.oom_fallback import Plan
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import tiled_vae
+from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 from tests.support.handler import ROOT
 from tests.support.small import narrow_vae
 from tests.support.wide import wide_settings
@@ -163,7 +165,7 @@ def test_in_strips_it_decodes_what_it_decodes_whole(rows: int) -> None:
     with whole_device.computing():
         whole = network(latent)
     with strip_device.computing():
-        in_strips = strips.decode_tiny(network, latent, strip_device)
+        in_strips = tiled_vae.decode_tiny(network, latent, strip_device)
 
     torch.testing.assert_close(in_strips, whole, atol=1e-5, rtol=0)
     if rows == 128:
@@ -178,7 +180,7 @@ def test_a_row_of_pixels_hangs_on_no_row_of_the_latent_that_a_strip_leaves_out()
     network(latent)[:, :, 256:264].sum().backward()
 
     rows = latent.grad.abs().sum((0, 1, 3)).nonzero().flatten()  # type: ignore[union-attr]
-    reach = strips._reach(network.layers)
+    reach = tiled_vae._reach(network.layers)
     assert 32 - reach <= rows.min() <= 32 - reach + 2
     assert rows.max() <= 32 + reach
 
@@ -195,7 +197,7 @@ def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: mod
     card._tiny.network.register_forward_pre_hook(look)
     (picture,) = paint(card, speed="fast", height=256, planned=told.append)
 
-    assert there == [["tiny"]] * strips.STRIPS
+    assert there == [["tiny"]] * tiled_vae.STRIPS
     assert told[0]["tiled_decode"]
     (usual,) = paint(equipped, speed="fast", height=256)
     assert np.abs(picture.astype(int) - usual).max() <= 1

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ourvidz_serverless.delivery import Delivery
+from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.errors import UploadError
 from ourvidz_serverless.payloads import Output, Text
 from tests.support.patience import PATIENCE_S

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
-from ourvidz_serverless.models import batch_limit, sampling
-from ourvidz_serverless.models.batch_limit import BatchLimit
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.engine import Engine, Generation
-from ourvidz_serverless.models.kv_cache import bytes_per_token
-from ourvidz_serverless.models.qwen import Writer
-from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
-from ourvidz_serverless.models.text_stream import TextStream
+from ourvidz_serverless.models.chat import batch_limit, sampling
+from ourvidz_serverless.models.chat.batch_limit import BatchLimit
+from ourvidz_serverless.models.chat.engine import Engine, Generation
+from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
+from ourvidz_serverless.models.chat.model import Writer
+from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.text_stream import TextStream
+from ourvidz_serverless.models.memory.device import Device
 from tests.support.chatbox import (
     CPU,
     Gate,

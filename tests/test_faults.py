@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless.callback import webhook_id
-from ourvidz_serverless.retries import Retry
+from ourvidz_serverless.delivery.callback import webhook_id
+from ourvidz_serverless.net.retries import Retry
 from tests.faults import DEPENDENCIES, Outcome, World, policy, world
 from tests.support.chaos import FAULTS, Fault
 from tests.support.s3 import SeaweedServer

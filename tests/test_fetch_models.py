@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from builder import fetch_models
-from ourvidz_serverless import checkpoints
+from ourvidz_serverless.models.loading import checkpoints
 from ourvidz_serverless.settings import FAMILIES
 from tests.support.hub import (
     REVISION,

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless.errors import InternalError
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models import wan as wan_models
 from ourvidz_serverless.models.finite import checked
-from ourvidz_serverless.models.plans import Plan, Plans
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.wan import pipeline as wan_models
 from ourvidz_serverless.settings import Settings
 from tests.support.small import PICTURE, write_lora
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ourvidz_serverless.errors import Cancelled, ModelLoadError
-from ourvidz_serverless.models import fp8
-from ourvidz_serverless.models import sdxl as sdxl_models
-from ourvidz_serverless.models import wan as wan_models
+from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
+from ourvidz_serverless.models.speed import fp8
+from ourvidz_serverless.models.wan import pipeline as wan_models
 from ourvidz_serverless.settings import Settings
 from tests.support import filmbox
 from tests.support.small import PICTURE, write_lora

@@ -13,14 +13,15 @@ from PIL import Image
 
 from benchmarks.presets import psnr
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models import decoders, qwen
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.graphs import CudaGraphs
-from ourvidz_serverless.models.memory import CudaMemory, open_memory
-from ourvidz_serverless.models.plans import Plan, Plans
-from ourvidz_serverless.models.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
+from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 from tests.support.chatbox import request, say, say_all, tiny_folder
 from tests.support.wide import wide_settings
 

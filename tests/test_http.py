@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import requests
 
-from ourvidz_serverless import connections, errors, http, jobs, openapi, request_checks
-from ourvidz_serverless.docket import Ticket
+from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.jobs import admin
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.payloads import Identity
+from ourvidz_serverless.serving.http import app as http
+from ourvidz_serverless.serving.http import connections, openapi, request_checks
+from ourvidz_serverless.serving.http.job_store import Ticket
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
 from tests.support.cards import Card
@@ -206,7 +208,7 @@ def test_a_family_that_is_not_served_is_unavailable(tmp_path: Path) -> None:
 def test_a_chat_call_posts_no_callback_and_a_job_does(
     tmp_path: Path, receiver: CallbackReceiver
 ) -> None:
-    from ourvidz_serverless.callback import Callback
+    from ourvidz_serverless.delivery.callback import Callback
 
     callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
     chatty = Bench(tmp_path, models={"chat": Parrot("Rain.")}, callback=callback)
@@ -742,7 +744,7 @@ def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
 def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
     tmp_path: Path, receiver: CallbackReceiver
 ) -> None:
-    from ourvidz_serverless.callback import Callback
+    from ourvidz_serverless.delivery.callback import Callback
 
     callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
     small = Bench(tmp_path, settings=Settings(concurrency=1), callback=callback)
@@ -816,7 +818,7 @@ def test_administrators_requests_beyond_the_limit_are_refused(
 def test_the_last_jobs_are_remembered_and_no_more(
     face: ServedFace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.docket.KEPT", 2)
+    monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.KEPT", 2)
 
     for name in ("a", "b", "c", "d"):
         face.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
@@ -1075,7 +1077,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]
         "PORT_HEALTH": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    args = ["ourvidz_serverless.http"]
+    args = ["ourvidz_serverless.serving.http.app"]
     with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as running:
         running.wait_for_log("ready")
         yield running
@@ -1169,7 +1171,9 @@ def test_sigterm_ends_the_process_with_code_0(tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 def test_a_failed_start_ends_with_one_clear_line() -> None:
     env = {"SDXL_MODEL": "/no/such/model", "PORT": "0", "HOST": "127.0.0.1"}
-    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless.http"]) as failing:
+    with WorkerProcess(
+        None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless.serving.http.app"]
+    ) as failing:
         assert failing.wait() == 1
 
     assert failing.log.strip().splitlines()[-1].startswith("cannot start: SDXL_MODEL: ")

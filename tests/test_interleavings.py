@@ -20,12 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.painter import Painter
 from tests.support.patience import PATIENCE_S

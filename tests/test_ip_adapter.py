@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models import sdxl as models
+from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import sdxl_payload
 from tests.support.ip_adapter import IMAGE_DIM, write_ip_adapter

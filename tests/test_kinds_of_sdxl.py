@@ -18,9 +18,9 @@ from PIL import Image
 
 from benchmarks import architectures
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.plans import Plan, Plans
-from ourvidz_serverless.models.sdxl_networks import check_networks
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl.networks import check_networks
 from ourvidz_serverless.settings import Settings
 from tests.support.small import PICTURE
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.residency import Ledger, Levels
+from ourvidz_serverless.models.memory.ledger import Ledger, Levels
 from tests.support.cards import Card
 from tests.support.patience import PATIENCE_S
 

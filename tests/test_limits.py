@@ -12,9 +12,9 @@ from pydantic import SecretStr
 
 from ourvidz_serverless import settings
 from ourvidz_serverless.errors import ModelLoadError, RateLimited
-from ourvidz_serverless.limits import MOST_WINDOWS, Limits, Memory, Store, Upstash
+from ourvidz_serverless.guard.rate_limits import MOST_WINDOWS, Limits, Memory, Store, Upstash
+from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Rate, Settings
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.handler import failure, start

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ourvidz_serverless import readahead
-from ourvidz_serverless.models import qwen
-from ourvidz_serverless.models import sdxl as models
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.loading import readahead
+from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import tiny_folder
 

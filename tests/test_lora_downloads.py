@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.addresses import Address
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.lora_downloads import IN_USE_S, Downloads
-from ourvidz_serverless.models.loras import LoraShelf
-from ourvidz_serverless.references import Policy
+from ourvidz_serverless.models.sdxl.lora_downloads import IN_USE_S, Downloads
+from ourvidz_serverless.models.sdxl.loras import LoraShelf
+from ourvidz_serverless.net.addresses import Address
+from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import sdxl_payload
 from tests.support.small import write_lora

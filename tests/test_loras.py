@@ -22,10 +22,10 @@ from ourvidz_serverless.errors import (
     ModelLoadError,
     OutOfMemory,
 )
-from ourvidz_serverless.models import sdxl as sdxl_models
-from ourvidz_serverless.models.device import as_job_error
-from ourvidz_serverless.models.loras import LoraShelf, applied
-from ourvidz_serverless.references import Policy
+from ourvidz_serverless.models.memory.device import as_job_error
+from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
+from ourvidz_serverless.models.sdxl.loras import LoraShelf, applied
+from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import sdxl_payload
 from tests.support.small import PICTURE, write_lora

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ourvidz_serverless.endpoint import make_fitness_check
 from ourvidz_serverless.errors import DeviceLost, InternalError, OutOfMemory
-from ourvidz_serverless.models.device import Device, as_job_error, is_out_of_memory
+from ourvidz_serverless.models.memory.device import Device, as_job_error, is_out_of_memory
+from ourvidz_serverless.serving.runpod_queue import make_fitness_check
 from ourvidz_serverless.settings import Settings
 from tests.support import lost_device
 from tests.support.bench import Bench, chat_payload, sdxl_payload

@@ -18,8 +18,8 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from benchmarks.png import drawing, grainy, pillow, sharp, soft
-from ourvidz_serverless import media
-from ourvidz_serverless.media import (
+from ourvidz_serverless.delivery import images
+from ourvidz_serverless.delivery.images import (
     COMPOSITE,
     TRAINED,
     Format,
@@ -122,7 +122,7 @@ def test_every_recipe_is_the_best_for_some_picture() -> None:
         row[0] for subject in SUBJECTS for row in filtered_rows(encode_image(subject(512)).data)
     }
 
-    assert used == {recipe.filter for recipe in media.RECIPES}
+    assert used == {recipe.filter for recipe in images.RECIPES}
 
 
 @settings(deadline=None)  # a shared machine pauses
@@ -135,9 +135,9 @@ def test_the_filters_predict_what_the_png_specification_says(
 
     columns = np.array(neighbours, np.uint8).T
 
-    assert media.up(*columns).tolist() == [b for _, b, _ in neighbours]
-    assert media.average(*columns).tolist() == [(a + b) // 2 for a, b, _ in neighbours]
-    assert media.paeth(*columns).tolist() == [paeth(*triple) for triple in neighbours]
+    assert images.up(*columns).tolist() == [b for _, b, _ in neighbours]
+    assert images.average(*columns).tolist() == [(a + b) // 2 for a, b, _ in neighbours]
+    assert images.paeth(*columns).tolist() == [paeth(*triple) for triple in neighbours]
 
 
 def test_a_png_has_four_chunks_with_right_checksums() -> None:

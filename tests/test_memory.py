@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.models import loading, strips
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.device import Device, is_out_of_memory
-from ourvidz_serverless.models.memory import CountedMemory, HostMemory
-from ourvidz_serverless.models.plans import Plan, Plans
-from ourvidz_serverless.models.tensors import Tensors
+from ourvidz_serverless.models.loading import weight_files
+from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
+from ourvidz_serverless.models.memory.device_memory import CountedMemory, HostMemory
+from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import tiled_vae
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 from tests.support.patience import PATIENCE_S
 from tests.support.small import narrow_vae
 
@@ -85,7 +86,7 @@ def test_views_of_one_file_count_for_themselves_and_not_for_the_file(tmp_path: P
     layers = torch.nn.ModuleList([torch.nn.Linear(8, 8, bias=False) for _ in range(3)])
     save_file(layers.state_dict(), tmp_path / "layers.safetensors")
 
-    layers.load_state_dict(loading.read(tmp_path / "layers.safetensors", True), assign=True)
+    layers.load_state_dict(weight_files.read(tmp_path / "layers.safetensors", True), assign=True)
 
     device = Device(CPU, torch.float32)
     assert [Tensors([layer], device).num_bytes for layer in layers] == [8 * 8 * 4] * 3
@@ -128,7 +129,7 @@ def test_strips_decode_what_a_whole_decode_does_in_a_quarter_of_the_memory(
     with whole_device.computing():
         whole = model.decode(latent, return_dict=False)[0]
     with strip_device.computing():
-        in_strips = strips.decode(model, latent, strip_device)
+        in_strips = tiled_vae.decode(model, latent, strip_device)
 
     torch.testing.assert_close(in_strips, whole, atol=1e-4, rtol=0)
     assert strip_memory.peak_bytes < whole_memory.peak_bytes / 4

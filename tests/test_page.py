@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route
 
-from ourvidz_serverless import http, jobs, page
+from ourvidz_serverless import jobs
+from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.serving.http import app as http
+from ourvidz_serverless.serving.http import page
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.edge import DENO, deno_environment
 from tests.support.face import ServedFace

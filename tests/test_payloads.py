@@ -9,11 +9,12 @@ from botocore.handlers import validate_bucket_name
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ourvidz_serverless import jobs, weights
+from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.jobs.sdxl import SdxlJob
+from ourvidz_serverless.models.sdxl import prompt_weighting
+from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment, plain
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import Fragment, plain
 from tests.support.bench import sdxl_payload
 
 SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
@@ -247,13 +248,13 @@ def test_a_parenthesis_that_the_prompt_leaves_open_does_not_reach_the_weights_be
 
 def test_a_jobs_texts_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[str] = []
-    weights_parse = weights.parse
+    weights_parse = prompt_weighting.parse
 
-    def noted(text: str) -> weights.Prompt:
+    def noted(text: str) -> prompt_weighting.Prompt:
         parsed.append(text)
         return weights_parse(text)
 
-    monkeypatch.setattr(weights, "parse", noted)
+    monkeypatch.setattr(prompt_weighting, "parse", noted)
 
     job = sdxl(prompt="(a)", negative_prompt="(b)", compel_enabled=True)
     for _ in range(2):

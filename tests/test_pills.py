@@ -10,8 +10,8 @@ import pytest
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import OutOfMemory
+from ourvidz_serverless.guard.poison_jobs import FORGET_S, Pills
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.pills import FORGET_S, Pills
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, sdxl_payload
 from tests.support.handler import failure, start

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless.models import qwen
+from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import CPU, request, say, say_all
 from tests.support.tape import Tape

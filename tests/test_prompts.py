@@ -13,8 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models.prompts import MAX_ROWS, Encoder, PromptEncoder, chunks
-from ourvidz_serverless.weights import MAX_WEIGHTED, Fragment, Prompt, parse, plain
+from ourvidz_serverless.models.sdxl.prompt_encoder import MAX_ROWS, Encoder, PromptEncoder, chunks
+from ourvidz_serverless.models.sdxl.prompt_weighting import (
+    MAX_WEIGHTED,
+    Fragment,
+    Prompt,
+    parse,
+    plain,
+)
 
 #: fp32 sums in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models import qwen
+from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.settings import Settings
 from tests.support.chatbox import CPU, request, say, tiny_folder
 from tests.support.handler import run_handler

@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
-from ourvidz_serverless import readahead
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models import FAMILIES
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.residency import Ledger
-from ourvidz_serverless.readahead import ReadAhead
+from ourvidz_serverless.models.loading import readahead
+from ourvidz_serverless.models.loading.readahead import ReadAhead
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
 from tests.support.cards import Card, Parcel
 from tests.support.handler import ROOT

@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ourvidz_serverless import references
 from ourvidz_serverless.errors import ReferenceFrameError
-from ourvidz_serverless.picture_files import PNG, orientation, read_png
-from ourvidz_serverless.references import Policy, check_key, decode, fit, is_public, redact
-from ourvidz_serverless.retries import Fault, Retry, is_transient, retry
+from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
+from ourvidz_serverless.references import fetch as references
+from ourvidz_serverless.references.fetch import Policy, check_key, decode, fit, is_public, redact
+from ourvidz_serverless.references.picture_files import PNG, orientation, read_png
 from tests.support.patience import PATIENCE_S
 
 SECRET = "t0ken-s3cret"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 from playwright.sync_api import Browser
 
-from ourvidz_serverless.references import Policy, decode
+from ourvidz_serverless.references.fetch import Policy, decode
 from tests.support.pngs import (
     BEFORE_END,
     GREY,

@@ -10,10 +10,10 @@ import pytest
 import requests
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.registration import Registration
-from ourvidz_serverless.retries import Retry
+from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.net.supabase import Project
+from ourvidz_serverless.serving.registration import Registration
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.supabase import Project
 from tests.support.handler import ROOT
 from tests.support.patience import PATIENCE_S
 from tests.support.web import Answer, LocalServer, Request, free_port, json_answer
@@ -171,7 +171,7 @@ def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
         "PORT": str(port),
         "HOST": "127.0.0.1",
     }
-    args = ["ourvidz_serverless.http"]
+    args = ["ourvidz_serverless.serving.http.app"]
     with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as process:
         application.wait_until(lambda: application.told)
         process.terminate()

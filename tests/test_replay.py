@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless.callback import Callback, webhook_id
-from ourvidz_serverless.storage import SupabaseStorage
+from ourvidz_serverless.delivery.callback import Callback, webhook_id
+from ourvidz_serverless.delivery.storage import SupabaseStorage
 from tests.support.bench import QUICK, Bench, sdxl_payload
 from tests.support.handler import ROOT
 from tests.support.patience import PATIENCE_S
@@ -26,7 +26,7 @@ def replay(
 ) -> subprocess.CompletedProcess[str]:
     told = {"CALLBACK_URL": receiver.callback_url, "JOB_CALLBACK_SECRET": receiver.secret, **env}
     return subprocess.run(
-        [sys.executable, "-m", "ourvidz_serverless.callback", "replay", str(place)],
+        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", "replay", str(place)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -155,7 +155,7 @@ def test_a_file_that_is_no_document_is_left_alone(
 @pytest.mark.parametrize("args", [[], ["replay"], ["replay", "a", "b"], ["resend", "a"]])
 def test_another_command_shows_how_it_is_called(args: list[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "ourvidz_serverless.callback", *args],
+        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", *args],
         capture_output=True,
         text=True,
         cwd=ROOT,

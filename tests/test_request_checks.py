@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import requests
 
-from ourvidz_serverless import connections, http, request_checks, settings
+from ourvidz_serverless import settings
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.request_checks import is_own_host
+from ourvidz_serverless.serving.http import app as http
+from ourvidz_serverless.serving.http import connections, request_checks
+from ourvidz_serverless.serving.http.request_checks import is_own_host
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
 from tests.support.face import ServedFace

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger
 from tests.support.cards import Card, Parcel, card
 from tests.support.chatbox import tiny_pair
 from tests.support.patience import PATIENCE_S

@@ -13,10 +13,10 @@ from aiohttp import ClientConnectionError, ClientSession
 from runpod.serverless import worker
 from runpod.serverless.modules import rp_http, rp_job, rp_ping, rp_scale
 
-from ourvidz_serverless import runpod_loop
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.retries import Retry
-from ourvidz_serverless.runpod_loop import Loop, Outage, post_result
+from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.serving import runpod_loop
+from ourvidz_serverless.serving.runpod_loop import Loop, Outage, post_result
 from tests.support.web import Answer, LocalServer, Request, json_answer
 
 HASTE = Retry(base_s=0.001, max_s=0.001)

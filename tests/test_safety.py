@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ourvidz_serverless import safety
+from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.payloads import CheckedText, Signs
 from tests import measure_safety
 
@@ -52,7 +52,7 @@ HOSTILE = {
 
 
 def is_table(value: object) -> bool:
-    return isinstance(value, dict | set | frozenset) and value is not safety._folds
+    return isinstance(value, dict | set | frozenset) and value is not content_floor._folds
 
 
 def groups(*, known: bool) -> list[Any]:
@@ -68,8 +68,8 @@ def decided(group: dict[str, Any], refused: bool) -> list[str]:
     return [text for text, verdict in verdicts.items() if verdict.refused is refused]
 
 
-def judge(*texts: str, adult: bool = False) -> safety.Verdict:
-    return safety.judge([CheckedText(text, "prompt") for text in texts], adult=adult)
+def judge(*texts: str, adult: bool = False) -> content_floor.Verdict:
+    return content_floor.judge([CheckedText(text, "prompt") for text in texts], adult=adult)
 
 
 @pytest.mark.parametrize("group", groups(known=False))
@@ -96,7 +96,7 @@ def test_each_case_is_listed_once():
 def test_a_disguise_does_not_help(disguise):
     disguised = map(measure_safety.DISGUISES[disguise], measure_safety.PHRASES)
 
-    assert [text for text in disguised if not safety.check(text).refused] == []
+    assert [text for text in disguised if not content_floor.check(text).refused] == []
 
 
 def test_only_the_known_disguises_help():
@@ -106,16 +106,20 @@ def test_only_the_known_disguises_help():
 
 
 def test_a_minor_and_a_sexual_sign_are_refused_together_only():
-    version = safety.LIST_VERSION
-    assert safety.check("nude child") == safety.Verdict(
-        True, "minor+sexual", version, safety.Signs(True, True)
+    version = content_floor.LIST_VERSION
+    assert content_floor.check("nude child") == content_floor.Verdict(
+        True, "minor+sexual", version, content_floor.Signs(True, True)
     )
-    assert safety.check("child") == safety.Verdict(False, None, version, safety.Signs(True, False))
-    assert safety.check("nude") == safety.Verdict(False, None, version, safety.Signs(False, True))
+    assert content_floor.check("child") == content_floor.Verdict(
+        False, None, version, content_floor.Signs(True, False)
+    )
+    assert content_floor.check("nude") == content_floor.Verdict(
+        False, None, version, content_floor.Signs(False, True)
+    )
 
 
 def test_in_adult_mode_the_sign_of_a_minor_is_enough():
-    assert safety.check("child", adult=True).rule == "minor+adult-mode"
+    assert content_floor.check("child", adult=True).rule == "minor+adult-mode"
 
 
 def test_a_verdict_tells_whether_any_text_is_sexual():
@@ -131,14 +135,14 @@ def test_the_signs_of_a_job_add_up_over_its_texts():
 
 
 def test_the_refusal_says_content_policy_and_nothing_of_the_text():
-    refusal = safety.refusal(safety.check("toddler, topless"))
+    refusal = content_floor.refusal(content_floor.check("toddler, topless"))
 
     assert "content policy" in refusal.message
     assert not re.search("toddler|topless|inf|nan", refusal.message)
 
 
 def audit_hash(*texts: str) -> str:
-    return safety.audit_hash([CheckedText(text, "prompt") for text in texts])
+    return content_floor.audit_hash([CheckedText(text, "prompt") for text in texts])
 
 
 def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
@@ -150,14 +154,14 @@ def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
 
 
 def test_a_number_too_long_for_python_is_no_way_out():
-    assert safety.check(f"&#{'9' * 5000}; {REFUSED}").refused
-    assert safety.check(f"&#{'0' * 5000}110;ude child").refused
+    assert content_floor.check(f"&#{'9' * 5000}; {REFUSED}").refused
+    assert content_floor.check(f"&#{'0' * 5000}110;ude child").refused
 
 
 @UNHURRIED
 @given(st.text(), st.text(), st.booleans())
 def test_a_refused_text_stays_refused_whatever_is_written_around_it(before, after, adult):
-    assert safety.check(f"{before}\n{REFUSED}\n{after}", adult=adult).refused
+    assert content_floor.check(f"{before}\n{REFUSED}\n{after}", adult=adult).refused
 
 
 @UNHURRIED
@@ -165,19 +169,19 @@ def test_a_refused_text_stays_refused_whatever_is_written_around_it(before, afte
 def test_what_cannot_be_seen_changes_nothing(signs):
     woven = "".join(f"{char}{sign}" for char, sign in zip(REFUSED, signs, strict=True))
 
-    assert safety.check(woven).refused
+    assert content_floor.check(woven).refused
 
 
 @UNHURRIED
 @given(st.lists(st.sampled_from(EVERYDAY)))
 def test_everyday_words_pass_in_any_order_in_adult_mode(words):
-    assert not safety.check(", ".join(words), adult=True).refused
+    assert not content_floor.check(", ".join(words), adult=True).refused
 
 
 @UNHURRIED
 @given(st.lists(st.text()), st.booleans())
 def test_a_job_is_never_safer_than_its_worst_text(texts, adult):
-    if any(safety.check(text, adult=adult).refused for text in texts):
+    if any(content_floor.check(text, adult=adult).refused for text in texts):
         assert judge(*texts, adult=adult).refused
 
 
@@ -187,7 +191,7 @@ def test_texts_may_be_judged_one_after_the_other(texts, adult):
     found = Signs()
     refused = []
     for text in texts:
-        verdict = safety.judge([CheckedText(text, "prompt")], adult=adult, found=found)
+        verdict = content_floor.judge([CheckedText(text, "prompt")], adult=adult, found=found)
         refused.append(verdict.refused)
         found = verdict.signs
 
@@ -204,13 +208,13 @@ FORBIDS = "No school or minor context applies."
 def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
     beside = f"{before}\n{FORBIDS} {REFUSED}\n{FORBIDS}\n{after}"
 
-    assert safety.check(beside, adult=adult, role="system").refused
+    assert content_floor.check(beside, adult=adult, role="system").refused
 
 
 WORDS_OF_A_PROHIBITION = sorted(
     {
         word
-        for table in (safety.PROHIBITIONS, safety.PROHIBITED, safety.KINDS)
+        for table in (content_floor.PROHIBITIONS, content_floor.PROHIBITED, content_floor.KINDS)
         for word in (*table.replace(",", " ").split(), "or", "and", "applies", "is", "allowed")
     }
 )
@@ -223,8 +227,8 @@ def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
     text = " ".join(words)
     freed = re.sub(r"\b(?:minors?|underaged?)\b", "thing", text)
 
-    if safety.check(freed, adult=True).refused:
-        assert safety.check(text, adult=True, role="system").refused
+    if content_floor.check(freed, adult=True).refused:
+        assert content_floor.check(text, adult=True, role="system").refused
 
 
 @UNHURRIED
@@ -232,8 +236,8 @@ def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
 def test_a_system_message_is_refused_for_no_more_than_a_users(words):
     text = " ".join(words)
 
-    if not safety.check(text, adult=True).refused:
-        assert not safety.check(text, adult=True, role="system").refused
+    if not content_floor.check(text, adult=True).refused:
+        assert not content_floor.check(text, adult=True, role="system").refused
 
 
 @pytest.mark.parametrize(
@@ -246,20 +250,20 @@ def test_a_system_message_is_refused_for_no_more_than_a_users(words):
     ],
 )
 def test_the_texts_around_a_prohibition_do_not_become_a_harmless_phrase(text):
-    assert safety.check(text, adult=True, role="system").refused
+    assert content_floor.check(text, adult=True, role="system").refused
 
 
 def test_the_texts_around_a_prohibition_do_not_become_a_sign():
     text = f"a little\n{FORBIDS}\ngirl's\n{FORBIDS}\nnight"
 
-    assert not safety.check(text, adult=True, role="system").refused
+    assert not content_floor.check(text, adult=True, role="system").refused
 
 
 @pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - UNCHANGED))
 def test_a_disguised_prohibition_is_not_recognised(disguise):
     disguised = measure_safety.DISGUISES[disguise](FORBIDS)
 
-    user, system = (safety.check(disguised, adult=True, role=r) for r in ("user", "system"))
+    user, system = (content_floor.check(disguised, adult=True, role=r) for r in ("user", "system"))
 
     assert disguised != FORBIDS
     assert system == user
@@ -267,18 +271,22 @@ def test_a_disguised_prohibition_is_not_recognised(disguise):
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_only_a_system_message_can_forbid(role):
-    assert safety.check(FORBIDS, adult=True, role=role).refused
+    assert content_floor.check(FORBIDS, adult=True, role=role).refused
 
 
 def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
-    assert not safety.check(f"{safety.NEUTRAL}, nude", adult=True).refused
-    assert all(safety.NEUTRAL not in index for index in vars(safety).values() if is_table(index))
+    assert not content_floor.check(f"{content_floor.NEUTRAL}, nude", adult=True).refused
+    assert all(
+        content_floor.NEUTRAL not in index
+        for index in vars(content_floor).values()
+        if is_table(index)
+    )
 
 
 @UNHURRIED
 @given(st.text(st.sampled_from("a1 .,-&#;x:()[]'13yo\n!@十歳ñ\u0301\ud800"), max_size=80))
 def test_any_text_gets_a_verdict(text):
-    assert safety.check(text, adult=True).rule in (None, "minor+adult-mode")
+    assert content_floor.check(text, adult=True).rule in (None, "minor+adult-mode")
 
 
 # --- the cost ---
@@ -304,7 +312,7 @@ def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
             raise TimeIsUp
 
     with pytest.raises(TimeIsUp):
-        safety.judge(texts(), check_stop=check_stop)
+        content_floor.judge(texts(), check_stop=check_stop)
 
     assert readings == 12
     assert len(read) <= 12
@@ -313,7 +321,7 @@ def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
 def test_the_floor_asks_to_be_stopped_at_least_once_a_text():
     asked: list[None] = []
 
-    safety.judge([CheckedText("", "messages")] * 7, check_stop=lambda: asked.append(None))
+    content_floor.judge([CheckedText("", "messages")] * 7, check_stop=lambda: asked.append(None))
 
     assert len(asked) >= 7
 
@@ -325,12 +333,12 @@ def steps(text: str) -> int:
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal count
         count += event == "line"
-        return trace if frame.f_globals is vars(safety) else None
+        return trace if frame.f_globals is vars(content_floor) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        safety.check(text)
+        content_floor.check(text)
     finally:
         sys.settrace(before)
     return count
@@ -361,7 +369,9 @@ def unbounded(pattern: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "pattern", [value for value in vars(safety).values() if isinstance(value, re.Pattern)], ids=str
+    "pattern",
+    [value for value in vars(content_floor).values() if isinstance(value, re.Pattern)],
+    ids=str,
 )
 def test_no_pattern_repeats_a_repetition(pattern):
     outer = unbounded(parser.parse(pattern.pattern, pattern.flags))
@@ -374,11 +384,11 @@ def test_no_pattern_repeats_a_repetition(pattern):
 def test_half_a_megabyte_of_hostile_text_comes_to_an_end(piece):
     text = piece * (500_000 // len(piece))
 
-    assert safety.check(f"{text}\n{REFUSED}").refused
+    assert content_floor.check(f"{text}\n{REFUSED}").refused
 
 
 def test_the_floor_imports_nothing_that_reads_or_writes():
-    tree = ast.parse(Path(safety.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(content_floor.__file__).read_text(encoding="utf-8"))
     imported = {
         module.split(".")[0]
         for node in ast.walk(tree)

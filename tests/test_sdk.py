@@ -3,9 +3,11 @@ import sys
 
 import pytest
 
-from ourvidz_serverless import sdk
+from ourvidz_serverless.serving import runpod_sdk
 
-pytestmark = pytest.mark.skipif(sdk.processor() is None, reason="a kernel that tells no name")
+pytestmark = pytest.mark.skipif(
+    runpod_sdk.processor() is None, reason="a kernel that tells no name"
+)
 
 TOLD = """
 import sys
@@ -38,7 +40,7 @@ def test_the_sdk_is_imported_without_starting_another_python() -> None:
 def test_the_sdk_still_knows_the_processors_name() -> None:
     *_, name = told()
 
-    assert name == sdk.processor()
+    assert name == runpod_sdk.processor()
 
 
 def test_whoever_asks_for_the_processor_later_gets_the_librarys_own_answer() -> None:
@@ -50,4 +52,4 @@ def test_whoever_asks_for_the_processor_later_gets_the_librarys_own_answer() -> 
 def test_the_name_is_the_one_that_the_library_finds() -> None:
     import cpuinfo
 
-    assert sdk.processor() == cpuinfo.get_cpu_info().get("brand_raw")
+    assert runpod_sdk.processor() == cpuinfo.get_cpu_info().get("brand_raw")

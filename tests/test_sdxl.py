@@ -16,12 +16,12 @@ from PIL import Image
 
 from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
 from ourvidz_serverless.jobs.sdxl import SdxlConfig
-from ourvidz_serverless.models import sdxl as models
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.prompts import PromptEncoder, chunks
+from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl.prompt_encoder import PromptEncoder, chunks
+from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import parse, plain
 
 SMALL: dict[str, Any] = {
     "width": 128,

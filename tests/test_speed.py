@@ -19,15 +19,15 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 from benchmarks import architectures
 from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models import attention, speed
-from ourvidz_serverless.models import sdxl as sdxl_models
-from ourvidz_serverless.models import wan as wan_models
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.kept import Kept
-from ourvidz_serverless.models.memory import CountedMemory
-from ourvidz_serverless.models.step_cache import FirstBlockCache
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import CountedMemory
+from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
+from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
+from ourvidz_serverless.models.speed import attention, presets
+from ourvidz_serverless.models.speed.embedding_cache import Kept
+from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
+from ourvidz_serverless.models.wan import pipeline as wan_models
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import parse, plain
 from tests.support import filmbox
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -206,7 +206,7 @@ def test_a_job_reads_its_prompt_once_for_each_batch(
 def test_a_job_whose_guidance_ends_early_reads_it_once_more(
     sdxl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(speed.SDXL, "fast", speed.Levers(deep_every=3, guided=0.6))
+    monkeypatch.setitem(presets.SDXL, "fast", presets.Levers(deep_every=3, guided=0.6))
 
     with counting(*readers(sdxl._unet)) as calls:
         paint(sdxl, speed="fast")
@@ -430,7 +430,7 @@ def test_a_preset_leaves_out_deep_blocks_of_the_unet_and_says_how_many_times(
 
     (report,) = told
     assert calls[unet.conv_in] == SMALL["num_inference_steps"]
-    levers = speed.SDXL[preset]
+    levers = presets.SDXL[preset]
     assert calls[unet.mid_block.resnets[0]] < SMALL["num_inference_steps"]
     assert report["preset"] == preset
     assert report["plain_forwards"] == 2 * SMALL["num_inference_steps"]
@@ -463,7 +463,7 @@ def test_what_is_reported_is_what_was_computed(sdxl: Any) -> None:
 def test_guidance_that_ends_early_halves_the_rows_from_then_on(
     sdxl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(speed.SDXL, "fast", speed.Levers(deep_every=3, guided=0.6))
+    monkeypatch.setitem(presets.SDXL, "fast", presets.Levers(deep_every=3, guided=0.6))
     told: list[Any] = []
     rows: list[int] = []
     hook = sdxl._unet.conv_in.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
@@ -473,7 +473,7 @@ def test_guidance_that_ends_early_halves_the_rows_from_then_on(
     finally:
         hook.remove()
 
-    guided = speed.SDXL["fast"].guided_steps(SMALL["num_inference_steps"])
+    guided = presets.SDXL["fast"].guided_steps(SMALL["num_inference_steps"])
     assert rows == [2] * guided + [1] * (SMALL["num_inference_steps"] - guided)
     assert told[0]["plain_forwards"] - sum(rows) == rows.count(1)
 
@@ -495,7 +495,7 @@ def test_no_block_is_left_out_while_the_layout_is_decided(
     # Each step begins with False, and is followed by True where its deep blocks were computed.
     starts = [index for index, each in enumerate(deep) if not each]
     computed = [any(deep[start + 1 : start + 2]) for start in starts]
-    every = speed.SDXL["fast"].deep_every
+    every = presets.SDXL["fast"].deep_every
     assert computed == [step < whole or (step - whole) % every == 0 for step in range(steps)]
 
 
@@ -545,7 +545,7 @@ def test_batches_and_image_to_image_take_presets_too(sdxl: Any) -> None:
 @pytest.fixture
 def eager_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A threshold at which a network of random weights leaves blocks out."""
-    monkeypatch.setitem(speed.WAN, "fast", speed.Levers(threshold=0.6))
+    monkeypatch.setitem(presets.WAN, "fast", presets.Levers(threshold=0.6))
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -577,7 +577,7 @@ def test_wan_leaves_blocks_out_where_the_first_changes_little(
 def test_a_threshold_that_nothing_is_below_changes_no_bit(
     wan: wan_models.Wan, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setitem(speed.WAN, "fast", speed.Levers(threshold=1e-9))
+    monkeypatch.setitem(presets.WAN, "fast", presets.Levers(threshold=1e-9))
 
     assert distance(film(wan, speed="fast", **MODES[mode]), film(wan, **MODES[mode])) == 0
 
@@ -664,8 +664,8 @@ def test_a_job_that_names_no_preset_is_exact(name: str) -> None:
 
 def test_the_wire_knows_every_preset_and_no_other() -> None:
     for config, known in (
-        (jobs.sdxl.SdxlConfig, speed.SDXL),
-        (jobs.wan.WanConfig, speed.WAN),
+        (jobs.sdxl.SdxlConfig, presets.SDXL),
+        (jobs.wan.WanConfig, presets.WAN),
     ):
         field: Any = config.model_fields["speed"].annotation
         assert set(field.__args__) == set(known)

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.http import serve
+from ourvidz_serverless.serving.http.app import serve
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 from tests.support.handler import POCKET, ROOT, run_handler
@@ -99,7 +99,9 @@ def test_the_process_ends_with_the_line_and_no_traceback(env: dict[str, str], li
 def test_a_host_of_two_colons_listens_at_ipv6_and_ipv4(tmp_path: Path) -> None:
     env = {"HOST": "::", "PORT": "0", "STORAGE_URL": f"file:{tmp_path}", **POCKET}
 
-    with WorkerProcess(None, "-m", args=["ourvidz_serverless.http"], env=env, cwd=ROOT) as worker:
+    with WorkerProcess(
+        None, "-m", args=["ourvidz_serverless.serving.http.app"], env=env, cwd=ROOT
+    ) as worker:
         port = re.search(r"HTTP on port (\d+)", worker.wait_for_log("HTTP on port"))
         assert port
 

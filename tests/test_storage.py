@@ -9,12 +9,7 @@ import pytest
 import requests
 from pydantic import SecretStr
 
-from ourvidz_serverless.addresses import is_public
-from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
-from ourvidz_serverless.payloads import S3Config
-from ourvidz_serverless.retries import Fault
-from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import (
+from ourvidz_serverless.delivery.storage import (
     PAGE,
     DirectoryStorage,
     S3Storage,
@@ -25,6 +20,11 @@ from ourvidz_serverless.storage import (
     read_reference,
     upload,
 )
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
+from ourvidz_serverless.net.addresses import is_public
+from ourvidz_serverless.net.retries import Fault
+from ourvidz_serverless.payloads import S3Config
+from ourvidz_serverless.settings import Settings
 from tests.support.bench import QUICK
 from tests.support.patience import PATIENCE_S
 from tests.support.receivers import Bucket

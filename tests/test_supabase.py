@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ourvidz_serverless.callback import Callback
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import SupabaseStorage
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.payloads import Document
-from ourvidz_serverless.registration import Registration
+from ourvidz_serverless.serving.registration import Registration
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import SupabaseStorage
-from ourvidz_serverless.supabase import Project
 from tests.support.web import Answer, LocalServer, Request, json_answer
 
 DONE = Document("job-1", "worker-1", "completed")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import architectures
-from ourvidz_serverless.models.memory import HostMemory
-from ourvidz_serverless.models.pinned import ALIGNMENT, Block, block_bytes
-from ourvidz_serverless.models.residency import Ledger
-from ourvidz_serverless.models.tensors import Tensors
+from ourvidz_serverless.models.memory.device_memory import HostMemory
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.memory.pinned import ALIGNMENT, Block, block_bytes
 from tests.support.cards import PAGE, Gpu, Pins, TorchsPins
 
 

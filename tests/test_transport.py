@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from ourvidz_serverless.retries import Fault, is_transient
-from ourvidz_serverless.transport import MAX_BYTES, Answer, Barred, Transport, until
+from ourvidz_serverless.net.retries import Fault, is_transient
+from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Barred, Transport, until
 from tests.support.chaos import Chaos
 from tests.support.web import Answer as WebAnswer
 from tests.support.web import LocalServer, Request

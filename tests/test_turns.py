@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from ourvidz_serverless import turns
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.turns import FairSemaphore
+from ourvidz_serverless.guard import fair_semaphore
+from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from tests.support.chatbox import until
 from tests.support.patience import PATIENCE_S
 
@@ -54,7 +54,7 @@ def queue() -> Callable[[int], Queue]:
 @pytest.fixture(autouse=True)
 def no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that nothing but an event ends a wait.
-    monkeypatch.setattr(turns, "TICK_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(fair_semaphore, "TICK_S", 10 * PATIENCE_S)
 
 
 def test_places_are_given_in_the_order_of_arrival(queue: Callable[[int], Queue]) -> None:

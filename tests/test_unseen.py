@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ourvidz_serverless import jobs, safety
+from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import OutOfMemory
+from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import Fragment
 from tests.support.bench import Bench, sdxl_payload, wan_payload
 from tests.support.film import Film
 from tests.support.painter import Painter
@@ -109,7 +110,7 @@ ONE_EACH = {jobs.FAMILY_OF[payload["type"]]: payload for payload in SERVED}.valu
 
 
 def test_the_floor_refuses_what_is_put_everywhere() -> None:
-    assert safety.check(FORBIDDEN).refused
+    assert content_floor.check(FORBIDDEN).refused
 
 
 def test_every_family_has_a_model_here_that_remembers(studio: Studio) -> None:

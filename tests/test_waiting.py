@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ourvidz_serverless import turns
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.guard import fair_semaphore
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, chat_payload, sdxl_payload
@@ -133,7 +133,7 @@ def test_chat_is_answered_while_pictures_wait(crowd: Callable[..., Crowd]) -> No
 def test_a_wait_that_is_too_long_says_that_it_was_one(
     crowd: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TICK_S", 0.01)
+    monkeypatch.setattr(fair_semaphore, "TICK_S", 0.01)
     at = crowd(job_timeout_s=1000, device_wait_s=30)
     _, *waiting = at.pictures(4)
 
@@ -148,7 +148,7 @@ def test_a_wait_that_is_too_long_says_that_it_was_one(
 def test_a_job_that_waits_does_not_outlast_its_own_execution_timeout(
     tmp_path: Path, crowd: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TICK_S", 0.01)
+    monkeypatch.setattr(fair_semaphore, "TICK_S", 0.01)
     at = crowd()
     at.pictures(1)
     event = {"input": sdxl_payload(id="short"), "policy": {"executionTimeout": 60_000}}
@@ -167,7 +167,7 @@ def test_a_job_that_waits_does_not_outlast_its_own_execution_timeout(
 def test_a_job_that_waits_is_cancelled_at_once_and_leaves_its_place_to_the_next(
     crowd: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "TICK_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(fair_semaphore, "TICK_S", 10 * PATIENCE_S)
     at = crowd()
     running = at.pictures(5)
 

@@ -21,15 +21,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
 from ourvidz_serverless.jobs.wan import SOLVERS as WIRE_SOLVERS
 from ourvidz_serverless.models import load as load_families
-from ourvidz_serverless.models import open_ledger, qwen
-from ourvidz_serverless.models import wan as models
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.memory import CountedMemory
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models import open_ledger
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import CountedMemory
+from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.schedulers import SOLVERS, make_dmd_scheduler
-from ourvidz_serverless.models.wan_conditions import Given
-from ourvidz_serverless.models.wan_networks import share
-from ourvidz_serverless.models.wan_text import in_blocks
+from ourvidz_serverless.models.wan import pipeline as models
+from ourvidz_serverless.models.wan.conditioning import Given
+from ourvidz_serverless.models.wan.network import share
+from ourvidz_serverless.models.wan.text_encoder import in_blocks
 from ourvidz_serverless.settings import Settings
 from tests.support.cards import Card, card
 from tests.support.chatbox import tiny_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import pytest
 
-from ourvidz_serverless import media
+from ourvidz_serverless.delivery import images
 from ourvidz_serverless.settings import Settings
 from tests.support import braked
 from tests.support.bench import wan_payload
@@ -67,7 +67,7 @@ def test_a_job_comes_back_with_a_stored_video(
     data = (outputs / output["assets"][0]["url"]).read_bytes()
     with av.open(io.BytesIO(data)) as file:
         assert file.streams.video[0].frames == output["assets"][0]["metadata"]["frame_num"] == 9
-    assert media.digital_source_type(data) == media.TRAINED
+    assert images.digital_source_type(data) == images.TRAINED
     (callback,) = [each for each in receiver.received if each.document["job_id"] == "ends-well"]
     assert callback.document == output
 

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ourvidz_serverless import jobs, media, video
+from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
+from ourvidz_serverless.delivery import images, video
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.wan import MAX_AREA, WanJob
-from ourvidz_serverless.models import wan as models
+from ourvidz_serverless.models.wan import pipeline as models
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import Bench, wan_payload
@@ -151,7 +152,7 @@ def test_what_is_reported_is_what_the_file_has(film: Any) -> None:
         assert facts["duration_seconds"] == pytest.approx(5 / 12, abs=1e-3)
     assert facts["file_size_bytes"] == len(data)
     assert (facts["seed"], facts["steps"], facts["guidance_scale"]) == (7, 3, 5.0)
-    assert media.digital_source_type(data) == media.TRAINED
+    assert images.digital_source_type(data) == images.TRAINED
 
 
 @pytest.mark.parametrize(
@@ -508,7 +509,9 @@ def test_every_mode_is_rendered_and_reported(film: Any, mode: str) -> None:
     assert document.metadata.get("reference_method") == (None if mode == "none" else "vace")
     assert "reference_fallback" not in document.metadata
     data = (at.root / document.assets[0].url).read_bytes()
-    assert media.digital_source_type(data) == (media.TRAINED if mode == "none" else media.COMPOSITE)
+    assert images.digital_source_type(data) == (
+        images.TRAINED if mode == "none" else images.COMPOSITE
+    )
 
 
 def test_no_two_modes_make_the_same_video(film: Any) -> None:
@@ -1005,7 +1008,7 @@ def test_an_encoder_that_fails_fails_the_job_and_not_the_worker(
 ) -> None:
     at = bench(models={"wan": wan})
     with monkeypatch.context() as broken:
-        broken.setattr("ourvidz_serverless.video.X264", {"preset": "no such preset"})
+        broken.setattr("ourvidz_serverless.delivery.video.X264", {"preset": "no such preset"})
         document = at.run(wan_payload(config={"frames": 33}))
 
     assert code(document) == "INTERNAL_ERROR"

@@ -17,8 +17,8 @@ from compel.prompt_parser import PromptParser
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ourvidz_serverless import weights
-from ourvidz_serverless.weights import MAX_WEIGHTED, parse
+from ourvidz_serverless.models.sdxl import prompt_weighting
+from ourvidz_serverless.models.sdxl.prompt_weighting import MAX_WEIGHTED, parse
 from tests.support.regex_steps import Counted
 
 CALLING = Path(__file__).parents[1] / "docs/calling.md"
@@ -379,21 +379,21 @@ def steps_of(text: str) -> int:
 def counted_steps() -> Iterator[Callable[[], int]]:
     patterns = {
         name: Counted(value)
-        for name, value in vars(weights).items()
+        for name, value in vars(prompt_weighting).items()
         if isinstance(value, re.Pattern)
     }
     lines = 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != weights.__file__:
+        if frame.f_code.co_filename != prompt_weighting.__file__:
             return None
         lines += event == "line"
         return trace
 
     with pytest.MonkeyPatch.context() as patch:
         for name, pattern in patterns.items():
-            patch.setattr(weights, name, pattern)
+            patch.setattr(prompt_weighting, name, pattern)
         before = sys.gettrace()
         sys.settrace(trace)
         try:

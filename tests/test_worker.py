@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ourvidz_serverless import errors, jobs
-from ourvidz_serverless.callback import Callback
 from ourvidz_serverless.context import Bounds, Stop
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document, check_result
-from ourvidz_serverless.retries import Retry
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.storage import DirectoryStorage
 from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
 from tests.support.handler import ROOT
 from tests.support.painter import Painter

@@ -24,9 +24,9 @@ from pydantic import AliasChoices, AliasPath, Field, model_validator
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
-from ourvidz_serverless.models.residency import Holding, Ledger, State, Wish
+from ourvidz_serverless.job_history import Roster
+from ourvidz_serverless.models.memory.ledger import Holding, Ledger, State, Wish
 from ourvidz_serverless.payloads import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job, Output
-from ourvidz_serverless.roster import Roster
 from ourvidz_serverless.settings import FAMILIES, Settings
 
 PACKAGE = Path(__file__).parents[1]
@@ -258,7 +258,7 @@ def _debug_env(job: AdminJob, office: Office) -> dict[str, Any]:
         "wan": settings.wan_model if "wan" in served else None,
     }
     return {
-        "wan_generate_path": str(PACKAGE / "models/wan.py") if "wan" in served else None,
+        "wan_generate_path": str(PACKAGE / "models/wan/pipeline.py") if "wan" in served else None,
         "model_paths": paths,
         "package_path": str(PACKAGE),
         "versions": {"python": platform.python_version(), **office.versions()},

@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal, get_args
 from PIL import Image
 from pydantic import AliasChoices, AliasPath, ConfigDict, Field, field_validator, model_validator
 
-from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
+from ourvidz_serverless.guard.admission import check_made
 from ourvidz_serverless.jobs import wan
 from ourvidz_serverless.payloads import (
     ANONYMOUS,

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
-from ourvidz_serverless import references as images
-from ourvidz_serverless import weights
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Reference, Wire, says_adult
+from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
@@ -202,12 +202,14 @@ class SdxlJob(Job):
         return self.config.num_inference_steps or STEPS[self.type]
 
     @cached_property
-    def weighted_prompt(self) -> weights.Prompt:
+    def weighted_prompt(self) -> prompt_weighting.Prompt:
         """The prompt as the model reads it, followed by the terms of `compel_weights`."""
         terms = {"prompt": self.prompt}
         if self.compel_enabled:
             terms["compel_weights"] = self.compel_weights
-        return weights.listed(self._read(field, text) for field, text in terms.items() if text)
+        return prompt_weighting.listed(
+            self._read(field, text) for field, text in terms.items() if text
+        )
 
     @property
     def negative(self) -> str | None:
@@ -223,15 +225,15 @@ class SdxlJob(Job):
         }
 
     @cached_property
-    def weighted_negative(self) -> weights.Prompt | None:
+    def weighted_negative(self) -> prompt_weighting.Prompt | None:
         given = ((field, text) for field, text in self._negatives.items() if text is not None)
         return next((self._read(field, text) for field, text in given), None)
 
-    def _read(self, field: str, text: str) -> weights.Prompt:
+    def _read(self, field: str, text: str) -> prompt_weighting.Prompt:
         if not self.compel_enabled:
-            return weights.plain(text)
+            return prompt_weighting.plain(text)
         try:
-            return weights.parse(text)
+            return prompt_weighting.parse(text)
         except ValueError as exc:
             raise ValueError(f"{field}: {exc}") from None
 

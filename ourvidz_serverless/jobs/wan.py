@@ -21,8 +21,6 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from ourvidz_serverless import references as images
-from ourvidz_serverless.admission import check_made
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import (
     InternalError,
@@ -31,6 +29,7 @@ from ourvidz_serverless.errors import (
     ReferenceFrameError,
     WorkerUnavailable,
 )
+from ourvidz_serverless.guard.admission import check_made
 from ourvidz_serverless.payloads import (
     SEEDS,
     CheckedText,
@@ -42,6 +41,7 @@ from ourvidz_serverless.payloads import (
     Wire,
     says_adult,
 )
+from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
 
 Type = Literal[

@@ -16,13 +16,13 @@ import time
 from typing import Any
 
 from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import MAIN_MODEL, Settings
 
 FAMILIES = {
-    "sdxl": "ourvidz_serverless.models.sdxl",
-    "chat": "ourvidz_serverless.models.qwen",
-    "wan": "ourvidz_serverless.models.wan",
+    "sdxl": "ourvidz_serverless.models.sdxl.pipeline",
+    "chat": "ourvidz_serverless.models.chat.model",
+    "wan": "ourvidz_serverless.models.wan.pipeline",
 }
 
 log = logging.getLogger("ourvidz")
@@ -30,7 +30,7 @@ log = logging.getLogger("ourvidz")
 
 def open_ledger(settings: Settings) -> Ledger:
     """The ledger of a worker's device, with nothing in it yet."""
-    memory = importlib.import_module("ourvidz_serverless.models.memory")
+    memory = importlib.import_module("ourvidz_serverless.models.memory.device_memory")
     ledger: Ledger = memory.open_ledger(settings)
     return ledger
 
@@ -77,6 +77,6 @@ def as_job_error(error: Exception) -> JobError:
     """What an error that nobody foresaw is in our words: a lost device, or an internal error."""
     if "torch" not in sys.modules:
         return InternalError("an internal error; the worker's log says where")
-    device = importlib.import_module("ourvidz_serverless.models.device")
+    device = importlib.import_module("ourvidz_serverless.models.memory.device")
     named: JobError = device.as_job_error(error)
     return named

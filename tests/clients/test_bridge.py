@@ -13,10 +13,11 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ourvidz_serverless import bridge, jobs
-from ourvidz_serverless.bridge import Bridge, NotAJob
+from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.retries import Fault, Retry
+from ourvidz_serverless.net.retries import Fault, Retry
+from ourvidz_serverless.serving import redis_bridge
+from ourvidz_serverless.serving.redis_bridge import Bridge, NotAJob
 from ourvidz_serverless.settings import Settings
 from tests.support.bench import chat_payload, sdxl_payload, wan_payload
 from tests.support.handler import ROOT
@@ -76,8 +77,8 @@ def env_of(platform: Platform, place: dict[str, str], **changes: str) -> dict[st
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = Retry(tries=bridge.PATIENCE.tries, base_s=0.01, max_s=0.05)
-    monkeypatch.setattr(bridge, "PATIENCE", patient)
+    patient = Retry(tries=redis_bridge.PATIENCE.tries, base_s=0.01, max_s=0.05)
+    monkeypatch.setattr(redis_bridge, "PATIENCE", patient)
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def bridged(platform: Platform, place: dict[str, str], **changes: str) -> Iterat
 
 
 def process(platform: Platform, place: dict[str, str], **changes: str) -> WorkerProcess:
-    args = ["ourvidz_serverless.bridge"]
+    args = ["ourvidz_serverless.serving.redis_bridge"]
     env = env_of(platform, place, **changes)
     return WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args)
 
@@ -222,7 +223,7 @@ def test_what_queue_job_posts_is_handed_over_first_in_first_out(
 def test_a_list_of_one_job_is_that_job(wrap: Callable[[Any], Any]) -> None:
     (job,) = pictures(1)
 
-    assert bridge.read(compact(wrap(job))) == job
+    assert redis_bridge.read(compact(wrap(job))) == job
 
 
 # --- nothing is lost ---
@@ -284,7 +285,7 @@ def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
     misbehaviour: str | int,
     at: int,
 ) -> None:
-    monkeypatch.setattr(bridge, "REDIS_S", 0.2)
+    monkeypatch.setattr(redis_bridge, "REDIS_S", 0.2)
     front.slow_seconds = 0.5
     push(redis, *pictures(1, 2, 3))
     front.script([*[200] * at, misbehaviour])
@@ -345,7 +346,7 @@ def test_a_failover_to_another_server_of_the_same_name_is_followed(
 ) -> None:
     name = tmp_path / "redis.sock"
     name.symlink_to(redis.socket)
-    opened = bridge.open_redis(Settings(redis_url=f"unix://{name}"))
+    opened = redis_bridge.open_redis(Settings(redis_url=f"unix://{name}"))
     assert opened.call("LLEN", QUEUE) == 0
 
     with RedisServer() as promoted:
@@ -385,7 +386,9 @@ def test_a_failover_to_another_server_of_the_same_name_is_followed(
 def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
     front: RestFront, place: dict[str, str], said: str, passes: bool
 ) -> None:
-    opened = bridge.open_redis(Settings(**{name.lower(): value for name, value in place.items()}))
+    opened = redis_bridge.open_redis(
+        Settings(**{name.lower(): value for name, value in place.items()})
+    )
 
     with pytest.raises(Fault) as refused:
         opened.call("EVAL", "return redis.error_reply(ARGV[1])", "0", said)
@@ -401,7 +404,7 @@ def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
     front: RestFront, said: str, passes: bool
 ) -> None:
     front.script([json_answer({"error": said}, 400)])
-    upstash = bridge.Upstash(front.url, front.token)
+    upstash = redis_bridge.Upstash(front.url, front.token)
 
     with pytest.raises(Fault, match="Redis says ERR") as refused:
         upstash.call("LLEN", QUEUE)
@@ -528,7 +531,7 @@ TYPES = st.sampled_from([*jobs.FAMILY_OF, *jobs.SYNONYMS]) | JSON
 @given(st.text() | st.builds(json.dumps, JSON | st.fixed_dictionaries({"type": TYPES})))
 def test_any_text_is_a_job_with_an_id_or_none(raw: str) -> None:
     try:
-        payload = bridge.read(raw)
+        payload = redis_bridge.read(raw)
     except NotAJob:
         return
 
@@ -623,7 +626,9 @@ def test_a_redis_that_refuses_ends_the_process(front: RestFront, shaky: Platform
 
 def test_a_list_that_is_none_is_a_refusal_too(redis: RedisServer, place: dict[str, str]) -> None:
     redis.call("SET", QUEUE, "a string")
-    opened = bridge.open_redis(Settings(**{name.lower(): value for name, value in place.items()}))
+    opened = redis_bridge.open_redis(
+        Settings(**{name.lower(): value for name, value in place.items()})
+    )
 
     with pytest.raises(Fault) as refused:
         opened.call("LMOVE", QUEUE, "other", "LEFT", "RIGHT")
@@ -634,7 +639,7 @@ def test_a_list_that_is_none_is_a_refusal_too(redis: RedisServer, place: dict[st
 @pytest.mark.parametrize("place", ["unix:///no/such/socket", "redis://127.0.0.1:1"])
 def test_a_redis_that_is_not_there_is_waited_for(place: str) -> None:
     with pytest.raises(Fault) as absent:
-        bridge.open_redis(Settings(redis_url=place)).call("PING")
+        redis_bridge.open_redis(Settings(redis_url=place)).call("PING")
 
     assert absent.value.is_transient
 

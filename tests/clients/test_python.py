@@ -10,7 +10,7 @@ import pytest
 from builder.contract import FOLDER
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
-from ourvidz_serverless.retries import Fault, Retry
+from ourvidz_serverless.net.retries import Fault, Retry
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.support.bench import chat_payload, sdxl_payload
 from tests.support.platform import Platform

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder.contract import FOLDER
 from ourvidz_serverless import jobs
-from ourvidz_serverless.callback import signatures, webhook_id
+from ourvidz_serverless.delivery.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.support.bench import Bench, chat_payload, sdxl_payload, wan_payload

@@ -7,8 +7,8 @@ import weakref
 
 import torch
 
-from ourvidz_serverless.models.pinned import Block
-from ourvidz_serverless.models.residency import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.pinned import Block
 
 
 class Card:

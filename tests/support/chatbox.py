@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models.chat_tokens import ChatTokenizer
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.graphs import Record
-from ourvidz_serverless.models.qwen import Chat, Writer
-from ourvidz_serverless.models.residency import Ledger
-from ourvidz_serverless.models.sampling import Sampling
+from ourvidz_serverless.models.chat.cuda_graphs import Record
+from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
+from ourvidz_serverless.models.chat.model import Chat, Writer
+from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.chat.tokens import ChatTokenizer
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.ledger import Ledger
 from tests.support.cards import card
 from tests.support.patience import PATIENCE_S
 

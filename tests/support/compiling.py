@@ -20,11 +20,12 @@ from torch._dynamo.utils import counters
 
 from builder import pocket_wan
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models import speed, wan
-from ourvidz_serverless.models.compiled import Regions, regions
-from ourvidz_serverless.models.device import Device
-from ourvidz_serverless.models.memory import alone
-from ourvidz_serverless.models.tensors import Tensors
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import alone
+from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.speed import presets
+from ourvidz_serverless.models.speed.regional_compile import Regions, regions
+from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
 from tests.support import filmbox
 
@@ -105,7 +106,7 @@ def serve_wan(folder: Path) -> dict[str, Any]:
     pocket_wan.TRANSFORMER["num_layers"] = 2
     pocket_wan.VACE["vace_layers"] = [0]
     # At this threshold a network of random weights leaves blocks out.
-    speed.WAN["fast"] = speed.Levers(threshold=0.6)
+    presets.WAN["fast"] = presets.Levers(threshold=0.6)
     with tempfile.TemporaryDirectory() as weights:
         settings = filmbox.write_wan(Path(weights))
         eager = film(wan.load(settings))

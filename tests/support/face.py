@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import requests
 
-from ourvidz_serverless.http import Face, make_server
+from ourvidz_serverless.serving.http.app import Face, make_server
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 from tests.support.patience import PATIENCE_S

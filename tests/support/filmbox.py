@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from builder import pocket_wan
-from ourvidz_serverless.models import wan as models
+from ourvidz_serverless.models.wan import pipeline as models
 from ourvidz_serverless.settings import Settings
 
 #: Small enough for a fraction of a second.

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ourvidz_serverless import endpoint, logs, settings
+from ourvidz_serverless import logs, settings
+from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.worker import Worker
 from tests.support import braked
 
@@ -46,7 +47,7 @@ def main() -> None:
             writer.engine._body.register_forward_pre_hook(fail, with_kwargs=True)
     if "DEAD_FROM_THE_START" in os.environ:
         torch.matmul = fail
-    endpoint.serve(worker, config)
+    runpod_queue.serve(worker, config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // Does one thing with the page's `job.js`, in Deno, and prints what came of it as JSON.
 //   deno run ... pagejob.js ACTION ARGUMENTS_AS_JSON
 
-import * as page from "../../ourvidz_serverless/data/page/job.js";
+import * as page from "../../ourvidz_serverless/serving/http/static/job.js";
 
 const [action, json] = Deno.args;
 const given = JSON.parse(json);

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ourvidz_serverless.models.loras import LoraShelf
+from ourvidz_serverless.models.sdxl.loras import LoraShelf
 from tests.support.cards import NoHome
 
 

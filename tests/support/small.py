@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ourvidz_serverless.models import sdxl
+from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.weights import plain
 
 PICTURE: dict[str, Any] = {
     "prompt": plain("a red circle"),

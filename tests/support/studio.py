@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ourvidz_serverless import endpoint, logs, settings
-from ourvidz_serverless.callback import Callback
-from ourvidz_serverless.storage import open_storage
+from ourvidz_serverless import logs, settings
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import open_storage
+from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.worker import Worker
 
 #: More than a job may take, however long it is.
@@ -91,7 +92,7 @@ def main() -> None:
         "worker-1",
         clock=clock,
     )
-    endpoint.serve(worker, config)
+    runpod_queue.serve(worker, config)
 
 
 if __name__ == "__main__":

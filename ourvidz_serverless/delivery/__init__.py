@@ -1,0 +1,1 @@
+"""What leaves the worker: assets, callbacks, and what is kept to be sent again."""

@@ -1,0 +1,1 @@
+"""What may be done: keys, rate limits, the content floor, and jobs that killed their process."""

@@ -1,0 +1,50 @@
+"""Chat's weights in fewer bits, by torchao: linear layers only, the activations keep their dtype.
+
+Quantised while the weights are read, so that the whole model never stands beside itself. torchao's
+only int4 that computes is CUDA's packing for bfloat16: whatever a device cannot run is refused
+before anything is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models.memory.device import Device
+
+#: Weights that share one scale, where they have four bits; the finest that is packed.
+INT4_GROUP = 32
+
+
+def check(name: str, device: Device) -> None:
+    """Raise ModelLoadError, in one line, for a quantisation that does not run on the device."""
+    runs = device.is_cuda and device.dtype == torch.bfloat16
+    if name == "int4" and not runs:
+        raise ModelLoadError("CHAT_QUANTIZATION: int4 runs on CUDA in bfloat16 only")
+
+
+def options(name: str, device: Device) -> dict[str, Any]:
+    """What `from_pretrained` is told, to read a model with its linear layers quantised."""
+    if name == "none":
+        return {}
+    # It warns of kernels for other devices than the one it is on, by their paths.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int4WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+    )
+    from transformers import TorchAoConfig
+
+    if name == "int4":
+        packed = Int4WeightOnlyConfig(
+            group_size=INT4_GROUP,
+            int4_packing_format="tile_packed_to_4d",
+            set_inductor_config=False,
+        )
+        return {"quantization_config": TorchAoConfig(packed), "device_map": str(device.name)}
+    kinds = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}
+    return {"quantization_config": TorchAoConfig(kinds[name](set_inductor_config=False))}

@@ -1,0 +1,87 @@
+"""An SDXL checkpoint in one file, under the names it was published with, as diffusers' networks.
+
+diffusers knows the names. What it copies on the way is left in place here: of OpenCLIP's joined
+projections it clones each third.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+
+from ourvidz_serverless.models.loading.weight_files import Tensors
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
+
+
+def convert(network: str, whole: Tensors, config: Any) -> Tensors:
+    """The tensors of one of SDXL's networks, under diffusers' names.
+
+    Raises ValueError in words where the file has none of them, or others.
+    """
+    try:
+        return CONVERSIONS[network](whole, config)
+    except (LookupError, AttributeError, TypeError) as exc:
+        raise ValueError(f"its {network} has not all tensors of SDXL's") from exc
+
+
+def unet(whole: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_unet_checkpoint(_of(whole, "unet"), config)
+    return tensors
+
+
+def vae(whole: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_vae_checkpoint(_of(whole, "vae"), config)
+    return tensors
+
+
+def text_encoder(whole: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_clip_checkpoint(_of(whole, "text_encoder"))
+    return tensors
+
+
+def text_encoder_2(whole: Tensors, config: Any) -> Tensors:
+    mine, prefix = _of(whole, "text_encoder_2"), PREFIXES["text_encoder_2"]
+    plain = {name: each for name, each in mine.items() if ".in_proj_" not in name}
+    tensors: Tensors = convert_open_clip_checkpoint(_Sized(config), plain, prefix=prefix)
+    for name, joined in mine.items():
+        if match := re.search(r"resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", name):
+            for letter, part in zip("qkv", joined.chunk(3), strict=True):
+                layer = f"text_model.encoder.layers.{match[1]}.self_attn"
+                tensors[f"{layer}.{letter}_proj.{match[2]}"] = part
+    return tensors
+
+
+class _Sized:
+    """All that diffusers asks of a model whose weights it converts."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _of(whole: Tensors, network: str) -> Tensors:
+    prefix = PREFIXES[network]
+    found = {name: each for name, each in whole.items() if name.startswith(prefix)}
+    if not found:
+        raise ValueError(f"no tensor of it begins with {prefix}, as SDXL's {network} does")
+    return found
+
+
+CONVERSIONS = {
+    "unet": unet,
+    "vae": vae,
+    "text_encoder": text_encoder,
+    "text_encoder_2": text_encoder_2,
+}

@@ -1,0 +1,214 @@
+"""What makes a picture of an SDXL latent: its VAE, the same in bf16, or a tiny one.
+
+The last two are approximations, so only presets of `config.speed` choose them.
+
+SDXL's own VAE overflows in fp16 and is kept in fp32. What it lacks in fp16 is range, not digits,
+and bf16 has fp32's range: half the memory of a decode, at the speed of a GPU's 16-bit units. The
+weights are cast, rather than the arithmetic by torch.autocast, which on CUDA takes every norm and
+all that lies between two convolutions back to fp32.
+
+A tiny VAE is diffusers' AutoencoderTiny, of which TAESDXL is the public one for SDXL
+(https://github.com/madebyollin/taesd). It was distilled from the VAE's decoder, takes latents as
+the UNet makes them (its scaling factor is 1), and is plain convolutions without norms, so it has no
+range to overflow. Encoding a reference stays the VAE's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderTiny
+
+from ourvidz_serverless.models.loading import checkpoints, weight_files
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.sdxl import tiled_vae
+from ourvidz_serverless.settings import Settings
+
+POCKET = Path(__file__).parents[3] / "pocket" / "sdxl_tiny_vae"
+
+
+class Decoder(Protocol):
+    """`part` is what it needs of the model, `lever` its name among those of a preset, if any."""
+
+    @property
+    def part(self) -> str: ...
+
+    @property
+    def lever(self) -> str | None: ...
+
+    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
+        """The picture (3, 8 h, 8 w), of about -1 to 1, of a UNet's latent (1, 4, h, w).
+
+        In strips it needs less of the device, and the picture lies in the host's memory.
+        """
+
+
+def normalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
+    """A VAE's latent (1, channels, h, w), scaled as its UNet was trained.
+
+    SDXL scales by a factor. Some checkpoints, such as Playground v2.5, also have a mean and a
+    standard deviation for each channel.
+    """
+    mean, deviation = _statistics(latent, config)
+    return (latent - mean) * config.scaling_factor / deviation
+
+
+def denormalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
+    """A UNet's latent (1, channels, h, w), scaled for its VAE."""
+    mean, deviation = _statistics(latent, config)
+    return latent * deviation / config.scaling_factor + mean
+
+
+def has_statistics(config: Any) -> bool:
+    """Whether a VAE has both a mean and a deviation; diffusers ignores one without the other."""
+    return None not in (config.get("latents_mean"), config.get("latents_std"))
+
+
+def _statistics(like: torch.Tensor, config: Any) -> tuple[Any, Any]:
+    if not has_statistics(config):
+        return 0.0, 1.0
+    mean, deviation = (
+        torch.tensor(config[name], dtype=like.dtype, device=like.device)[:, None, None]
+        for name in ("latents_mean", "latents_std")
+    )
+    return mean, deviation
+
+
+@dataclass(frozen=True, slots=True)
+class Vae:
+    """The checkpoint's own VAE, in the dtype it is kept in or, for a decode, in another."""
+
+    vae: Any
+    device: Device
+    dtype: torch.dtype
+
+    @property
+    def part(self) -> str:
+        return "vae"
+
+    @property
+    def lever(self) -> str | None:
+        return None if self.dtype == self.vae.dtype else "vae_bf16"
+
+    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
+        latent = denormalised(latent.to(self.vae.dtype), self.vae.config).to(self.dtype)
+        modules = (self.vae.post_quant_conv, self.vae.decoder)
+        with cast(modules, self.dtype) if self.lever else nullcontext():
+            if in_strips:
+                return tiled_vae.decode(self.vae, latent, self.device)[0]
+            return self.vae.decode(latent, return_dict=False)[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyVae:
+    """The decoder of an AutoencoderTiny."""
+
+    network: Any
+    device: Device
+    scaling_factor: float
+
+    @property
+    def part(self) -> str:
+        return "tiny"
+
+    @property
+    def lever(self) -> str | None:
+        return "tiny_vae"
+
+    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
+        latent = latent.to(self.device.dtype) / self.scaling_factor
+        if in_strips:
+            return tiled_vae.decode_tiny(self.network, latent, self.device)[0]
+        return self.network(latent)[0]
+
+
+def in_bf16(vae: Any, device: Device) -> Vae:
+    """A VAE that decodes in bf16 where that saves anything.
+
+    That is where it is kept in fp32 though the model is not, and the device computes in bf16. A
+    VAE in 16 bits is as small already, and whoever sets `DTYPE=float32` wants no fewer.
+    """
+    is_wide = (vae.dtype, device.dtype) == (torch.float32, torch.float16)
+    return Vae(vae, device, torch.bfloat16 if is_wide and device.has_bf16 else vae.dtype)
+
+
+@contextmanager
+def cast(modules: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
+    """Let modules compute with their weights in another dtype, and then have their own again."""
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    kept = [(part, dict(part._parameters)) for part in parts]
+    try:
+        for part, own in kept:
+            part._parameters.update({name: _as(each, dtype) for name, each in own.items()})
+        yield
+    finally:
+        for part, own in kept:
+            part._parameters.update(own)
+
+
+def _as(parameter: Any, dtype: torch.dtype) -> Any:
+    if parameter is None or parameter.dtype == dtype:
+        return parameter
+    return torch.nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+
+def read_tiny(settings: Settings, device: Device, like: Any) -> TinyVae | None:
+    """The tiny VAE of `SDXL_TINY_VAE`, or None where there is none; `like` is the VAE it is for.
+
+    A folder has its own configuration; a file is of TAESDXL's size, AutoencoderTiny's default.
+    Raises ModelLoadError with one line when it is missing, corrupt, or another model's.
+    """
+    if settings.sdxl_tiny_vae is None:
+        return None
+    path = POCKET
+    if settings.sdxl_tiny_vae != "pocket":
+        path = checkpoints.find("SDXL_TINY_VAE", settings.sdxl_tiny_vae, settings.model_dirs)
+    with checkpoints.loading("SDXL_TINY_VAE", path, "a tiny VAE"):
+        is_mapped = checkpoints.is_mapped(path, settings.mmap_weights)
+        if path.is_dir():
+            weight_files.check_configs(path, ["."])
+            config = AutoencoderTiny.load_config(path, local_files_only=True)
+            names = weight_files.names("diffusion_pytorch_model", device.dtype)
+            tensors = weight_files.read_parts(path, names, is_mapped)
+        else:
+            config, tensors = {}, weight_files.read(path, is_mapped)
+        return _tiny(config, tensors, device, like)
+
+
+def _tiny(config: Any, tensors: weight_files.Tensors, device: Device, like: Any) -> TinyVae:
+    kind = config.get("_class_name", AutoencoderTiny.__name__)
+    if kind != AutoencoderTiny.__name__:
+        raise ValueError(f"it is an {kind}, where AutoencoderTiny is wanted")
+    # diffusers writes it, and warns of it when it reads it.
+    config = {name: each for name, each in config.items() if name != "block_out_channels"}
+    with init_empty_weights():
+        told = AutoencoderTiny.from_config(config).config
+    _check_latents(told, like.config)
+    decoder = weight_files.build(
+        lambda: AutoencoderTiny.from_config(config).decoder,
+        {name.removeprefix("decoder."): each for name, each in tensors.items()},
+        device.dtype,
+    )
+    return TinyVae(decoder, device, told.scaling_factor)
+
+
+def _check_latents(tiny: Any, like: Any) -> None:
+    """Raise ValueError, with the reason, if a tiny VAE is for other latents than a VAE's."""
+    if has_statistics(like):
+        raise ValueError(
+            "SDXL_MODEL scales its latents by latents_mean and latents_std, which no tiny VAE knows"
+        )
+    doublings = len(tiny.num_decoder_blocks) - 1
+    found = tiny.latent_channels, tiny.upsampling_scaling_factor**doublings
+    wanted = like.latent_channels, 2 ** (len(like.block_out_channels) - 1)
+    if found != wanted:
+        raise ValueError(
+            f"it is for latents of {found[0]} channels and 1/{found[1]} of a picture's size, "
+            f"where SDXL_MODEL has {wanted[0]} and 1/{wanted[1]}"
+        )

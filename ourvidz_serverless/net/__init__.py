@@ -1,0 +1,1 @@
+"""HTTP requests that end, and only to hosts that they may reach."""

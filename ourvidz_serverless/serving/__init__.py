@@ -1,0 +1,1 @@
+"""Ways in: RunPod's queue, HTTP, and the application's Redis lists."""

@@ -1,0 +1,114 @@
+"""A pod posts its address to the application.
+
+This is the specification's worker registration: a POST to the edge function of the family, with the
+service key. A serverless endpoint has a fixed address and does not need it.
+
+A worker that leaves posts nothing: both functions refuse a body without an address, and store the
+last address that was posted, which may already be the next worker's. The application requests
+`/health` before it uses a worker, and `/health` answers 503 from SIGTERM on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.logs import log
+from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
+from ourvidz_serverless.net.supabase import Project
+from ourvidz_serverless.net.transport import Transport
+from ourvidz_serverless.settings import Settings
+
+#: Which function hears of a family's workers.
+FUNCTION_OF = {"chat": "register-chat-worker"}
+FUNCTION = "update-worker-url"
+
+METHOD = "ourvidz_serverless"
+WITHIN_S = 15.0
+
+#: Half a minute in all: a pod's proxy needs a while to notice that the port is open.
+RETRY = Retry(tries=6, base_s=1.0)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try may succeed: `update-worker-url` answers 400 until `/health` answers."""
+    return is_transient(error) or (isinstance(error, Fault) and error.status == 400)
+
+
+class Registration:
+    """One worker's entry with the application. A failure is logged, and keeps nobody from work."""
+
+    def __init__(
+        self,
+        project: Project,
+        worker_url: str,
+        families: Sequence[str],
+        policy: Retry = RETRY,
+        now: Callable[[], str] = _now,
+    ) -> None:
+        names = dict.fromkeys(FUNCTION_OF.get(family, FUNCTION) for family in families)
+        self._functions = [f"{project.url}/functions/v1/{name}" for name in names]
+        self._transport = Transport(project.headers)
+        self._worker_url = worker_url
+        self._policy, self._now = policy, now
+        self._is_leaving = threading.Event()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Registration | None:
+        """The registration that the environment asks for.
+
+        Raises ModelLoadError that names what it cannot do without.
+        """
+        if not settings.register_worker:
+            return None
+        pod = os.environ.get("RUNPOD_POD_ID")
+        proxied = f"https://{pod}-{settings.port}.proxy.runpod.net" if pod else None
+        url, project = settings.worker_url or proxied, Project.of(settings)
+        if not (project and url):
+            raise ModelLoadError(
+                "REGISTER_WORKER: SUPABASE_URL, SUPABASE_SERVICE_KEY and, outside a pod, "
+                "WORKER_URL are needed with it"
+            )
+        return cls(project, url, settings.families)
+
+    @property
+    def host(self) -> str | None:
+        """The host name of the address that the application gets."""
+        return urlsplit(self._worker_url).hostname
+
+    def announce(self) -> None:
+        """Post the worker's address, in a few tries, until `close`."""
+        body = {
+            "worker_url": self._worker_url,
+            "auto_registered": True,
+            "registration_method": METHOD,
+            "timestamp": self._now(),
+        }
+        for url in self._functions:
+            post = functools.partial(self._post, url, json.dumps(body).encode())
+            try:
+                retry(post, on=_may_pass, policy=self._policy, sleep=self._pause)
+            except Fault as exc:
+                log.warning("registration at %s failed: %s", url.rsplit("/", 1)[-1], exc)
+
+    def close(self) -> None:
+        """Announce no more: the worker leaves."""
+        self._is_leaving.set()
+
+    def _pause(self, seconds: float) -> None:
+        self._is_leaving.wait(seconds)
+
+    def _post(self, url: str, body: bytes) -> None:
+        if not self._is_leaving.is_set():
+            headers = {"Content-Type": "application/json"}
+            self._transport.send("POST", url, data=body, headers=headers, within_s=WITHIN_S)
