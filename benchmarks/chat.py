@@ -34,7 +34,7 @@ from ourvidz_serverless.models.chat.model import POCKET as POCKET_FOLDER
 from ourvidz_serverless.models.chat.sampling import Sampling
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.settings import Settings
-from tests.support.chatbox import tiny_folder
+from tests.fakes.tiny_chat import tiny_folder
 
 POCKET, FULL = TITLES = (
     "Chat against generate, one by one, pocket size",

@@ -36,7 +36,7 @@ from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
-from tests.support.chatbox import tiny_folder
+from tests.fakes.tiny_chat import tiny_folder
 
 POCKET, FULL = TITLES = (
     "Memory beside the weights, pocket size",

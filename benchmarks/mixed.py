@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from tests.support.bench import chat_payload, sdxl_payload, wan_payload
-from tests.support.chatbox import tiny_folder
-from tests.support.handler import start
-from tests.support.platform import Platform
-from tests.support.worker import WorkerProcess
+from tests.fakes.local_worker import chat_payload, sdxl_payload, wan_payload
+from tests.fakes.tiny_chat import tiny_folder
+from tests.servers.handler import start
+from tests.servers.runpod import Platform
+from tests.servers.worker_process import WorkerProcess
 
 #: Of forty jobs. A picture takes some hundred times as long as an answer of the tiny chat model.
 SHARES = {"sdxl": 2, "wan": 1, "chat": 25, "admin": 12}

@@ -37,10 +37,11 @@ from benchmarks import report
 from benchmarks.arms import PROMPT, plain_picture, plain_pipeline
 from benchmarks.store import BUCKET, Store, union_s
 from benchmarks.turns import control_of, timed
-from tests.support.handler import HANDLER, POCKET, ROOT
-from tests.support.platform import Platform
-from tests.support.receivers import CallbackReceiver
-from tests.support.worker import WorkerProcess
+from tests.files import ROOT
+from tests.servers.handler import HANDLER, POCKET
+from tests.servers.runpod import Platform
+from tests.servers.supabase import CallbackReceiver
+from tests.servers.worker_process import WorkerProcess
 
 BACKLOG, TAIL = TITLES = (
     "Seconds lost a job under a backlog",

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.support.receivers import SupabaseStorage
-from tests.support.web import Answer, Request
+from tests.servers.local_server import Answer, Request
+from tests.servers.supabase import SupabaseStorage
 
 BUCKET = "workspace-temp"
 

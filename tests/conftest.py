@@ -14,11 +14,11 @@ import hypothesis
 import pytest
 
 from ourvidz_serverless.settings import Settings
-from tests.support.authority import write_authority
-from tests.support.bench import Bench
-from tests.support.platform import Platform
-from tests.support.receivers import CallbackReceiver
-from tests.support.s3 import SeaweedServer
+from tests.fakes.local_worker import Bench
+from tests.servers.certificates import write_authority
+from tests.servers.runpod import Platform
+from tests.servers.s3 import SeaweedServer
+from tests.servers.supabase import CallbackReceiver
 
 # A test begins as on a machine that is not RunPod's, wherever it runs.
 for name in [name for name in os.environ if name.startswith("RUNPOD_")]:
@@ -95,7 +95,7 @@ def sdxl() -> Any:
 @pytest.fixture(scope="session")
 def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """The settings of a WAN of random weights, which a test may have others of."""
-    from tests.support.filmbox import write_wan
+    from tests.fakes.tiny_wan import write_wan
 
     return write_wan(tmp_path_factory.mktemp("wan"))
 

@@ -24,14 +24,14 @@ from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Rate, Settings
-from tests.support.authority import write_authority
-from tests.support.bench import Bench, sdxl_payload
-from tests.support.chaos import FAULTS, Chaos, Fault
-from tests.support.receivers import CallbackReceiver
-from tests.support.receivers import SupabaseStorage as SupabaseServer
-from tests.support.redis import RedisServer, RestFront
-from tests.support.s3 import SeaweedServer
-from tests.support.web import Answer, LocalServer, Request
+from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.servers.broken_proxy import FAULTS, Chaos, Fault
+from tests.servers.certificates import write_authority
+from tests.servers.local_server import Answer, LocalServer, Request
+from tests.servers.redis import RedisServer, RestFront
+from tests.servers.s3 import SeaweedServer
+from tests.servers.supabase import CallbackReceiver
+from tests.servers.supabase import SupabaseStorage as SupabaseServer
 
 #: What a try may take: as good as for ever where an answer comes, and soon over where none does.
 PATIENCE_S = {"timeout": 0.3, "drip": 0.3}
@@ -78,7 +78,10 @@ class World:
         self.client_tls = ssl.create_default_context(cafile=authority / "ca.pem")
 
     def reference(self, script: list[Fault], patience: Retry, *, required: bool = False) -> Outcome:
-        with Pictures(self.picture) as host, Chaos(host.url, script, self.server_tls) as chaos:
+        with (
+            Pictures(self.picture) as host,
+            Chaos(host.url, script, self.server_tls) as chaos,
+        ):
             reach = Policy(
                 deadline_s=patience.try_s,
                 retry=patience,

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.lock import OVERRIDES
-from tests.support.handler import POCKET
-from tests.support.platform import Platform
+from tests.servers.handler import POCKET
+from tests.servers.runpod import Platform
 
 #: Jobs of some seconds on the pocket models, to be met in the middle.
 LONG: dict[str, dict[str, Any]] = {

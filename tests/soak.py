@@ -29,11 +29,11 @@ from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
-from tests.support.bench import Bench, sdxl_payload
-from tests.support.painter import Painter
-from tests.support.patience import PATIENCE_S
-from tests.support.receivers import CallbackReceiver
-from tests.support.web import Answer, Request
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.patience import PATIENCE_S
+from tests.servers.local_server import Answer, Request
+from tests.servers.supabase import CallbackReceiver
 
 HASTE = Retry(base_s=0.001)
 THREADS = 4

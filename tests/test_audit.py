@@ -14,10 +14,10 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.payloads import CheckedText
 from ourvidz_serverless.settings import Settings
-from tests.support.bench import Bench, chat_payload, sdxl_payload
-from tests.support.painter import Painter
-from tests.support.parrot import Parrot
-from tests.support.patience import PATIENCE_S
+from tests.fakes.fake_chat import Parrot
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.patience import PATIENCE_S
 
 MakeBench = Callable[..., Bench]
 WHO = ("job_id", "user_id", "type", "adult")

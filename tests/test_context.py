@@ -7,7 +7,7 @@ import pytest
 
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import DeadlinePassed
-from tests.support.clock import Clock
+from tests.fakes.clock import Clock
 
 
 def test_the_rest_is_estimated_by_the_pace_since_a_stages_first_step() -> None:

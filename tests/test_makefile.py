@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.files import ROOT
 
 #: Makes `.venv/bin/python` and then pip, as `python -m venv` does; fails between the two while
 #: the file `broken` exists.

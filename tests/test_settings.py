@@ -1,15 +1,13 @@
 """The environment, and the page that describes it."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from ourvidz_serverless import settings
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.settings import Settings
-
-ROOT = Path(__file__).parents[1]
+from tests.files import ROOT
 
 
 def test_every_setting_is_in_the_documented_table_and_no_other() -> None:

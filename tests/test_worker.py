@@ -27,14 +27,13 @@ from ourvidz_serverless.delivery.storage import DirectoryStorage
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.settings import Settings
-from tests.support.bench import QUICK, Bench, chat_payload, sdxl_payload
-from tests.support.handler import ROOT
-from tests.support.painter import Painter
-from tests.support.parrot import Endless
-from tests.support.patience import PATIENCE_S
-from tests.support.receivers import CallbackReceiver
+from tests.fakes.fake_chat import Endless
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.local_worker import QUICK, Bench, chat_payload, sdxl_payload
+from tests.files import ROOT, SPECIFICATION
+from tests.patience import PATIENCE_S
+from tests.servers.supabase import CallbackReceiver
 
-SPECIFICATION = json.loads((Path(__file__).parent / "data/specification.json").read_text())
 MakeBench = Callable[..., Bench]
 
 

@@ -14,8 +14,8 @@ What the SDK (1.12) does, and what `install` does instead:
 - In the SDK a stop signal that comes before the job's task has begun is lost, and the job's slot
   may be lost too. Here the job is stopped as it begins.
 
-The rest of the loop is the SDK's own. `tests/test_runpod_loop.py` fails where a version of the SDK
-changes what this module relies on.
+The rest of the loop is the SDK's own. `tests/serving/test_runpod_loop.py` fails where a version of
+the SDK changes what this module relies on.
 """
 
 from __future__ import annotations

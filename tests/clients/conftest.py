@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ourvidz_serverless.settings import Settings
-from tests.support.chatbox import tiny_folder
-from tests.support.edge import SECRET, edge_function, url_of
-from tests.support.handler import start
-from tests.support.platform import Platform
-from tests.support.worker import WorkerProcess
+from tests.fakes.tiny_chat import tiny_folder
+from tests.servers.handler import start
+from tests.servers.javascript import SECRET, edge_function, url_of
+from tests.servers.runpod import Platform
+from tests.servers.worker_process import WorkerProcess
 
 
 @pytest.fixture(scope="session")

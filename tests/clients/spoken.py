@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from builder.contract import FOLDER
-from tests.support.platform import Platform, _Job
-from tests.support.web import Answer, json_answer
+from tests.servers.local_server import Answer, json_answer
+from tests.servers.runpod import Platform, _Job
 
 #: What the job comes to, and the pieces that its reply was streamed in.
 DOCUMENT: dict[str, Any] = json.loads((FOLDER / "examples/result.chat.json").read_text())

@@ -14,14 +14,14 @@ import requests
 from builder.contract import FOLDER
 from ourvidz_serverless.serving.http.app import LONG_REPLY_TOKENS
 from ourvidz_serverless.settings import Settings
-from tests.clients.test_bridge import accepted, bridged, env_of, rest, wait_for
-from tests.support.bench import chat_payload, sdxl_payload
-from tests.support.edge import DENO, EXAMPLES, deno_environment, edge_function, url_of
-from tests.support.handler import ROOT
-from tests.support.patience import PATIENCE_S
-from tests.support.platform import Platform
-from tests.support.redis import RedisServer, RestFront
-from tests.support.web import Answer, LocalServer, Request, json_answer
+from tests.clients.test_redis_bridge import accepted, bridged, env_of, rest, wait_for
+from tests.fakes.local_worker import chat_payload, sdxl_payload
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.javascript import DENO, EXAMPLES, deno_environment, edge_function, url_of
+from tests.servers.local_server import Answer, LocalServer, Request, json_answer
+from tests.servers.redis import RedisServer, RestFront
+from tests.servers.runpod import Platform
 
 GUIDE = (ROOT / "docs/integrate.md").read_text()
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.edge import DENO, deno_environment
-from tests.support.handler import ROOT
-from tests.support.patience import PATIENCE_S
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.javascript import DENO, deno_environment
 
 CLIENT = ROOT / "clients/typescript"
 LOCKED = ROOT / "tests/clients/npm"

@@ -12,9 +12,9 @@ from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
 from ourvidz_serverless.net.retries import Fault, Retry
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
-from tests.support.bench import chat_payload, sdxl_payload
-from tests.support.platform import Platform
-from tests.support.web import Answer
+from tests.fakes.local_worker import chat_payload, sdxl_payload
+from tests.servers.local_server import Answer
+from tests.servers.runpod import Platform
 
 #: Endpoints at which nobody works: what is submitted there stays in the queue.
 EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}

@@ -16,8 +16,12 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
-from tests.support.bench import Bench, chat_payload, sdxl_payload, wan_payload
-from tests.support.edge import (
+from tests.fakes.fake_chat import Endless, Parrot
+from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload, wan_payload
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.http_service import ServedFace
+from tests.servers.javascript import (
     DENO,
     RUNTIMES,
     SECRET,
@@ -26,13 +30,9 @@ from tests.support.edge import (
     edge_function,
     url_of,
 )
-from tests.support.face import ServedFace
-from tests.support.handler import ROOT
-from tests.support.parrot import Endless, Parrot
-from tests.support.patience import PATIENCE_S
-from tests.support.platform import Platform
-from tests.support.web import Answer, LocalServer, Request
-from tests.support.worker import WorkerProcess
+from tests.servers.local_server import Answer, LocalServer, Request
+from tests.servers.runpod import Platform
+from tests.servers.worker_process import WorkerProcess
 
 #: Endpoints at which nobody works: what is submitted there stays in the queue.
 EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}

@@ -1,0 +1,573 @@
+"""`builder.fetch_models` in a process of its own, against a hub that has its bad days."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import fetch_models
+from ourvidz_serverless.models.loading import checkpoints
+from ourvidz_serverless.settings import FAMILIES
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.hub import (
+    REVISION,
+    TOKEN,
+    Hub,
+    corrupt,
+    cut,
+    no_etag,
+    status,
+    strong_etag,
+    weak_etag,
+)
+from tests.servers.local_server import Answer
+
+REPOSITORY = "tiny/painter"
+WEIGHTS = bytes(range(256)) * 12_000
+FILES = {
+    "model_index.json": b'{"_class_name": "Painter"}',
+    "unet/config.json": b"{}",
+    "unet/model.safetensors": WEIGHTS,
+    "unet/model.onnx": b"x" * 5000,
+    "vae/model.safetensors": WEIGHTS[:50_000],
+}
+WANTED = ["*.json", "unet/*.safetensors", "vae/*.safetensors"]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub(REPOSITORY, FILES) as server:
+        yield server
+
+
+class Place:
+    """A folder to fetch into, with a manifest and a lock file of its own."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.dest, self.lock = folder / "models", folder / "lock.json"
+        self.manifest = folder / "manifest.json"
+        self.hub = hub
+        self.write(dict.fromkeys(WANTED))
+
+    def write(self, files: dict[str, str | None], revision: str | None = REVISION) -> None:
+        entry = {"family": "sdxl", "license": "mit", "revision": revision, "files": files}
+        self.manifest.write_text(json.dumps({REPOSITORY: entry}))
+
+    def command(self, *args: str) -> list[str]:
+        places = ["--dest", self.dest, "--manifest", self.manifest, "--lock", self.lock]
+        module = [sys.executable, "-m", "builder.fetch_models", "--family", "sdxl"]
+        return [*module, *map(str, places), *args]
+
+    def environment(self, **env: str) -> dict[str, str]:
+        known = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.dest / "home")}
+        return {**os.environ, **known, "FETCH_RETRY_S": "0.01", "HF_TOKEN": "", **env}
+
+    def fetch(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*args),
+            capture_output=True,
+            text=True,
+            env=self.environment(**env),
+            cwd=ROOT,
+            timeout=PATIENCE_S,
+        )
+
+    def locked(self) -> dict[str, Any]:
+        return json.loads(self.lock.read_text())
+
+    @property
+    def snapshot(self) -> Path:
+        return self.dest / "models--tiny--painter" / "snapshots" / REVISION
+
+
+@pytest.fixture
+def place(tmp_path: Path, hub: Hub) -> Place:
+    return Place(tmp_path, hub)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_wanted_files_arrive_where_a_worker_finds_them(place: Place) -> None:
+    run = place.fetch()
+
+    assert run.returncode == 0, run.stderr
+    found = checkpoints.find("SDXL_MODEL", REPOSITORY, [place.dest])
+    files = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()}
+    assert files == set(FILES) - {"unet/model.onnx"}
+    assert (found / "unet/model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_licences_are_told(place: Place) -> None:
+    assert f"{REPOSITORY}: licence mit" in place.fetch().stdout
+
+
+def test_the_first_fetch_records_what_the_manifest_leaves_open(place: Place) -> None:
+    place.write(dict.fromkeys(WANTED), revision=None)
+
+    place.fetch()
+
+    recorded = place.locked()[REPOSITORY]
+    assert recorded["revision"] == REVISION
+    assert recorded["files"]["unet/model.safetensors"] == sha256(WEIGHTS)
+    assert recorded["files"]["model_index.json"] == sha256(FILES["model_index.json"])
+
+
+def test_what_the_lock_file_records_must_be_the_same_ever_after(place: Place) -> None:
+    place.write(dict.fromkeys(WANTED), revision=None)
+    lock = {REPOSITORY: {"revision": REVISION, "files": {"vae/model.safetensors": "0" * 64}}}
+    place.lock.write_text(json.dumps(lock))
+
+    run = place.fetch()
+
+    assert run.returncode == 1
+    assert "cannot fetch: vae/model.safetensors: sha256 is" in run.stderr
+    assert place.locked() == lock
+
+
+def test_a_file_that_is_not_the_manifests_is_refused(place: Place) -> None:
+    place.write({"unet/model.safetensors": "f" * 64})
+
+    run = place.fetch()
+
+    assert run.returncode == 1
+    assert "unet/model.safetensors: sha256 is" in run.stderr
+    assert not (place.snapshot / "unet/model.safetensors").exists()
+    assert not place.lock.exists()
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(place: Place, hub: Hub) -> None:
+    hub.storage.mishaps["unet/model.safetensors"] = [cut(2_500_000), cut(100_000)]
+
+    run = place.fetch()
+
+    assert run.returncode == 0, run.stderr
+    first, *later = hub.storage.ranges("unet/model.safetensors")
+    starts = [int(each.removeprefix("bytes=").rstrip("-")) for each in later if each]
+    assert first is None
+    assert 0 < starts[0] <= 2_500_000
+    assert starts == sorted(starts)
+    assert (place.snapshot / "unet/model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_killed_fetch_goes_on_where_it_was(place: Place, hub: Hub) -> None:
+    name = "unet/model.safetensors"
+    hub.storage.mishaps[name] = [cut(2_500_000), *[status(503)] * 5]
+    environment = place.environment(FETCH_RETRY_S="60")
+    with subprocess.Popen(place.command(), env=environment, cwd=ROOT) as fetching:
+        hub.storage.wait_until(lambda: hub.storage.ranges(name))
+        kept = kept_when_killed(fetching, place.snapshot / name)
+    hub.storage.mishaps.clear()
+
+    assert place.fetch().returncode == 0
+
+    assert hub.storage.ranges(name)[-1] == f"bytes={kept}-"
+    assert (place.snapshot / name).read_bytes() == WEIGHTS
+
+
+def kept_when_killed(fetching: subprocess.Popen[bytes], path: Path) -> int:
+    """The bytes of a file that had arrived when its fetch was killed: a million at least."""
+    while not (size := sum(part.stat().st_size for part in partial_files(path))) > 1_000_000:
+        time.sleep(0.05)
+    fetching.send_signal(signal.SIGKILL)
+    fetching.wait()
+    return size
+
+
+def partial_files(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{path.name}*.incomplete"))
+
+
+def test_corrupt_bytes_are_fetched_once_more(place: Place, hub: Hub) -> None:
+    hub.storage.mishaps["vae/model.safetensors"] = [corrupt]
+
+    run = place.fetch()
+
+    assert run.returncode == 0, run.stderr
+    assert "vae/model.safetensors: sha256 is" in run.stderr
+    assert hub.storage.ranges("vae/model.safetensors") == [None, None]
+    assert (place.snapshot / "vae/model.safetensors").read_bytes() == WEIGHTS[:50_000]
+
+
+def test_bytes_that_stay_corrupt_are_an_error_and_leave_nothing(place: Place, hub: Hub) -> None:
+    hub.storage.mishaps["vae/model.safetensors"] = [corrupt, corrupt]
+
+    run = place.fetch()
+
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("cannot fetch: vae/model.safetensors: sha256")
+    assert not list(place.snapshot.glob("vae/*"))
+
+
+def test_a_small_file_is_verified_as_git_knows_it(place: Place, hub: Hub) -> None:
+    hub.files["unet/config.json"] = b"[]"
+    place.fetch()
+    hub.files["unet/config.json"] = b"{}"
+    (place.snapshot / "unet/config.json").write_bytes(b"broken on the volume")
+    place.lock.unlink()
+
+    run = place.fetch()
+
+    assert run.returncode == 0, run.stderr
+    assert (place.snapshot / "unet/config.json").read_bytes() == b"{}"
+
+
+def test_what_is_there_and_right_is_not_fetched_again(place: Place, hub: Hub) -> None:
+    place.fetch()
+    hub.storage.requests.clear()
+
+    assert place.fetch().returncode == 0
+
+    assert hub.storage.requests == []
+
+
+def test_what_rotted_on_the_volume_is_fetched_again(place: Place, hub: Hub) -> None:
+    place.fetch()
+    weights = place.snapshot / "unet/model.safetensors"
+    weights.write_bytes(b"\xff" + WEIGHTS[1:])
+
+    assert place.fetch().returncode == 0
+
+    assert weights.read_bytes() == WEIGHTS
+
+
+def test_a_storage_that_is_down_for_a_while_is_waited_for(place: Place, hub: Hub) -> None:
+    hub.storage.mishaps["vae/model.safetensors"] = [status(503), status(429)]
+
+    assert place.fetch().returncode == 0
+
+
+def test_a_storage_that_refuses_is_an_error_at_once(place: Place, hub: Hub) -> None:
+    hub.storage.mishaps["vae/model.safetensors"] = [status(403)]
+
+    run = place.fetch()
+
+    assert "cannot fetch: vae/model.safetensors: HTTP 403" in run.stderr
+    assert hub.storage.ranges("vae/model.safetensors") == [None]
+    assert "signature" not in run.stderr
+
+
+def test_a_gated_repository_asks_for_a_token(place: Place, hub: Hub) -> None:
+    hub.gated = True
+
+    run = place.fetch()
+
+    assert run.returncode == 1
+    assert f"cannot fetch: {REPOSITORY} asks for a token that may read it: HF_TOKEN" in run.stderr
+
+
+def test_the_token_goes_to_the_hub_and_not_to_its_storage(place: Place, hub: Hub) -> None:
+    hub.gated = True
+
+    run = place.fetch(HF_TOKEN=TOKEN)
+
+    assert run.returncode == 0, run.stderr
+    assert TOKEN not in run.stdout + run.stderr
+    assert hub.storage.requests
+    assert all(each.headers["Authorization"] is None for each in hub.storage.requests)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(place: Place) -> None:
+    place.write({"unet/*.bin": None})
+
+    assert f"cannot fetch: {REPOSITORY} has no unet/*.bin" in place.fetch().stderr
+
+
+def test_a_checkpoint_by_url_brings_the_configurations_and_no_other_weights(
+    place: Place, hub: Hub
+) -> None:
+    checkpoint = b"checkpoint" * 500
+    hub.storage.files["mine.safetensors"] = checkpoint
+    url = f"{hub.storage.url}/mine.safetensors?token=secret"
+
+    run = place.fetch("--url", url, "--sha256", sha256(checkpoint))
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / "mine.safetensors").read_bytes() == checkpoint
+    assert (place.snapshot / "unet/config.json").exists()
+    assert not list(place.snapshot.rglob("*.safetensors"))
+    assert "secret" not in place.lock.read_text()
+
+
+def test_a_checkpoint_with_another_hash_is_refused(place: Place, hub: Hub) -> None:
+    hub.storage.files["mine.safetensors"] = b"something else"
+    url = f"{hub.storage.url}/mine.safetensors"
+
+    run = place.fetch("--url", url, "--sha256", "0" * 64)
+
+    assert run.returncode == 1
+    assert "mine.safetensors: sha256 is" in run.stderr
+
+
+# --- a checkpoint by URL, its source, and what of it is continued ---
+
+CHECKPOINT = WEIGHTS[::-1]
+OTHER = b"another checkpoint" * 170_000
+NAME = "mine.safetensors"
+
+
+def publish(hub: Hub, data: bytes, name: str = NAME) -> str:
+    """The URL of a file in the storage."""
+    hub.storage.files[name] = data
+    return f"{hub.storage.url}/{name}"
+
+
+def begin(place: Place, hub: Hub, url: str) -> int:
+    """Kill a fetch in the midst of a file; the bytes that are kept of it."""
+    hub.storage.mishaps[NAME] = [cut(2_500_000), *[status(503)] * 5]
+    command = place.command("--url", url)
+    with subprocess.Popen(command, env=place.environment(FETCH_RETRY_S="60"), cwd=ROOT) as fetching:
+        kept = kept_when_killed(fetching, place.dest / NAME)
+    hub.storage.mishaps.clear()
+    hub.storage.requests.clear()
+    return kept
+
+
+def test_another_checkpoint_of_the_same_name_is_not_taken_for_the_one_asked_for(
+    place: Place, hub: Hub
+) -> None:
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+    before = place.locked()
+
+    run = place.fetch("--url", publish(hub, CHECKPOINT, f"two/{NAME}"))
+
+    assert f"cannot fetch: {NAME} is there already, and may not be" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+    assert place.locked() == before
+
+
+def test_a_file_with_another_hash_than_asked_for_is_not_replaced(place: Place, hub: Hub) -> None:
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+
+    url = publish(hub, CHECKPOINT, f"two/{NAME}")
+    run = place.fetch("--url", url, "--sha256", sha256(CHECKPOINT))
+
+    assert f"cannot fetch: {NAME} is there already, and it is another file" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+
+
+def test_a_known_source_does_not_replace_another_known_sources_file(place: Place, hub: Hub) -> None:
+    first = publish(hub, CHECKPOINT, f"two/{NAME}")
+    place.fetch("--url", first)
+    (place.dest / NAME).unlink()
+    place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
+
+    run = place.fetch("--url", first)
+
+    assert f"cannot fetch: {NAME} is there already, and it is another file" in run.stderr
+    assert (place.dest / NAME).read_bytes() == OTHER
+
+
+def test_a_checkpoint_by_url_that_rotted_on_the_volume_is_fetched_again(
+    place: Place, hub: Hub
+) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    (place.dest / NAME).write_bytes(b"\x00" + CHECKPOINT[1:-1])
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_source_does_not_replace_an_unknown_file_under_a_new_name(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    (place.dest / "own.safetensors").write_bytes(b"nobody knows whose")
+
+    run = place.fetch("--url", url, "--name", "own.safetensors")
+
+    assert "cannot fetch: own.safetensors is there already, and it is another file" in run.stderr
+    assert (place.dest / "own.safetensors").read_bytes() == b"nobody knows whose"
+
+
+def test_a_hash_in_capitals_is_the_same_hash(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", publish(hub, CHECKPOINT), "--sha256", sha256(CHECKPOINT).upper())
+
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_query_tells_one_file_from_another(place: Place, hub: Hub) -> None:
+    full = publish(hub, CHECKPOINT, "models/128713?size=full")
+    pruned = publish(hub, OTHER, "models/128713?size=pruned")
+
+    for url, name in ((full, "full.safetensors"), (pruned, "pruned.safetensors")):
+        run = place.fetch("--url", f"{url}&token=secret", "--name", name)
+        assert run.returncode == 0, run.stderr
+
+    assert (place.dest / "full.safetensors").read_bytes() == CHECKPOINT
+    assert (place.dest / "pruned.safetensors").read_bytes() == OTHER
+    assert place.locked()[full] == {"files": {"full.safetensors": sha256(CHECKPOINT)}}
+    assert place.locked()[pruned] == {"files": {"pruned.safetensors": sha256(OTHER)}}
+
+
+def test_a_source_has_one_hash_under_each_name(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", url)
+    publish(hub, OTHER)
+
+    run = place.fetch("--url", url, "--name", "again.safetensors")
+
+    assert "cannot fetch: again.safetensors: sha256 is" in run.stderr
+    assert not (place.dest / "again.safetensors").exists()
+
+
+def test_a_new_signature_is_the_same_source(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    place.fetch("--url", f"{url}?X-Amz-Signature=1&X-Amz-Date=1")
+    hub.storage.requests.clear()
+
+    run = place.fetch("--url", f"{url}?X-Amz-Signature=2&X-Amz-Date=2")
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@example.com/file.safetensors",
+        "https://example.com/file.safetensors?token=secret",
+        "https://example.com/file.safetensors?api_key=secret",
+        "https://example.com/file.safetensors?Signature=secret&Policy=secret&Expires=1",
+    ],
+)
+def test_the_lock_file_holds_no_secret_of_a_url(url: str) -> None:
+    source = fetch_models.source_of(url)
+
+    assert source.startswith("https://example.com/file.safetensors")
+    assert "secret" not in source
+
+
+def test_a_url_that_names_no_file_asks_for_a_name(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", f"{hub.storage.url}/")
+
+    assert "cannot fetch: --name: the URL's path does not end with a file's name" in run.stderr
+
+
+def test_a_name_stays_inside_the_folder(place: Place, hub: Hub) -> None:
+    run = place.fetch("--url", publish(hub, CHECKPOINT), "--name", "../outside.safetensors")
+
+    assert "cannot fetch: --name" in run.stderr
+    assert not (place.dest.parent / "outside.safetensors").exists()
+
+
+def test_a_partial_file_is_not_continued_with_another_sources_bytes(place: Place, hub: Hub) -> None:
+    begin(place, hub, publish(hub, OTHER))
+    url = publish(hub, CHECKPOINT, f"two/{NAME}")
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(f"two/{NAME}") == [None]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_source_whose_file_has_changed_is_fetched_from_the_start(place: Place, hub: Hub) -> None:
+    url = publish(hub, OTHER)
+    begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+    assert place.locked()[url] == {"files": {NAME: sha256(CHECKPOINT)}}
+
+
+def test_a_file_with_a_strong_etag_goes_on_where_it_was(place: Place, hub: Hub) -> None:
+    url = publish(hub, CHECKPOINT)
+    kept = begin(place, hub, url)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [f"bytes={kept}-"]
+    assert hub.storage.requests[-1].headers["If-Range"] == strong_etag(CHECKPOINT)
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+    assert [path.name for path in place.dest.iterdir() if path.name.startswith(NAME)] == [NAME]
+
+
+@pytest.mark.parametrize("etag", [weak_etag, no_etag])
+def test_without_a_strong_etag_or_a_hash_nothing_is_continued(
+    place: Place, hub: Hub, etag: Callable[[bytes], str | None]
+) -> None:
+    hub.storage.etag = etag
+    url = publish(hub, OTHER)
+    begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [None]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_a_hash_suffices_to_go_on(place: Place, hub: Hub) -> None:
+    hub.storage.etag = no_etag
+    url = publish(hub, CHECKPOINT)
+    kept = begin(place, hub, url)
+
+    run = place.fetch("--url", url, "--sha256", sha256(CHECKPOINT))
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.ranges(NAME) == [f"bytes={kept}-"]
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+def test_the_rest_of_another_file_than_the_etag_names_is_not_appended(
+    place: Place, hub: Hub
+) -> None:
+    url = publish(hub, OTHER)
+    kept = begin(place, hub, url)
+    publish(hub, CHECKPOINT)
+    told = {"ETag": strong_etag(CHECKPOINT), "Content-Range": f"bytes {kept}-9/9"}
+    # A host that knows no If-Range.
+    hub.storage.mishaps[NAME] = [lambda _: Answer(206, CHECKPOINT[kept:], told)]
+
+    run = place.fetch("--url", url)
+
+    assert run.returncode == 0, run.stderr
+    assert (place.dest / NAME).read_bytes() == CHECKPOINT
+
+
+# --- the manifest that is shipped ---
+
+MANIFEST = json.loads(fetch_models.MANIFEST.read_text())
+
+
+def test_every_family_has_weights_to_fetch() -> None:
+    assert {each["family"] for each in MANIFEST.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("repository", MANIFEST)
+def test_an_entry_pins_its_revision_and_names_its_licence(repository: str) -> None:
+    entry = MANIFEST[repository]
+
+    assert len(entry["revision"]) == 40
+    assert entry["license"]
+    assert all(digest is None or len(digest) == 64 for digest in entry["files"].values())
+
+
+def test_a_pattern_has_no_hash_of_its_own() -> None:
+    patterns = [
+        digest
+        for entry in MANIFEST.values()
+        for name, digest in entry["files"].items()
+        if "*" in name
+    ]
+
+    assert patterns
+    assert set(patterns) == {None}

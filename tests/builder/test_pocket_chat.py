@@ -1,0 +1,110 @@
+"""The application's kinds of call, answered in English by the pocket model on a CPU."""
+
+import json
+from typing import Any
+
+import pytest
+
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.settings import Settings
+from tests.fakes.fake_cuda_graph import Tape
+from tests.fakes.tiny_chat import CPU, request, say, say_all
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not qwen.POCKET.exists(), reason="`make chat` builds the pocket model"),
+]
+SYSTEM = "You are a helpful assistant who answers in one short sentence."
+
+
+@pytest.fixture(scope="module")
+def chat() -> Any:
+    return qwen.load(Settings(chat_base_model="pocket"))
+
+
+def answer(chat: Any, *messages: tuple[str, str], **options: Any) -> str:
+    options = {"temperature": 0, "max_tokens": 40, **options}
+    return "".join(chat.generate(messages=messages, **options))
+
+
+def test_a_chat_with_a_history(chat: Any) -> None:
+    history = [
+        ("system", SYSTEM),
+        ("user", "What is the capital of France?"),
+        ("assistant", "The capital of France is Paris."),
+    ]
+
+    assert "Rome" in answer(chat, *history, ("user", "And of Italy?"))
+
+
+def test_an_enhanced_prompt(chat: Any) -> None:
+    asked = "Rewrite this image prompt with more visual detail: a lake at dawn"
+
+    reply = answer(chat, ("user", asked), max_tokens=60, temperature=0.7, top_p=0.9, seed=1)
+
+    assert len(reply.split()) > 10
+    assert "dawn" in reply or "lake" in reply
+
+
+def test_strict_json(chat: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
+        "required": ["city", "big"],
+        "additionalProperties": False,
+    }
+
+    reply = json.loads(answer(chat, ("user", "Describe Paris as JSON."), schema=schema))
+
+    assert sorted(reply) == ["big", "city"]
+
+
+def test_the_base_model_goes_on_with_a_text(chat: Any) -> None:
+    reply = answer(chat, ("user", "The capital of France is"), model="qwen_base", max_tokens=8)
+
+    assert "Paris" in reply
+
+
+def test_our_chat_format_is_the_models_own(chat: Any) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(qwen.POCKET)
+    messages = [("system", SYSTEM), ("user", "\n\nIs  it 10,000? "), ("assistant", "It is…")]
+    template = [{"role": role, "content": text} for role, text in messages]
+    expected = own.apply_chat_template(template, add_generation_prompt=True, return_dict=False)
+    tokens = chat._writers["qwen_instruct"].tokens
+
+    ours = [token for message in messages for token in tokens.turn(*message)] + tokens.answer()
+
+    assert ours == expected
+
+
+def test_sixteen_at_once_say_what_each_says_alone(chat: Any) -> None:
+    writer = chat._writers["qwen_instruct"]
+
+    def make(at: int) -> Any:
+        texts = f"Tell me one fact about the number {at}."
+        shared = "".join(f"{SYSTEM}\n" for _ in range(at % 3))
+        return request(writer, texts, shared=shared, max_tokens=10)
+
+    alone = [say(writer.engine, make(at)) for at in range(16)]
+
+    assert say_all(writer.engine, [make(at) for at in range(16)]) == alone
+
+
+def test_replayed_replies_are_those_of_the_model(chat: Any) -> None:
+    tape = Tape()
+    replayed = qwen.Writer(*qwen._open(qwen.POCKET, CPU, True, "none"), CPU, record=tape)
+    beginnings = ["Once upon a time", "The capital of France is", "The sea is"]
+    rules: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}, {}]
+
+    def replies(writer: qwen.Writer) -> list[str]:
+        asked = [
+            request(writer, text, max_tokens=14, **each)
+            for text, each in zip(beginnings, rules, strict=True)
+        ]
+        return say_all(writer.engine, asked)
+
+    assert replies(replayed) == replies(chat._writers["qwen_instruct"])
+    assert tape.replayed > 0
+    assert not replayed.engine.replay.is_off

@@ -1,0 +1,207 @@
+"""A callback is signed twice, tried three times, and goes nowhere it was not told to."""
+
+import base64
+import hashlib
+import hmac
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ourvidz_serverless.delivery.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.net.retries import Fault, Retry
+from ourvidz_serverless.net.supabase import Project
+from ourvidz_serverless.payloads import KEY_PATTERN, Document, Status
+from ourvidz_serverless.settings import Settings
+from tests.fakes.local_worker import QUICK
+from tests.patience import PATIENCE_S
+from tests.servers.supabase import CallbackReceiver
+
+KEYS = st.from_regex(KEY_PATTERN.strip("^$"), fullmatch=True)
+DONE = Document("job-1", "worker-1", "completed")
+
+
+def callback(receiver: CallbackReceiver, **options: object) -> Callback:
+    options = {"secret": receiver.secret, "policy": QUICK, **options}
+    return Callback(receiver.callback_url, **options)  # type: ignore[arg-type]
+
+
+def test_both_signatures_hold_over_the_raw_bytes(receiver: CallbackReceiver) -> None:
+    callback(receiver).post(DONE)
+
+    (received,) = receiver.wait(1)
+    assert (received.signature_ok, received.webhook_ok, received.status) == (True, True, 200)
+
+
+def test_a_secret_that_is_not_a_webhook_secret_signs_as_it_is() -> None:
+    headers = signatures("plain", b"body", "job-1.completed", 1700000000)
+
+    assert headers["X-Callback-Signature"] == (
+        "sha256=" + hmac.new(b"plain", b"body", hashlib.sha256).hexdigest()
+    )
+    signed = hmac.digest(b"plain", b"job-1.completed.1700000000.body", "sha256")
+    assert headers["webhook-signature"] == "v1," + base64.b64encode(signed).decode()
+
+
+def test_the_document_arrives_as_the_edge_function_reads_it(receiver: CallbackReceiver) -> None:
+    callback(receiver).post(DONE)
+
+    (received,) = receiver.wait(1)
+    assert received.document == {
+        "job_id": "job-1",
+        "worker_id": "worker-1",
+        "status": "completed",
+        "assets": [],
+        "metadata": {"error_type": None},
+    }
+
+
+def test_the_service_key_travels_to_its_project(receiver: CallbackReceiver) -> None:
+    callback(receiver, project=Project(receiver.url, "service-key")).post(DONE)
+
+    assert receiver.wait(1)[0].headers["Authorization"] == "Bearer service-key"
+
+
+@pytest.mark.parametrize("answers", [[503], ["reset", 500], [(429, {"Retry-After": "0"})], [408]])
+def test_a_receiver_that_is_unwell_is_tried_again(
+    receiver: CallbackReceiver, answers: list[object]
+) -> None:
+    receiver.script(answers)
+
+    callback(receiver).post(DONE)
+
+    assert [each.status for each in receiver.wait(len(answers) + 1)][-1] == 200
+
+
+def test_the_webhook_id_is_the_same_at_every_try(receiver: CallbackReceiver) -> None:
+    receiver.script([503, 503])
+
+    callback(receiver).post(DONE)
+
+    ids = [received.headers["webhook-id"] for received in receiver.wait(3)]
+    assert ids == [webhook_id("job-1", "completed")] * 3
+
+
+@pytest.mark.parametrize("job_id", ["job-1", "a.b", "job.completed", "j" * 128])
+def test_the_webhook_id_has_no_character_of_the_callers(
+    receiver: CallbackReceiver, job_id: str
+) -> None:
+    callback(receiver).post(replace(DONE, job_id=job_id))
+
+    (received,) = receiver.wait(1)
+    assert re.fullmatch(r"msg_[0-9a-f]{32}", received.headers["webhook-id"])
+    assert received.webhook_ok
+
+
+@given(st.lists(st.tuples(KEYS, st.sampled_from(get_args(Status))), unique=True, max_size=20))
+def test_each_job_and_status_has_a_webhook_id_of_its_own(told: list[tuple[str, str]]) -> None:
+    assert len({webhook_id(job, status) for job, status in told}) == len(told)
+
+
+def test_it_gives_up_after_three_tries(receiver: CallbackReceiver) -> None:
+    receiver.script([503] * 5)
+
+    with pytest.raises(Fault, match="HTTP 503"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 410, 422])
+def test_a_refusal_is_not_tried_again(receiver: CallbackReceiver, status: int) -> None:
+    receiver.script([status])
+
+    with pytest.raises(Fault, match=f"HTTP {status}"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 1
+
+
+def test_a_redirect_is_not_followed(receiver: CallbackReceiver) -> None:
+    receiver.script([(302, {"Location": f"{receiver.url}/elsewhere"})])
+
+    with pytest.raises(Fault, match="HTTP 302"):
+        callback(receiver).post(DONE)
+
+    assert len(receiver.received) == 1
+
+
+def test_without_a_url_nothing_is_posted() -> None:
+    assert Callback(None).post(DONE) is None
+
+
+def test_a_jobs_own_url_counts_when_its_host_is_allowed(receiver: CallbackReceiver) -> None:
+    own = Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",))
+
+    own.post(DONE, receiver.callback_url)
+
+    assert receiver.wait(1)[0].signature_ok
+
+
+@pytest.mark.parametrize("listed", ["LOCALHOST", "LocalHost.", " localhost "])
+def test_a_host_is_allowed_however_it_is_spelled(receiver: CallbackReceiver, listed: str) -> None:
+    own = Callback(None, receiver.secret, allowed_hosts=(listed,))
+
+    own.post(DONE, receiver.callback_url.replace("127.0.0.1", "LocalHost"))
+
+    assert receiver.wait(1)[0].signature_ok
+
+
+def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: CallbackReceiver) -> None:
+    Callback(None, receiver.secret).post(DONE, receiver.callback_url)
+
+    assert receiver.received == []
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "http://{there}\\@allowed.example/",
+        "http://{there}\\.allowed.example/",
+        "http://allowed.example@{there}/",
+        "http://{there}#@allowed.example/",
+        "http://{there}?@allowed.example/",
+        "http://{there}\t@allowed.example/",
+        "http://[",
+        "https://[allowed.example]/",
+    ],
+)
+def test_no_spelling_of_a_url_leads_past_the_list_of_hosts(
+    receiver: CallbackReceiver, spelling: str
+) -> None:
+    general = Callback(None, allowed_hosts=("allowed.example",))
+
+    general.post(DONE, spelling.format(there=receiver.url.removeprefix("http://")))
+
+    assert receiver.received == []
+
+
+def test_the_default_url_lies_beside_supabase() -> None:
+    settings = Settings(supabase_url="https://project.example/")
+
+    assert settings.resolved_callback_url == "https://project.example/functions/v1/job-callback"
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Where a connection is taken and nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/callback"
+
+
+def test_a_receiver_that_hangs_ends_the_last_try_too(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ourvidz_serverless.delivery.callback.DELIVERY_S", 1.0)
+    began = time.monotonic()
+
+    with pytest.raises(Fault):
+        Callback(silent, None, policy=Retry(try_s=PATIENCE_S)).post(DONE)
+
+    assert time.monotonic() - began < PATIENCE_S

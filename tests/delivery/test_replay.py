@@ -1,0 +1,172 @@
+"""What could not be delivered is kept, and a second process delivers it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ourvidz_serverless.delivery.callback import Callback, webhook_id
+from ourvidz_serverless.delivery.storage import SupabaseStorage
+from tests.fakes.local_worker import QUICK, Bench, sdxl_payload
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.supabase import CallbackReceiver
+from tests.servers.supabase import SupabaseStorage as SupabaseServer
+
+MakeBench = Callable[..., Bench]
+
+
+def replay(
+    place: object, receiver: CallbackReceiver, **env: str
+) -> subprocess.CompletedProcess[str]:
+    told = {"CALLBACK_URL": receiver.callback_url, "JOB_CALLBACK_SECRET": receiver.secret, **env}
+    return subprocess.run(
+        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", "replay", str(place)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **told},
+        timeout=PATIENCE_S,
+    )
+
+
+def undelivered(bench: MakeBench, receiver: CallbackReceiver, **parts: Any) -> Bench:
+    """A bench whose next job's document nobody takes."""
+    receiver.script([500, 500, 500])
+    return bench(callback=Callback(receiver.callback_url, receiver.secret, policy=QUICK), **parts)
+
+
+def test_a_kept_document_is_delivered_by_a_second_process(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = undelivered(bench, receiver)
+    document = at.run()
+
+    run = replay(at.root, receiver)
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines() == [
+        "user-1/job-1/callback.completed.json: delivered",
+        "1 delivered, 0 left",
+    ]
+    last = receiver.received[-1]
+    assert (last.status, last.signature_ok, last.webhook_ok) == (200, True, True)
+    assert last.document["assets"] == document.callback()["assets"]
+
+
+def test_it_bears_the_id_that_it_had(bench: MakeBench, receiver: CallbackReceiver) -> None:
+    at = undelivered(bench, receiver)
+    at.run()
+
+    replay(at.root, receiver)
+
+    assert [each.headers["webhook-id"] for each in receiver.received] == [
+        webhook_id("job-1", "completed")
+    ] * 4
+
+
+def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = undelivered(bench, receiver)
+    at.run()
+
+    replay(at.root, receiver)
+
+    assert at.stored() == ["user-1/job-1/0.png", "user-1/job-1/0.thumb.webp"]
+
+
+def test_what_is_refused_again_stays_and_the_command_says_so(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = undelivered(bench, receiver)
+    at.run()
+    receiver.script([403])
+
+    run = replay(at.root, receiver)
+
+    assert run.returncode == 1
+    assert run.stdout.splitlines() == [
+        "user-1/job-1/callback.completed.json: left, HTTP 403",
+        "0 delivered, 1 left",
+    ]
+    assert "user-1/job-1/callback.completed.json" in at.stored()
+
+
+def test_a_failure_is_told_before_the_completion_that_came_after_it(
+    bench: MakeBench, receiver: CallbackReceiver
+) -> None:
+    at = undelivered(bench, receiver)
+    at.run()
+    receiver.script([500, 500, 500])
+    at.painter.fails = [RuntimeError()]
+    at.run()
+
+    replay(at.root, receiver)
+
+    assert [each.document["status"] for each in receiver.received[-2:]] == ["failed", "completed"]
+
+
+def test_a_job_with_a_url_of_its_own_is_told_there(bench: MakeBench) -> None:
+    with CallbackReceiver() as general, CallbackReceiver() as its_own:
+        its_own.script([500, 500, 500])
+        callback = Callback(general.callback_url, its_own.secret, None, ("127.0.0.1",), QUICK)
+        at = bench(callback=callback)
+        at.run(sdxl_payload(callback_url=its_own.callback_url))
+
+        run = replay(at.root, general, CALLBACK_HOSTS="127.0.0.1")
+
+        assert run.returncode == 0
+        assert general.received == []
+        assert "callback_url" not in its_own.received[-1].document
+
+
+def test_a_bucket_is_replayed_too(bench: MakeBench, receiver: CallbackReceiver) -> None:
+    with SupabaseServer() as supabase:
+        store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp", "assets")
+        undelivered(bench, receiver, storage=store).run()
+        env = {"SUPABASE_URL": supabase.url, "SUPABASE_SERVICE_KEY": supabase.service_key}
+
+        run = replay("supabase://workspace-temp/assets", receiver, **env)
+
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert receiver.received[-1].status == 200
+        assert not [key for _, key in supabase.objects if "callback" in key]
+
+
+def test_a_file_that_is_no_document_is_left_alone(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    for i, text in enumerate(["", "[]", "{}", "\udcff", json.dumps({"job_id": 1})]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "callback.failed.json").write_text(text, errors="surrogateescape")
+
+    run = replay(tmp_path, receiver)
+
+    assert run.stdout.splitlines()[-1] == "0 delivered, 5 left"
+    assert receiver.received == []
+
+
+@pytest.mark.parametrize("args", [[], ["replay"], ["replay", "a", "b"], ["resend", "a"]])
+def test_another_command_shows_how_it_is_called(args: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.returncode == 1
+    assert run.stderr.startswith("usage: ")
+
+
+def test_without_a_url_there_is_nobody_to_tell(tmp_path: Path, receiver: CallbackReceiver) -> None:
+    run = replay(tmp_path, receiver, CALLBACK_URL="")
+
+    assert run.stderr == "cannot replay: CALLBACK_URL: Field required\n"

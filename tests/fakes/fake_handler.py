@@ -1,0 +1,99 @@
+"""`handler.py` with a brush for a model: the real worker and loop, there in a second or two.
+
+Where `FAMILIES` names chat, a parrot answers chats; that takes torch's import longer.
+
+It runs as `python -m tests.fakes.fake_handler`. While the file `HOLD` exists, no step ends. While
+`HOLD.pixels` exists, no picture can be read, so that its encoder waits; `HOLD.waits` says so.
+While `HOLD.later` exists, it is `LATER_S` later than it would be.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ourvidz_serverless import logs, settings
+from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.storage import open_storage
+from ourvidz_serverless.serving import runpod_queue
+from ourvidz_serverless.worker import Worker
+
+#: More than a job may take, however long it is.
+LATER_S = 100_000.0
+
+
+class WetPaint(np.ndarray):
+    """Pixels that whoever reads them has to wait for, as for a page of memory that is on a disk."""
+
+    def __array_finalize__(self, given: Any) -> None:
+        # Every way to read them begins with another view of them.
+        hold = f"{os.environ['HOLD']}.pixels"
+        while isinstance(given, WetPaint) and os.path.exists(hold):
+            open(f"{os.environ['HOLD']}.waits", "w").close()
+            time.sleep(0.02)
+
+
+class Brush:
+    """Paints squares, slowly. Not the Painter, whose LoRA shelf imports torch."""
+
+    adapter = loras = None
+
+    def __init__(self, hold: str) -> None:
+        self.device = self.home = self
+        self._hold = hold
+
+    def expect(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def reset_peak(self) -> None: ...
+
+    def peak_mb(self) -> None:
+        return None
+
+    def generate(
+        self,
+        *,
+        seeds: Sequence[int],
+        width: int,
+        height: int,
+        num_inference_steps: int,
+        step: Callable[[int, int], None],
+        **rest: Any,
+    ) -> Iterator[np.ndarray]:
+        for done in range(num_inference_steps):
+            while os.path.exists(self._hold):
+                time.sleep(0.02)
+                step(done, num_inference_steps)
+            step(done + 1, num_inference_steps)
+        for seed in seeds:
+            yield np.full((height, width, 3), seed % 256, dtype=np.uint8).view(WetPaint)
+
+
+def clock() -> float:
+    return time.monotonic() + LATER_S * os.path.exists(f"{os.environ['HOLD']}.later")
+
+
+def main() -> None:
+    config = settings.read()
+    logs.configure(config.log_level)
+    models: dict[str, Any] = {"sdxl": Brush(os.environ["HOLD"])}
+    if "chat" in config.families:
+        from tests.fakes.fake_chat import Parrot
+
+        models["chat"] = Parrot("Water.")
+    worker = Worker(
+        config,
+        models,
+        open_storage(config),
+        Callback.of(config),
+        "worker-1",
+        clock=clock,
+    )
+    runpod_queue.serve(worker, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""`handler.py` with a brake: a job that a test has to meet at work is at work when it is met.
+
+It runs as `python -m tests.fakes.slow_handler`. While the file `BRAKE` exists, each forward of a
+network takes a quarter of a second longer, on a quick machine too; so a job of many steps outlasts
+whatever is done to it, and still hears of it at its next step.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.files import ROOT
+from tests.servers.handler import POCKET
+from tests.servers.runpod import Platform
+from tests.servers.worker_process import WorkerProcess
+
+PAUSE_S = 0.25
+NETWORKS = ("UNet2DConditionModel", "WanTransformer3DModel", "Qwen2Model")
+
+
+class Brake:
+    """Slows one worker process down, in a `with` statement."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        self.path.touch()
+        try:
+            yield
+        finally:
+            self.path.unlink()
+
+
+def start(platform: Platform, brake: Brake, **env: str) -> WorkerProcess:
+    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(brake.path)}
+    env = {**here, **POCKET, **env}
+    return WorkerProcess(platform, "-m", args=[__name__], env=env, cwd=ROOT)
+
+
+def install() -> None:
+    """Have the networks of this process heed its brake."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    brake = os.environ["BRAKE"]
+
+    def take_time(module: Any, given: Any) -> None:
+        if type(module).__name__ in NETWORKS and os.path.exists(brake):
+            time.sleep(PAUSE_S)
+
+    register_module_forward_pre_hook(take_time)
+
+
+def main() -> None:
+    import handler
+
+    install()
+    handler.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Files of the repository that tests read."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAYLOADS = ROOT / "tests" / "payloads"
+
+#: The specification's own bodies and lists.
+SPECIFICATION = json.loads((ROOT / "tests/data/specification.json").read_text())

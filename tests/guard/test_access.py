@@ -1,0 +1,132 @@
+"""A worker with keys works for those who bring one, and tells nobody what they brought."""
+
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from ourvidz_serverless import settings
+from ourvidz_serverless.errors import ModelLoadError, Unauthorized
+from ourvidz_serverless.guard import access
+from ourvidz_serverless.settings import Settings
+from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.patience import PATIENCE_S
+from tests.servers.handler import run_handler
+
+MakeBench = Callable[..., Bench]
+KEY = "a-key-of-ours-5f0e"
+KEYS = (SecretStr("the-older-key"), SecretStr(KEY))
+
+
+def locked(bench: MakeBench, **parts: Any) -> Bench:
+    return bench(settings=Settings(worker_api_key=KEYS), **parts)
+
+
+# --- the check itself ---
+
+
+@pytest.mark.parametrize("given", ["the-older-key", KEY])
+def test_each_of_the_keys_opens(given: str) -> None:
+    access.check(given, KEYS)
+
+
+@pytest.mark.parametrize("given", [None, "", KEY[:-1], KEY + "x", KEY.upper(), f" {KEY}", "\ud800"])
+def test_nothing_else_does(given: str | None) -> None:
+    with pytest.raises(Unauthorized, match=r"^api_key: Input should be a key of this worker$"):
+        access.check(given, KEYS)
+
+
+@pytest.mark.parametrize("given", [None, "anything"])
+def test_a_worker_without_keys_asks_for_none(given: str | None) -> None:
+    access.check(given, ())
+
+
+# --- the setting ---
+
+
+def test_several_keys_are_parted_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_API_KEY", f"the-older-key, {KEY}")
+
+    assert settings.read().worker_api_key == KEYS
+
+
+@pytest.mark.parametrize("value", [",", " , ", " "])
+def test_a_key_that_is_none_ends_the_start_instead_of_opening_the_door(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("WORKER_API_KEY", value)
+
+    with pytest.raises(ModelLoadError, match="WORKER_API_KEY: Input should hold a key"):
+        settings.read()
+
+
+def test_printing_the_settings_prints_no_key() -> None:
+    assert KEY not in repr(Settings(worker_api_key=KEYS))
+
+
+# --- a job ---
+
+
+def test_a_job_with_a_key_is_done(bench: MakeBench) -> None:
+    assert locked(bench).run(sdxl_payload(api_key=KEY)).status == "completed"
+
+
+@pytest.mark.parametrize("key", [None, "wrong", 7, [KEY], {"key": KEY}, True])
+def test_a_job_without_one_is_refused_before_its_payload_is_read(
+    bench: MakeBench, key: Any
+) -> None:
+    at = locked(bench)
+
+    document = at.run(sdxl_payload(api_key=key, prompt=None))
+
+    assert document.failure is not None
+    assert (document.failure.code, document.failure.retryable) == ("UNAUTHORIZED", False)
+    assert (at.painter.calls, at.stored()) == ([], [])
+
+
+def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(bench: MakeBench) -> None:
+    at = locked(bench)
+    at.painter.hold()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(at.run, sdxl_payload(api_key=KEY))
+        assert at.painter.at_step.wait(PATIENCE_S)
+
+        stranger = at.run(sdxl_payload(api_key="wrong"))
+        at.painter.go_on.set()
+
+        assert first.result(PATIENCE_S).status == "completed"
+    assert stranger.failure is not None
+    assert stranger.failure.code == "UNAUTHORIZED"
+    assert stranger.assets == ()
+
+
+@pytest.mark.parametrize("payload", [sdxl_payload(api_key=KEY), {"api_key": KEY, "config": KEY}])
+def test_a_key_is_in_no_log_and_in_no_answer(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture, payload: Any
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    document = locked(bench).run(payload)
+
+    assert KEY not in json.dumps(document.result()) + caplog.text
+
+
+def test_the_handler_refuses_a_wrong_key_and_shows_neither(tmp_path: Path) -> None:
+    payload = json.dumps({"input": sdxl_payload(api_key="brought-along")})
+
+    run = run_handler(
+        "--test_input",
+        payload,
+        STORAGE_URL=f"file:{tmp_path}",
+        WORKER_API_KEY=KEY,
+        LOG_LEVEL="DEBUG",
+    )
+
+    assert "UNAUTHORIZED" in run.stdout
+    assert KEY not in run.stdout + run.stderr
+    assert "brought-along" not in run.stdout + run.stderr

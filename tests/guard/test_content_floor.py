@@ -1,0 +1,405 @@
+"""The content floor refuses what it must, passes what it can, and cannot be talked out of it."""
+
+import ast
+import re
+import re._constants as sre
+import re._parser as parser
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.payloads import CheckedText, Signs
+from tests import measure_safety
+from tests.files import ROOT
+
+DOCUMENT = ROOT / "docs/content-floor.md"
+
+UNHURRIED = settings(deadline=None)
+
+REFUSED = "nude, 13 years old"
+KNOWN_DISGUISES = {"cut in two", "reversed"}
+UNCHANGED = {"capitals", "words on lines"}  # of a sentence that forbids
+INVISIBLE = ["\u200b", "\u200d", "\u00ad", "\ufeff", "\u0336", "\u2060", "\U000e0061", "\x00"]
+EVERYDAY = [
+    *("woman", "man", "girl", "1girl", "nude", "sexual", "street", "rain", "35mm", "f/1.8", "8k"),
+    *("kidney", "Essex", "minority", "17th", "century", "eighteen", "21", "years", "solo", "elf"),
+    *("canteen", "infantry", "schoolhouse", "(masterpiece:1.3)", "student", "office"),
+]
+HOSTILE = {
+    "one long word": "a",
+    "one long number": "9",
+    "small numbers": "13, ",
+    "spans": "12-",
+    "letters apart": "t e ",
+    "half a phrase": "high ",
+    "half a set phrase": "minor ",
+    "negations": "not a ",
+    "ampersands": "&amp;",
+    "half a reference": "&#",
+    "marks out of order": "a\u0323\u0301",
+    "invisible": "\u200b",
+    "leet": "l0",
+    "half a weight": ":1 ",
+    "links": "girl, de ",
+    "numerals of ten": "十",
+    "ligatures": "\ufdfa",
+    "tildes": "ñ",
+}
+
+
+def is_table(value: object) -> bool:
+    return isinstance(value, dict | set | frozenset) and value is not content_floor._folds
+
+
+def groups(*, known: bool) -> list[Any]:
+    return [
+        pytest.param(group, id=group["name"])
+        for group in measure_safety.groups()
+        if group.get("known", False) is known
+    ]
+
+
+def decided(group: dict[str, Any], refused: bool) -> list[str]:
+    verdicts = dict(zip(group["texts"], measure_safety.verdicts(group), strict=True))
+    return [text for text, verdict in verdicts.items() if verdict.refused is refused]
+
+
+def judge(*texts: str, adult: bool = False) -> content_floor.Verdict:
+    return content_floor.judge([CheckedText(text, "prompt") for text in texts], adult=adult)
+
+
+@pytest.mark.parametrize("group", groups(known=False))
+def test_the_floor_decides_each_case_as_it_should(group):
+    assert decided(group, not group["refuse"]) == []
+
+
+@pytest.mark.parametrize("group", groups(known=True))
+def test_a_known_error_is_one_still(group):
+    assert decided(group, group["refuse"]) == []
+
+
+def test_each_case_is_listed_once():
+    listed = [
+        (text, group["adult"], group.get("role"))
+        for group in measure_safety.groups()
+        for text in group["texts"]
+    ]
+
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - KNOWN_DISGUISES))
+def test_a_disguise_does_not_help(disguise):
+    disguised = map(measure_safety.DISGUISES[disguise], measure_safety.PHRASES)
+
+    assert [text for text in disguised if not content_floor.check(text).refused] == []
+
+
+def test_only_the_known_disguises_help():
+    caught = {name: n for name, _, n in measure_safety.disguised() if name in KNOWN_DISGUISES}
+
+    assert caught == {"cut in two": 9, "reversed": 0}
+
+
+def test_a_minor_and_a_sexual_sign_are_refused_together_only():
+    version = content_floor.LIST_VERSION
+    assert content_floor.check("nude child") == content_floor.Verdict(
+        True, "minor+sexual", version, content_floor.Signs(True, True)
+    )
+    assert content_floor.check("child") == content_floor.Verdict(
+        False, None, version, content_floor.Signs(True, False)
+    )
+    assert content_floor.check("nude") == content_floor.Verdict(
+        False, None, version, content_floor.Signs(False, True)
+    )
+
+
+def test_in_adult_mode_the_sign_of_a_minor_is_enough():
+    assert content_floor.check("child", adult=True).rule == "minor+adult-mode"
+
+
+def test_a_verdict_tells_whether_any_text_is_sexual():
+    assert judge("a street", "a nude", "rain").signs.sexual
+    assert judge("a street", adult=True).signs.sexual
+    assert not judge("a street", "rain").signs.sexual
+
+
+def test_the_signs_of_a_job_add_up_over_its_texts():
+    assert judge("a child", "in a park", "nude").refused
+    assert not judge("a child", "in a park").refused
+    assert not judge().refused
+
+
+def test_the_refusal_says_content_policy_and_nothing_of_the_text():
+    refusal = content_floor.refusal(content_floor.check("toddler, topless"))
+
+    assert "content policy" in refusal.message
+    assert not re.search("toddler|topless|inf|nan", refusal.message)
+
+
+def audit_hash(*texts: str) -> str:
+    return content_floor.audit_hash([CheckedText(text, "prompt") for text in texts])
+
+
+def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
+    hashes = {audit_hash(*texts) for texts in (["ab", "c"], ["a", "bc"], ["abc"], [], ["", "abc"])}
+
+    assert len(hashes) == 5
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in hashes)
+    assert audit_hash("\ud800") == audit_hash("\ud800")
+
+
+def test_a_number_too_long_for_python_is_no_way_out():
+    assert content_floor.check(f"&#{'9' * 5000}; {REFUSED}").refused
+    assert content_floor.check(f"&#{'0' * 5000}110;ude child").refused
+
+
+@UNHURRIED
+@given(st.text(), st.text(), st.booleans())
+def test_a_refused_text_stays_refused_whatever_is_written_around_it(before, after, adult):
+    assert content_floor.check(f"{before}\n{REFUSED}\n{after}", adult=adult).refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from(INVISIBLE), min_size=len(REFUSED), max_size=len(REFUSED)))
+def test_what_cannot_be_seen_changes_nothing(signs):
+    woven = "".join(f"{char}{sign}" for char, sign in zip(REFUSED, signs, strict=True))
+
+    assert content_floor.check(woven).refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from(EVERYDAY)))
+def test_everyday_words_pass_in_any_order_in_adult_mode(words):
+    assert not content_floor.check(", ".join(words), adult=True).refused
+
+
+@UNHURRIED
+@given(st.lists(st.text()), st.booleans())
+def test_a_job_is_never_safer_than_its_worst_text(texts, adult):
+    if any(content_floor.check(text, adult=adult).refused for text in texts):
+        assert judge(*texts, adult=adult).refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from(["a child", "nude", "rain", "a minor key"])), st.booleans())
+def test_texts_may_be_judged_one_after_the_other(texts, adult):
+    found = Signs()
+    refused = []
+    for text in texts:
+        verdict = content_floor.judge([CheckedText(text, "prompt")], adult=adult, found=found)
+        refused.append(verdict.refused)
+        found = verdict.signs
+
+    assert any(refused) == judge(*texts, adult=adult).refused
+
+
+# --- sentences that forbid, in a system message ---
+
+FORBIDS = "No school or minor context applies."
+
+
+@UNHURRIED
+@given(st.text(), st.text(), st.booleans())
+def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
+    beside = f"{before}\n{FORBIDS} {REFUSED}\n{FORBIDS}\n{after}"
+
+    assert content_floor.check(beside, adult=adult, role="system").refused
+
+
+WORDS_OF_A_PROHIBITION = sorted(
+    {
+        word
+        for table in (content_floor.PROHIBITIONS, content_floor.PROHIBITED, content_floor.KINDS)
+        for word in (*table.replace(",", " ").split(), "or", "and", "applies", "is", "allowed")
+    }
+)
+OTHER_WORDS = ["a", "to", "rule", "child", "girl", "13", "not", "except", "refused", "nude"]
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, *OTHER_WORDS, ",", ".", "\n"])))
+def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
+    text = " ".join(words)
+    freed = re.sub(r"\b(?:minors?|underaged?)\b", "thing", text)
+
+    if content_floor.check(freed, adult=True).refused:
+        assert content_floor.check(text, adult=True, role="system").refused
+
+
+@UNHURRIED
+@given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, ",", ".", "\n"])))
+def test_a_system_message_is_refused_for_no_more_than_a_users(words):
+    text = " ".join(words)
+
+    if not content_floor.check(text, adult=True).refused:
+        assert not content_floor.check(text, adult=True, role="system").refused
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a minor\n{FORBIDS}\nkey",
+        f"a minor. {FORBIDS} Key",
+        f"a child's\n{FORBIDS}\npose",
+        f"never\n{FORBIDS}\na minor",
+    ],
+)
+def test_the_texts_around_a_prohibition_do_not_become_a_harmless_phrase(text):
+    assert content_floor.check(text, adult=True, role="system").refused
+
+
+def test_the_texts_around_a_prohibition_do_not_become_a_sign():
+    text = f"a little\n{FORBIDS}\ngirl's\n{FORBIDS}\nnight"
+
+    assert not content_floor.check(text, adult=True, role="system").refused
+
+
+@pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - UNCHANGED))
+def test_a_disguised_prohibition_is_not_recognised(disguise):
+    disguised = measure_safety.DISGUISES[disguise](FORBIDS)
+
+    user, system = (content_floor.check(disguised, adult=True, role=r) for r in ("user", "system"))
+
+    assert disguised != FORBIDS
+    assert system == user
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_only_a_system_message_can_forbid(role):
+    assert content_floor.check(FORBIDS, adult=True, role=role).refused
+
+
+def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
+    assert not content_floor.check(f"{content_floor.NEUTRAL}, nude", adult=True).refused
+    assert all(
+        content_floor.NEUTRAL not in index
+        for index in vars(content_floor).values()
+        if is_table(index)
+    )
+
+
+@UNHURRIED
+@given(st.text(st.sampled_from("a1 .,-&#;x:()[]'13yo\n!@十歳ñ\u0301\ud800"), max_size=80))
+def test_any_text_gets_a_verdict(text):
+    assert content_floor.check(text, adult=True).rule in (None, "minor+adult-mode")
+
+
+# --- the cost ---
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
+    read: list[CheckedText] = []
+    readings = 0
+
+    def texts():
+        for _ in range(100):
+            read.append(CheckedText("a street in the rain", "messages"))
+            yield read[-1]
+
+    def check_stop():
+        nonlocal readings
+        readings += 1
+        if readings == 12:
+            raise TimeIsUp
+
+    with pytest.raises(TimeIsUp):
+        content_floor.judge(texts(), check_stop=check_stop)
+
+    assert readings == 12
+    assert len(read) <= 12
+
+
+def test_the_floor_asks_to_be_stopped_at_least_once_a_text():
+    asked: list[None] = []
+
+    content_floor.judge([CheckedText("", "messages")] * 7, check_stop=lambda: asked.append(None))
+
+    assert len(asked) >= 7
+
+
+def steps(text: str) -> int:
+    """How many lines of Python the floor runs for a text."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_globals is vars(content_floor) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        content_floor.check(text)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
+def test_twice_the_text_takes_at_most_twice_the_steps(piece):
+    steps(piece * 500)  # remembers how its characters fold
+
+    assert steps(piece * 1000) <= 2.1 * steps(piece * 500) + 100
+
+
+@pytest.mark.parametrize(("word", "most"), [("rain, ", 35), ("ch!p ", 50)])
+def test_a_word_that_is_repeated_is_looked_up_once(word, most):
+    assert steps(word * 400) - steps(word * 200) <= 200 * most
+
+
+def unbounded(pattern: Any) -> list[Any]:
+    """What repeats without bound in a parsed pattern."""
+    found = []
+    for op, argument in pattern:
+        if op in (sre.MAX_REPEAT, sre.MIN_REPEAT) and argument[1] is sre.MAXREPEAT:
+            found.append(argument[2])
+        for part in argument if isinstance(argument, tuple | list) else ():
+            parts = part if isinstance(part, list) else [part]
+            found += [x for p in parts if isinstance(p, parser.SubPattern) for x in unbounded(p)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [value for value in vars(content_floor).values() if isinstance(value, re.Pattern)],
+    ids=str,
+)
+def test_no_pattern_repeats_a_repetition(pattern):
+    outer = unbounded(parser.parse(pattern.pattern, pattern.flags))
+
+    assert len(outer) <= 3
+    assert not any(unbounded(inner) for inner in outer)
+
+
+@pytest.mark.parametrize("piece", ["a", "9", "&#", "a\u0323\u0301", "\u200b", "十", "t e ", "ñ"])
+def test_half_a_megabyte_of_hostile_text_comes_to_an_end(piece):
+    text = piece * (500_000 // len(piece))
+
+    assert content_floor.check(f"{text}\n{REFUSED}").refused
+
+
+def test_the_floor_imports_nothing_that_reads_or_writes():
+    tree = ast.parse(Path(content_floor.__file__).read_text(encoding="utf-8"))
+    imported = {
+        module.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
+    }
+
+    allowed = "__future__ collections dataclasses hashlib html itertools ourvidz_serverless re"
+    assert imported == {*allowed.split(), "unicodedata"}
+
+
+def test_the_document_holds_the_measured_numbers():
+    assert measure_safety.report() in DOCUMENT.read_text(encoding="utf-8")

@@ -1,0 +1,309 @@
+"""So many jobs a user, so many an endpoint, in a window; counted in memory or in a real Redis."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from ourvidz_serverless import settings
+from ourvidz_serverless.errors import ModelLoadError, RateLimited
+from ourvidz_serverless.guard.rate_limits import MOST_WINDOWS, Limits, Memory, Store, Upstash
+from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.settings import Rate, Settings
+from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.servers.handler import failure, start
+from tests.servers.redis import RedisServer, RestFront
+from tests.servers.runpod import Platform
+
+MakeBench = Callable[..., Bench]
+TWO = Rate(2, 60, "2/minute")
+LIMITED = Settings(rate_limit_user="2/minute")
+DAY = 24 * 3600
+PATIENT = Retry(base_s=0.01, try_s=30.0)
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def front(redis: RedisServer) -> Iterator[RestFront]:
+    redis.call("FLUSHALL")
+    with RestFront(redis) as server:
+        yield server
+
+
+def upstash(front: RestFront, endpoint: str = "sdxl", token: str | None = None) -> Upstash:
+    return Upstash(front.url, token or front.token, endpoint, PATIENT)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def store(request: pytest.FixtureRequest) -> Store:
+    return Memory() if request.param == "memory" else upstash(request.getfixturevalue("front"))
+
+
+def outcomes(limits: Limits, users: str) -> str:
+    """A letter a job: `.` for one that is let through, `x` for one that is over a limit."""
+
+    def outcome(user: str) -> str:
+        try:
+            limits.check(user)
+        except RateLimited:
+            return "x"
+        return "."
+
+    return "".join(map(outcome, users))
+
+
+# --- what is let through ---
+
+
+def test_a_user_is_let_through_up_to_the_limit(store: Store) -> None:
+    assert outcomes(Limits({"user": TWO}, store), "aaaa") == "..xx"
+
+
+def test_one_users_limit_is_not_anothers(store: Store) -> None:
+    assert outcomes(Limits({"user": TWO}, store), "aaabab") == "..x.x."
+
+
+def test_an_endpoints_limit_is_everybodys(store: Store) -> None:
+    assert outcomes(Limits({"endpoint": TWO}, store), "abc") == "..x"
+
+
+def test_what_a_user_is_refused_does_not_use_up_everybodys_share(store: Store) -> None:
+    limits = Limits({"user": TWO, "endpoint": Rate(4, 60, "4/minute")}, store)
+
+    assert outcomes(limits, "aaaaaabbc") == "..xxxx..x"
+
+
+def test_without_rates_nothing_is_counted(front: RestFront) -> None:
+    assert outcomes(Limits({}, upstash(front)), "aaaa") == "...."
+    assert front.pipelines == []
+
+
+def test_a_refusal_says_which_limit_and_when_to_come_again(store: Store) -> None:
+    limits = Limits({"user": Rate(1, 3600, "1/hour")}, store)
+    limits.check("a")
+
+    with pytest.raises(RateLimited, match="over the limit of 1/hour for this user") as refused:
+        limits.check("a")
+
+    assert refused.value.retry_after is not None
+    assert 3000 < refused.value.retry_after <= 3600
+
+
+def test_many_at_once_are_counted_one_by_one(store: Store) -> None:
+    limits = Limits({"user": Rate(20, 3600, "20/hour")}, store)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sorted(threads.map(lambda _: outcomes(limits, "a"), range(40))) == sorted(
+            "." * 20 + "x" * 20
+        )
+
+
+# --- windows ---
+
+
+def test_a_window_in_memory_closes_after_its_length_however_many_came() -> None:
+    now = [0.0]
+    limits = Limits({"user": TWO}, Memory(clock=lambda: now[0]))
+    assert outcomes(limits, "aaa") == "..x"
+
+    now[0] = 59.9
+    assert outcomes(limits, "a") == "x"
+    now[0] = 60.0
+    assert outcomes(limits, "aaa") == "..x"
+
+
+def test_a_window_in_redis_is_set_once_and_closed_by_redis(
+    front: RestFront, redis: RedisServer
+) -> None:
+    limits = Limits({"user": TWO}, upstash(front))
+    limits.check("a")
+    redis.call("PEXPIRE", "ourvidz:sdxl:user:a:60", 50_000)
+
+    outcomes(limits, "a")
+
+    assert redis.call("PTTL", "ourvidz:sdxl:user:a:60") <= 50_000
+    redis.call("PEXPIRE", "ourvidz:sdxl:user:a:60", 0)
+    assert outcomes(limits, "aaa") == "..x"
+
+
+def test_a_count_that_lost_its_end_gets_one_again(front: RestFront, redis: RedisServer) -> None:
+    redis.call("SET", "ourvidz:sdxl:user:a:60", 7)
+
+    assert outcomes(Limits({"user": TWO}, upstash(front)), "a") == "x"
+    assert redis.call("TTL", "ourvidz:sdxl:user:a:60") > 0
+
+
+def test_the_memory_stays_small_however_many_users_come() -> None:
+    store = Memory()
+
+    for i in range(3 * MOST_WINDOWS):
+        store.count(f"user-{i}", 60)
+
+    assert len(store._windows) <= MOST_WINDOWS
+
+
+# --- shared ---
+
+
+def test_two_workers_of_an_endpoint_count_together(front: RestFront) -> None:
+    one, other = (Limits({"user": TWO}, upstash(front)) for _ in range(2))
+
+    assert outcomes(one, "a") + outcomes(other, "aa") == "..x"
+
+
+def test_two_endpoints_of_one_redis_count_apart(front: RestFront) -> None:
+    one = Limits({"endpoint": TWO}, upstash(front, "sdxl"))
+    other = Limits({"endpoint": TWO}, upstash(front, "chat"))
+
+    assert outcomes(one, "aaa") + outcomes(other, "aa") == "..x.."
+
+
+def test_the_environment_names_the_store(front: RestFront) -> None:
+    shared = Settings(
+        rate_limit_endpoint="2/minute",
+        upstash_redis_rest_url=front.url,
+        upstash_redis_rest_token=SecretStr(front.token),
+    )
+
+    assert outcomes(Limits.of(shared, "sdxl"), "abc") == "..x"
+    assert len(front.pipelines) == 3
+    assert outcomes(Limits.of(LIMITED), "aaa") == "..x"
+    assert len(front.pipelines) == 3
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("60/minute", (60, 60)),
+        (" 5 / second ", (5, 1)),
+        ("1/hour", (1, 3600)),
+        ("9/day", (9, 86400)),
+    ],
+)
+def test_a_rate_is_jobs_by_a_length_of_time(text: str, rate: tuple[int, int]) -> None:
+    read = Settings(rate_limit_user=text).rate_limit_user
+
+    assert read is not None
+    assert (read.jobs, read.window_s) == rate
+
+
+@pytest.mark.parametrize("text", ["60", "0/minute", "-1/minute", "60/week", "a/minute", "1.5/hour"])
+def test_another_rate_ends_the_start(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("RATE_LIMIT_USER", text)
+
+    with pytest.raises(ModelLoadError, match="RATE_LIMIT_USER: Input should be JOBS/second"):
+        settings.read()
+
+
+# --- a job ---
+
+
+def code(document: Document) -> str | None:
+    return document.failure.code if document.failure else None
+
+
+def audited(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    lines = [each for each in caplog.records if each.name == "ourvidz.audit"]
+    return [json.loads(each.message) for each in lines]
+
+
+def test_a_job_over_the_limit_is_told_when_to_come_again(bench: MakeBench) -> None:
+    at = bench(settings=LIMITED)
+
+    codes = [code(at.run(sdxl_payload(id=f"job-{i}"))) for i in range(2)]
+    refused = at.run().callback()
+
+    assert codes == [None, None]
+    assert refused["error"]["code"] == "RATE_LIMITED"
+    assert refused["error"]["retryable"] is True
+    assert 0 < refused["error"]["retry_after"] <= 60
+    assert len(at.painter.calls) == 2
+
+
+def test_a_job_of_another_endpoint_is_not_counted(bench: MakeBench) -> None:
+    at = bench(settings=LIMITED)
+
+    for _ in range(5):
+        assert code(at.run(sdxl_payload(type="video_fast"))) == "WORKER_UNAVAILABLE"
+
+    assert at.run().status == "completed"
+
+
+def test_administration_does_not_count_against_the_limits(bench: MakeBench) -> None:
+    everybody = Settings(rate_limit_user="2/minute", rate_limit_endpoint="2/minute")
+    at = bench(settings=everybody)
+    question = {"type": "admin_utilities", "config": {"operation": "status"}}
+
+    for i in range(5):
+        asked = {"id": f"admin-{i}", "user_id": "user-1", **question}
+        assert at.run(asked).status == "completed"
+
+    assert [code(at.run(sdxl_payload(id=f"job-{i}"))) for i in range(3)] == [
+        None,
+        None,
+        "RATE_LIMITED",
+    ]
+
+
+def test_administration_is_answered_when_the_limit_is_reached(bench: MakeBench) -> None:
+    at = bench(settings=LIMITED)
+    for i in range(3):
+        at.run(sdxl_payload(id=f"job-{i}"))
+
+    asked = {"id": "admin-1", "user_id": "user-1", "type": "admin_utilities"}
+
+    assert at.run({**asked, "config": {"operation": "status"}}).status == "completed"
+
+
+@pytest.mark.parametrize(("fail_open", "ends"), [(True, None), (False, "WORKER_UNAVAILABLE")])
+def test_a_job_that_cannot_be_counted_is_done_unless_told_otherwise(
+    bench: MakeBench,
+    front: RestFront,
+    caplog: pytest.LogCaptureFixture,
+    fail_open: bool,
+    ends: str | None,
+) -> None:
+    caplog.set_level(logging.INFO, "ourvidz.audit")
+    chosen = Settings(rate_limit_user="2/minute", rate_limit_fail_open=fail_open)
+    limits = Limits({"user": TWO}, upstash(front, token="wrong"))
+
+    document = bench(settings=chosen, limits=limits).run()
+
+    assert code(document) == ends
+    assert audited(caplog)[0]["rate"] == "not counted: HTTP 401"
+
+
+def test_the_handler_counts_in_redis_and_shows_no_token(
+    front: RestFront, redis: RedisServer, tmp_path: Path
+) -> None:
+    env = {
+        "STORAGE_URL": f"file:{tmp_path}",
+        "RATE_LIMIT_USER": "1/hour",
+        "UPSTASH_REDIS_REST_URL": front.url,
+        "UPSTASH_REDIS_REST_TOKEN": front.token,
+        "RUNPOD_ENDPOINT_ID": "endpoint-7",
+    }
+    with Platform() as own, start(own, **env) as process:
+        first, second = (own.submit(sdxl_payload(id=f"job-{i}")) for i in range(2))
+        own.result(first)
+        own.result(second)
+
+        refused = [job for job in (first, second) if own.status(job)["status"] == "FAILED"]
+        assert len(refused) == 1
+        assert failure(own.status(refused[0]))["code"] == "RATE_LIMITED"
+    assert redis.call("GET", "ourvidz:endpoint-7:user:user-1:3600") == "2"
+    assert front.token not in process.log

@@ -1,0 +1,469 @@
+"""What a payload means, and how it is refused: by the field, in the caller's own words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.handlers import validate_bucket_name
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.jobs.sdxl import SdxlJob
+from ourvidz_serverless.models.sdxl import prompt_weighting
+from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment, plain
+from ourvidz_serverless.settings import Settings
+from tests import files
+from tests.fakes.local_worker import sdxl_payload
+from tests.files import ROOT, SPECIFICATION
+
+PAYLOADS = sorted(files.PAYLOADS.glob("*.json"))
+REFERENCE = {"reference_image_url": "https://images.example/a.png"}
+
+
+def parse(payload: Any, **settings: Any) -> Any:
+    return jobs.parse({"id": "rp-1", "input": payload}, Settings(**settings))
+
+
+def sdxl(**changes: Any) -> SdxlJob:
+    job = parse(sdxl_payload(**changes))
+    assert isinstance(job, SdxlJob)
+    return job
+
+
+def refusal(payload: Any, **settings: Any) -> str:
+    with pytest.raises(InvalidPrompt) as refused:
+        parse(payload, **settings)
+    return refused.value.message
+
+
+# --- every type ---
+
+
+@pytest.mark.parametrize("name", SPECIFICATION["job_types"])
+def test_every_job_type_of_the_specification_parses(name: str) -> None:
+    assert parse({**sdxl_payload(type=name), "operation": "health"}).type == name
+
+
+def test_no_other_job_type_is_known() -> None:
+    assert sorted(jobs.FAMILY_OF) == sorted(SPECIFICATION["job_types"])
+
+
+@pytest.mark.parametrize(("name", "meaning"), SPECIFICATION["synonyms"].items())
+@pytest.mark.parametrize("field", ["type", "job_type"])
+def test_the_callers_legacy_names_mean_the_same(name: str, meaning: str, field: str) -> None:
+    payload = {**sdxl_payload(), "type": None, field: name}
+
+    assert parse(payload).type == meaning
+
+
+def test_type_wins_over_job_type() -> None:
+    assert parse(sdxl_payload(type="video_fast", job_type="wan_video_high")).type == "video_fast"
+
+
+def test_the_pipeline_never_decides_the_type() -> None:
+    assert parse(sdxl_payload(config={"pipeline": "video"})).type == "sdxl_image_fast"
+
+
+@pytest.mark.parametrize("path", PAYLOADS, ids=lambda path: path.stem)
+def test_every_kept_payload_parses(path: Path) -> None:
+    payload = json.loads(path.read_text())
+
+    assert parse(payload).id == payload["id"]
+
+
+def test_the_newcomers_input_is_a_payload_that_parses() -> None:
+    event = json.loads((ROOT / "test_input.json").read_text())
+
+    assert jobs.parse(event, Settings()).id == "first-picture"
+
+
+# --- one meaning, several places ---
+
+
+def test_steps_are_the_types_own_unless_given() -> None:
+    payload = sdxl_payload(config={"num_inference_steps": None})
+
+    assert parse(payload).steps == 15
+    assert parse({**payload, "type": "sdxl_image_high"}).steps == 25
+
+
+def test_num_inference_steps_wins_over_the_specifications_steps() -> None:
+    assert sdxl(config={"num_inference_steps": 12, "steps": 30}).steps == 12
+    assert sdxl(config={"num_inference_steps": None, "steps": 30}).steps == 30
+
+
+@pytest.mark.parametrize(
+    ("top", "config", "metadata", "meant"),
+    [
+        ("top", "config", "metadata", "top"),
+        (None, "config", "metadata", "config"),
+        (None, None, "metadata", "metadata"),
+        (None, None, None, None),
+    ],
+)
+def test_the_negative_prompt_is_looked_for_in_three_places(
+    top: str | None, config: str | None, metadata: str | None, meant: str | None
+) -> None:
+    job = sdxl(
+        negative_prompt=top,
+        config={"negative_prompt": config},
+        metadata={"negative_prompt": metadata},
+    )
+
+    assert job.negative == meant
+
+
+@pytest.mark.parametrize(
+    ("config", "metadata", "strength"),
+    [
+        ({"denoise_strength": 0.3}, {"denoise_strength": 0.6, "reference_strength": 0.9}, 0.3),
+        ({}, {"denoise_strength": 0.6, "reference_strength": 0.9}, 0.6),
+        ({}, {"reference_strength": 0.9}, 0.1),
+        ({}, {}, 0.5),
+        ({"denoise_strength": 0.0}, {}, 0.05),
+        ({"denoise_strength": 0.9}, {"exact_copy_mode": True}, 0.05),
+        ({"denoise_strength": 0.9}, {"reference_mode": "copy"}, 0.05),
+        ({}, {"reference_type": "style"}, 0.8),
+        ({}, {"reference_type": "composition"}, 0.65),
+        ({}, {"reference_type": "character"}, 0.45),
+    ],
+)
+def test_the_strength_comes_from_the_first_place_that_says_it(
+    config: dict[str, Any], metadata: dict[str, Any], strength: float
+) -> None:
+    job = sdxl(config=config, metadata={**REFERENCE, **metadata})
+
+    assert job.strength == pytest.approx(strength)
+
+
+def test_the_reference_is_config_image_or_the_metadatas_url() -> None:
+    assert sdxl(config={"image": "a/b.png"}, metadata=REFERENCE).reference == "a/b.png"
+    assert sdxl(metadata=REFERENCE).reference == REFERENCE["reference_image_url"]
+
+
+def test_an_exact_copy_needs_no_prompt() -> None:
+    payload = sdxl_payload(prompt="", metadata={**REFERENCE, "exact_copy_mode": True})
+
+    assert parse(payload).is_exact_copy
+
+
+def test_a_null_is_as_good_as_absent() -> None:
+    payload = sdxl_payload(
+        negative_prompt=None,
+        config={"seed": None, "guidance_scale": None},
+        metadata={"start_reference_url": None, "reference_strength": None},
+    )
+
+    assert parse(payload).config.guidance_scale == 7.0
+
+
+def test_unknown_keys_are_ignored() -> None:
+    payload = sdxl_payload(
+        quality="fast", config={"lock_pose": True}, metadata={"motion_intensity": {"x": [1]}}
+    )
+
+    assert parse(payload).id == "job-1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"id": "a", "job_id": "b"}, "a"),
+        ({"id": None, "job_id": "b"}, "b"),
+        ({"id": None}, "rp-1"),
+    ],
+)
+def test_the_id_is_the_callers_own_or_the_platforms(fields: Any, expected: str) -> None:
+    assert parse({**sdxl_payload(), **fields}).id == expected
+
+
+@pytest.mark.parametrize(
+    "spelling", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras", " DPMPP 2M KARRAS "]
+)
+def test_a_scheduler_goes_by_any_spelling_of_its_name(spelling: str) -> None:
+    assert sdxl(config={"scheduler": spelling}).config.scheduler == "dpmpp_2m_karras"
+
+
+def test_resolution_is_width_by_height() -> None:
+    assert sdxl(config={"resolution": "1024x576"}).config.resolution == (1024, 576)
+
+
+# --- seeds ---
+
+
+def test_a_batch_counts_seeds_upwards() -> None:
+    assert sdxl(config={"num_images": 3, "seed": 41}).seeds() == [41, 42, 43]
+
+
+def test_seeds_of_a_batch_stay_seeds_that_a_job_may_ask_for() -> None:
+    assert sdxl(config={"num_images": 3, "seed": 2**31 - 1}).seeds() == [2**31 - 1, 0, 1]
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_every_seed_of_the_specification_is_taken(seed: int) -> None:
+    assert sdxl(config={"seed": seed}).seeds() == [seed]
+
+
+def drawn(**changes: Any) -> list[int]:
+    """The seeds of a job that names none."""
+    return sdxl(**changes, config={"seed": None, "num_images": 6}).seeds()
+
+
+def test_a_missing_seed_is_the_same_at_each_delivery_of_a_job() -> None:
+    assert drawn(id="job-1") == drawn(id="job-1")
+
+
+def test_a_missing_seed_differs_by_job_and_by_user() -> None:
+    jobs_of_two = [(f"job-{i}", user) for i in range(100) for user in ("user-1", "user-2")]
+
+    assert len({drawn(id=name, user_id=user)[0] for name, user in jobs_of_two}) == 200
+
+
+@given(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", fullmatch=True))
+def test_a_missing_seed_is_one_that_a_job_may_ask_for_and_never_zero(name: str) -> None:
+    assert all(0 < seed < 2**31 for seed in drawn(id=name))
+
+
+# --- weights ---
+
+
+def test_without_compel_a_prompt_means_its_characters() -> None:
+    assert sdxl(prompt="(sharp:1.3)").weighted_prompt == plain("(sharp:1.3)")
+
+
+def test_with_compel_the_weights_come_after_the_prompt() -> None:
+    job = sdxl(prompt="a cat", compel_enabled=True, compel_weights="(sharp:1.3)")
+
+    assert job.weighted_prompt == (Fragment("a cat, "), Fragment("sharp", 1.3))
+
+
+def test_a_parenthesis_that_the_prompt_leaves_open_does_not_reach_the_weights_behind_it() -> None:
+    job = sdxl(prompt="a (cat", compel_enabled=True, compel_weights="(sharp:1.3)")
+
+    weighted = (Fragment("a "), Fragment("cat", 1.1), Fragment(", "), Fragment("sharp", 1.3))
+    assert job.weighted_prompt == weighted
+
+
+def test_a_jobs_texts_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    weights_parse = prompt_weighting.parse
+
+    def noted(text: str) -> prompt_weighting.Prompt:
+        parsed.append(text)
+        return weights_parse(text)
+
+    monkeypatch.setattr(prompt_weighting, "parse", noted)
+
+    job = sdxl(prompt="(a)", negative_prompt="(b)", compel_enabled=True)
+    for _ in range(2):
+        _ = job.texts, job.weighted_prompt, job.weighted_negative
+
+    assert parsed == ["(a)", "(b)"]
+
+
+def test_compel_weights_do_nothing_unless_compel_is_on() -> None:
+    assert sdxl(prompt="a cat", compel_weights="(sharp:1.3)").weighted_prompt == plain("a cat")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"num_images": 2}}, "config.num_images: Input should be 1, 3 or 6"),
+        (
+            {"config": {"num_inference_steps": 9}},
+            "config.num_inference_steps: Input should be greater than or equal to 10",
+        ),
+        (
+            {"config": {"num_inference_steps": None, "steps": 51}},
+            "config.steps: Input should be less than or equal to 50",
+        ),
+        (
+            {"config": {"guidance_scale": 0.5}},
+            "config.guidance_scale: Input should be greater than or equal to 1",
+        ),
+        (
+            {"config": {"guidance_scale": 21}},
+            "config.guidance_scale: Input should be less than or equal to 20",
+        ),
+        (
+            {"config": {"guidance_scale": float("nan")}},
+            "config.guidance_scale: Input should be a finite number",
+        ),
+        ({"config": {"seed": -1}}, "config.seed: Input should be greater than or equal to 0"),
+        ({"config": {"seed": 2**31}}, "config.seed: Input should be less than 2147483648"),
+        ({"config": {"denoise_strength": 1.5}}, "config.denoise_strength: Input should be less"),
+        ({"metadata": {"reference_strength": -1}}, "metadata.reference_strength: Input should be"),
+        ({"metadata": {"reference_type": "mood"}}, "metadata.reference_type: Input should be"),
+        ({"config": {"scheduler": "magic"}}, "config.scheduler: Input should be 'euler'"),
+        ({"prompt": None}, "prompt: Field required where no reference image is given"),
+        ({"prompt": 7}, "prompt: Input should be a valid string"),
+        ({"prompt": "x" * 20_001}, "prompt: String should have at most 20000 characters"),
+        ({"prompt": "\ud800"}, "prompt: Input should be a valid string"),
+        ({"prompt": "(a:9)", "compel_enabled": True}, "prompt: Weights should be less than"),
+        (
+            {"compel_weights": f"(a:{'9' * 400})", "compel_enabled": True},
+            "compel_weights: Weights should be less than or equal to 3",
+        ),
+        (
+            {"negative_prompt": "a" + "+" * 8000, "compel_enabled": True},
+            "negative_prompt: Weights should be less than or equal to 3",
+        ),
+        (
+            {"config": {"negative_prompt": "a-- , " * 257}, "compel_enabled": True},
+            "config.negative_prompt: Weighted parts should be at most 256",
+        ),
+        ({"user_id": None}, "user_id: Field required"),
+        ({"user_id": "../other"}, "user_id: String should match pattern"),
+        ({"id": "a/b"}, "id: String should match pattern"),
+        ({"config": []}, "config: Input should be"),
+        ({"metadata": "x"}, "metadata: Input should be"),
+        ({"type": "sdxl_image_best"}, "type: Input should be one of sdxl_image_fast, "),
+        ({"type": ["sdxl_image_fast"]}, "type: Input should be one of sdxl_image_fast, "),
+        (
+            {"metadata": {"exact_copy_mode": True}},
+            "metadata.reference_image_url: Field required for an exact copy",
+        ),
+    ],
+)
+def test_a_refusal_names_the_field(changes: dict[str, Any], message: str) -> None:
+    payload = sdxl_payload()
+    for part in ("config", "metadata"):
+        if isinstance(changes.get(part), dict):
+            changes = {**changes, part: {**payload[part], **changes[part]}}
+
+    assert refusal({**payload, **changes}).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "resolution", ["1024", "1024x", "100x100", "32x512", "512x4096", "512 x 512", 512, [512, 512]]
+)
+def test_a_resolution_is_sides_of_eights_within_bounds(resolution: Any) -> None:
+    assert refusal(sdxl_payload(config={"resolution": resolution})) == (
+        "config.resolution: Input should be WIDTHxHEIGHT, each a multiple of 8 from 64 to 2048"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"bucketName": "assets", "accessId": "k"}, "s3Config.accessSecret"),
+        ({"endpointUrl": "file:///etc"}, "s3Config.bucketName"),
+        (
+            {"bucketName": "abc", "accessId": "k", "accessSecret": "s", "endpointUrl": "file:/x"},
+            "s3Config.endpointUrl",
+        ),
+        ("text", "s3Config"),
+    ],
+)
+def test_an_s3_config_that_does_not_hold_is_refused_by_its_field(config: Any, field: str) -> None:
+    with pytest.raises(InvalidPrompt) as refused:
+        jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
+
+    assert refused.value.message.startswith(f"{field}: ")
+
+
+S3_CONFIG = {"bucketName": "assets", "accessId": "key", "accessSecret": "secret"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bucketName", "two words"),
+        ("bucketName", "bucket/folder"),
+        ("bucketName", "bucket\n"),
+        ("bucketName", "b\u00fccher"),
+        ("bucketName", "b" * 256),
+        ("bucketName", "arn:aws:s3:us-east-1:123456789012:accesspoint/assets"),
+        ("accessId", ""),
+        ("accessId", "key\n"),
+        ("accessId", "k\u20acy"),
+        ("accessSecret", ""),
+    ],
+)
+def test_an_s3_config_that_no_store_could_take_is_refused_by_its_field(
+    field: str, value: str
+) -> None:
+    with pytest.raises(InvalidPrompt, match=f"^s3Config.{field}: ") as refused:
+        jobs.parse(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, field: value}},
+            Settings(),
+        )
+
+    assert "secret" not in refused.value.message
+
+
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("ab0.-_/: \n"), max_size=300))
+def test_every_bucket_that_is_taken_is_one_that_botocore_takes(name: str) -> None:
+    try:
+        jobs.parse(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, "bucketName": name}},
+            Settings(),
+        )
+    except InvalidPrompt:
+        return
+
+    validate_bucket_name({"Bucket": name})
+
+
+@pytest.mark.parametrize("payload", [None, [], "text", 7])
+def test_an_input_that_is_no_object_is_refused(payload: Any) -> None:
+    assert refusal(payload) == "input: Input should be an object"
+
+
+def test_a_few_step_checkpoint_lowers_the_floor_of_steps() -> None:
+    payload = sdxl_payload(config={"num_inference_steps": 4})
+
+    assert parse(payload, sdxl_min_steps=4).steps == 4
+    assert refusal(payload, sdxl_min_steps=6).endswith("greater than or equal to 6")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["id", "type", "user_id", "prompt", "negative_prompt", "config", "metadata", "compel_enabled"]
+)
+
+
+@given(st.dictionaries(FIELDS, JSON), st.dictionaries(st.text(max_size=9), JSON))
+def test_any_payload_parses_or_is_refused_by_name(fields: Any, others: Any) -> None:
+    try:
+        parse({**sdxl_payload(), **others, **fields})
+    except InvalidPrompt as refused:
+        field = refused.message.split(":")[0].split(".")[0]
+        assert field in {*fields, *others, "type", "prompt", "metadata", "user_id", "id"}
+        assert "inf" not in refused.message
+        assert "nan" not in refused.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("api_key", {}),
+        ("api_key", 7),
+        ("job_type", []),
+        ("job_id", 7),
+        ("job_id", ""),
+        ("job_id", "a b"),
+        ("id", ""),
+    ],
+)
+def test_a_name_or_key_that_is_no_such_text_is_refused_by_its_field(
+    field: str, value: object
+) -> None:
+    with pytest.raises(InvalidPrompt, match=f"^{field}: "):
+        jobs.parse({"id": "rp-1", "input": sdxl_payload(**{field: value})}, Settings())
+
+
+def test_a_null_id_is_the_platforms_own() -> None:
+    job = jobs.parse({"id": "rp-1", "input": sdxl_payload(id=None)}, Settings())
+
+    assert job.id == "rp-1"

@@ -1,0 +1,116 @@
+"""What chat claims of a device fits it, or the start ends with one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.model import Chat
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import open_ledger
+from ourvidz_serverless.settings import Settings
+from tests.fakes.tiny_chat import tiny_folder
+
+MIB = 1 / 1024
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def load(place: str, mib: float, **changes: Any) -> Chat:
+    asked = {"chat_instruct_model": place, "chat_context": 512, "vram_budget_gb": mib * MIB}
+    return qwen.load(Settings(families=("chat",), device="cpu", **{**asked, **changes}))
+
+
+def claimed(chat: Chat) -> int:
+    return max(row.num_bytes + row.room_bytes for row in chat._ledger.report())
+
+
+BUDGETS = [0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 6, 9, 16, 64]
+
+
+@pytest.mark.parametrize("mib", BUDGETS)
+def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: float) -> None:
+    try:
+        chat = load(place, mib)
+    except ModelLoadError as refused:
+        assert re.match("CHAT_(CONTEXT|INSTRUCT_MODEL): ", refused.message)
+        assert "\n" not in refused.message and mib < 4
+        return
+
+    reply = chat.generate(messages=[("user", "x" * 470)], max_tokens=8, temperature=0)
+
+    assert "".join(reply)
+    assert claimed(chat) <= chat._ledger.memory.total_bytes
+
+
+def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
+    chat = load(place, 6)
+    messages = [("system", "be brief. " * 10), ("user", "x" * 200)]
+
+    replies = [chat.generate(messages=messages, max_tokens=40, seed=i) for i in range(16)]
+
+    assert all("".join(each) for each in replies)
+    assert chat.writers[0].engine._batch.size == 64
+
+
+def test_kept_prefixes_are_part_of_what_the_cache_may_hold(place: str) -> None:
+    limits = load(place, 6).writers[0].engine.limits
+
+    assert 0 < limits.prefix_tokens <= limits.kv_tokens / 3
+
+
+def test_a_cache_that_a_setting_makes_too_large_ends_the_start(place: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"^CHAT_KV_TOKENS: 1000000 tokens do not fit"):
+        load(place, 6, chat_kv_tokens=1_000_000)
+
+
+def test_a_cache_of_a_setting_leaves_prefixes_the_rest(place: str) -> None:
+    chat = load(place, 6, chat_kv_tokens=2048)
+
+    limits = chat.writers[0].engine.limits
+    assert limits.kv_tokens == 2048
+    assert 0 < limits.prefix_tokens <= 16384
+    assert claimed(chat) <= chat._ledger.memory.total_bytes
+
+
+def test_two_models_that_take_turns_claim_no_more_than_the_device(
+    place: str, tmp_path: Path
+) -> None:
+    chat = load(place, 4, chat_base_model=tiny_folder(tmp_path))
+
+    for model in ("qwen_instruct", "qwen_base"):
+        assert "".join(chat.generate(messages=[("user", "x")], model=model, max_tokens=3))
+    assert claimed(chat) <= chat._ledger.memory.total_bytes
+
+
+def test_on_a_cpu_the_cache_fits_the_hosts_memory(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ourvidz_serverless.models.memory.device_memory.host_memory", lambda: (6 << 20, 6 << 20)
+    )
+
+    chat = load(place, 0, vram_budget_gb=None)
+
+    assert "".join(chat.generate(messages=[("user", "x")], max_tokens=3))
+    assert claimed(chat) <= 6 << 20
+
+
+def test_wans_own_model_has_a_shorter_context_where_memory_is_short(place: str) -> None:
+    settings = Settings(families=("wan",), device="cpu", chat_context=4096, vram_budget_gb=12 * MIB)
+    ledger = open_ledger(settings)
+    device = Device.choose(settings, torch.float32, ledger.memory)
+
+    chat = qwen.load_one("WAN_ENHANCER_MODEL", place, "enhancer", settings, device, ledger)
+
+    assert "".join(chat.generate(messages=[("user", "x" * 900)], max_tokens=3))
+    assert claimed(chat) <= ledger.memory.total_bytes
+    with pytest.raises(InvalidPrompt):
+        chat.generate(messages=[("user", "x" * 4000)], max_tokens=3)

@@ -1,0 +1,570 @@
+"""The chat engine on a real, tiny Qwen2: what a request hears does not depend on the others."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config
+
+from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
+from ourvidz_serverless.models.chat import batch_limit, sampling
+from ourvidz_serverless.models.chat.batch_limit import BatchLimit
+from ourvidz_serverless.models.chat.engine import Engine, Generation
+from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
+from ourvidz_serverless.models.chat.model import Writer
+from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.text_stream import TextStream
+from ourvidz_serverless.models.memory.device import Device
+from tests.fakes.tiny_chat import (
+    CPU,
+    Gate,
+    Leave,
+    request,
+    say,
+    say_all,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_writer,
+    until,
+)
+
+PROMPTS = [f"question {i} " + "and so on " * (i % 7) for i in range(50)]
+LENGTHS = [3 + i % 23 for i in range(50)]
+SYSTEM = "you are a patient machine that writes letters. " * 3
+
+
+@pytest.fixture(scope="module")
+def writer() -> Writer:
+    return tiny_writer()
+
+
+# --- the same text, alone and among others ---
+
+
+def test_a_greedy_reply_is_transformers_own(writer: Writer) -> None:
+    model, ids = tiny_model(), writer.tokens.encode("hello there")
+
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+
+    assert say(writer.engine, request(writer, "hello there")) == writer.tokens.decode(
+        theirs.tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}, {"prefix_tokens": 0}],
+)
+def test_fifty_at_once_say_what_each_says_alone(limits: dict[str, int]) -> None:
+    alone = tiny_writer()
+    together = tiny_writer(**limits)
+
+    def make(at: int) -> Generation:
+        shared = SYSTEM if at % 2 else ""
+        return request(alone, PROMPTS[at], shared=shared, max_tokens=LENGTHS[at])
+
+    one_by_one = [say(alone.engine, make(at)) for at in range(50)]
+
+    assert say_all(together.engine, [make(at) for at in range(50)]) == one_by_one
+
+
+def test_a_seed_repeats_whatever_else_is_in_the_batch(writer: Writer) -> None:
+    def make(seed: int) -> Generation:
+        return request(writer, "once upon", temperature=1.2, top_p=0.95, seed=seed, max_tokens=20)
+
+    alone = [say(writer.engine, make(seed)) for seed in range(8)]
+
+    assert say_all(writer.engine, [make(seed) for seed in range(8)]) == alone
+    assert len(set(alone)) == 8
+
+
+def test_each_request_has_its_own_rules(writer: Writer) -> None:
+    greedy = say(writer.engine, request(writer, "once upon"))
+    rules: list[dict[str, Any]] = [
+        {},
+        {"temperature": 2.0, "seed": 1},
+        {"temperature": 2.0, "top_k": 1},
+        {"temperature": 2.0, "top_p": 1e-9},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"max_tokens": 4},
+    ]
+
+    replies = say_all(writer.engine, [request(writer, "once upon", **each) for each in rules])
+
+    assert replies[0] == replies[2] == replies[3] == greedy
+    assert replies[1] != greedy
+    assert replies[5] == greedy[:4]
+
+
+def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
+    gate = Gate(turns=20)
+    first = request(writer, "a long one", check=gate, max_tokens=400)
+    late = request(writer, "a short one", max_tokens=3)
+    writer.engine.submit(first)
+    until(lambda: gate.holds)
+
+    writer.engine.submit(late)
+    gate.let(20)
+
+    assert "".join(late)
+    assert first.finish_reason is None
+    gate.open()
+    "".join(first)
+    assert first.num_completion == 400
+
+
+# --- sampling ---
+
+
+def chosen(logits: list[float], **rules: Any) -> list[int]:
+    prompt = rules.pop("prompt", [])
+    samplers = [
+        Sampler(Sampling(max_tokens=9, **{"seed": seed, **rules}), prompt) for seed in range(400)
+    ]
+    return choose(torch.tensor([logits] * 400), samplers)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    tokens = chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist())
+
+    shares = [tokens.count(token) / 400 for token in range(3)]
+    assert shares == pytest.approx([0.5, 0.1, 0.4], abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("rules", "drawn"),
+    [
+        ({"top_k": 2}, {0, 2}),
+        ({"top_p": 0.6}, {0, 2}),
+        ({"top_p": 0.4}, {0}),
+        ({"top_k": 2, "top_p": 0.55}, {0}),
+        ({"temperature": 0}, {0}),
+    ],
+)
+def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[int]) -> None:
+    assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **rules)) == drawn
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
+def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
+    writer: Writer, temperature: float
+) -> None:
+    ids = writer.tokens.encode("once upon")
+    theirs = tiny_model().generate(
+        # Below this one its own quotients are no numbers.
+        torch.tensor([ids]),
+        max_new_tokens=12,
+        do_sample=True,
+        temperature=max(temperature, 1e-30),
+        top_k=0,
+    )
+
+    reply = say(writer.engine, request(writer, "once upon", temperature=temperature, seed=1))
+
+    assert reply == writer.tokens.decode(theirs[0, len(ids) :].tolist())
+
+
+def test_tokens_that_are_equally_likely_are_both_drawn_at_the_coldest_temperature() -> None:
+    assert set(chosen([-3.0, 2.0, 2.0], temperature=5e-324)) == {1, 2}
+
+
+def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    rules = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
+
+    def drawn() -> list[list[int]]:
+        samplers = [Sampler(Sampling(max_tokens=9, seed=1, **each), []) for each in rules]
+        return [choose(logits, samplers) for _ in range(20)]
+
+    whole = drawn()
+    monkeypatch.setattr(sampling, "CANDIDATES", 20)
+
+    assert drawn() == whole
+
+
+def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]:
+    sampler = Sampler(Sampling(max_tokens=9, **rules), prompt)
+    for token in said:
+        sampler.note(token)
+    logits = torch.tensor([1.0, 1.0, -1.0])
+    sampler.adjust(logits)
+    return logits.tolist()
+
+
+def test_penalties_count_what_they_should() -> None:
+    assert penalised([0, 0, 1], [2], presence_penalty=0.5) == [0.5, 0.5, -1]
+    assert penalised([0, 0, 1], [2], frequency_penalty=0.25) == [0.5, 0.75, -1]
+    assert penalised([0], [2], repetition_penalty=2.0) == [0.5, 1, -2]
+
+
+# --- ends ---
+
+
+def test_a_reply_ends_at_its_length_or_at_the_models_own_end(writer: Writer) -> None:
+    cut = request(writer, "hello", max_tokens=3)
+    say(writer.engine, cut)
+    model = tiny_model()
+    end = tiny_tokenizer().eos_token_id
+    with torch.no_grad():
+        model.lm_head.weight[end] = model.lm_head.weight.sum(0) * 50
+    ended = request(writer, "hello", max_tokens=400)
+    text = say(tiny_writer(model).engine, ended)
+
+    assert (cut.finish_reason, cut.num_completion) == ("length", 3)
+    assert (ended.finish_reason, ended.ids[-1]) == ("stop", end)
+    assert "<|im_end|>" not in text
+
+
+def test_a_stop_string_ends_the_reply_and_is_no_part_of_it(writer: Writer) -> None:
+    whole = say(writer.engine, request(writer, "hello", max_tokens=30))
+    stop = whole[10:13]
+
+    stopped = request(writer, "hello", max_tokens=30, stop=(stop, "never said"))
+    text = say(writer.engine, stopped)
+
+    assert text == whole[: whole.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.num_completion < 30
+
+
+TOKENIZER = tiny_tokenizer().backend_tokenizer
+
+
+def streamed(text: str, stop: list[str]) -> list[str]:
+    stream = TextStream(TOKENIZER.decode, stop)
+    pieces = []
+    for token in TOKENIZER.encode(text, add_special_tokens=False).ids:
+        pieces.append(stream.push(token))
+        if stream.is_stopped:
+            break
+    return [*pieces, stream.finish()]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("aé下\U0001f600\ufffd"), max_size=9), st.integers(0, 9))
+def test_a_stream_adds_up_to_what_transformers_decodes_wherever_it_is_cut(
+    text: str, num_cut: int
+) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = ids[: max(len(ids) - num_cut, 0)]
+    stream = TextStream(TOKENIZER.decode)
+
+    pieces = [stream.push(token) for token in ids]
+
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_character_is_held_until_it_is_whole() -> None:
+    assert streamed("下a", []) == ["", "", "下", "a", ""]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_a_stream_is_whole_characters_up_to_the_first_stop(text: str, stop: list[str]) -> None:
+    text = text.replace("\ufffd", "")
+
+    pieces = streamed(text, stop)
+
+    # The stop string that is complete first counts, not the one that begins first.
+    found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
+    _, end = min(found, default=(0, len(text)))
+    assert "".join(pieces) == text[:end]
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_a_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
+    assert streamed("ab-abc", ["abc"]) == ["", "", "ab-", "", "", "", ""]
+    assert streamed("ab", ["abc"]) == ["", "", "ab"]
+
+
+# --- leaving ---
+
+
+def test_a_cancelled_request_leaves_at_the_next_token(writer: Writer) -> None:
+    gate = Gate(turns=20)
+    stopped = request(writer, "hello", check=gate, max_tokens=400)
+    writer.engine.submit(stopped)
+    pieces = iter(stopped)
+    next(pieces)
+    gate.is_set = True
+    gate.open()
+
+    with pytest.raises(Cancelled):
+        list(pieces)
+
+    until(lambda: writer.engine.num_running == 0)
+    assert stopped.num_completion < 400
+
+
+def test_a_waiting_request_can_be_cancelled() -> None:
+    one = tiny_writer(max_batch=1)
+    gate, leave = Gate(turns=0), Leave()
+    first = request(one, "hello", check=gate, max_tokens=400)
+    waiting = request(one, "hello", check=leave)
+    one.engine.submit(first)
+    one.engine.submit(waiting)
+    leave.is_set = True
+    gate.let(20)
+
+    with pytest.raises(Cancelled):
+        list(waiting)
+
+    assert first.finish_reason is None
+    gate.open()
+    "".join(first)
+
+
+def test_a_request_that_nobody_reads_leaves(writer: Writer) -> None:
+    gate = Gate(turns=20)
+    generation = request(writer, "hello", check=gate, max_tokens=400)
+    writer.engine.submit(generation)
+    pieces = iter(generation)
+    next(pieces)
+    pieces.close()
+    gate.open()
+
+    until(lambda: writer.engine.num_running == 0)
+    assert generation.finish_reason is None
+
+
+def test_those_who_stay_do_not_notice_those_who_leave(writer: Writer) -> None:
+    alone = [say(writer.engine, request(writer, text, max_tokens=40)) for text in PROMPTS[:8]]
+    leaves = [Leave() for _ in range(8)]
+    staying = [request(writer, text, max_tokens=40) for text in PROMPTS[:8]]
+    leaving = [request(writer, "short", check=leave, max_tokens=40) for leave in leaves]
+    timers = [
+        threading.Timer(0.01 * i, setattr, (leave, "is_set", True))
+        for i, leave in enumerate(leaves)
+    ]
+
+    for stays, leaves_early in zip(staying, leaving, strict=True):
+        writer.engine.submit(leaves_early)
+        writer.engine.submit(stays)
+    for timer in timers:
+        timer.start()
+
+    assert ["".join(each) for each in staying] == alone
+
+
+# --- sharing the machine ---
+
+
+def test_a_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
+    config = Qwen2Config(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
+    )
+
+    assert bytes_per_token(config, torch.bfloat16) == 56 * 1024
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    own = tiny_writer()
+    first = say_all(own.engine, [request(own, text, shared=SYSTEM) for text in PROMPTS[:10]])
+    read = own.engine.num_tokens_read
+    later = request(own, PROMPTS[0], shared=SYSTEM)
+
+    assert say(own.engine, later) == first[0]
+
+    own_tokens = sum(len(text) + 11 for text in PROMPTS[:10])
+    assert read == len(SYSTEM) + own_tokens
+    assert later.num_reused == len(SYSTEM)
+
+
+def test_the_prefix_that_was_not_used_longest_is_forgotten() -> None:
+    own = tiny_writer(prefix_tokens=100)
+    for shared in ("a" * 60, "b" * 60):
+        say(own.engine, request(own, "x", shared=shared))
+    again = [request(own, "x", shared=shared) for shared in ("b" * 60, "a" * 60)]
+    for each in again:
+        say(own.engine, each)
+
+    assert [each.num_reused for each in again] == [60, 0]
+
+
+def test_a_long_prompt_does_not_stop_those_who_are_speaking() -> None:
+    own = tiny_writer(prefill_tokens=8)
+    gate = Gate(turns=20)
+    speaking = request(own, "hello", check=gate, max_tokens=300)
+    own.engine.submit(speaking)
+    until(lambda: gate.holds)
+    before = speaking.num_completion
+
+    long = request(own, "a" * 160, max_tokens=1)
+    own.engine.submit(long)
+    gate.let(100)
+    "".join(long)
+
+    # Twenty pieces of eight tokens, and a token of the other between any two.
+    assert speaking.num_completion - before >= 19
+    gate.open()
+    "".join(speaking)
+
+
+# --- faults ---
+
+
+def failing(writer_of: Any, error: Exception, rows: int, times: list[int]) -> Any:
+    """The model raises `error` on batches of more than `rows`, as often as `times` says."""
+
+    def fail(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[0] > rows and times[0]:
+            times[0] -= 1
+            raise error
+
+    writer_of.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    return writer_of
+
+
+def test_out_of_memory_ends_nothing_but_the_large_batch(writer: Writer) -> None:
+    alone = [say(writer.engine, request(writer, text)) for text in PROMPTS[:8]]
+    model = failing(tiny_model(), torch.OutOfMemoryError("full"), rows=2, times=[99])
+    small = tiny_writer(model)
+
+    assert say_all(small.engine, [request(small, text) for text in PROMPTS[:8]]) == alone
+
+
+def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replies(engine: Engine) -> list[str]:
+        seeded = {"temperature": 1.2, "max_tokens": 20}
+        return say_all(engine, [request(writer, "once", seed=i, **seeded) for i in range(4)])
+
+    alone, failures = replies(tiny_writer().engine), [torch.OutOfMemoryError("full")] * 2
+    draw = sampling._draw
+
+    def fail(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return draw(*args)
+
+    monkeypatch.setattr(sampling, "_draw", fail)
+
+    assert replies(tiny_writer().engine) == alone
+    assert not failures
+
+
+class Failing(TorchDispatchMode):
+    """Runs out of memory at the first call of an operation, before or after it is computed."""
+
+    def __init__(self, operation: str, is_computed: bool) -> None:
+        super().__init__()
+        self.operation, self.is_computed, self.failed = operation, is_computed, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fails = not self.failed and str(func).startswith(f"aten.{self.operation}.")
+        self.failed = self.failed or fails
+        made = None if fails and not self.is_computed else func(*args, **(kwargs or {}))
+        if fails:
+            raise torch.OutOfMemoryError("full")
+        return made
+
+
+@dataclass(frozen=True)
+class FailingDevice(Device):
+    mode: Failing | None = None
+
+    def limited(self) -> Any:
+        return self.mode or super().limited()
+
+
+PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize("is_computed", [False, True])
+@pytest.mark.parametrize(
+    "operation", ["zeros_like", "index_fill_", "ones_like", "index_add_", "where", "sub_", "argmax"]
+)
+def test_out_of_memory_while_a_penalty_is_counted_loses_no_count(
+    writer: Writer, operation: str, is_computed: bool
+) -> None:
+    def replies(engine: Engine) -> list[str]:
+        texts = ["hello", "bye"]
+        asked = [request(writer, each, max_tokens=20, **PENALTIES) for each in texts]
+        return say_all(engine, asked)
+
+    mode = Failing(operation, is_computed)
+    device = FailingDevice(CPU.name, CPU.dtype, mode=mode)
+    failing_once = Engine(tiny_model(), device, [])
+
+    assert replies(failing_once) == replies(Engine(tiny_model(), CPU, []))
+    assert mode.failed
+
+
+def test_a_batch_grows_again_after_an_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_limit, "PATIENCE", 4)
+    model, sizes = tiny_model(), [0]
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        rows, width = kwargs["input_ids"].shape
+        if width == 1 and rows != sizes[-1]:
+            sizes.append(rows)
+
+    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    own = tiny_writer(failing(model, torch.OutOfMemoryError("full"), rows=7, times=[1]))
+
+    say_all(own.engine, [request(own, "hello", max_tokens=200) for _ in range(8)])
+
+    assert sizes[1:6] == [4, 5, 6, 7, 8]
+
+
+def steps_until_larger(limit: BatchLimit) -> int:
+    return next(step for step in range(1, 10_000) if limit.note_step(limit.size))
+
+
+def test_each_out_of_memory_doubles_the_steps_before_a_larger_batch_is_tried() -> None:
+    limit, steps = BatchLimit(64), []
+    for _ in range(9):
+        limit.shrink(8)
+        steps.append(steps_until_larger(limit))
+
+    assert steps == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192]
+
+
+def test_a_batch_that_is_not_full_does_not_make_the_next_one_larger() -> None:
+    limit = BatchLimit(64)
+    limit.shrink(8)
+
+    assert not any(limit.note_step(3) for _ in range(1000))
+    assert limit.size == 4
+
+
+def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
+    limit = BatchLimit(8)
+    limit.shrink(8)
+    limit.shrink(8)
+    while limit.size < limit.most:
+        limit.note_step(limit.size)
+    for _ in range(128):
+        limit.note_step(8)
+    limit.shrink(8)
+
+    assert steps_until_larger(limit) == 64
+
+
+def test_a_conversation_that_does_not_fit_alone_says_so() -> None:
+    model = failing(tiny_model(), torch.OutOfMemoryError("full"), rows=0, times=[1])
+    small = tiny_writer(model)
+
+    with pytest.raises(OutOfMemory):
+        say(small.engine, request(small, "hello"))
+
+    assert say(small.engine, request(small, "hello"))
+
+
+def test_after_a_bug_the_next_request_is_answered() -> None:
+    broken = tiny_writer(failing(tiny_model(), RuntimeError("secret"), rows=0, times=[1]))
+
+    with pytest.raises(InternalError) as error:
+        say(broken.engine, request(broken, "hello"))
+
+    assert "secret" not in error.value.message
+    assert say(broken.engine, request(broken, "hello"))

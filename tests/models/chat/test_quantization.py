@@ -1,0 +1,83 @@
+"""Chat in fewer bits: it still answers, and takes less."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.settings import Settings
+from tests.fakes.fake_cuda_graph import Tape
+from tests.fakes.tiny_chat import CPU, request, say, tiny_folder
+from tests.patience import PATIENCE_S
+from tests.servers.handler import run_handler
+
+QUESTION = [("user", "What is the capital of France?")]
+POCKET = pytest.mark.skipif(not qwen.POCKET.exists(), reason="`make chat` builds the pocket model")
+
+
+def load(**settings: Any) -> tuple[qwen.Chat, int]:
+    """The chat, and the measured bytes of its one model."""
+    chat = qwen.load(Settings(families=("chat",), **settings))
+    (row,) = chat._ledger.report()
+    return chat, row.num_bytes
+
+
+def reply(chat: qwen.Chat) -> str:
+    return "".join(chat.generate(messages=QUESTION, temperature=0, max_tokens=12))
+
+
+@pytest.mark.slow
+@POCKET
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_the_pocket_model_answers_in_fewer_bits(name: str) -> None:
+    _, whole = load()
+    chat, quantized = load(chat_quantization=name)
+
+    assert "Paris" in reply(chat)
+    assert quantized < whole / 2
+
+
+def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_path: Path) -> None:
+    place = tiny_folder(tmp_path)
+    _, whole = load(chat_instruct_model=place)
+    chat, quantized = load(chat_instruct_model=place, chat_quantization="int8")
+    before = reply(chat)
+
+    wish = chat._ledger.wish("qwen_instruct", "disk", force=True)
+    assert wish.is_done.wait(PATIENCE_S) and wish.error is None
+
+    assert reply(chat) == before
+    assert quantized < whole
+
+
+def test_a_quantised_model_is_replayed_too(tmp_path: Path) -> None:
+    place, tape = Path(tiny_folder(tmp_path)), Tape()
+
+    def read() -> Any:
+        return qwen._open(place, CPU, True, "int8")
+
+    def say_hello(writer: qwen.Writer) -> str:
+        return say(writer.engine, request(writer, "hello", max_tokens=40))
+
+    expected = say_hello(qwen.Writer(*read(), CPU))
+
+    assert say_hello(qwen.Writer(*read(), CPU, record=tape)) == expected
+    assert tape.replayed > 0
+
+
+def test_what_a_device_cannot_run_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ModelLoadError) as refused:
+        load(chat_instruct_model="/no/such/model", chat_quantization="int4", device="cpu")
+
+    assert refused.value.message == "CHAT_QUANTIZATION: int4 runs on CUDA in bfloat16 only"
+
+
+def test_a_worker_that_cannot_run_it_does_not_start() -> None:
+    run = run_handler(FAMILIES="chat", CHAT_QUANTIZATION="int4", DEVICE="cpu")
+
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == (
+        "cannot start: CHAT_QUANTIZATION: int4 runs on CUDA in bfloat16 only"
+    )

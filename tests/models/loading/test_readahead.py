@@ -1,0 +1,212 @@
+"""Which files are read while Python imports, and what is told of them before it does."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import save_file
+
+from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models import FAMILIES
+from ourvidz_serverless.models.loading import readahead
+from ourvidz_serverless.models.loading.readahead import ReadAhead
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.settings import Settings
+from tests.fakes.devices import Card, Parcel
+from tests.files import ROOT
+
+POCKET = ROOT / "pocket"
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": torch.zeros(4)}, path)
+    return path
+
+
+def names(folder: Path, **settings: Any) -> list[str]:
+    return [str(path.relative_to(folder)) for path in readahead.files(Settings(**settings))]
+
+
+# --- which files ---
+
+
+def test_the_pocket_models_need_no_reading_ahead() -> None:
+    assert readahead.files(Settings(families=("sdxl", "chat", "wan"))) == []
+
+
+def test_a_single_file_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+
+    assert names(tmp_path, sdxl_model=str(tmp_path / "x.safetensors")) == ["x.safetensors"]
+
+
+def test_of_a_folder_only_what_its_family_loads(tmp_path: Path) -> None:
+    for name in ("unet/a", "vae/a", "vae_1_0/a", "text_encoder/a", "text_encoder_2/a", "whole"):
+        write(tmp_path / f"{name}.safetensors")
+
+    assert names(tmp_path, sdxl_model=str(tmp_path)) == [
+        f"{network}/a.safetensors" for network in ("text_encoder", "text_encoder_2", "unet", "vae")
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [("float16", "a.fp16"), ("float32", "a")])
+def test_of_two_sizes_the_one_that_is_wanted(dtype: str, chosen: str, tmp_path: Path) -> None:
+    write(tmp_path / "unet/a.safetensors")
+    write(tmp_path / "unet/a.fp16.safetensors")
+
+    found = names(tmp_path, sdxl_model=str(tmp_path), dtype=dtype)
+
+    assert found == [f"unet/{chosen}.safetensors"]
+
+
+def test_every_part_of_a_model_that_is_in_parts(tmp_path: Path) -> None:
+    for part in ("model-1-of-2", "model-2-of-2"):
+        write(tmp_path / f"{part}.safetensors")
+
+    found = names(tmp_path, families=("chat",), chat_instruct_model=str(tmp_path))
+
+    assert found == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+
+
+def test_only_of_families_that_are_served(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+
+    assert names(tmp_path, families=("chat",), sdxl_model=str(tmp_path / "x.safetensors")) == []
+
+
+def test_every_variable_that_names_weights_is_looked_at() -> None:
+    looked_at = {name.lower() for rows in readahead.PLACES.values() for name, *_ in rows}
+
+    ends = ("_model", "_vae", "_ip_adapter")
+    named = {name for name in Settings.model_fields if name.endswith(ends)}
+    assert looked_at == named
+
+
+def test_what_it_reads_is_what_the_loader_maps(tmp_path: Path) -> None:
+    pipe = models.load(Settings())._pipe
+    pipe.save_pretrained(tmp_path / "sdxl")
+    AutoencoderTiny(decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path / "tiny")
+    settings = Settings(sdxl_model=str(tmp_path / "sdxl"), sdxl_tiny_vae=str(tmp_path / "tiny"))
+
+    model = models.load(settings)
+
+    mapped = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(tmp_path) in line
+    }
+    assert mapped == set(map(str, readahead.files(settings)))
+    del model
+
+
+# --- what is told at once ---
+
+
+def test_a_missing_checkpoint_is_told_at_once() -> None:
+    with pytest.raises(ModelLoadError, match="SDXL_MODEL: there is nothing at /no/such/model"):
+        ReadAhead.of(Settings(sdxl_model="/no/such/model"))
+
+
+def test_a_file_that_is_cut_off_is_told_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "vae/a.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+
+    with pytest.raises(ModelLoadError, match=r"WAN_MODEL: .* as WAN 2\.1 \(vae/a\.saf.* cut off"):
+        ReadAhead.of(Settings(families=("wan",), wan_model=str(tmp_path)))
+
+
+def test_that_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys, handler; print(sorted({'torch', 'runpod', 'fastapi'} & set(sys.modules)))"
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert run.stdout.strip() == "[]"
+
+
+# --- reading ---
+
+
+def test_it_waits_until_all_is_read_and_a_file_that_went_is_no_error(tmp_path: Path) -> None:
+    reading = ReadAhead([tmp_path / "gone", write(tmp_path / "x.safetensors")]).start()
+
+    reading.wait()
+
+    assert reading.paths_read == [tmp_path / "x.safetensors"]
+
+
+def test_models_come_to_the_device_when_their_files_are_read() -> None:
+    ledger, parcel, read = Ledger(Card(100)), Parcel(10), threading.Event()
+    ledger.register(parcel, "parcel", "none")
+    ledger.wait_for_files = lambda: None if read.wait(30) else pytest.fail("not read")
+    settling = threading.Thread(target=ledger.settle, args=(parcel,))
+
+    settling.start()
+    assert parcel.place == "host"
+    read.set()
+    settling.join()
+
+    assert parcel.place == "device"
+
+
+# --- what is imported, and what is copied ---
+
+#: What a family's worker does without until a job wants it, or for good.
+FOREIGN = {
+    "sdxl": ("compel", "av", "c2pa", "fastapi", "uvicorn", "llguidance", "ftfy"),
+    "chat": ("diffusers", "compel", "av", "c2pa", "fastapi", "uvicorn", "peft", "ftfy"),
+    "wan": ("compel", "av", "c2pa", "fastapi", "uvicorn"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_imports_nothing_of_anothers(family: str) -> None:
+    code = f"""
+import importlib, json, sys
+import ourvidz_serverless.worker
+sys.modules["torchao"] = None
+importlib.import_module({FAMILIES[family]!r})
+print(json.dumps([name for name in {FOREIGN[family]!r} if name in sys.modules]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert json.loads(run.stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("mmap", ["always", "never"])
+def test_sdxls_weights_are_the_files_own_bytes_and_lie_in_memory_once(mmap: Any) -> None:
+    settings = Settings(
+        sdxl_model=str(POCKET / "sdxl.safetensors"), dtype="float16", mmap_weights=mmap
+    )
+
+    pipe = models.load(settings)._pipe
+
+    tensors = [
+        tensor
+        for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+        for tensor in network.parameters()
+    ]
+    storages = {each.untyped_storage().data_ptr() for each in tensors}
+    # OpenCLIP's projection is turned, which is the one copy.
+    assert len(storages) == 2
+    copied = pipe.text_encoder_2.text_projection.weight
+    assert copied.untyped_storage().nbytes() == copied.nbytes
+
+
+def test_no_random_number_is_drawn_for_weights_that_are_read() -> None:
+    before = torch.get_rng_state()
+
+    models.load(Settings())
+
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,276 @@
+"""LoRAs: found by name or fetched from an allowed host, at work for one job, gone after it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY as METADATA
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.context import Bounds, JobContext, Stop
+from ourvidz_serverless.errors import (
+    Cancelled,
+    DeviceLost,
+    InvalidPrompt,
+    ModelLoadError,
+    OutOfMemory,
+)
+from ourvidz_serverless.models.memory.device import as_job_error
+from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
+from ourvidz_serverless.models.sdxl.loras import LoraShelf, applied
+from ourvidz_serverless.references.fetch import Policy
+from ourvidz_serverless.settings import Settings
+from tests.fakes.local_worker import sdxl_payload
+from tests.fakes.small_jobs import PICTURE, write_lora
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> LoraShelf:
+    """A folder with a LoRA that PEFT made for the pocket UNet, and a file that is none."""
+    folder = tmp_path_factory.mktemp("loras")
+    write_lora(folder / "bold.safetensors", "to_q", "to_v")
+    save_file({"something": torch.zeros(2)}, folder / "other.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"not weights")
+    return LoraShelf(folder)
+
+
+def render(model: Any, **options: Any) -> np.ndarray:
+    (picture,) = model.generate(**{**PICTURE, **options})
+    return picture.astype(int)
+
+
+def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, shelf: LoraShelf) -> None:
+    path = shelf.path("bold", "ann")
+    without = render(sdxl)
+
+    little, much = (
+        np.abs(render(sdxl, loras=[(path, scale)]) - without).mean() for scale in (0.1, 1.0)
+    )
+
+    assert 0 < little < much
+
+
+def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: LoraShelf) -> None:
+    loras = [(shelf.path("bold", "ann"), 0.7)]
+    options = {name: PICTURE[name] for name in ("width", "num_inference_steps", "guidance_scale")}
+    sdxl._pipe.set_progress_bar_config(disable=True)
+
+    ours = render(sdxl, loras=loras)
+    with applied(sdxl._pipe, loras):
+        theirs = sdxl._pipe(
+            "a red circle",
+            height=64,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+            **options,
+        ).images[0]
+
+    assert np.array_equal(ours, (theirs * 255).round())
+
+
+# --- what diffusers writes into a file's header ---
+
+
+def save_with_metadata(path: Path, adapters: Any = ("unet",), **config: Any) -> None:
+    """A LoRA that diffusers' own `save_lora_weights` wrote, with its adapter metadata."""
+    pipe = sdxl_models.load(Settings())._pipe
+    layers, metadata = {}, {}
+    torch.manual_seed(0)
+    for name in adapters:
+        network = getattr(pipe, name)
+        targets = ["to_q", "to_v"] if name == "unet" else ["q_proj", "v_proj"]
+        network.add_adapter(
+            LoraConfig(**{"r": 4, "target_modules": targets, "init_lora_weights": False, **config})
+        )
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+        metadata[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    pipe.save_lora_weights(path.parent, **layers, **metadata, weight_name=path.name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 16},
+        {"lora_alpha": 1},
+        {"lora_alpha": 8, "use_rslora": True},
+        {"lora_alpha": 4, "alpha_pattern": {"to_q": 16}},
+        {"lora_alpha": 8, "rank_pattern": {"to_q": 2}},
+        {"lora_alpha": 16, "lora_dropout": 0.5},
+        {"lora_alpha": 16, "adapters": ("unet", "text_encoder", "text_encoder_2")},
+    ],
+    ids=str,
+)
+def test_a_lora_with_adapter_metadata_equals_diffusers_loading_the_same_file(
+    sdxl: Any, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    path = tmp_path / "strong.safetensors"
+    save_with_metadata(path, **config)
+    theirs = sdxl_models.load(Settings())._pipe
+    theirs.load_lora_weights(tmp_path, weight_name=path.name)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        getattr(theirs, name).eval()
+
+    ours = render(sdxl, loras=[(path, 1.0)])
+
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        "a red circle",
+        width=64,
+        height=64,
+        num_inference_steps=10,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]
+    assert np.array_equal(ours, (expected * 255).round())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        # Changes the checkpoint's own weights, and leaves them changed.
+        {"init_lora_weights": "pissa"},
+        # Imports a module of that name.
+        {"megatron_config": {}, "megatron_core": "antigravity"},
+        {"modules_to_save": ["conv_out"]},
+        # Matched against each layer's name as a regular expression, for hours.
+        {"target_modules": "(([a-z.]+)+)+!"},
+        {"alpha_pattern": {"(([a-z.]+)+)+!": 2}},
+        {"r": "four"},
+        {"no_such_entry": 1},
+    ],
+    ids=str,
+)
+def test_adapter_metadata_that_is_more_than_a_strength_is_refused(
+    sdxl: Any, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_with_metadata(path, lora_alpha=16)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[METADATA])
+    header |= {f"unet.{name}": value for name, value in entry.items()}
+    save_file(load_file(path), path, metadata={METADATA: json.dumps(header)})
+
+    with pytest.raises(ModelLoadError, match=r"^config\.loras: odd "):
+        render(sdxl, loras=[(path, 1.0)])
+
+
+def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"unet.(([a-z.]+)+)+!.lora_B.weight": torch.zeros(4, 4)}, path)
+
+    with pytest.raises(
+        ModelLoadError, match=r"^config\.loras: odd has a tensor with characters in its name"
+    ):
+        render(sdxl, loras=[(path, 1.0)])
+
+
+def test_a_lora_is_gone_after_its_job(sdxl: Any, shelf: LoraShelf) -> None:
+    before = render(sdxl)
+    render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
+
+    assert np.array_equal(render(sdxl), before)
+
+
+def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, shelf: LoraShelf) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = render(sdxl)
+    with pytest.raises(KeyboardInterrupt):
+        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)], step=stop)
+
+    assert np.array_equal(render(sdxl), before)
+
+
+def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_remembered(
+    sdxl: Any, shelf: LoraShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdxl, "loras", shelf)
+    stop = Stop()
+    context = JobContext(stop, lambda progress: None, Bounds(60))
+    config = {"num_images": 3, "loras": [{"name": "bold"}]}
+    pictures = jobs.run(
+        jobs.parse({"input": sdxl_payload(config=config)}, Settings()), sdxl, {}, context
+    )
+    next(pictures)
+    stop.set()
+
+    with pytest.raises(Cancelled) as remembered:
+        next(pictures)
+
+    assert sdxl._pipe.get_list_adapters() == {}
+    assert remembered.traceback
+
+
+@pytest.mark.parametrize("name", ["other", "broken"])
+def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
+    sdxl: Any, shelf: LoraShelf, name: str
+) -> None:
+    before = render(sdxl)
+
+    with pytest.raises(ModelLoadError, match=f"{name} is no LoRA of this model"):
+        render(sdxl, loras=[(shelf.path(name, "ann"), 1.0)])
+
+    assert np.array_equal(render(sdxl), before)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost),
+    ],
+)
+def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
+    sdxl: Any,
+    shelf: LoraShelf,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    expected: type[Exception],
+) -> None:
+    def fail(*given: Any, **named: Any) -> None:
+        raise error
+
+    # Where diffusers moves the LoRA's tensors to the device.
+    monkeypatch.setattr(sdxl._unet, "load_lora_adapter", fail)
+
+    with pytest.raises(type(error)) as failed:
+        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
+
+    assert type(as_job_error(failed.value)) is expected
+
+
+def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:
+    with pytest.raises(InvalidPrompt, match=r"config\.loras: there is no missing"):
+        shelf.path("missing", "ann")
+
+
+@pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
+def test_a_url_that_is_none_is_refused(shelf: LoraShelf, url: str) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
+        shelf.fetch(url, "ann", lambda: 10.0)
+
+
+def test_without_a_folder_there_are_no_loras() -> None:
+    with pytest.raises(InvalidPrompt, match="SDXL_LORA_DIR"):
+        LoraShelf(None).path("bold", "ann")
+
+
+def test_a_url_is_refused_unless_hosts_are_allowed(shelf: LoraShelf) -> None:
+    with pytest.raises(InvalidPrompt, match="LORA_HOSTS"):
+        shelf.fetch("https://loras.example/bold.safetensors", "ann", lambda: 10.0)
+
+
+def test_a_url_of_another_host_is_refused(shelf: LoraShelf) -> None:
+    strict = LoraShelf(shelf.folder, Policy(frozenset({"loras.example"})))
+
+    with pytest.raises(ModelLoadError, match="allow-list"):
+        strict.fetch("https://elsewhere.example/bold.safetensors", "ann", lambda: 10.0)

@@ -1,0 +1,356 @@
+"""What makes pictures of latents: SDXL's VAE, the same in bf16, or a tiny one, by presets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from benchmarks import presets
+from benchmarks.presets import psnr
+from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import CountedMemory
+from ourvidz_serverless.models.memory.oom_fallback import Plan
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import tiled_vae
+from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.speed import presets as speed
+from ourvidz_serverless.settings import Settings
+from tests.fakes.overflowing_vae import wide_settings
+from tests.fakes.small_jobs import narrow_vae
+from tests.files import ROOT
+
+TINY = ROOT / "pocket/sdxl_tiny_vae"
+CPU = torch.device("cpu")
+USUAL, TILED = Plan(6), Plan(6, tiled_decode=True)
+
+
+@pytest.fixture(scope="module")
+def equipped() -> models.Sdxl:
+    """The pocket SDXL with its tiny VAE."""
+    return models.load(Settings(sdxl_tiny_vae="pocket"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> models.Sdxl:
+    """In fp16, with a VAE that is kept in fp32, and a tiny one."""
+    return models.load(wide_settings(tmp_path_factory.mktemp("wide")))
+
+
+@pytest.fixture
+def calls() -> Callable[[Any], list[Any]]:
+    """What a module is given from now on."""
+
+    def watch(module: Any) -> list[Any]:
+        given: list[Any] = []
+        module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        return given
+
+    return watch
+
+
+def paint(model: models.Sdxl, **options: Any) -> list[np.ndarray]:
+    options = {"seeds": [3], "width": 128, "height": 64, **options}
+    pictures = model.generate(
+        prompt=plain("a red circle on a blue background"),
+        negative_prompt=None,
+        num_inference_steps=10,
+        guidance_scale=6.0,
+        **options,
+    )
+    return list(pictures)
+
+
+def latent_of(model: models.Sdxl, seed: int = 3, side: int = 128) -> torch.Tensor:
+    """What the UNet leaves of a picture (4, side / 8, side / 8)."""
+    return presets.latent_of(model, seed, side, steps=10)
+
+
+def counted() -> tuple[Device, CountedMemory]:
+    memory = CountedMemory(1 << 32)
+    return Device(CPU, torch.float32, memory), memory
+
+
+# --- a tiny VAE ---
+
+
+def test_a_fast_job_is_decoded_by_the_tiny_vae_once_a_picture(
+    equipped: models.Sdxl, calls: Any
+) -> None:
+    told: list[Any] = []
+    tiny, own = calls(equipped._tiny.network), calls(equipped._vae.decoder)
+
+    paint(equipped, seeds=[1, 2], speed="fast", sped=told.append)
+
+    assert (len(tiny), len(own)) == (2, 0)
+    assert "tiny_vae" in told[0]["levers"]
+    assert "vae_bf16" not in told[0]["levers"]
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_no_other_job_is_and_it_changes_none_of_their_bits(
+    equipped: models.Sdxl, sdxl: Any, calls: Any, preset: str
+) -> None:
+    told: list[Any] = []
+    tiny = calls(equipped._tiny.network)
+
+    (picture,) = paint(equipped, speed=preset, sped=told.append)
+
+    assert not tiny
+    assert np.array_equal(picture, paint(sdxl, speed=preset)[0])
+    assert all("tiny_vae" not in report["levers"] for report in told)
+
+
+def test_without_one_a_fast_job_is_decoded_by_the_vae(sdxl: Any, calls: Any) -> None:
+    told: list[Any] = []
+    own = calls(sdxl._vae.decoder)
+
+    paint(sdxl, speed="fast", sped=told.append)
+
+    assert len(own) == 1
+    assert "tiny_vae" not in told[0]["levers"]
+
+
+# Measured: 28.4 and 33.6 dB, of latents that the UNet made.
+@pytest.mark.parametrize(("side", "least_db"), [(128, 27), (256, 32)])
+def test_its_picture_is_near_that_of_the_vae(
+    equipped: models.Sdxl, side: int, least_db: float
+) -> None:
+    own = decoders.in_bf16(equipped._vae, equipped.device)
+    likeness = []
+
+    for seed in (1, 2, 3, 4):
+        latent = latent_of(equipped, seed, side)
+        exact, tiny = (equipped._decode(by, latent, USUAL) for by in (own, equipped._tiny))
+        likeness.append(psnr(exact, tiny))
+
+    assert np.mean(likeness) > least_db
+
+
+def test_it_decodes_as_diffusers_pipelines_do(equipped: models.Sdxl) -> None:
+    latent = latent_of(equipped)
+    theirs = AutoencoderTiny.from_pretrained(TINY, local_files_only=True, torch_dtype=torch.float32)
+
+    with torch.inference_mode():
+        decoded = theirs.decode(latent[None] / theirs.config.scaling_factor).sample
+    expected = VaeImageProcessor().postprocess(decoded, "np")
+
+    ours = equipped._decode(equipped._tiny, latent, USUAL)
+    assert np.array_equal(ours, (expected[0] * 255).round().astype(np.uint8))
+
+
+def test_a_reference_is_still_encoded_by_the_vae(equipped: models.Sdxl, calls: Any) -> None:
+    encoded, tiny = calls(equipped._vae.encoder), calls(equipped._tiny.network)
+
+    paint(equipped, image=Image.new("RGB", (128, 64), "green"), strength=0.5, speed="fast")
+
+    assert (len(encoded), len(tiny)) == (1, 1)
+
+
+@pytest.mark.parametrize("rows", [8, 63, 128])
+def test_in_strips_it_decodes_what_it_decodes_whole(rows: int) -> None:
+    torch.manual_seed(0)
+    network = AutoencoderTiny(decoder_block_out_channels=(8,) * 4).eval().decoder
+    latent = torch.randn(1, 4, rows, 6)
+    whole_device, whole_memory = counted()
+    strip_device, strip_memory = counted()
+
+    with whole_device.computing():
+        whole = network(latent)
+    with strip_device.computing():
+        in_strips = tiled_vae.decode_tiny(network, latent, strip_device)
+
+    torch.testing.assert_close(in_strips, whole, atol=1e-5, rtol=0)
+    if rows == 128:
+        assert strip_memory.peak_bytes < whole_memory.peak_bytes / 2
+
+
+def test_a_row_of_pixels_hangs_on_no_row_of_the_latent_that_a_strip_leaves_out() -> None:
+    torch.manual_seed(0)
+    network = AutoencoderTiny(decoder_block_out_channels=(8,) * 4).eval().decoder.double()
+    latent = torch.randn(1, 4, 64, 1, dtype=torch.float64, requires_grad=True)
+
+    network(latent)[:, :, 256:264].sum().backward()
+
+    rows = latent.grad.abs().sum((0, 1, 3)).nonzero().flatten()  # type: ignore[union-attr]
+    reach = tiled_vae._reach(network.layers)
+    assert 32 - reach <= rows.min() <= 32 - reach + 2
+    assert rows.max() <= 32 + reach
+
+
+def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: models.Sdxl) -> None:
+    told: list[Any] = []
+    card = models.load(Settings(sdxl_tiny_vae="pocket", low_vram=True, vram_budget_gb=0.2))
+    there: list[Any] = []
+
+    def look(*_: Any) -> None:
+        parts = card._parts._parts
+        there.append([name for name, part in parts.items() if part.held_bytes])
+
+    card._tiny.network.register_forward_pre_hook(look)
+    (picture,) = paint(card, speed="fast", height=256, planned=told.append)
+
+    assert there == [["tiny"]] * tiled_vae.STRIPS
+    assert told[0]["tiled_decode"]
+    (usual,) = paint(equipped, speed="fast", height=256)
+    assert np.abs(picture.astype(int) - usual).max() <= 1
+
+
+def test_the_ledger_counts_it_and_brings_it_back(equipped: models.Sdxl, sdxl: Any) -> None:
+    model = models.load(Settings(sdxl_tiny_vae="pocket"))
+    parts = model._parts
+    tiny_bytes = sum(each.nbytes for each in model._tiny.network.parameters())
+
+    parts.drop()
+    assert not any(each.numel() for each in model._tiny.network.parameters())
+    parts.load()
+    parts.arrive()
+
+    # The VAE's own is a file of fp16, too, and both are fp32 on a CPU.
+    assert parts.num_bytes == sdxl._parts.num_bytes + tiny_bytes
+    assert np.array_equal(paint(model, speed="fast")[0], paint(equipped, speed="fast")[0])
+
+
+def test_what_a_job_needs_is_remembered_by_what_decodes_it() -> None:
+    budget = 100 / 1024
+    model = models.load(Settings(sdxl_tiny_vae="pocket", vram_budget_gb=budget))
+
+    for preset in ("exact", "fast"):
+        paint(model, speed=preset)
+
+    (row,) = model.home.ledger.report()
+    assert set(row.working_bytes) == {"128x64 x1", "128x64 tiny_vae x1"}
+
+
+# --- that is none, or another's ---
+
+
+def load_tiny(name: Path | str) -> Any:
+    return decoders.read_tiny(
+        Settings(sdxl_tiny_vae=str(name)), Device(CPU, torch.float32), narrow_vae()
+    )
+
+
+def test_a_file_alone_is_of_taesdxls_size(tmp_path: Path) -> None:
+    published = AutoencoderTiny()
+    published.save_pretrained(tmp_path)
+
+    tiny = load_tiny(tmp_path / "diffusion_pytorch_model.safetensors")
+
+    assert tiny.scaling_factor == 1.0
+    latent = torch.randn(1, 4, 4, 4)
+    assert torch.equal(tiny.decode(latent, in_strips=False), published.decode(latent).sample[0])
+
+
+def test_one_for_other_latents_is_one_line(tmp_path: Path) -> None:
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path)
+
+    with pytest.raises(ModelLoadError, match=r"SDXL_TINY_VAE: .*16 channels and 1/8 .* 4"):
+        load_tiny(tmp_path)
+
+
+def test_a_vae_that_is_no_tiny_one_is_one_line(tmp_path: Path) -> None:
+    narrow_vae().save_pretrained(tmp_path)
+
+    with pytest.raises(ModelLoadError, match="an AutoencoderKL, where AutoencoderTiny is wanted"):
+        load_tiny(tmp_path)
+
+
+# --- the VAE in bf16 ---
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_a_vae_that_fp16_is_too_narrow_for_decodes_in_bf16(
+    wide: models.Sdxl, calls: Any, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    given = calls(wide._vae.decoder.conv_out)
+    monkeypatch.setattr(wide, "_tiny", None)
+
+    paint(wide, speed=preset, sped=told.append)
+
+    assert [each.dtype for each in given] == [torch.bfloat16]
+    assert "vae_bf16" in told[0]["levers"]
+
+
+def test_an_exact_job_decodes_in_fp32_before_and_after(wide: models.Sdxl, calls: Any) -> None:
+    weights = [each.data_ptr() for each in wide._vae.parameters()]
+    (before,) = paint(wide)
+    paint(wide, speed="balanced")
+
+    given = calls(wide._vae.decoder.conv_out)
+    (after,) = paint(wide)
+
+    assert [each.dtype for each in given] == [torch.float32]
+    assert np.array_equal(before, after)
+    assert [each.data_ptr() for each in wide._vae.parameters()] == weights
+
+
+def test_its_picture_is_within_a_grey_level_of_the_exact_one(wide: models.Sdxl) -> None:
+    exact = decoders.Vae(wide._vae, wide.device, torch.float32)
+    narrow = decoders.in_bf16(wide._vae, wide.device)
+
+    for seed in (1, 2, 3, 4):
+        latent = latent_of(wide, seed)
+        usual = wide._decode(exact, latent, USUAL)
+        # An error of one grey level, as a root of the mean of squares, is 48.1 dB.
+        assert psnr(usual, wide._decode(narrow, latent, USUAL)) > 48.1
+        assert psnr(usual, wide._decode(narrow, latent, TILED)) > 48.1
+
+
+def test_it_takes_little_more_than_half_the_memory() -> None:
+    network, latent = narrow_vae(), torch.randn(1, 4, 32, 32)
+    peaks = {}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        device, memory = counted()
+        with device.computing():
+            decoders.Vae(network, device, dtype).decode(latent, in_strips=False)
+        peaks[dtype] = memory.peak_bytes
+
+    assert peaks[torch.bfloat16] < 0.6 * peaks[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("kept", "model", "acts"),
+    [
+        ("float32", "float16", True),
+        ("float32", "float32", False),
+        ("float16", "float16", False),
+        ("bfloat16", "bfloat16", False),
+    ],
+)
+def test_it_acts_only_where_the_vae_is_wider_than_the_model(
+    kept: str, model: str, acts: bool
+) -> None:
+    network = narrow_vae().to(getattr(torch, kept))
+
+    chosen = decoders.in_bf16(network, Device(CPU, getattr(torch, model)))
+
+    assert chosen.lever == ("vae_bf16" if acts else None)
+    assert chosen.dtype == (torch.bfloat16 if acts else network.dtype)
+
+
+def test_a_decode_that_fails_leaves_the_weights_as_they_were(wide: models.Sdxl) -> None:
+    narrow, latent = decoders.in_bf16(wide._vae, wide.device), latent_of(wide)
+
+    def no_room(*_: Any) -> None:
+        raise OutOfMemory("no room")
+
+    with wide._vae.decoder.conv_out.register_forward_pre_hook(no_room), pytest.raises(OutOfMemory):
+        wide._decode(narrow, latent, USUAL)
+
+    assert {each.dtype for each in wide._vae.parameters()} == {torch.float32}
+
+
+def test_no_preset_of_exact_lets_anything_else_decode() -> None:
+    assert not (speed.EXACT.vae_bf16 or speed.EXACT.tiny_vae)
+    assert [name for name, levers in speed.SDXL.items() if levers.tiny_vae] == ["fast"]
+    assert [name for name, each in speed.SDXL.items() if each.vae_bf16] == ["balanced", "fast"]

@@ -1,0 +1,139 @@
+"""Blocks that are compiled while eager ones serve: the real compiler, in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ourvidz_serverless.models.speed import regional_compile
+from tests.files import ROOT
+
+#: A compiler and five interpreters, on a machine that others share.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch compiles for a CPU with g++, and there is none"
+)
+
+
+def serve(folder: Path, what: str = "network", **environment: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fakes.compiling", what, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> Any:
+    return serve(folder)
+
+
+@needs_compiler
+def test_eager_serves_until_the_compiled_blocks_are_ready_and_for_every_other_shape(
+    first: Any,
+) -> None:
+    assert first["compiled_calls"] == {
+        "first job": 0,
+        "second job": 0,
+        "once ready": 2,
+        "another shape": 0,
+        "changed by a LoRA": 0,
+    }
+
+
+@needs_compiler
+def test_compiled_blocks_give_what_eager_ones_do_within_rounding(first: Any) -> None:
+    assert first["difference"] < 1e-6
+    assert first["other_difference"] == 0
+
+
+@needs_compiler
+def test_nothing_is_compiled_inside_a_job(first: Any) -> None:
+    # One code for both blocks, which differ in their weights alone; none for the shape that came
+    # once more after it was ready.
+    assert first["graphs"] == first["graphs_before"] == 1
+
+
+@needs_compiler
+def test_the_next_process_finds_what_the_last_one_compiled(first: Any, folder: Path) -> None:
+    assert (first["hits"], first["misses"]) == (0, 1)
+
+    again = serve(folder)
+
+    assert (again["hits"], again["misses"]) == (1, 0)
+    assert again["compiled_calls"] == first["compiled_calls"]
+    (place,) = folder.iterdir()
+    assert "-torch2." in place.name and "-diffusers0." in place.name
+
+
+@needs_compiler
+def test_wans_blocks_are_compiled_and_hold_with_presets_stops_and_moves(tmp_path: Path) -> None:
+    told = serve(tmp_path, "wan")
+
+    whole, shallow = 8 * 3, told["shallow_forwards"]
+    assert told["compiled_calls"] == {
+        "first job": 0,
+        "second job": 0,
+        "once ready": whole,
+        # The second block alone is left out: the first decides, and hints are made before it.
+        "with a preset": whole - shallow,
+        "stopped at the second of four steps": whole // 2,
+        "after all that, its weights read anew": whole,
+    }
+    assert shallow > 0
+    assert told["first_difference"] == told["later_difference"] == 0
+    assert max(told["difference"], told["preset_difference"]) <= 1
+    # One code for the blocks that both networks have, one for those that make hints.
+    assert (told["hits"], told["misses"]) == (0, 2)
+
+
+def test_a_job_computes_while_the_compilers_thread_traces() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    def traced(value: Any) -> Any:
+        began.set()
+        assert ended.wait(60)
+        return value
+
+    def compile_it() -> None:
+        with regional_compile.own_traces():
+            torch.fx.symbolic_trace(traced)
+
+    thread = threading.Thread(target=compile_it)
+    thread.start()
+    try:
+        assert began.wait(60)
+        made = torch.nn.Linear(2, 3)(torch.zeros(1, 2))
+    finally:
+        ended.set()
+        thread.join()
+
+    assert made.shape == (1, 3)
+
+
+def test_a_compiler_that_is_missing_is_a_warning_and_eager_goes_on(tmp_path: Path) -> None:
+    served = serve(tmp_path, CXX="/nowhere/g++")
+
+    assert served["is_broken"]
+    assert set(served["compiled_calls"].values()) == {0}
+    assert served["difference"] == 0
+    (line,) = served["log"]
+    assert line.startswith("COMPILE: eager from now on")

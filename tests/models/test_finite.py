@@ -1,0 +1,86 @@
+"""A latent or a picture that is not finite never becomes bytes: its job fails and says so."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ourvidz_serverless.errors import InternalError
+from ourvidz_serverless.models.finite import checked
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.wan import pipeline as wan_models
+from ourvidz_serverless.settings import Settings
+from tests.fakes.small_jobs import PICTURE, write_lora
+
+VIDEO: dict[str, Any] = {
+    "prompt": "a red circle",
+    "negative_prompt": None,
+    "seed": 1,
+    "width": 32,
+    "height": 32,
+    "num_frames": 5,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+}
+
+
+def fill(parameter: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.fill_(torch.inf)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_value_that_is_not_finite_is_enough(value: float) -> None:
+    values = torch.zeros(3, 4, 4)
+    assert checked(values, "the latent") is values
+    values[1, 2, 3] = value
+
+    with pytest.raises(InternalError) as failed:
+        checked(values, "the latent")
+
+    assert "the latent is not finite" in failed.value.message
+    # The caller takes error texts with these letters for something else.
+    assert not any(letters in failed.value.message for letters in ("inf", "nan"))
+
+
+def test_a_lora_of_weights_without_bound_fails_its_job_and_no_other(
+    sdxl: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "wild.safetensors"
+    write_lora(path, "to_q", "to_v")
+    save_file({name: each * 1e30 for name, each in load_file(path).items()}, path)
+
+    with pytest.raises(InternalError, match="the latent is not finite"):
+        list(sdxl.generate(**PICTURE, loras=[(path, 1.0)]))
+
+    assert len(list(sdxl.generate(**PICTURE))) == 1
+
+
+@pytest.mark.parametrize("in_strips", [False, True])
+def test_a_picture_that_its_vae_cannot_decode_fails_its_job(in_strips: bool) -> None:
+    model = models.load(Settings())
+    model._plans = Plans(Plan(1, tiled_decode=in_strips))
+    # As SDXL's own VAE does in fp16.
+    fill(model._vae.decoder.conv_out.weight)
+
+    with pytest.raises(InternalError, match="the decoded picture is not finite"):
+        list(model.generate(**PICTURE))
+
+
+def test_a_video_whose_latent_is_not_finite_fails_its_job(wan_settings: Settings) -> None:
+    model = wan_models.load(wan_settings)
+    fill(model._networks["t2v"].transformer.proj_out.bias)
+
+    with pytest.raises(InternalError, match="the latent is not finite"):
+        list(model.generate(**VIDEO))
+
+
+def test_a_video_that_its_vae_cannot_decode_fails_its_job(wan_settings: Settings) -> None:
+    model = wan_models.load(wan_settings)
+    fill(model._vae._vae.decoder.conv_out.weight)
+
+    with pytest.raises(InternalError, match="the decoded video is not finite"):
+        list(model.generate(**VIDEO))

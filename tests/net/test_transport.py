@@ -1,0 +1,234 @@
+"""A request that goes out comes to an end, and goes nowhere else."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from ourvidz_serverless.net.retries import Fault, is_transient
+from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Barred, Transport, until
+from tests.servers.broken_proxy import Chaos
+from tests.servers.local_server import Answer as WebAnswer
+from tests.servers.local_server import LocalServer, Request
+
+AGES_S = 3600.0
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n"
+Act = Callable[[socket.socket], None]
+
+
+class Echo(LocalServer):
+    """Answers with what it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Request] = []
+
+    def answer(self, request: Request) -> WebAnswer:
+        with self.changed:
+            self.seen.append(request)
+        return WebAnswer(200, request.body)
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    with Echo() as server:
+        yield server
+
+
+@contextmanager
+def server(act: Act) -> Iterator[str]:
+    """A server that plays `act` to whoever comes, until nobody listens."""
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=play, args=(client,), daemon=True).start()
+
+    def play(client: socket.socket) -> None:
+        with suppress(OSError), client:
+            client.recv(65536)
+            act(client)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def forever(head: bytes, piece: bytes, pause_s: float = 0.0) -> Act:
+    def act(client: socket.socket) -> None:
+        client.sendall(head)
+        while True:
+            client.sendall(piece)
+            pause.wait(pause_s)
+
+    pause = threading.Event()
+    return act
+
+
+def get(url: str, within_s: float = AGES_S) -> Answer:
+    return Transport().send("GET", url, within_s=within_s)
+
+
+def test_an_answer_comes_back_whole(echo: Echo) -> None:
+    answer = Transport().send("POST", echo.url, data=b"\x00words", within_s=AGES_S)
+
+    assert (answer.status, answer.body) == (200, b"\x00words")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        forever(b"", b"H", 0.05),
+        forever(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.05),
+        forever(HEAD, b"x", 0.05),
+        forever(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", 0.05),
+    ],
+    ids=["status", "head", "body", "chunks"],
+)
+def test_a_drip_is_cut_by_the_clock_wherever_it_is(act: Act) -> None:
+    with server(act) as url, pytest.raises(Fault, match="no answer") as fault:
+        get(url, within_s=0.4)
+
+    assert is_transient(fault.value)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        forever(HEAD, b"x" * 65536),
+        forever(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65536),
+        forever(b"HTTP/1.1 200 OK\r\n", b"X: " + b"x" * 1000 + b"\r\n"),
+    ],
+    ids=["length", "no length", "headers"],
+)
+def test_an_answer_without_end_is_read_up_to_a_limit(act: Act) -> None:
+    with server(act) as url, pytest.raises(Fault, match="no answer"):
+        get(url)
+
+
+def test_an_answer_of_the_very_limit_is_taken(echo: Echo) -> None:
+    answer = Transport().send("POST", echo.url, data=b"x" * MAX_BYTES, within_s=AGES_S)
+
+    assert len(answer.body) == MAX_BYTES
+
+
+def test_a_request_ends_when_its_job_has_no_time_left() -> None:
+    asked, left_s = threading.Event(), [AGES_S]
+
+    def silence(client: socket.socket) -> None:
+        asked.set()
+        client.recv(1)
+
+    def stop_once_asked() -> None:
+        asked.wait()
+        left_s[0] = 0.0
+
+    threading.Thread(target=stop_once_asked, daemon=True).start()
+    with server(silence) as url, until(lambda: left_s[0]), pytest.raises(Fault):
+        get(url)
+
+
+def test_without_time_nobody_is_asked(echo: Echo) -> None:
+    with until(lambda: 0.0), pytest.raises(Fault):
+        get(echo.url)
+
+    assert echo.seen == []
+
+
+def test_the_next_request_is_not_cut_for_the_one_before(echo: Echo) -> None:
+    transport = Transport()
+
+    for _ in range(20):
+        assert transport.send("GET", echo.url, within_s=AGES_S).status == 200
+
+
+def test_a_connection_is_used_again(echo: Echo) -> None:
+    transport = Transport()
+    for _ in range(5):
+        transport.send("GET", echo.url, within_s=AGES_S)
+
+    assert len({each.client for each in echo.seen}) == 1
+
+
+def test_a_cookie_is_not_kept(echo: Echo) -> None:
+    transport = Transport()
+    echo.script([WebAnswer(200, b"", {"Set-Cookie": "a=b; Path=/"})])
+
+    for _ in range(2):
+        transport.send("GET", echo.url, within_s=AGES_S)
+
+    assert echo.seen[-1].headers["Cookie"] is None
+
+
+def test_many_at_once_leave_no_line_in_the_log(
+    echo: Echo, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = Transport()
+
+    with ThreadPoolExecutor(32) as threads:
+        for _ in threads.map(lambda _: transport.send("GET", echo.url, within_s=AGES_S), range(96)):
+            pass
+
+    assert caplog.text == ""
+
+
+def test_a_redirect_is_an_answer_and_is_not_followed(echo: Echo) -> None:
+    with Echo() as elsewhere:
+        echo.script([(307, {"Location": elsewhere.url})])
+
+        with pytest.raises(Fault, match="HTTP 307"):
+            get(echo.url)
+
+        assert elsewhere.seen == []
+
+
+def test_a_proxy_in_the_environment_is_not_heard_of(
+    echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Chaos("http://127.0.0.1:9", ["reset"]) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+
+        assert get(echo.url).status == 200
+        assert proxy.tries == 0
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "2130706433", "127.1"])
+def test_no_connection_is_made_to_an_address_that_the_gate_keeps_away_from(
+    echo: Echo, name: str
+) -> None:
+    asked: list[str] = []
+    gated = Transport(gate=lambda address: asked.append(str(address)) is not None)
+
+    with pytest.raises(Barred) as fault:
+        gated.send("GET", echo.url.replace("127.0.0.1", name), within_s=AGES_S)
+
+    assert not is_transient(fault.value)
+    assert set(asked) <= {"127.0.0.1", "::1"}
+    assert asked and not echo.seen
+
+
+def test_an_open_gate_changes_nothing(echo: Echo) -> None:
+    assert Transport(gate=lambda address: True).send("GET", echo.url, within_s=AGES_S).status == 200
+
+
+def test_a_name_that_nobody_knows_is_a_fault() -> None:
+    with pytest.raises(Fault, match="no answer"):
+        get("http://nowhere.invalid/")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "nothing", "http://", "http://[", "ftp://127.0.0.1/", "http://a b/"]
+)
+def test_a_url_that_is_none_is_a_fault(url: str) -> None:
+    with pytest.raises(Fault):
+        get(url)

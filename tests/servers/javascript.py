@@ -1,0 +1,68 @@
+"""JavaScript's side: the client in real Deno and Node, and edge functions as Deno runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.worker_process import WorkerProcess
+
+DENO = Path(sys.executable).parent / "deno"
+CALLER = ROOT / "tests/clients/caller.js"
+EXAMPLES = ROOT / "clients/typescript/examples"
+RUNTIMES = ("deno", "node")
+
+#: What the worker signs with, and the edge function verifies by.
+SECRET = "whsec_YSBzZWNyZXQgb2Ygb3VyIG93bg=="
+
+#: Nothing is fetched from anywhere: the client has no dependencies.
+DENO_ENV = {"DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+
+
+def call(runtime: str, action: str, **given: Any) -> dict[str, Any]:
+    """What an action of `caller.js` comes to: `{"value": ...}` or `{"error": ...}`."""
+    done = subprocess.run(
+        [*_command(runtime), str(CALLER), action, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        env=deno_environment(),
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+def deno_environment(**env: str) -> dict[str, str]:
+    return {**os.environ, **DENO_ENV, **env}
+
+
+def _command(runtime: str) -> list[str]:
+    if runtime == "deno":
+        return [str(DENO), "run", "--no-prompt", "--allow-net=127.0.0.1", f"--allow-read={ROOT}"]
+    node = shutil.which("node")
+    if node is None and "CI" not in os.environ:
+        pytest.skip("node is not on this machine")
+    assert node, "node is needed on CI"
+    return [node]
+
+
+def edge_function(name: str, **env: str) -> WorkerProcess:
+    """One of the client's examples, served by Deno; its log has `Listening on` and the URL."""
+    args = ["--no-prompt", "--allow-net=127.0.0.1", "--allow-env", f"--allow-read={ROOT}"]
+    script = [*args, str(EXAMPLES / f"{name}.ts")]
+    env = {**DENO_ENV, "PORT": "0", **env}
+    return WorkerProcess(None, "run", program=str(DENO), args=script, env=env)
+
+
+def url_of(process: WorkerProcess) -> str:
+    """Where an edge function listens."""
+    log = process.wait_for_log("Listening on")
+    return log.split("Listening on ", 1)[1].split()[0].rstrip("/")

@@ -1,0 +1,1181 @@
+"""The HTTP face: the application's chat calls, any job by its id, and what a load balancer asks."""
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from ourvidz_serverless import errors, jobs
+from ourvidz_serverless.jobs import admin
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.payloads import Identity
+from ourvidz_serverless.serving.http import app as http
+from ourvidz_serverless.serving.http import connections, openapi, request_checks
+from ourvidz_serverless.serving.http.job_store import Ticket
+from ourvidz_serverless.settings import Settings
+from tests.fakes.devices import Card
+from tests.fakes.fake_chat import Endless, Parrot
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.local_worker import QUICK, Bench, chat_payload, sdxl_payload
+from tests.fakes.tiny_chat import tiny_folder
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.handler import HANDLER
+from tests.servers.http_service import ServedFace, events
+from tests.servers.local_server import free_port
+from tests.servers.supabase import CallbackReceiver
+from tests.servers.worker_process import WorkerProcess
+
+#: What the application's chat function sends.
+CALL = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is rain?"},
+    ],
+    "model": "qwen_instruct",
+    "max_tokens": 64,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "sfw_mode": False,
+    "content_tier": "sfw",
+    "conversation_id": "c-1",
+}
+
+#: The specification's older shape of the same.
+OLD_CALL = {
+    "prompt": "What is rain?",
+    "config": {"system_prompt": "Be brief.", "job_type": "chat_conversation", "quality": "high"},
+    "metadata": {"unrestricted_mode": False, "nsfw_optimization": True},
+}
+
+
+@pytest.fixture
+def parrot() -> Parrot:
+    return Parrot("Water ", "that ", "falls.")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, parrot: Parrot) -> Bench:
+    """A worker for pictures and replies."""
+    made = Bench(tmp_path, settings=Settings(families=("sdxl", "chat")), models={"chat": parrot})
+    made.models["sdxl"] = made.painter
+    return made
+
+
+@pytest.fixture
+def face(bench: Bench) -> Iterator[ServedFace]:
+    with ServedFace(bench.settings, bench.worker) as served:
+        yield served
+
+
+def knock(face: ServedFace) -> socket.socket:
+    """A connection, for what no client would do."""
+    host, port = face.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+
+
+def raw_post(path: str, body: Any) -> bytes:
+    """A request as it goes over the wire."""
+    data = json.dumps(body).encode()
+    return raw_head(path, len(data)) + data
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Look again and again until a condition holds."""
+    ends = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < ends
+        threading.Event().wait(0.01)
+
+
+def raw_head(path: str, length: int, *lines: str) -> bytes:
+    """The head of a request whose body is JSON."""
+    kind = "Content-Type: application/json"
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", kind, f"Content-Length: {length}", *lines]
+    return "\r\n".join([*head, "", ""]).encode()
+
+
+# --- the application's chat calls ---
+
+
+@pytest.mark.parametrize("call", [CALL, OLD_CALL], ids=["messages", "prompt"])
+@pytest.mark.parametrize("path", ["/chat", "/chat/unrestricted"])
+def test_chat_answers_with_success_and_response(
+    face: ServedFace, parrot: Parrot, path: str, call: dict[str, Any]
+) -> None:
+    answer = face.post(path, call)
+
+    assert answer.status_code == 200
+    assert answer.json()["success"] is True
+    assert answer.json()["response"] == "Water that falls."
+    assert parrot.calls[0]["messages"] == [("system", "Be brief."), ("user", "What is rain?")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [CALL, {"prompt": "rain", "config": {"job_type": "video_fast"}}],
+    ids=["messages", "wan"],
+)
+def test_enhance_answers_with_success_and_enhanced_prompt(
+    face: ServedFace, call: dict[str, Any]
+) -> None:
+    answer = face.post("/enhance", call)
+
+    assert answer.status_code == 200
+    assert answer.json()["success"] is True
+    assert answer.json()["enhanced_prompt"] == "Water that falls."
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "unrestricted"),
+    [
+        ("/chat", {}, False),
+        ("/chat", {"config": {"job_type": "chat_unrestricted"}}, True),
+        ("/chat", {"type": "sdxl_image_fast"}, False),
+        ("/chat/unrestricted", {"type": "chat_conversation"}, True),
+    ],
+)
+def test_the_route_decides_the_type(
+    face: ServedFace, path: str, changes: dict[str, Any], unrestricted: bool
+) -> None:
+    answer = face.post(path, {**CALL, **changes})
+
+    assert answer.json()["metadata"]["unrestricted_mode"] is unrestricted
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"messages": []}, 400, "messages: Field required"),
+        ({**CALL, "temperature": 9}, 400, "temperature: "),
+        ([], 400, "body: Input should be an object"),
+        (None, 400, "body: Input should be JSON"),
+    ],
+)
+def test_a_refusal_is_a_status_and_a_text(
+    face: ServedFace, body: Any, status: int, says: str
+) -> None:
+    answer = face.post("/chat", body)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is False
+    assert answer.json()["error"].startswith(says)
+
+
+@pytest.mark.parametrize("raw", [b"{", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_is_refused(face: ServedFace, raw: bytes) -> None:
+    answer = face.post("/chat", data=raw, headers={"Content-Type": "application/json"})
+
+    assert (answer.status_code, answer.json()["success"]) == (400, False)
+
+
+def test_only_a_refusal_on_content_says_content_policy(face: ServedFace) -> None:
+    call = {**CALL, "messages": [{"role": "user", "content": "explicit story, she is 15"}]}
+
+    answer = face.post("/chat/unrestricted", call)
+
+    assert answer.status_code == 403
+    assert "content policy" in answer.json()["error"]
+
+
+def test_every_error_code_has_its_status() -> None:
+    codes = {error.code for error in errors.JobError.__subclasses__()}
+
+    assert set(http.STATUS_OF) == codes
+    assert all(status >= 400 for status in http.STATUS_OF.values())
+
+
+def test_a_family_that_is_not_served_is_unavailable(tmp_path: Path) -> None:
+    pictures = Bench(tmp_path)
+    with ServedFace(pictures.settings, pictures.worker) as face:
+        answer = face.post("/chat", CALL)
+
+    assert answer.status_code == 503
+    assert answer.json()["code"] == "WORKER_UNAVAILABLE"
+    assert answer.json()["retryable"] is True
+
+
+def test_a_chat_call_posts_no_callback_and_a_job_does(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    from ourvidz_serverless.delivery.callback import Callback
+
+    callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+    chatty = Bench(tmp_path, models={"chat": Parrot("Rain.")}, callback=callback)
+    with ServedFace(chatty.settings, chatty.worker) as face:
+        face.post("/chat", CALL)
+        face.post("/jobs?wait=150", {"input": chat_payload(id="told")})
+
+    assert [each.document["job_id"] for each in receiver.received] == ["told"]
+
+
+# --- streams ---
+
+
+def test_a_streamed_reply_is_deltas_and_then_the_answer(face: ServedFace) -> None:
+    answer = face.post("/chat", {**CALL, "stream": True})
+
+    *deltas, (name, last) = events(answer)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert "".join(json.loads(data)["delta"] for _, data in deltas) == "Water that falls."
+    assert (name, json.loads(last)["response"]) == ("done", "Water that falls.")
+
+
+def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: Path) -> None:
+    silent = Bench(tmp_path, models={"chat": Parrot()})
+    with ServedFace(silent.settings, silent.worker) as face:
+        answer = face.post("/chat", {**CALL, "stream": True})
+
+    ((name, last),) = events(answer)
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert (name, json.loads(last)["response"]) == ("done", "")
+
+
+@pytest.mark.parametrize("asked", ["true", "yes", 1])
+def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
+    face: ServedFace, asked: object
+) -> None:
+    call = {**CALL, "stream": asked}
+
+    answers = [face.post("/chat", call), face.post("/jobs", {"input": chat_payload(stream=asked)})]
+
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert {answer.json()["error"] for answer in answers} == {
+        "stream: Input should be a valid boolean"
+    }
+
+
+def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
+    answer = face.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("max_tokens: ")
+
+
+@pytest.fixture
+def endless() -> Endless:
+    return Endless()
+
+
+def serve_endless(path: Path, endless: Endless, **settings: Any) -> ServedFace:
+    chatty = Bench(
+        path, settings=Settings(families=("chat",), **settings), models={"chat": endless}
+    )
+    return ServedFace(chatty.settings, chatty.worker)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_caller_who_hangs_up_stops_the_reply(
+    tmp_path: Path, endless: Endless, stream: bool
+) -> None:
+    with serve_endless(tmp_path, endless) as face:
+        with knock(face) as caller:
+            caller.sendall(raw_post("/chat", {**CALL, "stream": stream}))
+            assert endless.speaks.wait(PATIENCE_S)
+
+        assert endless.stopped.wait(PATIENCE_S)
+
+
+def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
+    tmp_path: Path, endless: Endless
+) -> None:
+    with serve_endless(tmp_path, endless, http_reply_timeout_s=2.3) as face:
+        answer = face.post("/chat", CALL)
+
+    assert (answer.status_code, answer.json()["code"]) == (504, "TIMEOUT_ERROR")
+    # On a slow machine its time is over before it begins.
+    assert endless.stopped.is_set() or not endless.speaks.is_set()
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ({"max_tokens": 512}, 43),
+        ({"max_tokens": 513}, 88),
+        ({"max_tokens": 513.0}, 88),
+        ({"max_tokens": None, "config": {"max_tokens": 513}}, 88),
+        ({"max_tokens": None}, 43),
+    ],
+)
+def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
+    job = jobs.parse({"input": chat_payload(**asked)}, Settings())
+
+    assert http._reply_timeout_s(Settings(), job) == seconds
+
+
+# --- any job ---
+
+
+def test_a_job_is_taken_at_once_and_told_by_its_id(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    taken = face.post("/jobs", {"input": sdxl_payload(id="picture")})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    running = face.get("/job/picture?user_id=user-1").json()
+    bench.painter.go_on.set()
+    face.get("/job/picture/events?user_id=user-1")
+
+    ended = face.get("/job/picture?user_id=user-1").json()
+
+    assert (taken.status_code, taken.json()["job_id"]) == (202, "picture")
+    assert running["status"] == "processing"
+    assert (ended["success"], ended["status"]) == (True, "completed")
+    assert ended["assets"][0]["url"] == "user-1/picture/0.png"
+
+
+def test_a_job_can_be_waited_for(face: ServedFace) -> None:
+    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
+
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "completed"
+
+
+def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
+    face: ServedFace, bench: Bench
+) -> None:
+    bench.painter.fails = [errors.UploadError("storage is full")]
+
+    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
+    told = face.get("/job/job-1?user_id=user-1")
+
+    assert (answer.status_code, told.status_code) == (502, 200)
+    assert answer.json() == told.json()
+    assert (told.json()["status"], told.json()["error"]) == ("failed", "storage is full")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"input": sdxl_payload(config={"num_images": 2})}, "config.num_images: "),
+        ({"input": sdxl_payload(), "s3Config": {"bucketName": "b"}}, "s3Config.bucketName: "),
+        ({}, "input: Input should be an object"),
+    ],
+)
+def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
+    face: ServedFace, body: Any, says: str
+) -> None:
+    answer = face.post("/jobs", body)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(says)
+    assert face.get("/job/job-1?user_id=user-1").status_code == 404
+
+
+def test_progress_and_end_are_events(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    stream = face.get("/job/job-1/events?user_id=user-1", stream=True)
+    bench.painter.go_on.set()
+
+    *progress, (name, last) = events(stream)
+
+    steps = [json.loads(data)["step"] for _, data in progress]
+    assert {name for name, _ in progress} == {"progress"}
+    assert steps == sorted(steps) and steps[-1] == 10
+    assert (name, json.loads(last)["status"]) == ("done", "completed")
+
+
+def test_who_comes_later_is_told_where_the_job_stands() -> None:
+    async def first_event() -> str:
+        ticket = Ticket("job-1")
+        ticket.note(progress={"step": 3})
+        return await anext(http._events(ticket))
+
+    assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
+
+
+def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+
+    answer = face.post("/job/job-1/cancel?user_id=user-1")
+
+    assert answer.status_code == 202
+    (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
+
+
+def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        again = face.post("/jobs", {"input": sdxl_payload()})
+        assert again.json()["status"] == "processing"
+
+        face.post("/job/job-1/cancel?user_id=user-1")
+
+        (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
+        assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
+    assert (len(small.painter.calls), small.stored()) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("other", "user", "headers"),
+    [
+        ({"user_id": "user-2"}, "user-2", {}),
+        ({"api_key": "another"}, "user-1", {"X-API-Key": "another"}),
+    ],
+)
+def test_another_callers_job_of_the_same_id_is_another_job(
+    tmp_path: Path, other: dict[str, str], user: str, headers: dict[str, str]
+) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        answer = face.post("/jobs", {"input": sdxl_payload(**other)})
+        small.painter.go_on.set()
+        stream = face.get(f"/job/job-1/events?user_id={user}", headers=headers)
+
+    assert answer.json()["status"] == "queued"
+    assert events(stream)[-1][0] == "done"
+    assert len(small.painter.calls) == 2
+
+
+def test_a_job_is_seen_and_stopped_by_its_own_user_alone(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+
+    for query in ("", "?user_id=", "?user_id=user-2", "?user_id=anonymous"):
+        assert face.get(f"/job/job-1{query}").status_code == 404
+        assert face.get(f"/job/job-1/events{query}").status_code == 404
+        assert face.post(f"/job/job-1/cancel{query}").status_code == 404
+    bench.painter.go_on.set()
+
+    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    assert name == "done"
+
+
+def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
+    face: ServedFace, bench: Bench
+) -> None:
+    bench.painter.hold()
+    face.post("/jobs", {"input": sdxl_payload()})
+    assert bench.painter.at_step.wait(PATIENCE_S)
+    face.post("/jobs", {"input": sdxl_payload(user_id="user-2", prompt="")})
+
+    seen = face.get("/job/job-1?user_id=user-1").json()
+    face.post("/job/job-1/cancel?user_id=user-1")
+    bench.painter.go_on.set()
+
+    (*_, (_, mine)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    (*_, (_, others)) = events(face.get("/job/job-1/events?user_id=user-2"))
+    assert seen["status"] == "processing"
+    assert (json.loads(mine)["code"], json.loads(others)["status"]) == ("CANCELLED", "completed")
+
+
+def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedFace) -> None:
+    locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
+
+    answers = [
+        locked.get("/job/job-1?user_id=user-1", headers=bearer(key))
+        for key in ("new-key", "old-key")
+    ]
+
+    assert [answer.status_code for answer in answers] == [200, 404]
+
+
+def anonymous(**changes: Any) -> dict[str, Any]:
+    """A conversation of nobody in particular, with an id that others use too."""
+    payload = chat_payload(id="hello", **changes)
+    del payload["user_id"]
+    return payload
+
+
+class HeldParrot(Parrot):
+    """A parrot that says nothing until `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__("Water.")
+        self.is_asked, self.go_on = threading.Event(), threading.Event()
+
+    def generate(self, **call: Any) -> Any:
+        speech = super().generate(**call)
+        self.is_asked.set()
+        assert self.go_on.wait(PATIENCE_S)
+        return speech
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Iterator[tuple[ServedFace, HeldParrot]]:
+    """A face whose one thread for chats answers one until `go_on`; two more may wait."""
+    settings, parrot = Settings(families=("chat",), concurrency=1, http_backlog=2), HeldParrot()
+    small = Bench(tmp_path, settings=settings, models={"chat": parrot})
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": chat_payload(id="speaks")})
+        assert parrot.is_asked.wait(PATIENCE_S)
+        yield face, parrot
+        parrot.go_on.set()
+
+
+@pytest.mark.parametrize("named", [{}, {"user_id": "anonymous"}])
+def test_a_job_without_a_user_is_known_by_the_workers_own_id(
+    single: tuple[ServedFace, HeldParrot], named: dict[str, str]
+) -> None:
+    face, parrot = single
+    payload = {**anonymous(), **named}
+
+    taken = [face.post("/jobs", {"input": payload}).json()["job_id"] for _ in range(2)]
+    parrot.go_on.set()
+    ended = [events(face.get(f"/job/{name}/events"))[-1] for name in taken]
+
+    assert len({*taken, "hello"}) == 3
+    assert [json.loads(data)["job_id"] for _, data in ended] == ["hello", "hello"]
+    assert face.get("/job/hello").status_code == 404
+
+
+def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
+    tmp_path: Path, endless: Endless
+) -> None:
+    with serve_endless(tmp_path, endless, concurrency=2) as face, knock(face) as first:
+        first.sendall(raw_post("/chat", anonymous(stream=True)))
+        assert endless.speaks.wait(PATIENCE_S)
+        with face.post("/chat", anonymous(stream=True), stream=True) as second:
+            next(second.iter_lines())
+        assert endless.stopped.wait(PATIENCE_S)
+
+        endless.speaks.clear()
+        assert endless.speaks.wait(PATIENCE_S), "the first reply was stopped too"
+
+
+def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: Bench) -> None:
+    bench.painter.hold()
+    with knock(face) as caller:
+        caller.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
+        assert bench.painter.at_step.wait(PATIENCE_S)
+
+    assert face.get("/job/job-1?user_id=user-1").json()["status"] == "processing"
+    bench.painter.go_on.set()
+    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    assert name == "done"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/job/nobody", 404),
+        ("POST", "/job/nobody/cancel", 404),
+        ("GET", "/nowhere", 404),
+        ("GET", "/chat", 405),
+        ("POST", "/jobs?wait=x", 400),
+        ("POST", "/jobs?wait=301", 400),
+    ],
+)
+def test_whatever_fails_fails_in_the_same_form(
+    face: ServedFace, method: str, path: str, status: int
+) -> None:
+    answer = requests.request(method, face.url + path, json={}, timeout=PATIENCE_S)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is False
+    assert isinstance(answer.json()["error"], str)
+
+
+# --- what the worker says of itself ---
+
+#: The keys that the specification shows for each.
+SAID = {
+    "/status": ["worker_type", "model", "batch_support", "quality_tiers"],
+    "/worker/info": ["families", "job_types"],
+    "/enhancement/info": ["worker_type", "models_available", "capabilities", "model_info"],
+    "/memory/status": ["model_loaded", "memory_usage", "device", "compilation_status"],
+    "/memory/report": ["pressure_level", "available_vram", "worker_status", "recommendations"],
+    "/debug/env": ["wan_generate_path", "model_paths"],
+}
+
+
+@pytest.mark.parametrize("path", SAID)
+def test_the_specifications_routes_answer_with_its_keys(face: ServedFace, path: str) -> None:
+    answer = face.get(path)
+
+    assert (answer.status_code, answer.json()["success"]) == (200, True)
+    assert set(SAID[path]) <= set(answer.json())
+
+
+def test_every_operation_with_a_route_is_the_administrators() -> None:
+    asked = {*http.OPERATION_OF.values(), *http.EMERGENCIES}
+
+    assert asked | {"health", "job_status"} == set(admin.ANSWERS)
+
+
+def test_a_full_row_does_not_keep_an_administrator_out(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=0))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        answer = face.post("/emergency/operation", {"operation": "pressure_check"})
+        small.painter.go_on.set()
+
+    assert answer.json()["pressure_level"] == "low"
+
+
+def test_another_operation_is_refused_by_its_name(face: ServedFace) -> None:
+    answer = face.post("/emergency/operation", {"operation": "health"})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("operation: Input should be one of force_unload")
+
+
+def test_what_cannot_be_moved_is_a_conflict_with_its_reason(face: ServedFace) -> None:
+    answer = face.post("/memory/unload", {"target_worker": "chat_worker"})
+
+    assert (answer.status_code, answer.json()["success"]) == (409, False)
+    assert answer.json()["error"] == "there is nothing to move"
+
+
+# --- the key ---
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[ServedFace]:
+    settings = Settings(families=("sdxl", "chat"), worker_api_key="new-key,old-key")
+    made = Bench(tmp_path, settings=settings, models={"chat": Parrot("Rain.")})
+    made.models["sdxl"] = made.painter
+    with ServedFace(settings, made.worker) as served:
+        yield served
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "changes", "status"),
+    [
+        ({}, {}, 401),
+        (bearer("wrong"), {}, 401),
+        ({"Authorization": "Basic new-key"}, {}, 401),
+        (bearer("new-key"), {}, 200),
+        (bearer("old-key"), {"api_key": None}, 200),
+        # A gateway's own key in the usual header, the worker's beside it.
+        ({**bearer("of-the-gateway"), "X-API-Key": "new-key"}, {}, 200),
+        (bearer("of-the-gateway"), {"api_key": "new-key"}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/chat", "/jobs?wait=150"])
+def test_a_key_is_asked_for_where_the_worker_has_one(
+    locked: ServedFace, path: str, headers: dict[str, str], changes: dict[str, Any], status: int
+) -> None:
+    call = chat_payload(**changes)
+
+    answer = locked.post(path, {"input": call} if "jobs" in path else call, headers=headers)
+
+    assert answer.status_code == status
+    assert answer.json()["success"] is (status == 200)
+
+
+def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedFace) -> None:
+    answer = locked.post("/chat", CALL)
+
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json()["code"] == "UNAUTHORIZED"
+
+
+@pytest.mark.parametrize("path", ["/ping", "/health"])
+def test_health_is_answered_without_a_key(locked: ServedFace, path: str) -> None:
+    assert locked.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", SAID)
+def test_an_administrators_questions_need_the_key(locked: ServedFace, path: str) -> None:
+    assert locked.get(path).status_code == 401
+    assert locked.get(path, headers=bearer("new-key")).status_code == 200
+
+
+def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedFace) -> None:
+    locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
+
+    for headers, status in ((bearer("wrong"), 401), (bearer("new-key"), 200)):
+        assert locked.get("/job/job-1?user_id=user-1", headers=headers).status_code == status
+        assert locked.get("/job/job-1/events?user_id=user-1", headers=headers).status_code == status
+    assert locked.post("/job/job-1/cancel?user_id=user-1").status_code == 401
+
+
+# --- limits ---
+
+
+def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
+    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=1))
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        taken = [face.post("/jobs", {"input": sdxl_payload(id=name)}) for name in ("a", "b", "c")]
+        small.painter.go_on.set()
+        face.get("/job/b/events?user_id=user-1")
+        again = face.post("/jobs?wait=150", {"input": sdxl_payload(id="c")})
+
+    assert [answer.status_code for answer in taken] == [202, 202, 429]
+    assert taken[2].headers["Retry-After"] == "2"
+    assert taken[2].json()["code"] == "RATE_LIMITED"
+    assert again.status_code == 200
+
+
+def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
+    single: tuple[ServedFace, HeldParrot],
+) -> None:
+    face, parrot = single
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(knock(face)).sendall(raw_post("/chat", CALL))
+        wait_until(lambda: face.face.docket.counts["queued"] == 2)
+        full = face.post("/jobs", {"input": chat_payload(id="next")})
+    wait_until(lambda: face.face.docket.counts["queued"] == 0)
+
+    taken = face.post("/jobs", {"input": chat_payload(id="next")})
+
+    assert (full.status_code, taken.status_code) == (429, 202)
+    assert len(parrot.calls) == 1, "only the chat that was answered all the while"
+
+
+def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
+    tmp_path: Path, receiver: CallbackReceiver
+) -> None:
+    from ourvidz_serverless.delivery.callback import Callback
+
+    callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+    small = Bench(tmp_path, settings=Settings(concurrency=1), callback=callback)
+    small.painter.hold()
+    with ServedFace(small.settings, small.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert small.painter.at_step.wait(PATIENCE_S)
+        face.post("/jobs", {"input": sdxl_payload(id="waits")})
+
+        face.post("/job/waits/cancel?user_id=user-1")
+
+        (*_, (_, last)) = events(face.get("/job/waits/events?user_id=user-1"))
+        told = [each.document["job_id"] for each in receiver.received]
+        small.painter.go_on.set()
+    assert (json.loads(last)["code"], told) == ("CANCELLED", ["waits"])
+
+
+class StuckLedger(Ledger):
+    """A ledger whose device does not answer until it is `freed`."""
+
+    def __init__(self) -> None:
+        super().__init__(Card(10))
+        self.asked, self.freed = threading.Semaphore(0), threading.Event()
+
+    def report(self) -> list[Any]:
+        self.asked.release()
+        assert self.freed.wait(PATIENCE_S)
+        return super().report()
+
+
+def test_administrators_who_wait_do_not_delay_other_requests(
+    tmp_path: Path, parrot: Parrot
+) -> None:
+    ledger = StuckLedger()
+    chatty = Bench(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    )
+    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+        for _ in range(2 * http.ADMINISTRATORS):
+            asks = stack.enter_context(knock(face))
+            asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(http.ADMINISTRATORS):
+            assert ledger.asked.acquire(timeout=PATIENCE_S)
+
+        answer = face.post("/chat", CALL)
+        ledger.freed.set()
+
+    assert answer.json()["response"] == "Water that falls."
+
+
+def test_administrators_requests_beyond_the_limit_are_refused(
+    tmp_path: Path, parrot: Parrot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "ADMINISTRATORS", 1)
+    ledger = StuckLedger()
+    chatty = Bench(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    )
+    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+        for _ in range(2):
+            asks = stack.enter_context(knock(face))
+            asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: face.face.administration.is_full)
+
+        answer = face.get("/status")
+        ledger.freed.set()
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+
+
+def test_the_last_jobs_are_remembered_and_no_more(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.KEPT", 2)
+
+    for name in ("a", "b", "c", "d"):
+        face.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
+
+    assert [face.get(f"/job/{name}?user_id=user-1").status_code for name in "abcd"] == [
+        404,
+        200,
+        200,
+        200,
+    ]
+
+
+def test_a_body_beyond_the_limit_is_refused(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_checks, "MAX_BODY_BYTES", 1000)
+
+    answer = face.post("/chat", {**CALL, "prompt": "x" * 1000})
+
+    assert (answer.status_code, answer.json()["success"]) == (413, False)
+
+
+def test_a_body_that_does_not_arrive_is_given_up(
+    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+
+    with knock(face) as slow:
+        slow.sendall(raw_head("/chat", 10) + b"{")
+        answer = slow.recv(1000)
+
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_who_hangs_up_while_sending_is_no_bug(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ServedFace(bench.settings, bench.worker) as face, knock(face) as client:
+        client.sendall(raw_head("/jobs", 10, "Expect: 100-continue"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 100")
+        client.sendall(b"{")
+
+    assert "met a bug" not in caplog.text
+
+
+# --- loading, ready, leaving ---
+
+
+HEAD = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
+def test_a_head_without_end_is_cut(face: ServedFace, piece: bytes) -> None:
+    with knock(face) as client:
+        client.sendall(HEAD)
+
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):
+                client.sendall(piece)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /ping HT", HEAD])
+def test_a_head_that_does_not_arrive_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, face: ServedFace, said: bytes
+) -> None:
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
+
+    with knock(face) as client:
+        client.sendall(said)
+
+        assert client.recv(65536) == b""
+
+
+def test_a_head_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, face: ServedFace) -> None:
+    with knock(face) as client:
+        client.sendall(HEAD + b"\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        # The clock of the next head begins with its first byte.
+        monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
+
+        with pytest.raises(ConnectionError):
+            while True:
+                client.sendall(b"G")
+                threading.Event().wait(0.02)
+
+
+def test_a_job_may_take_longer_than_a_head(
+    monkeypatch: pytest.MonkeyPatch, face: ServedFace, bench: Bench
+) -> None:
+    # As good as for ever for a head to arrive in, and over before the job ends.
+    monkeypatch.setattr(connections, "KEEP_ALIVE_S", 2)
+    bench.painter.hold()
+
+    with knock(face) as client:
+        client.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
+        threading.Event().wait(2.5)
+        bench.painter.go_on.set()
+
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> None:
+    with ServedFace(Settings()) as face:
+        ping, health = face.get("/ping"), face.get("/health")
+        call = face.post("/chat", CALL)
+
+    assert ping.status_code == 204
+    assert (health.status_code, health.json()["model_loaded"]) == (503, False)
+    assert (call.status_code, call.headers["Retry-After"]) == (503, "5")
+    assert call.json()["code"] == "WORKER_UNAVAILABLE"
+
+
+def test_a_face_that_is_ready_says_so(face: ServedFace) -> None:
+    health = face.get("/health").json()
+
+    assert (face.get("/ping").status_code, health["status"]) == (200, "healthy")
+    assert health["families"] == ["sdxl", "chat"]
+    assert {"model_loaded", "device", "jobs"} <= set(health)
+
+
+def test_who_leaves_finishes_what_runs(bench: Bench) -> None:
+    bench.painter.hold()
+    with ServedFace(bench.settings, bench.worker) as face:
+        answers: list[requests.Response] = []
+        payload = {"input": sdxl_payload()}
+        caller = threading.Thread(
+            target=lambda: answers.append(face.post("/jobs?wait=150", payload))
+        )
+        caller.start()
+        assert bench.painter.at_step.wait(PATIENCE_S)
+        face.stop()
+        bench.painter.go_on.set()
+        caller.join()
+
+    assert answers[0].json()["status"] == "completed"
+
+
+def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(bench: Bench) -> None:
+    bench.painter.hold()
+    with ServedFace(bench.settings, bench.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert bench.painter.at_step.wait(PATIENCE_S)
+        face.stop()
+        # Longer than the server goes on by itself.
+        threading.Event().wait(0.5)
+
+        ping, health = face.get("/ping"), face.get("/health")
+        job = face.get("/job/job-1?user_id=user-1")
+        bench.painter.go_on.set()
+
+    assert (ping.status_code, health.status_code) == (503, 503)
+    assert health.json()["status"] == "shutting_down"
+    assert job.json()["status"] == "processing"
+
+
+def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> None:
+    impatient = Bench(tmp_path, settings=Settings(shutdown_grace_s=0.1))
+    impatient.painter.hold()
+    with ServedFace(impatient.settings, impatient.worker) as face:
+        face.post("/jobs", {"input": sdxl_payload()})
+        assert impatient.painter.at_step.wait(PATIENCE_S)
+
+    ended = face.face.docket.find(Identity.of("user-1", None, "job-1"))
+    assert ended and ended.document and ended.document.failure
+    assert ended.document.failure.code == "WORKER_UNAVAILABLE"
+
+
+# --- what machines are told ---
+
+
+def test_every_route_is_described_with_its_body_and_its_failures(face: ServedFace) -> None:
+    paths = face.get("/openapi.json").json()["paths"]
+
+    routes = {route.path for route in http.router.routes}
+    assert set(paths) == routes
+    assert set(openapi.BODIES) <= routes
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            assert "5XX" in operation["responses"]
+            has_body = "requestBody" in operation
+            assert has_body is (method == "post" and not path.endswith("/cancel"))
+
+
+def schemathesis(face: ServedFace, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Ask for whatever OpenAPI promises, and for what it rules out."""
+    return subprocess.run(
+        [
+            Path(sys.executable).parent / "schemathesis",
+            *("run", f"{face.url}/openapi.json", "--max-examples=10", "--workers=1"),
+            *("--phases=examples,coverage,fuzzing", "--seed=1", "--generation-deterministic"),
+            *("--request-timeout=20", "--no-color", "--suppress-health-check=all", *options),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+@pytest.fixture
+def asked_all(tmp_path: Path, parrot: Parrot) -> Iterator[ServedFace]:
+    """A face whose worker has models to report of and to move."""
+    settings = Settings(families=("sdxl", "chat"))
+    models = {"sdxl": Painter(), "chat": parrot}
+    made = Bench(tmp_path, settings=settings, models=models, ledger=Ledger(Card(10)))
+    with ServedFace(settings, made.worker) as served:
+        yield served
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--exclude-path=/jobs"],
+        # A payload's own rules stand in the contract, by job type.
+        ["--include-path=/jobs", "--exclude-checks=positive_data_acceptance"],
+    ],
+    ids=["all-but-jobs", "jobs"],
+)
+def test_schemathesis_finds_no_difference_between_openapi_and_the_worker(
+    asked_all: ServedFace, tmp_path: Path, options: list[str]
+) -> None:
+    run = schemathesis(asked_all, tmp_path, *options)
+
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+def test_openapi_names_both_headers_for_the_key(face: ServedFace, locked: ServedFace) -> None:
+    open_to_all, with_key = (each.get("/openapi.json").json() for each in (face, locked))
+
+    schemes = with_key["components"]["securitySchemes"]
+    assert {"type": "apiKey", "in": "header", "name": "X-API-Key"} in schemes.values()
+    assert with_key["paths"]["/chat"]["post"]["security"] == [{"bearer": []}, {"key": []}]
+    assert {} in open_to_all["paths"]["/chat"]["post"]["security"]
+    assert "security" not in with_key["paths"]["/ping"]["get"]
+
+
+@pytest.mark.parametrize("path", ["/ping", "/health"])
+def test_a_health_check_may_ask_by_head(face: ServedFace, path: str) -> None:
+    head = face.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+
+
+# --- the process ---
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    env = {
+        "FAMILIES": "chat",
+        "CHAT_INSTRUCT_MODEL": tiny_folder(tmp_path_factory.mktemp("chat")),
+        "STORAGE_URL": f"file:{tmp_path_factory.mktemp('outputs')}",
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "PORT_HEALTH": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    args = ["ourvidz_serverless.serving.http.app"]
+    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as running:
+        running.wait_for_log("ready")
+        yield running
+
+
+def ports(process: WorkerProcess) -> list[str]:
+    return [f"http://127.0.0.1:{port}" for port in re.findall(r"port (\d+)", process.log)]
+
+
+def test_a_real_model_answers_the_applications_call(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+
+    answer = requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S)
+
+    assert answer.json()["success"] is True
+    assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+def test_a_real_models_memory_is_moved_and_told(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+
+    unloaded = requests.post(
+        f"{url}/memory/unload", json={"force": False}, timeout=PATIENCE_S
+    ).json()
+    loaded = requests.post(f"{url}/memory/load", json={"force": False}, timeout=PATIENCE_S).json()
+    status = requests.get(f"{url}/memory/status", timeout=PATIENCE_S).json()
+
+    assert set(unloaded["models"].values()) <= {"host", "disk", "device"}
+    assert loaded["success"] is True
+    assert status["model_loaded"] is True
+
+
+def test_the_balancer_may_ask_on_a_port_of_its_own(process: WorkerProcess) -> None:
+    assert [
+        requests.get(f"{url}/ping", timeout=PATIENCE_S).status_code for url in ports(process)
+    ] == [
+        200,
+        200,
+    ]
+
+
+def test_many_callers_are_answered_at_once(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(
+            requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S).json()["success"]
+        )
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert answers == [True] * 20
+
+
+def test_a_hang_up_reaches_the_model_and_no_word_is_logged(process: WorkerProcess) -> None:
+    url, _ = ports(process)
+    messages = [{"role": "user", "content": "an unmistakable zebra"}]
+    long = {"messages": messages, "max_tokens": 2048, "temperature": 0}
+    with requests.post(
+        f"{url}/chat", json={**long, "stream": True}, stream=True, timeout=PATIENCE_S
+    ) as got:
+        next(got.iter_lines())
+
+    log = process.wait_for_log("CANCELLED")
+
+    assert "zebra" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_sigterm_ends_the_process_with_code_0(tmp_path: Path) -> None:
+    env = {"SERVE": "http", "STORAGE_URL": f"file:{tmp_path}", "PORT": "0", "HOST": "127.0.0.1"}
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as running:
+        running.wait_for_log("ready")
+        url = ports(running)[0]
+        answer = requests.post(
+            f"{url}/jobs?wait=150", json={"input": sdxl_payload()}, timeout=PATIENCE_S
+        )
+        running.terminate()
+
+        assert answer.json()["status"] == "completed"
+        assert running.wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_failed_start_ends_with_one_clear_line() -> None:
+    env = {"SDXL_MODEL": "/no/such/model", "PORT": "0", "HOST": "127.0.0.1"}
+    with WorkerProcess(
+        None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless.serving.http.app"]
+    ) as failing:
+        assert failing.wait() == 1
+
+    assert failing.log.strip().splitlines()[-1].startswith("cannot start: SDXL_MODEL: ")
+    assert "Traceback" not in failing.log

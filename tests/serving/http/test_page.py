@@ -1,0 +1,623 @@
+"""The page at `/`: who gets it, what it shows of the storage, its own logic, and a real browser."""
+
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, Route
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.serving.http import app as http
+from ourvidz_serverless.serving.http import page
+from ourvidz_serverless.settings import Settings
+from tests.fakes.fake_chat import Endless, Parrot
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.fake_wan import Film
+from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.http_service import ServedFace
+from tests.servers.javascript import DENO, deno_environment
+
+KEY = {"Authorization": "Bearer a-key"}
+
+
+class Reel(Film):
+    """A film of nine grey frames."""
+
+    def generate(self, **call: Any) -> Iterator[Any]:
+        yield np.full((9, call["height"], call["width"], 3), 128, dtype=np.uint8)
+
+
+@pytest.fixture
+def parrot() -> Parrot:
+    return Parrot("Water ", "that ", "falls.")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, parrot: Parrot) -> Bench:
+    return make_bench(tmp_path, parrot)
+
+
+def make_bench(folder: Path, chat: Any, **settings: Any) -> Bench:
+    """A worker for everything, whose storage the page can see."""
+    config = Settings(
+        families=("sdxl", "chat", "wan"),
+        host="127.0.0.1",
+        storage_url=f"file:{folder / 'stored'}",
+        **settings,
+    )
+    painter = Painter()
+    models = {"sdxl": painter, "chat": chat, "wan": Reel()}
+    return Bench(folder / "stored", settings=config, painter=painter, models=models)
+
+
+@pytest.fixture
+def face(bench: Bench) -> Iterator[ServedFace]:
+    with ServedFace(bench.settings, bench.worker) as served:
+        yield served
+
+
+# --- who gets it ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, False),
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "::"}, False),
+        ({"host": "worker.internal"}, False),
+        ({"host": "127.0.0.1"}, True),
+        ({"host": "::1"}, True),
+        ({"host": "localhost"}, True),
+        ({"host": "0.0.0.0", "page": True}, True),
+        ({"host": "127.0.0.1", "page": False}, False),
+    ],
+)
+def test_the_page_is_there_for_who_sits_at_the_machine_or_where_it_is_asked_for(
+    settings: dict[str, Any], wanted: bool
+) -> None:
+    assert page.is_wanted(Settings(**settings)) is wanted
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
+def test_where_it_is_not_wanted_nothing_of_it_is_there(bench: Bench, path: str) -> None:
+    bench.run()
+    hidden = bench.settings.model_copy(update={"page": False})
+    with ServedFace(hidden, bench.worker) as face:
+        assert face.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in page.PARTS)])
+def test_a_browser_is_told_to_ask_nobody_else(face: ServedFace, path: str) -> None:
+    answer = face.get(path)
+
+    assert answer.status_code == 200
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert not re.search(r"https?:|\*|unsafe", policy)
+
+
+def test_the_page_names_no_host_and_has_all_its_parts() -> None:
+    files = {path.name: path.read_text() for path in page.FOLDER.iterdir()}
+
+    assert set(files) == {"index.html", *page.PARTS}
+    assert not re.findall(r"https?://|url\(|//[a-z]+\.[a-z]", "".join(files.values()))
+    assert set(re.findall(r'(?:src|href)="page/([^"]+)"', files["index.html"])) <= set(page.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 403)],
+)
+def test_a_name_that_was_made_to_lead_here_opens_nothing(
+    face: ServedFace, bench: Bench, host: str, status: int
+) -> None:
+    url = bench.run().assets[0].url
+
+    for path in ("/", f"/assets/{url}"):
+        assert face.get(path, headers={"Host": host}).status_code == status
+
+
+def test_the_page_is_no_part_of_the_api(face: ServedFace) -> None:
+    paths = face.get("/openapi.json").json()["paths"]
+
+    assert set(paths) == {route.path for route in http.router.routes}  # type: ignore[attr-defined]
+
+
+# --- what it shows of the storage ---
+
+
+def ask(face: ServedFace, path: str) -> requests.Response:
+    """A request whose path goes out as it is written."""
+    request = requests.Request("GET", face.url).prepare()
+    request.url = face.url + path
+    with requests.Session() as session:
+        return session.send(request, timeout=PATIENCE_S)
+
+
+def test_an_asset_is_shown_as_what_it_is(face: ServedFace, bench: Bench) -> None:
+    document = bench.run()
+
+    answer = face.get(f"/assets/{document.assets[0].url}")
+
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png")
+    assert answer.content == (bench.root / document.assets[0].url).read_bytes()
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
+def test_head_answers_as_get_does_without_a_body(face: ServedFace, bench: Bench, path: str) -> None:
+    bench.run()
+
+    whole, head = face.get(path), face.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    kept = ("Content-Length", "Content-Type", "Content-Security-Policy")
+    assert [head.headers[name] for name in kept] == [whole.headers[name] for name in kept]
+
+
+ELSEWHERE = [
+    "/assets/../secret.png",
+    "/assets/%2e%2e/secret.png",
+    "/assets/user-1/..%2f..%2f..%2fsecret.png",
+    "/assets//etc/passwd",
+    "/assets/%2fetc%2fpasswd.png",
+    "/assets/link.png",
+    "/assets/folder/secret.png",
+    "/assets/user-1",
+    "/assets/",
+    "/assets/nothing.png",
+    "/assets/%00.png",
+    f"/assets/{'x' * 5000}.png",
+    "/assets/user-1/job-1/callback.completed.json",
+    "/page/..%2fenhancement.txt",
+    "/page/index.html",
+]
+
+
+def test_nothing_else_on_the_machine_is_shown(face: ServedFace, bench: Bench) -> None:
+    bench.run()
+    (bench.root.parent / "secret.png").write_text("secret")
+    (bench.root / "link.png").symlink_to(bench.root.parent / "secret.png")
+    (bench.root / "folder").symlink_to(bench.root.parent)
+    (bench.root / "user-1/job-1/callback.completed.json").write_text("secret")
+
+    answers = {path: ask(face, path) for path in ELSEWHERE}
+
+    assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(
+        ELSEWHERE, 404
+    )
+    assert not [path for path, answer in answers.items() if "secret" in answer.text]
+
+
+@given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "stored"])).map("/".join))
+def test_no_key_leads_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
+    root = tmp_path_factory.getbasetemp() / "outer" / "stored"
+    (root / "a").mkdir(parents=True, exist_ok=True)
+    (root.parent / "a").write_text("outside")
+
+    found = DirectoryStorage(root).find(key)
+
+    assert found is None
+
+
+def test_assets_ask_for_the_key_as_all_else_does(tmp_path: Path) -> None:
+    locked = make_bench(tmp_path, Parrot(), worker_api_key="a-key")
+    key = locked.run(sdxl_payload(api_key="a-key")).assets[0].url
+    with ServedFace(locked.settings, locked.worker) as face:
+        without, wrong, right = (
+            face.get(f"/assets/{key}", headers=headers).status_code
+            for headers in ({}, {"Authorization": "Bearer wrong"}, KEY)
+        )
+        page_itself = face.get("/").status_code
+
+    assert (without, wrong, right, page_itself) == (401, 401, 200, 200)
+
+
+def test_what_lies_in_a_bucket_is_not_shown(bench: Bench) -> None:
+    bench.run()
+    elsewhere = bench.settings.model_copy(
+        update={
+            "storage_url": "supabase://workspace-temp",
+            "supabase_url": "http://127.0.0.1:1",
+            "supabase_service_key": Settings(supabase_service_key="key").supabase_service_key,
+        }
+    )
+    with ServedFace(elsewhere, bench.worker) as face:
+        assert face.get("/assets/user-1/job-1/0.png").status_code == 404
+
+
+# --- its logic, without a browser ---
+
+
+def logic(action: str, **given: Any) -> Any:
+    """What an action of `pagejob.js` comes to."""
+    script = ROOT / "tests/serving/http/pagejob.js"
+    done = subprocess.run(
+        [DENO, "run", "--no-prompt", f"--allow-read={ROOT}", script, action, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        env=deno_environment(),
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_page_knows_the_family_of_every_job_type() -> None:
+    assert logic("families", types=list(jobs.FAMILY_OF)) == jobs.FAMILY_OF
+    assert set(logic("fields")) == set(jobs.FAMILIES)
+
+
+def filled(field: dict[str, Any]) -> Any:
+    """Something that a person might enter."""
+    if "choices" in field:
+        return field["choices"][-1]
+    if field.get("number"):
+        return {"temperature": 0.5, "config.width": 64, "config.height": 64}.get(field["at"], 12)
+    return True if field.get("check") else "sdxl"
+
+
+def parsed(payload: dict[str, Any]) -> dict[str, Any]:
+    job = jobs.parse({"id": "rp-1", "input": payload}, Settings())
+    return dict(json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str)))
+
+
+def test_every_field_of_every_form_is_one_that_the_job_reads() -> None:
+    fields = logic("fields")
+    forms, whole = [], []
+    for name, family in jobs.FAMILY_OF.items():
+        values = {field["at"]: filled(field) for field in fields[family]}
+        # Without these a job is refused, which is as good a proof.
+        needed = {"prompt", "words", "config.width", "config.height", "config.operation"}
+        for without in set(values) - needed:
+            forms.append({"type": name, "values": {**values, without: ""}})
+        whole.append({"type": name, "values": values})
+    complete = {each["type"]: each for each in logic("payloads", forms=whole)}
+
+    for payload in logic("payloads", forms=forms):
+        assert parsed(payload) != parsed(complete[payload["type"]]), payload
+
+
+def test_an_empty_form_is_a_payload_of_the_workers_own_defaults() -> None:
+    form = {"type": "sdxl_image_fast", "values": {"prompt": "", "config.seed": ""}}
+
+    (payload,) = logic("payloads", forms=[form])
+
+    assert payload == {"type": "sdxl_image_fast", "user_id": "page"}
+
+
+def test_a_conversation_is_sent_with_what_was_said_before() -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    form = {
+        "type": "chat_conversation",
+        "values": {"system": "Be brief.", "words": "And now?"},
+        "turns": said,
+    }
+
+    (payload,) = logic("payloads", forms=[form])
+
+    system, words = {"role": "system", "content": "Be brief."}, {"role": "user"}
+    assert payload["messages"] == [system, *said, {**words, "content": "And now?"}]
+
+
+def test_events_are_read_wherever_the_network_cuts_them() -> None:
+    text = ': still here\n\nevent: progress\ndata: {"step": 1}\n\ndata: {"delta": "Wätér 💧"}\n\n'
+
+    read = logic("events", text=text)
+
+    whole = [
+        {"event": "progress", "data": {"step": 1}},
+        {"event": "message", "data": {"delta": "Wätér 💧"}},
+    ]
+    assert len(read) == len(text.encode()) + 1
+    assert all(each == whole for each in read)
+
+
+def test_progress_and_ends_are_told_in_words() -> None:
+    progress = [
+        {"stage": "generate", "step": 3, "steps": 12},
+        {"stage": "generate", "step": 6, "steps": 12, "remaining_s": 7.2},
+    ]
+    documents = [
+        {"status": "completed", "metadata": {"processing_time": 3.26}},
+        {"status": "failed", "code": "OOM_ERROR", "error": "no room"},
+    ]
+
+    assert logic("tell", progress=progress) == [
+        {"words": "generate 3 of 12", "share": 0.25},
+        {"words": "generate 6 of 12, 8 s left", "share": 0.5},
+    ]
+    assert logic("ending", documents=documents) == ["completed in 3.3 s", "OOM_ERROR: no room"]
+
+
+def test_only_what_the_worker_stores_itself_is_asked_for() -> None:
+    assets = [
+        {"type": "image", "url": "user 1/job#1/0.png"},
+        {"type": "image", "url": "https://bucket.example/0.png"},
+        {"type": "text", "url": "data:text/plain,Rain"},
+    ]
+
+    assert logic("addresses", assets=assets) == ["assets/user%201/job%231/0.png", None, None]
+
+
+def test_long_data_in_a_document_is_told_by_its_length() -> None:
+    text = logic("pretty", document={"url": "data:text/plain," + "x" * 1000, "response": "y" * 500})
+
+    assert "… (1016 characters)" in text
+    assert "y" * 500 in text
+
+
+@pytest.mark.parametrize("check", [["fmt", "--check"], ["lint", "--rules-exclude=no-window"]])
+def test_the_page_is_formatted_and_linted(check: list[str]) -> None:
+    options = ["--line-width=100"] if check[0] == "fmt" else []
+    files = [page.FOLDER / name for name in page.PARTS if name.endswith(".js")]
+    done = subprocess.run([DENO, *check, *options, *files], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
+# --- a real browser ---
+
+
+Visit = Callable[[ServedFace], Page]
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Visit]:
+    """Opens the page of a face; at the end it has complained of nothing, and asked nobody else."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(1000 * PATIENCE_S)
+    complaints: list[str] = []
+    asked: set[str] = set()
+    faces: list[str] = []
+
+    def open_page(face: ServedFace) -> Page:
+        tab = context.new_page()
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("console", lambda line: complaints.append(line.text))
+        tab.on("request", lambda request: asked.add(request.url))
+        faces.append(face.url)
+        tab.goto(face.url)
+        return tab
+
+    yield open_page
+    context.close()
+    # That a request was refused is the browser's to say; the page says it in words of its own.
+    assert not [each for each in complaints if "Failed to load resource" not in each]
+    local = (*faces, "data:", "blob:")
+    assert not [url for url in asked if not url.startswith(local)]
+
+
+def choose(tab: Page, kind: str, **fields: str) -> None:
+    tab.wait_for_selector("#send:enabled")
+    tab.select_option("#type", kind)
+    for name, value in fields.items():
+        tab.fill(f"[name='{name}'], [name='config.{name}']", value)
+
+
+def run(tab: Page) -> None:
+    tab.click("#send")
+
+
+def wait_for_state(tab: Page, words: str) -> None:
+    tab.wait_for_selector(f"#state:has-text('{words}')")
+
+
+def said(tab: Page) -> Any:
+    return json.loads(tab.inner_text("#document"))
+
+
+#: The middle pixel of the first picture or video, as the browser shows it.
+MIDDLE = """() => {
+  const seen = document.querySelector("figure img, figure video");
+  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
+  canvas.getContext("2d").drawImage(seen, 0, 0, 1, 1);
+  return [...canvas.getContext("2d").getImageData(0, 0, 1, 1).data];
+}"""
+
+
+def test_a_picture_is_asked_for_watched_and_seen(
+    visit: Visit, face: ServedFace, bench: Bench
+) -> None:
+    bench.painter.hold()
+    tab = visit(face)
+    choose(tab, "sdxl_image_fast", prompt="a grey square", seed="77", num_inference_steps="10")
+    tab.select_option("[name='config.resolution']", "512x512")
+    tab.select_option("[name='config.num_images']", "3")
+    run(tab)
+    wait_for_state(tab, "generate 0 of 10")
+    bench.painter.go_on.set()
+    wait_for_state(tab, "completed in")
+    tab.wait_for_selector("figure:nth-of-type(3) img")
+
+    assert tab.evaluate(MIDDLE) == [77, 77, 77, 255]
+    assert tab.inner_text("figure:nth-of-type(1) figcaption") == "512 × 512 · seed 77 · 10 steps"
+    document = said(tab)
+    assert document["status"] == "completed"
+    assert [asset["metadata"]["seed"] for asset in document["assets"]] == [77, 78, 79]
+    (fragment,) = bench.painter.calls[0]["prompt"]
+    assert fragment.text == "a grey square"
+
+
+def test_a_video_plays(visit: Visit, face: ServedFace) -> None:
+    tab = visit(face)
+    choose(tab, "video_fast", width="64", height="64", frames="9", fps="8")
+    run(tab)
+    tab.wait_for_selector("figure video")
+    tab.wait_for_function("() => document.querySelector('video').currentTime > 0")
+
+    assert tab.evaluate(MIDDLE)[:3] == pytest.approx([128] * 3, abs=3)
+    assert "9 frames at 8 a second" in tab.inner_text("figcaption")
+
+
+def test_a_reply_grows_and_the_conversation_goes_on(
+    visit: Visit, face: ServedFace, parrot: Parrot
+) -> None:
+    tab = visit(face)
+    choose(tab, "chat_conversation", words="What is rain?")
+    run(tab)
+    wait_for_state(tab, "completed in")
+    first, left = tab.inner_text(".talk"), tab.input_value("[name='words']")
+    parrot.pieces = ["Frozen."]
+    tab.fill("[name='words']", "And snow?")
+    run(tab)
+    tab.wait_for_selector(".talk:has-text('Frozen.')")
+
+    assert (first.split("\n\n"), left) == (["What is rain?", "Water that falls."], "")
+    assert said(tab)["response"] == "Frozen."
+    assert parrot.calls[1]["messages"] == [
+        ("user", "What is rain?"),
+        ("assistant", "Water that falls."),
+        ("user", "And snow?"),
+    ]
+
+
+def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
+    endless = Endless()
+    chatty = make_bench(tmp_path, endless)
+    with ServedFace(chatty.settings, chatty.worker) as face:
+        tab = visit(face)
+        choose(tab, "chat_conversation")
+        run(tab)
+        tab.wait_for_selector(".growing:has-text('word word')")
+        tab.click("#stop")
+        wait_for_state(tab, "CANCELLED")
+
+        assert endless.stopped.wait(PATIENCE_S)
+        tab.wait_for_selector("#send:enabled")
+
+
+def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, face: ServedFace) -> None:
+    tab = visit(face)
+    shown: list[bool] = []
+
+    def look(route: Route) -> None:
+        shown.append(tab.is_visible("#stop"))
+        route.continue_()
+
+    tab.route("**/jobs", look)
+    choose(tab, "chat_conversation")
+    run(tab)
+    wait_for_state(tab, "completed in")
+
+    assert shown == [False]
+
+
+def test_words_typed_during_a_reply_are_kept(
+    visit: Visit, face: ServedFace, parrot: Parrot
+) -> None:
+    tab, go_on = visit(face), threading.Event()
+
+    def pieces() -> Iterator[str]:
+        yield "Water "
+        assert go_on.wait(PATIENCE_S)
+        yield "falls."
+
+    parrot.pieces = pieces()
+    choose(tab, "chat_conversation", words="What is rain?")
+    run(tab)
+    tab.wait_for_selector(".growing:has-text('Water')")
+    tab.fill("[name='words']", "And snow?")
+    go_on.set()
+    wait_for_state(tab, "completed in")
+
+    assert tab.input_value("[name='words']") == "And snow?"
+    said_by = [turn["role"] for turn in json.loads(tab.input_value("#payload"))["messages"]]
+    assert said_by == ["user", "assistant", "user"]
+
+
+def test_a_payload_written_by_hand_is_what_is_sent(
+    visit: Visit, face: ServedFace, bench: Bench
+) -> None:
+    tab = visit(face)
+    tab.wait_for_selector("#send:enabled")
+    tab.click("summary")
+    tab.fill("#payload", json.dumps(sdxl_payload(id="by-hand", config={"seed": 9})))
+    run(tab)
+    wait_for_state(tab, "completed in")
+
+    assert said(tab)["job_id"] == "by-hand"
+    assert bench.painter.calls[0]["seeds"] == [9]
+
+
+REFUSED = chat_payload(
+    type="chat_unrestricted", messages=[{"role": "user", "content": "explicit story, she is 15"}]
+)
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        ("{", "The payload is not JSON"),
+        (json.dumps(sdxl_payload(config={"num_images": 2})), "config.num_images: Input should be"),
+        (json.dumps(REFUSED), "content policy"),
+    ],
+)
+def test_a_refusal_is_said_in_the_workers_words(
+    visit: Visit, face: ServedFace, payload: str, says: str
+) -> None:
+    tab = visit(face)
+    tab.wait_for_selector("#send:enabled")
+    tab.click("summary")
+    tab.fill("#payload", payload)
+    run(tab)
+
+    tab.wait_for_selector(f"#refused:has-text('{says}'), #state.wrong:has-text('{says}')")
+    tab.wait_for_selector("#send:enabled")
+
+
+def test_a_key_is_asked_for_kept_in_memory_and_brought_everywhere(
+    visit: Visit, tmp_path: Path
+) -> None:
+    locked = make_bench(tmp_path, Parrot("Rain."), worker_api_key="a-key")
+    with ServedFace(locked.settings, locked.worker) as face:
+        tab = visit(face)
+        tab.wait_for_selector("#door:visible")
+        for key in ("wrong", "a-key"):
+            tab.fill("#key", key)
+            tab.click("#door button")
+            words = "does not know this key" if key == "wrong" else "serves"
+            tab.wait_for_selector(f"#worker:has-text('{words}')")
+        choose(tab, "sdxl_image_fast", seed="7")
+        tab.select_option("[name='config.resolution']", "512x512")
+        run(tab)
+        tab.wait_for_selector("figure img")
+        kept = tab.evaluate("() => [{...localStorage}, {...sessionStorage}, document.cookie]")
+        tab.reload()
+        tab.wait_for_selector("#door:visible")
+
+    assert kept == [{}, {}, ""]
+    assert "a-key" not in tab.url
+
+
+def test_who_comes_while_models_are_loaded_is_let_in_later(
+    visit: Visit, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ServedFace(bench.settings) as face:
+        tab = visit(face)
+        tab.wait_for_selector("#worker:has-text('being loaded')")
+        face.face.open(bench.worker)
+        tab.wait_for_selector("#worker:has-text('serves sdxl, chat, wan')")
+
+        assert tab.locator("#type option").count() == len(jobs.FAMILY_OF)
+
+
+def test_on_a_narrow_screen_nothing_runs_off_its_edge(visit: Visit, face: ServedFace) -> None:
+    tab = visit(face)
+    tab.set_viewport_size({"width": 360, "height": 700})
+    choose(tab, "sdxl_image_fast")
+
+    assert tab.evaluate("() => document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,280 @@
+"""Whatever comes in, a valid document goes out: never an exception, nothing that is not JSON.
+
+Payloads are the kept ones, one of each type, with anything at all put into any place of them.
+"""
+
+import asyncio
+import copy
+import json
+import re
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ourvidz_serverless.context import Stop
+from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.serving import runpod_queue
+from ourvidz_serverless.settings import Settings
+from tests import files
+from tests.fakes.fake_chat import Parrot
+from tests.fakes.fake_sdxl import Painter
+from tests.fakes.fake_wan import Film
+from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.files import SPECIFICATION
+
+PAYLOADS = [json.loads(path.read_text()) for path in sorted(files.PAYLOADS.glob("*.json"))]
+
+#: A refusal tells a field and why, not the payload.
+LONGEST_MESSAGE = 600
+
+OWN_NAMES = r"num_inference_steps|'(?:enhancement_)?info'"
+
+
+def nested(depth: int, kind: type = list) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = {"a": value} if kind is dict else [value]
+    return value
+
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        1e308,
+        5e-324,
+        -0.0,
+        10**400,
+        -(2**63),
+        2**64,
+        "",
+        " ",
+        "\ud800",
+        "\udfff\ud800",
+        "\x00",
+        "\u202e\u0000\ufffe",
+        "a" * 5000,
+        "١٢x٣",
+        "1024x1024\n",
+        "../../etc/passwd",
+        "http://[",
+        "https://a\\@b",
+        "{}",
+        "[" * 500,
+        [],
+        {},
+        {"": {"": []}},
+        nested(60),
+        nested(60, dict),
+        [None] * 200,
+        {str(i): i for i in range(200)},
+        {"type": "json_schema", "json_schema": {"schema": nested(60, dict)}},
+        [{"role": "user", "content": "hi"}],
+        [{"role": "system", "content": "\ud800"}],
+    ]
+)
+JSON = st.recursive(
+    ODD | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+
+
+def places(payload: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a payload, as the way to it."""
+    if path:
+        yield path
+    if isinstance(payload, dict):
+        for name, value in payload.items():
+            yield from places(value, (*path, name))
+    if isinstance(payload, list):
+        for index, value in enumerate(payload):
+            yield from places(value, (*path, index))
+
+
+MORE_FIELDS = """
+api_key callback_url user_id id job_id type job_type stop stream seed model response_format
+messages truncate loras scheduler output_format image quality sfw_mode compel_weights
+"""
+FIELDS = sorted(
+    {path[-1] for payload in PAYLOADS for path in places(payload) if isinstance(path[-1], str)}
+    | set(MORE_FIELDS.split())
+)
+
+
+@st.composite
+def payloads(draw: st.DrawFn) -> dict[str, Any]:
+    """A kept payload with a few of its places replaced, and a few fields put where they may be."""
+    payload = copy.deepcopy(draw(st.sampled_from(PAYLOADS)))
+    for path in draw(st.lists(st.sampled_from(list(places(payload))), max_size=3)):
+        _put(payload, path, draw(JSON))
+    for field, value in draw(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)).items():
+        home = draw(st.sampled_from(["", "config", "metadata"]))
+        where = payload if not home else payload.get(home)
+        if isinstance(where, dict):
+            where[field] = value
+    return payload
+
+
+def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
+    *way, last = path
+    for name in way:
+        try:
+            payload = payload[name]
+        except (KeyError, IndexError, TypeError):
+            return  # replaced by an earlier one
+    if isinstance(payload, dict) or (isinstance(payload, list) and last in range(len(payload))):
+        payload[last] = value
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A worker for everything, which reaches no host but one that there is not."""
+    return Bench(
+        tmp_path_factory.mktemp("any"),
+        settings=Settings(reference_hosts=("nowhere.invalid",)),
+        models={"sdxl": Painter(), "chat": Parrot("A reply ", "of words."), "wan": Film()},
+    )
+
+
+def run(bench: Bench, event: Any) -> Document:
+    document = bench.worker.run(event, Stop(), lambda progress: None)
+    assert_valid(document)
+    return document
+
+
+def assert_valid(document: Document) -> None:
+    body = json.dumps(document.result(), allow_nan=False, ensure_ascii=False).encode()
+    json.dumps(document.callback(), allow_nan=False, ensure_ascii=False).encode()
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", document.job_id)
+    assert document.status in ("completed", "failed")
+    assert (document.failure is None) == (document.status == "completed")
+    if document.failure:
+        assert document.assets == ()
+        assert document.failure.code in SPECIFICATION["error_codes"]
+        assert document.failure.code != "INTERNAL_ERROR"
+        assert len(document.failure.message) <= LONGEST_MESSAGE
+        # The letters that the caller looks for; names of fields and operations are its own.
+        words = re.sub(OWN_NAMES, "", document.failure.message)
+        assert not re.search(r"inf|nan|Traceback|/home|\.py", words)
+        assert len(body) < 10 * LONGEST_MESSAGE
+
+
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(payloads())
+def test_any_payload_ends_in_a_valid_document(bench: Bench, payload: dict[str, Any]) -> None:
+    run(bench, {"id": "rp-1", "input": payload})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(["id", "input", "s3Config", "webhook"]), JSON))
+def test_any_event_ends_in_a_valid_document(bench: Bench, event: dict[str, Any]) -> None:
+    assert run(bench, event).status == "failed"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["sdxl", "chat"]),
+    st.sampled_from(["", "config", "metadata"]),
+    st.sampled_from(FIELDS),
+    JSON,
+)
+def test_any_value_in_any_field_of_a_small_valid_job(
+    bench: Bench, family: str, home: str, field: str, value: Any
+) -> None:
+    payload = sdxl_payload() if family == "sdxl" else chat_payload()
+    if home:
+        payload[home] = {**payload.get(home, {}), field: value}
+    else:
+        payload[field] = value
+
+    run(bench, {"id": "rp-1", "input": payload})
+
+
+# --- monsters: raw JSON, as it comes off the wire ---
+
+MEGABYTE = "x" * 1_000_000
+MONSTERS = {
+    "deep lists": "[" * 900 + "]" * 900,
+    "deep objects": '{"a":' * 900 + "1" + "}" * 900,
+    "a deep schema": '{"type": "json_schema", "json_schema": {"schema": '
+    + '{"not":' * 900
+    + "{}"
+    + "}" * 902,
+    "config in config": '{"config":' * 900 + "{}" + "}" * 900,
+    "a schema with a strange key": '{"type": "json_schema", "json_schema": {"schema": '
+    r'{"\ud800": {}}}}',
+    "a huge number": "1" * 4000,
+    "a huge exponent": "1e999",
+    "NaN": "NaN",
+    "a lone surrogate": r'"\ud83d"',
+    "a megabyte of text": json.dumps(MEGABYTE),
+    "a megabyte of emoji": json.dumps("\U0001f600" * 250_000),
+    "a megabyte of brackets": json.dumps("(" * 1_000_000),
+    "a megabyte of marks": json.dumps("e" + "\u0301" * 500_000),
+    "a megabyte of spelled letters": json.dumps("a b c " * 170_000),
+    "a megabyte of references": json.dumps("&amp;" * 200_000),
+    "a hundred thousand items": json.dumps(list(range(100_000))),
+    "a hundred thousand keys": json.dumps({str(i): None for i in range(100_000)}),
+    "keys of all kinds": r'{"\ud800": 1, "": 2, "constructor": 3, "__proto__": 4}',
+}
+PLACES = {
+    "sdxl": ["input", "id", "type", "user_id", "prompt", "config", "metadata", "api_key"],
+    "chat": ["messages", "prompt", "stop", "response_format", "model", "seed", "config"],
+}
+
+
+def with_monster(family: str, place: str, monster: str) -> dict[str, Any]:
+    payload = sdxl_payload() if family == "sdxl" else chat_payload()
+    text = json.dumps({"id": "rp-1", "input": payload | {place: "MONSTER"}})
+    if place == "input":
+        text = '{"id": "rp-1", "input": "MONSTER"}'
+    event: dict[str, Any] = json.loads(text.replace('"MONSTER"', monster))
+    return event
+
+
+@pytest.mark.parametrize("monster", MONSTERS)
+@pytest.mark.parametrize(("family", "place"), [(f, p) for f, ps in PLACES.items() for p in ps])
+def test_a_monster_in_any_place_ends_in_a_valid_document(
+    bench: Bench, family: str, place: str, monster: str
+) -> None:
+    run(bench, with_monster(family, place, MONSTERS[monster]))
+
+
+@pytest.mark.parametrize("monster", MONSTERS)
+def test_the_handler_returns_a_document_for_a_monster(
+    bench: Bench, monster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = runpod_queue.make_handler(bench.worker, bench.settings)
+
+    for place in ("prompt", "config", "input"):
+        result = asyncio.run(_handled(handler, with_monster("sdxl", place, MONSTERS[monster])))
+        told = json.loads(json.dumps(result, allow_nan=False))
+        assert (told["status"] == "failed") == ("error" in told)
+
+
+async def _handled(handler: Any, event: dict[str, Any]) -> Any:
+    return await handler(event)
+
+
+@pytest.mark.parametrize("monster", ["a megabyte of text", "a hundred thousand keys", "deep lists"])
+@pytest.mark.parametrize("place", ["prompt", "config", "metadata"])
+def test_a_monster_takes_no_more_memory_than_a_few_copies_of_it(
+    bench: Bench, place: str, monster: str
+) -> None:
+    event = with_monster("sdxl", place, MONSTERS[monster])
+    run(bench, event)  # whatever is made once is made by now
+
+    tracemalloc.start()
+    run(bench, event)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 30_000_000

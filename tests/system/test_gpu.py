@@ -1,0 +1,314 @@
+"""What a CPU cannot show: `python -m pytest -m gpu`, on a machine with a GPU."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.presets import psnr
+from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
+from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
+from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
+from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.settings import Settings
+from tests.fakes.overflowing_vae import wide_settings
+from tests.fakes.tiny_chat import request, say, say_all, tiny_folder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+#: Grey levels, on average: what other kernels and fp16 may make of the same picture.
+ALIKE = {"float32": 1.0, "float16": 3.0}
+
+
+def load(device: str, dtype: str = "auto", **settings: Any) -> models.Sdxl:
+    return models.load(Settings(device=device, dtype=dtype, **settings))
+
+
+def render(model: models.Sdxl, side: int = 256, **options: Any) -> np.ndarray:
+    (picture,) = model.generate(
+        prompt=plain("a red circle on a blue background"),
+        negative_prompt=None,
+        seeds=[2026],
+        width=side,
+        height=side,
+        num_inference_steps=10,
+        guidance_scale=6.0,
+        **options,
+    )
+    return picture
+
+
+@contextmanager
+def filled(left_mb: int) -> Iterator[None]:
+    """A device of which others hold everything but so many MiB."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] - (left_mb << 20)
+    held = torch.empty(free, dtype=torch.uint8, device="cuda")
+    yield
+    del held
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", ALIKE)
+def test_a_gpu_paints_what_a_cpu_paints(dtype: str) -> None:
+    on_cpu, on_gpu = render(load("cpu")), render(load("cuda", dtype))
+
+    assert np.abs(on_cpu.astype(int) - on_gpu).mean() < ALIKE[dtype]
+
+
+def test_a_seed_is_the_same_picture_twice() -> None:
+    model = load("cuda")
+
+    assert np.array_equal(render(model), render(model))
+
+
+def test_networks_run_in_the_dtype_they_were_loaded_in_without_autocast() -> None:
+    model = load("cuda")
+    seen: set[tuple[torch.dtype, bool]] = set()
+
+    def look(network: Any, given: Any) -> None:
+        seen.add((given[0].dtype, torch.is_autocast_enabled("cuda")))
+
+    with model._unet.register_forward_pre_hook(look):
+        render(model)
+
+    assert seen == {(torch.float16, False)}
+
+
+def decode(model: models.Sdxl, decoder: Any, latent: torch.Tensor) -> tuple[np.ndarray, int]:
+    """A picture, and what decoding it took at most beside what was there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.inference_mode():
+        picture = model._decode(decoder, latent, Plan(1))
+    return picture, torch.cuda.max_memory_allocated() - before
+
+
+def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_path: Path) -> None:
+    model = models.load(wide_settings(tmp_path, "cuda"))
+    with torch.inference_mode():
+        latent = model._encode(Image.fromarray(render(model, side=1024)))[0].half()
+    narrow = decoders.in_bf16(model._vae, model.device)
+
+    usual, took = decode(model, decoders.Vae(model._vae, model.device, torch.float32), latent)
+    close, took_less = decode(model, narrow, latent)
+
+    assert narrow.lever == "vae_bf16"
+    assert psnr(usual, close) > 48.1
+    assert took_less < 0.8 * took
+
+
+def test_a_tiny_vae_decodes_near_the_vae_in_fp16(tmp_path: Path) -> None:
+    model = models.load(wide_settings(tmp_path, "cuda"))
+    with torch.inference_mode():
+        latent = model._encode(Image.fromarray(render(model)))[0].half()
+
+    usual, _ = decode(model, decoders.Vae(model._vae, model.device, torch.float32), latent)
+    tiny, _ = decode(model, model._tiny, latent)
+
+    # Measured in fp32 on a CPU: 33 dB.
+    assert psnr(usual, tiny) > 30
+
+
+def test_the_ledger_knows_the_memory_that_the_driver_tells() -> None:
+    memory = open_memory(Settings(device="cuda"))
+    assert isinstance(memory, CudaMemory)
+    free, total = torch.cuda.mem_get_info()
+    before = memory.free_bytes()
+
+    held = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+
+    assert memory.total_bytes == total
+    assert before >= free
+    assert before - memory.free_bytes() == held.numel()
+
+
+def test_what_a_job_took_is_measured() -> None:
+    model = load("cuda")
+    model.device.reset_peak()
+
+    render(model)
+
+    peak = model.device.peak_bytes()
+    assert peak is not None
+    assert peak > model.device.allocated_bytes() > 0
+
+
+def test_after_a_job_that_did_not_fit_the_next_one_is_as_ever() -> None:
+    model = load("cuda")
+    expected = render(model)
+
+    with filled(left_mb=8), pytest.raises(OutOfMemory):
+        render(model, side=1024)
+
+    assert np.array_equal(render(model), expected)
+
+
+def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> None:
+    model = load("cuda")
+    lean = models.Sdxl(model._pipe, model.device, home=model.home, plans=Plans(Plan(6, lean=True)))
+
+    assert np.array_equal(render(model), render(lean))
+
+
+def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None:
+    expected, model = render(load("cuda")), load("cuda", memory_format="channels_last")
+    layer = model._unet.down_blocks[0].resnets[0].conv1
+
+    for _ in range(2):
+        assert np.abs(render(model).astype(int) - expected).mean() < ALIKE["float16"]
+        assert layer.weight.is_cuda
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+        model.home.model.leave()
+        assert not layer.weight.is_cuda
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+        model.home.model.arrive()
+
+
+def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() -> None:
+    model = load("cuda")
+    parts, layer = model.home.model, model._unet.conv_in
+    torchs_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    for _ in range(3):
+        parts.leave()
+        assert not layer.weight.is_cuda
+        assert layer.weight.is_pinned()
+        parts.arrive()
+    parts.leave()
+    weight = layer.weight.data
+    parts.drop()
+
+    assert not weight.is_pinned()
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == torchs_before
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_fp8_multiplies_where_the_card_has_it_and_is_refused_where_it_has_not(dtype: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(ModelLoadError, match="FP8"):
+            load("cuda", dtype, fp8=True)
+        return
+    model, told = load("cuda", dtype, fp8=True), list[Any]()
+    exact = render(model)
+
+    near, plainly = render(model, speed="fast", sped=told.append), load("cuda", dtype)
+
+    assert "fp8" in told[-1]["levers"]
+    fast = render(plainly, speed="fast")
+    assert 0 < np.abs(near.astype(int) - fast).mean() < 10
+    assert np.array_equal(render(model), exact)
+
+
+# --- chat ---
+
+
+def tiny_writer(place: str, graphs: str = "auto", dtype: str = "float32") -> qwen.Writer:
+    """In float32, so that kernels that round in another way choose the same tokens."""
+    settings = Settings(
+        families=("chat",),
+        device="cuda",
+        dtype=dtype,
+        chat_instruct_model=place,
+        chat_graphs=graphs,
+    )
+    return qwen.load(settings).writers[0]
+
+
+def replies(writer: qwen.Writer) -> list[str]:
+    """Greedy ones and seeded ones at once, which end one after another."""
+    rules = [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.1}]
+    asked = [
+        request(writer, f"question {at} ", max_tokens=20 + 9 * at, **rules[at % 3])
+        for at in range(7)
+    ]
+    return say_all(writer.engine, asked)
+
+
+@pytest.fixture(scope="module")
+def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def test_replayed_replies_are_those_of_the_model(tiny_place: str) -> None:
+    eager, replayed = tiny_writer(tiny_place, "off"), tiny_writer(tiny_place)
+
+    assert replies(replayed) == replies(eager)
+    replay = replayed.engine.replay
+    assert replay is not None and not replay.is_off
+    assert replay.replayed > replay.recorded > 1
+    assert eager.engine.replay is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_recording_is_trusted_in_few_bits_too(tiny_place: str, dtype: str) -> None:
+    writer = tiny_writer(tiny_place, dtype=dtype)
+
+    replies(writer)
+
+    replay = writer.engine.replay
+    assert replay is not None and not replay.is_off
+    assert replay.replayed > 0
+
+
+def test_recordings_end_with_the_models_stay_and_give_their_memory_back(tiny_place: str) -> None:
+    writer = tiny_writer(tiny_place)
+    replay = writer.engine.replay
+    assert replay is not None
+    first = say(writer.engine, request(writer, "hello", max_tokens=40))
+    made = replay.recorded
+
+    with_recordings = torch.cuda.memory_reserved()
+    writer.leave()
+    assert replay.buckets == []
+    assert torch.cuda.memory_reserved() < with_recordings
+    writer.arrive()
+
+    assert say(writer.engine, request(writer, "hello", max_tokens=40)) == first
+    assert replay.recorded == 2 * made
+    assert not replay.is_off
+
+
+def test_what_cannot_be_recorded_leaves_the_device_as_it_was() -> None:
+    numbers = torch.ones(4, device="cuda")
+    record, stream = CudaGraphs(numbers.device), torch.cuda.current_stream()
+
+    with pytest.raises(RuntimeError):
+        record(lambda: numbers * numbers.sum().item())
+
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    double = record(lambda: numbers * 2)
+    numbers.fill_(21)
+    assert double().tolist() == [42.0] * 4
+
+
+def test_a_token_is_waited_for_once() -> None:
+    logits = torch.randn(3, 5000, device="cuda")
+    rules: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.1}, {"temperature": 0}]
+    samplers = [
+        Sampler(Sampling(max_tokens=9, **{"top_k": 40, "seed": 1, **each}), [1]) for each in rules
+    ]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            choose(logits, samplers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert len(waits) == 1

@@ -1,0 +1,299 @@
+"""A device that takes no more work from this process: the job may be retried, the worker goes."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ourvidz_serverless.errors import DeviceLost, InternalError, OutOfMemory
+from ourvidz_serverless.models.memory.device import Device, as_job_error, is_out_of_memory
+from ourvidz_serverless.serving.runpod_queue import make_fitness_check
+from ourvidz_serverless.settings import Settings
+from tests.fakes import lost_device
+from tests.fakes.fake_chat import Parrot
+from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.slow_handler import Brake
+from tests.fakes.tiny_chat import request, say, tiny_folder, tiny_writer
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers.handler import failure
+from tests.servers.http_service import ServedFace
+from tests.servers.runpod import Platform
+from tests.servers.worker_process import WorkerDied, WorkerProcess
+
+#: With the brake on, twelve seconds or more.
+MANY_STEPS = {"config": {"num_inference_steps": 50}}
+BREAKS = {"config": {"resolution": "128x64"}}
+
+
+def start(platform: Platform, tmp_path: Path, **env: str) -> WorkerProcess:
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "STORAGE_URL": f"file:{tmp_path / 'assets'}",
+        "POISON_DIR": str(tmp_path / "pills"),
+        "BRAKE": str(tmp_path / "brake"),
+        **env,
+    }
+    return WorkerProcess(platform, "-m", args=[lost_device.__name__], env=env, cwd=ROOT)
+
+
+def lost(code: int | None = None, words: str = lost_device.WORDS) -> Exception:
+    """As torch raises it; the number is there where the driver gave one."""
+    error = torch.AcceleratorError(words)
+    if code is not None:
+        error.error_code = code
+    return error
+
+
+# --- through the real loop ---
+
+
+@pytest.mark.slow
+def test_the_worker_is_replaced_after_the_job_and_others_in_flight_end_well(tmp_path: Path) -> None:
+    with Platform() as platform, start(platform, tmp_path, CONCURRENCY="3") as process:
+        with Brake(tmp_path / "brake").on():
+            long = platform.submit(sdxl_payload(id="long", **MANY_STEPS))
+            platform.wait_for_updates(long)
+            breaks, waits = (
+                platform.submit(sdxl_payload(id=name, **changes))
+                for name, changes in (("breaks", BREAKS), ("waits", {}))
+            )
+            # While the first computes; once the device is lost no further one begins.
+            for name in ("breaks", "waits"):
+                process.wait_for_log(f"({name})")
+
+        told = platform.result(breaks)
+        ends = [platform.result(job) for job in (long, waits)]
+
+        assert process.wait() == 0
+    assert told["stopPod"] is True
+    assert failure(platform.status(breaks)) == {
+        "code": "INTERNAL_ERROR",
+        "message": "the device failed, and with it this worker; another one can do the job",
+        "retryable": True,
+    }
+    assert [end["output"]["status"] for end in ends] == ["completed", "completed"]
+    # A job that has ended its worker is counted as one.
+    assert len(list((tmp_path / "pills").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_streaming_endpoints_worker_is_replaced_too(tmp_path: Path) -> None:
+    env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": tiny_folder(tmp_path / "chat")}
+    with Platform() as platform, start(platform, tmp_path, **env) as process:
+        job = platform.submit(chat_payload())
+
+        told = platform.result(job)
+
+        assert process.wait() == 0
+    assert told["stopPod"] is True
+    assert failure(platform.status(job))["code"] == "INTERNAL_ERROR"
+
+
+@pytest.mark.slow
+def test_a_device_that_does_not_compute_ends_the_worker_before_it_takes_a_job(
+    tmp_path: Path,
+) -> None:
+    with Platform() as platform:
+        job = platform.submit(sdxl_payload())
+        with (
+            pytest.raises(WorkerDied, match="exit 1"),
+            start(platform, tmp_path, DEAD_FROM_THE_START="1"),
+        ):
+            pass
+
+        assert platform.status(job)["status"] == "IN_QUEUE"
+        (ping,) = platform.pings
+    assert (ping.params["status"], ping.params["check"]) == ("unhealthy", "device_computes")
+    assert "an illegal memory access was encountered" in ping.params["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_device_that_computes_passes_the_check(dtype: torch.dtype) -> None:
+    Device(torch.device("cpu"), dtype).check()
+
+
+def test_a_device_that_computes_wrong_numbers_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "matmul", lambda left, right: right)
+
+    with pytest.raises(RuntimeError, match="computes wrong numbers"):
+        Device(torch.device("cpu"), torch.float32).check()
+
+
+def test_a_device_that_does_not_answer_fails_the_check() -> None:
+    class Hung:
+        answer = threading.Event()
+
+        def check_device(self) -> None:
+            self.answer.wait(PATIENCE_S)
+
+    async def ask() -> None:
+        try:
+            await make_fitness_check(worker, within_s=0.1)()
+        finally:
+            worker.answer.set()
+
+    worker: Any = Hung()
+    with pytest.raises(RuntimeError, match=r"does not answer within 0\.1 seconds"):
+        asyncio.run(ask())
+
+
+# --- what is one, and what is none ---
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lost(),
+        lost(719, "CUDA error: something new"),
+        lost(None, "CUDA error: device-side assert triggered\nCUDA kernel errors might be"),
+        lost(None, "CUDA error: unspecified launch failure"),
+        lost(None, "CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA error: misaligned address"),
+        RuntimeError("CUDA driver error: an illegal memory access was encountered"),
+        RuntimeError("CUDA driver error: unknown error"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+    ],
+    ids=str,
+)
+def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Exception) -> None:
+    assert type(as_job_error(error)) is DeviceLost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lost(1, "CUDA error: invalid argument"),
+        lost(98, "CUDA error: invalid device function"),
+        RuntimeError("CUDA driver error: invalid argument"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=str,
+)
+def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
+    assert type(as_job_error(error)) is InternalError
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        lost(2, "CUDA error: out of memory\nCUDA kernel errors might be"),
+        lost(None, "CUDA error: out of memory"),
+        lost(None, "HIP error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=str,
+)
+def test_an_allocation_that_did_not_fit_is_out_of_memory_in_whichever_words(
+    error: Exception,
+) -> None:
+    assert is_out_of_memory(error)
+    assert type(as_job_error(error)) is OutOfMemory
+
+
+def test_it_is_seen_below_whatever_was_made_of_it() -> None:
+    wrapped = KeyError("weights")
+    wrapped.__context__ = lost()
+
+    assert type(as_job_error(wrapped)) is DeviceLost
+
+
+def test_chats_engine_ends_its_requests_with_it() -> None:
+    writer = tiny_writer()
+    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+
+    with pytest.raises(DeviceLost):
+        say(writer.engine, request(writer, "a"))
+
+
+def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
+    class Dead(Device):
+        def free_memory(self) -> None:
+            raise lost()
+
+    writer = tiny_writer()
+    writer.engine._device = Dead(torch.device("cpu"), torch.float32)
+    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    generation = request(writer, "a")
+    writer.engine.submit(generation)
+
+    assert isinstance(generation._pieces.get(timeout=PATIENCE_S), DeviceLost)
+
+
+# --- afterwards ---
+
+
+def broken(bench: Callable[..., Bench], **settings: object) -> Bench:
+    """A worker whose last job has lost the device."""
+    box = bench(settings=Settings(**settings))
+    box.painter.fails.append(lost())
+    document = box.run()
+    assert document.result()["refresh_worker"] is True
+    return box
+
+
+def test_no_further_job_is_taken_and_each_may_be_retried(bench: Callable[..., Bench]) -> None:
+    document = broken(bench).run(sdxl_payload(id="next"))
+
+    assert document.failure
+    assert (document.failure.code, document.failure.retryable) == ("WORKER_UNAVAILABLE", True)
+    assert "refresh_worker" not in document.result()
+
+
+def test_an_administrator_is_still_answered(bench: Callable[..., Bench]) -> None:
+    question = {"type": "admin_utilities", "config": {"operation": "health"}}
+
+    answer = broken(bench).run({"id": "health", **question})
+
+    assert answer.reply["result"]["status"] == "unhealthy"
+
+
+def test_plain_http_says_that_it_is_unhealthy(bench: Callable[..., Bench]) -> None:
+    box = broken(bench)
+
+    with ServedFace(box.settings, box.worker) as face:
+        ping, health = face.get("/ping"), face.get("/health")
+
+    assert (ping.status_code, health.status_code) == (503, 503)
+    assert health.json()["status"] == "unhealthy"
+
+
+@pytest.mark.parametrize("error", [DeviceLost("the device failed"), lost()], ids=["chat", "sdxl"])
+def test_it_is_seen_though_the_job_was_stopped_meanwhile(tmp_path: Path, error: Exception) -> None:
+    class Hung(Parrot):
+        def generate(self, **call: Any) -> Any:
+            bench.stop.set()
+            raise error
+
+    bench = Bench(tmp_path, settings=Settings(families=("chat",)), models={"chat": Hung()})
+
+    bench.run(chat_payload())
+
+    assert bench.worker.is_lost
+
+
+def test_any_other_bug_leaves_the_worker_as_it_was(bench: Callable[..., Bench]) -> None:
+    box = bench()
+    box.painter.fails.append(RuntimeError("a shape does not fit"))
+
+    assert "refresh_worker" not in box.run().result()
+    assert box.run(sdxl_payload(id="next")).status == "completed"

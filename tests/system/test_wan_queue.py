@@ -1,0 +1,158 @@
+"""WAN behind RunPod's own loop, and at a terminal: the real SDK in a process."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+
+from ourvidz_serverless.delivery import images
+from ourvidz_serverless.settings import Settings
+from tests.fakes import slow_handler
+from tests.fakes.local_worker import wan_payload
+from tests.fakes.slow_handler import Brake
+from tests.fakes.tiny_chat import tiny_folder
+from tests.files import ROOT
+from tests.servers.handler import failure, run_handler
+from tests.servers.runpod import Platform
+from tests.servers.supabase import CallbackReceiver
+from tests.servers.worker_process import WorkerProcess
+
+#: With the brake on, twelve seconds or more.
+MANY_STEPS = {"config": {"num_inference_steps": 60}}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[CallbackReceiver]:
+    with CallbackReceiver() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
+    return Brake(tmp_path_factory.mktemp("brake") / "brake")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker(
+    platform: Platform,
+    brake: Brake,
+    receiver: CallbackReceiver,
+    outputs: Path,
+    wan_settings: Settings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[WorkerProcess]:
+    env = {
+        "FAMILIES": "wan",
+        "WAN_MODEL": wan_settings.wan_model,
+        "WAN_VACE_MODEL": str(wan_settings.wan_vace_model),
+        "WAN_ENHANCER_MODEL": tiny_folder(tmp_path_factory.mktemp("chat")),
+        "STORAGE_URL": f"file:{outputs}",
+        "CALLBACK_URL": receiver.callback_url,
+        "JOB_CALLBACK_SECRET": receiver.secret,
+    }
+    with slow_handler.start(platform, brake, **env) as process:
+        yield process
+
+
+def test_a_job_comes_back_with_a_stored_video(
+    platform: Platform, receiver: CallbackReceiver, outputs: Path
+) -> None:
+    job = platform.submit(wan_payload(id="ends-well"))
+
+    output = platform.result(job)["output"]
+
+    assert platform.status(job)["status"] == "COMPLETED"
+    data = (outputs / output["assets"][0]["url"]).read_bytes()
+    with av.open(io.BytesIO(data)) as file:
+        assert file.streams.video[0].frames == output["assets"][0]["metadata"]["frame_num"] == 9
+    assert images.digital_source_type(data) == images.TRAINED
+    (callback,) = [each for each in receiver.received if each.document["job_id"] == "ends-well"]
+    assert callback.document == output
+
+
+def test_an_enhanced_job_reports_what_was_rendered(platform: Platform) -> None:
+    job = platform.submit(wan_payload(id="enhanced", type="image7b_fast_enhanced"))
+
+    output = platform.result(job)["output"]
+
+    assert output["metadata"]["enhancement_source"] == "qwen_instruct"
+    assert output["metadata"]["enhanced_prompt"]
+
+
+def test_progress_comes_in_order_and_tells_how_long_the_rest_will_take(
+    platform: Platform, brake: Brake
+) -> None:
+    with brake.on():
+        job = platform.submit(wan_payload(id="told", **MANY_STEPS))
+        platform.wait_for_updates(job, 2)
+
+    platform.result(job)
+
+    updates = [each.document["output"] for each in platform.updates(job) if not each.terminal]
+    steps = [update["step"] for update in updates]
+    assert len(steps) >= 2
+    assert steps == sorted(steps)
+    assert updates[-1]["remaining_s"] >= 0
+
+
+def test_a_cancelled_job_frees_its_slot_at_the_next_step(
+    platform: Platform, worker: WorkerProcess, brake: Brake, outputs: Path
+) -> None:
+    with brake.on():
+        job = platform.submit(wan_payload(id="cancelled", **MANY_STEPS))
+        platform.wait_for_updates(job, 1)
+        platform.cancel(job)
+        worker.wait_for_log("(cancelled) CANCELLED")
+
+    after = platform.submit(wan_payload(id="after-cancelled"))
+
+    assert platform.result(after)["output"]["status"] == "completed"
+    assert platform.status(job)["status"] == "CANCELLED"
+    assert not (outputs / "user-1/cancelled").exists()
+
+
+def test_a_refusal_names_the_field(platform: Platform) -> None:
+    job = platform.submit(wan_payload(config={"fps": 60}))
+
+    platform.result(job)
+
+    assert failure(platform.status(job))["message"].startswith("config.fps: ")
+
+
+def test_no_prompt_is_logged(platform: Platform, worker: WorkerProcess) -> None:
+    payload = wan_payload(id="quiet", type="image7b_fast_enhanced", prompt="an unmistakable zebra")
+    output = platform.result(platform.submit(payload))["output"]
+
+    assert "zebra" not in worker.log
+    assert output["metadata"]["enhanced_prompt"] not in worker.log
+    assert "Traceback" not in worker.log
+
+
+# --- without a platform ---
+
+
+@pytest.mark.slow
+def test_the_newcomers_video_is_written_by_the_pocket_model(tmp_path: Path) -> None:
+    payload = (ROOT / "test_input.video.json").read_text()
+
+    run = run_handler("--test_input", payload, FAMILIES="wan", STORAGE_URL=f"file:{tmp_path}")
+
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout[run.stdout.index("{") :])
+    (asset,) = document["assets"]
+    with av.open(str(tmp_path / asset["url"])) as file:
+        stream = file.streams.video[0]
+        assert (stream.frames, stream.average_rate) == (17, 8)
+        assert (stream.width, stream.height) == (128, 128)
+
+
+def test_a_failed_start_exits_with_one_clear_line() -> None:
+    run = run_handler(FAMILIES="wan", WAN_MODEL="/no/such/model")
+
+    assert run.returncode == 1
+    line = "cannot start: WAN_MODEL: there is nothing at /no/such/model"
+    assert run.stderr.strip().splitlines()[-1] == line
+    assert "Traceback" not in run.stderr
