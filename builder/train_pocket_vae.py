@@ -54,7 +54,7 @@ def calibrated(vae: AutoencoderKL, folder: Path, seed: int) -> AutoencoderKL:
 
 
 def vae_batches(seed: int) -> Iterator[Tensor]:
-    """Endless (batch, 3, height, width) pictures of -1 to 1: details and whole drawings."""
+    """EndlessChat (batch, 3, height, width) pictures of -1 to 1: details and whole drawings."""
     rng = random.Random(seed)
     while True:
         height, width, batch = rng.choice(VAE_MENU)

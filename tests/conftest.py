@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 
 from ourvidz_serverless.settings import Settings
-from tests.fakes.local_worker import Bench
+from tests.fakes.local_worker import LocalWorker
 from tests.servers.certificates import write_authority
 from tests.servers.runpod import Platform
 from tests.servers.s3 import SeaweedServer
@@ -32,9 +32,9 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[..., Bench]:
-    """Builds a Bench; keyword arguments replace its parts."""
-    return lambda **parts: Bench(tmp_path / "assets", **parts)
+def local(tmp_path: Path) -> Callable[..., LocalWorker]:
+    """Builds a LocalWorker; keyword arguments replace its parts."""
+    return lambda **parts: LocalWorker(tmp_path / "assets", **parts)
 
 
 @pytest.fixture(scope="session")

@@ -24,11 +24,11 @@ from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Rate, Settings
-from tests.fakes.local_worker import Bench, sdxl_payload
-from tests.servers.broken_proxy import FAULTS, Chaos, Fault
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
+from tests.servers.broken_proxy import FAULTS, BrokenProxy, Fault
 from tests.servers.certificates import write_authority
 from tests.servers.local_server import Answer, LocalServer, Request
-from tests.servers.redis import RedisServer, RestFront
+from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.supabase import SupabaseStorage as SupabaseServer
@@ -80,29 +80,29 @@ class World:
     def reference(self, script: list[Fault], patience: Retry, *, required: bool = False) -> Outcome:
         with (
             Pictures(self.picture) as host,
-            Chaos(host.url, script, self.server_tls) as chaos,
+            BrokenProxy(host.url, script, self.server_tls) as proxy,
         ):
             reach = Policy(
                 deadline_s=patience.try_s,
                 retry=patience,
                 resolve=lambda name: ["127.0.0.1"],
                 is_public=lambda address: True,
-                port=chaos.port,
+                port=proxy.port,
                 tls=self.client_tls,
             )
             payload = sdxl_payload(
                 config={"reference_required": required},
                 metadata={"reference_image_url": "https://images.example/a.png"},
             )
-            return self._run(chaos, payload, lambda: host.asked, policy=reach)
+            return self._run(proxy, payload, lambda: host.asked, policy=reach)
 
     def supabase(self, script: list[Fault], patience: Retry) -> Outcome:
-        with SupabaseServer() as server, Chaos(server.url, script) as chaos:
+        with SupabaseServer() as server, BrokenProxy(server.url, script) as proxy:
             store = SupabaseStorage(
-                chaos.url, server.service_key, "workspace-temp", policy=patience
+                proxy.url, server.service_key, "workspace-temp", policy=patience
             )
             return self._run(
-                chaos, sdxl_payload(), lambda: [key for _, key in server.objects], storage=store
+                proxy, sdxl_payload(), lambda: [key for _, key in server.objects], storage=store
             )
 
     def bucket(self, script: list[Fault], patience: Retry) -> Outcome:
@@ -119,35 +119,38 @@ class World:
         direct = store_at(self.s3.endpoint)
         for key in sorted(direct.keys()):
             direct.delete(key)
-        with Chaos(self.s3.endpoint, script) as chaos:
+        with BrokenProxy(self.s3.endpoint, script) as proxy:
             return self._run(
-                chaos, sdxl_payload(), lambda: sorted(direct.keys()), storage=store_at(chaos.url)
+                proxy, sdxl_payload(), lambda: sorted(direct.keys()), storage=store_at(proxy.url)
             )
 
     def receiver(self, script: list[Fault], patience: Retry) -> Outcome:
-        with CallbackReceiver() as server, Chaos(server.url, script) as chaos:
-            callback = Callback(chaos.url, server.secret, policy=patience)
-            return self._run(chaos, sdxl_payload(), lambda: server.received, callback=callback)
+        with CallbackReceiver() as server, BrokenProxy(server.url, script) as proxy:
+            callback = Callback(proxy.url, server.secret, policy=patience)
+            return self._run(proxy, sdxl_payload(), lambda: server.received, callback=callback)
 
     def limits(self, script: list[Fault], patience: Retry, *, fail_open: bool = True) -> Outcome:
         self.redis.call("FLUSHALL")
-        with RestFront(self.redis) as front, Chaos(front.url, script) as chaos:
+        with (
+            RedisRestServer(self.redis) as rest_server,
+            BrokenProxy(rest_server.url, script) as proxy,
+        ):
             settings = Settings(rate_limit_user=str(RATE), rate_limit_fail_open=fail_open)
-            limits = Limits({"user": RATE}, Upstash(chaos.url, front.token, "e", patience))
+            limits = Limits({"user": RATE}, Upstash(proxy.url, rest_server.token, "e", patience))
             return self._run(
-                chaos,
+                proxy,
                 sdxl_payload(),
-                lambda: len(front.pipelines),
+                lambda: len(rest_server.pipelines),
                 settings=settings,
                 limits=limits,
             )
 
-    def _run(self, chaos: Chaos, payload: Any, seen: Any, **parts: Any) -> Outcome:
+    def _run(self, proxy: BrokenProxy, payload: Any, seen: Any, **parts: Any) -> Outcome:
         with tempfile.TemporaryDirectory(dir=self.folder) as root, audited() as lines:
-            bench = Bench(Path(root), **parts)
-            document = bench.run(payload)
-            kept = [key for key in bench.stored() if "callback." in key]
-        return Outcome(document, chaos.tries, json.loads(lines[-1].getMessage()), kept, seen())
+            local = LocalWorker(Path(root), **parts)
+            document = local.run(payload)
+            kept = [key for key in local.stored() if "callback." in key]
+        return Outcome(document, proxy.tries, json.loads(lines[-1].getMessage()), kept, seen())
 
 
 @contextmanager

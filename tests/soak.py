@@ -29,8 +29,8 @@ from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
 from tests.servers.local_server import Answer, Request
 from tests.servers.supabase import CallbackReceiver
@@ -87,7 +87,7 @@ class Receiver(CallbackReceiver):
     def note(self, request: Request, answer: Answer | None) -> None: ...
 
 
-class Brush(Painter):
+class Brush(FakeSdxl):
     """Fails as its prompt says."""
 
     def generate(self, **call: Any) -> Iterator[Any]:
@@ -140,10 +140,10 @@ class Soak:
         """Run `count` jobs, and measure after each of some rounds; the first one warms up."""
         dice = random.Random(self.seed)
         with Receiver(random.Random(self.seed + 1)) as self.receiver:
-            self.bench = Bench(
+            self.local = LocalWorker(
                 self.root,
                 settings=Settings(poison_dir=self.root / "pills"),
-                painter=Brush(),
+                fake_sdxl=Brush(),
                 callback=Callback(self.receiver.callback_url, "secret", policy=HASTE),
                 storage=Store(self.root / "assets", random.Random(self.seed + 2)),
             )
@@ -153,7 +153,7 @@ class Soak:
                     jobs = range(start, min(count, start + -(-count // rounds)))
                     wishes = [self._draw(dice) for _ in jobs]
                     list(threads.map(self._one, jobs, wishes))
-                    self.bench.progress.clear()
+                    self.local.progress.clear()
                     self.sizes.append(self._settled())
 
     def _settled(self) -> Size:
@@ -183,8 +183,8 @@ class Soak:
                 threading.Timer(0.003, stop.set).start()
             case "a deadline":
                 threading.Timer(0.003, stop.set, (DeadlinePassed("the time is over"),)).start()
-        second = self._twice.submit(self.bench.run, payload, Stop()) if "second" in wish else None
-        document = self.bench.run(payload, stop)
+        second = self._twice.submit(self.local.run, payload, Stop()) if "second" in wish else None
+        document = self.local.run(payload, stop)
         if second:
             second.result()
         self._judge(job, wish, document, was_repeated=second is not None)

@@ -14,12 +14,12 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.payloads import CheckedText
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.patience import PATIENCE_S
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 WHO = ("job_id", "user_id", "type", "adult")
 WHAT = ("audit", "content", "content_list", "texts_sha256", "stored_sha256")
 HOW = ("status", "code", "seconds", "timings")
@@ -37,9 +37,9 @@ Trail = Callable[[], list[dict[str, Any]]]
 
 
 def test_a_job_leaves_one_line_that_tells_who_what_and_how_it_ended(
-    bench: MakeBench, trail: Trail
+    local: MakeLocal, trail: Trail
 ) -> None:
-    at = bench()
+    at = local()
 
     at.run(sdxl_payload(prompt="a zebra"))
 
@@ -51,9 +51,9 @@ def test_a_job_leaves_one_line_that_tells_who_what_and_how_it_ended(
 
 
 def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
-    bench: MakeBench, trail: Trail
+    local: MakeLocal, trail: Trail
 ) -> None:
-    at = bench()
+    at = local()
 
     at.run(sdxl_payload(prompt="a zebra", config={"num_images": 3}))
 
@@ -84,17 +84,17 @@ def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
     ],
 )
 def test_a_job_that_ends_early_leaves_one_line_too(
-    bench: MakeBench, trail: Trail, payload: Any, options: Any, told: dict[str, Any]
+    local: MakeLocal, trail: Trail, payload: Any, options: Any, told: dict[str, Any]
 ) -> None:
-    bench(settings=Settings(**options)).run(sdxl_payload(**payload))
+    local(settings=Settings(**options)).run(sdxl_payload(**payload))
 
     (line,) = trail()
     assert told.items() <= line.items()
 
 
-def test_a_job_that_the_model_fails_leaves_one_line_too(bench: MakeBench, trail: Trail) -> None:
-    at = bench()
-    at.painter.fails = [OutOfMemory("does not fit")]
+def test_a_job_that_the_model_fails_leaves_one_line_too(local: MakeLocal, trail: Trail) -> None:
+    at = local()
+    at.fake_sdxl.fails = [OutOfMemory("does not fit")]
 
     at.run()
 
@@ -102,8 +102,8 @@ def test_a_job_that_the_model_fails_leaves_one_line_too(bench: MakeBench, trail:
     assert (line["status"], line["code"], line["stored_sha256"]) == ("failed", "OOM_ERROR", {})
 
 
-def test_a_reply_that_the_floor_refuses_is_told_by_its_rule(bench: MakeBench, trail: Trail) -> None:
-    bench(models={"chat": Parrot("a nude ", "child")}).run(chat_payload())
+def test_a_reply_that_the_floor_refuses_is_told_by_its_rule(local: MakeLocal, trail: Trail) -> None:
+    local(models={"chat": FakeChat("a nude ", "child")}).run(chat_payload())
 
     (line,) = trail()
     assert (line["code"], line["content"]) == ("CONTENT_REFUSED", "minor+sexual")
@@ -120,11 +120,11 @@ def test_a_reply_that_the_floor_refuses_is_told_by_its_rule(bench: MakeBench, tr
     ],
 )
 def test_no_line_holds_a_word_of_a_text(
-    bench: MakeBench, caplog: pytest.LogCaptureFixture, payload: Any
+    local: MakeLocal, caplog: pytest.LogCaptureFixture, payload: Any
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    bench(models={"sdxl": Painter(), "chat": Parrot("zebra")}).run(payload)
+    local(models={"sdxl": FakeSdxl(), "chat": FakeChat("zebra")}).run(payload)
 
     assert "ourvidz.audit" in {each.name for each in caplog.records}
     assert "zebra" not in caplog.text

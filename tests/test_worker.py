@@ -27,14 +27,14 @@ from ourvidz_serverless.delivery.storage import DirectoryStorage
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Endless
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import QUICK, Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import EndlessChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import QUICK, LocalWorker, chat_payload, sdxl_payload
 from tests.files import ROOT, SPECIFICATION
 from tests.patience import PATIENCE_S
 from tests.servers.supabase import CallbackReceiver
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 
 
 def data_uri(colour: str = "red") -> str:
@@ -50,8 +50,8 @@ def code(document: Document) -> str | None:
 # --- a job that ends well ---
 
 
-def test_a_completed_document_has_every_field_of_the_specification(bench: MakeBench) -> None:
-    body = bench().run().callback()
+def test_a_completed_document_has_every_field_of_the_specification(local: MakeLocal) -> None:
+    body = local().run().callback()
 
     assert sorted(body) == sorted(SPECIFICATION["document"])
     assert sorted(body["assets"][0]) == sorted(SPECIFICATION["asset"])
@@ -59,8 +59,8 @@ def test_a_completed_document_has_every_field_of_the_specification(bench: MakeBe
     assert sorted(body["metadata"]) == sorted([*SPECIFICATION["document_metadata"], "error_type"])
 
 
-def test_assets_lie_under_user_and_job(bench: MakeBench) -> None:
-    at = bench()
+def test_assets_lie_under_user_and_job(local: MakeLocal) -> None:
+    at = local()
 
     document = at.run(sdxl_payload(config={"num_images": 3}))
 
@@ -70,8 +70,8 @@ def test_assets_lie_under_user_and_job(bench: MakeBench) -> None:
     )
 
 
-def test_each_image_is_the_one_of_its_own_seed(bench: MakeBench) -> None:
-    at = bench()
+def test_each_image_is_the_one_of_its_own_seed(local: MakeLocal) -> None:
+    at = local()
 
     document = at.run(sdxl_payload(config={"num_images": 6, "seed": 10}))
 
@@ -80,16 +80,16 @@ def test_each_image_is_the_one_of_its_own_seed(bench: MakeBench) -> None:
             assert picture.getpixel((0, 0)) == (asset.metadata["seed"],) * 3
 
 
-def test_an_asset_tells_the_bytes_it_has(bench: MakeBench) -> None:
-    at = bench()
+def test_an_asset_tells_the_bytes_it_has(local: MakeLocal) -> None:
+    at = local()
 
     (asset,) = at.run().assets
 
     assert asset.metadata["file_size_bytes"] == (at.root / asset.url).stat().st_size
 
 
-def test_the_same_job_again_overwrites_its_assets(bench: MakeBench) -> None:
-    at = bench()
+def test_the_same_job_again_overwrites_its_assets(local: MakeLocal) -> None:
+    at = local()
     at.run()
 
     at.run(sdxl_payload(config={"seed": 99}))
@@ -99,9 +99,9 @@ def test_the_same_job_again_overwrites_its_assets(bench: MakeBench) -> None:
 
 
 def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_is_the_same_picture(
-    bench: MakeBench,
+    local: MakeLocal,
 ) -> None:
-    at, unseeded = bench(), sdxl_payload(config={"seed": None, "num_images": 3})
+    at, unseeded = local(), sdxl_payload(config={"seed": None, "num_images": 3})
 
     first = at.run(unseeded)
     pictures = {key: (at.root / key).read_bytes() for key in at.stored()}
@@ -111,8 +111,8 @@ def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_is_the_same_
     assert {key: (at.root / key).read_bytes() for key in at.stored()} == pictures
 
 
-def test_progress_counts_up_to_the_last_step(bench: MakeBench) -> None:
-    at = bench()
+def test_progress_counts_up_to_the_last_step(local: MakeLocal) -> None:
+    at = local()
 
     at.run()
 
@@ -120,18 +120,18 @@ def test_progress_counts_up_to_the_last_step(bench: MakeBench) -> None:
     assert at.progress[-1]["progress"] == 1.0
 
 
-def test_the_models_own_words_are_diffusers(bench: MakeBench) -> None:
-    at = bench()
+def test_the_models_own_words_are_diffusers(local: MakeLocal) -> None:
+    at = local()
 
     at.run(sdxl_payload(config={"resolution": "128x64", "guidance_scale": 3}))
 
-    assert at.painter.calls[0]["width"] == 128
-    assert at.painter.calls[0]["guidance_scale"] == 3
+    assert at.fake_sdxl.calls[0]["width"] == 128
+    assert at.fake_sdxl.calls[0]["guidance_scale"] == 3
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
-def test_a_job_may_ask_for_another_format(bench: MakeBench, name: str) -> None:
-    at = bench()
+def test_a_job_may_ask_for_another_format(local: MakeLocal, name: str) -> None:
+    at = local()
 
     (asset,) = at.run(sdxl_payload(config={"output_format": name, "quality": 80})).assets
 
@@ -140,7 +140,7 @@ def test_a_job_may_ask_for_another_format(bench: MakeBench, name: str) -> None:
     assert asset.metadata["format"] == name
 
 
-class SlowPainter(Painter):
+class SlowPainter(FakeSdxl):
     """Paints its second picture only when the first one is stored."""
 
     def __init__(self, first: Path) -> None:
@@ -156,8 +156,8 @@ class SlowPainter(Painter):
             yield picture
 
 
-def test_a_picture_is_stored_while_the_next_one_is_made(bench: MakeBench, tmp_path: Path) -> None:
-    at = bench(painter=SlowPainter(tmp_path / "assets/user-1/job-1/0.png"))
+def test_a_picture_is_stored_while_the_next_one_is_made(local: MakeLocal, tmp_path: Path) -> None:
+    at = local(fake_sdxl=SlowPainter(tmp_path / "assets/user-1/job-1/0.png"))
 
     assert at.run(sdxl_payload(config={"num_images": 3})).status == "completed"
 
@@ -165,16 +165,16 @@ def test_a_picture_is_stored_while_the_next_one_is_made(bench: MakeBench, tmp_pa
 # --- a job that does not ---
 
 
-def test_a_failed_document_has_every_field_of_the_specification(bench: MakeBench) -> None:
-    document = bench().run(sdxl_payload(config={"num_images": 2}))
+def test_a_failed_document_has_every_field_of_the_specification(local: MakeLocal) -> None:
+    document = local().run(sdxl_payload(config={"num_images": 2}))
 
     assert sorted(document.callback()) == sorted(SPECIFICATION["failed_document"])
     assert document.callback()["metadata"]["error_type"] == "INVALID_PROMPT"
     assert document.callback()["error_message"] == document.callback()["error"]["message"]
 
 
-def test_the_returned_error_is_the_text_of_the_failure_beside_it(bench: MakeBench) -> None:
-    result = bench().run(sdxl_payload(type="nonsense")).result()
+def test_the_returned_error_is_the_text_of_the_failure_beside_it(local: MakeLocal) -> None:
+    result = local().run(sdxl_payload(type="nonsense")).result()
 
     assert json.loads(result["error"]) == result["failure"]
     assert set(result["failure"]) == {"code", "message", "retryable"}
@@ -191,16 +191,16 @@ def test_every_code_of_the_specification_has_one_class() -> None:
     "name",
     [name for name in SPECIFICATION["job_types"] if not name.startswith(("sdxl", "admin"))],
 )
-def test_a_type_that_is_not_served_here_is_unavailable(bench: MakeBench, name: str) -> None:
-    document = bench().run(sdxl_payload(type=name))
+def test_a_type_that_is_not_served_here_is_unavailable(local: MakeLocal, name: str) -> None:
+    document = local().run(sdxl_payload(type=name))
 
     assert code(document) == "WORKER_UNAVAILABLE"
     assert document.failure.message == f"{name} is not served here; this endpoint serves sdxl"
 
 
-def test_a_bug_is_an_internal_error_that_tells_nothing(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.fails = [RuntimeError("secret path /home/somebody")]
+def test_a_bug_is_an_internal_error_that_tells_nothing(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.fails = [RuntimeError("secret path /home/somebody")]
 
     document = at.run()
 
@@ -209,49 +209,49 @@ def test_a_bug_is_an_internal_error_that_tells_nothing(bench: MakeBench) -> None
 
 
 def test_a_bug_is_logged_by_its_place_and_not_by_its_words(
-    bench: MakeBench, caplog: pytest.LogCaptureFixture
+    local: MakeLocal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at = bench()
-    at.painter.fails = [RuntimeError("words of a prompt")]
+    at = local()
+    at.fake_sdxl.fails = [RuntimeError("words of a prompt")]
 
     at.run()
 
-    assert "RuntimeError at painter.py:" in caplog.text
+    assert "RuntimeError at fake_sdxl.py:" in caplog.text
     assert "words of a prompt" not in caplog.text
 
 
-def test_the_next_job_succeeds_after_one_that_failed(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.fails = [RuntimeError("once")]
+def test_the_next_job_succeeds_after_one_that_failed(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.fails = [RuntimeError("once")]
     at.run()
 
     assert at.run().status == "completed"
 
 
-def test_an_error_of_the_model_keeps_its_code(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.fails = [errors.OutOfMemory("does not fit")]
+def test_an_error_of_the_model_keeps_its_code(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.fails = [errors.OutOfMemory("does not fit")]
 
     assert code(at.run()) == "OOM_ERROR"
 
 
-def test_a_store_that_refuses_is_an_upload_error(bench: MakeBench, tmp_path: Path) -> None:
+def test_a_store_that_refuses_is_an_upload_error(local: MakeLocal, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
 
-    document = bench(storage=DirectoryStorage(tmp_path / "file")).run()
+    document = local(storage=DirectoryStorage(tmp_path / "file")).run()
 
     assert code(document) == "UPLOAD_ERROR"
     assert document.assets == ()
 
 
 def test_without_an_id_of_its_own_a_broken_payload_answers_by_the_platforms(
-    bench: MakeBench,
+    local: MakeLocal,
 ) -> None:
-    assert bench().run(["nonsense"]).job_id == "rp-1"
+    assert local().run(["nonsense"]).job_id == "rp-1"
 
 
-def test_an_id_that_is_no_key_is_not_repeated(bench: MakeBench) -> None:
-    assert bench().run(sdxl_payload(id="../../etc")).job_id == "rp-1"
+def test_an_id_that_is_no_key_is_not_repeated(local: MakeLocal) -> None:
+    assert local().run(sdxl_payload(id="../../etc")).job_id == "rp-1"
 
 
 def test_a_result_that_the_platform_would_lose_is_an_error() -> None:
@@ -271,13 +271,13 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def any_bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("any"))
+def any_bench(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
+    return LocalWorker(tmp_path_factory.mktemp("any"))
 
 
 @given(JSON, st.dictionaries(st.text(max_size=9), JSON, max_size=3))
 def test_any_event_ends_in_a_document_that_is_json(
-    any_bench: Bench, payload: object, top: dict[str, object]
+    any_bench: LocalWorker, payload: object, top: dict[str, object]
 ) -> None:
     event = {**top, "input": payload}
 
@@ -290,46 +290,46 @@ def test_any_event_ends_in_a_document_that_is_json(
 # --- stop, deadline, shutdown ---
 
 
-def test_a_stopped_job_leaves_at_the_next_step_and_uploads_nothing(bench: MakeBench) -> None:
-    at = bench()
+def test_a_stopped_job_leaves_at_the_next_step_and_uploads_nothing(local: MakeLocal) -> None:
+    at = local()
     at.stop.set()
 
     assert code(at.run()) == "CANCELLED"
     assert at.stored() == []
 
 
-def test_a_stop_in_the_middle_frees_the_lane_at_the_next_step(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_a_stop_in_the_middle_frees_the_lane_at_the_next_step(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         at.stop.set()
 
         assert code(running.result(PATIENCE_S)) == "CANCELLED"
 
-    at.painter.go_on.set()
+    at.fake_sdxl.go_on.set()
     assert at.run(sdxl_payload(id="job-2"), stop=Stop()).status == "completed"
 
 
-def test_a_job_that_waits_for_the_lane_can_be_stopped(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_a_job_that_waits_for_the_lane_can_be_stopped(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     stop = Stop()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, sdxl_payload(id="job-2"), stop)
         stop.set()
 
         assert code(second.result(PATIENCE_S)) == "CANCELLED"
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
         assert first.result(PATIENCE_S).status == "completed"
 
 
-def test_a_deadline_acts_at_the_next_step(bench: MakeBench) -> None:
-    at = bench(settings=Settings(job_timeout_s=0.2))
-    at.painter.hold()
+def test_a_deadline_acts_at_the_next_step(local: MakeLocal) -> None:
+    at = local(settings=Settings(job_timeout_s=0.2))
+    at.fake_sdxl.hold()
 
     document = at.run()
 
@@ -372,9 +372,9 @@ def test_wait_and_work_have_a_bound_together_where_the_platform_has_one(
     assert jobs.bounds({}, settings).total_s == total_s
 
 
-def test_the_jobs_own_timeout_is_the_one_that_counts(bench: MakeBench) -> None:
-    at = bench(settings=Settings(job_timeout_s=60))
-    at.painter.hold()
+def test_the_jobs_own_timeout_is_the_one_that_counts(local: MakeLocal) -> None:
+    at = local(settings=Settings(job_timeout_s=60))
+    at.fake_sdxl.hold()
     event = {"input": sdxl_payload(), "policy": {"executionTimeout": 200}}
 
     document = at.worker.run(event, at.stop, at.progress.append)
@@ -383,8 +383,8 @@ def test_the_jobs_own_timeout_is_the_one_that_counts(bench: MakeBench) -> None:
     assert document.failure.message == "the job's 0.18 seconds are over"
 
 
-def test_a_worker_that_leaves_takes_jobs_until_the_grace_is_over(bench: MakeBench) -> None:
-    at = bench()
+def test_a_worker_that_leaves_takes_jobs_until_the_grace_is_over(local: MakeLocal) -> None:
+    at = local()
     at.worker.close_after(grace_s=60)
     within = at.run()
 
@@ -394,31 +394,31 @@ def test_a_worker_that_leaves_takes_jobs_until_the_grace_is_over(bench: MakeBenc
     assert (within.status, code(at.run())) == ("completed", "WORKER_UNAVAILABLE")
 
 
-def test_a_closing_worker_takes_no_job(bench: MakeBench) -> None:
-    at = bench()
+def test_a_closing_worker_takes_no_job(local: MakeLocal) -> None:
+    at = local()
     at.worker.close(grace_s=60)
 
     assert code(at.run()) == "WORKER_UNAVAILABLE"
 
 
-def test_a_closing_worker_lets_a_job_finish_within_the_grace(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_a_closing_worker_lets_a_job_finish_within_the_grace(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         at.worker.close(grace_s=60)
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
 
         assert running.result(PATIENCE_S).status == "completed"
 
 
-def test_a_closing_worker_stops_a_job_after_the_grace(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_a_closing_worker_stops_a_job_after_the_grace(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         at.worker.close(grace_s=0)
 
         document = running.result(PATIENCE_S)
@@ -429,32 +429,32 @@ def test_a_closing_worker_stops_a_job_after_the_grace(bench: MakeBench) -> None:
 # --- two at once ---
 
 
-def test_one_job_computes_at_a_time(bench: MakeBench) -> None:
-    at = bench()
+def test_one_job_computes_at_a_time(local: MakeLocal) -> None:
+    at = local()
     with ThreadPoolExecutor() as threads:
         for each in [threads.submit(at.run, sdxl_payload(id=f"job-{i}"), Stop()) for i in range(4)]:
             assert each.result(PATIENCE_S).status == "completed"
 
-    assert at.painter.most_at_once == 1
+    assert at.fake_sdxl.most_at_once == 1
 
 
 def test_a_second_delivery_joins_the_first(
-    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+    local: MakeLocal, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ourvidz")
-    at = bench(callback=Callback(receiver.callback_url, receiver.secret))
-    at.painter.hold()
+    at = local(callback=Callback(receiver.callback_url, receiver.secret))
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, None, Stop())
         while "arrived again" not in caplog.text:
             time.sleep(0.01)
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
 
         assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
 
-    assert len(at.painter.calls) == 1
+    assert len(at.fake_sdxl.calls) == 1
     assert len(receiver.received) == 1
 
 
@@ -463,48 +463,48 @@ def test_a_second_delivery_joins_the_first(
     [("s", 0), ("sl", 1), ("sll", 1), ("ss", 0), ("ssl", 1), ("ls", 1), ("lsl", 1)],
 )
 def test_a_job_is_told_of_once_where_any_of_its_deliveries_wants_it(
-    bench: MakeBench,
+    local: MakeLocal,
     receiver: CallbackReceiver,
     caplog: pytest.LogCaptureFixture,
     deliveries: str,
     told: int,
 ) -> None:
     caplog.set_level("INFO", "ourvidz")
-    at = bench(callback=Callback(receiver.callback_url, receiver.secret))
+    at = local(callback=Callback(receiver.callback_url, receiver.secret))
     workers = {"s": at.worker.silent(), "l": at.worker}
     event = {"id": "rp-1", "input": sdxl_payload()}
-    at.painter.hold()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         ends = []
         for count, kind in enumerate(deliveries):
             ends.append(threads.submit(workers[kind].run, event, Stop(), at.progress.append))
             if count == 0:
-                assert at.painter.at_step.wait(PATIENCE_S)
+                assert at.fake_sdxl.at_step.wait(PATIENCE_S)
             while caplog.text.count("arrived again") < count:
                 time.sleep(0.01)
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
         documents = [end.result(PATIENCE_S) for end in ends]
 
     assert {document.status for document in documents} == {"completed"}
-    assert len(at.painter.calls) == 1
+    assert len(at.fake_sdxl.calls) == 1
     assert [each.document for each in receiver.received] == [documents[0].callback()] * told
 
 
 def test_a_silent_jobs_end_that_cannot_be_told_is_kept(
-    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+    local: MakeLocal, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ourvidz")
     receiver.script([410])
-    at = bench(callback=posting(receiver))
+    at = local(callback=posting(receiver))
     event = {"id": "rp-1", "input": sdxl_payload()}
-    at.painter.hold()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         threads.submit(at.worker.silent().run, event, Stop(), at.progress.append)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         loud = threads.submit(at.worker.run, event, Stop(), at.progress.append)
         while "arrived again" not in caplog.text:
             time.sleep(0.01)
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
 
         told = loud.result(PATIENCE_S).metadata["callback"]
 
@@ -512,14 +512,14 @@ def test_a_silent_jobs_end_that_cannot_be_told_is_kept(
     assert told["kept"] in at.stored()
 
 
-def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_a_job_of_the_same_id_and_another_user_is_its_own(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, sdxl_payload(user_id="user-2"), Stop())
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
 
         assert first.result(PATIENCE_S).assets[0].url == "user-1/job-1/0.png"
         assert second.result(PATIENCE_S).assets[0].url == "user-2/job-1/0.png"
@@ -527,11 +527,11 @@ def test_a_job_of_the_same_id_and_another_user_is_its_own(bench: MakeBench) -> N
 
 @pytest.mark.parametrize(("ids", "replies"), [(("rp-1", "rp-2"), 2), (("rp-1", "rp-1"), 1)])
 def test_anonymous_deliveries_are_joined_by_the_platforms_own_id_alone(
-    bench: MakeBench, caplog: pytest.LogCaptureFixture, ids: tuple[str, str], replies: int
+    local: MakeLocal, caplog: pytest.LogCaptureFixture, ids: tuple[str, str], replies: int
 ) -> None:
     caplog.set_level("INFO", "ourvidz")
-    endless = Endless()
-    at = bench(settings=Settings(families=("chat",)), models={"chat": endless})
+    endless = EndlessChat()
+    at = local(settings=Settings(families=("chat",)), models={"chat": endless})
     payload = chat_payload(id="hello")
     del payload["user_id"]
     stops = [Stop(), Stop()]
@@ -550,13 +550,13 @@ def test_anonymous_deliveries_are_joined_by_the_platforms_own_id_alone(
     assert endless.begun == replies
 
 
-def test_stopping_the_second_delivery_stops_the_job(bench: MakeBench) -> None:
-    at = bench()
-    at.painter.hold()
+def test_stopping_the_second_delivery_stops_the_job(local: MakeLocal) -> None:
+    at = local()
+    at.fake_sdxl.hold()
     stop = Stop()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         second = threads.submit(at.run, None, stop)
         stop.set()
 
@@ -571,17 +571,17 @@ def posting(receiver: CallbackReceiver) -> Callback:
 
 
 def test_the_callback_is_the_returned_document(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    document = bench(callback=posting(receiver)).run()
+    document = local(callback=posting(receiver)).run()
 
     assert receiver.wait(1)[0].document == document.callback()
 
 
 def test_the_callback_comes_after_the_last_upload(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = bench(callback=posting(receiver))
+    at = local(callback=posting(receiver))
 
     at.run()
 
@@ -589,24 +589,24 @@ def test_the_callback_comes_after_the_last_upload(
     assert all((at.root / key).stat().st_mtime <= received.at for key in at.stored())
 
 
-def test_a_failure_is_told_too(bench: MakeBench, receiver: CallbackReceiver) -> None:
-    bench(callback=posting(receiver)).run(sdxl_payload(prompt=None))
+def test_a_failure_is_told_too(local: MakeLocal, receiver: CallbackReceiver) -> None:
+    local(callback=posting(receiver)).run(sdxl_payload(prompt=None))
 
     document = receiver.wait(1)[0].document
     assert (document["status"], document["error"]["code"]) == ("failed", "INVALID_PROMPT")
 
 
-def test_a_job_announces_itself_when_asked_to(bench: MakeBench, receiver: CallbackReceiver) -> None:
-    bench(callback=posting(receiver), settings=Settings(callback_processing=True)).run()
+def test_a_job_announces_itself_when_asked_to(local: MakeLocal, receiver: CallbackReceiver) -> None:
+    local(callback=posting(receiver), settings=Settings(callback_processing=True)).run()
 
     assert [each.document["status"] for each in receiver.wait(2)] == ["processing", "completed"]
 
 
 def test_an_undelivered_document_is_kept_beside_the_assets(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([500, 500, 500])
-    at = bench(callback=posting(receiver))
+    at = local(callback=posting(receiver))
 
     document = at.run()
 
@@ -617,10 +617,10 @@ def test_an_undelivered_document_is_kept_beside_the_assets(
 
 
 def test_an_undelivered_refusal_of_a_broken_payload_is_kept_too(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([500, 500, 500])
-    at = bench(callback=posting(receiver))
+    at = local(callback=posting(receiver))
 
     document = at.run(sdxl_payload(prompt=None))
 
@@ -630,9 +630,9 @@ def test_an_undelivered_refusal_of_a_broken_payload_is_kept_too(
 
 
 def test_a_refusal_of_a_broken_payload_goes_to_the_jobs_own_url(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    own = bench(callback=Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",)))
+    own = local(callback=Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",)))
 
     own.run(sdxl_payload(prompt=None, callback_url=receiver.callback_url))
 
@@ -645,9 +645,9 @@ def unsignable(receiver: CallbackReceiver) -> Callback:
 
 
 def test_a_callback_that_fails_by_a_bug_of_ours_loses_no_document(
-    bench: MakeBench, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
+    local: MakeLocal, receiver: CallbackReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at = bench(callback=unsignable(receiver))
+    at = local(callback=unsignable(receiver))
 
     document = at.run()
 
@@ -659,10 +659,10 @@ def test_a_callback_that_fails_by_a_bug_of_ours_loses_no_document(
 
 
 def test_a_job_whose_callback_fails_by_a_bug_leaves_nothing_under_way(
-    bench: MakeBench, receiver: CallbackReceiver, tmp_path: Path
+    local: MakeLocal, receiver: CallbackReceiver, tmp_path: Path
 ) -> None:
     pills = tmp_path / "pills"
-    at = bench(callback=unsignable(receiver), settings=Settings(poison_dir=pills))
+    at = local(callback=unsignable(receiver), settings=Settings(poison_dir=pills))
 
     at.run()
 
@@ -672,12 +672,12 @@ def test_a_job_whose_callback_fails_by_a_bug_leaves_nothing_under_way(
 
 
 def test_a_document_that_cannot_be_kept_either_is_returned(
-    bench: MakeBench, receiver: CallbackReceiver, tmp_path: Path
+    local: MakeLocal, receiver: CallbackReceiver, tmp_path: Path
 ) -> None:
     receiver.script([410])
     nowhere = DirectoryStorage(tmp_path / "no\0folder")
 
-    document = bench(callback=posting(receiver), storage=nowhere).run()
+    document = local(callback=posting(receiver), storage=nowhere).run()
 
     assert code(document) == "INTERNAL_ERROR"
     assert document.metadata["callback"] == {
@@ -688,9 +688,9 @@ def test_a_document_that_cannot_be_kept_either_is_returned(
 
 
 def test_a_job_that_cannot_be_announced_is_done(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = bench(callback=unsignable(receiver), settings=Settings(callback_processing=True))
+    at = local(callback=unsignable(receiver), settings=Settings(callback_processing=True))
 
     assert at.run().status == "completed"
 
@@ -706,10 +706,10 @@ def statuses(receiver: CallbackReceiver) -> list[str]:
 
 
 def test_an_announcement_ends_with_the_jobs_stop(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([503])
-    at = bench(
+    at = local(
         callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
         settings=Settings(callback_processing=True),
     )
@@ -723,10 +723,10 @@ def test_an_announcement_ends_with_the_jobs_stop(
 
 
 def test_an_announcement_ends_with_the_jobs_time(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([503])
-    at = bench(
+    at = local(
         callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
         settings=Settings(callback_processing=True, job_timeout_s=15),
     )
@@ -736,10 +736,10 @@ def test_an_announcement_ends_with_the_jobs_time(
 
 
 def test_the_last_callback_ends_with_the_jobs_time(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([503])
-    at = bench(
+    at = local(
         callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
         settings=Settings(job_timeout_s=15),
     )
@@ -752,12 +752,12 @@ def test_the_last_callback_ends_with_the_jobs_time(
     "end", [lambda at: at.stop.set(), lambda at: at.worker.close(grace_s=0)], ids=["stop", "grace"]
 )
 def test_a_receiver_that_hangs_holds_no_job_that_is_stopped(
-    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, end: Callable[[Bench], None]
+    local: MakeLocal, monkeypatch: pytest.MonkeyPatch, end: Callable[[LocalWorker], None]
 ) -> None:
     monkeypatch.setattr("ourvidz_serverless.worker.LAST_WORD_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as hanging, ThreadPoolExecutor() as threads:
         url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
-        at = bench(callback=Callback(url, policy=Retry(base_s=0.01, try_s=20.0)))
+        at = local(callback=Callback(url, policy=Retry(base_s=0.01, try_s=20.0)))
         running = threads.submit(at.run)
         with hanging.accept()[0]:
             end(at)
@@ -771,10 +771,10 @@ def test_a_receiver_that_hangs_holds_no_job_that_is_stopped(
 
 
 def test_a_stopped_jobs_document_is_tried_again_within_its_last_seconds(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     receiver.script([503, 503])
-    at = bench(callback=posting(receiver))
+    at = local(callback=posting(receiver))
     at.stop.set()
 
     at.run()
@@ -784,9 +784,9 @@ def test_a_stopped_jobs_document_is_tried_again_within_its_last_seconds(
 
 
 def test_a_stranger_has_no_say_in_where_his_refusal_goes(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    own = bench(
+    own = local(
         callback=Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",)),
         settings=Settings(worker_api_key="worker-key"),
     )
@@ -800,8 +800,8 @@ def test_a_stranger_has_no_say_in_where_his_refusal_goes(
 # --- references ---
 
 
-def test_a_reference_is_where_the_generation_starts(bench: MakeBench) -> None:
-    at = bench()
+def test_a_reference_is_where_the_generation_starts(local: MakeLocal) -> None:
+    at = local()
 
     document = at.run(
         sdxl_payload(
@@ -809,13 +809,13 @@ def test_a_reference_is_where_the_generation_starts(bench: MakeBench) -> None:
         )
     )
 
-    assert at.painter.calls[0]["image"].getpixel((5, 5)) == (0, 0, 255)
+    assert at.fake_sdxl.calls[0]["image"].getpixel((5, 5)) == (0, 0, 255)
     assert document.metadata["reference_mode"] == "modify"
     assert document.assets[0].metadata["denoise_strength"] == 0.4
 
 
-def test_a_reference_that_fails_falls_back_and_says_so(bench: MakeBench) -> None:
-    document = bench().run(sdxl_payload(metadata={"reference_image_url": "http://a.example/x"}))
+def test_a_reference_that_fails_falls_back_and_says_so(local: MakeLocal) -> None:
+    document = local().run(sdxl_payload(metadata={"reference_image_url": "http://a.example/x"}))
 
     assert document.metadata["reference_mode"] == "none"
     (warning,) = document.metadata["warnings"]
@@ -827,21 +827,21 @@ def test_a_reference_that_fails_falls_back_and_says_so(bench: MakeBench) -> None
     "asked", [{"config": {"reference_required": True}}, {"metadata": {"exact_copy_mode": True}}]
 )
 def test_a_required_reference_that_fails_ends_the_job(
-    bench: MakeBench, asked: dict[str, dict[str, bool]]
+    local: MakeLocal, asked: dict[str, dict[str, bool]]
 ) -> None:
     metadata = {"reference_image_url": "data:image/png;base64,xxxx", **asked.get("metadata", {})}
 
-    document = bench().run(sdxl_payload(metadata=metadata, config=asked.get("config", {})))
+    document = local().run(sdxl_payload(metadata=metadata, config=asked.get("config", {})))
 
     assert code(document) == "REFERENCE_FRAME_ERROR"
 
 
-def test_a_reference_in_adult_mode_needs_consent(bench: MakeBench) -> None:
+def test_a_reference_in_adult_mode_needs_consent(local: MakeLocal) -> None:
     metadata = {"reference_image_url": data_uri()}
 
-    refused = bench().run(sdxl_payload(content_type="nsfw", metadata=metadata))
+    refused = local().run(sdxl_payload(content_type="nsfw", metadata=metadata))
     consented = {**metadata, "reference_consent": True}
-    taken = bench().run(sdxl_payload(content_type="nsfw", metadata=consented))
+    taken = local().run(sdxl_payload(content_type="nsfw", metadata=consented))
 
     assert code(refused) == "CONTENT_REFUSED"
     assert "content policy" in refused.failure.message
@@ -859,13 +859,13 @@ SEXUAL = [
 
 @pytest.mark.parametrize("asked", SEXUAL)
 def test_a_reference_beside_a_sexual_text_needs_consent(
-    bench: MakeBench, asked: dict[str, Any]
+    local: MakeLocal, asked: dict[str, Any]
 ) -> None:
-    at = bench()
+    at = local()
     metadata = {"reference_image_url": data_uri(), **asked.get("metadata", {})}
 
     refused = at.run(sdxl_payload(**{**asked, "metadata": metadata}))
-    assert at.painter.calls == []
+    assert at.fake_sdxl.calls == []
     consented = {**metadata, "reference_consent": True}
     taken = at.run(sdxl_payload(**{**asked, "metadata": consented}))
 
@@ -875,11 +875,11 @@ def test_a_reference_beside_a_sexual_text_needs_consent(
 
 
 def test_a_success_takes_the_error_of_an_earlier_try_from_the_applications_row(
-    bench: MakeBench,
+    local: MakeLocal,
 ) -> None:
     payload = sdxl_payload()
-    refused = bench().run({**payload, "config": {"num_images": 2}})
-    done = bench().run(payload)
+    refused = local().run({**payload, "config": {"num_images": 2}})
+    done = local().run(payload)
 
     row: dict[str, Any] = {}
     for document in (refused, done):
@@ -890,11 +890,11 @@ def test_a_success_takes_the_error_of_an_earlier_try_from_the_applications_row(
 
 
 def test_the_guide_tells_to_send_the_field_that_a_refusal_for_consent_names(
-    bench: MakeBench,
+    local: MakeLocal,
 ) -> None:
     metadata = {"reference_image_url": data_uri()}
 
-    refused = bench().run(sdxl_payload(content_type="nsfw", metadata=metadata))
+    refused = local().run(sdxl_payload(content_type="nsfw", metadata=metadata))
 
     assert refused.failure
     (field,) = re.findall(r"metadata\.\w+", refused.failure.message)
@@ -904,20 +904,20 @@ def test_the_guide_tells_to_send_the_field_that_a_refusal_for_consent_names(
     assert f"{field.removeprefix('metadata.')}: hasReference && consentGiven" in consent
 
 
-def test_a_sexual_text_without_a_reference_needs_no_consent(bench: MakeBench) -> None:
-    assert bench().run(sdxl_payload(prompt="a nude in oil")).status == "completed"
+def test_a_sexual_text_without_a_reference_needs_no_consent(local: MakeLocal) -> None:
+    assert local().run(sdxl_payload(prompt="a nude in oil")).status == "completed"
 
 
-def test_an_ordinary_text_beside_a_reference_needs_no_consent(bench: MakeBench) -> None:
+def test_an_ordinary_text_beside_a_reference_needs_no_consent(local: MakeLocal) -> None:
     metadata = {"reference_image_url": data_uri()}
 
-    document = bench().run(sdxl_payload(negative_prompt="nude", metadata=metadata))
+    document = local().run(sdxl_payload(negative_prompt="nude", metadata=metadata))
 
     assert document.status == "completed"
 
 
-def test_consent_may_be_left_to_the_caller_for_sexual_texts_too(bench: MakeBench) -> None:
-    at = bench(settings=Settings(require_reference_consent=False))
+def test_consent_may_be_left_to_the_caller_for_sexual_texts_too(local: MakeLocal) -> None:
+    at = local(settings=Settings(require_reference_consent=False))
     metadata = {"reference_image_url": data_uri()}
 
     assert at.run(sdxl_payload(prompt="a nude in oil", metadata=metadata)).status == "completed"
@@ -925,33 +925,33 @@ def test_consent_may_be_left_to_the_caller_for_sexual_texts_too(bench: MakeBench
 
 @pytest.mark.parametrize("label", ["NSFW", "Nsfw", " nsfw "])
 @pytest.mark.parametrize("field", ["content_type", "contentType"])
-def test_a_content_type_means_adult_in_any_case(bench: MakeBench, label: str, field: str) -> None:
+def test_a_content_type_means_adult_in_any_case(local: MakeLocal, label: str, field: str) -> None:
     labelled = {"content_type": label}
     if field == "contentType":
         labelled = {"metadata": {"contentType": label}}
 
-    assert code(bench().run(sdxl_payload(prompt="a child", **labelled))) == "CONTENT_REFUSED"
+    assert code(local().run(sdxl_payload(prompt="a child", **labelled))) == "CONTENT_REFUSED"
 
 
 # --- the content floor ---
 
 
 @pytest.mark.parametrize("place", ["prompt", "compel_weights"])
-def test_the_floor_reads_every_text_before_anything_is_done(bench: MakeBench, place: str) -> None:
-    at = bench()
+def test_the_floor_reads_every_text_before_anything_is_done(local: MakeLocal, place: str) -> None:
+    at = local()
 
     document = at.run(sdxl_payload(**{place: "nude child"}))
 
     assert code(document) == "CONTENT_REFUSED"
-    assert at.painter.calls == []
+    assert at.fake_sdxl.calls == []
 
 
 def test_a_refusal_is_audited_by_rule_and_hash(
-    bench: MakeBench, caplog: pytest.LogCaptureFixture
+    local: MakeLocal, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ourvidz.audit")
 
-    bench().run(sdxl_payload(prompt="nude child"))
+    local().run(sdxl_payload(prompt="nude child"))
 
     line = next(json.loads(each.message) for each in caplog.records if "content" in each.message)
     assert (line["user_id"], line["type"]) == ("user-1", "sdxl_image_fast")
@@ -959,25 +959,25 @@ def test_a_refusal_is_audited_by_rule_and_hash(
     assert "nude" not in caplog.text
 
 
-def test_the_floor_leaves_negative_prompts_alone(bench: MakeBench) -> None:
-    assert bench().run(sdxl_payload(negative_prompt="child, nude")).status == "completed"
+def test_the_floor_leaves_negative_prompts_alone(local: MakeLocal) -> None:
+    assert local().run(sdxl_payload(negative_prompt="child, nude")).status == "completed"
 
 
 def test_a_stop_that_is_remembered_keeps_nothing_of_its_job(tmp_path: Path) -> None:
     latents: list[weakref.ref[Any]] = []
 
-    class Stopped(Painter):
+    class Stopped(FakeSdxl):
         def generate(self, *, step: Callable[[int, int], None], **call: Any) -> Iterator[Any]:
             held = np.zeros(8)
             latents.append(weakref.ref(held))
-            bench.stop.set()
+            local.stop.set()
             step(1, 2)
             yield held
 
-    bench = Bench(tmp_path, painter=Stopped())
+    local = LocalWorker(tmp_path, fake_sdxl=Stopped())
 
-    bench.run()
+    local.run()
 
-    assert bench.stop.error
+    assert local.stop.error
     gc.collect()
     assert latents[0]() is None

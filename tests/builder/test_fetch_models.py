@@ -34,7 +34,7 @@ from tests.servers.local_server import Answer
 REPOSITORY = "tiny/painter"
 WEIGHTS = bytes(range(256)) * 12_000
 FILES = {
-    "model_index.json": b'{"_class_name": "Painter"}',
+    "model_index.json": b'{"_class_name": "FakeSdxl"}',
     "unet/config.json": b"{}",
     "unet/model.safetensors": WEIGHTS,
     "unet/model.onnx": b"x" * 5000,

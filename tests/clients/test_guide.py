@@ -20,7 +20,7 @@ from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.javascript import DENO, EXAMPLES, deno_environment, edge_function, url_of
 from tests.servers.local_server import Answer, LocalServer, Request, json_answer
-from tests.servers.redis import RedisServer, RestFront
+from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.runpod import Platform
 
 GUIDE = (ROOT / "docs/integrate.md").read_text()
@@ -116,15 +116,15 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def front(server: RedisServer) -> Iterator[RestFront]:
+def rest_server(server: RedisServer) -> Iterator[RedisRestServer]:
     server.call("FLUSHALL")
-    with RestFront(server) as running:
+    with RedisRestServer(server) as running:
         yield running
 
 
-def listed(front: RestFront, queue: str) -> list[Any]:
+def listed(rest_server: RedisRestServer, queue: str) -> list[Any]:
     """The payloads in a list, the next one first."""
-    return [json.loads(each) for each in front.redis.call("LRANGE", queue, "0", "-1")]
+    return [json.loads(each) for each in rest_server.redis.call("LRANGE", queue, "0", "-1")]
 
 
 def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
@@ -144,9 +144,9 @@ def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
 
 
 def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
-    shaky: Platform, front: RestFront
+    shaky: Platform, rest_server: RedisRestServer
 ) -> None:
-    env = env_of(shaky, rest(front), MOVED_FAMILIES="chat")
+    env = env_of(shaky, rest(rest_server), MOVED_FAMILIES="chat")
     with edge_function("queue-job", **env) as function:
         picture = sdxl_payload(id="by-the-list")
         reply = chat_payload(id="moved")
@@ -154,8 +154,8 @@ def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
             requests.post(url_of(function), json=job, timeout=PATIENCE_S).json()
             for job in (picture, reply)
         ]
-    pushed = listed(front, "sdxl_queue")
-    with bridged(shaky, rest(front)):
+    pushed = listed(rest_server, "sdxl_queue")
+    with bridged(shaky, rest(rest_server)):
         wait_for(shaky, 1)
 
     # The application's pages read `jobId`.
@@ -166,12 +166,12 @@ def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
 
 
 def test_jobs_that_an_old_worker_left_behind_are_submitted_from_their_rows(
-    shaky: Platform, front: RestFront
+    shaky: Platform, rest_server: RedisRestServer
 ) -> None:
     kept = [json.loads(file.read_text())["input"] for file in sorted(FOLDER.glob("kept/*/*.json"))]
     rows = [{"payload": payload} for payload in kept]
 
-    names = move("to-endpoints", rows, env_of(shaky, rest(front)))
+    names = move("to-endpoints", rows, env_of(shaky, rest(rest_server)))
 
     assert [shaky.endpoint_of(name["id"]) for name in names] == [name["endpoint"] for name in names]
     submitted = {job["input"]["id"] for name in names for job in shaky.queued(name["endpoint"])}
@@ -179,7 +179,7 @@ def test_jobs_that_an_old_worker_left_behind_are_submitted_from_their_rows(
 
 
 def test_jobs_that_no_worker_has_ended_are_given_back_to_the_lists_in_order(
-    shaky: Platform, front: RestFront
+    shaky: Platform, rest_server: RedisRestServer
 ) -> None:
     payloads = [sdxl_payload(id=f"job-{number}") for number in range(3)]
     names = [shaky.submit(payload, endpoint="pictures") for payload in payloads]
@@ -190,8 +190,8 @@ def test_jobs_that_no_worker_has_ended_are_given_back_to_the_lists_in_order(
     ]
     rows.append({"payload": sdxl_payload(id="still-in-its-list")})
 
-    returned = move("to-lists", rows, env_of(shaky, rest(front)))
+    returned = move("to-lists", rows, env_of(shaky, rest(rest_server)))
 
     assert returned == ["job-0", "job-2"]
-    assert listed(front, "sdxl_queue") == [payloads[0], payloads[2]]
+    assert listed(rest_server, "sdxl_queue") == [payloads[0], payloads[2]]
     assert shaky.queued("pictures") == []

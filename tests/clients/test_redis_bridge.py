@@ -23,7 +23,7 @@ from tests.fakes.local_worker import chat_payload, sdxl_payload, wan_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.local_server import json_answer
-from tests.servers.redis import RedisServer, RestFront
+from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
@@ -45,23 +45,28 @@ def redis(server: RedisServer) -> RedisServer:
 
 
 @pytest.fixture
-def front(redis: RedisServer) -> Iterator[RestFront]:
-    with RestFront(redis) as running:
+def rest_server(redis: RedisServer) -> Iterator[RedisRestServer]:
+    with RedisRestServer(redis) as running:
         yield running
 
 
 @pytest.fixture(params=["plain", "rest"])
-def place(request: pytest.FixtureRequest, redis: RedisServer, front: RestFront) -> dict[str, str]:
+def place(
+    request: pytest.FixtureRequest, redis: RedisServer, rest_server: RedisRestServer
+) -> dict[str, str]:
     """The lists, as the environment names them."""
-    return plain(redis) if request.param == "plain" else rest(front)
+    return plain(redis) if request.param == "plain" else rest(rest_server)
 
 
 def plain(redis: RedisServer) -> dict[str, str]:
     return {"REDIS_URL": f"unix://{redis.socket}"}
 
 
-def rest(front: RestFront) -> dict[str, str]:
-    return {"UPSTASH_REDIS_REST_URL": front.url, "UPSTASH_REDIS_REST_TOKEN": front.token}
+def rest(rest_server: RedisRestServer) -> dict[str, str]:
+    return {
+        "UPSTASH_REDIS_REST_URL": rest_server.url,
+        "UPSTASH_REDIS_REST_TOKEN": rest_server.token,
+    }
 
 
 def env_of(platform: Platform, place: dict[str, str], **changes: str) -> dict[str, str]:
@@ -187,11 +192,14 @@ def test_lists_may_have_other_names(
 # --- as the application pushes ---
 
 
-def as_the_application_pushes(front: RestFront, payload: dict[str, Any]) -> None:
+def as_the_application_pushes(rest_server: RedisRestServer, payload: dict[str, Any]) -> None:
     """The request of the application's `queue-job`, byte for byte."""
     requests.post(
-        f"{front.url}/rpush/{QUEUE}",
-        headers={"Authorization": f"Bearer {front.token}", "Content-Type": "application/json"},
+        f"{rest_server.url}/rpush/{QUEUE}",
+        headers={
+            "Authorization": f"Bearer {rest_server.token}",
+            "Content-Type": "application/json",
+        },
         data=compact([compact(payload)]).encode(),
         timeout=PATIENCE_S,
     ).raise_for_status()
@@ -203,11 +211,11 @@ def compact(value: Any) -> str:
 
 
 def test_what_queue_job_posts_is_handed_over_first_in_first_out(
-    redis: RedisServer, front: RestFront, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, rest_server: RedisRestServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     pushed = pictures(1, 2, 3)
     for payload in pushed:
-        as_the_application_pushes(front, payload)
+        as_the_application_pushes(rest_server, payload)
     (item, *_) = redis.call("LRANGE", QUEUE, "0", "-1")
 
     with bridged(shaky, place):
@@ -279,18 +287,18 @@ def test_an_outage_that_outlasts_the_process_leaves_the_list_as_it_was(
 @pytest.mark.parametrize("at", range(4))
 def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
     redis: RedisServer,
-    front: RestFront,
+    rest_server: RedisRestServer,
     shaky: Platform,
     monkeypatch: pytest.MonkeyPatch,
     misbehaviour: str | int,
     at: int,
 ) -> None:
     monkeypatch.setattr(redis_bridge, "REDIS_S", 0.2)
-    front.slow_seconds = 0.5
+    rest_server.slow_seconds = 0.5
     push(redis, *pictures(1, 2, 3))
-    front.script([*[200] * at, misbehaviour])
+    rest_server.script([*[200] * at, misbehaviour])
 
-    with bridged(shaky, rest(front), BRIDGE_QUEUES=QUEUE):
+    with bridged(shaky, rest(rest_server), BRIDGE_QUEUES=QUEUE):
         wait_for(shaky, 3)
 
     assert list(dict.fromkeys(accepted(shaky))) == named(1, 2, 3)
@@ -384,7 +392,7 @@ def test_a_failover_to_another_server_of_the_same_name_is_followed(
     ],
 )
 def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
-    front: RestFront, place: dict[str, str], said: str, passes: bool
+    rest_server: RedisRestServer, place: dict[str, str], said: str, passes: bool
 ) -> None:
     opened = redis_bridge.open_redis(
         Settings(**{name.lower(): value for name, value in place.items()})
@@ -401,10 +409,10 @@ def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
     [("ERR max daily request limit exceeded. Limit: 10000", True), ("ERR empty command", False)],
 )
 def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
-    front: RestFront, said: str, passes: bool
+    rest_server: RedisRestServer, said: str, passes: bool
 ) -> None:
-    front.script([json_answer({"error": said}, 400)])
-    upstash = redis_bridge.Upstash(front.url, front.token)
+    rest_server.script([json_answer({"error": said}, 400)])
+    upstash = redis_bridge.Upstash(rest_server.url, rest_server.token)
 
     with pytest.raises(Fault, match="Redis says ERR") as refused:
         upstash.call("LLEN", QUEUE)
@@ -614,8 +622,10 @@ def test_a_start_that_fails_ends_with_one_clear_line(shaky: Platform) -> None:
     assert line.startswith("cannot start: BRIDGE_TAKE_FROM: ")
 
 
-def test_a_redis_that_refuses_ends_the_process(front: RestFront, shaky: Platform) -> None:
-    wrong = {**rest(front), "UPSTASH_REDIS_REST_TOKEN": "wrong"}
+def test_a_redis_that_refuses_ends_the_process(
+    rest_server: RedisRestServer, shaky: Platform
+) -> None:
+    wrong = {**rest(rest_server), "UPSTASH_REDIS_REST_TOKEN": "wrong"}
 
     with process(shaky, wrong) as running:
         assert running.wait() == 1

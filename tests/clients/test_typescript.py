@@ -16,11 +16,11 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.callback import signatures, webhook_id
 from ourvidz_serverless.settings import Settings
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
-from tests.fakes.fake_chat import Endless, Parrot
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload, wan_payload
+from tests.fakes.fake_chat import EndlessChat, FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload, wan_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 from tests.servers.javascript import (
     DENO,
     RUNTIMES,
@@ -576,16 +576,18 @@ def test_where_old_senders_are_taken_what_is_there_must_hold(sign: Sign) -> None
     assert said["error"]["name"] == "BadSignature"
 
 
-# --- the HTTP face ---
+# --- the HTTP service ---
 
 
-def face_of(tmp_path: Path, model: Any) -> ServedFace:
+def face_of(tmp_path: Path, model: Any) -> ServedHttp:
     settings = Settings(families=("chat",), worker_api_key="worker-key")
-    return ServedFace(settings, Bench(tmp_path, settings=settings, models={"chat": model}).worker)
+    return ServedHttp(
+        settings, LocalWorker(tmp_path, settings=settings, models={"chat": model}).worker
+    )
 
 
-def at(face: ServedFace, key: str = "worker-key") -> dict[str, str]:
-    return {"url": face.url, "apiKey": "of-the-gateway", "workerKey": key}
+def at(service: ServedHttp, key: str = "worker-key") -> dict[str, str]:
+    return {"url": service.url, "apiKey": "of-the-gateway", "workerKey": key}
 
 
 CALL = {"messages": [{"role": "user", "content": "What is rain?"}]}
@@ -596,23 +598,23 @@ CALL = {"messages": [{"role": "user", "content": "What is rain?"}]}
     [("chat", "response"), ("chatUnrestricted", "response"), ("enhance", "enhanced_prompt")],
 )
 def test_a_reply_over_http(tmp_path: Path, runtime: str, method: str, field: str) -> None:
-    with face_of(tmp_path, Parrot("Water ", "that falls.")) as face:
-        said = call(runtime, "face", face=at(face), method=method, call=CALL)
+    with face_of(tmp_path, FakeChat("Water ", "that falls.")) as service:
+        said = call(runtime, "face", face=at(service), method=method, call=CALL)
 
     assert said["value"][field] == "Water that falls."
 
 
 def test_a_streamed_reply_over_http(tmp_path: Path, runtime: str) -> None:
-    with face_of(tmp_path, Parrot("Wätér ", "that falls.")) as face:
-        said = call(runtime, "faceStream", face=at(face), call=CALL)
+    with face_of(tmp_path, FakeChat("Wätér ", "that falls.")) as service:
+        said = call(runtime, "faceStream", face=at(service), call=CALL)
 
     assert "".join(said["value"]["pieces"]) == "Wätér that falls."
     assert said["value"]["result"]["response"] == "Wätér that falls."
 
 
 def test_a_refusal_over_http_is_its_text(tmp_path: Path, runtime: str) -> None:
-    with face_of(tmp_path, Parrot()) as face:
-        error = call(runtime, "face", face=at(face, "wrong"), method="chat", call=CALL)["error"]
+    with face_of(tmp_path, FakeChat()) as service:
+        error = call(runtime, "face", face=at(service, "wrong"), method="chat", call=CALL)["error"]
 
     assert (error["name"], error["status"]) == ("RequestFailed", 401)
     assert error["message"].startswith("api_key: ")
@@ -634,8 +636,8 @@ def test_a_reply_over_http_that_breaks_off_is_a_request_that_failed(
     runtime: str, action: str, message: str
 ) -> None:
     with Cutting() as worker:
-        face = {"url": worker.url, "apiKey": "of-the-gateway"}
-        error = call(runtime, action, face=face, method="chat", call=CALL)["error"]
+        service = {"url": worker.url, "apiKey": "of-the-gateway"}
+        error = call(runtime, action, service=service, method="chat", call=CALL)["error"]
 
     assert (error["name"], error["status"]) == ("RequestFailed", 0)
     assert error["message"].startswith(message)
@@ -698,8 +700,8 @@ def test_an_edge_function_queues_a_job(platform: Platform) -> None:
 
 
 def test_an_edge_function_answers_a_chat_and_streams_one(tmp_path: Path) -> None:
-    with face_of(tmp_path, Parrot("Water ", "that falls.")) as face:
-        env = {"CHAT_WORKER_URL": face.url, "WORKER_API_KEY": "worker-key"}
+    with face_of(tmp_path, FakeChat("Water ", "that falls.")) as service:
+        env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
         with edge_function("chat", **env) as function:
             reply = requests.post(url_of(function), json=CALL, timeout=PATIENCE_S).json()
             streamed = requests.post(
@@ -711,9 +713,9 @@ def test_an_edge_function_answers_a_chat_and_streams_one(tmp_path: Path) -> None
 
 
 def test_who_leaves_a_streaming_edge_function_stops_the_model(tmp_path: Path) -> None:
-    endless = Endless()
-    with face_of(tmp_path, endless) as face:
-        env = {"CHAT_WORKER_URL": face.url, "WORKER_API_KEY": "worker-key"}
+    endless = EndlessChat()
+    with face_of(tmp_path, endless) as service:
+        env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
         with edge_function("chat", **env) as function:
             call_on = {**CALL, "stream": True}
             with requests.post(

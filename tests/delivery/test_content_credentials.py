@@ -21,10 +21,10 @@ from ourvidz_serverless.delivery import images, video
 from ourvidz_serverless.delivery.content_credentials import UNSIGNED, Credentials
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.settings import Settings
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.servers.handler import run_handler
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 MAKE_KEY: dict[str, Callable[[], Any]] = {
     "Es256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "Es384": lambda: ec.generate_private_key(ec.SECP384R1()),
@@ -172,9 +172,9 @@ def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
 
 
 def test_an_asset_is_signed_and_tells_the_bytes_it_has(
-    bench: MakeBench, authority: Authority, pair: tuple[str, str]
+    local: MakeLocal, authority: Authority, pair: tuple[str, str]
 ) -> None:
-    at = bench(credentials=Credentials(*pair))
+    at = local(credentials=Credentials(*pair))
 
     (asset,) = at.run(sdxl_payload(prompt="a zebra")).assets
 
@@ -187,9 +187,9 @@ def test_an_asset_is_signed_and_tells_the_bytes_it_has(
 
 
 def test_an_asset_that_cannot_be_signed_goes_out_with_a_warning(
-    bench: MakeBench, mismatched: tuple[str, str]
+    local: MakeLocal, mismatched: tuple[str, str]
 ) -> None:
-    at = bench(credentials=Credentials(*mismatched))
+    at = local(credentials=Credentials(*mismatched))
 
     document = at.run(sdxl_payload(config={"num_images": 3}))
 
@@ -198,9 +198,9 @@ def test_an_asset_that_cannot_be_signed_goes_out_with_a_warning(
 
 
 def test_where_it_is_required_a_job_fails_instead(
-    bench: MakeBench, mismatched: tuple[str, str]
+    local: MakeLocal, mismatched: tuple[str, str]
 ) -> None:
-    document = bench(credentials=Credentials(*mismatched, required=True)).run()
+    document = local(credentials=Credentials(*mismatched, required=True)).run()
 
     assert document.failure is not None
     assert (document.failure.code, document.failure.message) == ("INTERNAL_ERROR", UNSIGNED)

@@ -12,13 +12,13 @@ import pytest
 
 from ourvidz_serverless.delivery.callback import Callback, webhook_id
 from ourvidz_serverless.delivery.storage import SupabaseStorage
-from tests.fakes.local_worker import QUICK, Bench, sdxl_payload
+from tests.fakes.local_worker import QUICK, LocalWorker, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.supabase import SupabaseStorage as SupabaseServer
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 
 
 def replay(
@@ -35,16 +35,16 @@ def replay(
     )
 
 
-def undelivered(bench: MakeBench, receiver: CallbackReceiver, **parts: Any) -> Bench:
-    """A bench whose next job's document nobody takes."""
+def undelivered(local: MakeLocal, receiver: CallbackReceiver, **parts: Any) -> LocalWorker:
+    """A worker whose next job's document nobody takes."""
     receiver.script([500, 500, 500])
-    return bench(callback=Callback(receiver.callback_url, receiver.secret, policy=QUICK), **parts)
+    return local(callback=Callback(receiver.callback_url, receiver.secret, policy=QUICK), **parts)
 
 
 def test_a_kept_document_is_delivered_by_a_second_process(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = undelivered(bench, receiver)
+    at = undelivered(local, receiver)
     document = at.run()
 
     run = replay(at.root, receiver)
@@ -59,8 +59,8 @@ def test_a_kept_document_is_delivered_by_a_second_process(
     assert last.document["assets"] == document.callback()["assets"]
 
 
-def test_it_bears_the_id_that_it_had(bench: MakeBench, receiver: CallbackReceiver) -> None:
-    at = undelivered(bench, receiver)
+def test_it_bears_the_id_that_it_had(local: MakeLocal, receiver: CallbackReceiver) -> None:
+    at = undelivered(local, receiver)
     at.run()
 
     replay(at.root, receiver)
@@ -71,9 +71,9 @@ def test_it_bears_the_id_that_it_had(bench: MakeBench, receiver: CallbackReceive
 
 
 def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = undelivered(bench, receiver)
+    at = undelivered(local, receiver)
     at.run()
 
     replay(at.root, receiver)
@@ -82,9 +82,9 @@ def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(
 
 
 def test_what_is_refused_again_stays_and_the_command_says_so(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = undelivered(bench, receiver)
+    at = undelivered(local, receiver)
     at.run()
     receiver.script([403])
 
@@ -99,12 +99,12 @@ def test_what_is_refused_again_stays_and_the_command_says_so(
 
 
 def test_a_failure_is_told_before_the_completion_that_came_after_it(
-    bench: MakeBench, receiver: CallbackReceiver
+    local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
-    at = undelivered(bench, receiver)
+    at = undelivered(local, receiver)
     at.run()
     receiver.script([500, 500, 500])
-    at.painter.fails = [RuntimeError()]
+    at.fake_sdxl.fails = [RuntimeError()]
     at.run()
 
     replay(at.root, receiver)
@@ -112,11 +112,11 @@ def test_a_failure_is_told_before_the_completion_that_came_after_it(
     assert [each.document["status"] for each in receiver.received[-2:]] == ["failed", "completed"]
 
 
-def test_a_job_with_a_url_of_its_own_is_told_there(bench: MakeBench) -> None:
+def test_a_job_with_a_url_of_its_own_is_told_there(local: MakeLocal) -> None:
     with CallbackReceiver() as general, CallbackReceiver() as its_own:
         its_own.script([500, 500, 500])
         callback = Callback(general.callback_url, its_own.secret, None, ("127.0.0.1",), QUICK)
-        at = bench(callback=callback)
+        at = local(callback=callback)
         at.run(sdxl_payload(callback_url=its_own.callback_url))
 
         run = replay(at.root, general, CALLBACK_HOSTS="127.0.0.1")
@@ -126,10 +126,10 @@ def test_a_job_with_a_url_of_its_own_is_told_there(bench: MakeBench) -> None:
         assert "callback_url" not in its_own.received[-1].document
 
 
-def test_a_bucket_is_replayed_too(bench: MakeBench, receiver: CallbackReceiver) -> None:
+def test_a_bucket_is_replayed_too(local: MakeLocal, receiver: CallbackReceiver) -> None:
     with SupabaseServer() as supabase:
         store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp", "assets")
-        undelivered(bench, receiver, storage=store).run()
+        undelivered(local, receiver, storage=store).run()
         env = {"SUPABASE_URL": supabase.url, "SUPABASE_SERVICE_KEY": supabase.service_key}
 
         run = replay("supabase://workspace-temp/assets", receiver, **env)

@@ -9,7 +9,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.fake_sdxl import NoDevice
 
 
-class Speech:
+class FakeReply:
     """A reply, and the facts that a real one has."""
 
     finish_reason = "stop"
@@ -28,7 +28,7 @@ class Speech:
             yield piece
 
 
-class Parrot:
+class FakeChat:
     """Stands where the chat models stand. A piece takes `piece_s` seconds of its clock."""
 
     def __init__(self, *pieces: str, piece_s: float = 0.0, clock: Clock | None = None) -> None:
@@ -37,12 +37,12 @@ class Parrot:
         self.piece_s, self.clock = piece_s, clock or Clock()
         self.calls: list[dict[str, Any]] = []
 
-    def generate(self, *, check: Callable[[], None], **call: Any) -> Speech:
+    def generate(self, *, check: Callable[[], None], **call: Any) -> FakeReply:
         self.calls.append(call)
-        return Speech(self.pieces, check, lambda: self.clock.advance(self.piece_s))
+        return FakeReply(self.pieces, check, lambda: self.clock.advance(self.piece_s))
 
 
-class Endless:
+class EndlessChat:
     """A model that never stops by itself."""
 
     def __init__(self) -> None:

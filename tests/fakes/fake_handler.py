@@ -1,6 +1,6 @@
-"""`handler.py` with a brush for a model: the real worker and loop, there in a second or two.
+"""`handler.py` with a fake model: the real worker and loop, ready in a second or two.
 
-Where `FAMILIES` names chat, a parrot answers chats; that takes torch's import longer.
+Where `FAMILIES` names chat, a `FakeChat` answers chats; that takes torch's import longer.
 
 It runs as `python -m tests.fakes.fake_handler`. While the file `HOLD` exists, no step ends. While
 `HOLD.pixels` exists, no picture can be read, so that its encoder waits; `HOLD.waits` says so.
@@ -35,8 +35,8 @@ class WetPaint(np.ndarray):
             time.sleep(0.02)
 
 
-class Brush:
-    """Paints squares, slowly. Not the Painter, whose LoRA shelf imports torch."""
+class BlockingSdxl:
+    """Paints squares, slowly. Not the FakeSdxl, whose LoRA shelf imports torch."""
 
     adapter = loras = None
 
@@ -79,11 +79,11 @@ def clock() -> float:
 def main() -> None:
     config = settings.read()
     logs.configure(config.log_level)
-    models: dict[str, Any] = {"sdxl": Brush(os.environ["HOLD"])}
+    models: dict[str, Any] = {"sdxl": BlockingSdxl(os.environ["HOLD"])}
     if "chat" in config.families:
-        from tests.fakes.fake_chat import Parrot
+        from tests.fakes.fake_chat import FakeChat
 
-        models["chat"] = Parrot("Water.")
+        models["chat"] = FakeChat("Water.")
     worker = Worker(
         config,
         models,

@@ -21,7 +21,7 @@ class NoDevice:
         return None
 
 
-class Painter:
+class FakeSdxl:
     """Stands where an SDXL stands. It can be held at a step, and told to fail at one."""
 
     adapter = None

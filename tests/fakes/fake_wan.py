@@ -1,14 +1,14 @@
-"""A model that remembers what it is to film, and films nothing."""
+"""A model that records what it is asked for and makes no frames."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from tests.fakes.fake_chat import Parrot
+from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import NoDevice
 
 
-class Film:
+class FakeWan:
     """Stands where the WAN models stand, and makes nothing."""
 
     enhancement_prompt = "Say more."
@@ -22,7 +22,7 @@ class Film:
 
     def __init__(self) -> None:
         self.device = NoDevice()
-        self.enhancer = Parrot("More is said of ", "a red circle.")
+        self.enhancer = FakeChat("More is said of ", "a red circle.")
         self.calls: list[dict[str, Any]] = []
 
     def expect(self) -> None: ...

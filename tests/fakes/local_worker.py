@@ -1,4 +1,4 @@
-"""A worker in this process, with a Painter for a model and a folder for a bucket."""
+"""A worker in this process, with a `FakeSdxl` for a model and a folder for a bucket."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
-from tests.fakes.fake_sdxl import Painter
+from tests.fakes.fake_sdxl import FakeSdxl
 
 QUICK = Retry(base_s=0.01)
 
@@ -75,12 +75,12 @@ def wan_payload(**changes: Any) -> dict[str, Any]:
 
 
 @dataclass
-class Bench:
-    """A worker with a Painter for SDXL, and everything that leaves it."""
+class LocalWorker:
+    """A worker with a FakeSdxl for SDXL, and everything that leaves it."""
 
     root: Path
     settings: Settings = field(default_factory=Settings)
-    painter: Painter = field(default_factory=Painter)
+    fake_sdxl: FakeSdxl = field(default_factory=FakeSdxl)
     callback: Callback = field(default_factory=lambda: Callback(None))
     storage: Storage | None = None
     stop: Stop = field(default_factory=Stop)
@@ -97,7 +97,7 @@ class Bench:
         self.storage = self.storage or DirectoryStorage(self.root)
         self.worker = Worker(
             self.settings,
-            self.models or {"sdxl": self.painter},
+            self.models or {"sdxl": self.fake_sdxl},
             self.storage,
             self.callback,
             "worker-1",

@@ -1,4 +1,4 @@
-"""`handler.py` with a brake: a job that a test has to meet at work is at work when it is met.
+"""`handler.py` with a slowdown: a job that a test has to meet at work is at work when it is met.
 
 It runs as `python -m tests.fakes.slow_handler`. While the file `BRAKE` exists, each forward of a
 network takes a quarter of a second longer, on a quick machine too; so a job of many steps outlasts
@@ -21,7 +21,7 @@ PAUSE_S = 0.25
 NETWORKS = ("UNet2DConditionModel", "WanTransformer3DModel", "Qwen2Model")
 
 
-class Brake:
+class Slowdown:
     """Slows one worker process down, in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
@@ -36,20 +36,20 @@ class Brake:
             self.path.unlink()
 
 
-def start(platform: Platform, brake: Brake, **env: str) -> WorkerProcess:
-    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(brake.path)}
+def start(platform: Platform, slowdown: Slowdown, **env: str) -> WorkerProcess:
+    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(slowdown.path)}
     env = {**here, **POCKET, **env}
     return WorkerProcess(platform, "-m", args=[__name__], env=env, cwd=ROOT)
 
 
 def install() -> None:
-    """Have the networks of this process heed its brake."""
+    """Have the networks of this process read the file of the slowdown."""
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    brake = os.environ["BRAKE"]
+    slowdown = os.environ["BRAKE"]
 
     def take_time(module: Any, given: Any) -> None:
-        if type(module).__name__ in NETWORKS and os.path.exists(brake):
+        if type(module).__name__ in NETWORKS and os.path.exists(slowdown):
             time.sleep(PAUSE_S)
 
     register_module_forward_pre_hook(take_time)

@@ -14,17 +14,17 @@ from ourvidz_serverless import settings
 from ourvidz_serverless.errors import ModelLoadError, Unauthorized
 from ourvidz_serverless.guard import access
 from ourvidz_serverless.settings import Settings
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
 from tests.servers.handler import run_handler
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 KEY = "a-key-of-ours-5f0e"
 KEYS = (SecretStr("the-older-key"), SecretStr(KEY))
 
 
-def locked(bench: MakeBench, **parts: Any) -> Bench:
-    return bench(settings=Settings(worker_api_key=KEYS), **parts)
+def locked(local: MakeLocal, **parts: Any) -> LocalWorker:
+    return local(settings=Settings(worker_api_key=KEYS), **parts)
 
 
 # --- the check itself ---
@@ -72,32 +72,32 @@ def test_printing_the_settings_prints_no_key() -> None:
 # --- a job ---
 
 
-def test_a_job_with_a_key_is_done(bench: MakeBench) -> None:
-    assert locked(bench).run(sdxl_payload(api_key=KEY)).status == "completed"
+def test_a_job_with_a_key_is_done(local: MakeLocal) -> None:
+    assert locked(local).run(sdxl_payload(api_key=KEY)).status == "completed"
 
 
 @pytest.mark.parametrize("key", [None, "wrong", 7, [KEY], {"key": KEY}, True])
 def test_a_job_without_one_is_refused_before_its_payload_is_read(
-    bench: MakeBench, key: Any
+    local: MakeLocal, key: Any
 ) -> None:
-    at = locked(bench)
+    at = locked(local)
 
     document = at.run(sdxl_payload(api_key=key, prompt=None))
 
     assert document.failure is not None
     assert (document.failure.code, document.failure.retryable) == ("UNAUTHORIZED", False)
-    assert (at.painter.calls, at.stored()) == ([], [])
+    assert (at.fake_sdxl.calls, at.stored()) == ([], [])
 
 
-def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(bench: MakeBench) -> None:
-    at = locked(bench)
-    at.painter.hold()
+def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(local: MakeLocal) -> None:
+    at = locked(local)
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run, sdxl_payload(api_key=KEY))
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
 
         stranger = at.run(sdxl_payload(api_key="wrong"))
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
 
         assert first.result(PATIENCE_S).status == "completed"
     assert stranger.failure is not None
@@ -107,11 +107,11 @@ def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(bench: MakeBench)
 
 @pytest.mark.parametrize("payload", [sdxl_payload(api_key=KEY), {"api_key": KEY, "config": KEY}])
 def test_a_key_is_in_no_log_and_in_no_answer(
-    bench: MakeBench, caplog: pytest.LogCaptureFixture, payload: Any
+    local: MakeLocal, caplog: pytest.LogCaptureFixture, payload: Any
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    document = locked(bench).run(payload)
+    document = locked(local).run(payload)
 
     assert KEY not in json.dumps(document.result()) + caplog.text
 

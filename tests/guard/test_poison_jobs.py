@@ -13,22 +13,22 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard.poison_jobs import FORGET_S, Pills
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
 from tests.servers.handler import failure, start
 from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 LONG = {"config": {"num_inference_steps": 50, "num_images": 6, "resolution": "256x256"}}
 
 
 @pytest.fixture
-def at(bench: MakeBench, tmp_path: Path) -> Bench:
-    return bench(settings=Settings(poison_dir=tmp_path / "pills"))
+def at(local: MakeLocal, tmp_path: Path) -> LocalWorker:
+    return local(settings=Settings(poison_dir=tmp_path / "pills"))
 
 
-def marks(at: Bench) -> dict[str, int]:
+def marks(at: LocalWorker) -> dict[str, int]:
     assert at.settings.poison_dir
     return {mark.name: mark.stat().st_size for mark in at.settings.poison_dir.iterdir()}
 
@@ -37,49 +37,49 @@ def code(document: Document) -> str | None:
     return document.failure.code if document.failure else None
 
 
-def die(at: Bench, times: int) -> None:
+def die(at: LocalWorker, times: int) -> None:
     """What processes do that end with `job-1` in flight."""
     identity = jobs.identity({"input": sdxl_payload()})
     for _ in range(times):
         Pills(at.settings.poison_dir).swallow(identity)
 
 
-def test_a_job_in_flight_is_marked_and_one_that_ended_is_not(at: Bench) -> None:
-    at.painter.hold()
+def test_a_job_in_flight_is_marked_and_one_that_ended_is_not(at: LocalWorker) -> None:
+    at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
-        assert at.painter.at_step.wait(PATIENCE_S)
+        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
         in_flight = marks(at)
-        at.painter.go_on.set()
+        at.fake_sdxl.go_on.set()
         running.result(PATIENCE_S)
 
     assert list(in_flight.values()) == [1]
     assert marks(at) == {}
 
 
-def test_a_job_that_failed_has_ended_too(at: Bench) -> None:
-    at.painter.fails = [OutOfMemory("does not fit")]
+def test_a_job_that_failed_has_ended_too(at: LocalWorker) -> None:
+    at.fake_sdxl.fails = [OutOfMemory("does not fit")]
 
     at.run()
 
     assert marks(at) == {}
 
 
-def test_another_users_job_of_the_same_id_is_not_refused(at: Bench) -> None:
+def test_another_users_job_of_the_same_id_is_not_refused(at: LocalWorker) -> None:
     die(at, times=2)
 
     assert code(at.run(sdxl_payload(user_id="user-2"))) is None
     assert code(at.run(sdxl_payload(api_key="another"))) is None
 
 
-def test_one_death_is_forgiven(at: Bench) -> None:
+def test_one_death_is_forgiven(at: LocalWorker) -> None:
     die(at, times=1)
 
     assert code(at.run()) is None
     assert marks(at) == {}
 
 
-def test_after_two_a_job_is_refused_and_stays_so(at: Bench) -> None:
+def test_after_two_a_job_is_refused_and_stays_so(at: LocalWorker) -> None:
     die(at, times=2)
 
     documents = [at.run() for _ in range(2)]
@@ -90,14 +90,14 @@ def test_after_two_a_job_is_refused_and_stays_so(at: Bench) -> None:
     assert documents[0].failure.message.startswith("id: this job has ended its worker twice")
 
 
-def test_another_job_and_another_users_job_of_that_name_are_done(at: Bench) -> None:
+def test_another_job_and_another_users_job_of_that_name_are_done(at: LocalWorker) -> None:
     die(at, times=2)
 
     assert code(at.run(sdxl_payload(id="job-2"))) is None
     assert code(at.run(sdxl_payload(user_id="user-2"))) is None
 
 
-def test_a_refusal_for_another_reason_forgives_nothing(at: Bench) -> None:
+def test_a_refusal_for_another_reason_forgives_nothing(at: LocalWorker) -> None:
     die(at, times=1)
 
     at.run(sdxl_payload(prompt="nude child"))
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_mark_is_left_alone_however_old(tmp_path: Path) -> Non
 
 
 def test_an_old_mark_counts_no_more_though_its_worker_started_before(
-    at: Bench, tmp_path: Path
+    at: LocalWorker, tmp_path: Path
 ) -> None:
     die(at, times=2)
     for mark in (tmp_path / "pills").iterdir():
@@ -136,7 +136,7 @@ def test_an_old_mark_counts_no_more_though_its_worker_started_before(
     assert marks(at) == {}
 
 
-def test_a_folder_that_takes_no_marks_stops_no_job(at: Bench, tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_marks_stops_no_job(at: LocalWorker, tmp_path: Path) -> None:
     (tmp_path / "pills").rmdir()
     (tmp_path / "pills").write_text("a file")
 

@@ -16,12 +16,12 @@ from ourvidz_serverless.guard.rate_limits import MOST_WINDOWS, Limits, Memory, S
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Rate, Settings
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.servers.handler import failure, start
-from tests.servers.redis import RedisServer, RestFront
+from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.runpod import Platform
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 TWO = Rate(2, 60, "2/minute")
 LIMITED = Settings(rate_limit_user="2/minute")
 DAY = 24 * 3600
@@ -35,19 +35,23 @@ def redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def front(redis: RedisServer) -> Iterator[RestFront]:
+def rest_server(redis: RedisServer) -> Iterator[RedisRestServer]:
     redis.call("FLUSHALL")
-    with RestFront(redis) as server:
+    with RedisRestServer(redis) as server:
         yield server
 
 
-def upstash(front: RestFront, endpoint: str = "sdxl", token: str | None = None) -> Upstash:
-    return Upstash(front.url, token or front.token, endpoint, PATIENT)
+def upstash(
+    rest_server: RedisRestServer, endpoint: str = "sdxl", token: str | None = None
+) -> Upstash:
+    return Upstash(rest_server.url, token or rest_server.token, endpoint, PATIENT)
 
 
 @pytest.fixture(params=["memory", "redis"])
 def store(request: pytest.FixtureRequest) -> Store:
-    return Memory() if request.param == "memory" else upstash(request.getfixturevalue("front"))
+    return (
+        Memory() if request.param == "memory" else upstash(request.getfixturevalue("rest_server"))
+    )
 
 
 def outcomes(limits: Limits, users: str) -> str:
@@ -84,9 +88,9 @@ def test_what_a_user_is_refused_does_not_use_up_everybodys_share(store: Store) -
     assert outcomes(limits, "aaaaaabbc") == "..xxxx..x"
 
 
-def test_without_rates_nothing_is_counted(front: RestFront) -> None:
-    assert outcomes(Limits({}, upstash(front)), "aaaa") == "...."
-    assert front.pipelines == []
+def test_without_rates_nothing_is_counted(rest_server: RedisRestServer) -> None:
+    assert outcomes(Limits({}, upstash(rest_server)), "aaaa") == "...."
+    assert rest_server.pipelines == []
 
 
 def test_a_refusal_says_which_limit_and_when_to_come_again(store: Store) -> None:
@@ -124,9 +128,9 @@ def test_a_window_in_memory_closes_after_its_length_however_many_came() -> None:
 
 
 def test_a_window_in_redis_is_set_once_and_closed_by_redis(
-    front: RestFront, redis: RedisServer
+    rest_server: RedisRestServer, redis: RedisServer
 ) -> None:
-    limits = Limits({"user": TWO}, upstash(front))
+    limits = Limits({"user": TWO}, upstash(rest_server))
     limits.check("a")
     redis.call("PEXPIRE", "ourvidz:sdxl:user:a:60", 50_000)
 
@@ -137,10 +141,12 @@ def test_a_window_in_redis_is_set_once_and_closed_by_redis(
     assert outcomes(limits, "aaa") == "..x"
 
 
-def test_a_count_that_lost_its_end_gets_one_again(front: RestFront, redis: RedisServer) -> None:
+def test_a_count_that_lost_its_end_gets_one_again(
+    rest_server: RedisRestServer, redis: RedisServer
+) -> None:
     redis.call("SET", "ourvidz:sdxl:user:a:60", 7)
 
-    assert outcomes(Limits({"user": TWO}, upstash(front)), "a") == "x"
+    assert outcomes(Limits({"user": TWO}, upstash(rest_server)), "a") == "x"
     assert redis.call("TTL", "ourvidz:sdxl:user:a:60") > 0
 
 
@@ -156,30 +162,30 @@ def test_the_memory_stays_small_however_many_users_come() -> None:
 # --- shared ---
 
 
-def test_two_workers_of_an_endpoint_count_together(front: RestFront) -> None:
-    one, other = (Limits({"user": TWO}, upstash(front)) for _ in range(2))
+def test_two_workers_of_an_endpoint_count_together(rest_server: RedisRestServer) -> None:
+    one, other = (Limits({"user": TWO}, upstash(rest_server)) for _ in range(2))
 
     assert outcomes(one, "a") + outcomes(other, "aa") == "..x"
 
 
-def test_two_endpoints_of_one_redis_count_apart(front: RestFront) -> None:
-    one = Limits({"endpoint": TWO}, upstash(front, "sdxl"))
-    other = Limits({"endpoint": TWO}, upstash(front, "chat"))
+def test_two_endpoints_of_one_redis_count_apart(rest_server: RedisRestServer) -> None:
+    one = Limits({"endpoint": TWO}, upstash(rest_server, "sdxl"))
+    other = Limits({"endpoint": TWO}, upstash(rest_server, "chat"))
 
     assert outcomes(one, "aaa") + outcomes(other, "aa") == "..x.."
 
 
-def test_the_environment_names_the_store(front: RestFront) -> None:
+def test_the_environment_names_the_store(rest_server: RedisRestServer) -> None:
     shared = Settings(
         rate_limit_endpoint="2/minute",
-        upstash_redis_rest_url=front.url,
-        upstash_redis_rest_token=SecretStr(front.token),
+        upstash_redis_rest_url=rest_server.url,
+        upstash_redis_rest_token=SecretStr(rest_server.token),
     )
 
     assert outcomes(Limits.of(shared, "sdxl"), "abc") == "..x"
-    assert len(front.pipelines) == 3
+    assert len(rest_server.pipelines) == 3
     assert outcomes(Limits.of(LIMITED), "aaa") == "..x"
-    assert len(front.pipelines) == 3
+    assert len(rest_server.pipelines) == 3
 
 
 # --- settings ---
@@ -221,8 +227,8 @@ def audited(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [json.loads(each.message) for each in lines]
 
 
-def test_a_job_over_the_limit_is_told_when_to_come_again(bench: MakeBench) -> None:
-    at = bench(settings=LIMITED)
+def test_a_job_over_the_limit_is_told_when_to_come_again(local: MakeLocal) -> None:
+    at = local(settings=LIMITED)
 
     codes = [code(at.run(sdxl_payload(id=f"job-{i}"))) for i in range(2)]
     refused = at.run().callback()
@@ -231,11 +237,11 @@ def test_a_job_over_the_limit_is_told_when_to_come_again(bench: MakeBench) -> No
     assert refused["error"]["code"] == "RATE_LIMITED"
     assert refused["error"]["retryable"] is True
     assert 0 < refused["error"]["retry_after"] <= 60
-    assert len(at.painter.calls) == 2
+    assert len(at.fake_sdxl.calls) == 2
 
 
-def test_a_job_of_another_endpoint_is_not_counted(bench: MakeBench) -> None:
-    at = bench(settings=LIMITED)
+def test_a_job_of_another_endpoint_is_not_counted(local: MakeLocal) -> None:
+    at = local(settings=LIMITED)
 
     for _ in range(5):
         assert code(at.run(sdxl_payload(type="video_fast"))) == "WORKER_UNAVAILABLE"
@@ -243,9 +249,9 @@ def test_a_job_of_another_endpoint_is_not_counted(bench: MakeBench) -> None:
     assert at.run().status == "completed"
 
 
-def test_administration_does_not_count_against_the_limits(bench: MakeBench) -> None:
+def test_administration_does_not_count_against_the_limits(local: MakeLocal) -> None:
     everybody = Settings(rate_limit_user="2/minute", rate_limit_endpoint="2/minute")
-    at = bench(settings=everybody)
+    at = local(settings=everybody)
     question = {"type": "admin_utilities", "config": {"operation": "status"}}
 
     for i in range(5):
@@ -259,8 +265,8 @@ def test_administration_does_not_count_against_the_limits(bench: MakeBench) -> N
     ]
 
 
-def test_administration_is_answered_when_the_limit_is_reached(bench: MakeBench) -> None:
-    at = bench(settings=LIMITED)
+def test_administration_is_answered_when_the_limit_is_reached(local: MakeLocal) -> None:
+    at = local(settings=LIMITED)
     for i in range(3):
         at.run(sdxl_payload(id=f"job-{i}"))
 
@@ -271,30 +277,30 @@ def test_administration_is_answered_when_the_limit_is_reached(bench: MakeBench) 
 
 @pytest.mark.parametrize(("fail_open", "ends"), [(True, None), (False, "WORKER_UNAVAILABLE")])
 def test_a_job_that_cannot_be_counted_is_done_unless_told_otherwise(
-    bench: MakeBench,
-    front: RestFront,
+    local: MakeLocal,
+    rest_server: RedisRestServer,
     caplog: pytest.LogCaptureFixture,
     fail_open: bool,
     ends: str | None,
 ) -> None:
     caplog.set_level(logging.INFO, "ourvidz.audit")
     chosen = Settings(rate_limit_user="2/minute", rate_limit_fail_open=fail_open)
-    limits = Limits({"user": TWO}, upstash(front, token="wrong"))
+    limits = Limits({"user": TWO}, upstash(rest_server, token="wrong"))
 
-    document = bench(settings=chosen, limits=limits).run()
+    document = local(settings=chosen, limits=limits).run()
 
     assert code(document) == ends
     assert audited(caplog)[0]["rate"] == "not counted: HTTP 401"
 
 
 def test_the_handler_counts_in_redis_and_shows_no_token(
-    front: RestFront, redis: RedisServer, tmp_path: Path
+    rest_server: RedisRestServer, redis: RedisServer, tmp_path: Path
 ) -> None:
     env = {
         "STORAGE_URL": f"file:{tmp_path}",
         "RATE_LIMIT_USER": "1/hour",
-        "UPSTASH_REDIS_REST_URL": front.url,
-        "UPSTASH_REDIS_REST_TOKEN": front.token,
+        "UPSTASH_REDIS_REST_URL": rest_server.url,
+        "UPSTASH_REDIS_REST_TOKEN": rest_server.token,
         "RUNPOD_ENDPOINT_ID": "endpoint-7",
     }
     with Platform() as own, start(own, **env) as process:
@@ -306,4 +312,4 @@ def test_the_handler_counts_in_redis_and_shows_no_token(
         assert len(refused) == 1
         assert failure(own.status(refused[0]))["code"] == "RATE_LIMITED"
     assert redis.call("GET", "ourvidz:endpoint-7:user:user-1:3600") == "2"
-    assert front.token not in process.log
+    assert rest_server.token not in process.log

@@ -12,9 +12,9 @@ from ourvidz_serverless.jobs.admin import ANSWERS, CHANGING
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import Card, Parcel
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.files import SPECIFICATION
 from tests.patience import PATIENCE_S
 
@@ -25,7 +25,7 @@ SIZES = {"sdxl": 10 * 1024, "qwen_instruct": 15 * 1024, "qwen_base": 15 * 1024}
 class Site:
     """A worker for SDXL and chat on a card of 24 GB, whose models are parcels of that size."""
 
-    def __init__(self, bench: Callable[..., Bench], **settings: Any) -> None:
+    def __init__(self, local: Callable[..., LocalWorker], **settings: Any) -> None:
         card = Card(24 * 1024 * MIB)
         self.ledger = Ledger(card)
         self.parcels = {name: Parcel(size * MIB, card) for name, size in SIZES.items()}
@@ -36,13 +36,13 @@ class Site:
                 parcel, name, family, source=f"{name}.safetensors", is_pinned=is_pinned
             )
         self.ledger.settle(self.parcels["sdxl"])
-        painter = Painter()
+        fake_sdxl = FakeSdxl()
         served = {"families": ("sdxl", "chat"), "chat_base_model": "/models/base", **settings}
-        self.at = bench(
+        self.at = local(
             settings=Settings(**served),
             ledger=self.ledger,
-            painter=painter,
-            models={"sdxl": painter, "chat": Parrot("Rain.")},
+            fake_sdxl=fake_sdxl,
+            models={"sdxl": fake_sdxl, "chat": FakeChat("Rain.")},
         )
 
     def ask(self, operation: str, **config: Any) -> dict[str, Any]:
@@ -59,8 +59,8 @@ class Site:
 
 
 @pytest.fixture
-def site(bench: Callable[..., Bench]) -> Site:
-    return Site(bench)
+def site(local: Callable[..., LocalWorker]) -> Site:
+    return Site(local)
 
 
 # --- the specification's bodies ---
@@ -148,7 +148,7 @@ def test_what_chat_can_do_is_told_by_its_models(site: Site) -> None:
 
 
 def test_the_environment_is_told_by_paths_and_versions_alone(
-    bench: Callable[..., Bench],
+    local: Callable[..., LocalWorker],
 ) -> None:
     secrets = {
         "worker_api_key": "key-of-the-house",
@@ -158,7 +158,7 @@ def test_the_environment_is_told_by_paths_and_versions_alone(
         "bucket_secret_access_key": "key-of-the-store",
         "upstash_redis_rest_token": "key-of-the-redis",
     }
-    site = Site(bench, **secrets)
+    site = Site(local, **secrets)
 
     for operation in ANSWERS:
         told = json.dumps(site.answer(operation, key="key-of-the-house", job_id="job-1").result())
@@ -174,16 +174,16 @@ def test_the_environment_is_told_by_paths_and_versions_alone(
 
 
 def test_an_answer_comes_while_a_picture_is_painted(site: Site) -> None:
-    site.at.painter.hold()
+    site.at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         painting = threads.submit(site.at.run)
-        assert site.at.painter.at_step.wait(PATIENCE_S)
+        assert site.at.fake_sdxl.at_step.wait(PATIENCE_S)
 
         status = site.ask("job_status", job_id="job-1", user_id="user-1")
 
         assert (status["status"], status["stage"]) == ("processing", "generate")
         assert site.ask("health")["jobs"]["processing"] == 2
-        site.at.painter.go_on.set()
+        site.at.fake_sdxl.go_on.set()
         assert painting.result(PATIENCE_S).status == "completed"
 
 
@@ -282,9 +282,9 @@ def test_the_emergency_operations_own_shape_is_understood(site: Site) -> None:
 
 @pytest.mark.parametrize("operation", ANSWERS)
 def test_where_a_key_is_required_changes_need_one(
-    bench: Callable[..., Bench], operation: str
+    local: Callable[..., LocalWorker], operation: str
 ) -> None:
-    site = Site(bench, admin_requires_key=True)
+    site = Site(local, admin_requires_key=True)
 
     document = site.answer(operation, target_worker="sdxl", job_id="job-1")
 
@@ -294,8 +294,8 @@ def test_where_a_key_is_required_changes_need_one(
         assert site.parcels["sdxl"].place == "device"
 
 
-def test_whoever_brings_the_key_may_change_what_he_likes(bench: Callable[..., Bench]) -> None:
-    site = Site(bench, admin_requires_key=True, worker_api_key="open-sesame")
+def test_whoever_brings_the_key_may_change_what_he_likes(local: Callable[..., LocalWorker]) -> None:
+    site = Site(local, admin_requires_key=True, worker_api_key="open-sesame")
 
     document = site.answer("force_unload", key="open-sesame", target_worker="sdxl")
 

@@ -16,12 +16,12 @@ from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.payloads import CheckedText, Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, chat_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload
 from tests.fakes.tiny_chat import tiny_chat, tiny_tokenizer, tiny_writer, until
 from tests.files import ROOT
 
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 
 
 def parse(payload: dict[str, Any]) -> ChatJob:
@@ -150,15 +150,15 @@ def code(document: Document) -> str | None:
 
 
 @pytest.fixture
-def talk(bench: MakeBench) -> Callable[..., tuple[Document, Bench]]:
+def talk(local: MakeLocal) -> Callable[..., tuple[Document, LocalWorker]]:
     """Runs a job whose model says the given pieces, each in more than a stream's interval."""
 
     def run(
         *pieces: str, piece_s: float = 2 * chat_jobs.STREAM_INTERVAL_S, **changes: Any
-    ) -> tuple[Document, Bench]:
+    ) -> tuple[Document, LocalWorker]:
         clock = Clock()
-        parrot = Parrot(*pieces, piece_s=piece_s, clock=clock)
-        at = bench(models={"chat": parrot}, clock=clock)
+        fake_chat = FakeChat(*pieces, piece_s=piece_s, clock=clock)
+        at = local(models={"chat": fake_chat}, clock=clock)
         return at.run(chat_payload(**changes)), at
 
     return run
@@ -305,10 +305,10 @@ def test_texts_are_read_up_to_the_limit(talk: Any) -> None:
     assert talk("Yes.", messages=messages)[0].status == "completed"
 
 
-def test_a_deadline_ends_the_floors_work(bench: MakeBench) -> None:
+def test_a_deadline_ends_the_floors_work(local: MakeLocal) -> None:
     seconds = iter(range(1_000_000))
-    at = bench(
-        models={"chat": Parrot("Yes.")},
+    at = local(
+        models={"chat": FakeChat("Yes.")},
         settings=Settings(job_timeout_s=300),
         clock=lambda: float(next(seconds)),
     )
@@ -320,9 +320,9 @@ def test_a_deadline_ends_the_floors_work(bench: MakeBench) -> None:
     assert at.models["chat"].calls == []
 
 
-def test_a_stop_ends_the_floors_work(bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_ends_the_floors_work(local: MakeLocal, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ourvidz.audit")
-    at = bench(models={"chat": Parrot("Yes.")})
+    at = local(models={"chat": FakeChat("Yes.")})
     at.stop.set()
 
     assert code(at.run(chat_payload())) == "CANCELLED"
@@ -337,7 +337,7 @@ def test_the_floor_reads_the_reply_together_with_what_it_answers(talk: Any) -> N
     assert at.stored() == []
 
 
-def deltas(at: Bench) -> list[str]:
+def deltas(at: LocalWorker) -> list[str]:
     return [item["delta"] for item in at.streamed]
 
 
@@ -389,10 +389,10 @@ def test_the_floor_cuts_no_word_of_a_stream_in_two(talk: Any, num_letters: int, 
     assert document.status == "completed"
 
 
-def times_the_clock_is_read(bench: MakeBench, messages: list[dict[str, str]]) -> int:
+def times_the_clock_is_read(local: MakeLocal, messages: list[dict[str, str]]) -> int:
     times = iter(range(1_000_000))
-    at = bench(
-        models={"chat": Parrot("Water.")},
+    at = local(
+        models={"chat": FakeChat("Water.")},
         settings=Settings(job_timeout_s=1_000_000),
         clock=lambda: float(next(times)),
     )
@@ -401,12 +401,12 @@ def times_the_clock_is_read(bench: MakeBench, messages: list[dict[str, str]]) ->
 
 
 def test_the_floor_reads_a_conversation_once_and_not_again_with_its_reply(
-    bench: MakeBench,
+    local: MakeLocal,
 ) -> None:
     readings: list[None] = []
     content_floor.judge([CheckedText("rain", "messages")], check_stop=lambda: readings.append(None))
 
-    one, many = (times_the_clock_is_read(bench, [user("rain")] * num) for num in (1, 101))
+    one, many = (times_the_clock_is_read(local, [user("rain")] * num) for num in (1, 101))
 
     assert many - one == 100 * len(readings)
 
@@ -464,8 +464,8 @@ def test_a_job_that_does_not_ask_for_it_streams_nothing(talk: Any) -> None:
 # --- with a real model ---
 
 
-def test_jobs_share_the_engine_and_wait_for_no_lane(bench: MakeBench) -> None:
-    at = bench(models={"chat": tiny_chat()})
+def test_jobs_share_the_engine_and_wait_for_no_lane(local: MakeLocal) -> None:
+    at = local(models={"chat": tiny_chat()})
     payloads = [chat_payload(id=f"job-{i}", temperature=0, max_tokens=40) for i in range(12)]
     with ThreadPoolExecutor(12) as threads:
         documents = list(threads.map(lambda each: at.run(each, Stop()), payloads))
@@ -475,22 +475,22 @@ def test_jobs_share_the_engine_and_wait_for_no_lane(bench: MakeBench) -> None:
     assert sum(document.reply["usage"]["prompt_tokens_reused"] > 0 for document in documents) > 6
 
 
-def test_a_stopped_job_leaves_at_the_next_token(bench: MakeBench) -> None:
-    at = bench(models={"chat": tiny_chat()})
+def test_a_stopped_job_leaves_at_the_next_token(local: MakeLocal) -> None:
+    at = local(models={"chat": tiny_chat()})
     at.stop.set()
 
     assert code(at.run(chat_payload())) == "CANCELLED"
 
 
-def test_a_deadline_acts_at_the_next_token(bench: MakeBench) -> None:
-    at = bench(models={"chat": tiny_chat(context=4096)}, settings=Settings(job_timeout_s=0.1))
+def test_a_deadline_acts_at_the_next_token(local: MakeLocal) -> None:
+    at = local(models={"chat": tiny_chat(context=4096)}, settings=Settings(job_timeout_s=0.1))
 
     assert code(at.run(chat_payload(max_tokens=2048, temperature=0))) == "TIMEOUT_ERROR"
 
 
-def test_a_job_that_fails_while_it_listens_leaves_the_engine(bench: MakeBench) -> None:
+def test_a_job_that_fails_while_it_listens_leaves_the_engine(local: MakeLocal) -> None:
     chat = tiny_chat(context=4096)
-    at = bench(models={"chat": chat})
+    at = local(models={"chat": chat})
 
     def refuse(item: object) -> None:
         raise ContentRefused("content policy")
@@ -708,9 +708,9 @@ def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
     ids=["70 levels", "half a character", "NaN", "1e999", "too complex"],
 )
 def test_a_schema_that_cannot_be_served_is_the_callers_error(
-    bench: MakeBench, schema: dict[str, Any]
+    local: MakeLocal, schema: dict[str, Any]
 ) -> None:
-    at = bench(models={"chat": tiny_chat()})
+    at = local(models={"chat": tiny_chat()})
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
 
     document = at.run(chat_payload(response_format=asked))

@@ -7,21 +7,21 @@ import pytest
 
 from ourvidz_serverless.jobs.wan import ENHANCEMENT, Type
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_wan import Film
-from tests.fakes.local_worker import Bench
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_wan import FakeWan
+from tests.fakes.local_worker import LocalWorker
 from tests.fakes.tiny_chat import tiny_chat
 from tests.guard.test_content_floor import REFUSED
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 
 NEUTRAL = Settings().wan_enhancement_prompt.read_text().strip()
 CALL = {"prompt": "a red circle", "config": {"job_type": "video_fast"}}
 ENHANCED = "a red circle in bright light"
 
 
-def film(enhancer: Any) -> Film:
+def fake_wan(enhancer: Any) -> FakeWan:
     """A video model with a chat model of its own beside it, or none."""
-    model = Film()
+    model = FakeWan()
     model.enhancer = enhancer
     return model
 
@@ -29,28 +29,30 @@ def film(enhancer: Any) -> Film:
 def ask(folder: Path, models: dict[str, Any], call: dict[str, Any]) -> tuple[int, Any]:
     """The status and the body of `POST /enhance` at a worker with these models."""
     settings = Settings(families=tuple(models))
-    with ServedFace(settings, Bench(folder, settings=settings, models=models).worker) as face:
-        answer = face.post("/enhance", call)
+    with ServedHttp(
+        settings, LocalWorker(folder, settings=settings, models=models).worker
+    ) as service:
+        answer = service.post("/enhance", call)
     return answer.status_code, answer.json()
 
 
 @pytest.mark.parametrize("family", ["wan", "chat"])
 def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, family: str) -> None:
-    parrot = Parrot(ENHANCED)
-    models = {"wan": film(parrot)} if family == "wan" else {"chat": parrot}
+    fake_chat = FakeChat(ENHANCED)
+    models = {"wan": fake_wan(fake_chat)} if family == "wan" else {"chat": fake_chat}
 
     status, body = ask(tmp_path, models, CALL)
 
     assert (status, body["success"], body["enhanced_prompt"]) == (200, True, ENHANCED)
     assert body["metadata"]["system_prompt_used"] == NEUTRAL
-    (heard,) = parrot.calls
+    (heard,) = fake_chat.calls
     assert heard["messages"] == [("system", NEUTRAL), ("user", "a red circle")]
 
 
 def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_path: Path) -> None:
     call = {**CALL, "max_tokens": 8, "seed": 3}
 
-    first, again = (ask(tmp_path, {"wan": film(tiny_chat())}, call)[1] for _ in range(2))
+    first, again = (ask(tmp_path, {"wan": fake_wan(tiny_chat())}, call)[1] for _ in range(2))
 
     assert first["usage"]["completion_tokens"] == 8
     assert first["enhanced_prompt"] == again["enhanced_prompt"] != ""
@@ -59,31 +61,33 @@ def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_pat
 def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
     tmp_path: Path,
 ) -> None:
-    parrot = Parrot(ENHANCED)
+    fake_chat = FakeChat(ENHANCED)
 
-    ask(tmp_path, {"wan": film(parrot)}, {**CALL, "temperature": 0.2})
+    ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "temperature": 0.2})
 
-    assert parrot.calls[0].items() >= {**ENHANCEMENT, "temperature": 0.2}.items()
+    assert fake_chat.calls[0].items() >= {**ENHANCEMENT, "temperature": 0.2}.items()
 
 
 @pytest.mark.parametrize("kind", [*get_args(Type), "wan_video_fast", "wan_video_high"])
 def test_every_type_of_wan_is_known_by_its_names(tmp_path: Path, kind: str) -> None:
-    status, _ = ask(tmp_path, {"wan": film(Parrot("x"))}, {**CALL, "config": {"job_type": kind}})
+    status, _ = ask(
+        tmp_path, {"wan": fake_wan(FakeChat("x"))}, {**CALL, "config": {"job_type": kind}}
+    )
 
     assert status == 200
 
 
 def test_a_system_prompt_of_the_call_is_the_one_that_counts(tmp_path: Path) -> None:
-    parrot = Parrot(ENHANCED)
+    fake_chat = FakeChat(ENHANCED)
     config = {**CALL["config"], "system_prompt": "Be brief."}
 
-    ask(tmp_path, {"wan": film(parrot)}, {**CALL, "config": config})
+    ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "config": config})
 
-    assert parrot.calls[0]["messages"][0] == ("system", "Be brief.")
+    assert fake_chat.calls[0]["messages"][0] == ("system", "Be brief.")
 
 
 def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
-    models = {"chat": Parrot("of the chat"), "wan": film(Parrot("of WAN"))}
+    models = {"chat": FakeChat("of the chat"), "wan": fake_wan(FakeChat("of WAN"))}
 
     _, body = ask(tmp_path, models, CALL)
 
@@ -91,7 +95,7 @@ def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
-    status, body = ask(tmp_path, {"wan": film(None)}, CALL)
+    status, body = ask(tmp_path, {"wan": fake_wan(None)}, CALL)
 
     assert (status, body["code"]) == (503, "WORKER_UNAVAILABLE")
 
@@ -100,25 +104,25 @@ def test_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
 def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
     tmp_path: Path, config: dict[str, str]
 ) -> None:
-    parrot, call = Parrot(ENHANCED), {**CALL, "config": config}
+    fake_chat, call = FakeChat(ENHANCED), {**CALL, "config": config}
 
-    refused, _ = ask(tmp_path, {"wan": film(Parrot("of WAN"))}, call)
-    ask(tmp_path, {"chat": parrot}, call)
+    refused, _ = ask(tmp_path, {"wan": fake_wan(FakeChat("of WAN"))}, call)
+    ask(tmp_path, {"chat": fake_chat}, call)
 
     assert refused == 503
-    assert parrot.calls[0]["messages"] == [("user", "a red circle")]
+    assert fake_chat.calls[0]["messages"] == [("user", "a red circle")]
 
 
 def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> None:
-    parrot = Parrot(ENHANCED)
+    fake_chat = FakeChat(ENHANCED)
 
-    status, _ = ask(tmp_path, {"wan": film(parrot)}, {**CALL, "prompt": REFUSED})
+    status, _ = ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "prompt": REFUSED})
 
-    assert (status, parrot.calls) == (403, [])
+    assert (status, fake_chat.calls) == (403, [])
 
 
 def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: Path) -> None:
-    at = Bench(tmp_path, models={"wan": film(Parrot(ENHANCED))})
+    at = LocalWorker(tmp_path, models={"wan": fake_wan(FakeChat(ENHANCED))})
 
     document = at.run({**CALL, "type": "chat_enhance"})
 
@@ -127,7 +131,7 @@ def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: P
 
 def test_a_system_prompt_that_cannot_be_read_is_told_by_its_setting(tmp_path: Path) -> None:
     settings = Settings(wan_enhancement_prompt=tmp_path / "missing.txt")
-    at = Bench(tmp_path / "assets", settings=settings, models={"chat": Parrot(ENHANCED)})
+    at = LocalWorker(tmp_path / "assets", settings=settings, models={"chat": FakeChat(ENHANCED)})
 
     document = at.run({**CALL, "type": "chat_enhance"})
 

@@ -22,15 +22,15 @@ from ourvidz_serverless.jobs.wan import MAX_AREA, WanJob
 from ourvidz_serverless.models.wan import pipeline as models
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, wan_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, wan_payload
 from tests.fakes.tiny_chat import tiny_chat
 from tests.fakes.tiny_wan import data_uri, frames_of, picture, write_i2v
 from tests.files import PAYLOADS, SPECIFICATION
 from tests.patience import PATIENCE_S
 
 TYPES = [name for name in SPECIFICATION["job_types"] if jobs.FAMILY_OF[name] == "wan"]
-MakeBench = Callable[..., Bench]
+MakeLocal = Callable[..., LocalWorker]
 
 #: In place of what the application sends: two cores have no hour for a video of 480p.
 TINY = {"width": 64, "height": 64, "frames": 5, "num_inference_steps": 2}
@@ -54,22 +54,22 @@ BROKEN = "data:image/png;base64,xxxx"
 
 
 @pytest.fixture
-def film(bench: MakeBench, wan: models.Wan) -> Callable[..., tuple[Document, Bench]]:
+def film(local: MakeLocal, wan: models.Wan) -> Callable[..., tuple[Document, LocalWorker]]:
     """Runs a payload on a worker with WAN; gives its document, and where it ran."""
 
-    def film(**changes: Any) -> tuple[Document, Bench]:
-        at = bench(models={"wan": changes.pop("model", wan)})
+    def film(**changes: Any) -> tuple[Document, LocalWorker]:
+        at = local(models={"wan": changes.pop("model", wan)})
         return at.run(wan_payload(**changes)), at
 
     return film
 
 
 @pytest.fixture
-def enhancer(wan: models.Wan) -> Iterator[Callable[..., Parrot]]:
+def enhancer(wan: models.Wan) -> Iterator[Callable[..., FakeChat]]:
     """Puts a chat model that says these words beside WAN, for one test."""
 
-    def beside(*words: str) -> Parrot:
-        wan.enhancer = Parrot(*words)
+    def beside(*words: str) -> FakeChat:
+        wan.enhancer = FakeChat(*words)
         return wan.enhancer
 
     yield beside
@@ -80,7 +80,7 @@ def code(document: Document) -> str | None:
     return document.failure.code if document.failure else None
 
 
-def frames(at: Bench, url: str = "user-1/job-1/0.mp4") -> np.ndarray:
+def frames(at: LocalWorker, url: str = "user-1/job-1/0.mp4") -> np.ndarray:
     return frames_of(at.root / url)
 
 
@@ -94,12 +94,12 @@ def is_same(one: np.ndarray, other: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_the_applications_own_payload_is_rendered(
-    bench: MakeBench, wan: models.Wan, enhancer: Callable[..., Parrot], name: str
+    local: MakeLocal, wan: models.Wan, enhancer: Callable[..., FakeChat], name: str
 ) -> None:
     payload = json.loads((PAYLOADS / f"{name}.json").read_text())
     payload["config"] |= TINY
     enhancer("a red circle in bright light")
-    at = bench(models={"wan": wan})
+    at = local(models={"wan": wan})
 
     document = at.run(payload)
 
@@ -735,11 +735,11 @@ def test_a_prompt_may_be_empty_and_is_needed_only_where_there_is_no_reference() 
 
 
 def test_an_enhanced_prompt_is_what_is_rendered_and_reported(
-    film: Any, enhancer: Callable[..., Parrot]
+    film: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     _, at = film(prompt="a red circle in a garden at dawn")
     expected = frames(at)
-    parrot = enhancer(' "a red circle ', 'in a garden at dawn"\n')
+    fake_chat = enhancer(' "a red circle ', 'in a garden at dawn"\n')
 
     document, at = film(
         type="video7b_fast_enhanced", config={"enhancement_system_prompt": "Say more."}
@@ -750,20 +750,20 @@ def test_an_enhanced_prompt_is_what_is_rendered_and_reported(
     assert document.metadata["system_prompt_used"] == "Say more."
     assert "enhance" in document.metadata["timings"]
     assert is_same(frames(at), expected)
-    (call,) = parrot.calls
+    (call,) = fake_chat.calls
     assert call["messages"] == [("system", "Say more."), ("user", "a red circle moving right")]
     assert call["seed"] == 7
 
 
 def test_without_a_system_prompt_of_its_own_a_job_takes_the_neutral_one(
-    film: Any, enhancer: Callable[..., Parrot]
+    film: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
-    parrot = enhancer("a red circle")
+    fake_chat = enhancer("a red circle")
 
     document, _ = film(type="image7b_high_enhanced")
 
     text = Settings().wan_enhancement_prompt.read_text().strip()
-    assert parrot.calls[0]["messages"][0] == ("system", text)
+    assert fake_chat.calls[0]["messages"][0] == ("system", text)
     assert document.metadata["system_prompt_used"] == text
 
 
@@ -788,7 +788,7 @@ def test_a_real_chat_model_enhances_and_repeats_by_seed(film: Any, wan: models.W
     ],
 )
 def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
-    film: Any, enhancer: Callable[..., Parrot], says: Any, why: str
+    film: Any, enhancer: Callable[..., FakeChat], says: Any, why: str
 ) -> None:
     _, at = film()
     expected = frames(at)
@@ -816,9 +816,9 @@ def test_an_enhancer_whose_context_is_too_small_falls_back(film: Any, wan: model
 
 
 def test_the_floor_reads_the_prompt_and_the_system_prompt(
-    film: Any, enhancer: Callable[..., Parrot]
+    film: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
-    parrot = enhancer("a lake")
+    fake_chat = enhancer("a lake")
 
     plain, _ = film(prompt="nude child")
     system, _ = film(
@@ -826,7 +826,7 @@ def test_the_floor_reads_the_prompt_and_the_system_prompt(
     )
 
     assert (code(plain), code(system)) == ("CONTENT_REFUSED", "CONTENT_REFUSED")
-    assert parrot.calls == []
+    assert fake_chat.calls == []
 
 
 def test_a_reference_beside_a_sexual_prompt_needs_consent(film: Any) -> None:
@@ -839,7 +839,7 @@ def test_a_reference_beside_a_sexual_prompt_needs_consent(film: Any) -> None:
 
 
 def test_a_reference_beside_a_prompt_that_became_sexual_needs_consent(
-    film: Any, enhancer: Callable[..., Parrot]
+    film: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("a nude in oil")
     asked = {"type": "video7b_fast_enhanced", "config": {"first_frame": START}}
@@ -858,7 +858,7 @@ def test_a_content_type_means_adult_in_any_case(film: Any, labelled: dict[str, A
 
 
 def test_a_system_prompt_for_enhancement_may_not_forbid_as_a_system_message_may(
-    film: Any, enhancer: Callable[..., Parrot]
+    film: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("a lake")
     system = "No school or minor context applies."
@@ -873,7 +873,7 @@ def test_a_system_prompt_for_enhancement_may_not_forbid_as_a_system_message_may(
 
 
 def test_the_floor_reads_an_enhanced_prompt_before_wan_does(
-    film: Any, wan: models.Wan, enhancer: Callable[..., Parrot]
+    film: Any, wan: models.Wan, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("All of them ", "nude.")
     reads: list[Any] = []
@@ -921,9 +921,9 @@ class StopAt(Stop):
 
 
 def test_a_job_that_is_stopped_at_any_time_ends_cancelled_and_stores_nothing_half_made(
-    bench: MakeBench, wan: models.Wan
+    local: MakeLocal, wan: models.Wan
 ) -> None:
-    at = bench(models={"wan": wan})
+    at = local(models={"wan": wan})
     looks = 0
     while True:
         looks += 1
@@ -940,9 +940,9 @@ def test_a_job_that_is_stopped_at_any_time_ends_cancelled_and_stores_nothing_hal
 
 
 def test_all_frames_that_are_decoded_are_encoded_before_the_last_ones_are_decoded(
-    bench: MakeBench, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = bench(models={"wan": wan})
+    at = local(models={"wan": wan})
     decode, encode, encoded = wan._vae.decode, video._frame, threading.Semaphore(0)
 
     def counted(*frame: Any) -> Any:
@@ -969,9 +969,9 @@ def test_all_frames_that_are_decoded_are_encoded_before_the_last_ones_are_decode
 
 
 def test_a_deadline_acts_while_frames_are_decoded(
-    bench: MakeBench, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = bench(models={"wan": wan}, settings=Settings(job_timeout_s=4))
+    at = local(models={"wan": wan}, settings=Settings(job_timeout_s=4))
     decode = wan._vae.decode
 
     def endless(latents: Any) -> Iterator[np.ndarray]:
@@ -991,9 +991,9 @@ def does_not_fit(*job: Any) -> Any:
 
 
 def test_an_out_of_memory_is_reported_and_the_next_job_succeeds(
-    bench: MakeBench, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = bench(models={"wan": wan})
+    at = local(models={"wan": wan})
     with monkeypatch.context() as short:
         short.setattr(wan, "_denoise", does_not_fit)
         document = at.run(wan_payload())
@@ -1003,9 +1003,9 @@ def test_an_out_of_memory_is_reported_and_the_next_job_succeeds(
 
 
 def test_an_encoder_that_fails_fails_the_job_and_not_the_worker(
-    bench: MakeBench, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = bench(models={"wan": wan})
+    at = local(models={"wan": wan})
     with monkeypatch.context() as broken:
         broken.setattr("ourvidz_serverless.delivery.video.X264", {"preset": "no such preset"})
         document = at.run(wan_payload(config={"frames": 33}))

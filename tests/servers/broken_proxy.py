@@ -1,7 +1,7 @@
 """A TCP proxy that misbehaves, connection by connection, as its script says.
 
-    with Chaos(receiver.url, ["reset", "pass"]) as chaos:
-        post(chaos.url)
+    with BrokenProxy(receiver.url, ["reset", "pass"]) as proxy:
+        post(proxy.url)
 
     pass      everything goes through
     refused   nobody listens
@@ -59,7 +59,7 @@ def _hear(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(_hear)
 
 
-class Chaos:
+class BrokenProxy:
     """The proxy, for use in a `with` statement; `tries` counts the connections that were tried."""
 
     def __init__(

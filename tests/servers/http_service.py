@@ -1,4 +1,4 @@
-"""The HTTP face on a real socket of this process, with whatever worker a test gives it."""
+"""The HTTP service on a real socket of this process, with whatever worker a test gives it."""
 
 import socket
 import threading
@@ -12,14 +12,14 @@ from ourvidz_serverless.worker import Worker
 from tests.patience import PATIENCE_S
 
 
-class ServedFace:
-    """A face behind uvicorn on a free port, for use in a `with` statement."""
+class ServedHttp:
+    """A service behind uvicorn on a free port, for use in a `with` statement."""
 
     def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
-        self.face = Face(settings)
+        self.service = Face(settings)
         if worker:
-            self.face.open(worker)
-        self._server = make_server(self.face)
+            self.service.open(worker)
+        self._server = make_server(self.service)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))

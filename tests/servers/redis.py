@@ -83,7 +83,7 @@ def _reply(replies: Any) -> Any:
     raise RuntimeError(rest.decode())
 
 
-class RestFront(LocalServer):
+class RedisRestServer(LocalServer):
     """Upstash's REST interface (https://upstash.com/docs/redis/features/restapi).
 
     `POST /pipeline` takes commands as JSON. `POST /COMMAND/ARG/...` takes one command, and the

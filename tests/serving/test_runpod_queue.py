@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.fakes import slow_handler
 from tests.fakes.local_worker import sdxl_payload
-from tests.fakes.slow_handler import Brake
+from tests.fakes.slow_handler import Slowdown
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import LOCAL_API, failure, run_handler, served_at, start
@@ -24,7 +24,7 @@ from tests.servers.worker_process import WorkerProcess
 #: Longer than any test waits before it submits a job to an open poll.
 LONG_POLL_S = 8.0
 
-#: With the brake on, twelve seconds or more.
+#: With the slowdown on, twelve seconds or more.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
 #: A few seconds: long enough to be met in the middle.
 LONG = {"config": {"num_inference_steps": 50, "num_images": 3, "resolution": "192x192"}}
@@ -37,13 +37,13 @@ def receiver() -> Iterator[CallbackReceiver]:
 
 
 @pytest.fixture(scope="module")
-def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
-    return Brake(tmp_path_factory.mktemp("brake") / "brake")
+def slowdown(tmp_path_factory: pytest.TempPathFactory) -> Slowdown:
+    return Slowdown(tmp_path_factory.mktemp("slowdown") / "slowdown")
 
 
 @pytest.fixture(scope="module")
 def worker(
-    platform: Platform, brake: Brake, receiver: CallbackReceiver, outputs: Path
+    platform: Platform, slowdown: Slowdown, receiver: CallbackReceiver, outputs: Path
 ) -> Iterator[WorkerProcess]:
     env = {
         "STORAGE_URL": f"file:{outputs}",
@@ -51,7 +51,7 @@ def worker(
         "CALLBACK_URL": receiver.callback_url,
         "JOB_CALLBACK_SECRET": receiver.secret,
     }
-    with slow_handler.start(platform, brake, **env) as process:
+    with slow_handler.start(platform, slowdown, **env) as process:
         yield process
 
 
@@ -133,9 +133,9 @@ def test_another_familys_job_is_unavailable_and_may_be_retried(
 
 @pytest.mark.usefixtures("worker")
 def test_an_administrator_is_answered_while_a_picture_is_rendered(
-    platform: Platform, brake: Brake
+    platform: Platform, slowdown: Slowdown
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         picture = platform.submit(sdxl_payload(id="under-way", **MANY_STEPS))
         platform.wait_for_updates(picture)
         question = {"type": "admin_utilities", "config": {"operation": "memory_report"}}
@@ -159,9 +159,9 @@ def test_an_unknown_type_is_refused_with_the_known_ones(platform: Platform) -> N
 
 @pytest.mark.usefixtures("worker")
 def test_progress_comes_in_order_and_never_after_the_result(
-    platform: Platform, brake: Brake
+    platform: Platform, slowdown: Slowdown
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(sdxl_payload(id="told", **MANY_STEPS))
         platform.wait_for_updates(job, 2)
 
@@ -180,9 +180,9 @@ def test_progress_comes_in_order_and_never_after_the_result(
 
 
 def test_a_cancelled_job_frees_its_slot_at_the_next_step(
-    platform: Platform, worker: WorkerProcess, brake: Brake, outputs: Path
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(sdxl_payload(id="cancelled", **MANY_STEPS))
         platform.wait_for_updates(job, 1)
         platform.cancel(job)
@@ -204,9 +204,9 @@ def test_two_jobs_overlap_and_both_end_well(platform: Platform) -> None:
 
 
 def test_a_job_delivered_twice_is_rendered_once(
-    platform: Platform, worker: WorkerProcess, brake: Brake, receiver: CallbackReceiver
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown, receiver: CallbackReceiver
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(sdxl_payload(id="twice", **MANY_STEPS), id="rp-twice")
         platform.submit(sdxl_payload(id="twice", **MANY_STEPS), id=job)
         worker.wait_for_log("twice arrived again")
@@ -232,9 +232,9 @@ def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_tells_the_sa
 
 @pytest.mark.usefixtures("worker")
 def test_a_job_that_is_cancelled_as_it_is_handed_over_ends_cancelled(
-    platform: Platform, worker: WorkerProcess, brake: Brake, receiver: CallbackReceiver
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown, receiver: CallbackReceiver
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(sdxl_payload(id="at-once", **MANY_STEPS))
         platform.wait_for_status(job, "IN_PROGRESS")
         platform.cancel(job)
@@ -247,9 +247,9 @@ def test_a_job_that_is_cancelled_as_it_is_handed_over_ends_cancelled(
 
 
 def test_the_platforms_own_timeout_stops_the_job(
-    platform: Platform, worker: WorkerProcess, brake: Brake
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(sdxl_payload(id="overdue", **MANY_STEPS))
         platform.wait_for_updates(job, 1)
         platform.skip(601)
@@ -328,8 +328,8 @@ def test_sigterm_lets_a_job_finish_within_the_grace(tmp_path: Path) -> None:
 
 def test_sigterm_stops_a_job_that_outlasts_the_grace(tmp_path: Path) -> None:
     env = {"STORAGE_URL": f"file:{tmp_path / 'assets'}", "SHUTDOWN_GRACE_S": "0"}
-    brake = Brake(tmp_path / "brake")
-    with Platform() as own, slow_handler.start(own, brake, **env) as process, brake.on():
+    slowdown = Slowdown(tmp_path / "slowdown")
+    with Platform() as own, slow_handler.start(own, slowdown, **env) as process, slowdown.on():
         job = own.submit(sdxl_payload(**MANY_STEPS))
         own.wait_for_updates(job, 1)
         process.terminate()

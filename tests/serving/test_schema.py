@@ -11,8 +11,8 @@ from builder import contract as artefacts
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 
 FOLDER = artefacts.FOLDER
 EXAMPLES = sorted((FOLDER / "examples/jobs").glob("*.json"))
@@ -172,10 +172,10 @@ def test_the_schemas_know_every_error_code() -> None:
     ],
 )
 def test_what_the_worker_says_is_in_the_contract(tmp_path: Path, payload: Any) -> None:
-    bench = Bench(tmp_path, models={"chat": Parrot("Rain.")})
-    bench.models["sdxl"] = bench.painter
+    local = LocalWorker(tmp_path, models={"chat": FakeChat("Rain.")})
+    local.models["sdxl"] = local.fake_sdxl
 
-    document = bench.run(payload)
+    document = local.run(payload)
 
     result = document.result()
     result.pop("error", None)  # the SDK's, which shows it beside the output

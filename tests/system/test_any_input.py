@@ -20,10 +20,10 @@ from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
 from tests import files
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.fake_wan import Film
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.fake_wan import FakeWan
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.files import SPECIFICATION
 
 PAYLOADS = [json.loads(path.read_text()) for path in sorted(files.PAYLOADS.glob("*.json"))]
@@ -135,17 +135,17 @@ def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
     """A worker for everything, which reaches no host but one that there is not."""
-    return Bench(
+    return LocalWorker(
         tmp_path_factory.mktemp("any"),
         settings=Settings(reference_hosts=("nowhere.invalid",)),
-        models={"sdxl": Painter(), "chat": Parrot("A reply ", "of words."), "wan": Film()},
+        models={"sdxl": FakeSdxl(), "chat": FakeChat("A reply ", "of words."), "wan": FakeWan()},
     )
 
 
-def run(bench: Bench, event: Any) -> Document:
-    document = bench.worker.run(event, Stop(), lambda progress: None)
+def run(local: LocalWorker, event: Any) -> Document:
+    document = local.worker.run(event, Stop(), lambda progress: None)
     assert_valid(document)
     return document
 
@@ -169,14 +169,14 @@ def assert_valid(document: Document) -> None:
 
 @settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(payloads())
-def test_any_payload_ends_in_a_valid_document(bench: Bench, payload: dict[str, Any]) -> None:
-    run(bench, {"id": "rp-1", "input": payload})
+def test_any_payload_ends_in_a_valid_document(local: LocalWorker, payload: dict[str, Any]) -> None:
+    run(local, {"id": "rp-1", "input": payload})
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["id", "input", "s3Config", "webhook"]), JSON))
-def test_any_event_ends_in_a_valid_document(bench: Bench, event: dict[str, Any]) -> None:
-    assert run(bench, event).status == "failed"
+def test_any_event_ends_in_a_valid_document(local: LocalWorker, event: dict[str, Any]) -> None:
+    assert run(local, event).status == "failed"
 
 
 @settings(max_examples=150, deadline=None)
@@ -187,7 +187,7 @@ def test_any_event_ends_in_a_valid_document(bench: Bench, event: dict[str, Any])
     JSON,
 )
 def test_any_value_in_any_field_of_a_small_valid_job(
-    bench: Bench, family: str, home: str, field: str, value: Any
+    local: LocalWorker, family: str, home: str, field: str, value: Any
 ) -> None:
     payload = sdxl_payload() if family == "sdxl" else chat_payload()
     if home:
@@ -195,7 +195,7 @@ def test_any_value_in_any_field_of_a_small_valid_job(
     else:
         payload[field] = value
 
-    run(bench, {"id": "rp-1", "input": payload})
+    run(local, {"id": "rp-1", "input": payload})
 
 
 # --- monsters: raw JSON, as it comes off the wire ---
@@ -243,16 +243,16 @@ def with_monster(family: str, place: str, monster: str) -> dict[str, Any]:
 @pytest.mark.parametrize("monster", MONSTERS)
 @pytest.mark.parametrize(("family", "place"), [(f, p) for f, ps in PLACES.items() for p in ps])
 def test_a_monster_in_any_place_ends_in_a_valid_document(
-    bench: Bench, family: str, place: str, monster: str
+    local: LocalWorker, family: str, place: str, monster: str
 ) -> None:
-    run(bench, with_monster(family, place, MONSTERS[monster]))
+    run(local, with_monster(family, place, MONSTERS[monster]))
 
 
 @pytest.mark.parametrize("monster", MONSTERS)
 def test_the_handler_returns_a_document_for_a_monster(
-    bench: Bench, monster: str, capsys: pytest.CaptureFixture[str]
+    local: LocalWorker, monster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = runpod_queue.make_handler(bench.worker, bench.settings)
+    handler = runpod_queue.make_handler(local.worker, local.settings)
 
     for place in ("prompt", "config", "input"):
         result = asyncio.run(_handled(handler, with_monster("sdxl", place, MONSTERS[monster])))
@@ -267,13 +267,13 @@ async def _handled(handler: Any, event: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("monster", ["a megabyte of text", "a hundred thousand keys", "deep lists"])
 @pytest.mark.parametrize("place", ["prompt", "config", "metadata"])
 def test_a_monster_takes_no_more_memory_than_a_few_copies_of_it(
-    bench: Bench, place: str, monster: str
+    local: LocalWorker, place: str, monster: str
 ) -> None:
     event = with_monster("sdxl", place, MONSTERS[monster])
-    run(bench, event)  # whatever is made once is made by now
+    run(local, event)  # whatever is made once is made by now
 
     tracemalloc.start()
-    run(bench, event)
+    run(local, event)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

@@ -14,9 +14,9 @@ from ourvidz_serverless.models.chat.model import POCKET
 from ourvidz_serverless.serving.runpod_queue import make_stream_handler
 from ourvidz_serverless.settings import Settings
 from tests.fakes import slow_handler
-from tests.fakes.fake_chat import Endless
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
-from tests.fakes.slow_handler import Brake
+from tests.fakes.fake_chat import EndlessChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
+from tests.fakes.slow_handler import Slowdown
 from tests.fakes.tiny_chat import tiny_folder
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
@@ -25,7 +25,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: A reply of some length: greedy, this model never ends. With the brake on, of many minutes.
+#: A reply of some length: greedy, this model never ends. With the slowdown on, of many minutes.
 LONG = {"max_tokens": 1200, "temperature": 0}
 
 
@@ -35,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
-    return Brake(tmp_path_factory.mktemp("brake") / "brake")
+def slowdown(tmp_path_factory: pytest.TempPathFactory) -> Slowdown:
+    return Slowdown(tmp_path_factory.mktemp("slowdown") / "slowdown")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def receiver() -> Iterator[CallbackReceiver]:
 
 @pytest.fixture(scope="module", autouse=True)
 def worker(
-    platform: Platform, brake: Brake, receiver: CallbackReceiver, outputs: Path, model: str
+    platform: Platform, slowdown: Slowdown, receiver: CallbackReceiver, outputs: Path, model: str
 ) -> Iterator[WorkerProcess]:
     env = {
         "FAMILIES": "chat",
@@ -56,7 +56,7 @@ def worker(
         "CALLBACK_URL": receiver.callback_url,
         "JOB_CALLBACK_SECRET": receiver.secret,
     }
-    with slow_handler.start(platform, brake, **env) as process:
+    with slow_handler.start(platform, slowdown, **env) as process:
         yield process
 
 
@@ -87,8 +87,8 @@ def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
     assert [update.is_stream for update in platform.updates(job)] == [True]
 
 
-def test_a_stream_can_be_read_while_it_grows(platform: Platform, brake: Brake) -> None:
-    with brake.on():
+def test_a_stream_can_be_read_while_it_grows(platform: Platform, slowdown: Slowdown) -> None:
+    with slowdown.on():
         job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
 
         platform.wait_until(lambda: len(platform.stream(job)) > 3)
@@ -135,10 +135,10 @@ def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_cancelled_job_leaves_the_batch(
-    platform: Platform, worker: WorkerProcess, brake: Brake, outputs: Path, stream: bool
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path, stream: bool
 ) -> None:
     name = f"cancelled-{stream}"
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(chat_payload(id=name, stream=stream, **LONG))
         worker.wait_for_log(f"({name})")
         platform.cancel(job)
@@ -152,8 +152,8 @@ def test_a_cancelled_job_leaves_the_batch(
 
 
 def test_a_stop_that_meets_the_sdk_while_it_posts_an_item_stops_the_job(tmp_path: Path) -> None:
-    endless, settings = Endless(), Settings(families=("chat",))
-    worker = Bench(tmp_path, settings=settings, models={"chat": endless}).worker
+    endless, settings = EndlessChat(), Settings(families=("chat",))
+    worker = LocalWorker(tmp_path, settings=settings, models={"chat": endless}).worker
 
     async def cancel_in_a_post() -> bool:
         # Held, as the SDK's own frames hold it: it is not closed until they are gone.
@@ -186,12 +186,12 @@ def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerP
 
 def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
-    brake = Brake(tmp_path / "brake")
+    slowdown = Slowdown(tmp_path / "slowdown")
     with (
         Platform() as own,
-        slow_handler.start(own, brake, SHUTDOWN_GRACE_S="600", **env) as process,
+        slow_handler.start(own, slowdown, SHUTDOWN_GRACE_S="600", **env) as process,
     ):
-        with brake.on():
+        with slowdown.on():
             job = own.submit(chat_payload(stream=True, **LONG))
             own.wait_until(lambda: own.stream(job))
             process.terminate()

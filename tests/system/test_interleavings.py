@@ -26,8 +26,8 @@ from ourvidz_serverless.delivery.storage import DirectoryStorage
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import Bench, sdxl_payload
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
 from tests.servers.local_server import Answer, Request
 from tests.servers.supabase import CallbackReceiver
@@ -75,7 +75,7 @@ class Store(DirectoryStorage):
         raise Fault(404)
 
 
-class Brush(Painter):
+class Brush(FakeSdxl):
     """Its seed tells which job it paints for."""
 
     def __init__(self, at: Callable[[str, str], None]) -> None:
@@ -105,10 +105,10 @@ class Play:
         self.store = Store(self.root, self.at)
         self.threads = ThreadPoolExecutor(16)
         self.lock = threading.Lock()
-        self.bench = Bench(
+        self.local = LocalWorker(
             self.root,
             settings=Settings(job_timeout_s=1000),
-            painter=Brush(self.at),
+            fake_sdxl=Brush(self.at),
             callback=Callback(self.receiver.callback_url, self.receiver.secret, policy=HASTE),
             storage=self.store,
             clock=self.clock,
@@ -120,7 +120,7 @@ class Play:
 
     def run_job(self, job: str, stop: Stop) -> Document:
         self.thread.job = job
-        return self.bench.run(payload(job), stop)
+        return self.local.run(payload(job), stop)
 
     def deliver(self, job: str) -> Heard:
         stop = Heard()
@@ -145,7 +145,7 @@ class Play:
                 self.late_s[job] += 2000
             case "shutdown":
                 self.closed = True
-                self.bench.worker.close(grace_s=0)
+                self.local.worker.close(grace_s=0)
             case "deliver again":
                 assert self.deliver(job).is_looked_at.wait(PATIENCE_S)
             case "another job":
@@ -213,7 +213,7 @@ def test_nothing_is_lost_and_nothing_is_doubled(receiver: Receiver, plan: Plan) 
             assert len({json.dumps(each.result()) for each in documents}) == 1
             assert_whole(play, receiver, job, documents[0])
         if not play.closed:
-            assert play.bench.run(sdxl_payload(id="next")).status == "completed"
+            assert play.local.run(sdxl_payload(id="next")).status == "completed"
 
 
 def assert_whole(play: Play, receiver: Receiver, job: str, document: Document) -> None:
@@ -226,7 +226,7 @@ def assert_whole(play: Play, receiver: Receiver, job: str, document: Document) -
     if undelivered:
         kept = json.loads((play.root / undelivered["kept"]).read_text())
         assert kept == callback.document
-    stored = {key for key in play.bench.stored() if "callback." not in key}
+    stored = {key for key in play.local.stored() if "callback." not in key}
     late = [key for key in stored if f"/{job}/" in key and play.store.put_at[key] > callback.at]
     assert not late, "nothing is stored after the last word"
     for asset in document.assets:

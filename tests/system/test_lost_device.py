@@ -14,18 +14,18 @@ from ourvidz_serverless.models.memory.device import Device, as_job_error, is_out
 from ourvidz_serverless.serving.runpod_queue import make_fitness_check
 from ourvidz_serverless.settings import Settings
 from tests.fakes import lost_device
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
-from tests.fakes.slow_handler import Brake
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
+from tests.fakes.slow_handler import Slowdown
 from tests.fakes.tiny_chat import request, say, tiny_folder, tiny_writer
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import failure
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerDied, WorkerProcess
 
-#: With the brake on, twelve seconds or more.
+#: With the slowdown on, twelve seconds or more.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
 BREAKS = {"config": {"resolution": "128x64"}}
 
@@ -35,7 +35,7 @@ def start(platform: Platform, tmp_path: Path, **env: str) -> WorkerProcess:
         "OMP_NUM_THREADS": "1",
         "STORAGE_URL": f"file:{tmp_path / 'assets'}",
         "POISON_DIR": str(tmp_path / "pills"),
-        "BRAKE": str(tmp_path / "brake"),
+        "BRAKE": str(tmp_path / "slowdown"),
         **env,
     }
     return WorkerProcess(platform, "-m", args=[lost_device.__name__], env=env, cwd=ROOT)
@@ -55,7 +55,7 @@ def lost(code: int | None = None, words: str = lost_device.WORDS) -> Exception:
 @pytest.mark.slow
 def test_the_worker_is_replaced_after_the_job_and_others_in_flight_end_well(tmp_path: Path) -> None:
     with Platform() as platform, start(platform, tmp_path, CONCURRENCY="3") as process:
-        with Brake(tmp_path / "brake").on():
+        with Slowdown(tmp_path / "slowdown").on():
             long = platform.submit(sdxl_payload(id="long", **MANY_STEPS))
             platform.wait_for_updates(long)
             breaks, waits = (
@@ -242,36 +242,36 @@ def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
 # --- afterwards ---
 
 
-def broken(bench: Callable[..., Bench], **settings: object) -> Bench:
+def broken(local: Callable[..., LocalWorker], **settings: object) -> LocalWorker:
     """A worker whose last job has lost the device."""
-    box = bench(settings=Settings(**settings))
-    box.painter.fails.append(lost())
+    box = local(settings=Settings(**settings))
+    box.fake_sdxl.fails.append(lost())
     document = box.run()
     assert document.result()["refresh_worker"] is True
     return box
 
 
-def test_no_further_job_is_taken_and_each_may_be_retried(bench: Callable[..., Bench]) -> None:
-    document = broken(bench).run(sdxl_payload(id="next"))
+def test_no_further_job_is_taken_and_each_may_be_retried(local: Callable[..., LocalWorker]) -> None:
+    document = broken(local).run(sdxl_payload(id="next"))
 
     assert document.failure
     assert (document.failure.code, document.failure.retryable) == ("WORKER_UNAVAILABLE", True)
     assert "refresh_worker" not in document.result()
 
 
-def test_an_administrator_is_still_answered(bench: Callable[..., Bench]) -> None:
+def test_an_administrator_is_still_answered(local: Callable[..., LocalWorker]) -> None:
     question = {"type": "admin_utilities", "config": {"operation": "health"}}
 
-    answer = broken(bench).run({"id": "health", **question})
+    answer = broken(local).run({"id": "health", **question})
 
     assert answer.reply["result"]["status"] == "unhealthy"
 
 
-def test_plain_http_says_that_it_is_unhealthy(bench: Callable[..., Bench]) -> None:
-    box = broken(bench)
+def test_plain_http_says_that_it_is_unhealthy(local: Callable[..., LocalWorker]) -> None:
+    box = broken(local)
 
-    with ServedFace(box.settings, box.worker) as face:
-        ping, health = face.get("/ping"), face.get("/health")
+    with ServedHttp(box.settings, box.worker) as service:
+        ping, health = service.get("/ping"), service.get("/health")
 
     assert (ping.status_code, health.status_code) == (503, 503)
     assert health.json()["status"] == "unhealthy"
@@ -279,21 +279,21 @@ def test_plain_http_says_that_it_is_unhealthy(bench: Callable[..., Bench]) -> No
 
 @pytest.mark.parametrize("error", [DeviceLost("the device failed"), lost()], ids=["chat", "sdxl"])
 def test_it_is_seen_though_the_job_was_stopped_meanwhile(tmp_path: Path, error: Exception) -> None:
-    class Hung(Parrot):
+    class Hung(FakeChat):
         def generate(self, **call: Any) -> Any:
-            bench.stop.set()
+            local.stop.set()
             raise error
 
-    bench = Bench(tmp_path, settings=Settings(families=("chat",)), models={"chat": Hung()})
+    local = LocalWorker(tmp_path, settings=Settings(families=("chat",)), models={"chat": Hung()})
 
-    bench.run(chat_payload())
+    local.run(chat_payload())
 
-    assert bench.worker.is_lost
+    assert local.worker.is_lost
 
 
-def test_any_other_bug_leaves_the_worker_as_it_was(bench: Callable[..., Bench]) -> None:
-    box = bench()
-    box.painter.fails.append(RuntimeError("a shape does not fit"))
+def test_any_other_bug_leaves_the_worker_as_it_was(local: Callable[..., LocalWorker]) -> None:
+    box = local()
+    box.fake_sdxl.fails.append(RuntimeError("a shape does not fit"))
 
     assert "refresh_worker" not in box.run().result()
     assert box.run(sdxl_payload(id="next")).status == "completed"

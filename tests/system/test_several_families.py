@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
@@ -117,16 +117,16 @@ def test_a_chat_over_http_has_a_thread_though_every_place_for_pictures_is_taken(
     tmp_path: Path,
 ) -> None:
     settings = Settings(families=("sdxl", "chat"), concurrency=1, http_backlog=2)
-    bench = Bench(tmp_path, settings=settings, models={"chat": Parrot("Water.")})
-    bench.models["sdxl"] = bench.painter
-    bench.painter.hold()
-    with ServedFace(settings, bench.worker) as face:
+    local = LocalWorker(tmp_path, settings=settings, models={"chat": FakeChat("Water.")})
+    local.models["sdxl"] = local.fake_sdxl
+    local.fake_sdxl.hold()
+    with ServedHttp(settings, local.worker) as service:
         pictures = [{"input": sdxl_payload(id=f"picture-{i}")} for i in range(4)]
-        taken = [face.post("/jobs", picture).status_code for picture in pictures]
-        assert bench.painter.at_step.wait(PATIENCE_S)
+        taken = [service.post("/jobs", picture).status_code for picture in pictures]
+        assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
-        answer = face.post("/chat", chat_payload(id="asked"))
+        answer = service.post("/chat", chat_payload(id="asked"))
 
         assert taken == [202, 202, 202, 429]
         assert (answer.status_code, answer.json()["response"]) == (200, "Water.")
-        bench.painter.go_on.set()
+        local.fake_sdxl.go_on.set()

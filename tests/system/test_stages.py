@@ -102,7 +102,7 @@ class Stage:
     store: Store
     receiver: Receiver
     process: WorkerProcess
-    brush: Path
+    blocking_sdxl: Path
     count: int = 0
     busy: list[str] = field(default_factory=list)
     gates: dict[str, Gate] = field(init=False)
@@ -129,7 +129,7 @@ class Stage:
             while not self.encoder_waits.exists():
                 time.sleep(0.02)
         elif stage == "generate":
-            self.brush.touch()
+            self.blocking_sdxl.touch()
             self.submit(job)
             self.platform.wait_for_updates(job, 1, PATIENCE_S)
         else:
@@ -148,19 +148,19 @@ class Stage:
 
     @property
     def pixels(self) -> Path:
-        return self.brush.with_suffix(".pixels")
+        return self.blocking_sdxl.with_suffix(".pixels")
 
     @property
     def encoder_waits(self) -> Path:
-        return self.brush.with_suffix(".waits")
+        return self.blocking_sdxl.with_suffix(".waits")
 
     @property
     def later(self) -> Path:
         """While it exists, every job's deadline has passed."""
-        return self.brush.with_suffix(".later")
+        return self.blocking_sdxl.with_suffix(".later")
 
     def release(self) -> None:
-        for file in (self.brush, self.pixels, self.encoder_waits):
+        for file in (self.blocking_sdxl, self.pixels, self.encoder_waits):
             file.unlink(missing_ok=True)
         for gate in self.gates.values():
             gate.open()
@@ -181,20 +181,20 @@ def stage_of(**env: str) -> Iterator[Stage]:
         Receiver() as receiver,
         tempfile.TemporaryDirectory() as folder,
     ):
-        brush = Path(folder) / "hold"
+        blocking_sdxl = Path(folder) / "hold"
         told = {
             "STORAGE_URL": "supabase://workspace-temp",
             "SUPABASE_URL": store.url,
             "SUPABASE_SERVICE_KEY": store.service_key,
             "CALLBACK_URL": receiver.callback_url,
             "JOB_CALLBACK_SECRET": receiver.secret,
-            "HOLD": str(brush),
+            "HOLD": str(blocking_sdxl),
             "CONCURRENCY": "4",
             **env,
         }
-        studio = ["tests.fakes.fake_handler"]
-        with WorkerProcess(platform, "-m", args=studio, env=told, cwd=ROOT) as process:
-            stage = Stage(platform, store, receiver, process, brush)
+        fake_handler = ["tests.fakes.fake_handler"]
+        with WorkerProcess(platform, "-m", args=fake_handler, env=told, cwd=ROOT) as process:
+            stage = Stage(platform, store, receiver, process, blocking_sdxl)
             try:
                 yield stage
             finally:

@@ -21,10 +21,10 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.fake_wan import Film
-from tests.fakes.local_worker import Bench, sdxl_payload, wan_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.fake_wan import FakeWan
+from tests.fakes.local_worker import LocalWorker, sdxl_payload, wan_payload
 from tests.system.test_any_input import FIELDS, PAYLOADS, places
 
 FORBIDDEN = "nude child"
@@ -34,7 +34,7 @@ FORBIDDEN = "nude child"
 EXEMPT = ("negative_prompt", "stop", "schema")
 
 
-class Brush(Painter):
+class Brush(FakeSdxl):
     """Stands where an SDXL stands, and paints nothing."""
 
     def generate(self, **call: Any) -> Iterator[Any]:
@@ -46,18 +46,18 @@ class Studio:
     """A worker whose models remember what they were told."""
 
     def __init__(self, root: Path) -> None:
-        film = Film()
-        self.models = {"sdxl": Brush(), "chat": Parrot("A reply."), "wan": film}
-        self._heard_by = [*self.models.values(), film.enhancer]
+        fake_wan = FakeWan()
+        self.models = {"sdxl": Brush(), "chat": FakeChat("A reply."), "wan": fake_wan}
+        self._heard_by = [*self.models.values(), fake_wan.enhancer]
         # References point nowhere; nobody is asked for one.
         settings = Settings(reference_hosts=("nowhere.invalid",), require_reference_consent=False)
-        self.bench = Bench(root, settings=settings, models=self.models)
+        self.local = LocalWorker(root, settings=settings, models=self.models)
 
     def heard(self, payload: Any) -> list[str]:
         """Every text that the models are told for a payload."""
         for model in self._heard_by:
             model.calls.clear()
-        self.bench.worker.run({"id": "rp-1", "input": payload}, Stop(), lambda progress: None)
+        self.local.worker.run({"id": "rp-1", "input": payload}, Stop(), lambda progress: None)
         told = [call for model in self._heard_by for call in model.calls]
         return [
             text

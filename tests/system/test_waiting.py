@@ -13,17 +13,17 @@ from ourvidz_serverless.guard import fair_semaphore
 from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.tiny_chat import until
 from tests.patience import PATIENCE_S
 
 BOTH = {"families": ("sdxl", "chat")}
 
 
-class TimedPainter(Painter):
-    """A painter whose pictures take a second each of the worker's clock."""
+class TimedPainter(FakeSdxl):
+    """A `FakeSdxl` whose pictures take a second each of the worker's clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -36,21 +36,21 @@ class TimedPainter(Painter):
 
 
 class Crowd:
-    """A worker for pictures and chat whose painter is held, and jobs that come one by one."""
+    """A worker for pictures and chat whose SDXL is held, and jobs that come one by one."""
 
     def __init__(self, root: Path, threads: ThreadPoolExecutor, **settings: Any) -> None:
         self.clock, self._threads = Clock(), threads
-        painter, parrot = TimedPainter(self.clock), Parrot("Water.")
-        self.at = Bench(
+        fake_sdxl, fake_chat = TimedPainter(self.clock), FakeChat("Water.")
+        self.at = LocalWorker(
             root,
             settings=Settings(**BOTH, **settings),
-            painter=painter,
-            models={"sdxl": painter, "chat": parrot},
+            fake_sdxl=fake_sdxl,
+            models={"sdxl": fake_sdxl, "chat": fake_chat},
             clock=self.clock,
         )
         self.stops: list[Stop] = []
         self.told: list[list[Any]] = []
-        painter.hold()
+        fake_sdxl.hold()
 
     def picture(self, **changes: Any) -> Future[Document]:
         """Have a picture painted; returns once it is held at its first step, or waits."""
@@ -62,7 +62,7 @@ class Crowd:
         event = {"id": f"rp-{number}", "input": payload}
         running = self._threads.submit(self.at.worker.run, event, stop, told.append)
         if number == 0:
-            assert self.at.painter.at_step.wait(PATIENCE_S)
+            assert self.at.fake_sdxl.at_step.wait(PATIENCE_S)
         else:
             until(lambda: bool(told) or running.done())
         return running
@@ -73,10 +73,10 @@ class Crowd:
     @property
     def painted(self) -> list[int]:
         """The numbers of the pictures in the order in which they were begun."""
-        return [call["seeds"][0] for call in self.at.painter.calls]
+        return [call["seeds"][0] for call in self.at.fake_sdxl.calls]
 
     def end(self) -> None:
-        self.at.painter.go_on.set()
+        self.at.fake_sdxl.go_on.set()
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_of_many_pictures_one_computes_at_a_time(crowd: Callable[..., Crowd]) ->
     at.end()
 
     assert [each.result(PATIENCE_S).status for each in running] == ["completed"] * 20
-    assert at.at.painter.most_at_once == 1
+    assert at.at.fake_sdxl.most_at_once == 1
 
 
 def test_chat_is_answered_while_pictures_wait(crowd: Callable[..., Crowd]) -> None:

@@ -12,7 +12,7 @@ from ourvidz_serverless.delivery import images
 from ourvidz_serverless.settings import Settings
 from tests.fakes import slow_handler
 from tests.fakes.local_worker import wan_payload
-from tests.fakes.slow_handler import Brake
+from tests.fakes.slow_handler import Slowdown
 from tests.fakes.tiny_chat import tiny_folder
 from tests.files import ROOT
 from tests.servers.handler import failure, run_handler
@@ -20,7 +20,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: With the brake on, twelve seconds or more.
+#: With the slowdown on, twelve seconds or more.
 MANY_STEPS = {"config": {"num_inference_steps": 60}}
 
 
@@ -31,14 +31,14 @@ def receiver() -> Iterator[CallbackReceiver]:
 
 
 @pytest.fixture(scope="module")
-def brake(tmp_path_factory: pytest.TempPathFactory) -> Brake:
-    return Brake(tmp_path_factory.mktemp("brake") / "brake")
+def slowdown(tmp_path_factory: pytest.TempPathFactory) -> Slowdown:
+    return Slowdown(tmp_path_factory.mktemp("slowdown") / "slowdown")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def worker(
     platform: Platform,
-    brake: Brake,
+    slowdown: Slowdown,
     receiver: CallbackReceiver,
     outputs: Path,
     wan_settings: Settings,
@@ -53,7 +53,7 @@ def worker(
         "CALLBACK_URL": receiver.callback_url,
         "JOB_CALLBACK_SECRET": receiver.secret,
     }
-    with slow_handler.start(platform, brake, **env) as process:
+    with slow_handler.start(platform, slowdown, **env) as process:
         yield process
 
 
@@ -83,9 +83,9 @@ def test_an_enhanced_job_reports_what_was_rendered(platform: Platform) -> None:
 
 
 def test_progress_comes_in_order_and_tells_how_long_the_rest_will_take(
-    platform: Platform, brake: Brake
+    platform: Platform, slowdown: Slowdown
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(wan_payload(id="told", **MANY_STEPS))
         platform.wait_for_updates(job, 2)
 
@@ -99,9 +99,9 @@ def test_progress_comes_in_order_and_tells_how_long_the_rest_will_take(
 
 
 def test_a_cancelled_job_frees_its_slot_at_the_next_step(
-    platform: Platform, worker: WorkerProcess, brake: Brake, outputs: Path
+    platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path
 ) -> None:
-    with brake.on():
+    with slowdown.on():
         job = platform.submit(wan_payload(id="cancelled", **MANY_STEPS))
         platform.wait_for_updates(job, 1)
         platform.cancel(job)

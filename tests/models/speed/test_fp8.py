@@ -225,12 +225,12 @@ def test_a_job_that_ran_out_of_memory_goes_on_without_it(
 
 
 def test_on_a_small_card_no_job_multiplies_in_it(quick: Any, wan_settings: Settings) -> None:
-    painter = sdxl_models.Sdxl(quick._pipe, quick.device, plans=sdxl_models.low_vram_plans())
-    painter.has_fp8 = True
+    fake_sdxl = sdxl_models.Sdxl(quick._pipe, quick.device, plans=sdxl_models.low_vram_plans())
+    fake_sdxl.has_fp8 = True
     small = {"fp8": True, "low_vram": True}
     filmer = wan_models.load(wan_settings.model_copy(update=small))
 
-    assert "fp8" not in levers(paint, painter, speed="fast")
+    assert "fp8" not in levers(paint, fake_sdxl, speed="fast")
     assert "fp8" not in levers(film, filmer, speed="fast")
 
 

@@ -18,7 +18,7 @@ from builder import moving_drawings
 from builder.moving_drawings import MovingDrawing
 from ourvidz_serverless.models.wan import pipeline as models
 from ourvidz_serverless.settings import Settings
-from tests.fakes.local_worker import Bench, wan_payload
+from tests.fakes.local_worker import LocalWorker, wan_payload
 from tests.fakes.tiny_wan import data_uri, frames_of
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
     """The frames of a seed's caption, rendered by the pocket with a payload's `config`."""
     model = models.load(Settings(families=("wan",)))
     root: Path = tmp_path_factory.mktemp("films")
-    at = Bench(root, models={"wan": model})
+    at = LocalWorker(root, models={"wan": model})
 
     def film(seed: int, prompt: str | None = None, **payload: Any) -> np.ndarray:
         config = {

@@ -1,4 +1,4 @@
-"""The HTTP face: the application's chat calls, any job by its id, and what a load balancer asks."""
+"""The HTTP service: the application's chat calls, jobs by id, and what a load balancer asks."""
 
 import asyncio
 import json
@@ -25,14 +25,14 @@ from ourvidz_serverless.serving.http import connections, openapi, request_checks
 from ourvidz_serverless.serving.http.job_store import Ticket
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import Card
-from tests.fakes.fake_chat import Endless, Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.local_worker import QUICK, Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import EndlessChat, FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.local_worker import QUICK, LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.tiny_chat import tiny_folder
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import HANDLER
-from tests.servers.http_service import ServedFace, events
+from tests.servers.http_service import ServedHttp, events
 from tests.servers.local_server import free_port
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
@@ -61,27 +61,29 @@ OLD_CALL = {
 
 
 @pytest.fixture
-def parrot() -> Parrot:
-    return Parrot("Water ", "that ", "falls.")
+def fake_chat() -> FakeChat:
+    return FakeChat("Water ", "that ", "falls.")
 
 
 @pytest.fixture
-def bench(tmp_path: Path, parrot: Parrot) -> Bench:
+def local(tmp_path: Path, fake_chat: FakeChat) -> LocalWorker:
     """A worker for pictures and replies."""
-    made = Bench(tmp_path, settings=Settings(families=("sdxl", "chat")), models={"chat": parrot})
-    made.models["sdxl"] = made.painter
+    made = LocalWorker(
+        tmp_path, settings=Settings(families=("sdxl", "chat")), models={"chat": fake_chat}
+    )
+    made.models["sdxl"] = made.fake_sdxl
     return made
 
 
 @pytest.fixture
-def face(bench: Bench) -> Iterator[ServedFace]:
-    with ServedFace(bench.settings, bench.worker) as served:
+def service(local: LocalWorker) -> Iterator[ServedHttp]:
+    with ServedHttp(local.settings, local.worker) as served:
         yield served
 
 
-def knock(face: ServedFace) -> socket.socket:
+def knock(service: ServedHttp) -> socket.socket:
     """A connection, for what no client would do."""
-    host, port = face.url.removeprefix("http://").split(":")
+    host, port = service.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
@@ -112,14 +114,14 @@ def raw_head(path: str, length: int, *lines: str) -> bytes:
 @pytest.mark.parametrize("call", [CALL, OLD_CALL], ids=["messages", "prompt"])
 @pytest.mark.parametrize("path", ["/chat", "/chat/unrestricted"])
 def test_chat_answers_with_success_and_response(
-    face: ServedFace, parrot: Parrot, path: str, call: dict[str, Any]
+    service: ServedHttp, fake_chat: FakeChat, path: str, call: dict[str, Any]
 ) -> None:
-    answer = face.post(path, call)
+    answer = service.post(path, call)
 
     assert answer.status_code == 200
     assert answer.json()["success"] is True
     assert answer.json()["response"] == "Water that falls."
-    assert parrot.calls[0]["messages"] == [("system", "Be brief."), ("user", "What is rain?")]
+    assert fake_chat.calls[0]["messages"] == [("system", "Be brief."), ("user", "What is rain?")]
 
 
 @pytest.mark.parametrize(
@@ -128,9 +130,9 @@ def test_chat_answers_with_success_and_response(
     ids=["messages", "wan"],
 )
 def test_enhance_answers_with_success_and_enhanced_prompt(
-    face: ServedFace, call: dict[str, Any]
+    service: ServedHttp, call: dict[str, Any]
 ) -> None:
-    answer = face.post("/enhance", call)
+    answer = service.post("/enhance", call)
 
     assert answer.status_code == 200
     assert answer.json()["success"] is True
@@ -147,9 +149,9 @@ def test_enhance_answers_with_success_and_enhanced_prompt(
     ],
 )
 def test_the_route_decides_the_type(
-    face: ServedFace, path: str, changes: dict[str, Any], unrestricted: bool
+    service: ServedHttp, path: str, changes: dict[str, Any], unrestricted: bool
 ) -> None:
-    answer = face.post(path, {**CALL, **changes})
+    answer = service.post(path, {**CALL, **changes})
 
     assert answer.json()["metadata"]["unrestricted_mode"] is unrestricted
 
@@ -164,9 +166,9 @@ def test_the_route_decides_the_type(
     ],
 )
 def test_a_refusal_is_a_status_and_a_text(
-    face: ServedFace, body: Any, status: int, says: str
+    service: ServedHttp, body: Any, status: int, says: str
 ) -> None:
-    answer = face.post("/chat", body)
+    answer = service.post("/chat", body)
 
     assert answer.status_code == status
     assert answer.json()["success"] is False
@@ -174,16 +176,16 @@ def test_a_refusal_is_a_status_and_a_text(
 
 
 @pytest.mark.parametrize("raw", [b"{", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_json_is_refused(face: ServedFace, raw: bytes) -> None:
-    answer = face.post("/chat", data=raw, headers={"Content-Type": "application/json"})
+def test_what_is_no_json_is_refused(service: ServedHttp, raw: bytes) -> None:
+    answer = service.post("/chat", data=raw, headers={"Content-Type": "application/json"})
 
     assert (answer.status_code, answer.json()["success"]) == (400, False)
 
 
-def test_only_a_refusal_on_content_says_content_policy(face: ServedFace) -> None:
+def test_only_a_refusal_on_content_says_content_policy(service: ServedHttp) -> None:
     call = {**CALL, "messages": [{"role": "user", "content": "explicit story, she is 15"}]}
 
-    answer = face.post("/chat/unrestricted", call)
+    answer = service.post("/chat/unrestricted", call)
 
     assert answer.status_code == 403
     assert "content policy" in answer.json()["error"]
@@ -197,9 +199,9 @@ def test_every_error_code_has_its_status() -> None:
 
 
 def test_a_family_that_is_not_served_is_unavailable(tmp_path: Path) -> None:
-    pictures = Bench(tmp_path)
-    with ServedFace(pictures.settings, pictures.worker) as face:
-        answer = face.post("/chat", CALL)
+    pictures = LocalWorker(tmp_path)
+    with ServedHttp(pictures.settings, pictures.worker) as service:
+        answer = service.post("/chat", CALL)
 
     assert answer.status_code == 503
     assert answer.json()["code"] == "WORKER_UNAVAILABLE"
@@ -212,10 +214,10 @@ def test_a_chat_call_posts_no_callback_and_a_job_does(
     from ourvidz_serverless.delivery.callback import Callback
 
     callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
-    chatty = Bench(tmp_path, models={"chat": Parrot("Rain.")}, callback=callback)
-    with ServedFace(chatty.settings, chatty.worker) as face:
-        face.post("/chat", CALL)
-        face.post("/jobs?wait=150", {"input": chat_payload(id="told")})
+    chatty = LocalWorker(tmp_path, models={"chat": FakeChat("Rain.")}, callback=callback)
+    with ServedHttp(chatty.settings, chatty.worker) as service:
+        service.post("/chat", CALL)
+        service.post("/jobs?wait=150", {"input": chat_payload(id="told")})
 
     assert [each.document["job_id"] for each in receiver.received] == ["told"]
 
@@ -223,8 +225,8 @@ def test_a_chat_call_posts_no_callback_and_a_job_does(
 # --- streams ---
 
 
-def test_a_streamed_reply_is_deltas_and_then_the_answer(face: ServedFace) -> None:
-    answer = face.post("/chat", {**CALL, "stream": True})
+def test_a_streamed_reply_is_deltas_and_then_the_answer(service: ServedHttp) -> None:
+    answer = service.post("/chat", {**CALL, "stream": True})
 
     *deltas, (name, last) = events(answer)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -233,9 +235,9 @@ def test_a_streamed_reply_is_deltas_and_then_the_answer(face: ServedFace) -> Non
 
 
 def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: Path) -> None:
-    silent = Bench(tmp_path, models={"chat": Parrot()})
-    with ServedFace(silent.settings, silent.worker) as face:
-        answer = face.post("/chat", {**CALL, "stream": True})
+    silent = LocalWorker(tmp_path, models={"chat": FakeChat()})
+    with ServedHttp(silent.settings, silent.worker) as service:
+        answer = service.post("/chat", {**CALL, "stream": True})
 
     ((name, last),) = events(answer)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -244,11 +246,14 @@ def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: 
 
 @pytest.mark.parametrize("asked", ["true", "yes", 1])
 def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
-    face: ServedFace, asked: object
+    service: ServedHttp, asked: object
 ) -> None:
     call = {**CALL, "stream": asked}
 
-    answers = [face.post("/chat", call), face.post("/jobs", {"input": chat_payload(stream=asked)})]
+    answers = [
+        service.post("/chat", call),
+        service.post("/jobs", {"input": chat_payload(stream=asked)}),
+    ]
 
     assert [answer.status_code for answer in answers] == [400, 400]
     assert {answer.json()["error"] for answer in answers} == {
@@ -256,31 +261,31 @@ def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
     }
 
 
-def test_a_stream_that_cannot_begin_is_a_status(face: ServedFace) -> None:
-    answer = face.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
+def test_a_stream_that_cannot_begin_is_a_status(service: ServedHttp) -> None:
+    answer = service.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
 
     assert answer.status_code == 400
     assert answer.json()["error"].startswith("max_tokens: ")
 
 
 @pytest.fixture
-def endless() -> Endless:
-    return Endless()
+def endless() -> EndlessChat:
+    return EndlessChat()
 
 
-def serve_endless(path: Path, endless: Endless, **settings: Any) -> ServedFace:
-    chatty = Bench(
+def serve_endless(path: Path, endless: EndlessChat, **settings: Any) -> ServedHttp:
+    chatty = LocalWorker(
         path, settings=Settings(families=("chat",), **settings), models={"chat": endless}
     )
-    return ServedFace(chatty.settings, chatty.worker)
+    return ServedHttp(chatty.settings, chatty.worker)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_caller_who_hangs_up_stops_the_reply(
-    tmp_path: Path, endless: Endless, stream: bool
+    tmp_path: Path, endless: EndlessChat, stream: bool
 ) -> None:
-    with serve_endless(tmp_path, endless) as face:
-        with knock(face) as caller:
+    with serve_endless(tmp_path, endless) as service:
+        with knock(service) as caller:
             caller.sendall(raw_post("/chat", {**CALL, "stream": stream}))
             assert endless.speaks.wait(PATIENCE_S)
 
@@ -288,10 +293,10 @@ def test_a_caller_who_hangs_up_stops_the_reply(
 
 
 def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
-    tmp_path: Path, endless: Endless
+    tmp_path: Path, endless: EndlessChat
 ) -> None:
-    with serve_endless(tmp_path, endless, http_reply_timeout_s=2.3) as face:
-        answer = face.post("/chat", CALL)
+    with serve_endless(tmp_path, endless, http_reply_timeout_s=2.3) as service:
+        answer = service.post("/chat", CALL)
 
     assert (answer.status_code, answer.json()["code"]) == (504, "TIMEOUT_ERROR")
     # On a slow machine its time is over before it begins.
@@ -317,15 +322,15 @@ def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds
 # --- any job ---
 
 
-def test_a_job_is_taken_at_once_and_told_by_its_id(face: ServedFace, bench: Bench) -> None:
-    bench.painter.hold()
-    taken = face.post("/jobs", {"input": sdxl_payload(id="picture")})
-    assert bench.painter.at_step.wait(PATIENCE_S)
-    running = face.get("/job/picture?user_id=user-1").json()
-    bench.painter.go_on.set()
-    face.get("/job/picture/events?user_id=user-1")
+def test_a_job_is_taken_at_once_and_told_by_its_id(service: ServedHttp, local: LocalWorker) -> None:
+    local.fake_sdxl.hold()
+    taken = service.post("/jobs", {"input": sdxl_payload(id="picture")})
+    assert local.fake_sdxl.at_step.wait(PATIENCE_S)
+    running = service.get("/job/picture?user_id=user-1").json()
+    local.fake_sdxl.go_on.set()
+    service.get("/job/picture/events?user_id=user-1")
 
-    ended = face.get("/job/picture?user_id=user-1").json()
+    ended = service.get("/job/picture?user_id=user-1").json()
 
     assert (taken.status_code, taken.json()["job_id"]) == (202, "picture")
     assert running["status"] == "processing"
@@ -333,20 +338,20 @@ def test_a_job_is_taken_at_once_and_told_by_its_id(face: ServedFace, bench: Benc
     assert ended["assets"][0]["url"] == "user-1/picture/0.png"
 
 
-def test_a_job_can_be_waited_for(face: ServedFace) -> None:
-    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
+def test_a_job_can_be_waited_for(service: ServedHttp) -> None:
+    answer = service.post("/jobs?wait=150", {"input": sdxl_payload()})
 
     assert answer.status_code == 200
     assert answer.json()["status"] == "completed"
 
 
 def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
-    face: ServedFace, bench: Bench
+    service: ServedHttp, local: LocalWorker
 ) -> None:
-    bench.painter.fails = [errors.UploadError("storage is full")]
+    local.fake_sdxl.fails = [errors.UploadError("storage is full")]
 
-    answer = face.post("/jobs?wait=150", {"input": sdxl_payload()})
-    told = face.get("/job/job-1?user_id=user-1")
+    answer = service.post("/jobs?wait=150", {"input": sdxl_payload()})
+    told = service.get("/job/job-1?user_id=user-1")
 
     assert (answer.status_code, told.status_code) == (502, 200)
     assert answer.json() == told.json()
@@ -362,21 +367,21 @@ def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
     ],
 )
 def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
-    face: ServedFace, body: Any, says: str
+    service: ServedHttp, body: Any, says: str
 ) -> None:
-    answer = face.post("/jobs", body)
+    answer = service.post("/jobs", body)
 
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(says)
-    assert face.get("/job/job-1?user_id=user-1").status_code == 404
+    assert service.get("/job/job-1?user_id=user-1").status_code == 404
 
 
-def test_progress_and_end_are_events(face: ServedFace, bench: Bench) -> None:
-    bench.painter.hold()
-    face.post("/jobs", {"input": sdxl_payload()})
-    assert bench.painter.at_step.wait(PATIENCE_S)
-    stream = face.get("/job/job-1/events?user_id=user-1", stream=True)
-    bench.painter.go_on.set()
+def test_progress_and_end_are_events(service: ServedHttp, local: LocalWorker) -> None:
+    local.fake_sdxl.hold()
+    service.post("/jobs", {"input": sdxl_payload()})
+    assert local.fake_sdxl.at_step.wait(PATIENCE_S)
+    stream = service.get("/job/job-1/events?user_id=user-1", stream=True)
+    local.fake_sdxl.go_on.set()
 
     *progress, (name, last) = events(stream)
 
@@ -395,32 +400,32 @@ def test_who_comes_later_is_told_where_the_job_stands() -> None:
     assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
 
 
-def test_a_job_can_be_cancelled(face: ServedFace, bench: Bench) -> None:
-    bench.painter.hold()
-    face.post("/jobs", {"input": sdxl_payload()})
-    assert bench.painter.at_step.wait(PATIENCE_S)
+def test_a_job_can_be_cancelled(service: ServedHttp, local: LocalWorker) -> None:
+    local.fake_sdxl.hold()
+    service.post("/jobs", {"input": sdxl_payload()})
+    assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
-    answer = face.post("/job/job-1/cancel?user_id=user-1")
+    answer = service.post("/job/job-1/cancel?user_id=user-1")
 
     assert answer.status_code == 202
-    (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    (*_, (name, last)) = events(service.get("/job/job-1/events?user_id=user-1"))
     assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
 
 
 def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
-    small = Bench(tmp_path, settings=Settings(concurrency=1))
-    small.painter.hold()
-    with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        assert small.painter.at_step.wait(PATIENCE_S)
-        again = face.post("/jobs", {"input": sdxl_payload()})
+    small = LocalWorker(tmp_path, settings=Settings(concurrency=1))
+    small.fake_sdxl.hold()
+    with ServedHttp(small.settings, small.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        assert small.fake_sdxl.at_step.wait(PATIENCE_S)
+        again = service.post("/jobs", {"input": sdxl_payload()})
         assert again.json()["status"] == "processing"
 
-        face.post("/job/job-1/cancel?user_id=user-1")
+        service.post("/job/job-1/cancel?user_id=user-1")
 
-        (*_, (name, last)) = events(face.get("/job/job-1/events?user_id=user-1"))
+        (*_, (name, last)) = events(service.get("/job/job-1/events?user_id=user-1"))
         assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
-    assert (len(small.painter.calls), small.stored()) == (1, [])
+    assert (len(small.fake_sdxl.calls), small.stored()) == (1, [])
 
 
 @pytest.mark.parametrize(
@@ -433,54 +438,56 @@ def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
 def test_another_callers_job_of_the_same_id_is_another_job(
     tmp_path: Path, other: dict[str, str], user: str, headers: dict[str, str]
 ) -> None:
-    small = Bench(tmp_path, settings=Settings(concurrency=1))
-    small.painter.hold()
-    with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        assert small.painter.at_step.wait(PATIENCE_S)
-        answer = face.post("/jobs", {"input": sdxl_payload(**other)})
-        small.painter.go_on.set()
-        stream = face.get(f"/job/job-1/events?user_id={user}", headers=headers)
+    small = LocalWorker(tmp_path, settings=Settings(concurrency=1))
+    small.fake_sdxl.hold()
+    with ServedHttp(small.settings, small.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        assert small.fake_sdxl.at_step.wait(PATIENCE_S)
+        answer = service.post("/jobs", {"input": sdxl_payload(**other)})
+        small.fake_sdxl.go_on.set()
+        stream = service.get(f"/job/job-1/events?user_id={user}", headers=headers)
 
     assert answer.json()["status"] == "queued"
     assert events(stream)[-1][0] == "done"
-    assert len(small.painter.calls) == 2
+    assert len(small.fake_sdxl.calls) == 2
 
 
-def test_a_job_is_seen_and_stopped_by_its_own_user_alone(face: ServedFace, bench: Bench) -> None:
-    bench.painter.hold()
-    face.post("/jobs", {"input": sdxl_payload()})
-    assert bench.painter.at_step.wait(PATIENCE_S)
+def test_a_job_is_seen_and_stopped_by_its_own_user_alone(
+    service: ServedHttp, local: LocalWorker
+) -> None:
+    local.fake_sdxl.hold()
+    service.post("/jobs", {"input": sdxl_payload()})
+    assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
     for query in ("", "?user_id=", "?user_id=user-2", "?user_id=anonymous"):
-        assert face.get(f"/job/job-1{query}").status_code == 404
-        assert face.get(f"/job/job-1/events{query}").status_code == 404
-        assert face.post(f"/job/job-1/cancel{query}").status_code == 404
-    bench.painter.go_on.set()
+        assert service.get(f"/job/job-1{query}").status_code == 404
+        assert service.get(f"/job/job-1/events{query}").status_code == 404
+        assert service.post(f"/job/job-1/cancel{query}").status_code == 404
+    local.fake_sdxl.go_on.set()
 
-    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    (*_, (name, _)) = events(service.get("/job/job-1/events?user_id=user-1"))
     assert name == "done"
 
 
 def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
-    face: ServedFace, bench: Bench
+    service: ServedHttp, local: LocalWorker
 ) -> None:
-    bench.painter.hold()
-    face.post("/jobs", {"input": sdxl_payload()})
-    assert bench.painter.at_step.wait(PATIENCE_S)
-    face.post("/jobs", {"input": sdxl_payload(user_id="user-2", prompt="")})
+    local.fake_sdxl.hold()
+    service.post("/jobs", {"input": sdxl_payload()})
+    assert local.fake_sdxl.at_step.wait(PATIENCE_S)
+    service.post("/jobs", {"input": sdxl_payload(user_id="user-2", prompt="")})
 
-    seen = face.get("/job/job-1?user_id=user-1").json()
-    face.post("/job/job-1/cancel?user_id=user-1")
-    bench.painter.go_on.set()
+    seen = service.get("/job/job-1?user_id=user-1").json()
+    service.post("/job/job-1/cancel?user_id=user-1")
+    local.fake_sdxl.go_on.set()
 
-    (*_, (_, mine)) = events(face.get("/job/job-1/events?user_id=user-1"))
-    (*_, (_, others)) = events(face.get("/job/job-1/events?user_id=user-2"))
+    (*_, (_, mine)) = events(service.get("/job/job-1/events?user_id=user-1"))
+    (*_, (_, others)) = events(service.get("/job/job-1/events?user_id=user-2"))
     assert seen["status"] == "processing"
     assert (json.loads(mine)["code"], json.loads(others)["status"]) == ("CANCELLED", "completed")
 
 
-def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedFace) -> None:
+def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedHttp) -> None:
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     answers = [
@@ -498,8 +505,8 @@ def anonymous(**changes: Any) -> dict[str, Any]:
     return payload
 
 
-class HeldParrot(Parrot):
-    """A parrot that says nothing until `go_on` is set."""
+class HeldParrot(FakeChat):
+    """A `FakeChat` that says nothing until `go_on` is set."""
 
     def __init__(self) -> None:
         super().__init__("Water.")
@@ -513,40 +520,40 @@ class HeldParrot(Parrot):
 
 
 @pytest.fixture
-def single(tmp_path: Path) -> Iterator[tuple[ServedFace, HeldParrot]]:
-    """A face whose one thread for chats answers one until `go_on`; two more may wait."""
-    settings, parrot = Settings(families=("chat",), concurrency=1, http_backlog=2), HeldParrot()
-    small = Bench(tmp_path, settings=settings, models={"chat": parrot})
-    with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": chat_payload(id="speaks")})
-        assert parrot.is_asked.wait(PATIENCE_S)
-        yield face, parrot
-        parrot.go_on.set()
+def single(tmp_path: Path) -> Iterator[tuple[ServedHttp, HeldParrot]]:
+    """A service whose one thread for chats answers one until `go_on`; two more may wait."""
+    settings, fake_chat = Settings(families=("chat",), concurrency=1, http_backlog=2), HeldParrot()
+    small = LocalWorker(tmp_path, settings=settings, models={"chat": fake_chat})
+    with ServedHttp(small.settings, small.worker) as service:
+        service.post("/jobs", {"input": chat_payload(id="speaks")})
+        assert fake_chat.is_asked.wait(PATIENCE_S)
+        yield service, fake_chat
+        fake_chat.go_on.set()
 
 
 @pytest.mark.parametrize("named", [{}, {"user_id": "anonymous"}])
 def test_a_job_without_a_user_is_known_by_the_workers_own_id(
-    single: tuple[ServedFace, HeldParrot], named: dict[str, str]
+    single: tuple[ServedHttp, HeldParrot], named: dict[str, str]
 ) -> None:
-    face, parrot = single
+    service, fake_chat = single
     payload = {**anonymous(), **named}
 
-    taken = [face.post("/jobs", {"input": payload}).json()["job_id"] for _ in range(2)]
-    parrot.go_on.set()
-    ended = [events(face.get(f"/job/{name}/events"))[-1] for name in taken]
+    taken = [service.post("/jobs", {"input": payload}).json()["job_id"] for _ in range(2)]
+    fake_chat.go_on.set()
+    ended = [events(service.get(f"/job/{name}/events"))[-1] for name in taken]
 
     assert len({*taken, "hello"}) == 3
     assert [json.loads(data)["job_id"] for _, data in ended] == ["hello", "hello"]
-    assert face.get("/job/hello").status_code == 404
+    assert service.get("/job/hello").status_code == 404
 
 
 def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
-    tmp_path: Path, endless: Endless
+    tmp_path: Path, endless: EndlessChat
 ) -> None:
-    with serve_endless(tmp_path, endless, concurrency=2) as face, knock(face) as first:
+    with serve_endless(tmp_path, endless, concurrency=2) as service, knock(service) as first:
         first.sendall(raw_post("/chat", anonymous(stream=True)))
         assert endless.speaks.wait(PATIENCE_S)
-        with face.post("/chat", anonymous(stream=True), stream=True) as second:
+        with service.post("/chat", anonymous(stream=True), stream=True) as second:
             next(second.iter_lines())
         assert endless.stopped.wait(PATIENCE_S)
 
@@ -554,15 +561,17 @@ def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
         assert endless.speaks.wait(PATIENCE_S), "the first reply was stopped too"
 
 
-def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: Bench) -> None:
-    bench.painter.hold()
-    with knock(face) as caller:
+def test_who_waits_and_hangs_up_leaves_the_job_running(
+    service: ServedHttp, local: LocalWorker
+) -> None:
+    local.fake_sdxl.hold()
+    with knock(service) as caller:
         caller.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
-        assert bench.painter.at_step.wait(PATIENCE_S)
+        assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
-    assert face.get("/job/job-1?user_id=user-1").json()["status"] == "processing"
-    bench.painter.go_on.set()
-    (*_, (name, _)) = events(face.get("/job/job-1/events?user_id=user-1"))
+    assert service.get("/job/job-1?user_id=user-1").json()["status"] == "processing"
+    local.fake_sdxl.go_on.set()
+    (*_, (name, _)) = events(service.get("/job/job-1/events?user_id=user-1"))
     assert name == "done"
 
 
@@ -578,9 +587,9 @@ def test_who_waits_and_hangs_up_leaves_the_job_running(face: ServedFace, bench: 
     ],
 )
 def test_whatever_fails_fails_in_the_same_form(
-    face: ServedFace, method: str, path: str, status: int
+    service: ServedHttp, method: str, path: str, status: int
 ) -> None:
-    answer = requests.request(method, face.url + path, json={}, timeout=PATIENCE_S)
+    answer = requests.request(method, service.url + path, json={}, timeout=PATIENCE_S)
 
     assert answer.status_code == status
     assert answer.json()["success"] is False
@@ -601,8 +610,8 @@ SAID = {
 
 
 @pytest.mark.parametrize("path", SAID)
-def test_the_specifications_routes_answer_with_its_keys(face: ServedFace, path: str) -> None:
-    answer = face.get(path)
+def test_the_specifications_routes_answer_with_its_keys(service: ServedHttp, path: str) -> None:
+    answer = service.get(path)
 
     assert (answer.status_code, answer.json()["success"]) == (200, True)
     assert set(SAID[path]) <= set(answer.json())
@@ -615,25 +624,25 @@ def test_every_operation_with_a_route_is_the_administrators() -> None:
 
 
 def test_a_full_row_does_not_keep_an_administrator_out(tmp_path: Path) -> None:
-    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=0))
-    small.painter.hold()
-    with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        answer = face.post("/emergency/operation", {"operation": "pressure_check"})
-        small.painter.go_on.set()
+    small = LocalWorker(tmp_path, settings=Settings(concurrency=1, http_backlog=0))
+    small.fake_sdxl.hold()
+    with ServedHttp(small.settings, small.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        answer = service.post("/emergency/operation", {"operation": "pressure_check"})
+        small.fake_sdxl.go_on.set()
 
     assert answer.json()["pressure_level"] == "low"
 
 
-def test_another_operation_is_refused_by_its_name(face: ServedFace) -> None:
-    answer = face.post("/emergency/operation", {"operation": "health"})
+def test_another_operation_is_refused_by_its_name(service: ServedHttp) -> None:
+    answer = service.post("/emergency/operation", {"operation": "health"})
 
     assert answer.status_code == 400
     assert answer.json()["error"].startswith("operation: Input should be one of force_unload")
 
 
-def test_what_cannot_be_moved_is_a_conflict_with_its_reason(face: ServedFace) -> None:
-    answer = face.post("/memory/unload", {"target_worker": "chat_worker"})
+def test_what_cannot_be_moved_is_a_conflict_with_its_reason(service: ServedHttp) -> None:
+    answer = service.post("/memory/unload", {"target_worker": "chat_worker"})
 
     assert (answer.status_code, answer.json()["success"]) == (409, False)
     assert answer.json()["error"] == "there is nothing to move"
@@ -643,11 +652,11 @@ def test_what_cannot_be_moved_is_a_conflict_with_its_reason(face: ServedFace) ->
 
 
 @pytest.fixture
-def locked(tmp_path: Path) -> Iterator[ServedFace]:
+def locked(tmp_path: Path) -> Iterator[ServedHttp]:
     settings = Settings(families=("sdxl", "chat"), worker_api_key="new-key,old-key")
-    made = Bench(tmp_path, settings=settings, models={"chat": Parrot("Rain.")})
-    made.models["sdxl"] = made.painter
-    with ServedFace(settings, made.worker) as served:
+    made = LocalWorker(tmp_path, settings=settings, models={"chat": FakeChat("Rain.")})
+    made.models["sdxl"] = made.fake_sdxl
+    with ServedHttp(settings, made.worker) as served:
         yield served
 
 
@@ -670,7 +679,7 @@ def bearer(key: str) -> dict[str, str]:
 )
 @pytest.mark.parametrize("path", ["/chat", "/jobs?wait=150"])
 def test_a_key_is_asked_for_where_the_worker_has_one(
-    locked: ServedFace, path: str, headers: dict[str, str], changes: dict[str, Any], status: int
+    locked: ServedHttp, path: str, headers: dict[str, str], changes: dict[str, Any], status: int
 ) -> None:
     call = chat_payload(**changes)
 
@@ -680,7 +689,7 @@ def test_a_key_is_asked_for_where_the_worker_has_one(
     assert answer.json()["success"] is (status == 200)
 
 
-def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedFace) -> None:
+def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedHttp) -> None:
     answer = locked.post("/chat", CALL)
 
     assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -688,17 +697,17 @@ def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedFace) -> None:
 
 
 @pytest.mark.parametrize("path", ["/ping", "/health"])
-def test_health_is_answered_without_a_key(locked: ServedFace, path: str) -> None:
+def test_health_is_answered_without_a_key(locked: ServedHttp, path: str) -> None:
     assert locked.get(path).status_code == 200
 
 
 @pytest.mark.parametrize("path", SAID)
-def test_an_administrators_questions_need_the_key(locked: ServedFace, path: str) -> None:
+def test_an_administrators_questions_need_the_key(locked: ServedHttp, path: str) -> None:
     assert locked.get(path).status_code == 401
     assert locked.get(path, headers=bearer("new-key")).status_code == 200
 
 
-def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedFace) -> None:
+def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedHttp) -> None:
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     for headers, status in ((bearer("wrong"), 401), (bearer("new-key"), 200)):
@@ -711,13 +720,15 @@ def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedFace) -> N
 
 
 def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
-    small = Bench(tmp_path, settings=Settings(concurrency=1, http_backlog=1))
-    small.painter.hold()
-    with ServedFace(small.settings, small.worker) as face:
-        taken = [face.post("/jobs", {"input": sdxl_payload(id=name)}) for name in ("a", "b", "c")]
-        small.painter.go_on.set()
-        face.get("/job/b/events?user_id=user-1")
-        again = face.post("/jobs?wait=150", {"input": sdxl_payload(id="c")})
+    small = LocalWorker(tmp_path, settings=Settings(concurrency=1, http_backlog=1))
+    small.fake_sdxl.hold()
+    with ServedHttp(small.settings, small.worker) as service:
+        taken = [
+            service.post("/jobs", {"input": sdxl_payload(id=name)}) for name in ("a", "b", "c")
+        ]
+        small.fake_sdxl.go_on.set()
+        service.get("/job/b/events?user_id=user-1")
+        again = service.post("/jobs?wait=150", {"input": sdxl_payload(id="c")})
 
     assert [answer.status_code for answer in taken] == [202, 202, 429]
     assert taken[2].headers["Retry-After"] == "2"
@@ -726,20 +737,20 @@ def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None
 
 
 def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
-    single: tuple[ServedFace, HeldParrot],
+    single: tuple[ServedHttp, HeldParrot],
 ) -> None:
-    face, parrot = single
+    service, fake_chat = single
     with ExitStack() as stack:
         for _ in range(2):
-            stack.enter_context(knock(face)).sendall(raw_post("/chat", CALL))
-        wait_until(lambda: face.face.docket.counts["queued"] == 2)
-        full = face.post("/jobs", {"input": chat_payload(id="next")})
-    wait_until(lambda: face.face.docket.counts["queued"] == 0)
+            stack.enter_context(knock(service)).sendall(raw_post("/chat", CALL))
+        wait_until(lambda: service.service.docket.counts["queued"] == 2)
+        full = service.post("/jobs", {"input": chat_payload(id="next")})
+    wait_until(lambda: service.service.docket.counts["queued"] == 0)
 
-    taken = face.post("/jobs", {"input": chat_payload(id="next")})
+    taken = service.post("/jobs", {"input": chat_payload(id="next")})
 
     assert (full.status_code, taken.status_code) == (429, 202)
-    assert len(parrot.calls) == 1, "only the chat that was answered all the while"
+    assert len(fake_chat.calls) == 1, "only the chat that was answered all the while"
 
 
 def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
@@ -748,18 +759,18 @@ def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
     from ourvidz_serverless.delivery.callback import Callback
 
     callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
-    small = Bench(tmp_path, settings=Settings(concurrency=1), callback=callback)
-    small.painter.hold()
-    with ServedFace(small.settings, small.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        assert small.painter.at_step.wait(PATIENCE_S)
-        face.post("/jobs", {"input": sdxl_payload(id="waits")})
+    small = LocalWorker(tmp_path, settings=Settings(concurrency=1), callback=callback)
+    small.fake_sdxl.hold()
+    with ServedHttp(small.settings, small.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        assert small.fake_sdxl.at_step.wait(PATIENCE_S)
+        service.post("/jobs", {"input": sdxl_payload(id="waits")})
 
-        face.post("/job/waits/cancel?user_id=user-1")
+        service.post("/job/waits/cancel?user_id=user-1")
 
-        (*_, (_, last)) = events(face.get("/job/waits/events?user_id=user-1"))
+        (*_, (_, last)) = events(service.get("/job/waits/events?user_id=user-1"))
         told = [each.document["job_id"] for each in receiver.received]
-        small.painter.go_on.set()
+        small.fake_sdxl.go_on.set()
     assert (json.loads(last)["code"], told) == ("CANCELLED", ["waits"])
 
 
@@ -777,54 +788,54 @@ class StuckLedger(Ledger):
 
 
 def test_administrators_who_wait_do_not_delay_other_requests(
-    tmp_path: Path, parrot: Parrot
+    tmp_path: Path, fake_chat: FakeChat
 ) -> None:
     ledger = StuckLedger()
-    chatty = Bench(
-        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    chatty = LocalWorker(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": fake_chat}, ledger=ledger
     )
-    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+    with ServedHttp(chatty.settings, chatty.worker) as service, ExitStack() as stack:
         for _ in range(2 * http.ADMINISTRATORS):
-            asks = stack.enter_context(knock(face))
+            asks = stack.enter_context(knock(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(http.ADMINISTRATORS):
             assert ledger.asked.acquire(timeout=PATIENCE_S)
 
-        answer = face.post("/chat", CALL)
+        answer = service.post("/chat", CALL)
         ledger.freed.set()
 
     assert answer.json()["response"] == "Water that falls."
 
 
 def test_administrators_requests_beyond_the_limit_are_refused(
-    tmp_path: Path, parrot: Parrot, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake_chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "ADMINISTRATORS", 1)
     ledger = StuckLedger()
-    chatty = Bench(
-        tmp_path, settings=Settings(families=("chat",)), models={"chat": parrot}, ledger=ledger
+    chatty = LocalWorker(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": fake_chat}, ledger=ledger
     )
-    with ServedFace(chatty.settings, chatty.worker) as face, ExitStack() as stack:
+    with ServedHttp(chatty.settings, chatty.worker) as service, ExitStack() as stack:
         for _ in range(2):
-            asks = stack.enter_context(knock(face))
+            asks = stack.enter_context(knock(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: face.face.administration.is_full)
+        wait_until(lambda: service.service.administration.is_full)
 
-        answer = face.get("/status")
+        answer = service.get("/status")
         ledger.freed.set()
 
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
 
 
 def test_the_last_jobs_are_remembered_and_no_more(
-    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+    service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.KEPT", 2)
 
     for name in ("a", "b", "c", "d"):
-        face.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
+        service.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
 
-    assert [face.get(f"/job/{name}?user_id=user-1").status_code for name in "abcd"] == [
+    assert [service.get(f"/job/{name}?user_id=user-1").status_code for name in "abcd"] == [
         404,
         200,
         200,
@@ -833,21 +844,21 @@ def test_the_last_jobs_are_remembered_and_no_more(
 
 
 def test_a_body_beyond_the_limit_is_refused(
-    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+    service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_checks, "MAX_BODY_BYTES", 1000)
 
-    answer = face.post("/chat", {**CALL, "prompt": "x" * 1000})
+    answer = service.post("/chat", {**CALL, "prompt": "x" * 1000})
 
     assert (answer.status_code, answer.json()["success"]) == (413, False)
 
 
 def test_a_body_that_does_not_arrive_is_given_up(
-    face: ServedFace, monkeypatch: pytest.MonkeyPatch
+    service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
 
-    with knock(face) as slow:
+    with knock(service) as slow:
         slow.sendall(raw_head("/chat", 10) + b"{")
         answer = slow.recv(1000)
 
@@ -855,9 +866,9 @@ def test_a_body_that_does_not_arrive_is_given_up(
 
 
 def test_who_hangs_up_while_sending_is_no_bug(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+    local: LocalWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ServedFace(bench.settings, bench.worker) as face, knock(face) as client:
+    with ServedHttp(local.settings, local.worker) as service, knock(service) as client:
         client.sendall(raw_head("/jobs", 10, "Expect: 100-continue"))
         assert client.recv(65536).startswith(b"HTTP/1.1 100")
         client.sendall(b"{")
@@ -872,8 +883,8 @@ HEAD = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
-def test_a_head_without_end_is_cut(face: ServedFace, piece: bytes) -> None:
-    with knock(face) as client:
+def test_a_head_without_end_is_cut(service: ServedHttp, piece: bytes) -> None:
+    with knock(service) as client:
         client.sendall(HEAD)
 
         with pytest.raises(ConnectionError):
@@ -883,18 +894,20 @@ def test_a_head_without_end_is_cut(face: ServedFace, piece: bytes) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"GET /ping HT", HEAD])
 def test_a_head_that_does_not_arrive_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace, said: bytes
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
 
-    with knock(face) as client:
+    with knock(service) as client:
         client.sendall(said)
 
         assert client.recv(65536) == b""
 
 
-def test_a_head_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, face: ServedFace) -> None:
-    with knock(face) as client:
+def test_a_head_that_drips_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp
+) -> None:
+    with knock(service) as client:
         client.sendall(HEAD + b"\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         # The clock of the next head begins with its first byte.
@@ -907,24 +920,24 @@ def test_a_head_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, face: Se
 
 
 def test_a_job_may_take_longer_than_a_head(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace, bench: Bench
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp, local: LocalWorker
 ) -> None:
     # As good as for ever for a head to arrive in, and over before the job ends.
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 2)
-    bench.painter.hold()
+    local.fake_sdxl.hold()
 
-    with knock(face) as client:
+    with knock(service) as client:
         client.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
         threading.Event().wait(2.5)
-        bench.painter.go_on.set()
+        local.fake_sdxl.go_on.set()
 
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> None:
-    with ServedFace(Settings()) as face:
-        ping, health = face.get("/ping"), face.get("/health")
-        call = face.post("/chat", CALL)
+    with ServedHttp(Settings()) as service:
+        ping, health = service.get("/ping"), service.get("/health")
+        call = service.post("/chat", CALL)
 
     assert ping.status_code == 204
     assert (health.status_code, health.json()["model_loaded"]) == (503, False)
@@ -932,43 +945,43 @@ def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> Non
     assert call.json()["code"] == "WORKER_UNAVAILABLE"
 
 
-def test_a_face_that_is_ready_says_so(face: ServedFace) -> None:
-    health = face.get("/health").json()
+def test_a_face_that_is_ready_says_so(service: ServedHttp) -> None:
+    health = service.get("/health").json()
 
-    assert (face.get("/ping").status_code, health["status"]) == (200, "healthy")
+    assert (service.get("/ping").status_code, health["status"]) == (200, "healthy")
     assert health["families"] == ["sdxl", "chat"]
     assert {"model_loaded", "device", "jobs"} <= set(health)
 
 
-def test_who_leaves_finishes_what_runs(bench: Bench) -> None:
-    bench.painter.hold()
-    with ServedFace(bench.settings, bench.worker) as face:
+def test_who_leaves_finishes_what_runs(local: LocalWorker) -> None:
+    local.fake_sdxl.hold()
+    with ServedHttp(local.settings, local.worker) as service:
         answers: list[requests.Response] = []
         payload = {"input": sdxl_payload()}
         caller = threading.Thread(
-            target=lambda: answers.append(face.post("/jobs?wait=150", payload))
+            target=lambda: answers.append(service.post("/jobs?wait=150", payload))
         )
         caller.start()
-        assert bench.painter.at_step.wait(PATIENCE_S)
-        face.stop()
-        bench.painter.go_on.set()
+        assert local.fake_sdxl.at_step.wait(PATIENCE_S)
+        service.stop()
+        local.fake_sdxl.go_on.set()
         caller.join()
 
     assert answers[0].json()["status"] == "completed"
 
 
-def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(bench: Bench) -> None:
-    bench.painter.hold()
-    with ServedFace(bench.settings, bench.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        assert bench.painter.at_step.wait(PATIENCE_S)
-        face.stop()
+def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(local: LocalWorker) -> None:
+    local.fake_sdxl.hold()
+    with ServedHttp(local.settings, local.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        assert local.fake_sdxl.at_step.wait(PATIENCE_S)
+        service.stop()
         # Longer than the server goes on by itself.
         threading.Event().wait(0.5)
 
-        ping, health = face.get("/ping"), face.get("/health")
-        job = face.get("/job/job-1?user_id=user-1")
-        bench.painter.go_on.set()
+        ping, health = service.get("/ping"), service.get("/health")
+        job = service.get("/job/job-1?user_id=user-1")
+        local.fake_sdxl.go_on.set()
 
     assert (ping.status_code, health.status_code) == (503, 503)
     assert health.json()["status"] == "shutting_down"
@@ -976,13 +989,13 @@ def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(bench: Bench)
 
 
 def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> None:
-    impatient = Bench(tmp_path, settings=Settings(shutdown_grace_s=0.1))
-    impatient.painter.hold()
-    with ServedFace(impatient.settings, impatient.worker) as face:
-        face.post("/jobs", {"input": sdxl_payload()})
-        assert impatient.painter.at_step.wait(PATIENCE_S)
+    impatient = LocalWorker(tmp_path, settings=Settings(shutdown_grace_s=0.1))
+    impatient.fake_sdxl.hold()
+    with ServedHttp(impatient.settings, impatient.worker) as service:
+        service.post("/jobs", {"input": sdxl_payload()})
+        assert impatient.fake_sdxl.at_step.wait(PATIENCE_S)
 
-    ended = face.face.docket.find(Identity.of("user-1", None, "job-1"))
+    ended = service.service.docket.find(Identity.of("user-1", None, "job-1"))
     assert ended and ended.document and ended.document.failure
     assert ended.document.failure.code == "WORKER_UNAVAILABLE"
 
@@ -990,8 +1003,8 @@ def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> Non
 # --- what machines are told ---
 
 
-def test_every_route_is_described_with_its_body_and_its_failures(face: ServedFace) -> None:
-    paths = face.get("/openapi.json").json()["paths"]
+def test_every_route_is_described_with_its_body_and_its_failures(service: ServedHttp) -> None:
+    paths = service.get("/openapi.json").json()["paths"]
 
     routes = {route.path for route in http.router.routes}
     assert set(paths) == routes
@@ -1003,12 +1016,14 @@ def test_every_route_is_described_with_its_body_and_its_failures(face: ServedFac
             assert has_body is (method == "post" and not path.endswith("/cancel"))
 
 
-def schemathesis(face: ServedFace, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def schemathesis(
+    service: ServedHttp, folder: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
     """Ask for whatever OpenAPI promises, and for what it rules out."""
     return subprocess.run(
         [
             Path(sys.executable).parent / "schemathesis",
-            *("run", f"{face.url}/openapi.json", "--max-examples=10", "--workers=1"),
+            *("run", f"{service.url}/openapi.json", "--max-examples=10", "--workers=1"),
             *("--phases=examples,coverage,fuzzing", "--seed=1", "--generation-deterministic"),
             *("--request-timeout=20", "--no-color", "--suppress-health-check=all", *options),
         ],
@@ -1019,12 +1034,12 @@ def schemathesis(face: ServedFace, folder: Path, *options: str) -> subprocess.Co
 
 
 @pytest.fixture
-def asked_all(tmp_path: Path, parrot: Parrot) -> Iterator[ServedFace]:
-    """A face whose worker has models to report of and to move."""
+def asked_all(tmp_path: Path, fake_chat: FakeChat) -> Iterator[ServedHttp]:
+    """A service whose worker has models to report of and to move."""
     settings = Settings(families=("sdxl", "chat"))
-    models = {"sdxl": Painter(), "chat": parrot}
-    made = Bench(tmp_path, settings=settings, models=models, ledger=Ledger(Card(10)))
-    with ServedFace(settings, made.worker) as served:
+    models = {"sdxl": FakeSdxl(), "chat": fake_chat}
+    made = LocalWorker(tmp_path, settings=settings, models=models, ledger=Ledger(Card(10)))
+    with ServedHttp(settings, made.worker) as served:
         yield served
 
 
@@ -1040,15 +1055,15 @@ def asked_all(tmp_path: Path, parrot: Parrot) -> Iterator[ServedFace]:
     ids=["all-but-jobs", "jobs"],
 )
 def test_schemathesis_finds_no_difference_between_openapi_and_the_worker(
-    asked_all: ServedFace, tmp_path: Path, options: list[str]
+    asked_all: ServedHttp, tmp_path: Path, options: list[str]
 ) -> None:
     run = schemathesis(asked_all, tmp_path, *options)
 
     assert run.returncode == 0, run.stdout[-6000:]
 
 
-def test_openapi_names_both_headers_for_the_key(face: ServedFace, locked: ServedFace) -> None:
-    open_to_all, with_key = (each.get("/openapi.json").json() for each in (face, locked))
+def test_openapi_names_both_headers_for_the_key(service: ServedHttp, locked: ServedHttp) -> None:
+    open_to_all, with_key = (each.get("/openapi.json").json() for each in (service, locked))
 
     schemes = with_key["components"]["securitySchemes"]
     assert {"type": "apiKey", "in": "header", "name": "X-API-Key"} in schemes.values()
@@ -1058,8 +1073,8 @@ def test_openapi_names_both_headers_for_the_key(face: ServedFace, locked: Served
 
 
 @pytest.mark.parametrize("path", ["/ping", "/health"])
-def test_a_health_check_may_ask_by_head(face: ServedFace, path: str) -> None:
-    head = face.head(path)
+def test_a_health_check_may_ask_by_head(service: ServedHttp, path: str) -> None:
+    head = service.head(path)
 
     assert (head.status_code, head.content) == (200, b"")
 

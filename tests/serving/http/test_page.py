@@ -20,36 +20,36 @@ from ourvidz_serverless.delivery.storage import DirectoryStorage
 from ourvidz_serverless.serving.http import app as http
 from ourvidz_serverless.serving.http import page
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Endless, Parrot
-from tests.fakes.fake_sdxl import Painter
-from tests.fakes.fake_wan import Film
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import EndlessChat, FakeChat
+from tests.fakes.fake_sdxl import FakeSdxl
+from tests.fakes.fake_wan import FakeWan
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 from tests.servers.javascript import DENO, deno_environment
 
 KEY = {"Authorization": "Bearer a-key"}
 
 
-class Reel(Film):
-    """A film of nine grey frames."""
+class Reel(FakeWan):
+    """A `FakeWan` of nine grey frames."""
 
     def generate(self, **call: Any) -> Iterator[Any]:
         yield np.full((9, call["height"], call["width"], 3), 128, dtype=np.uint8)
 
 
 @pytest.fixture
-def parrot() -> Parrot:
-    return Parrot("Water ", "that ", "falls.")
+def fake_chat() -> FakeChat:
+    return FakeChat("Water ", "that ", "falls.")
 
 
 @pytest.fixture
-def bench(tmp_path: Path, parrot: Parrot) -> Bench:
-    return make_bench(tmp_path, parrot)
+def local(tmp_path: Path, fake_chat: FakeChat) -> LocalWorker:
+    return make_bench(tmp_path, fake_chat)
 
 
-def make_bench(folder: Path, chat: Any, **settings: Any) -> Bench:
+def make_bench(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
     """A worker for everything, whose storage the page can see."""
     config = Settings(
         families=("sdxl", "chat", "wan"),
@@ -57,14 +57,14 @@ def make_bench(folder: Path, chat: Any, **settings: Any) -> Bench:
         storage_url=f"file:{folder / 'stored'}",
         **settings,
     )
-    painter = Painter()
-    models = {"sdxl": painter, "chat": chat, "wan": Reel()}
-    return Bench(folder / "stored", settings=config, painter=painter, models=models)
+    fake_sdxl = FakeSdxl()
+    models = {"sdxl": fake_sdxl, "chat": chat, "wan": Reel()}
+    return LocalWorker(folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models)
 
 
 @pytest.fixture
-def face(bench: Bench) -> Iterator[ServedFace]:
-    with ServedFace(bench.settings, bench.worker) as served:
+def service(local: LocalWorker) -> Iterator[ServedHttp]:
+    with ServedHttp(local.settings, local.worker) as served:
         yield served
 
 
@@ -92,16 +92,16 @@ def test_the_page_is_there_for_who_sits_at_the_machine_or_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
-def test_where_it_is_not_wanted_nothing_of_it_is_there(bench: Bench, path: str) -> None:
-    bench.run()
-    hidden = bench.settings.model_copy(update={"page": False})
-    with ServedFace(hidden, bench.worker) as face:
-        assert face.get(path).status_code == 404
+def test_where_it_is_not_wanted_nothing_of_it_is_there(local: LocalWorker, path: str) -> None:
+    local.run()
+    hidden = local.settings.model_copy(update={"page": False})
+    with ServedHttp(hidden, local.worker) as service:
+        assert service.get(path).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in page.PARTS)])
-def test_a_browser_is_told_to_ask_nobody_else(face: ServedFace, path: str) -> None:
-    answer = face.get(path)
+def test_a_browser_is_told_to_ask_nobody_else(service: ServedHttp, path: str) -> None:
+    answer = service.get(path)
 
     assert answer.status_code == 200
     policy = answer.headers["Content-Security-Policy"]
@@ -122,16 +122,16 @@ def test_the_page_names_no_host_and_has_all_its_parts() -> None:
     [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 403)],
 )
 def test_a_name_that_was_made_to_lead_here_opens_nothing(
-    face: ServedFace, bench: Bench, host: str, status: int
+    service: ServedHttp, local: LocalWorker, host: str, status: int
 ) -> None:
-    url = bench.run().assets[0].url
+    url = local.run().assets[0].url
 
     for path in ("/", f"/assets/{url}"):
-        assert face.get(path, headers={"Host": host}).status_code == status
+        assert service.get(path, headers={"Host": host}).status_code == status
 
 
-def test_the_page_is_no_part_of_the_api(face: ServedFace) -> None:
-    paths = face.get("/openapi.json").json()["paths"]
+def test_the_page_is_no_part_of_the_api(service: ServedHttp) -> None:
+    paths = service.get("/openapi.json").json()["paths"]
 
     assert set(paths) == {route.path for route in http.router.routes}  # type: ignore[attr-defined]
 
@@ -139,29 +139,31 @@ def test_the_page_is_no_part_of_the_api(face: ServedFace) -> None:
 # --- what it shows of the storage ---
 
 
-def ask(face: ServedFace, path: str) -> requests.Response:
+def ask(service: ServedHttp, path: str) -> requests.Response:
     """A request whose path goes out as it is written."""
-    request = requests.Request("GET", face.url).prepare()
-    request.url = face.url + path
+    request = requests.Request("GET", service.url).prepare()
+    request.url = service.url + path
     with requests.Session() as session:
         return session.send(request, timeout=PATIENCE_S)
 
 
-def test_an_asset_is_shown_as_what_it_is(face: ServedFace, bench: Bench) -> None:
-    document = bench.run()
+def test_an_asset_is_shown_as_what_it_is(service: ServedHttp, local: LocalWorker) -> None:
+    document = local.run()
 
-    answer = face.get(f"/assets/{document.assets[0].url}")
+    answer = service.get(f"/assets/{document.assets[0].url}")
 
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png")
-    assert answer.content == (bench.root / document.assets[0].url).read_bytes()
+    assert answer.content == (local.root / document.assets[0].url).read_bytes()
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
-def test_head_answers_as_get_does_without_a_body(face: ServedFace, bench: Bench, path: str) -> None:
-    bench.run()
+def test_head_answers_as_get_does_without_a_body(
+    service: ServedHttp, local: LocalWorker, path: str
+) -> None:
+    local.run()
 
-    whole, head = face.get(path), face.head(path)
+    whole, head = service.get(path), service.head(path)
 
     assert (head.status_code, head.content) == (200, b"")
     kept = ("Content-Length", "Content-Type", "Content-Security-Policy")
@@ -187,14 +189,14 @@ ELSEWHERE = [
 ]
 
 
-def test_nothing_else_on_the_machine_is_shown(face: ServedFace, bench: Bench) -> None:
-    bench.run()
-    (bench.root.parent / "secret.png").write_text("secret")
-    (bench.root / "link.png").symlink_to(bench.root.parent / "secret.png")
-    (bench.root / "folder").symlink_to(bench.root.parent)
-    (bench.root / "user-1/job-1/callback.completed.json").write_text("secret")
+def test_nothing_else_on_the_machine_is_shown(service: ServedHttp, local: LocalWorker) -> None:
+    local.run()
+    (local.root.parent / "secret.png").write_text("secret")
+    (local.root / "link.png").symlink_to(local.root.parent / "secret.png")
+    (local.root / "folder").symlink_to(local.root.parent)
+    (local.root / "user-1/job-1/callback.completed.json").write_text("secret")
 
-    answers = {path: ask(face, path) for path in ELSEWHERE}
+    answers = {path: ask(service, path) for path in ELSEWHERE}
 
     assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(
         ELSEWHERE, 404
@@ -214,29 +216,29 @@ def test_no_key_leads_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_assets_ask_for_the_key_as_all_else_does(tmp_path: Path) -> None:
-    locked = make_bench(tmp_path, Parrot(), worker_api_key="a-key")
+    locked = make_bench(tmp_path, FakeChat(), worker_api_key="a-key")
     key = locked.run(sdxl_payload(api_key="a-key")).assets[0].url
-    with ServedFace(locked.settings, locked.worker) as face:
+    with ServedHttp(locked.settings, locked.worker) as service:
         without, wrong, right = (
-            face.get(f"/assets/{key}", headers=headers).status_code
+            service.get(f"/assets/{key}", headers=headers).status_code
             for headers in ({}, {"Authorization": "Bearer wrong"}, KEY)
         )
-        page_itself = face.get("/").status_code
+        page_itself = service.get("/").status_code
 
     assert (without, wrong, right, page_itself) == (401, 401, 200, 200)
 
 
-def test_what_lies_in_a_bucket_is_not_shown(bench: Bench) -> None:
-    bench.run()
-    elsewhere = bench.settings.model_copy(
+def test_what_lies_in_a_bucket_is_not_shown(local: LocalWorker) -> None:
+    local.run()
+    elsewhere = local.settings.model_copy(
         update={
             "storage_url": "supabase://workspace-temp",
             "supabase_url": "http://127.0.0.1:1",
             "supabase_service_key": Settings(supabase_service_key="key").supabase_service_key,
         }
     )
-    with ServedFace(elsewhere, bench.worker) as face:
-        assert face.get("/assets/user-1/job-1/0.png").status_code == 404
+    with ServedHttp(elsewhere, local.worker) as service:
+        assert service.get("/assets/user-1/job-1/0.png").status_code == 404
 
 
 # --- its logic, without a browser ---
@@ -372,25 +374,25 @@ def test_the_page_is_formatted_and_linted(check: list[str]) -> None:
 # --- a real browser ---
 
 
-Visit = Callable[[ServedFace], Page]
+Visit = Callable[[ServedHttp], Page]
 
 
 @pytest.fixture
 def visit(chromium: Browser) -> Iterator[Visit]:
-    """Opens the page of a face; at the end it has complained of nothing, and asked nobody else."""
+    """Opens a service's page; at the end it has reported no error and called no other host."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     context.set_default_timeout(1000 * PATIENCE_S)
     complaints: list[str] = []
     asked: set[str] = set()
     faces: list[str] = []
 
-    def open_page(face: ServedFace) -> Page:
+    def open_page(service: ServedHttp) -> Page:
         tab = context.new_page()
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("console", lambda line: complaints.append(line.text))
         tab.on("request", lambda request: asked.add(request.url))
-        faces.append(face.url)
-        tab.goto(face.url)
+        faces.append(service.url)
+        tab.goto(service.url)
         return tab
 
     yield open_page
@@ -430,16 +432,16 @@ MIDDLE = """() => {
 
 
 def test_a_picture_is_asked_for_watched_and_seen(
-    visit: Visit, face: ServedFace, bench: Bench
+    visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:
-    bench.painter.hold()
-    tab = visit(face)
+    local.fake_sdxl.hold()
+    tab = visit(service)
     choose(tab, "sdxl_image_fast", prompt="a grey square", seed="77", num_inference_steps="10")
     tab.select_option("[name='config.resolution']", "512x512")
     tab.select_option("[name='config.num_images']", "3")
     run(tab)
     wait_for_state(tab, "generate 0 of 10")
-    bench.painter.go_on.set()
+    local.fake_sdxl.go_on.set()
     wait_for_state(tab, "completed in")
     tab.wait_for_selector("figure:nth-of-type(3) img")
 
@@ -448,12 +450,12 @@ def test_a_picture_is_asked_for_watched_and_seen(
     document = said(tab)
     assert document["status"] == "completed"
     assert [asset["metadata"]["seed"] for asset in document["assets"]] == [77, 78, 79]
-    (fragment,) = bench.painter.calls[0]["prompt"]
+    (fragment,) = local.fake_sdxl.calls[0]["prompt"]
     assert fragment.text == "a grey square"
 
 
-def test_a_video_plays(visit: Visit, face: ServedFace) -> None:
-    tab = visit(face)
+def test_a_video_plays(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
     choose(tab, "video_fast", width="64", height="64", frames="9", fps="8")
     run(tab)
     tab.wait_for_selector("figure video")
@@ -464,21 +466,21 @@ def test_a_video_plays(visit: Visit, face: ServedFace) -> None:
 
 
 def test_a_reply_grows_and_the_conversation_goes_on(
-    visit: Visit, face: ServedFace, parrot: Parrot
+    visit: Visit, service: ServedHttp, fake_chat: FakeChat
 ) -> None:
-    tab = visit(face)
+    tab = visit(service)
     choose(tab, "chat_conversation", words="What is rain?")
     run(tab)
     wait_for_state(tab, "completed in")
     first, left = tab.inner_text(".talk"), tab.input_value("[name='words']")
-    parrot.pieces = ["Frozen."]
+    fake_chat.pieces = ["Frozen."]
     tab.fill("[name='words']", "And snow?")
     run(tab)
     tab.wait_for_selector(".talk:has-text('Frozen.')")
 
     assert (first.split("\n\n"), left) == (["What is rain?", "Water that falls."], "")
     assert said(tab)["response"] == "Frozen."
-    assert parrot.calls[1]["messages"] == [
+    assert fake_chat.calls[1]["messages"] == [
         ("user", "What is rain?"),
         ("assistant", "Water that falls."),
         ("user", "And snow?"),
@@ -486,10 +488,10 @@ def test_a_reply_grows_and_the_conversation_goes_on(
 
 
 def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
-    endless = Endless()
+    endless = EndlessChat()
     chatty = make_bench(tmp_path, endless)
-    with ServedFace(chatty.settings, chatty.worker) as face:
-        tab = visit(face)
+    with ServedHttp(chatty.settings, chatty.worker) as service:
+        tab = visit(service)
         choose(tab, "chat_conversation")
         run(tab)
         tab.wait_for_selector(".growing:has-text('word word')")
@@ -500,8 +502,8 @@ def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
         tab.wait_for_selector("#send:enabled")
 
 
-def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, face: ServedFace) -> None:
-    tab = visit(face)
+def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
     shown: list[bool] = []
 
     def look(route: Route) -> None:
@@ -517,16 +519,16 @@ def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, face: ServedFac
 
 
 def test_words_typed_during_a_reply_are_kept(
-    visit: Visit, face: ServedFace, parrot: Parrot
+    visit: Visit, service: ServedHttp, fake_chat: FakeChat
 ) -> None:
-    tab, go_on = visit(face), threading.Event()
+    tab, go_on = visit(service), threading.Event()
 
     def pieces() -> Iterator[str]:
         yield "Water "
         assert go_on.wait(PATIENCE_S)
         yield "falls."
 
-    parrot.pieces = pieces()
+    fake_chat.pieces = pieces()
     choose(tab, "chat_conversation", words="What is rain?")
     run(tab)
     tab.wait_for_selector(".growing:has-text('Water')")
@@ -540,9 +542,9 @@ def test_words_typed_during_a_reply_are_kept(
 
 
 def test_a_payload_written_by_hand_is_what_is_sent(
-    visit: Visit, face: ServedFace, bench: Bench
+    visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:
-    tab = visit(face)
+    tab = visit(service)
     tab.wait_for_selector("#send:enabled")
     tab.click("summary")
     tab.fill("#payload", json.dumps(sdxl_payload(id="by-hand", config={"seed": 9})))
@@ -550,7 +552,7 @@ def test_a_payload_written_by_hand_is_what_is_sent(
     wait_for_state(tab, "completed in")
 
     assert said(tab)["job_id"] == "by-hand"
-    assert bench.painter.calls[0]["seeds"] == [9]
+    assert local.fake_sdxl.calls[0]["seeds"] == [9]
 
 
 REFUSED = chat_payload(
@@ -567,9 +569,9 @@ REFUSED = chat_payload(
     ],
 )
 def test_a_refusal_is_said_in_the_workers_words(
-    visit: Visit, face: ServedFace, payload: str, says: str
+    visit: Visit, service: ServedHttp, payload: str, says: str
 ) -> None:
-    tab = visit(face)
+    tab = visit(service)
     tab.wait_for_selector("#send:enabled")
     tab.click("summary")
     tab.fill("#payload", payload)
@@ -582,9 +584,9 @@ def test_a_refusal_is_said_in_the_workers_words(
 def test_a_key_is_asked_for_kept_in_memory_and_brought_everywhere(
     visit: Visit, tmp_path: Path
 ) -> None:
-    locked = make_bench(tmp_path, Parrot("Rain."), worker_api_key="a-key")
-    with ServedFace(locked.settings, locked.worker) as face:
-        tab = visit(face)
+    locked = make_bench(tmp_path, FakeChat("Rain."), worker_api_key="a-key")
+    with ServedHttp(locked.settings, locked.worker) as service:
+        tab = visit(service)
         tab.wait_for_selector("#door:visible")
         for key in ("wrong", "a-key"):
             tab.fill("#key", key)
@@ -604,19 +606,19 @@ def test_a_key_is_asked_for_kept_in_memory_and_brought_everywhere(
 
 
 def test_who_comes_while_models_are_loaded_is_let_in_later(
-    visit: Visit, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    visit: Visit, local: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ServedFace(bench.settings) as face:
-        tab = visit(face)
+    with ServedHttp(local.settings) as service:
+        tab = visit(service)
         tab.wait_for_selector("#worker:has-text('being loaded')")
-        face.face.open(bench.worker)
+        service.service.open(local.worker)
         tab.wait_for_selector("#worker:has-text('serves sdxl, chat, wan')")
 
         assert tab.locator("#type option").count() == len(jobs.FAMILY_OF)
 
 
-def test_on_a_narrow_screen_nothing_runs_off_its_edge(visit: Visit, face: ServedFace) -> None:
-    tab = visit(face)
+def test_on_a_narrow_screen_nothing_runs_off_its_edge(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
     tab.set_viewport_size({"width": 360, "height": 700})
     choose(tab, "sdxl_image_fast")
 

@@ -1,4 +1,4 @@
-"""What the HTTP face refuses before a route reads the body: hosts, origins, lengths, framing."""
+"""What the HTTP service refuses before a route reads the body: hosts, origins, lengths, framing."""
 
 import socket
 from collections.abc import Iterator
@@ -15,51 +15,51 @@ from ourvidz_serverless.serving.http import app as http
 from ourvidz_serverless.serving.http import connections, request_checks
 from ourvidz_serverless.serving.http.request_checks import is_own_host
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import Parrot
-from tests.fakes.local_worker import Bench, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.patience import PATIENCE_S
-from tests.servers.http_service import ServedFace
+from tests.servers.http_service import ServedHttp
 
 KEY = {"Authorization": "Bearer a-key"}
 
 
-def make_face(folder: Path, **changes: Any) -> ServedFace:
-    """A face for pictures and replies."""
+def make_face(folder: Path, **changes: Any) -> ServedHttp:
+    """A service for pictures and replies."""
     config = Settings(families=("sdxl", "chat"), host="127.0.0.1", **changes)
-    made = Bench(folder, settings=config, models={"chat": Parrot("Rain.")})
-    made.models["sdxl"] = made.painter
-    return ServedFace(config, made.worker)
+    made = LocalWorker(folder, settings=config, models={"chat": FakeChat("Rain.")})
+    made.models["sdxl"] = made.fake_sdxl
+    return ServedHttp(config, made.worker)
 
 
 @pytest.fixture
-def face(tmp_path: Path) -> Iterator[ServedFace]:
+def service(tmp_path: Path) -> Iterator[ServedHttp]:
     """A worker without a key."""
     with make_face(tmp_path) as served:
         yield served
 
 
 @pytest.fixture
-def locked(tmp_path: Path) -> Iterator[ServedFace]:
+def locked(tmp_path: Path) -> Iterator[ServedHttp]:
     """A worker with a key."""
     with make_face(tmp_path, worker_api_key="a-key") as served:
         yield served
 
 
-def connect(face: ServedFace) -> socket.socket:
-    host, port = face.url.removeprefix("http://").split(":")
+def connect(service: ServedHttp) -> socket.socket:
+    host, port = service.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
-def exchange(face: ServedFace, raw: bytes) -> bytes:
+def exchange(service: ServedHttp, raw: bytes) -> bytes:
     """Everything that comes back for these bytes until the worker closes the connection."""
-    with connect(face) as client:
+    with connect(service) as client:
         client.sendall(raw)
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def begin(face: ServedFace, raw: bytes) -> bytes:
+def begin(service: ServedHttp, raw: bytes) -> bytes:
     """The first bytes that come back for the beginning of a request."""
-    with connect(face) as client:
+    with connect(service) as client:
         client.sendall(raw)
         return client.recv(65536)
 
@@ -84,17 +84,17 @@ EVERY_ROUTE = [
 ]
 
 
-def ask(face: ServedFace, method: str, path: str, **headers: str) -> Any:
+def ask(service: ServedHttp, method: str, path: str, **headers: str) -> Any:
     body = {"json": {"input": sdxl_payload()}} if method == "POST" else {}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return requests.request(method, face.url + path, headers=named, timeout=PATIENCE_S, **body)
+    return requests.request(method, service.url + path, headers=named, timeout=PATIENCE_S, **body)
 
 
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
 def test_without_a_key_no_route_answers_to_a_foreign_host_name(
-    face: ServedFace, method: str, path: str
+    service: ServedHttp, method: str, path: str
 ) -> None:
-    answer = ask(face, method, path, Host="evil.example")
+    answer = ask(service, method, path, Host="evil.example")
 
     assert (answer.status_code, answer.json()["success"]) == (403, False)
     assert answer.json()["error"].startswith("Host: ")
@@ -103,9 +103,9 @@ def test_without_a_key_no_route_answers_to_a_foreign_host_name(
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
 def test_without_a_key_no_route_answers_to_a_foreign_origin(
-    face: ServedFace, method: str, path: str, origin: str
+    service: ServedHttp, method: str, path: str, origin: str
 ) -> None:
-    answer = ask(face, method, path, Origin=origin)
+    answer = ask(service, method, path, Origin=origin)
 
     assert (answer.status_code, answer.json()["success"]) == (403, False)
     assert answer.json()["error"].startswith("Origin: ")
@@ -113,15 +113,15 @@ def test_without_a_key_no_route_answers_to_a_foreign_origin(
 
 @pytest.mark.parametrize("path", ["/chat", "/jobs", "/job/job-1/cancel", "/memory/unload"])
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_without_a_key_a_body_is_json_or_refused(face: ServedFace, path: str, kind: str) -> None:
-    answer = ask(face, "POST", path, Content_Type=kind)
+def test_without_a_key_a_body_is_json_or_refused(service: ServedHttp, path: str, kind: str) -> None:
+    answer = ask(service, "POST", path, Content_Type=kind)
 
     assert answer.status_code == 415
     assert answer.json()["error"] == "Content-Type: Input should be application/json"
 
 
-def test_a_body_of_unknown_length_is_json_too(face: ServedFace) -> None:
-    answer = face.post("/jobs", data=iter([b"{}"]), headers={"Content-Type": "text/plain"})
+def test_a_body_of_unknown_length_is_json_too(service: ServedHttp) -> None:
+    answer = service.post("/jobs", data=iter([b"{}"]), headers={"Content-Type": "text/plain"})
 
     assert answer.status_code == 415
 
@@ -133,8 +133,8 @@ def test_a_body_of_unknown_length_is_json_too(face: ServedFace) -> None:
         *("127.0.0.1", "127.8.8.8:1", "[::1]", "[::1]:8000", "[0:0::1]"),
     ],
 )
-def test_without_a_key_every_loopback_name_is_answered(face: ServedFace, host: str) -> None:
-    assert ask(face, "GET", "/status", Host=host).status_code == 200
+def test_without_a_key_every_loopback_name_is_answered(service: ServedHttp, host: str) -> None:
+    assert ask(service, "GET", "/status", Host=host).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["worker.example", "WORKER.example.", "worker.example:8000"])
@@ -146,13 +146,13 @@ def test_an_allowed_host_is_known_however_it_is_spelled(host: str, allowed: str)
 @pytest.mark.parametrize(
     "host", ["localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]", "[", "@", ""]
 )
-def test_no_other_name_passes_for_loopback(face: ServedFace, host: str) -> None:
-    assert ask(face, "GET", "/status", Host=host).status_code == 403
+def test_no_other_name_passes_for_loopback(service: ServedHttp, host: str) -> None:
+    assert ask(service, "GET", "/status", Host=host).status_code == 403
 
 
-def test_a_page_of_the_workers_own_origin_is_answered(face: ServedFace) -> None:
-    own = ask(face, "POST", "/jobs?wait=150", Origin=face.url)
-    behind_tls = ask(face, "GET", "/status", Host="localhost", Origin="https://localhost:443")
+def test_a_page_of_the_workers_own_origin_is_answered(service: ServedHttp) -> None:
+    own = ask(service, "POST", "/jobs?wait=150", Origin=service.url)
+    behind_tls = ask(service, "GET", "/status", Host="localhost", Origin="https://localhost:443")
 
     assert (own.status_code, behind_tls.status_code) == (200, 200)
 
@@ -170,9 +170,9 @@ def test_a_page_of_the_workers_own_origin_is_answered(face: ServedFace) -> None:
 def test_allowed_hosts_are_answered_without_a_key(
     tmp_path: Path, allowed: str, host: str, status: int
 ) -> None:
-    with make_face(tmp_path, allowed_hosts=allowed) as face:
-        assert ask(face, "GET", "/status", Host=host).status_code == status
-        assert ask(face, "GET", "/", Host=host).status_code == status
+    with make_face(tmp_path, allowed_hosts=allowed) as service:
+        assert ask(service, "GET", "/status", Host=host).status_code == status
+        assert ask(service, "GET", "/", Host=host).status_code == status
 
 
 @pytest.mark.parametrize("text", ["https://worker.example", "worker.example/", "a b", "box:80"])
@@ -192,16 +192,16 @@ def test_a_worker_answers_to_the_address_that_it_registers(tmp_path: Path) -> No
         "supabase_url": "http://127.0.0.1:1",
         "supabase_service_key": "key",
     }
-    face = http.Face(Settings(**registered))
+    service = http.Face(Settings(**registered))
 
-    assert face.own_hosts == {"worker.example"}
-
-
-def test_a_load_balancer_may_ping_by_address(face: ServedFace) -> None:
-    assert ask(face, "GET", "/ping", Host="10.1.2.3:8000").status_code == 200
+    assert service.own_hosts == {"worker.example"}
 
 
-def test_with_a_key_the_key_alone_decides(locked: ServedFace) -> None:
+def test_a_load_balancer_may_ping_by_address(service: ServedHttp) -> None:
+    assert ask(service, "GET", "/ping", Host="10.1.2.3:8000").status_code == 200
+
+
+def test_with_a_key_the_key_alone_decides(locked: ServedHttp) -> None:
     call = {"data": b'{"messages": [{"role": "user", "content": "Rain?"}]}'}
     headers = {**KEY, "Host": "worker.example", "Origin": "https://app.example"}
 
@@ -222,9 +222,9 @@ def head(length: int, path: str = "/jobs", **headers: str) -> bytes:
 
 @pytest.mark.parametrize("path", ["/jobs", "/chat", "/memory/load", "/job/x/cancel", "/nowhere"])
 def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(
-    face: ServedFace, path: str
+    service: ServedHttp, path: str
 ) -> None:
-    answer = begin(face, head(30_000_001, path))
+    answer = begin(service, head(30_000_001, path))
 
     assert answer.startswith(b"HTTP/1.1 413 ")
 
@@ -232,7 +232,7 @@ def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(
 @pytest.mark.parametrize("headers", [{}, {"X_API_Key": "wrong"}, {"Authorization": "Bearer no"}])
 @pytest.mark.parametrize("path", ["/jobs", "/chat", "/memory/load"])
 def test_a_body_without_a_key_in_a_header_is_refused_above_one_megabyte(
-    locked: ServedFace, path: str, headers: dict[str, str]
+    locked: ServedHttp, path: str, headers: dict[str, str]
 ) -> None:
     answer = begin(locked, head(1_000_001, path, **headers))
 
@@ -240,7 +240,7 @@ def test_a_body_without_a_key_in_a_header_is_refused_above_one_megabyte(
     assert b"in a header" in answer
 
 
-def test_a_body_without_a_length_or_a_key_may_have_one_megabyte(locked: ServedFace) -> None:
+def test_a_body_without_a_length_or_a_key_may_have_one_megabyte(locked: ServedHttp) -> None:
     read = 0
 
     def pieces() -> Iterator[bytes]:
@@ -257,20 +257,20 @@ def test_a_body_without_a_length_or_a_key_may_have_one_megabyte(locked: ServedFa
 
 @pytest.mark.parametrize("headers", [KEY, {"X-API-Key": "a-key"}])
 def test_with_a_key_in_a_header_a_large_body_is_read(
-    locked: ServedFace, headers: dict[str, str]
+    locked: ServedHttp, headers: dict[str, str]
 ) -> None:
     call = {"ignored": "x" * 2_000_000, **chat_payload()}
 
     assert locked.post("/chat", call, headers=headers).status_code == 200
 
 
-def test_a_small_body_may_bring_its_own_key(locked: ServedFace) -> None:
+def test_a_small_body_may_bring_its_own_key(locked: ServedHttp) -> None:
     assert locked.post("/chat", chat_payload(api_key="a-key")).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/memory/load", "/memory/unload", "/emergency/operation"])
 def test_where_only_a_header_can_hold_the_key_no_body_is_waited_for(
-    locked: ServedFace, path: str
+    locked: ServedHttp, path: str
 ) -> None:
     assert begin(locked, head(10, path)).startswith(b"HTTP/1.1 401 ")
 
@@ -306,29 +306,29 @@ SMUGGLED = b"GET /debug/env HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ],
 )
 def test_after_a_request_whose_end_is_ambiguous_nothing_is_answered(
-    face: ServedFace, framing: bytes
+    service: ServedHttp, framing: bytes
 ) -> None:
     start = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
-    answer = exchange(face, start + framing + b"\r\n0\r\n\r\n" + SMUGGLED)
+    answer = exchange(service, start + framing + b"\r\n0\r\n\r\n" + SMUGGLED)
 
     assert answer.count(b"HTTP/1.1") == 1
     assert answer.split()[1] in (b"400", b"501")
 
 
-def test_transfer_encoding_is_refused_in_http_1_0(face: ServedFace) -> None:
+def test_transfer_encoding_is_refused_in_http_1_0(service: ServedHttp) -> None:
     start = b"POST /jobs HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n"
 
-    answer = exchange(face, start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED)
+    answer = exchange(service, start + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED)
 
     assert answer.count(b"HTTP/1.1") == 1
     assert answer.split()[1] == b"400"
 
 
-def test_after_a_request_that_is_plain_the_next_one_is_answered(face: ServedFace) -> None:
+def test_after_a_request_that_is_plain_the_next_one_is_answered(service: ServedHttp) -> None:
     closing = SMUGGLED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
-    answer = exchange(face, SMUGGLED + closing)
+    answer = exchange(service, SMUGGLED + closing)
 
     assert answer.count(b"HTTP/1.1 200 ") == 2
 
@@ -340,26 +340,26 @@ PING = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.mark.parametrize("said", [b"", b"GET /ping HT", PING])
 def test_idle_connections_shut_no_newcomer_out(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace, said: bytes
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
     with ExitStack() as stack:
-        idle = [stack.enter_context(connect(face)) for _ in range(8)]
+        idle = [stack.enter_context(connect(service)) for _ in range(8)]
         for client in idle[4:]:
             client.sendall(said)
             if said == PING:
                 assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
 
-        answers = [begin(face, PING) for _ in range(4)]
+        answers = [begin(service, PING) for _ in range(4)]
 
     assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 4
 
 
 def test_the_connection_that_is_idle_longest_is_closed_first(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
-    with connect(face) as oldest, connect(face) as older, connect(face) as newest:
+    with connect(service) as oldest, connect(service) as older, connect(service) as newest:
         assert oldest.recv(1) == b""
 
         for client in (older, newest):
@@ -368,22 +368,22 @@ def test_the_connection_that_is_idle_longest_is_closed_first(
 
 
 def test_a_connection_with_a_request_under_way_is_not_closed_for_a_newcomer(
-    monkeypatch: pytest.MonkeyPatch, face: ServedFace
+    monkeypatch: pytest.MonkeyPatch, service: ServedHttp
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
-    with connect(face) as busy:
+    with connect(service) as busy:
         body = b'{"input": {}}'
         busy.sendall(head(len(body)) + body[:1])
         # Answered on a later connection, so the head has been read by then.
         for _ in range(3):
-            assert begin(face, PING).startswith(b"HTTP/1.1 200 ")
+            assert begin(service, PING).startswith(b"HTTP/1.1 200 ")
         busy.sendall(body[1:])
 
         assert busy.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
 def test_requests_beyond_the_limit_are_told_to_come_later_and_pings_are_answered(
-    monkeypatch: pytest.MonkeyPatch, locked: ServedFace
+    monkeypatch: pytest.MonkeyPatch, locked: ServedHttp
 ) -> None:
     monkeypatch.setattr(request_checks, "MAX_REQUESTS_WITHOUT_KEY", 1)
     with connect(locked) as slow:
