@@ -39,7 +39,7 @@ from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
 from ourvidz_serverless.models.sdxl.pipeline import _pixels
 from ourvidz_serverless.models.wan.vae import _as_bytes
-from ourvidz_serverless.payloads import Output, Reel
+from ourvidz_serverless.output import FrameQueue, Output
 from ourvidz_serverless.worker import DELIVERY_THREADS
 
 PICTURES = 4
@@ -254,14 +254,14 @@ def film(scale: Scale, piece_s: float) -> report.Table:
 
 
 def streamed(arriving: Iterator[Any], width: int, height: int) -> Film:
-    """As the worker does it: the encoder in a thread, behind a reel."""
-    began, reel = time.perf_counter(), Reel()
+    """As the worker does it: the encoder in a thread, behind a queue."""
+    began, queue = time.perf_counter(), FrameQueue()
     with ThreadPoolExecutor(1) as pool:
-        encoding = pool.submit(encode_video, reel, width, height, FPS)
+        encoding = pool.submit(encode_video, queue, width, height, FPS)
         for piece in arriving:
             last = time.perf_counter()
-            reel.put(piece, lambda: None)
-        reel.end()
+            queue.put(piece, lambda: None)
+        queue.end()
         data = encoding.result().data
     ended = time.perf_counter()
     return Film(data, ended - began, ended - last)

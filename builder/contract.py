@@ -20,7 +20,7 @@ from typing import Any
 
 from builder import typescript
 from ourvidz_serverless import jobs
-from ourvidz_serverless.payloads import Asset, Document, Failure
+from ourvidz_serverless.document import Asset, Document, Failure
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 

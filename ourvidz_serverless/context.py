@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
-from ourvidz_serverless.payloads import Signs
+from ourvidz_serverless.job import Signs
 
 Report = Callable[[Mapping[str, Any]], None]
 Emit = Callable[[Mapping[str, Any]], None]

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.document import Document
 
 #: How soon a joined delivery's cancellation reaches the first.
 POLL_S = 0.05

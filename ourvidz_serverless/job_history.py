@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.payloads import Document, Identity
+from ourvidz_serverless.document import Document
+from ourvidz_serverless.job import Identity
 
 #: Ended jobs that are remembered; those under way always are.
 MOST_REMEMBERED = 1000

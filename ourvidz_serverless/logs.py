@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ourvidz_serverless.payloads import Document, Job
+from ourvidz_serverless.document import Document
+from ourvidz_serverless.job import Job
 
 log = logging.getLogger("ourvidz")
 audit_trail = logging.getLogger("ourvidz.audit")

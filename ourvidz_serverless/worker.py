@@ -26,18 +26,19 @@ from ourvidz_serverless.delivery import storage
 from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback, Patience
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.uploads import Delivery
+from ourvidz_serverless.document import Asset, Document, Failure, check_result
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
 from ourvidz_serverless.guard.admission import Admission
 from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from ourvidz_serverless.guard.poison_jobs import Pills
 from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.job import Identity, Job
 from ourvidz_serverless.job_history import Roster
 from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Fault
-from ourvidz_serverless.payloads import Asset, Document, Failure, Identity, Job, check_result
 from ourvidz_serverless.references import fetch as references
 from ourvidz_serverless.settings import Settings
 

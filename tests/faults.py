@@ -19,9 +19,9 @@ from PIL import Image
 
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage import S3Storage, SupabaseStorage
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import Limits, Upstash
 from ourvidz_serverless.net.retries import Retry
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload

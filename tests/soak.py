@@ -25,9 +25,9 @@ from typing import Any
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
 from ourvidz_serverless.net.retries import Fault, Retry
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload

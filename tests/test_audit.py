@@ -12,7 +12,7 @@ import pytest
 
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
-from ourvidz_serverless.payloads import CheckedText
+from ourvidz_serverless.job import CheckedText
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl

@@ -24,8 +24,8 @@ from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.context import Bounds, Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.document import Document, check_result
 from ourvidz_serverless.net.retries import Retry
-from ourvidz_serverless.payloads import Document, check_result
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat
 from tests.fakes.fake_sdxl import FakeSdxl

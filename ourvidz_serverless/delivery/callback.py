@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.net.addresses import is_listed
 from ourvidz_serverless.net.retries import Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.net.transport import Left, Transport, until
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.setting_checks import webhook_key
 from ourvidz_serverless.settings import Settings
 

@@ -20,11 +20,11 @@ from urllib.parse import quote, urlsplit
 from urllib3 import HTTPResponse
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
+from ourvidz_serverless.job import S3Config
 from ourvidz_serverless.net.addresses import is_listed, is_public, look_up
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project, key_headers
 from ourvidz_serverless.net.transport import Answer, Gate, Left, Transport, until
-from ourvidz_serverless.payloads import S3Config
 from ourvidz_serverless.settings import Settings, storage_place, storage_problems
 
 T = TypeVar("T")

@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ourvidz_serverless.delivery import images
-from ourvidz_serverless.payloads import Asset, Output, Text, Video
+from ourvidz_serverless.document import Asset
+from ourvidz_serverless.output import Output, Text, Video
 
 #: Stores one object: key, bytes, MIME type. Raises UploadError after its retries.
 Upload = Callable[[str, bytes, str], None]
@@ -93,7 +94,7 @@ class Delivery:
                 output.frames, output.width, output.height, output.fps, output.composite
             )
         finally:
-            output.frames.cut()
+            output.frames.close()
         key = f"{self._folder}/{output.index}.mp4"
         data = self._sign(film.data, "video/mp4", output.composite)
         self._upload(key, data, "video/mp4")

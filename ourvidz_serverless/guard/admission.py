@@ -16,8 +16,8 @@ from ourvidz_serverless.errors import (
 )
 from ourvidz_serverless.guard import access, content_floor
 from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.job import CheckedText, Job, Signs
 from ourvidz_serverless.net.retries import Fault
-from ourvidz_serverless.payloads import CheckedText, Job, Signs
 from ourvidz_serverless.settings import Settings
 
 #: Characters that the texts of one job may have together, since the content floor reads each of

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
-from ourvidz_serverless.payloads import CheckedText, Role, Signs
+from ourvidz_serverless.job import CheckedText, Role, Signs
 
 LIST_VERSION = "2026-11-4"
 

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
+from ourvidz_serverless.job import Identity
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.payloads import Identity
 
 DEATHS = 2
 

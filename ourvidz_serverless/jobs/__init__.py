@@ -20,17 +20,9 @@ from pydantic import ValidationError
 
 from ourvidz_serverless.context import Bounds, JobContext
 from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
 from ourvidz_serverless.jobs import admin, chat, sdxl, wan
-from ourvidz_serverless.payloads import (
-    ANONYMOUS,
-    KEY_PATTERN,
-    MAX_CALLBACK_URL,
-    Identity,
-    Job,
-    Output,
-    Text,
-    Video,
-)
+from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
 #: The specification's fourteen job types.

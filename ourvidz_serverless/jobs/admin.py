@@ -24,9 +24,10 @@ from pydantic import AliasChoices, AliasPath, Field, model_validator
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
+from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job
 from ourvidz_serverless.job_history import Roster
 from ourvidz_serverless.models.memory.ledger import Holding, Ledger, State, Wish
-from ourvidz_serverless.payloads import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job, Output
+from ourvidz_serverless.output import Output
 from ourvidz_serverless.settings import FAMILIES, Settings
 
 PACKAGE = Path(__file__).parents[1]

@@ -25,8 +25,7 @@ from pydantic import AliasChoices, AliasPath, ConfigDict, Field, field_validator
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.guard.admission import check_made
-from ourvidz_serverless.jobs import wan
-from ourvidz_serverless.payloads import (
+from ourvidz_serverless.job import (
     ANONYMOUS,
     JSON_NUMBER,
     KEY_PATTERN,
@@ -35,10 +34,11 @@ from ourvidz_serverless.payloads import (
     Job,
     JsonObject,
     Role,
-    Text,
     Wire,
     says_adult,
 )
+from ourvidz_serverless.jobs import wan
+from ourvidz_serverless.output import Text
 from ourvidz_serverless.settings import Settings
 
 Model = Literal["qwen_instruct", "qwen_base"]

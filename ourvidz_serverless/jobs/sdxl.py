@@ -19,8 +19,9 @@ from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.job import SEEDS, CheckedText, Job, Reference, Wire, says_adult
 from ourvidz_serverless.models.sdxl import prompt_weighting
-from ourvidz_serverless.payloads import SEEDS, CheckedText, Job, Output, Reference, Wire, says_adult
+from ourvidz_serverless.output import Output
 from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
 

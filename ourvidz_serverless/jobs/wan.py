@@ -30,17 +30,8 @@ from ourvidz_serverless.errors import (
     WorkerUnavailable,
 )
 from ourvidz_serverless.guard.admission import check_made
-from ourvidz_serverless.payloads import (
-    SEEDS,
-    CheckedText,
-    Job,
-    Output,
-    Reel,
-    Reference,
-    Video,
-    Wire,
-    says_adult,
-)
+from ourvidz_serverless.job import SEEDS, CheckedText, Job, Reference, Wire, says_adult
+from ourvidz_serverless.output import FrameQueue, Output, Video
 from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
 
@@ -420,16 +411,16 @@ def _video(
     job: WanJob, frames: Iterator[Any], facts: dict[str, Any], composite: bool, context: JobContext
 ) -> Iterator[Video]:
     """The video at its first piece, and then the pieces: it is encoded while they are decoded."""
-    reel, num_frames = Reel(), 0
+    queue, num_frames = FrameQueue(), 0
     try:
         for piece in frames:
             if not num_frames:
-                yield Video(0, reel, *job.size, job.config.fps, facts, composite)
-            reel.put(piece, context.check)
+                yield Video(0, queue, *job.size, job.config.fps, facts, composite)
+            queue.put(piece, context.check)
             num_frames += len(piece)
-        reel.end()
+        queue.end()
     except BaseException:
-        reel.cut()
+        queue.close()
         raise
     context.metadata.update(_length(num_frames, job.config.fps))
 

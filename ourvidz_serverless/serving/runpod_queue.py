@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.serving import runpod_loop
 from ourvidz_serverless.serving.runpod_loop import Share
 from ourvidz_serverless.settings import Settings

@@ -19,7 +19,8 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.payloads import KEY_PATTERN, Job, S3Config, Status
+from ourvidz_serverless.document import Status
+from ourvidz_serverless.job import KEY_PATTERN, Job, S3Config
 
 VERSION = "1.0"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.delivery.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.document import Document, Status
+from ourvidz_serverless.job import KEY_PATTERN
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.net.supabase import Project
-from ourvidz_serverless.payloads import KEY_PATTERN, Document, Status
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import QUICK
 from tests.patience import PATIENCE_S

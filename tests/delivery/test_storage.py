@@ -21,9 +21,9 @@ from ourvidz_serverless.delivery.storage import (
     upload,
 )
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
+from ourvidz_serverless.job import S3Config
 from ourvidz_serverless.net.addresses import is_public
 from ourvidz_serverless.net.retries import Fault
-from ourvidz_serverless.payloads import S3Config
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import QUICK
 from tests.patience import PATIENCE_S

@@ -10,7 +10,7 @@ import pytest
 
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.errors import UploadError
-from ourvidz_serverless.payloads import Output, Text
+from ourvidz_serverless.output import Output, Text
 from tests.patience import PATIENCE_S
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ourvidz_serverless.delivery import images
 from ourvidz_serverless.delivery.video import EncodedVideo, encode_video
 from ourvidz_serverless.errors import Cancelled, InternalError
-from ourvidz_serverless.payloads import Reel
+from ourvidz_serverless.output import FrameQueue
 
 WIDTH, HEIGHT = 96, 64
 
@@ -182,44 +182,44 @@ def nothing() -> None:
 
 
 def test_a_reel_gives_what_was_put_in_and_ends() -> None:
-    reel = Reel(depth=2)
+    queue = FrameQueue(depth=2)
     maker = threading.Thread(
-        target=lambda: ([reel.put(piece, nothing) for piece in pieces(33)], reel.end())
+        target=lambda: ([queue.put(piece, nothing) for piece in pieces(33)], queue.end())
     )
     maker.start()
 
-    shown = np.concatenate(list(reel))
+    shown = np.concatenate(list(queue))
     maker.join()
 
     assert np.array_equal(shown, np.concatenate(list(pieces(33))))
 
 
 def test_whoever_puts_in_waits_while_a_few_are_unread() -> None:
-    reel = Reel(depth=2)
+    queue = FrameQueue(depth=2)
     for piece in list(pieces(5)):
-        reel.put(piece, nothing)
+        queue.put(piece, nothing)
 
     def stop() -> None:
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        reel.put(frame(0)[None], stop)
+        queue.put(frame(0)[None], stop)
 
 
-def test_a_reel_that_is_cut_ends_its_reader_with_an_error() -> None:
-    reel = Reel()
-    reel.put(frame(0)[None], nothing)
-    shown = iter(reel)
+def test_a_frame_queue_that_is_closed_ends_its_reader_with_an_error() -> None:
+    queue = FrameQueue()
+    queue.put(frame(0)[None], nothing)
+    shown = iter(queue)
     next(shown)
-    reel.cut()
+    queue.close()
 
     with pytest.raises(InternalError):
         next(shown)
 
 
-def test_a_reel_that_is_cut_keeps_nobody_waiting() -> None:
-    reel = Reel(depth=1)
-    reel.put(frame(0)[None], nothing)
-    reel.cut()
+def test_a_frame_queue_that_is_closed_keeps_nobody_waiting() -> None:
+    queue = FrameQueue(depth=1)
+    queue.put(frame(0)[None], nothing)
+    queue.close()
 
-    reel.put(frame(1)[None], nothing)
+    queue.put(frame(1)[None], nothing)

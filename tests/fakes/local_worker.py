@@ -10,10 +10,10 @@ from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.storage import DirectoryStorage, Storage
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import Limits
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Retry
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker

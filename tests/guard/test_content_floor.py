@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless.guard import content_floor
-from ourvidz_serverless.payloads import CheckedText, Signs
+from ourvidz_serverless.job import CheckedText, Signs
 from tests import measure_safety
 from tests.files import ROOT
 

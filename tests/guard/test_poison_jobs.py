@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ourvidz_serverless import jobs
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard.poison_jobs import FORGET_S, Pills
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S

@@ -11,10 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from ourvidz_serverless import settings
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ModelLoadError, RateLimited
 from ourvidz_serverless.guard.rate_limits import MOST_WINDOWS, Limits, Memory, Store, Upstash
 from ourvidz_serverless.net.retries import Retry
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.servers.handler import failure, start

@@ -9,11 +9,12 @@ import pytest
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ContentRefused, InvalidPrompt, WorkerUnavailable
 from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.job import CheckedText
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
-from ourvidz_serverless.payloads import CheckedText, Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat

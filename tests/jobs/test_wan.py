@@ -17,10 +17,10 @@ from PIL import Image
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.delivery import images, video
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.wan import MAX_AREA, WanJob
 from ourvidz_serverless.models.wan import pipeline as models
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, wan_payload

@@ -6,9 +6,9 @@ import pytest
 
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage import SupabaseStorage
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.supabase import Project
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.serving.registration import Registration
 from ourvidz_serverless.settings import Settings
 from tests.servers.local_server import Answer, LocalServer, Request, json_answer

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.payloads import Document
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
 from tests import files

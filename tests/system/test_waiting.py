@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard import fair_semaphore
-from ourvidz_serverless.payloads import Document
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat

@@ -39,6 +39,7 @@ from starlette.requests import ClientDisconnect
 
 from ourvidz_serverless import __version__, jobs, logs, settings
 from ourvidz_serverless.context import Stop, to_nobody
+from ourvidz_serverless.document import Document, Failure
 from ourvidz_serverless.errors import (
     DeadlinePassed,
     InternalError,
@@ -48,10 +49,10 @@ from ourvidz_serverless.errors import (
     WorkerUnavailable,
 )
 from ourvidz_serverless.guard import access
+from ourvidz_serverless.job import Identity, Job
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.loading.readahead import ReadAhead
-from ourvidz_serverless.payloads import Document, Failure, Identity, Job
 from ourvidz_serverless.serving.http import page, request_checks
 from ourvidz_serverless.serving.http.connections import KEEP_ALIVE_S, Connection
 from ourvidz_serverless.serving.http.job_store import CallThreads, Docket, Ticket

@@ -17,8 +17,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import JobError, RateLimited, WorkerUnavailable
-from ourvidz_serverless.payloads import Document, Identity
+from ourvidz_serverless.job import Identity
 from ourvidz_serverless.worker import Worker
 
 #: Jobs whose end is remembered.

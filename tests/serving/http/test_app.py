@@ -17,9 +17,9 @@ import pytest
 import requests
 
 from ourvidz_serverless import errors, jobs
+from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.payloads import Identity
 from ourvidz_serverless.serving.http import app as http
 from ourvidz_serverless.serving.http import connections, openapi, request_checks
 from ourvidz_serverless.serving.http.job_store import Ticket

@@ -32,7 +32,7 @@ from tests.servers.javascript import DENO, deno_environment
 KEY = {"Authorization": "Bearer a-key"}
 
 
-class Reel(FakeWan):
+class GreyFrames(FakeWan):
     """A `FakeWan` of nine grey frames."""
 
     def generate(self, **call: Any) -> Iterator[Any]:
@@ -58,7 +58,7 @@ def make_bench(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
         **settings,
     )
     fake_sdxl = FakeSdxl()
-    models = {"sdxl": fake_sdxl, "chat": chat, "wan": Reel()}
+    models = {"sdxl": fake_sdxl, "chat": chat, "wan": GreyFrames()}
     return LocalWorker(folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models)
 
 
