@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """The progress of a generation that belongs to no job: nothing is reported, nothing stops it."""
+    """The progress of a generation without a job: nothing is reported, nothing stops it."""
 
     def check(self) -> None: ...
 
