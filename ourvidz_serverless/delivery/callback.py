@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib
 import json
 import re
 import time
@@ -154,8 +153,3 @@ def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dic
         "webhook-timestamp": str(timestamp),
         "webhook-signature": f"v1,{webhook}",
     }
-
-
-if __name__ == "__main__":
-    # The command needs storage as well, which nothing on this floor sees.
-    importlib.import_module("ourvidz_serverless.delivery.replay").main()

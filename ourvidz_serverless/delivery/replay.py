@@ -1,17 +1,20 @@
-"""Posting again the documents that could not be delivered: they lie in storage, beside the assets.
+"""Post again the documents that could not be delivered. They lie in storage, beside the assets.
 
-    python -m ourvidz_serverless.callback replay outputs
-    python -m ourvidz_serverless.callback replay s3://workspace-temp/assets
+    python -m ourvidz_serverless replay outputs
+    python -m ourvidz_serverless replay s3://workspace-temp/assets
 
-It reads the same environment as a worker, posts one document at a time under the `webhook-id` it
-had, and removes what was taken. It exits with 1 while any is left.
+The command reads the same environment as a worker. It posts one document at a time, under the
+`webhook-id` of its first tries, and removes each document that the application takes. It exits
+with 1 if any document is left.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ourvidz_serverless import settings
@@ -34,9 +37,9 @@ class Kept:
 
 
 def replay(storage: Storage, callback: Callback) -> tuple[int, int]:
-    """Post all that is kept in a storage; how many were delivered, and how many are left."""
+    """Post every kept document of a storage; how many were delivered, and how many are left."""
     delivered = left = 0
-    # A job may have failed and been completed later: its completion is its last word.
+    # A job may have failed first and completed later. Its completion is posted last.
     for key in sorted(filter(KEPT.fullmatch, storage.keys()), reverse=True):
         try:
             kept = read(storage.get(key))
@@ -52,7 +55,7 @@ def replay(storage: Storage, callback: Callback) -> tuple[int, int]:
 
 
 def read(data: bytes) -> Kept:
-    """A kept document; raises ValueError for what is none."""
+    """A kept document; raises ValueError if the file holds no document."""
     try:
         document = json.loads(data)
         url = document.pop("callback_url", None)
@@ -67,11 +70,15 @@ def read(data: bytes) -> Kept:
         raise ValueError("it is no document") from exc
 
 
-def main() -> None:
-    """The command line."""
-    if len(sys.argv) != 3 or sys.argv[1] != "replay":
-        sys.exit("usage: python -m ourvidz_serverless.callback replay FOLDER_OR_BUCKET_URL")
-    place = sys.argv[2]
+def main(argv: Sequence[str]) -> int:
+    """The command `replay`; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ourvidz_serverless replay",
+        description="Post again the documents that could not be delivered.",
+        epilog="It reads the environment of a worker. It exits with 1 if any document is left.",
+    )
+    parser.add_argument("place", help="a folder, s3://BUCKET[/PREFIX] or supabase://BUCKET")
+    place = parser.parse_args(argv).place
     try:
         config = settings.read().model_copy(
             update={"storage_url": place if ":" in place else f"file:{place}"}
@@ -80,6 +87,7 @@ def main() -> None:
             raise ModelLoadError("CALLBACK_URL: Field required")
         delivered, left = replay(open_storage(config), Callback.of(config))
     except (ModelLoadError, Fault) as exc:
-        sys.exit(f"cannot replay: {exc}")
+        print(f"cannot replay: {exc}", file=sys.stderr)
+        return 1
     print(f"{delivered} delivered, {left} left")
-    sys.exit(1 if left else 0)
+    return 1 if left else 0

@@ -26,7 +26,7 @@ def replay(
 ) -> subprocess.CompletedProcess[str]:
     told = {"CALLBACK_URL": receiver.callback_url, "JOB_CALLBACK_SECRET": receiver.secret, **env}
     return subprocess.run(
-        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", "replay", str(place)],
+        [sys.executable, "-m", "ourvidz_serverless", "replay", str(place)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -152,18 +152,29 @@ def test_a_file_that_is_no_document_is_left_alone(
     assert receiver.received == []
 
 
-@pytest.mark.parametrize("args", [[], ["replay"], ["replay", "a", "b"], ["resend", "a"]])
-def test_another_command_shows_how_it_is_called(args: list[str]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "ourvidz_serverless.delivery.callback", *args],
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ourvidz_serverless", *args],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=PATIENCE_S,
     )
 
-    assert run.returncode == 1
-    assert run.stderr.startswith("usage: ")
+
+@pytest.mark.parametrize("args", [[], ["replay"], ["replay", "a", "b"], ["resend", "a"]])
+def test_a_wrong_command_line_shows_the_usage(args: list[str]) -> None:
+    run = command(*args)
+
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: python -m ourvidz_serverless")
+
+
+def test_replay_explains_itself() -> None:
+    run = command("replay", "--help")
+
+    assert run.returncode == 0
+    assert run.stdout.startswith("usage: python -m ourvidz_serverless replay [-h] place")
 
 
 def test_without_a_url_there_is_nobody_to_tell(tmp_path: Path, receiver: CallbackReceiver) -> None:
