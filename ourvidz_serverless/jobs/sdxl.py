@@ -19,10 +19,10 @@ from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.job import SEEDS, CheckedText, Job, Reference, Wire, says_adult
+from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
+from ourvidz_serverless.jobs.media import JobProgress, MediaJob, ResizeMode, Speed, Strength, Text
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.output import Output
-from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
@@ -48,11 +48,8 @@ ADAPTER_SCALES = {"style": 1.0, "composition": 1.0, "character": 0.6}
 Scheduler = Literal[
     "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "ddim", "lcm"
 ]
-Speed = Literal["exact", "balanced", "fast"]
 ReferenceType = Literal["style", "composition", "character"]
 Resolution = Annotated[str, Field(pattern=r"^\d{1,5}[xX]\d{1,5}$", description="1024x1024")]
-Text = Field(None, max_length=20_000)
-Strength = Field(None, ge=0.0, le=1.0)
 
 
 class Lora(Wire):
@@ -86,7 +83,7 @@ class SdxlConfig(Wire):
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
     loras: tuple[Lora, ...] = Field((), max_length=4)
-    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
+    resize_mode: ResizeMode = "crop"
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
@@ -137,20 +134,15 @@ class SdxlMetadata(Wire):
     nsfw_optimization: bool = False
 
 
-class SdxlJob(Job):
+class SdxlJob(MediaJob):
     type: Literal["sdxl_image_fast", "sdxl_image_high"]
-    prompt: str | None = Text
-    negative_prompt: str | None = Text
-    content_type: str | None = None
     compel_enabled: bool = False
     compel_weights: str | None = Text
     config: SdxlConfig = SdxlConfig()
     metadata: SdxlMetadata = SdxlMetadata()
 
     @model_validator(mode="after")
-    def _something_to_render(self) -> SdxlJob:
-        if self.prompt is None and not self.reference:
-            raise ValueError("prompt: Field required where no reference image is given")
+    def _has_reference_to_copy(self) -> SdxlJob:
         if self.is_exact_copy and not self.reference:
             raise ValueError("metadata.reference_image_url: Field required for an exact copy")
         return self
@@ -173,9 +165,8 @@ class SdxlJob(Job):
         return texts
 
     @property
-    def adult(self) -> bool:
-        labels = self.content_type, self.metadata.content_type
-        return says_adult(*labels) or self.metadata.nsfw_optimization
+    def size(self) -> tuple[int, int]:
+        return self.config.resolution
 
     @property
     def reference(self) -> str | None:
@@ -189,10 +180,6 @@ class SdxlJob(Job):
     def reference_required(self) -> bool:
         # A copy of nothing is no copy, so there is nothing to fall back to.
         return self.config.reference_required or self.is_exact_copy
-
-    @property
-    def reference_consent(self) -> bool:
-        return self.metadata.reference_consent
 
     @property
     def is_exact_copy(self) -> bool:
@@ -212,23 +199,9 @@ class SdxlJob(Job):
             self._read(field, text) for field, text in terms.items() if text
         )
 
-    @property
-    def negative(self) -> str | None:
-        """The negative prompt: top level, then `config`, then `metadata`."""
-        return next((text for text in self._negatives.values() if text is not None), None)
-
-    @property
-    def _negatives(self) -> dict[str, str | None]:
-        return {
-            "negative_prompt": self.negative_prompt,
-            "config.negative_prompt": self.config.negative_prompt,
-            "metadata.negative_prompt": self.metadata.negative_prompt,
-        }
-
     @cached_property
     def weighted_negative(self) -> prompt_weighting.Prompt | None:
-        given = ((field, text) for field, text in self._negatives.items() if text is not None)
-        return next((self._read(field, text) for field, text in given), None)
+        return next((self._read(field, text) for field, text in self.negatives.items()), None)
 
     def _read(self, field: str, text: str) -> prompt_weighting.Prompt:
         if not self.compel_enabled:
@@ -243,42 +216,31 @@ class SdxlJob(Job):
         """How much of the reference is noised over, from 0.05 (a copy) to 1 (nothing is left)."""
         if self.is_exact_copy:
             return COPY_STRENGTH
-        asked = self._strength_asked_for
+        asked = self.reference_strength
         default = STRENGTHS[self.metadata.reference_type]
-        return max(default if asked is None else asked, COPY_STRENGTH)
+        return max(asked.changed if asked else default, COPY_STRENGTH)
 
     @property
     def adapter_scale(self) -> float:
         """How much of a reference an IP-Adapter carries over, from 0 to 1."""
-        asked = self._strength_asked_for
+        asked = self.reference_strength
         default = ADAPTER_SCALES[self.metadata.reference_type or "character"]
-        return default if asked is None else 1 - asked
+        return 1 - asked.changed if asked else default
 
     @property
     def keeps_pixels(self) -> bool:
         """Whether the job asks for the reference's own pixels, with hardly any change."""
-        asked = self._denoise_asked_for
-        return self.is_exact_copy or (asked is not None and asked <= NEAR_COPY_STRENGTH)
+        asked = self.reference_strength
+        is_near_copy = asked and asked.is_denoise_strength and asked.changed <= NEAR_COPY_STRENGTH
+        return self.is_exact_copy or bool(is_near_copy)
 
     @property
-    def _strength_asked_for(self) -> float | None:
-        kept = self.metadata.reference_strength
-        if self._denoise_asked_for is not None or kept is None:
-            return self._denoise_asked_for
-        return 1 - kept
-
-    @property
-    def _denoise_asked_for(self) -> float | None:
-        places = (self.config.denoise_strength, self.metadata.denoise_strength)
-        return next((strength for strength in places if strength is not None), None)
-
     def seeds(self) -> list[int]:
-        """One seed for each image, upwards from the job's seed, or from `own_seed` if it has none.
+        """One seed for each image, upwards from the job's seed.
 
         After 2^31 - 1 comes 0, so that a job may ask for each reported seed.
         """
-        first = self.own_seed if self.config.seed is None else self.config.seed
-        return [(first + index) % SEEDS for index in range(self.config.num_images)]
+        return [(self.seed + index) % SEEDS for index in range(self.config.num_images)]
 
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
@@ -298,16 +260,16 @@ def run(
     job: SdxlJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output]:
     """The pictures of a job, in order; `context.metadata` tells what was done with a reference."""
-    width, height = job.config.resolution
+    width, height = job.size
+    progress = JobProgress(context)
     reference = references.get("reference")
     conditioning = _conditioning(job, reference, has_adapter=model.adapter is not None)
     context.metadata.update(_reference_metadata(job, conditioning))
 
-    seeds = job.seeds()
     pictures = model.generate(
         prompt=job.weighted_prompt,
         negative_prompt=job.weighted_negative,
-        seeds=seeds,
+        seeds=job.seeds,
         width=width,
         height=height,
         num_inference_steps=job.steps,
@@ -316,22 +278,27 @@ def run(
         loras=[
             (model.loras.path(lora.source, job.user_id), lora.scale) for lora in job.config.loras
         ],
-        check=context.check,
         speed=job.config.speed,
-        planned=lambda plan: context.metadata.update(memory_plan=dict(plan)),
-        sped=lambda report: context.metadata.update(speed=dict(report)),
-        step=lambda done, total: context.step("generate", done, total),
+        check=progress.check,
+        step=progress.step,
+        planned=progress.memory_plan,
+        sped=progress.speed,
         **conditioning,
     )
     facts = {"denoise_strength": job.strength} if "image" in conditioning else {}
     # Closed here, whatever ends the loop: what the model holds is given back before the lane is.
     with closing(pictures):
-        for index, (seed, pixels) in enumerate(zip(seeds, pictures, strict=True)):
+        for index, (seed, pixels) in enumerate(zip(job.seeds, pictures, strict=True)):
             context.check()
             yield Output(
                 index=index,
                 pixels=pixels,
-                metadata={**_asset_metadata(job, index, seed), **facts},
+                metadata={
+                    **job.asset_metadata(
+                        seed, job.steps, job.config.guidance_scale, index, len(job.seeds)
+                    ),
+                    **facts,
+                },
                 format=job.config.output_format,
                 quality=job.config.quality,
                 composite="image" in conditioning,
@@ -349,23 +316,7 @@ def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool
             "likeness_keeps": keeps,
             "likeness_scale": job.adapter_scale,
         }
-    width, height = job.config.resolution
-    image = images.fit(reference, width, height, job.config.resize_mode)
-    return {"image": image, "strength": job.strength}
-
-
-def _asset_metadata(job: SdxlJob, index: int, seed: int) -> dict[str, Any]:
-    width, height = job.config.resolution
-    return {
-        "width": width,
-        "height": height,
-        "batch_size": job.config.num_images,
-        "asset_index": index,
-        "seed": seed,
-        "steps": job.steps,
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.config.guidance_scale,
-    }
+    return {"image": job.fit(reference), "strength": job.strength}
 
 
 def _reference_metadata(job: SdxlJob, conditioning: Mapping[str, Any]) -> dict[str, Any]:

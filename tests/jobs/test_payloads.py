@@ -195,21 +195,21 @@ def test_resolution_is_width_by_height() -> None:
 
 
 def test_a_batch_counts_seeds_upwards() -> None:
-    assert sdxl(config={"num_images": 3, "seed": 41}).seeds() == [41, 42, 43]
+    assert sdxl(config={"num_images": 3, "seed": 41}).seeds == [41, 42, 43]
 
 
 def test_seeds_of_a_batch_stay_seeds_that_a_job_may_ask_for() -> None:
-    assert sdxl(config={"num_images": 3, "seed": 2**31 - 1}).seeds() == [2**31 - 1, 0, 1]
+    assert sdxl(config={"num_images": 3, "seed": 2**31 - 1}).seeds == [2**31 - 1, 0, 1]
 
 
 @given(st.integers(0, 2**31 - 1))
 def test_every_seed_of_the_specification_is_taken(seed: int) -> None:
-    assert sdxl(config={"seed": seed}).seeds() == [seed]
+    assert sdxl(config={"seed": seed}).seeds == [seed]
 
 
 def drawn(**changes: Any) -> list[int]:
     """The seeds of a job that names none."""
-    return sdxl(**changes, config={"seed": None, "num_images": 6}).seeds()
+    return sdxl(**changes, config={"seed": None, "num_images": 6}).seeds
 
 
 def test_a_missing_seed_is_the_same_at_each_delivery_of_a_job() -> None:
