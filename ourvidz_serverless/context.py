@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
 from ourvidz_serverless.job import Signs
 
@@ -136,6 +137,11 @@ class JobContext:
         elapsed_s, waited_s = self.elapsed_s, self.waited_s
         of_work = self._bounds.work_s - (elapsed_s - waited_s)
         return min(of_work, self._bounds.total_s - elapsed_s)
+
+    @property
+    def deadline(self) -> Deadline:
+        """The job's deadline: `remaining_s` are left, and a stop ends a sleep."""
+        return Deadline(lambda: self.remaining_s, self.stop.wait)
 
     @property
     def over(self) -> JobError | None:

@@ -21,9 +21,10 @@ from PIL import Image
 
 from ourvidz_serverless import __version__, jobs, logs, models
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.deduplication import Flights
 from ourvidz_serverless.delivery import storage
-from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback, Patience
+from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.document import Asset, Document, Failure, check_result
@@ -275,8 +276,9 @@ class Worker:
         if not self._settings.callback_processing:
             return
         document = Document(job.id, self._worker_id, "processing")
-        patience = Patience(lambda: context.remaining_s, context.stop.wait)
-        why_not = _tried(job.id, lambda: self._callback.post(document, job.callback_url, patience))
+        why_not = _tried(
+            job.id, lambda: self._callback.post(document, job.callback_url, context.deadline)
+        )
         if why_not:
             log.warning("job %s could not be announced: %s", job.id, why_not)
 
@@ -288,10 +290,9 @@ class Worker:
             policy=self._policy,
             user_id=job.user_id,
             read_object=lambda key: storage.read_reference(
-                store, key, self._settings.reference_buckets, lambda: context.remaining_s
+                store, key, self._settings.reference_buckets
             ),
-            remaining_s=lambda: context.remaining_s,
-            sleep=context.stop.wait,
+            deadline=context.deadline,
         )
         images = {role: image for role, image in fetched.items() if isinstance(image, Image.Image)}
         for role, error in fetched.items():
@@ -323,20 +324,17 @@ class Worker:
         return self._assets
 
     def _delivery(self, job: Job, context: JobContext) -> Delivery:
-        store, sleep = self._storage(job), context.stop.wait
+        store, deadline = self._storage(job), context.deadline
         style, expiry_s = self._settings.asset_url_style, self._settings.presigned_expiry_s
         folder, stored = f"{job.user_id}/{job.id}", context.audit.setdefault("stored_sha256", {})
 
-        def remaining_s() -> float:
-            return context.remaining_s
-
         def upload(key: str, data: bytes, mime: str) -> None:
             context.check()
-            storage.upload(store, key, data, mime, remaining_s=remaining_s, sleep=sleep)
+            storage.upload(store, key, data, mime, deadline=deadline)
             stored[key.removeprefix(f"{folder}/")] = hashlib.sha256(data).hexdigest()
 
         def url(key: str) -> str:
-            return storage.locate(store, key, style, expiry_s, remaining_s, sleep)
+            return storage.locate(store, key, style, expiry_s, deadline)
 
         def sign(data: bytes, mime: str, composite: bool) -> bytes:
             if self._credentials is None:
@@ -385,12 +383,12 @@ class Worker:
         # Whoever brings no key has no say in where its refusal goes.
         is_stranger = document.failure is not None and document.failure.code == "UNAUTHORIZED"
         url = None if is_stranger else jobs.callback_url(event)
-        patience = self._patience(context, DELIVERY_S)
-        why_not = _tried(document.job_id, lambda: self._callback.post(document, url, patience))
+        deadline = self._last_deadline(context, DELIVERY_S)
+        why_not = _tried(document.job_id, lambda: self._callback.post(document, url, deadline))
         if why_not is None:
             return document
         log.warning("callback of job %s was not delivered: %s", document.job_id, why_not)
-        kept = self._keep(document, url, job, self._patience(context, KEEP_S))
+        kept = self._keep(document, url, job, self._last_deadline(context, KEEP_S))
         told = {"delivered": False, "reason": why_not, "kept": kept}
         return replace(document, metadata={**document.metadata, "callback": told})
 
@@ -413,20 +411,20 @@ class Worker:
         job_id = jobs.job_id(event) or jobs.new_id()
         name, began = f"result.{result.get('status', 'failed')}.json", self._clock()
 
-        def left() -> float:
+        def remaining_s() -> float:
             most_s = LAST_WORD_S if self._closed.is_set() else KEEP_S
             return most_s - (self._clock() - began)
 
-        return self._store(name, result, job_id, job, Patience(left, time.sleep))
+        return self._store(name, result, job_id, job, Deadline(remaining_s))
 
     def _keep(
-        self, document: Document, url: str | None, job: Job | None, patience: Patience
+        self, document: Document, url: str | None, job: Job | None, deadline: Deadline
     ) -> str | None:
         """Store an undelivered document; its key, or None if that failed."""
         # With the job's own URL, which whoever posts it again would not know.
         own = {"callback_url": url} if url else {}
         name, body = f"callback.{document.status}.json", {**document.callback(), **own}
-        return self._store(name, body, document.job_id, job, patience)
+        return self._store(name, body, document.job_id, job, deadline)
 
     def _store(
         self,
@@ -434,7 +432,7 @@ class Worker:
         document: Mapping[str, Any],
         job_id: str,
         job: Job | None,
-        patience: Patience,
+        deadline: Deadline,
     ) -> str | None:
         """Store a document by this name; its key, or None if that failed."""
         # A payload that could not be read has no user, and so no user's folder.
@@ -443,34 +441,27 @@ class Worker:
 
         def store() -> None:
             body = json.dumps(document).encode()
-            storage.upload(
-                self._storage(job),
-                key,
-                body,
-                "application/json",
-                remaining_s=patience.left,
-                sleep=patience.sleep,
-            )
+            storage.upload(self._storage(job), key, body, "application/json", deadline=deadline)
 
         why_not = _tried(job_id, store)
         if why_not:
             log.warning("the document of job %s could not be stored: %s", job_id, why_not)
         return None if why_not else key
 
-    def _patience(self, context: JobContext, most_s: float) -> Patience:
-        """The time for what is left to do after a job's end: at most the job's own time.
+    def _last_deadline(self, context: JobContext, most_s: float) -> Deadline:
+        """The deadline of what is done after a job's end: `most_s`, within the job's own time.
 
-        `LAST_WORD_S` if the job was stopped, or its time or the grace is over.
+        `LAST_WORD_S` if the job was stopped, or if its time or the grace is over.
         """
         began = self._clock()
 
-        def left() -> float:
+        def remaining_s() -> float:
             spent_s = self._clock() - began
             own_s = 0.0 if self._closed.is_set() else context.remaining_s
             return min(most_s - spent_s, max(own_s, LAST_WORD_S - spent_s))
 
         # A stop ends a wait. A stop that is already set would end every wait at once.
-        return Patience(left, time.sleep if context.stop.error else context.stop.wait)
+        return Deadline(remaining_s, time.sleep if context.stop.error else context.stop.wait)
 
 
 def _tried(job_id: str, call: Callable[[], None]) -> str | None:

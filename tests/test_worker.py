@@ -655,7 +655,7 @@ def test_a_callback_that_fails_by_a_bug_of_ours_loses_no_document(
     assert (document.status, told["delivered"]) == ("completed", False)
     assert told["reason"] == "an internal error; the worker's log says where"
     assert told["kept"] in at.stored()
-    assert "job job-1 met a bug: ValueError at values.py:" in caplog.text
+    assert "job job-1 met a bug: ValueError at setting_checks.py:" in caplog.text
 
 
 def test_a_job_whose_callback_fails_by_a_bug_leaves_nothing_under_way(

@@ -13,13 +13,13 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.net.addresses import is_listed
 from ourvidz_serverless.net.retries import Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project
-from ourvidz_serverless.net.transport import Left, Transport, until
+from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.setting_checks import webhook_key
 from ourvidz_serverless.settings import Settings
 
@@ -35,14 +35,6 @@ _URL = re.compile(
 
 #: All tries of one document together; what is not delivered by then is kept.
 DELIVERY_S = 75.0
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long one delivery may take, beside `DELIVERY_S`: seconds `left`, and how it `sleep`s."""
-
-    left: Left = lambda: DELIVERY_S
-    sleep: Callable[[float], None] = time.sleep
 
 
 class Callback:
@@ -78,15 +70,15 @@ class Callback:
         )
 
     def post(
-        self, document: Document, job_url: str | None = None, patience: Patience | None = None
+        self, document: Document, job_url: str | None = None, deadline: Deadline = NEVER
     ) -> None:
-        """Deliver a document, in three tries; do nothing where there is no URL.
+        """Deliver a document, in three tries within `DELIVERY_S`; do nothing if there is no URL.
 
         `job_url` is the payload's own wish, which counts only when its host is allowed. Raises
         Fault with the last try's status.
         """
         body = json.dumps(document.callback(), allow_nan=False).encode()
-        self.deliver(body, document.job_id, document.status, job_url, patience)
+        self.deliver(body, document.job_id, document.status, job_url, deadline)
 
     def deliver(
         self,
@@ -94,26 +86,19 @@ class Callback:
         job_id: str,
         status: str,
         job_url: str | None = None,
-        patience: Patience | None = None,
+        deadline: Deadline = NEVER,
     ) -> None:
         """The same for a document that is bytes already."""
         url = self._target(job_url)
         if not url:
             return
-        message_id, ends = webhook_id(job_id, status), time.monotonic() + DELIVERY_S
-        patience = patience or Patience()
-
-        def left() -> float:
-            return min(ends - time.monotonic(), patience.left())
-
-        with until(left):
-            retry(
-                lambda: self._try(url, body, message_id),
-                on=is_transient,
-                policy=self._policy,
-                remaining_s=left,
-                sleep=patience.sleep,
-            )
+        message_id = webhook_id(job_id, status)
+        retry(
+            lambda: self._try(url, body, message_id),
+            on=is_transient,
+            policy=self._policy,
+            deadline=deadline.within(DELIVERY_S),
+        )
 
     def _target(self, job_url: str | None) -> str | None:
         match = _URL.fullmatch(job_url) if job_url else None

@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,16 +18,16 @@ from urllib.parse import quote, urlsplit
 
 from urllib3 import HTTPResponse
 
+from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
 from ourvidz_serverless.job import S3Config
 from ourvidz_serverless.net.addresses import is_listed, is_public, look_up
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project, key_headers
-from ourvidz_serverless.net.transport import Answer, Gate, Left, Transport, until
+from ourvidz_serverless.net.transport import Answer, Gate, Transport
 from ourvidz_serverless.settings import Settings, storage_place, storage_problems
 
 T = TypeVar("T")
-Sleep = Callable[[float], None]
 
 RETRY = Retry()
 
@@ -111,7 +110,7 @@ def of_job(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()) -> 
 
 def _may_be_passed(host: str, gate: Gate) -> bool:
     try:
-        return all(map(gate, look_up(host, lambda: LOOK_UP_S)))
+        return all(map(gate, look_up(host, NEVER.within(LOOK_UP_S))))
     except OSError:
         return True  # a name that is not known now may be later; the upload will say
 
@@ -122,14 +121,13 @@ def upload(
     data: bytes,
     mime: str,
     policy: Retry | None = None,
-    remaining_s: Left | None = None,
-    sleep: Sleep = time.sleep,
+    deadline: Deadline = NEVER,
 ) -> None:
     """Put an object, in as many tries as the policy has and the job has time for.
 
     Raises UploadError, which tells the last try's HTTP status and nothing else.
     """
-    _tried(lambda: storage.put(key, data, mime), policy or storage.policy, remaining_s, sleep)
+    _tried(lambda: storage.put(key, data, mime), policy or storage.policy, deadline)
 
 
 def locate(
@@ -137,31 +135,26 @@ def locate(
     key: str,
     style: str,
     expiry_s: int,
-    remaining_s: Left | None = None,
-    sleep: Sleep = time.sleep,
+    deadline: Deadline = NEVER,
 ) -> str:
     """How the caller finds a stored object; tried again, and raises, as `upload` does."""
-    return _tried(lambda: storage.url(key, style, expiry_s), storage.policy, remaining_s, sleep)
+    return _tried(lambda: storage.url(key, style, expiry_s), storage.policy, deadline)
 
 
-def _tried(once: Callable[[], T], policy: Retry, remaining_s: Left | None, sleep: Sleep) -> T:
+def _tried(once: Callable[[], T], policy: Retry, deadline: Deadline) -> T:
     try:
-        with until(remaining_s):
-            return retry(once, on=is_transient, policy=policy, remaining_s=remaining_s, sleep=sleep)
+        return retry(once, on=is_transient, policy=policy, deadline=deadline)
     except Fault as exc:
         raise UploadError(f"storage did not take an asset ({exc})") from exc
 
 
-def read_reference(
-    storage: Storage, key: str, buckets: Collection[str], remaining_s: Left | None = None
-) -> bytes:
+def read_reference(storage: Storage, key: str, buckets: Collection[str]) -> bytes:
     """A stored picture by the path that the application knows it by.
 
     That is a key, or a key behind the name of one of `buckets`. One try; raises Fault.
     """
     first, _, rest = key.partition("/")
-    with until(remaining_s):
-        return storage.get(rest, bucket=first) if first in buckets else storage.get(key)
+    return storage.get(rest, bucket=first) if first in buckets else storage.get(key)
 
 
 class DirectoryStorage:

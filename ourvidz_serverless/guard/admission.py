@@ -48,7 +48,7 @@ class Admission:
 
     def _check_rate(self, job: Job, context: JobContext) -> None:
         try:
-            self._limits.check(job.user_id, lambda: context.remaining_s, context.stop.wait)
+            self._limits.check(job.user_id, context.deadline)
             context.audit["rate"] = "within"
         except RateLimited:
             context.audit["rate"] = "over"

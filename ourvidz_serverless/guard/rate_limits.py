@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.errors import RateLimited
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
-from ourvidz_serverless.net.transport import Left, Transport, until
+from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.settings import Rate, Settings
 
 #: A job waits for its count, so not for long.
@@ -50,12 +51,7 @@ class Limits:
         shared = url and Upstash(url, token.get_secret_value() if token else "", endpoint)
         return cls({name: rate for name, rate in rates.items() if rate}, shared or Memory())
 
-    def check(
-        self,
-        user_id: str,
-        remaining_s: Left | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def check(self, user_id: str, deadline: Deadline = NEVER) -> None:
         """Count a job of this user.
 
         Raises RateLimited with the seconds to wait, or Fault where it could not be counted.
@@ -64,23 +60,19 @@ class Limits:
         for name, key in (("user", f"user:{user_id}"), ("endpoint", "endpoint")):
             rate = self.rates.get(name)
             if rate:
-                count, closes_s = self._count(key, rate.window_s, remaining_s, sleep)
+                count, closes_s = self._count(key, rate.window_s, deadline)
                 if count > rate.jobs:
                     raise RateLimited(
                         f"over the limit of {rate} for this {name}", retry_after=round(closes_s, 1)
                     )
 
-    def _count(
-        self, key: str, window_s: int, remaining_s: Left | None, sleep: Callable[[float], None]
-    ) -> tuple[int, float]:
-        with until(remaining_s):
-            return retry(
-                lambda: self._store.count(key, window_s),
-                on=is_transient,
-                policy=self._store.policy,
-                remaining_s=remaining_s,
-                sleep=sleep,
-            )
+    def _count(self, key: str, window_s: int, deadline: Deadline) -> tuple[int, float]:
+        return retry(
+            lambda: self._store.count(key, window_s),
+            on=is_transient,
+            policy=self._store.policy,
+            deadline=deadline,
+        )
 
 
 class Memory:

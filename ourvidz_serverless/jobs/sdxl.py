@@ -253,7 +253,7 @@ def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
     model.home.expect()
     for lora in job.config.loras:
         context.check()
-        model.loras.fetch(lora.source, job.user_id, lambda: context.remaining_s)
+        model.loras.fetch(lora.source, job.user_id, context.deadline)
 
 
 def run(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from urllib.parse import urlsplit
 
+from ourvidz_serverless.deadline import Deadline
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 #: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
@@ -102,11 +104,12 @@ def resolve(host: str) -> list[str]:
 
 
 def look_up(
-    host: str, left: Callable[[], float], resolve: Callable[[str], Iterable[str]] = resolve
+    host: str, deadline: Deadline, resolve: Callable[[str], Iterable[str]] = resolve
 ) -> list[Address]:
-    """Every address of a host, known by the time that no seconds are `left`.
+    """Every address of a host.
 
-    Raises OSError (TimeoutError is one), or ValueError where the answer holds no addresses.
+    Raises OSError, which is TimeoutError at the deadline, and ValueError if the resolver returns
+    something that is no address.
     """
     answer: Future[list[str]] = Future()
 
@@ -118,4 +121,4 @@ def look_up(
 
     # In a thread, since the system's resolver takes no deadline.
     threading.Thread(target=ask, daemon=True, name="resolve").start()
-    return [ipaddress.ip_address(text) for text in answer.result(left())]
+    return [ipaddress.ip_address(text) for text in answer.result(deadline.timeout_s())]

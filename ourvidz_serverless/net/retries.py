@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+
+from ourvidz_serverless import deadline as deadlines
+from ourvidz_serverless.deadline import Deadline
 
 T = TypeVar("T")
 
@@ -72,28 +74,30 @@ def retry(
     *,
     on: On,
     policy: Retry,
-    remaining_s: Callable[[], float] | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    deadline: Deadline | None = None,
     draw: Callable[[], float] = random.random,
 ) -> T:
     """What `call` returns, tried again after errors that `on` names.
 
-    An error's `retry_after` (seconds), where it has one, lengthens the wait. Raises the last
-    error: after `policy.tries`, at once when `on` does not name it, and when the next wait
-    would outlast `remaining_s`.
+    The deadline, by default the current one, ends the requests of each try. An error's
+    `retry_after` (seconds), if it has one, lengthens the wait. Raises the last error: after
+    `policy.tries`, at once if `on` does not name it, and if the next wait would outlast the
+    deadline.
     """
+    deadline = deadline or deadlines.current()
     failures = 0
     while True:
         try:
-            return call()
+            with deadline.applied():
+                return call()
         except Exception as exc:
             failures += 1
             wait = policy.wait_s(failures, getattr(exc, "retry_after", None), draw)
-            is_last = failures >= policy.tries or (remaining_s and wait >= remaining_s())
+            is_last = failures >= policy.tries or wait >= deadline.remaining_s()
             if is_last or not _is_named(exc, on):
                 raise
         # Outside the `except`: there the traceback would hold the try's memory while we wait.
-        sleep(wait)
+        deadline.sleep(wait)
 
 
 def _is_named(error: Exception, on: On) -> bool:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -26,10 +24,10 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+from ourvidz_serverless import deadline as deadlines
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.net.addresses import Address, look_up
 from ourvidz_serverless.net.retries import Fault
-
-Left = Callable[[], float]
 
 #: Whether a connection may be made to an address.
 Gate = Callable[[Address], bool]
@@ -46,8 +44,6 @@ CONNECTIONS = 64
 
 #: More than any answer has that is no stored picture.
 MAX_BYTES = 1_000_000
-
-_until: ContextVar[Left | None] = ContextVar("until", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +72,6 @@ class Barred(Fault):
         self.args = ("the host's address is not public",)
 
 
-@contextmanager
-def until(left: Left | None) -> Iterator[None]:
-    """Requests made in here end when no seconds are `left` either: the job's own time."""
-    token = _until.set(left)
-    try:
-        yield
-    finally:
-        _until.reset(token)
-
-
 class Transport:
     """Connections to one other side, kept for the next request.
 
@@ -112,20 +98,20 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> Answer:
-        """One request, over in `within_s` seconds.
+        """One request, over in `within_s` seconds and by the current deadline.
 
         Raises Fault: with the status and body of an answer that is no 2xx, or without a status
         where no whole answer came. Raises Barred where the gate is shut.
         """
-        left = _left(within_s)
+        deadline = deadlines.current().within(within_s)
         try:
-            with _watched(left, self._gate):
+            with _watched(deadline, self._gate):
                 answer = self._session.request(
                     method,
                     url,
                     data=data,
                     headers=headers,
-                    timeout=(min(CONNECT_S, max(left(), POLL_S)), within_s),
+                    timeout=(min(CONNECT_S, max(deadline.remaining_s(), POLL_S)), within_s),
                     allow_redirects=False,
                     stream=True,
                 )
@@ -136,11 +122,6 @@ class Transport:
         if not 200 <= answer.status_code < 300:
             raise Fault(answer.status_code, answer.headers.get("Retry-After"), body)
         return Answer(answer.status_code, answer.headers, body)
-
-
-def _left(within_s: float) -> Left:
-    ends, outer = time.monotonic() + within_s, _until.get()
-    return lambda: min(ends - time.monotonic(), outer() if outer else within_s)
 
 
 def _read(answer: requests.Response, max_bytes: int) -> bytes:
@@ -155,8 +136,8 @@ def _read(answer: requests.Response, max_bytes: int) -> bytes:
 class _Watch:
     """The connection that this thread's request goes over, and how far it may go."""
 
-    def __init__(self, left: Left, gate: Gate | None) -> None:
-        self.left, self.gate = left, gate
+    def __init__(self, deadline: Deadline, gate: Gate | None) -> None:
+        self.deadline, self.gate = deadline, gate
         self.connection: HTTPConnection | None = None
         self.has_cut = False
         self._lock = threading.Lock()
@@ -165,7 +146,7 @@ class _Watch:
     def cut_when_none_is_left(self) -> None:
         while not self._over.wait(POLL_S):
             with self._lock:
-                if self.left() <= 0 and not self._over.is_set():
+                if self.deadline.remaining_s() <= 0 and not self._over.is_set():
                     self._cut()
 
     def end(self) -> None:
@@ -185,10 +166,10 @@ _here = threading.local()
 
 
 @contextmanager
-def _watched(left: Left, gate: Gate | None) -> Iterator[None]:
-    if left() <= 0:
+def _watched(deadline: Deadline, gate: Gate | None) -> Iterator[None]:
+    if deadline.remaining_s() <= 0:
         raise TimeoutError
-    watch = _here.watch = _Watch(left, gate)
+    watch = _here.watch = _Watch(deadline, gate)
     threading.Thread(target=watch.cut_when_none_is_left, daemon=True).start()
     try:
         yield
@@ -221,14 +202,14 @@ class _Told:
 
 def _connect(host: str, port: int, watch: _Watch) -> socket.socket:
     """A socket to the first address that takes one: to that very address, not to its name."""
-    addresses = look_up(host, watch.left)
+    addresses = look_up(host, watch.deadline)
     if watch.gate and not all(map(watch.gate, addresses)):
         raise Barred
     failure: OSError = ConnectionError()
     for address in addresses[:MAX_ADDRESSES]:
         try:
-            patience_s = max(min(CONNECT_S, watch.left()), POLL_S)
-            return socket.create_connection((str(address), port), patience_s)
+            timeout_s = max(min(CONNECT_S, watch.deadline.remaining_s()), POLL_S)
+            return socket.create_connection((str(address), port), timeout_s)
         except OSError as exc:
             failure = exc
     raise failure

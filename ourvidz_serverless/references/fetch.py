@@ -27,7 +27,6 @@ import io
 import re
 import socket
 import ssl
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,13 +38,14 @@ from urllib.parse import urljoin
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from ourvidz_serverless import deadline as deadlines
+from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.net.addresses import Address, is_listed, is_public, look_up, resolve
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.references.picture_files import PNG, Png, orientation, read_png
 
 ReadObject = Callable[[str], bytes]
-Left = Callable[[], float]
 Once = Callable[[], bytes]
 
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -126,31 +126,28 @@ def fetch(
     policy: Policy,
     user_id: str,
     read_object: ReadObject | None = None,
-    remaining_s: Left | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    deadline: Deadline = NEVER,
 ) -> Image.Image:
     """The picture that a reference names: upright, RGB in sRGB, nothing but pixels.
 
     `read_object` makes one try to read a key of storage; a transient Fault of it is tried again.
-    `remaining_s` tells the job's time left, in seconds. Raises ReferenceFrameError, whose
-    message tells no path, query, address or secret.
+    The deadline is the job's. Raises ReferenceFrameError, whose message contains no path, query,
+    address or secret.
     """
 
     def tried(once: Once) -> bytes:
-        return retry(
-            once, on=is_transient, policy=policy.retry, remaining_s=remaining_s, sleep=sleep
-        )
+        return retry(once, on=is_transient, policy=policy.retry, deadline=deadline)
 
     if reference[:5].lower() == "data:":
         data = _from_text(reference, policy)
     elif ":" in reference:
-        data = _from_web(reference, policy, remaining_s, tried)
+        data = _from_web(reference, policy, tried)
     else:
         data = _from_storage(reference, policy, user_id, read_object, tried)
     return decode(data, policy)
 
 
-def download(url: str, *, policy: Policy, remaining_s: Left | None = None) -> bytes:
+def download(url: str, *, policy: Policy, deadline: Deadline = NEVER) -> bytes:
     """What an https URL gives, as bytes, through the same gate and within the same limits.
 
     Raises ReferenceFrameError, like `fetch`.
@@ -158,8 +155,7 @@ def download(url: str, *, policy: Policy, remaining_s: Left | None = None) -> by
     return _from_web(
         url,
         policy,
-        remaining_s,
-        lambda once: retry(once, on=is_transient, policy=policy.retry, remaining_s=remaining_s),
+        lambda once: retry(once, on=is_transient, policy=policy.retry, deadline=deadline),
     )
 
 
@@ -169,8 +165,7 @@ def fetch_all(
     policy: Policy,
     user_id: str,
     read_object: ReadObject | None = None,
-    remaining_s: Left | None = None,
-    sleep: Callable[[float], None] = time.sleep,
+    deadline: Deadline = NEVER,
 ) -> dict[str, Image.Image | ReferenceFrameError]:
     """Fetch references side by side: role -> picture, or the error that it ended in.
 
@@ -184,8 +179,7 @@ def fetch_all(
                 policy=policy,
                 user_id=user_id,
                 read_object=read_object,
-                remaining_s=remaining_s,
-                sleep=sleep,
+                deadline=deadline,
             )
         except ReferenceFrameError as exc:
             return exc
@@ -280,11 +274,9 @@ def check_key(key: str, user_id: str, libraries: Collection[str]) -> None:
 # --- from the web ---
 
 
-def _from_web(
-    url: str, policy: Policy, remaining_s: Left | None, tried: Callable[[Once], bytes]
-) -> bytes:
+def _from_web(url: str, policy: Policy, tried: Callable[[Once], bytes]) -> bytes:
     def once() -> bytes:
-        return _try(url, policy, _countdown(policy.deadline_s, remaining_s))
+        return _try(url, policy, deadlines.current().within(policy.deadline_s))
 
     try:
         return tried(once)
@@ -292,23 +284,10 @@ def _from_web(
         raise _refused(str(exc)) from exc
 
 
-def _countdown(budget_s: float, remaining_s: Left | None) -> Left:
-    """The seconds left of a try, and of its job; raises TimeoutError once there are none."""
-    ends = time.monotonic() + budget_s
-
-    def left() -> float:
-        seconds = min(ends - time.monotonic(), remaining_s() if remaining_s else budget_s)
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
-
-    return left
-
-
-def _try(url: str, policy: Policy, left: Left) -> bytes:
+def _try(url: str, policy: Policy, deadline: Deadline) -> bytes:
     """One try, in which foreign errors get our names: a refusal, or worth another try."""
     try:
-        return _get(url, policy, left)
+        return _get(url, policy, deadline)
     except ssl.SSLCertVerificationError as exc:
         raise _refused("the host's certificate does not hold") from exc
     except TimeoutError as exc:
@@ -317,12 +296,12 @@ def _try(url: str, policy: Policy, left: Left) -> bytes:
         raise _NoAnswer("the connection failed") from exc
 
 
-def _get(url: str, policy: Policy, left: Left) -> bytes:
+def _get(url: str, policy: Policy, deadline: Deadline) -> bytes:
     """A URL's body, redirects followed by hand: each one passes the same gate."""
     for _ in range(MAX_REDIRECTS + 1):
         host, target = _gate(url, policy)
-        with _connect(host, _addresses(host, policy, left), policy, left) as sock:
-            response = _ask(sock, host, target, left)
+        with _connect(host, _addresses(host, policy, deadline), policy, deadline) as sock:
+            response = _ask(sock, host, target, deadline)
             location = response.getheader("Location")
             if response.status not in REDIRECTS or not location:
                 return _body(response, policy)
@@ -347,10 +326,10 @@ def _gate(url: str, policy: Policy) -> tuple[str, str]:
     return host, target if target.startswith("/") else f"/{target}"
 
 
-def _addresses(host: str, policy: Policy, left: Left) -> list[Address]:
+def _addresses(host: str, policy: Policy, deadline: Deadline) -> list[Address]:
     """A host's addresses, each of them public: one that is not condemns them all."""
     try:
-        addresses = look_up(host, left, policy.resolve)
+        addresses = look_up(host, deadline, policy.resolve)
     except ValueError as exc:
         raise _refused("the host's address is not public") from exc
     except socket.gaierror as exc:
@@ -362,20 +341,22 @@ def _addresses(host: str, policy: Policy, left: Left) -> list[Address]:
     return addresses
 
 
-def _connect(host: str, addresses: list[Address], policy: Policy, left: Left) -> ssl.SSLSocket:
+def _connect(
+    host: str, addresses: list[Address], policy: Policy, deadline: Deadline
+) -> ssl.SSLSocket:
     """A connection to the first address that takes one, its certificate checked for `host`."""
     failure: OSError = ConnectionError()
     for address in addresses[:MAX_ADDRESSES]:
         try:
             # The text of a parsed address: nothing is looked up again.
             raw = socket.create_connection(
-                (str(address), policy.port), timeout=min(left(), CONNECT_S)
+                (str(address), policy.port), timeout=deadline.timeout_s(CONNECT_S)
             )
         except OSError as exc:
             failure = exc
             continue
         try:
-            raw.settimeout(left())
+            raw.settimeout(deadline.timeout_s())
             return policy.tls.wrap_socket(raw, server_hostname=host)
         except OSError:
             raw.close()
@@ -389,15 +370,15 @@ class _Timed(io.RawIOBase):
     A socket's own timeout begins anew at every byte, so it never ends a slow drip.
     """
 
-    def __init__(self, sock: ssl.SSLSocket, left: Left) -> None:
-        self._sock, self._left = sock, left
+    def __init__(self, sock: ssl.SSLSocket, deadline: Deadline) -> None:
+        self._sock, self._deadline = sock, deadline
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while True:
-            self._sock.settimeout(min(self._left(), POLL_S))
+            self._sock.settimeout(self._deadline.timeout_s(POLL_S))
             with suppress(TimeoutError):
                 return self._sock.recv_into(buffer)
 
@@ -406,9 +387,11 @@ class _Timed(io.RawIOBase):
         return io.BufferedReader(self)
 
 
-def _ask(sock: ssl.SSLSocket, host: str, target: str, left: Left) -> http.client.HTTPResponse:
+def _ask(
+    sock: ssl.SSLSocket, host: str, target: str, deadline: Deadline
+) -> http.client.HTTPResponse:
     """Send the request, and read the head of the answer."""
-    sock.settimeout(left())
+    sock.settimeout(deadline.timeout_s())
     sock.sendall(
         f"GET {target} HTTP/1.1\r\n"
         f"Host: {host}\r\n"
@@ -417,7 +400,7 @@ def _ask(sock: ssl.SSLSocket, host: str, target: str, left: Left) -> http.client
         "User-Agent: ourvidz-serverless\r\n"
         "Connection: close\r\n\r\n".encode("ascii")
     )
-    response = http.client.HTTPResponse(cast(socket.socket, _Timed(sock, left)), method="GET")
+    response = http.client.HTTPResponse(cast(socket.socket, _Timed(sock, deadline)), method="GET")
     response.begin()
     return response
 

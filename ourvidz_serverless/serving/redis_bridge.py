@@ -36,6 +36,7 @@ from pydantic import SecretStr
 
 from ourvidz_serverless import jobs, logs, settings
 from ourvidz_serverless.client import Client
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
@@ -253,7 +254,7 @@ class Drain:
                 log.warning("%s: %s: %s", self.name, side, exc)
                 raise
 
-        return retry(once, on=on, policy=PATIENCE, sleep=self._pause)
+        return retry(once, on=on, policy=PATIENCE, deadline=Deadline(sleep=self._pause))
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):

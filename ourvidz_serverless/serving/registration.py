@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
@@ -94,10 +95,11 @@ class Registration:
             "registration_method": METHOD,
             "timestamp": self._now(),
         }
+        deadline = Deadline(sleep=self._pause)
         for url in self._functions:
             post = functools.partial(self._post, url, json.dumps(body).encode())
             try:
-                retry(post, on=_may_pass, policy=self._policy, sleep=self._pause)
+                retry(post, on=_may_pass, policy=self._policy, deadline=deadline)
             except Fault as exc:
                 log.warning("registration at %s failed: %s", url.rsplit("/", 1)[-1], exc)
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.net.retries import Fault, is_transient
-from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Barred, Transport, until
-from tests.servers.broken_proxy import Chaos
+from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Barred, Transport
+from tests.servers.broken_proxy import BrokenProxy
 from tests.servers.local_server import Answer as WebAnswer
 from tests.servers.local_server import LocalServer, Request
 
@@ -133,12 +134,13 @@ def test_a_request_ends_when_its_job_has_no_time_left() -> None:
         left_s[0] = 0.0
 
     threading.Thread(target=stop_once_asked, daemon=True).start()
-    with server(silence) as url, until(lambda: left_s[0]), pytest.raises(Fault):
+    deadline = Deadline(lambda: left_s[0])
+    with server(silence) as url, deadline.applied(), pytest.raises(Fault):
         get(url)
 
 
 def test_without_time_nobody_is_asked(echo: Echo) -> None:
-    with until(lambda: 0.0), pytest.raises(Fault):
+    with Deadline(lambda: 0.0).applied(), pytest.raises(Fault):
         get(echo.url)
 
     assert echo.seen == []
@@ -194,7 +196,7 @@ def test_a_redirect_is_an_answer_and_is_not_followed(echo: Echo) -> None:
 def test_a_proxy_in_the_environment_is_not_heard_of(
     echo: Echo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Chaos("http://127.0.0.1:9", ["reset"]) as proxy:
+    with BrokenProxy("http://127.0.0.1:9", ["reset"]) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
 

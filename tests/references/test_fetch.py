@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import ipaddress
+import math
 import re
 import socket
 import ssl
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.references import fetch as references
@@ -177,7 +179,7 @@ class Fetch:
         reference: str = URL,
         *,
         read_object: Callable[[str], bytes] | None = None,
-        remaining_s: Callable[[], float] | None = None,
+        remaining_s: Callable[[], float] = lambda: math.inf,
         **changes: object,
     ) -> Image.Image:
         return references.fetch(
@@ -185,8 +187,7 @@ class Fetch:
             policy=replace(self.policy, **changes),
             user_id="ada",
             read_object=read_object,
-            remaining_s=remaining_s,
-            sleep=self.naps.append,
+            deadline=Deadline(remaining_s, self.naps.append),
         )
 
     def refusal(self, reference: str = URL, **changes: object) -> str:
@@ -1335,7 +1336,7 @@ def test_a_call_is_tried_again_with_growing_waits() -> None:
     call = Failing(OSError(), OSError(), OSError())
     policy = Retry(tries=4, jitter=0)
 
-    assert retry(call, on=OSError, policy=policy, sleep=naps.append) == "done"
+    assert retry(call, on=OSError, policy=policy, deadline=Deadline(sleep=naps.append)) == "done"
     assert naps == [0.5, 1.0, 2.0]
 
 
@@ -1344,7 +1345,7 @@ def test_the_last_error_is_the_one_raised() -> None:
     call = Failing(OSError("first"), OSError("second"), last)
 
     with pytest.raises(OSError) as raised:
-        retry(call, on=(OSError, KeyError), policy=Retry(), sleep=lambda s: None)
+        retry(call, on=(OSError, KeyError), policy=Retry(), deadline=Deadline(sleep=lambda s: None))
     assert raised.value is last
 
 
@@ -1353,7 +1354,7 @@ def test_an_error_that_is_not_named_is_raised_at_once(on: object) -> None:
     call = Failing(KeyError("x"), KeyError("y"))
 
     with pytest.raises(KeyError):
-        retry(call, on=on, policy=Retry(), sleep=must_not_sleep)
+        retry(call, on=on, policy=Retry(), deadline=Deadline(sleep=must_not_sleep))
     assert len(call.errors) == 1
 
 
@@ -1364,7 +1365,8 @@ def must_not_sleep(seconds: float) -> None:
 @pytest.mark.parametrize(("asked", "waited"), [(None, 0.5), (0.1, 0.5), (4.0, 4.0), (99.0, 10.0)])
 def test_an_error_may_ask_for_a_longer_wait(asked: float | None, waited: float) -> None:
     naps: list[float] = []
-    retry(Failing(Asking(asked)), on=Asking, policy=Retry(jitter=0), sleep=naps.append)
+    policy, deadline = Retry(jitter=0), Deadline(sleep=naps.append)
+    retry(Failing(Asking(asked)), on=Asking, policy=policy, deadline=deadline)
 
     assert naps == [waited]
 
@@ -1396,8 +1398,7 @@ def test_a_wait_that_outlasts_the_time_left_is_not_begun() -> None:
             Failing(OSError()),
             on=OSError,
             policy=Retry(),
-            remaining_s=lambda: 0.1,
-            sleep=must_not_sleep,
+            deadline=Deadline(lambda: 0.1, must_not_sleep),
         )
 
 

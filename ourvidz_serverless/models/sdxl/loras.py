@@ -7,7 +7,7 @@ in that folder's `downloads/`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
 from ourvidz_serverless.models.memory.device import is_lost, is_out_of_memory
 from ourvidz_serverless.models.sdxl import lora_header
@@ -58,7 +59,7 @@ class LoraShelf:
             raise InvalidPrompt(f"config.loras: there is no {source}")
         return path
 
-    def fetch(self, source: str, user_id: str, remaining_s: Callable[[], float]) -> Path:
+    def fetch(self, source: str, user_id: str, deadline: Deadline) -> Path:
         """The file of a name or a URL, downloaded where it must be.
 
         Raises InvalidPrompt when URLs are not allowed, ModelLoadError when one gives nothing.
@@ -69,7 +70,7 @@ class LoraShelf:
         if self.policy is None:
             raise InvalidPrompt("config.loras: URLs are not allowed here, see LORA_HOSTS")
         try:
-            data = references.download(source, policy=self.policy, remaining_s=remaining_s)
+            data = references.download(source, policy=self.policy, deadline=deadline)
         except ReferenceFrameError as exc:
             why = exc.message.removeprefix("reference: ")
             raise ModelLoadError(f"config.loras: {why}") from exc

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
+from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.sdxl.lora_downloads import IN_USE_S, Downloads
 from ourvidz_serverless.models.sdxl.loras import LoraShelf
@@ -82,7 +83,7 @@ def shelf(host: Host, authority: Path, tmp_path: Path) -> LoraShelf:
 @pytest.fixture
 def fetch(shelf: LoraShelf) -> Callable[..., Path]:
     """Fetches a path of the host for a user, by default Ann."""
-    return lambda path, user="ann": shelf.fetch(HOST + path, user, lambda: 60.0)
+    return lambda path, user="ann": shelf.fetch(HOST + path, user, NEVER)
 
 
 def number(path: Path) -> float:
@@ -159,7 +160,7 @@ def test_the_file_used_the_longest_ago_makes_room(
     os.utime(second, (long_ago - 10, long_ago - 10))
     narrow = replace(shelf, max_cached_bytes=2 * first.stat().st_size)
 
-    narrow.fetch(f"{HOST}/style?version=3", "ann", lambda: 60.0)
+    narrow.fetch(f"{HOST}/style?version=3", "ann", NEVER)
 
     assert not first.exists()
     assert second.exists()
@@ -174,7 +175,7 @@ def test_a_file_that_is_used_again_stays_longer(
     fetch("/style?version=1")
     narrow = replace(shelf, max_cached_bytes=2 * first.stat().st_size)
 
-    narrow.fetch(f"{HOST}/style?version=3", "ann", lambda: 60.0)
+    narrow.fetch(f"{HOST}/style?version=3", "ann", NEVER)
 
     assert first.exists()
     assert not second.exists()
@@ -187,7 +188,7 @@ def test_files_in_use_are_not_deleted_and_a_download_without_room_is_refused(
     narrow = replace(shelf, max_cached_bytes=first.stat().st_size)
 
     with pytest.raises(ModelLoadError, match="no room for this download, see LORA_CACHE_GB"):
-        narrow.fetch(f"{HOST}/style?version=2", "ann", lambda: 60.0)
+        narrow.fetch(f"{HOST}/style?version=2", "ann", NEVER)
 
     assert [file.name for file in first.parent.iterdir()] == [first.name]
 

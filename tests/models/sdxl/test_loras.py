@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
+from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.errors import (
     Cancelled,
     DeviceLost,
@@ -256,7 +257,7 @@ def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:
 @pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
 def test_a_url_that_is_none_is_refused(shelf: LoraShelf, url: str) -> None:
     with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
-        shelf.fetch(url, "ann", lambda: 10.0)
+        shelf.fetch(url, "ann", NEVER)
 
 
 def test_without_a_folder_there_are_no_loras() -> None:
@@ -266,11 +267,11 @@ def test_without_a_folder_there_are_no_loras() -> None:
 
 def test_a_url_is_refused_unless_hosts_are_allowed(shelf: LoraShelf) -> None:
     with pytest.raises(InvalidPrompt, match="LORA_HOSTS"):
-        shelf.fetch("https://loras.example/bold.safetensors", "ann", lambda: 10.0)
+        shelf.fetch("https://loras.example/bold.safetensors", "ann", NEVER)
 
 
 def test_a_url_of_another_host_is_refused(shelf: LoraShelf) -> None:
     strict = LoraShelf(shelf.folder, Policy(frozenset({"loras.example"})))
 
     with pytest.raises(ModelLoadError, match="allow-list"):
-        strict.fetch("https://elsewhere.example/bold.safetensors", "ann", lambda: 10.0)
+        strict.fetch("https://elsewhere.example/bold.safetensors", "ann", NEVER)
