@@ -31,7 +31,7 @@ from benchmarks import architectures, report
 from ourvidz_serverless.models.chat.cuda_graphs import Record, recorder
 from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.chat.model import POCKET as POCKET_FOLDER
-from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.settings import Settings
 from tests.fakes.tiny_chat import tiny_folder
@@ -222,7 +222,7 @@ class Arms:
         return late.time_to_first_token_s
 
     def ask(self, engine: Engine, prompt: list[int], keep: bool = False) -> Generation:
-        sampling = Sampling(max_tokens=self.scale.reply, temperature=0)
+        sampling = SamplingParams(max_tokens=self.scale.reply, temperature=0)
         num_shared = len(prompt) // 2 if keep else 0
         generation = Generation(
             prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=num_shared

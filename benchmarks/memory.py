@@ -30,7 +30,7 @@ from benchmarks import architectures, report
 from ourvidz_serverless.models import open_ledger
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.models.chat.engine import Engine, Generation
-from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
@@ -237,7 +237,7 @@ def run_chat(model: Talker, shape: Shape, step: Callable[[int, int], None]) -> N
     asked = [
         Generation(
             list(range(100 + index, 100 + index + prompt)),
-            Sampling(max_tokens=reply, temperature=0),
+            SamplingParams(max_tokens=reply, temperature=0),
             decode=lambda ids: "x" * len(ids),
         )
         for index in range(shape.count)

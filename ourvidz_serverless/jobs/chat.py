@@ -16,6 +16,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -38,10 +39,15 @@ from ourvidz_serverless.job import (
     says_adult,
 )
 from ourvidz_serverless.jobs import wan
+from ourvidz_serverless.models.chat.request import (
+    ChatGenerator,
+    ChatRequest,
+    ModelName,
+    ReplyStats,
+    SamplingParams,
+)
 from ourvidz_serverless.output import Text
 from ourvidz_serverless.settings import Settings
-
-Model = Literal["qwen_instruct", "qwen_base"]
 
 #: Where the reply stands in the document, and how long it may be when the job does not say.
 REPLY_FIELD = {"chat_enhance": "enhanced_prompt"}
@@ -187,7 +193,7 @@ class ChatJob(Job):
     stream: Flag = False
     truncate: Literal["oldest"] | None = None
 
-    model: Model = Field("qwen_instruct", validation_alias=_either("model"))
+    model: ModelName = Field("qwen_instruct", validation_alias=_either("model"))
     max_tokens: MaxTokens | None = Field(None, validation_alias=_either("max_tokens"))
     temperature: Temperature = Field(0.7, validation_alias=_either("temperature"))
     top_p: TopP = Field(0.9, validation_alias=_either("top_p"))
@@ -253,6 +259,24 @@ class ChatJob(Job):
         )
 
     @property
+    def request(self) -> ChatRequest:
+        """What the model is asked for."""
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens or MAX_TOKENS[self.type],
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        messages = tuple((message.role, message.content) for message in self.conversation)
+        schema = self.response_format.reply_schema
+        return ChatRequest(messages, sampling, self.model, self.truncate, schema)
+
+    @property
     def reply_field(self) -> str:
         return REPLY_FIELD.get(self.type, "response")
 
@@ -266,7 +290,9 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
 def _as_wan_enhances(job: ChatJob, settings: Settings) -> ChatJob:
     """The job with the settings of WAN's enhanced jobs, in the fields that it does not set."""
     sampling = {
-        name: value for name, value in wan.ENHANCEMENT.items() if name not in job.model_fields_set
+        name: value
+        for name, value in asdict(wan.ENHANCEMENT).items()
+        if name not in job.model_fields_set
     }
     system = job.system_prompt or _enhancement_prompt(settings.wan_enhancement_prompt)
     config = job.config.model_copy(update={"system_prompt": system})
@@ -281,41 +307,25 @@ def _enhancement_prompt(path: Path) -> str:
         raise WorkerUnavailable("WAN_ENHANCEMENT_PROMPT: the text cannot be read") from None
 
 
-def prepare(job: ChatJob, model: Any, context: JobContext) -> None:
+def prepare(job: ChatJob, model: ChatGenerator, context: JobContext) -> None:
     """Nothing: a conversation brings all it needs."""
 
 
 def run(
-    job: ChatJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
+    job: ChatJob,
+    model: ChatGenerator,
+    references: Mapping[str, Image.Image],
+    context: JobContext,
 ) -> Iterator[Text]:
     """The reply, as one text; a job that streams emits it before, some words at a time.
 
     Raises ContentRefused when the reply, taken with what it answers, is not let through.
     """
-    generation = _generate(job, model, context)
-    reply = _listen(job, generation, context)
-    context.reply.update(_reply(job, reply, generation))
-    context.metadata.update(_metadata(job, generation))
+    pieces = model.generate(job.request, context.check)
+    reply = _listen(job, pieces, context)
+    context.reply.update(_reply(job, reply, pieces.stats))
+    context.metadata.update(_metadata(job, pieces.stats))
     yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
-
-
-def _generate(job: ChatJob, model: Any, context: JobContext) -> Any:
-    return model.generate(
-        messages=[(message.role, message.content) for message in job.conversation],
-        model=job.model,
-        truncate=job.truncate,
-        schema=job.response_format.reply_schema,
-        check=context.check,
-        max_tokens=job.max_tokens or MAX_TOKENS[job.type],
-        temperature=job.temperature,
-        top_p=job.top_p,
-        top_k=job.top_k,
-        presence_penalty=job.presence_penalty,
-        frequency_penalty=job.frequency_penalty,
-        repetition_penalty=job.repetition_penalty,
-        stop=job.stop,
-        seed=job.seed,
-    )
 
 
 def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
@@ -359,22 +369,21 @@ def _in_words(pieces: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def _reply(job: ChatJob, reply: str, generation: Any) -> dict[str, Any]:
-    prompt, completion = generation.num_prompt, generation.num_completion
+def _reply(job: ChatJob, reply: str, stats: ReplyStats) -> dict[str, Any]:
     return {
         job.reply_field: reply,
-        "finish_reason": generation.finish_reason,
+        "finish_reason": stats.finish_reason,
         "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_reused": generation.num_reused,
+            "prompt_tokens": stats.num_prompt,
+            "completion_tokens": stats.num_completion,
+            "total_tokens": stats.num_prompt + stats.num_completion,
+            "prompt_tokens_reused": stats.num_reused,
         },
     }
 
 
-def _metadata(job: ChatJob, generation: Any) -> dict[str, Any]:
-    pace = generation.tokens_per_second
+def _metadata(job: ChatJob, stats: ReplyStats) -> dict[str, Any]:
+    pace = stats.tokens_per_second
     metadata = {
         "batch_size": 1,
         "reference_mode": "none",
@@ -383,13 +392,13 @@ def _metadata(job: ChatJob, generation: Any) -> dict[str, Any]:
         "unrestricted_mode": job.type == "chat_unrestricted" or job.metadata.unrestricted_mode,
         "nsfw_optimization": job.metadata.nsfw_optimization,
         "sfw_mode": job.sfw_mode,
-        "time_to_first_token": round(generation.time_to_first_token_s, 4),
+        "time_to_first_token": round(stats.time_to_first_token_s, 4),
         "tokens_per_second": None if pace is None else round(pace, 2),
     }
     if job.type == "chat_enhance":
         metadata["enhancement_source"] = job.model
-    if generation.swap_s:
-        metadata["model_swap_time"] = round(generation.swap_s, 3)
+    if stats.swap_s:
+        metadata["model_swap_time"] = round(stats.swap_s, 3)
     if job.truncate:
-        metadata["messages_dropped"] = generation.num_dropped
+        metadata["messages_dropped"] = stats.num_dropped
     return metadata

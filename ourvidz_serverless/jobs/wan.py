@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from ourvidz_serverless.errors import (
 )
 from ourvidz_serverless.guard.admission import check_made
 from ourvidz_serverless.job import SEEDS, CheckedText, Job, Reference, Wire, says_adult
+from ourvidz_serverless.models.chat.request import ChatGenerator, ChatRequest, SamplingParams
 from ourvidz_serverless.output import FrameQueue, Output, Video
 from ourvidz_serverless.references import fetch as images
 from ourvidz_serverless.settings import Settings
@@ -97,13 +99,9 @@ FRAMES_GIVEN: dict[tuple[bool, bool], Mode] = {
 
 #: An enhanced prompt has about eighty words, as WAN's authors expand theirs. The rest is what
 #: Qwen2.5-7B-Instruct ships in its generation_config.json.
-ENHANCEMENT: dict[str, Any] = {
-    "max_tokens": 200,
-    "temperature": 0.7,
-    "top_p": 0.8,
-    "top_k": 20,
-    "repetition_penalty": 1.05,
-}
+ENHANCEMENT = SamplingParams(
+    max_tokens=200, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
+)
 
 Text = Field(None, max_length=20_000)
 Strength = Field(None, ge=0.0, le=1.0)
@@ -502,18 +500,16 @@ def _read_by_wan(text: str, field: str) -> list[CheckedText]:
     return [CheckedText(each, field) for each in dict.fromkeys((text, mended))]
 
 
-def _enhance(enhancer: Any, system: str, prompt: str, seed: int, context: JobContext) -> str:
+def _enhance(
+    enhancer: ChatGenerator | None, system: str, prompt: str, seed: int, context: JobContext
+) -> str:
     if enhancer is None:
         raise WorkerUnavailable("this worker has no enhancer")
     if not prompt.strip():
         raise InvalidPrompt("there is no prompt to enhance")
-    reply = enhancer.generate(
-        messages=[("system", system), ("user", prompt)],
-        seed=seed,
-        check=context.check,
-        **ENHANCEMENT,
-    )
-    enhanced = "".join(reply).strip().strip('"').strip()
+    messages = ("system", system), ("user", prompt)
+    request = ChatRequest(messages, replace(ENHANCEMENT, seed=seed))
+    enhanced = "".join(enhancer.generate(request, context.check)).strip().strip('"').strip()
     if not enhanced:
         raise InternalError("the enhancer said nothing")
     return enhanced

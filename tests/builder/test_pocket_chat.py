@@ -8,7 +8,7 @@ import pytest
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import Tape
-from tests.fakes.tiny_chat import CPU, request, say, say_all
+from tests.fakes.tiny_chat import CPU, ask, request, say, say_all
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,8 +23,7 @@ def chat() -> Any:
 
 
 def answer(chat: Any, *messages: tuple[str, str], **options: Any) -> str:
-    options = {"temperature": 0, "max_tokens": 40, **options}
-    return "".join(chat.generate(messages=messages, **options))
+    return "".join(ask(chat, *messages, **{"temperature": 0, "max_tokens": 40, **options}))
 
 
 def test_a_chat_with_a_history(chat: Any) -> None:

@@ -1,45 +1,55 @@
-"""A model that says what it was told to, in the pieces it was told."""
+"""Fakes of chat models: one replies with given texts, one never stops."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest, ReplyStats
 from tests.fakes.clock import Clock
 from tests.fakes.fake_sdxl import NoDevice
 
+STATS = ReplyStats(
+    num_prompt=7,
+    num_completion=5,
+    num_reused=0,
+    num_dropped=2,
+    finish_reason="stop",
+    time_to_first_token_s=0.01,
+    tokens_per_second=50.0,
+    swap_s=0.0,
+)
+
 
 class FakeReply:
-    """A reply, and the facts that a real one has."""
+    """A reply of given pieces."""
 
-    finish_reason = "stop"
-    num_prompt, num_completion, num_reused, num_dropped = 7, 5, 0, 2
-    time_to_first_token_s, tokens_per_second, swap_s = 0.01, 50.0, 0.0
+    stats = STATS
 
-    def __init__(
-        self, pieces: list[str], check: Callable[[], None], take_time: Callable[[], None]
-    ) -> None:
-        self._pieces, self._check, self._take_time = pieces, check, take_time
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            self._check()
-            self._take_time()
-            yield piece
+        return self._pieces
 
 
 class FakeChat:
-    """Stands where the chat models stand. A piece takes `piece_s` seconds of its clock."""
+    """Replies with the given pieces. A piece takes `piece_s` seconds of its clock."""
 
     def __init__(self, *pieces: str, piece_s: float = 0.0, clock: Clock | None = None) -> None:
         self.device = NoDevice()
         self.pieces = list(pieces)
         self.piece_s, self.clock = piece_s, clock or Clock()
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[ChatRequest] = []
 
-    def generate(self, *, check: Callable[[], None], **call: Any) -> FakeReply:
-        self.calls.append(call)
-        return FakeReply(self.pieces, check, lambda: self.clock.advance(self.piece_s))
+    def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+        self.calls.append(request)
+        return FakeReply(self._write(check))
+
+    def _write(self, check: Callable[[], None]) -> Iterator[str]:
+        for piece in self.pieces:
+            check()
+            self.clock.advance(self.piece_s)
+            yield piece
 
 
 class EndlessChat:
@@ -47,12 +57,13 @@ class EndlessChat:
 
     def __init__(self) -> None:
         self.device = NoDevice()
-        self.begun = 0
         self.speaks = threading.Event()
         self.stopped = threading.Event()
 
-    def generate(self, *, check: Callable[[], None], **call: Any) -> Iterator[str]:
-        self.begun += 1
+    def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+        return FakeReply(self._write(check))
+
+    def _write(self, check: Callable[[], None]) -> Iterator[str]:
         try:
             while True:
                 check()

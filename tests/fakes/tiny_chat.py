@@ -5,10 +5,10 @@ from __future__ import annotations
 import string
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -24,8 +24,8 @@ from transformers import (
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.chat.cuda_graphs import Record
 from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.chat.model import Chat, Writer
-from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.chat.model import Chat, EngineReply, Writer
+from ourvidz_serverless.models.chat.request import ChatRequest, Message, ModelName, SamplingParams
 from ourvidz_serverless.models.chat.tokens import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -167,9 +167,28 @@ class Gate(Leave):
         self.let(10_000)
 
 
+def ask(
+    chat: Chat,
+    *messages: Message,
+    check: Callable[[], None] = lambda: None,
+    model: ModelName = "qwen_instruct",
+    truncate: Literal["oldest"] | None = None,
+    schema: Mapping[str, Any] | None = None,
+    **sampling: Any,
+) -> EngineReply:
+    """A reply to a conversation; `sampling` as in `SamplingParams`."""
+    params = SamplingParams(**sampling)
+    return chat.generate(ChatRequest(messages, params, model, truncate, schema), check)
+
+
+def prompt_ids(reply: EngineReply) -> list[int]:
+    """The tokens of the prompt that a reply answers."""
+    return reply.generation.ids[: reply.generation.num_prompt]
+
+
 def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:
     """A request for the words after `shared + prompt`, greedy unless `rules` say otherwise."""
-    sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **rules})
+    sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0, **rules})
     ids = writer.tokens.encode(shared + prompt)
     num_shared = len(writer.tokens.encode(shared))
     options = {"check": check} if check else {}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload
-from tests.fakes.tiny_chat import tiny_chat, tiny_tokenizer, tiny_writer, until
+from tests.fakes.tiny_chat import ask, prompt_ids, tiny_chat, tiny_tokenizer, tiny_writer, until
 from tests.files import ROOT
 
 MakeLocal = Callable[..., LocalWorker]
@@ -220,8 +221,8 @@ def test_every_accepted_field_reaches_the_model(talk: Any) -> None:
     _, at = talk("x", stop="END", response_format="json_object", **rules)
 
     (call,) = at.models["chat"].calls
-    assert rules.items() <= call.items()
-    assert (call["stop"], call["schema"]) == (("END",), {"type": "object"})
+    assert rules.items() <= {**asdict(call), **asdict(call.sampling)}.items()
+    assert (call.sampling.stop, call.schema) == (("END",), {"type": "object"})
 
 
 def test_the_reply_is_not_in_a_document_that_failed(talk: Any) -> None:
@@ -511,10 +512,10 @@ MESSAGES = [("system", "You are brief."), ("user", "What is rain?"), ("assistant
 
 
 def prompt_of(chat: Any, *messages: tuple[str, str], **options: Any) -> str:
-    generation = chat.generate(messages=messages, max_tokens=1, **options)
-    list(generation)
-    prompt = generation.ids[: generation.num_prompt]
-    text: str = tiny_tokenizer().backend_tokenizer.decode(prompt, skip_special_tokens=False)
+    reply = ask(chat, *messages, max_tokens=1, **options)
+    list(reply)
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    text: str = tokenizer.decode(prompt_ids(reply), skip_special_tokens=False)
     return text
 
 
@@ -544,27 +545,23 @@ def test_no_message_can_speak_as_somebody_else() -> None:
 
 def test_a_conversation_that_is_too_long_is_refused_with_the_counts(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^messages: 317 tokens, .* room for 145 beside"):
-        chat.generate(messages=[("user", "x" * 309)], max_tokens=100)
+        ask(chat, ("user", "x" * 309), max_tokens=100)
 
 
 def test_the_oldest_turns_go_when_the_job_lets_them(chat: Any) -> None:
     turns = [("user", "old " * 20), ("assistant", "older " * 9), ("user", "new"), ("user", "last")]
 
-    generation = chat.generate(
-        messages=[MESSAGES[0], *turns], truncate="oldest", max_tokens=150, temperature=0
-    )
-    list(generation)
-    prompt = tiny_tokenizer().decode(generation.ids[: generation.num_prompt])
+    reply = ask(chat, MESSAGES[0], *turns, truncate="oldest", max_tokens=150, temperature=0)
+    list(reply)
+    prompt = tiny_tokenizer().decode(prompt_ids(reply))
 
-    assert generation.num_dropped == 2
+    assert reply.stats.num_dropped == 2
     assert "You are brief." in prompt and "last" in prompt and "old" not in prompt
 
 
 def test_what_may_not_go_is_refused_even_so(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^messages: "):
-        chat.generate(
-            messages=[("system", "x" * 300), ("user", "y")], truncate="oldest", max_tokens=9
-        )
+        ask(chat, ("system", "x" * 300), ("user", "y"), truncate="oldest", max_tokens=9)
 
 
 def test_a_model_that_is_not_loaded_is_unavailable() -> None:
@@ -572,7 +569,7 @@ def test_a_model_that_is_not_loaded_is_unavailable() -> None:
     chat._writers = {"qwen_instruct": chat._writers["qwen_instruct"]}
 
     with pytest.raises(WorkerUnavailable, match="qwen_base is not served here"):
-        chat.generate(messages=MESSAGES, model="qwen_base", max_tokens=9)
+        ask(chat, *MESSAGES, model="qwen_base", max_tokens=9)
 
 
 # --- json ---
@@ -589,15 +586,13 @@ SCHEMA = {
 def test_a_reply_fits_its_schema_whatever_the_model_would_say(
     chat: Any, temperature: float
 ) -> None:
-    generation = chat.generate(
-        messages=MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=temperature, seed=3
-    )
+    made = ask(chat, *MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=temperature, seed=3)
 
-    reply = json.loads("".join(generation))
+    reply = json.loads("".join(made))
 
     assert reply["a"] in ("x", "y")
     assert isinstance(reply["b"], bool)
-    assert generation.finish_reason == "stop"
+    assert made.stats.finish_reason == "stop"
 
 
 def deep_schema(levels: int) -> dict[str, Any]:
@@ -652,21 +647,19 @@ def test_a_schema_of_plain_json_is_read_by_the_grammar_too(
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
     job = parse(chat_payload(response_format=asked))
 
-    generation = chat.generate(
-        messages=MESSAGES[:2], schema=job.response_format.reply_schema, max_tokens=3
-    )
+    reply = ask(chat, *MESSAGES[:2], schema=job.request.schema, max_tokens=3)
 
-    assert isinstance("".join(generation), str)
+    assert isinstance("".join(reply), str)
 
 
 def test_a_schema_that_its_parser_does_not_take_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
-        chat.generate(messages=MESSAGES[:2], schema=deep_schema(200), max_tokens=9)
+        ask(chat, *MESSAGES[:2], schema=deep_schema(200), max_tokens=9)
 
 
 def test_a_schema_that_is_none_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
-        chat.generate(messages=MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)
+        ask(chat, *MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)
 
 
 #: It has more states than a matcher may hold.
@@ -689,8 +682,8 @@ PATTERN = "^(a?){500}a{500}$"
 def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
     chat: Any, schema: dict[str, Any]
 ) -> None:
-    other = chat.generate(messages=MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=0)
-    too_much = chat.generate(messages=MESSAGES[:2], schema=schema, max_tokens=150, temperature=0)
+    other = ask(chat, *MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=0)
+    too_much = ask(chat, *MESSAGES[:2], schema=schema, max_tokens=150, temperature=0)
 
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
         "".join(too_much)

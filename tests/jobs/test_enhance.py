@@ -1,5 +1,6 @@
 """WAN's own call for an enhanced prompt: `{prompt, config: {job_type}}`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,7 +47,7 @@ def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, famil
     assert (status, body["success"], body["enhanced_prompt"]) == (200, True, ENHANCED)
     assert body["metadata"]["system_prompt_used"] == NEUTRAL
     (heard,) = fake_chat.calls
-    assert heard["messages"] == [("system", NEUTRAL), ("user", "a red circle")]
+    assert heard.messages == (("system", NEUTRAL), ("user", "a red circle"))
 
 
 def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
 
     ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "temperature": 0.2})
 
-    assert fake_chat.calls[0].items() >= {**ENHANCEMENT, "temperature": 0.2}.items()
+    assert fake_chat.calls[0].sampling == replace(ENHANCEMENT, temperature=0.2)
 
 
 @pytest.mark.parametrize("kind", [*get_args(Type), "wan_video_fast", "wan_video_high"])
@@ -83,7 +84,7 @@ def test_a_system_prompt_of_the_call_is_the_one_that_counts(tmp_path: Path) -> N
 
     ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "config": config})
 
-    assert fake_chat.calls[0]["messages"][0] == ("system", "Be brief.")
+    assert fake_chat.calls[0].messages[0] == ("system", "Be brief.")
 
 
 def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
     ask(tmp_path, {"chat": fake_chat}, call)
 
     assert refused == 503
-    assert fake_chat.calls[0]["messages"] == [("user", "a red circle")]
+    assert fake_chat.calls[0].messages == (("user", "a red circle"),)
 
 
 def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> None:

@@ -751,8 +751,8 @@ def test_an_enhanced_prompt_is_what_is_rendered_and_reported(
     assert "enhance" in document.metadata["timings"]
     assert is_same(frames(at), expected)
     (call,) = fake_chat.calls
-    assert call["messages"] == [("system", "Say more."), ("user", "a red circle moving right")]
-    assert call["seed"] == 7
+    assert call.messages == (("system", "Say more."), ("user", "a red circle moving right"))
+    assert call.sampling.seed == 7
 
 
 def test_without_a_system_prompt_of_its_own_a_job_takes_the_neutral_one(
@@ -763,7 +763,7 @@ def test_without_a_system_prompt_of_its_own_a_job_takes_the_neutral_one(
     document, _ = film(type="image7b_high_enhanced")
 
     text = Settings().wan_enhancement_prompt.read_text().strip()
-    assert fake_chat.calls[0]["messages"][0] == ("system", text)
+    assert fake_chat.calls[0].messages[0] == ("system", text)
     assert document.metadata["system_prompt_used"] == text
 
 

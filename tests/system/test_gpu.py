@@ -15,7 +15,8 @@ from benchmarks.presets import psnr
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
-from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.request import SamplingParams
+from ourvidz_serverless.models.chat.sampling import Sampler, choose
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
 from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
 from ourvidz_serverless.models.sdxl import pipeline as models
@@ -301,7 +302,8 @@ def test_a_token_is_waited_for_once() -> None:
     logits = torch.randn(3, 5000, device="cuda")
     rules: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.1}, {"temperature": 0}]
     samplers = [
-        Sampler(Sampling(max_tokens=9, **{"top_k": 40, "seed": 1, **each}), [1]) for each in rules
+        Sampler(SamplingParams(max_tokens=9, **{"top_k": 40, "seed": 1, **each}), [1])
+        for each in rules
     ]
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -280,7 +280,7 @@ def test_plain_http_says_that_it_is_unhealthy(local: Callable[..., LocalWorker])
 @pytest.mark.parametrize("error", [DeviceLost("the device failed"), lost()], ids=["chat", "sdxl"])
 def test_it_is_seen_though_the_job_was_stopped_meanwhile(tmp_path: Path, error: Exception) -> None:
     class Hung(FakeChat):
-        def generate(self, **call: Any) -> Any:
+        def generate(self, *call: Any) -> Any:
             local.stop.set()
             raise error
 

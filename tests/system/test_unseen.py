@@ -9,6 +9,7 @@ import copy
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,23 @@ class Studio:
         return [
             text
             for call in told
-            for name, value in call.items()
+            for name, value in fields_of(call)
             if name not in EXEMPT
             for text in texts(value)
         ]
+
+
+def fields_of(call: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of a call: its keywords, or the fields of a request and of its records."""
+    if isinstance(call, dict):
+        yield from call.items()
+        return
+    for field in fields(call):
+        value = getattr(call, field.name)
+        if is_dataclass(value):
+            yield from fields_of(value)
+        else:
+            yield field.name, value
 
 
 def texts(value: Any) -> Iterator[str]:

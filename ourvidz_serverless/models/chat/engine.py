@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -42,7 +42,8 @@ from ourvidz_serverless.models.chat.kv_cache import (
     bytes_per_token,
     rounded,
 )
-from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.request import FinishReason, SamplingParams
+from ourvidz_serverless.models.chat.sampling import Sampler, choose
 from ourvidz_serverless.models.chat.text_stream import Decode, TextStream
 from ourvidz_serverless.models.memory.device import (
     Device,
@@ -57,8 +58,6 @@ from ourvidz_serverless.models.memory.device import (
 IDLE_POLL_S = 0.01
 
 log = logging.getLogger("ourvidz")
-
-FinishReason = Literal["stop", "length"]
 
 #: A shorter prefix is read faster than it is looked up and copied.
 SHORTEST_PREFIX = 16
@@ -88,7 +87,7 @@ class Generation:
     def __init__(
         self,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         decode: Decode,
         check: Callable[[], None] = lambda: None,
         num_shared: int = 0,
@@ -101,12 +100,9 @@ class Generation:
         self.num_shared = num_shared if SHORTEST_PREFIX <= num_shared < len(prompt) else 0
         self.num_computed = 0
         self.num_reused = 0
-        self.num_dropped = 0
         self.sampler = Sampler(sampling, prompt, grammar)
         self.finish_reason: FinishReason | None = None
         self.is_abandoned = False
-        self.swap_s = 0.0
-        self.on_end: Callable[[], None] = lambda: None
         self._text = TextStream(decode, sampling.stop)
         self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._submitted = time.monotonic()
@@ -120,7 +116,6 @@ class Generation:
                 yield piece
         finally:
             self.is_abandoned = True
-            self.on_end()
 
     @property
     def num_completion(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,13 @@ from ourvidz_serverless.models.chat.cache_room import Room
 from ourvidz_serverless.models.chat.cuda_graphs import Record, recorder
 from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.chat.grammar import Grammars
-from ourvidz_serverless.models.chat.sampling import Sampling
+from ourvidz_serverless.models.chat.request import (
+    ChatRequest,
+    Message,
+    ModelName,
+    ReplyStats,
+    SamplingParams,
+)
 from ourvidz_serverless.models.chat.tokens import ChatTokenizer
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
@@ -33,9 +40,6 @@ ARCHITECTURES = ("qwen2", "llama")
 #: A system prompt, a prompt and its enhancement, in tokens: the shortest context of WAN's model.
 ENHANCER_CONTEXT = 1024
 
-#: A message: who speaks, and what they say.
-Message = tuple[str, str]
-
 
 def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
     """The models of `CHAT_INSTRUCT_MODEL` and, where it is set, `CHAT_BASE_MODEL`.
@@ -44,7 +48,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
     """
     ledger = ledger or open_ledger(settings)
     device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
-    asked = {
+    asked: dict[ModelName, tuple[str, str | None]] = {
         "qwen_instruct": ("CHAT_INSTRUCT_MODEL", settings.chat_instruct_model),
         "qwen_base": ("CHAT_BASE_MODEL", settings.chat_base_model),
     }
@@ -201,11 +205,40 @@ class Writer:
         self._tensors.drop()
 
 
+class EngineReply:
+    """The reply of one generation; `on_end` is called when the iteration ends, in any way."""
+
+    def __init__(
+        self, generation: Generation, num_dropped: int, swap_s: float, on_end: Callable[[], None]
+    ) -> None:
+        self.generation = generation
+        self._num_dropped, self._swap_s, self._on_end = num_dropped, swap_s, on_end
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self.generation
+        finally:
+            self._on_end()
+
+    @property
+    def stats(self) -> ReplyStats:
+        return ReplyStats(
+            self.generation.num_prompt,
+            self.generation.num_completion,
+            self.generation.num_reused,
+            self._num_dropped,
+            self.generation.finish_reason,
+            self.generation.time_to_first_token_s,
+            self.generation.tokens_per_second,
+            self._swap_s,
+        )
+
+
 class Chat:
     """Answers conversations, many at once. Safe to call from any thread."""
 
     def __init__(
-        self, writers: Mapping[str, Writer], device: Device, context: int, ledger: Ledger
+        self, writers: Mapping[ModelName, Writer], device: Device, context: int, ledger: Ledger
     ) -> None:
         self.device = device
         self._ledger = ledger
@@ -215,9 +248,8 @@ class Chat:
     def warm_up(self) -> None:
         """Have each model say a few words: so many that a GPU records its first step."""
         for name in self._writers:
-            reply = self.generate(messages=[("user", "Hello")], model=name, max_tokens=5)
-            for _ in reply:
-                pass
+            hello = ChatRequest((("user", "Hello"),), SamplingParams(max_tokens=5), name)
+            deque(self.generate(hello), maxlen=0)
 
     @property
     def writers(self) -> list[Writer]:
@@ -225,44 +257,42 @@ class Chat:
         return list(dict.fromkeys(self._writers.values()))
 
     def generate(
-        self,
-        *,
-        messages: Sequence[Message],
-        model: str = "qwen_instruct",
-        truncate: Literal["oldest"] | None = None,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[], None] = lambda: None,
-        **sampling: Any,
-    ) -> Generation:
-        """The model's reply, which grows as it is iterated over; `sampling` as in `Sampling`.
+        self, request: ChatRequest, check: Callable[[], None] = lambda: None
+    ) -> EngineReply:
+        """The model's reply, which grows as it is iterated over. See `ChatGenerator.generate`.
 
-        The instruct model sees turns, the base model the texts alone. Raises InvalidPrompt with
-        the counts when the conversation and `max_tokens` are more than the context, unless
-        `truncate` lets the oldest turns go; system prompts and the last message stay. With a
-        JSON `schema` the reply is JSON that fits it.
+        `truncate` removes the oldest messages, and keeps system prompts and the last message.
         """
-        if model not in self._writers:
+        if request.model not in self._writers:
             served = ", ".join(self._writers)
-            raise WorkerUnavailable(f"model: {model} is not served here; this worker has {served}")
-        writer, rules = self._writers[model], Sampling(**sampling)
-        lead, turns, tail = _turns(writer.tokens, messages, plain=model == "qwen_base")
-        room = min(self._context, writer.context) - rules.max_tokens - len(lead) - len(tail)
-        kept = _fit(messages, turns, room, truncate)
+            raise WorkerUnavailable(
+                f"model: {request.model} is not served here; this worker has {served}"
+            )
+        writer, messages, sampling = (
+            self._writers[request.model],
+            request.messages,
+            request.sampling,
+        )
+        lead, turns, tail = _turns(writer.tokens, messages, plain=request.model == "qwen_base")
+        room = min(self._context, writer.context) - sampling.max_tokens - len(lead) - len(tail)
+        kept = _fit(messages, turns, room, request.truncate)
         shared = next((i for i, at in enumerate(kept) if messages[at][0] != "system"), len(kept))
         generation = Generation(
             lead + [token for at in kept for token in turns[at]] + tail,
-            rules,
+            sampling,
             writer.tokens.decode,
             check,
             num_shared=len(lead) + sum(len(turns[at]) for at in kept[:shared]),
-            grammar=None if schema is None else writer.grammars.matcher(schema),
+            grammar=None if request.schema is None else writer.grammars.matcher(request.schema),
         )
-        generation.num_dropped = len(turns) - len(kept)
         use = self._ledger.take(writer, check)
-        generation.swap_s = use.swap_s
-        generation.on_end = lambda: self._ledger.give_back(writer, use)
         writer.engine.submit(generation)
-        return generation
+        return EngineReply(
+            generation,
+            num_dropped=len(turns) - len(kept),
+            swap_s=use.swap_s,
+            on_end=lambda: self._ledger.give_back(writer, use),
+        )
 
 
 def _turns(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ourvidz_serverless.models.chat.grammar import Matcher
+from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import picked, sent
 
 #: Tokens that are ranked before the whole vocabulary is.
@@ -19,39 +19,11 @@ CANDIDATES = 1024
 BEYOND = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a reply is drawn. A temperature of 0 is greedy, a `top_k` of 0 is off.
-
-    Presence and frequency penalties count the reply's tokens, the repetition penalty also the
-    prompt's; `stop` strings end the reply and are no part of it.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def has_penalties(self) -> bool:
-        neutral = (0.0, 0.0, 1.0)
-        return neutral != (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
-
-
 class Sampler:
     """One request's choice of tokens: its rules, its generator, what it has said."""
 
     def __init__(
-        self, sampling: Sampling, prompt: Sequence[int], grammar: Matcher | None = None
+        self, sampling: SamplingParams, prompt: Sequence[int], grammar: Matcher | None = None
     ) -> None:
         self.sampling = sampling
         self._grammar = grammar

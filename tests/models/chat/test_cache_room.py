@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ import torch
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.models.chat.model import Chat
+from ourvidz_serverless.models.chat.request import ModelName
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.settings import Settings
-from tests.fakes.tiny_chat import tiny_folder
+from tests.fakes.tiny_chat import ask, tiny_folder
 
 MIB = 1 / 1024
 
@@ -44,7 +45,7 @@ def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: 
         assert "\n" not in refused.message and mib < 4
         return
 
-    reply = chat.generate(messages=[("user", "x" * 470)], max_tokens=8, temperature=0)
+    reply = ask(chat, ("user", "x" * 470), max_tokens=8, temperature=0)
 
     assert "".join(reply)
     assert claimed(chat) <= chat._ledger.memory.total_bytes
@@ -52,9 +53,9 @@ def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: 
 
 def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
     chat = load(place, 6)
-    messages = [("system", "be brief. " * 10), ("user", "x" * 200)]
+    messages = ("system", "be brief. " * 10), ("user", "x" * 200)
 
-    replies = [chat.generate(messages=messages, max_tokens=40, seed=i) for i in range(16)]
+    replies = [ask(chat, *messages, max_tokens=40, seed=i) for i in range(16)]
 
     assert all("".join(each) for each in replies)
     assert chat.writers[0].engine._batch.size == 64
@@ -85,8 +86,8 @@ def test_two_models_that_take_turns_claim_no_more_than_the_device(
 ) -> None:
     chat = load(place, 4, chat_base_model=tiny_folder(tmp_path))
 
-    for model in ("qwen_instruct", "qwen_base"):
-        assert "".join(chat.generate(messages=[("user", "x")], model=model, max_tokens=3))
+    for model in get_args(ModelName):
+        assert "".join(ask(chat, ("user", "x"), model=model, max_tokens=3))
     assert claimed(chat) <= chat._ledger.memory.total_bytes
 
 
@@ -99,7 +100,7 @@ def test_on_a_cpu_the_cache_fits_the_hosts_memory(
 
     chat = load(place, 0, vram_budget_gb=None)
 
-    assert "".join(chat.generate(messages=[("user", "x")], max_tokens=3))
+    assert "".join(ask(chat, ("user", "x"), max_tokens=3))
     assert claimed(chat) <= 6 << 20
 
 
@@ -110,7 +111,7 @@ def test_wans_own_model_has_a_shorter_context_where_memory_is_short(place: str) 
 
     chat = qwen.load_one("WAN_ENHANCER_MODEL", place, "enhancer", settings, device, ledger)
 
-    assert "".join(chat.generate(messages=[("user", "x" * 900)], max_tokens=3))
+    assert "".join(ask(chat, ("user", "x" * 900), max_tokens=3))
     assert claimed(chat) <= ledger.memory.total_bytes
     with pytest.raises(InvalidPrompt):
-        chat.generate(messages=[("user", "x" * 4000)], max_tokens=3)
+        ask(chat, ("user", "x" * 4000), max_tokens=3)

@@ -16,7 +16,8 @@ from ourvidz_serverless.models.chat import cuda_graphs, norms
 from ourvidz_serverless.models.chat.engine import Generation
 from ourvidz_serverless.models.chat.kv_cache import KVCache
 from ourvidz_serverless.models.chat.model import Writer
-from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.request import SamplingParams
+from ourvidz_serverless.models.chat.sampling import Sampler, choose
 from tests.fakes.fake_cuda_graph import Misplaced, Operations, Tape, failing, num_made, stale
 from tests.fakes.tiny_chat import (
     CPU,
@@ -131,7 +132,7 @@ def test_json_that_fits_its_schema(plain: Writer) -> None:
     writer = tiny_writer(record=tape)
 
     def answer(of: Writer, seed: int) -> str:
-        sampling = Sampling(max_tokens=60, temperature=1.5, seed=seed)
+        sampling = SamplingParams(max_tokens=60, temperature=1.5, seed=seed)
         grammar = of.grammars.matcher(SCHEMA)
         return say(
             of.engine,
@@ -317,7 +318,7 @@ def test_nothing_is_recorded_on_a_cpu_or_where_it_is_switched_off() -> None:
 
 def test_the_host_waits_for_no_number_but_the_tokens() -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
-    samplers = [Sampler(Sampling(max_tokens=9, **each), prompt=[1, 2]) for each in RULES]
+    samplers = [Sampler(SamplingParams(max_tokens=9, **each), prompt=[1, 2]) for each in RULES]
 
     with Operations() as operations:
         for _ in range(3):
@@ -331,7 +332,9 @@ def test_the_host_waits_for_no_number_but_the_tokens() -> None:
 def test_a_step_sends_the_same_few_numbers_however_long_the_reply(at_once: int) -> None:
     logits = torch.randn(at_once, 500, generator=torch.Generator().manual_seed(0))
     rules = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
-    samplers = [Sampler(Sampling(max_tokens=99, **rules), list(range(200))) for _ in range(at_once)]
+    samplers = [
+        Sampler(SamplingParams(max_tokens=99, **rules), list(range(200))) for _ in range(at_once)
+    ]
     sent = []
     for _ in range(6):
         with Operations() as operations:

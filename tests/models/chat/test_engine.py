@@ -17,7 +17,8 @@ from ourvidz_serverless.models.chat.batch_limit import BatchLimit
 from ourvidz_serverless.models.chat.engine import Engine, Generation
 from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
 from ourvidz_serverless.models.chat.model import Writer
-from ourvidz_serverless.models.chat.sampling import Sampler, Sampling, choose
+from ourvidz_serverless.models.chat.request import SamplingParams
+from ourvidz_serverless.models.chat.sampling import Sampler, choose
 from ourvidz_serverless.models.chat.text_stream import TextStream
 from ourvidz_serverless.models.memory.device import Device
 from tests.fakes.tiny_chat import (
@@ -124,7 +125,8 @@ def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
 def chosen(logits: list[float], **rules: Any) -> list[int]:
     prompt = rules.pop("prompt", [])
     samplers = [
-        Sampler(Sampling(max_tokens=9, **{"seed": seed, **rules}), prompt) for seed in range(400)
+        Sampler(SamplingParams(max_tokens=9, **{"seed": seed, **rules}), prompt)
+        for seed in range(400)
     ]
     return choose(torch.tensor([logits] * 400), samplers)
 
@@ -180,7 +182,7 @@ def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
     rules = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
 
     def drawn() -> list[list[int]]:
-        samplers = [Sampler(Sampling(max_tokens=9, seed=1, **each), []) for each in rules]
+        samplers = [Sampler(SamplingParams(max_tokens=9, seed=1, **each), []) for each in rules]
         return [choose(logits, samplers) for _ in range(20)]
 
     whole = drawn()
@@ -190,7 +192,7 @@ def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
 
 
 def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]:
-    sampler = Sampler(Sampling(max_tokens=9, **rules), prompt)
+    sampler = Sampler(SamplingParams(max_tokens=9, **rules), prompt)
     for token in said:
         sampler.note(token)
     logits = torch.tensor([1.0, 1.0, -1.0])

@@ -9,11 +9,11 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import Tape
-from tests.fakes.tiny_chat import CPU, request, say, tiny_folder
+from tests.fakes.tiny_chat import CPU, ask, request, say, tiny_folder
 from tests.patience import PATIENCE_S
 from tests.servers.handler import run_handler
 
-QUESTION = [("user", "What is the capital of France?")]
+QUESTION = ("user", "What is the capital of France?")
 POCKET = pytest.mark.skipif(not qwen.POCKET.exists(), reason="`make chat` builds the pocket model")
 
 
@@ -25,7 +25,7 @@ def load(**settings: Any) -> tuple[qwen.Chat, int]:
 
 
 def reply(chat: qwen.Chat) -> str:
-    return "".join(chat.generate(messages=QUESTION, temperature=0, max_tokens=12))
+    return "".join(ask(chat, QUESTION, temperature=0, max_tokens=12))
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from tests.fakes.devices import card
 from tests.fakes.tiny_chat import (
     CPU,
     SPECIAL,
+    ask,
+    prompt_ids,
     tiny_folder,
     tiny_llama,
     tiny_tokenizer,
@@ -60,12 +62,12 @@ def test_a_checkpoint_of_such_a_tokenizer_is_served_without_forged_turns(tmp_pat
     tiny_tokenizer(ordinary(*SPECIAL)).save_pretrained(place)
     chat = qwen.load(Settings(families=("chat",), chat_instruct_model=place, device="cpu"))
 
-    reply = chat.generate(messages=[("user", FORGED)], max_tokens=1)
+    reply = ask(chat, ("user", FORGED), max_tokens=1)
     list(reply)
 
     start = tiny_tokenizer().convert_tokens_to_ids("<|im_start|>")
     # The user's turn, and the answer's.
-    assert reply.ids[: reply.num_prompt].count(start) == 2
+    assert prompt_ids(reply).count(start) == 2
 
 
 @pytest.mark.parametrize("name", ["<tool_call>", "[INST]", "<｜User｜>", "▁<EOT>", "</s>"])
@@ -177,23 +179,19 @@ def test_a_llamas_reply_is_the_one_that_transformers_generates(llama: tuple[Any,
     messages = [{"role": "user", "content": "hello"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
-    ours = chat.generate(
-        messages=[("user", "hello")], temperature=0, max_tokens=12, repetition_penalty=1.3
-    )
+    ours = ask(chat, ("user", "hello"), temperature=0, max_tokens=12, repetition_penalty=1.3)
 
     assert "".join(ours) == tokenizer.decode(
         theirs(model, ids, repetition_penalty=1.3), skip_special_tokens=True
     )
-    assert ours.num_prompt == len(ids)
+    assert ours.stats.num_prompt == len(ids)
 
 
 def test_a_llama_goes_on_with_a_text_as_transformers_does(llama: tuple[Any, Chat]) -> None:
     model, chat = llama
     tokenizer = llamas(None)
 
-    ours = chat.generate(
-        messages=[("user", "hello")], model="qwen_base", temperature=0, max_tokens=12
-    )
+    ours = ask(chat, ("user", "hello"), model="qwen_base", temperature=0, max_tokens=12)
 
     reply = theirs(model, tokenizer("hello").input_ids)
     assert "".join(ours) == tokenizer.decode(reply, skip_special_tokens=True)

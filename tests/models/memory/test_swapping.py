@@ -10,10 +10,8 @@ import pytest
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.memory.ledger import Ledger
 from tests.fakes.devices import Card, Parcel, card
-from tests.fakes.tiny_chat import tiny_pair
+from tests.fakes.tiny_chat import ask, tiny_pair
 from tests.patience import PATIENCE_S
-
-MESSAGES = [("user", "Hello")]
 
 
 class Guest:
@@ -122,8 +120,8 @@ def test_no_model_moves_while_it_is_used() -> None:
 
 
 def reply(chat: Any, model: str) -> tuple[str, float]:
-    generation = chat.generate(messages=MESSAGES, model=model, max_tokens=20, temperature=0)
-    return "".join(generation), generation.swap_s
+    made = ask(chat, ("user", "Hello"), model=model, max_tokens=20, temperature=0)
+    return "".join(made), made.stats.swap_s
 
 
 def test_two_models_in_one_place_say_what_they_say_in_two() -> None:

@@ -33,7 +33,7 @@ from ourvidz_serverless.models.wan.network import share
 from ourvidz_serverless.models.wan.text_encoder import in_blocks
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import Card, card
-from tests.fakes.tiny_chat import tiny_folder
+from tests.fakes.tiny_chat import ask, tiny_folder
 from tests.fakes.tiny_wan import (
     SMALL,
     distance,
@@ -661,7 +661,7 @@ def test_an_enhancer_of_its_own_stands_in_the_ledger(settings: Settings, tmp_pat
     wan = models.load(own, ledger)
 
     assert wan.enhancer
-    assert "".join(wan.enhancer.generate(messages=[("user", "a red circle")], max_tokens=5, seed=1))
+    assert "".join(ask(wan.enhancer, ("user", "a red circle"), max_tokens=5, seed=1))
     (row,) = [row for row in ledger.report() if row.name == "wan_enhancer"]
     assert (row.family, row.state) == ("wan", "device")
 

@@ -19,6 +19,7 @@ import requests
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
+from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.serving.http import app as http
 from ourvidz_serverless.serving.http import connections, openapi, request_checks
@@ -121,7 +122,7 @@ def test_chat_answers_with_success_and_response(
     assert answer.status_code == 200
     assert answer.json()["success"] is True
     assert answer.json()["response"] == "Water that falls."
-    assert fake_chat.calls[0]["messages"] == [("system", "Be brief."), ("user", "What is rain?")]
+    assert fake_chat.calls[0].messages == (("system", "Be brief."), ("user", "What is rain?"))
 
 
 @pytest.mark.parametrize(
@@ -512,8 +513,8 @@ class HeldParrot(FakeChat):
         super().__init__("Water.")
         self.is_asked, self.go_on = threading.Event(), threading.Event()
 
-    def generate(self, **call: Any) -> Any:
-        speech = super().generate(**call)
+    def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+        speech = super().generate(request, check)
         self.is_asked.set()
         assert self.go_on.wait(PATIENCE_S)
         return speech

@@ -480,11 +480,11 @@ def test_a_reply_grows_and_the_conversation_goes_on(
 
     assert (first.split("\n\n"), left) == (["What is rain?", "Water that falls."], "")
     assert said(tab)["response"] == "Frozen."
-    assert fake_chat.calls[1]["messages"] == [
+    assert fake_chat.calls[1].messages == (
         ("user", "What is rain?"),
         ("assistant", "Water that falls."),
         ("user", "And snow?"),
-    ]
+    )
 
 
 def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:

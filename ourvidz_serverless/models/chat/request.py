@@ -1,0 +1,91 @@
+"""What a chat model is asked for, and what it returns. Jobs import this, so it imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+#: A message of a conversation: its role and its text.
+Message = tuple[str, str]
+
+ModelName = Literal["qwen_instruct", "qwen_base"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of a reply are chosen, and where the reply ends."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    presence_penalty: float = 0.0  # counts the tokens of the reply
+    frequency_penalty: float = 0.0  # counts the tokens of the reply
+    repetition_penalty: float = 1.0  # counts the tokens of prompt and reply
+    stop: tuple[str, ...] = ()  # end the reply, and are not part of it
+    seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        neutral = (0.0, 0.0, 1.0)
+        return neutral != (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A conversation, and how one model answers it.
+
+    The instruct model reads the conversation in its chat format, the base model only the texts.
+    `truncate` lets the oldest messages go if the conversation is longer than the model's context.
+    With a JSON `schema` the reply is JSON that fits the schema.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    model: ModelName = "qwen_instruct"
+    truncate: Literal["oldest"] | None = None
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyStats:
+    """Facts about a reply: tokens, seconds, and tokens a second."""
+
+    num_prompt: int
+    num_completion: int
+    num_reused: int  # tokens of the prompt that the prefix cache held
+    num_dropped: int  # messages that `truncate` removed
+    finish_reason: FinishReason | None  # None until the reply has ended
+    time_to_first_token_s: float
+    tokens_per_second: float | None  # after the first token; None if there was no second one
+    swap_s: float  # the time it took to bring the model to the device
+
+
+class ChatReply(Protocol):
+    """A reply that grows while a job iterates over its pieces of text, once.
+
+    To stop the iteration is to cancel the reply.
+    """
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    @property
+    def stats(self) -> ReplyStats:
+        """Facts that are complete after the last piece."""
+
+
+class ChatGenerator(Protocol):
+    """The chat family's model, as jobs see it."""
+
+    def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+        """Begin a reply. What `check` raises, at any token, ends the reply and the iteration.
+
+        Raises InvalidPrompt if the conversation and `max_tokens` are longer than the context, or
+        if no reply can fit the schema; WorkerUnavailable if the worker does not have the model.
+        """
