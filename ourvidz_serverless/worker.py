@@ -32,7 +32,7 @@ from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, Worke
 from ourvidz_serverless.guard.admission import Admission
 from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from ourvidz_serverless.guard.poison_jobs import Pills
-from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.job import Identity, Job
 from ourvidz_serverless.job_history import Roster
 from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
@@ -68,7 +68,7 @@ class Worker:
         callback: Callback,
         worker_id: str,
         ledger: Ledger | None = None,
-        limits: Limits | None = None,
+        limits: RateLimits | None = None,
         policy: references.Policy | None = None,
         credentials: Credentials | None = None,
         pills: Pills | None = None,
@@ -84,7 +84,7 @@ class Worker:
             allowed_hosts=frozenset(settings.reference_hosts),
             libraries=frozenset(settings.reference_buckets),
         )
-        self._admission = Admission(settings, limits or Limits.of(settings))
+        self._admission = Admission(settings, limits or RateLimits.of(settings))
         self._pills = pills or Pills(settings.poison_dir)
         self._leaving, self._closing = threading.Event(), threading.Event()
         self._closed = threading.Event()
@@ -110,7 +110,7 @@ class Worker:
             "assets": storage.open_storage(settings),
             "callback": Callback.of(settings),
             "credentials": Credentials.of(settings),
-            "limits": Limits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
+            "limits": RateLimits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
             "pills": Pills(settings.poison_dir),
         }
         ledger = models.open_ledger(settings)

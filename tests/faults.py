@@ -20,8 +20,9 @@ from PIL import Image
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage import S3Storage, SupabaseStorage
 from ourvidz_serverless.document import Document
-from ourvidz_serverless.guard.rate_limits import Limits, Upstash
+from ourvidz_serverless.guard.rate_limits import RateLimits, RedisCounter
 from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.references.fetch import Policy
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
@@ -136,7 +137,8 @@ class World:
             BrokenProxy(rest_server.url, script) as proxy,
         ):
             settings = Settings(rate_limit_user=str(RATE), rate_limit_fail_open=fail_open)
-            limits = Limits({"user": RATE}, Upstash(proxy.url, rest_server.token, "e", patience))
+            redis = Upstash(proxy.url, rest_server.token)
+            limits = RateLimits({"user": RATE}, RedisCounter(redis, "e", patience))
             return self._run(
                 proxy,
                 sdxl_payload(),

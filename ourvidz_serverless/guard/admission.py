@@ -15,7 +15,7 @@ from ourvidz_serverless.errors import (
     WorkerUnavailable,
 )
 from ourvidz_serverless.guard import access, content_floor
-from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.job import CheckedText, Job, Signs
 from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.settings import Settings
@@ -28,7 +28,7 @@ MOST_CHARACTERS = 200_000
 class Admission:
     """The door of one worker."""
 
-    def __init__(self, settings: Settings, limits: Limits) -> None:
+    def __init__(self, settings: Settings, limits: RateLimits) -> None:
         self._settings, self._limits = settings, limits
 
     def check_key(self, api_key: str | None, context: JobContext) -> None:

@@ -40,7 +40,7 @@ from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
-from ourvidz_serverless.net.transport import Answer, Transport
+from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.settings import Settings
 
 T = TypeVar("T")
@@ -300,35 +300,27 @@ def open_redis(config: Settings) -> Redis:
         return Plain(_secret(config.redis_url))
     url, token = config.upstash_redis_rest_url, config.upstash_redis_rest_token
     if url and token:
-        return Upstash(url, _secret(token))
+        return UpstashRedis(Upstash(url, _secret(token)))
     raise ModelLoadError("REDIS_URL: needed, or UPSTASH_REDIS_REST_URL and its token")
 
 
-class Upstash:
-    """Redis by HTTP (https://upstash.com/docs/redis/features/restapi)."""
+class UpstashRedis:
+    """Redis by Upstash's REST interface."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._url = f"{url.rstrip('/')}/pipeline"
-        self._transport = Transport({"Authorization": f"Bearer {token}"})
+    def __init__(self, client: Upstash) -> None:
+        self._client = client
 
     def call(self, *command: str) -> Any:
-        match self._ask(command).json():
+        match self._ask(command):
             case [{"result": reply}]:
                 return reply
             case [{"error": str(said)}]:
                 raise Refused(said)
         raise Fault(None)
 
-    def _ask(self, command: Sequence[str]) -> Answer:
+    def _ask(self, command: Sequence[str]) -> Any:
         try:
-            return self._transport.send(
-                "POST",
-                self._url,
-                data=json.dumps([command]).encode(),
-                headers={"Content-Type": "application/json"},
-                within_s=REDIS_S,
-                max_bytes=MAX_BYTES,
-            )
+            return self._client.pipeline(command, within_s=REDIS_S, max_bytes=MAX_BYTES)
         except Fault as exc:
             # Beyond a limit Upstash refuses the whole request, with the error's text in the body.
             if exc.status == 400 and (said := _error_in(exc.body)):

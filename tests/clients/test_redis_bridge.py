@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.retries import Fault, Retry
+from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.serving import redis_bridge
 from ourvidz_serverless.serving.redis_bridge import Bridge, NotAJob
 from ourvidz_serverless.settings import Settings
@@ -412,7 +413,7 @@ def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
     rest_server: RedisRestServer, said: str, passes: bool
 ) -> None:
     rest_server.script([json_answer({"error": said}, 400)])
-    upstash = redis_bridge.Upstash(rest_server.url, rest_server.token)
+    upstash = redis_bridge.UpstashRedis(Upstash(rest_server.url, rest_server.token))
 
     with pytest.raises(Fault, match="Redis says ERR") as refused:
         upstash.call("LLEN", QUEUE)

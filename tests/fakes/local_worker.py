@@ -11,7 +11,7 @@ from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.storage import DirectoryStorage, Storage
 from ourvidz_serverless.document import Document
-from ourvidz_serverless.guard.rate_limits import Limits
+from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.references.fetch import Policy
@@ -88,7 +88,7 @@ class LocalWorker:
     models: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     streamed: list[Any] = field(default_factory=list)
-    limits: Limits | None = None
+    limits: RateLimits | None = None
     policy: Policy | None = None
     credentials: Credentials | None = None
     clock: Callable[[], float] = time.monotonic

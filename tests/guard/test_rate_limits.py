@@ -13,8 +13,15 @@ from pydantic import SecretStr
 from ourvidz_serverless import settings
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ModelLoadError, RateLimited
-from ourvidz_serverless.guard.rate_limits import MOST_WINDOWS, Limits, Memory, Store, Upstash
+from ourvidz_serverless.guard.rate_limits import (
+    MAX_WINDOWS,
+    Counter,
+    MemoryCounter,
+    RateLimits,
+    RedisCounter,
+)
 from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.servers.handler import failure, start
@@ -41,20 +48,21 @@ def rest_server(redis: RedisServer) -> Iterator[RedisRestServer]:
         yield server
 
 
-def upstash(
+def redis_counter(
     rest_server: RedisRestServer, endpoint: str = "sdxl", token: str | None = None
-) -> Upstash:
-    return Upstash(rest_server.url, token or rest_server.token, endpoint, PATIENT)
+) -> RedisCounter:
+    client = Upstash(rest_server.url, token or rest_server.token)
+    return RedisCounter(client, endpoint, PATIENT)
 
 
 @pytest.fixture(params=["memory", "redis"])
-def store(request: pytest.FixtureRequest) -> Store:
-    return (
-        Memory() if request.param == "memory" else upstash(request.getfixturevalue("rest_server"))
-    )
+def counter(request: pytest.FixtureRequest) -> Counter:
+    if request.param == "memory":
+        return MemoryCounter()
+    return redis_counter(request.getfixturevalue("rest_server"))
 
 
-def outcomes(limits: Limits, users: str) -> str:
+def outcomes(limits: RateLimits, users: str) -> str:
     """A letter a job: `.` for one that is let through, `x` for one that is over a limit."""
 
     def outcome(user: str) -> str:
@@ -70,31 +78,31 @@ def outcomes(limits: Limits, users: str) -> str:
 # --- what is let through ---
 
 
-def test_a_user_is_let_through_up_to_the_limit(store: Store) -> None:
-    assert outcomes(Limits({"user": TWO}, store), "aaaa") == "..xx"
+def test_a_user_is_let_through_up_to_the_limit(counter: Counter) -> None:
+    assert outcomes(RateLimits({"user": TWO}, counter), "aaaa") == "..xx"
 
 
-def test_one_users_limit_is_not_anothers(store: Store) -> None:
-    assert outcomes(Limits({"user": TWO}, store), "aaabab") == "..x.x."
+def test_one_users_limit_is_not_anothers(counter: Counter) -> None:
+    assert outcomes(RateLimits({"user": TWO}, counter), "aaabab") == "..x.x."
 
 
-def test_an_endpoints_limit_is_everybodys(store: Store) -> None:
-    assert outcomes(Limits({"endpoint": TWO}, store), "abc") == "..x"
+def test_an_endpoints_limit_is_everybodys(counter: Counter) -> None:
+    assert outcomes(RateLimits({"endpoint": TWO}, counter), "abc") == "..x"
 
 
-def test_what_a_user_is_refused_does_not_use_up_everybodys_share(store: Store) -> None:
-    limits = Limits({"user": TWO, "endpoint": Rate(4, 60, "4/minute")}, store)
+def test_what_a_user_is_refused_does_not_use_up_everybodys_share(counter: Counter) -> None:
+    limits = RateLimits({"user": TWO, "endpoint": Rate(4, 60, "4/minute")}, counter)
 
     assert outcomes(limits, "aaaaaabbc") == "..xxxx..x"
 
 
 def test_without_rates_nothing_is_counted(rest_server: RedisRestServer) -> None:
-    assert outcomes(Limits({}, upstash(rest_server)), "aaaa") == "...."
+    assert outcomes(RateLimits({}, redis_counter(rest_server)), "aaaa") == "...."
     assert rest_server.pipelines == []
 
 
-def test_a_refusal_says_which_limit_and_when_to_come_again(store: Store) -> None:
-    limits = Limits({"user": Rate(1, 3600, "1/hour")}, store)
+def test_a_refusal_says_which_limit_and_when_to_come_again(counter: Counter) -> None:
+    limits = RateLimits({"user": Rate(1, 3600, "1/hour")}, counter)
     limits.check("a")
 
     with pytest.raises(RateLimited, match="over the limit of 1/hour for this user") as refused:
@@ -104,8 +112,8 @@ def test_a_refusal_says_which_limit_and_when_to_come_again(store: Store) -> None
     assert 3000 < refused.value.retry_after <= 3600
 
 
-def test_many_at_once_are_counted_one_by_one(store: Store) -> None:
-    limits = Limits({"user": Rate(20, 3600, "20/hour")}, store)
+def test_many_at_once_are_counted_one_by_one(counter: Counter) -> None:
+    limits = RateLimits({"user": Rate(20, 3600, "20/hour")}, counter)
 
     with ThreadPoolExecutor(8) as threads:
         assert sorted(threads.map(lambda _: outcomes(limits, "a"), range(40))) == sorted(
@@ -118,7 +126,7 @@ def test_many_at_once_are_counted_one_by_one(store: Store) -> None:
 
 def test_a_window_in_memory_closes_after_its_length_however_many_came() -> None:
     now = [0.0]
-    limits = Limits({"user": TWO}, Memory(clock=lambda: now[0]))
+    limits = RateLimits({"user": TWO}, MemoryCounter(clock=lambda: now[0]))
     assert outcomes(limits, "aaa") == "..x"
 
     now[0] = 59.9
@@ -130,7 +138,7 @@ def test_a_window_in_memory_closes_after_its_length_however_many_came() -> None:
 def test_a_window_in_redis_is_set_once_and_closed_by_redis(
     rest_server: RedisRestServer, redis: RedisServer
 ) -> None:
-    limits = Limits({"user": TWO}, upstash(rest_server))
+    limits = RateLimits({"user": TWO}, redis_counter(rest_server))
     limits.check("a")
     redis.call("PEXPIRE", "ourvidz:sdxl:user:a:60", 50_000)
 
@@ -146,31 +154,31 @@ def test_a_count_that_lost_its_end_gets_one_again(
 ) -> None:
     redis.call("SET", "ourvidz:sdxl:user:a:60", 7)
 
-    assert outcomes(Limits({"user": TWO}, upstash(rest_server)), "a") == "x"
+    assert outcomes(RateLimits({"user": TWO}, redis_counter(rest_server)), "a") == "x"
     assert redis.call("TTL", "ourvidz:sdxl:user:a:60") > 0
 
 
 def test_the_memory_stays_small_however_many_users_come() -> None:
-    store = Memory()
+    counter = MemoryCounter()
 
-    for i in range(3 * MOST_WINDOWS):
-        store.count(f"user-{i}", 60)
+    for i in range(3 * MAX_WINDOWS):
+        counter.count(f"user-{i}", 60)
 
-    assert len(store._windows) <= MOST_WINDOWS
+    assert counter.num_windows <= MAX_WINDOWS
 
 
 # --- shared ---
 
 
 def test_two_workers_of_an_endpoint_count_together(rest_server: RedisRestServer) -> None:
-    one, other = (Limits({"user": TWO}, upstash(rest_server)) for _ in range(2))
+    one, other = (RateLimits({"user": TWO}, redis_counter(rest_server)) for _ in range(2))
 
     assert outcomes(one, "a") + outcomes(other, "aa") == "..x"
 
 
 def test_two_endpoints_of_one_redis_count_apart(rest_server: RedisRestServer) -> None:
-    one = Limits({"endpoint": TWO}, upstash(rest_server, "sdxl"))
-    other = Limits({"endpoint": TWO}, upstash(rest_server, "chat"))
+    one = RateLimits({"endpoint": TWO}, redis_counter(rest_server, "sdxl"))
+    other = RateLimits({"endpoint": TWO}, redis_counter(rest_server, "chat"))
 
     assert outcomes(one, "aaa") + outcomes(other, "aa") == "..x.."
 
@@ -182,9 +190,9 @@ def test_the_environment_names_the_store(rest_server: RedisRestServer) -> None:
         upstash_redis_rest_token=SecretStr(rest_server.token),
     )
 
-    assert outcomes(Limits.of(shared, "sdxl"), "abc") == "..x"
+    assert outcomes(RateLimits.of(shared, "sdxl"), "abc") == "..x"
     assert len(rest_server.pipelines) == 3
-    assert outcomes(Limits.of(LIMITED), "aaa") == "..x"
+    assert outcomes(RateLimits.of(LIMITED), "aaa") == "..x"
     assert len(rest_server.pipelines) == 3
 
 
@@ -285,7 +293,7 @@ def test_a_job_that_cannot_be_counted_is_done_unless_told_otherwise(
 ) -> None:
     caplog.set_level(logging.INFO, "ourvidz.audit")
     chosen = Settings(rate_limit_user="2/minute", rate_limit_fail_open=fail_open)
-    limits = Limits({"user": TWO}, upstash(rest_server, token="wrong"))
+    limits = RateLimits({"user": TWO}, redis_counter(rest_server, token="wrong"))
 
     document = local(settings=chosen, limits=limits).run()
 
