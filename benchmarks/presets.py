@@ -3,8 +3,7 @@
 Counts and likeness, on the pocket models: forwards of the denoising network against those of
 `exact`, and PSNR against its very output, the mean over some seeds and the worst. Neither has any
 noise, so one run is enough; how long a job takes is not asked here. `--grid` tries SDXL's levers
-one by one and together, which is how the presets' values were chosen. fp8 has a table of its own:
-by itself, on all the steps of `exact`, and in `fast`.
+one by one and together, which is how the presets' values were chosen.
 """
 
 from __future__ import annotations
@@ -35,14 +34,13 @@ Render = Callable[..., np.ndarray]
 TITLES = (
     "What a preset leaves out, and how near the result is, pocket models",
     "The same latents decoded otherwise, pocket SDXL",
-    "How near the result is in fp8, pocket models",
 )
 GRID_TITLE = "SDXL's levers, one by one and together, pocket model"
 COUNTS = ("forwards", "shallow_forwards", "plain_forwards")
 FIGURES = ("whole forwards", "shallow", "of", "PSNR against exact, dB", "the worst seed's")
 HEADERS = ("family", "preset", *FIGURES)
 DECODER_HEADERS = ("decoder", "against", *FIGURES[-2:])
-GRID_HEADERS = ("deep blocks at every", "first steps whole", "guided steps", *FIGURES)
+GRID_HEADERS = ("deep blocks at every", "first steps whole", *FIGURES)
 STEPS = 25
 
 GRID = (
@@ -53,10 +51,6 @@ GRID = (
     Levers(deep_every=3, settled=0.08),
     Levers(deep_every=3, settled=0.2),
     Levers(deep_every=4, settled=0.2),
-    Levers(deep_every=4, settled=0.2, guided=0.9),
-    Levers(guided=0.9),
-    Levers(guided=0.6),
-    Levers(deep_every=3, guided=0.6),
 )
 
 
@@ -66,19 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", action="store_true", help="try SDXL's levers instead")
     options = parser.parse_args(argv)
     seeds = range(1, 1 + (1 if options.tiny else options.seeds))
-    tables = [grid(seeds)] if options.grid else [presets(seeds), decodings(seeds), in_fp8(seeds)]
+    tables = [grid(seeds)] if options.grid else [presets(seeds), decodings(seeds)]
     report.finish("presets", tables, options.json)
-
-
-def in_fp8(seeds: range) -> report.Table:
-    """What `FP8` changes: by itself, and in the preset that it acts in."""
-    rows = []
-    with preset("fp8 alone", Levers(fp8=True)):
-        for family, render in (("SDXL", pictures(fp8=True)), ("WAN", videos(fp8=True))):
-            exact = [render(seed) for seed in seeds]
-            for name in ("fp8 alone", "fast"):
-                rows.append([family, name, *figures(render, seeds, name, exact)])
-    return report.table(TITLES[2], HEADERS, rows)
 
 
 @contextmanager
@@ -128,7 +111,7 @@ def grid(seeds: range) -> report.Table:
     for levers in GRID:
         with preset("tried", levers):
             found = figures(render, seeds, "tried", exact)
-        pulled = [levers.deep_every, levers.settled_steps(STEPS), levers.guided_steps(STEPS)]
+        pulled = [levers.deep_every, levers.settled_steps(STEPS)]
         rows.append([*pulled, *found])
     note = f"256x256, {STEPS} steps, the mean of {len(seeds)} seeds."
     return report.table(GRID_TITLE, GRID_HEADERS, rows, note)

@@ -24,11 +24,9 @@ from diffusers import StableDiffusionXLPipeline
 from benchmarks import architectures, report
 from benchmarks.arms import PROMPT, plain_pipeline
 from benchmarks.turns import take_turns
-from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
-from ourvidz_serverless.models.speed import fp8
 from ourvidz_serverless.settings import Settings
 
 POCKET, FULL, LEVERS = TITLES = (
@@ -103,7 +101,7 @@ def measure(model: sdxl.Sdxl, pipe: Any, shape: Shape, rounds: int) -> list[obje
     return [str(shape), pace, turns.told, turns.control, difference, said(ours), said(theirs)]
 
 
-def generate(model: sdxl.Sdxl, shape: Shape, speed: str = "exact") -> Any:
+def generate(model: sdxl.Sdxl, shape: Shape) -> Any:
     """The worker's pictures, uint8 (count, side, side, 3)."""
     pictures = model.generate(
         prompt=plain(PROMPT),
@@ -113,7 +111,6 @@ def generate(model: sdxl.Sdxl, shape: Shape, speed: str = "exact") -> Any:
         height=shape.side,
         num_inference_steps=shape.steps,
         guidance_scale=6.0,
-        speed=speed,
     )
     return np.stack(list(pictures))
 
@@ -210,22 +207,17 @@ LEVER_HEADERS = (
     "control",
     "greatest difference",
 )
-ARMS = ("a prompt's keys and values once", "channels-last", "fp8, of fast jobs")
+ARMS = ("a prompt's keys and values once", "channels-last")
 
 
 def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[object]]:
     usual = sdxl.load(settings)
     lean = like(usual, Plans(Plan(settings.sdxl_max_batch, lean=True)))
     last = sdxl.load(settings.model_copy(update={"memory_format": "channels_last"}))
-    rows = [lever_row(ARMS[0], usual, lean, shape, rounds)]
-    rows.append(lever_row(ARMS[1], last, usual, shape, rounds))
-    try:
-        fp8.is_wanted(settings.model_copy(update={"fp8": True}), usual.device)
-    except ModelLoadError:
-        return [*rows, report.unmeasured(ARMS[2], LEVER_HEADERS)]
-    eight = like(usual)
-    eight.has_fp8 = True
-    return [*rows, lever_row(ARMS[2], eight, usual, shape, rounds, "fast")]
+    return [
+        lever_row(ARMS[0], usual, lean, shape, rounds),
+        lever_row(ARMS[1], last, usual, shape, rounds),
+    ]
 
 
 def like(model: sdxl.Sdxl, plans: Plans[Plan] | None = None) -> sdxl.Sdxl:
@@ -239,9 +231,8 @@ def lever_row(
     without: sdxl.Sdxl,
     shape: Shape,
     rounds: int,
-    speed: str = "exact",
 ) -> list[object]:
-    arms = [partial(generate, each, shape, speed) for each in (model, without)]
+    arms = [partial(generate, each, shape) for each in (model, without)]
     made, expected = (arm() for arm in arms)
     difference = int(np.abs(made.astype(int) - expected).max())
     turns = take_turns(*arms, rounds)

@@ -132,7 +132,6 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention_backend: Literal["native", "cudnn", "flash", "efficient", "math"] = "native"
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    fp8: bool = False
     compile: Literal["off", "regional"] = "off"
     compile_cache_dir: Path | None = None
     concurrency: int | None = Field(None, ge=1, le=256)

@@ -32,7 +32,7 @@ Planned = Callable[[Mapping[str, Any]], None]
 class Plan:
     """SDXL's: the most pictures in one forward; whether the VAE decodes in strips; whether only the
     part of the model that computes is on the device, while the others wait in the host's memory.
-    In a `lean` way nothing is kept or copied to be faster: no prompt's keys, no fp8.
+    In a `lean` way nothing is kept to be faster: no prompt's keys.
     """
 
     max_batch: int
@@ -61,11 +61,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class VideoPlan:
-    """WAN's: whether the text encoder comes to the device block by block, and whether the network
-    makes do without fp8 and its copies of the weights.
+    """WAN's: whether the text encoder comes to the device block by block.
 
     There is no smaller one: WAN's networks come one at a time anyway, its VAE decodes frame by
-    frame, and a row is a forward.
+    frame, and a row is a forward. `lean` is always true, since WAN keeps nothing to be faster; the
+    document has the field.
     """
 
     offload: bool = False
@@ -76,7 +76,7 @@ class VideoPlan:
         return "a video of this size and length does not fit the device's memory"
 
     def smaller(self, stage: Stage, pictures: int = 1) -> VideoPlan | None:
-        return None if self.lean or stage != "denoise" else replace(self, lean=True)
+        return None
 
 
 AnyPlan = TypeVar("AnyPlan", Plan, VideoPlan)

@@ -42,7 +42,7 @@ from ourvidz_serverless.models.sdxl.networks import check_networks
 from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncoder, level
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 from ourvidz_serverless.models.sdxl.vae import Decoder, TinyVae, Vae
-from ourvidz_serverless.models.speed import attention, fp8
+from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.embedding_cache import Kept
 from ourvidz_serverless.models.speed.presets import EXACT, SDXL, Levers, Sped, Tally
 from ourvidz_serverless.models.speed.regional_compile import Regions, check_cache_dir, regions
@@ -77,7 +77,6 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Sdxl:
     """
     ledger = ledger or open_ledger(settings)
     device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
-    has_fp8 = fp8.is_wanted(settings, device)
     pipe, adapter, tiny = _open(settings, device)
     attention.choose(pipe.unet, settings.attention_backend, device)
     stages = STAGES if settings.low_vram else ()
@@ -90,14 +89,12 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Sdxl:
     loras = LoraShelf.of(settings)
     sdxl = Sdxl(pipe, device, settings.sdxl_max_batch, adapter, loras, home, plans, tiny)
     sdxl.regions = regions(pipe.unet, home, device, settings)
-    sdxl.has_fp8 = has_fp8
     return sdxl
 
 
 def check(settings: Settings, ledger: Ledger) -> None:
     """Raise ModelLoadError if the device does not support SDXL's settings."""
     device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
-    fp8.is_wanted(settings, device)
     attention.check(settings.attention_backend, device)
     check_cache_dir(settings)
 
@@ -233,11 +230,6 @@ class Conditioning:
     def is_guided(self) -> bool:
         return self.rows == 2
 
-    def plain(self) -> Conditioning:
-        """The same without its negative row."""
-        shown = None if self.shown is None else self.shown[-1:]
-        return replace(self, hidden=self.hidden[-1:], pooled=self.pooled[-1:], shown=shown)
-
     def for_batch(self, size: int) -> dict[str, Any]:
         """The UNet's keyword arguments for `size` pictures at once."""
         hidden = self.hidden.repeat_interleave(size, dim=0)
@@ -276,12 +268,10 @@ class Schedule:
 class Sdxl:
     """One SDXL checkpoint on one device. One job at a time: the worker's lane sees to that.
 
-    `regions` are its UNet's compiled blocks, or None where nothing is compiled; `has_fp8` is
-    whether `fast` jobs may multiply in fp8.
+    `regions` are its UNet's compiled blocks, or None where nothing is compiled.
     """
 
     regions: Regions | None = None
-    has_fp8: bool = False
 
     def __init__(
         self,
@@ -336,15 +326,13 @@ class Sdxl:
         the weights are waited for, raises. `planned` hears of every way but the
         usual one.
         """
-        # A LoRA's layers are other ones.
-        levers = SDXL[speed].within(fp8=self.has_fp8 and not loras)
+        levers = SDXL[speed]
         decoder = self._decoder(levers)
         size = f"{width}x{height}{'' if guidance_scale > 1 else ' unguided'}"
         size += f" {decoder.lever}" if decoder.lever else ""
-        size += " fp8" if levers.fp8 else ""
         job = f"{size} x{len(seeds)}"
-        is_plain = not loras and not levers.fp8
-        compiled = self.regions.job(is_plain) if self.regions else nullcontext()
+        # A LoRA's layers are other ones.
+        compiled = self.regions.job(is_plain=not loras) if self.regions else nullcontext()
         with self.home.using(check, job) as use, applied(self._pipe, loras), compiled:
             others = self.device.allocated_bytes() - self._parts.held_bytes
             way = Way(self._plans, size, self.device, planned)
@@ -472,24 +460,17 @@ class Sdxl:
             start = schedule.start.to(noise.dtype).expand_as(noise)
             latents = scheduler.add_noise(start, noise, timesteps[:1].expand(len(seeds)))
 
-        # The first steps with guidance, where the job has any, and the rest.
-        ways = [(each, each.for_batch(len(seeds))) for each in (conditioning, conditioning.plain())]
-        levers = schedule.levers
-        guided_steps = levers.guided_steps(len(timesteps))
+        inputs, levers = conditioning.for_batch(len(seeds)), schedule.levers
         # The step adds no noise of its own, as in diffusers' pipelines; TCD's does by default.
         extra = _accepted(scheduler.step, generator=generators, eta=0.0)
         settled = levers.settled_steps(len(timesteps))
         cache, count = DeepCache(self._unet, levers.deep_every, settled), Tally()
-        is_fp8 = levers.fp8 and not is_lean
         remembering = nullcontext() if is_lean else attention.prompts_remembered(self._unet)
-        multiplying = fp8.multiplying(self._unet) if is_fp8 else nullcontext()
-        with remembering, multiplying, cache.engaged():
+        with remembering, cache.engaged():
             for index, timestep in enumerate(timesteps):
-                now, inputs = ways[index >= guided_steps]
-                cache.turn(index, now.rows)
-                predicted = self._predict(latents, timestep, scheduler, now, inputs)
-                left_out = conditioning.rows - now.rows
-                count.count(now.rows, cache.is_whole, left_out, is_fp8)
+                cache.turn(index)
+                predicted = self._predict(latents, timestep, scheduler, conditioning, inputs)
+                count.count(conditioning.rows, cache.is_whole)
                 latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[
                     0
                 ]

@@ -128,11 +128,6 @@ def choose(network: Any, name: str, device: Device) -> None:
             module.processor._attention_backend = backend
 
 
-def chosen(network: Any) -> int:
-    """How many attentions of a network heed `choose`."""
-    return sum(hasattr(each.processor, "_attention_backend") for each in _with_processor(network))
-
-
 def _with_processor(network: Any) -> Iterator[Any]:
     return (each for each in network.modules() if getattr(each, "processor", None) is not None)
 

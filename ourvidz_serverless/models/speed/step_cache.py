@@ -32,7 +32,7 @@ class DeepCache:
         self._every, self._first = every if len(unet.up_blocks) > 1 else 1, first
         self._down, self._middle = list(unet.down_blocks[1:]), unet.mid_block
         self._up = list(unet.up_blocks[:-1])
-        self._rows, self._kept = 0, torch.empty(0)
+        self._kept = torch.empty(0)
         self.is_whole = True
 
     @contextmanager
@@ -48,11 +48,10 @@ class DeepCache:
         with standing_in(stands):
             yield
 
-    def turn(self, index: int, rows: int) -> None:
-        """Decide for the next forward, of so many rows, whether it is a whole one."""
+    def turn(self, index: int) -> None:
+        """Decide for the next forward whether it is a whole one."""
         later = index - self._first
-        self.is_whole = later < 0 or later % self._every == 0 or rows != self._rows
-        self._rows = rows
+        self.is_whole = later < 0 or later % self._every == 0
 
     def _go_down(self, block: Any, forward: Stand, *args: Any, **options: Any) -> Any:
         if self.is_whole:

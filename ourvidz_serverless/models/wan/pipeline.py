@@ -28,7 +28,7 @@ from ourvidz_serverless.models.schedulers import (
     own_flow_shift,
     own_solver,
 )
-from ourvidz_serverless.models.speed import attention, fp8
+from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.presets import EXACT, WAN, Levers, Sped, Tally
 from ourvidz_serverless.models.speed.regional_compile import check_cache_dir
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
@@ -53,15 +53,12 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
     """
     ledger = ledger or open_ledger(settings)
     device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
-    has_fp8 = fp8.is_wanted(settings, device)
     shelf = Shelf(settings, device, ledger)
     text, vae = shelf.text_encoder(), shelf.vae()
     networks = shelf.networks(vae)
     sampling = Sampling.of(settings, shelf.scheduler_config)
     wan = Wan(text=text, vae=vae, networks=networks, sampling=sampling, device=device)
-    usual = VideoPlan(offload=settings.low_vram, lean=not has_fp8)
-    wan.plans = Plans(usual, told=settings.low_vram)
-    wan.has_fp8 = has_fp8
+    wan.plans = Plans(VideoPlan(offload=settings.low_vram), told=settings.low_vram)
     wan.enhancement_prompt = read_prompt(settings)
     wan.enhancer = read_enhancer(settings, device, ledger)
     homes = (*(network.home for network in networks.values()), vae.home, text.home)
@@ -72,7 +69,6 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
 def check(settings: Settings, ledger: Ledger) -> None:
     """Raise ModelLoadError if the device does not support WAN's settings."""
     device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
-    fp8.is_wanted(settings, device)
     attention.check(settings.attention_backend, device)
     check_cache_dir(settings)
     read_prompt(settings)
@@ -146,10 +142,9 @@ class Wan:
     """WAN 2.1 on one device. One job at a time: the worker's lane sees to that.
 
     `enhancer` is a chat model, or None where this worker has none; `enhancement_prompt` the system
-    prompt for jobs that bring none. `has_fp8` is whether `fast` jobs may multiply in fp8.
+    prompt for jobs that bring none.
     """
 
-    has_fp8: bool = False
     enhancer: qwen.Chat | None = None
     enhancement_prompt: str = ""
 
@@ -254,19 +249,16 @@ class Wan:
                 seed,
                 self._vae.latent_shape(num_frames, height, width),
                 # A few-step checkpoint has no steps that are alike.
-                EXACT if self.sampling.is_distilled else WAN[speed].within(fp8=self.has_fp8),
+                EXACT if self.sampling.is_distilled else WAN[speed],
             )
-            is_fp8 = schedule.levers.fp8
             tally = Tally()
             network = self._networks[route]
             condition = self._condition(network, given, num_frames, (width, height), check, way)
-            compiled = network.regions.job(not is_fp8) if network.regions else nullcontext()
-            with self._using(network.home, check, f"{size}{' fp8' if is_fp8 else ''}"), compiled:
+            compiled = network.regions.job() if network.regions else nullcontext()
+            with self._using(network.home, check, size), compiled:
                 condition = self._look(network, given, num_frames, condition, way)
                 job = (network.transformer, condition, guidance, schedule, step, tally)
-                latents = way.fits(
-                    network.home, "denoise", lambda plan: self._denoise(*job, plan.lean)
-                )
+                latents = way.fits(network.home, "denoise", lambda plan: self._denoise(*job))
             if speed != "exact":
                 sped(tally.report(speed))
             with self._using(self._vae.home, check, size):
@@ -351,7 +343,6 @@ class Wan:
         schedule: Schedule,
         step: Step,
         tally: Tally,
-        is_lean: bool,
     ) -> torch.Tensor:
         """Latents (1, channels, frames, h, w) in fp32, made from the seed."""
         scheduler = self.sampling.scheduler(schedule, self.device)
@@ -362,15 +353,14 @@ class Wan:
         # Only a distilled checkpoint's steps draw noise.
         extra = {"generator": generator} if self.sampling.distilled_timesteps else {}
         cache, count = FirstBlockCache(transformer, schedule.levers.threshold), Tally()
-        is_fp8 = schedule.levers.fp8 and not is_lean
 
         def forward(branch: str, prompt: torch.Tensor) -> torch.Tensor:
             cache.turn(branch)
             predicted = _forward(transformer, latents, timestep, condition, prompt)
-            count.count(1, cache.is_whole, is_fp8=is_fp8)
+            count.count(1, cache.is_whole)
             return predicted
 
-        with fp8.multiplying(transformer) if is_fp8 else nullcontext(), cache.engaged():
+        with cache.engaged():
             for index, timestep in enumerate(scheduler.timesteps):
                 predicted = _predict(forward, guidance)
                 latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[

@@ -75,10 +75,15 @@ def counting(*modules: Any) -> Iterator[Counter[Any]]:
 def test_every_attention_of_every_network_heeds_the_choice(sdxl: Any, wan: wan_models.Wan) -> None:
     attentions = sum(isinstance(each, Attention) for each in sdxl._unet.modules())
 
-    assert attention.chosen(sdxl._unet) == attentions > 0
+    assert chosen(sdxl._unet) == attentions > 0
     for network in wan._networks.values():
         blocks = [*network.transformer.blocks, *getattr(network.transformer, "vace_blocks", ())]
-        assert attention.chosen(network.transformer) == 2 * len(blocks)
+        assert chosen(network.transformer) == 2 * len(blocks)
+
+
+def chosen(network: Any) -> int:
+    processors = [getattr(each, "processor", None) for each in network.modules()]
+    return sum(hasattr(each, "_attention_backend") for each in processors)
 
 
 @pytest.fixture
@@ -174,7 +179,6 @@ def test_a_prompt_that_is_remembered_gives_the_bits_of_one_that_is_read_at_every
 ) -> None:
     unet, call = sdxl._unet, unet_call(sdxl._unet)
     prompts = [call["encoder_hidden_states"], torch.randn(1, 77, unet.config.cross_attention_dim)]
-    # The second one as where guidance ends early: the job's prompt is another tensor from then on.
     steps = [(900, prompts[0]), (600, prompts[0]), (300, prompts[1]), (0, prompts[1])]
 
     def forwards() -> list[torch.Tensor]:
@@ -201,17 +205,6 @@ def test_a_job_reads_its_prompt_once_for_each_batch(
         list(model.generate(prompt=plain("a"), negative_prompt=None, seeds=seeds, **SMALL))
 
     assert {calls[each] for each in readers(sdxl._unet)} == {batches}
-
-
-def test_a_job_whose_guidance_ends_early_reads_it_once_more(
-    sdxl: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(presets.SDXL, "fast", presets.Levers(deep_every=3, guided=0.6))
-
-    with counting(*readers(sdxl._unet)) as calls:
-        paint(sdxl, speed="fast")
-
-    assert {calls[each] for each in readers(sdxl._unet)} == {2}
 
 
 def test_a_job_on_a_small_card_remembers_nothing(sdxl: Any) -> None:
@@ -430,12 +423,10 @@ def test_a_preset_leaves_out_deep_blocks_of_the_unet_and_says_how_many_times(
 
     (report,) = told
     assert calls[unet.conv_in] == SMALL["num_inference_steps"]
-    levers = presets.SDXL[preset]
     assert calls[unet.mid_block.resnets[0]] < SMALL["num_inference_steps"]
     assert report["preset"] == preset
     assert report["plain_forwards"] == 2 * SMALL["num_inference_steps"]
     assert report["forwards"] + report["shallow_forwards"] <= report["plain_forwards"]
-    assert ("guidance_cutoff" in report["levers"]) == (levers.guided < 1)
     assert "step_cache" in report["levers"]
     assert distance(quick, exact) > 0
 
@@ -458,24 +449,6 @@ def test_what_is_reported_is_what_was_computed(sdxl: Any) -> None:
             "plain_forwards": 20,
         }
     ]
-
-
-def test_guidance_that_ends_early_halves_the_rows_from_then_on(
-    sdxl: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(presets.SDXL, "fast", presets.Levers(deep_every=3, guided=0.6))
-    told: list[Any] = []
-    rows: list[int] = []
-    hook = sdxl._unet.conv_in.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-
-    try:
-        paint(sdxl, speed="fast", sped=told.append)
-    finally:
-        hook.remove()
-
-    guided = presets.SDXL["fast"].guided_steps(SMALL["num_inference_steps"])
-    assert rows == [2] * guided + [1] * (SMALL["num_inference_steps"] - guided)
-    assert told[0]["plain_forwards"] - sum(rows) == rows.count(1)
 
 
 @pytest.mark.parametrize(("steps", "whole"), [(10, 2), (15, 3), (25, 5)])
