@@ -46,7 +46,7 @@ OPTIONS = (
 NEVER = 'sys_platform == "never"'
 OVERRIDES = (
     # runpod asks for `fastapi[all]`: a command line that talks to a cloud and to Sentry, mail
-    # addresses, forms, templates. The HTTP face needs none of them.
+    # addresses, forms, templates. The HTTP service needs none of them.
     "fastapi",
     # runpod's command line, which manages pods from a terminal.
     f"inquirerpy ; {NEVER}",

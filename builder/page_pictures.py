@@ -75,9 +75,9 @@ def take(page: Page, name: str, act: Callable[[Page], None]) -> None:
 def served() -> Iterator[str]:
     """A worker for pictures and chat on its pocket models; its page's URL."""
     with tempfile.TemporaryDirectory() as folder:
-        env = {"FAMILIES": "sdxl,chat", "HOST": "127.0.0.1", "PORT": "0"}
+        env = {"SERVE": "http", "FAMILIES": "sdxl,chat", "HOST": "127.0.0.1", "PORT": "0"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "ourvidz_serverless.serving.http.app"],
+            [sys.executable, "handler.py"],
             env={**os.environ, **env, "STORAGE_URL": f"file:{folder}"},
             cwd=ROOT,
             stderr=subprocess.PIPE,

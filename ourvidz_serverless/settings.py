@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     poison_dir: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
-    # The HTTP face.
+    # The HTTP service.
     serve: Literal["queue", "http"] = "queue"
     host: str = "0.0.0.0"
     port: int = Field(8000, ge=0, le=65535)

@@ -9,12 +9,12 @@ import pytest
 import requests
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.serving.http.app import serve
+from ourvidz_serverless.serving.http.server import serve
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
-from tests.servers.handler import POCKET, run_handler
+from tests.servers.handler import HANDLER, POCKET, run_handler
 from tests.servers.worker_process import WorkerProcess
 
 #: Whoever looks for these weights tells of SDXL_MODEL, or of WAN_MODEL.
@@ -98,11 +98,9 @@ def test_the_process_ends_with_the_line_and_no_traceback(env: dict[str, str], li
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_a_host_of_two_colons_listens_at_ipv6_and_ipv4(tmp_path: Path) -> None:
-    env = {"HOST": "::", "PORT": "0", "STORAGE_URL": f"file:{tmp_path}", **POCKET}
+    env = {"SERVE": "http", "HOST": "::", "PORT": "0", "STORAGE_URL": f"file:{tmp_path}", **POCKET}
 
-    with WorkerProcess(
-        None, "-m", args=["ourvidz_serverless.serving.http.app"], env=env, cwd=ROOT
-    ) as worker:
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as worker:
         port = re.search(r"HTTP on port (\d+)", worker.wait_for_log("HTTP on port"))
         assert port
 

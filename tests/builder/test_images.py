@@ -239,7 +239,7 @@ def test_what_is_pushed_is_attested_with_its_provenance_and_its_bill_of_material
 
 KEYS = {each["key"]: each["input"] for each in HUB["config"]["env"]}
 
-#: What a deployer need not see: the image's own, the HTTP face's, or for those who run several
+#: What a deployer need not see: the image's own, the HTTP service's, or for those who run several
 #: families on one card.
 NOT_ON_THE_HUB = {
     *("CALLBACK_HOSTS", "CALLBACK_PROCESSING", "CONCURRENCY", "DEVICE", "DTYPE", "MMAP_WEIGHTS"),

@@ -29,8 +29,8 @@ const ACTIONS = {
     });
     return client.verifyCallback(request, given.secret, given.options);
   },
-  face: () => new client.Face(given.face)[given.method](given.call),
-  faceStream: () => all(new client.Face(given.face).stream(given.call)),
+  reply: () => new client.Face(given.service)[given.method](given.call),
+  streamReply: () => all(new client.Face(given.service).stream(given.call)),
 };
 
 function jobs() {

@@ -579,7 +579,7 @@ def test_where_old_senders_are_taken_what_is_there_must_hold(sign: Sign) -> None
 # --- the HTTP service ---
 
 
-def face_of(tmp_path: Path, model: Any) -> ServedHttp:
+def chat_service(tmp_path: Path, model: Any) -> ServedHttp:
     settings = Settings(families=("chat",), worker_api_key="worker-key")
     return ServedHttp(
         settings, LocalWorker(tmp_path, settings=settings, models={"chat": model}).worker
@@ -598,23 +598,25 @@ CALL = {"messages": [{"role": "user", "content": "What is rain?"}]}
     [("chat", "response"), ("chatUnrestricted", "response"), ("enhance", "enhanced_prompt")],
 )
 def test_a_reply_over_http(tmp_path: Path, runtime: str, method: str, field: str) -> None:
-    with face_of(tmp_path, FakeChat("Water ", "that falls.")) as service:
-        said = call(runtime, "face", face=at(service), method=method, call=CALL)
+    with chat_service(tmp_path, FakeChat("Water ", "that falls.")) as service:
+        said = call(runtime, "reply", service=at(service), method=method, call=CALL)
 
     assert said["value"][field] == "Water that falls."
 
 
 def test_a_streamed_reply_over_http(tmp_path: Path, runtime: str) -> None:
-    with face_of(tmp_path, FakeChat("Wätér ", "that falls.")) as service:
-        said = call(runtime, "faceStream", face=at(service), call=CALL)
+    with chat_service(tmp_path, FakeChat("Wätér ", "that falls.")) as service:
+        said = call(runtime, "streamReply", service=at(service), call=CALL)
 
     assert "".join(said["value"]["pieces"]) == "Wätér that falls."
     assert said["value"]["result"]["response"] == "Wätér that falls."
 
 
 def test_a_refusal_over_http_is_its_text(tmp_path: Path, runtime: str) -> None:
-    with face_of(tmp_path, FakeChat()) as service:
-        error = call(runtime, "face", face=at(service, "wrong"), method="chat", call=CALL)["error"]
+    with chat_service(tmp_path, FakeChat()) as service:
+        error = call(runtime, "reply", service=at(service, "wrong"), method="chat", call=CALL)[
+            "error"
+        ]
 
     assert (error["name"], error["status"]) == ("RequestFailed", 401)
     assert error["message"].startswith("api_key: ")
@@ -630,7 +632,7 @@ class Cutting(LocalServer):
 
 @pytest.mark.parametrize(
     ("action", "message"),
-    [("face", "no whole answer"), ("faceStream", "the stream broke off")],
+    [("reply", "no whole answer"), ("streamReply", "the stream broke off")],
 )
 def test_a_reply_over_http_that_breaks_off_is_a_request_that_failed(
     runtime: str, action: str, message: str
@@ -700,7 +702,7 @@ def test_an_edge_function_queues_a_job(platform: Platform) -> None:
 
 
 def test_an_edge_function_answers_a_chat_and_streams_one(tmp_path: Path) -> None:
-    with face_of(tmp_path, FakeChat("Water ", "that falls.")) as service:
+    with chat_service(tmp_path, FakeChat("Water ", "that falls.")) as service:
         env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
         with edge_function("chat", **env) as function:
             reply = requests.post(url_of(function), json=CALL, timeout=PATIENCE_S).json()
@@ -714,7 +716,7 @@ def test_an_edge_function_answers_a_chat_and_streams_one(tmp_path: Path) -> None
 
 def test_who_leaves_a_streaming_edge_function_stops_the_model(tmp_path: Path) -> None:
     endless = EndlessChat()
-    with face_of(tmp_path, endless) as service:
+    with chat_service(tmp_path, endless) as service:
         env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
         with edge_function("chat", **env) as function:
             call_on = {**CALL, "stream": True}

@@ -6,7 +6,8 @@ from typing import Any, Self
 
 import requests
 
-from ourvidz_serverless.serving.http.app import Face, make_server
+from ourvidz_serverless.serving.http.server import make_server
+from ourvidz_serverless.serving.http.service import HttpService
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 from tests.patience import PATIENCE_S
@@ -16,7 +17,7 @@ class ServedHttp:
     """A service behind uvicorn on a free port, for use in a `with` statement."""
 
     def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
-        self.service = Face(settings)
+        self.service = HttpService(settings)
         if worker:
             self.service.open(worker)
         self._server = make_server(self.service)

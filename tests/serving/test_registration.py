@@ -16,6 +16,7 @@ from ourvidz_serverless.serving.registration import Registration
 from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
+from tests.servers.handler import HANDLER
 from tests.servers.local_server import Answer, LocalServer, Request, free_port, json_answer
 from tests.servers.worker_process import WorkerProcess
 
@@ -163,6 +164,7 @@ def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     env = {
+        "SERVE": "http",
         "REGISTER_WORKER": "1",
         "SUPABASE_URL": application.url,
         "SUPABASE_SERVICE_KEY": "key",
@@ -171,8 +173,7 @@ def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
         "PORT": str(port),
         "HOST": "127.0.0.1",
     }
-    args = ["ourvidz_serverless.serving.http.app"]
-    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as process:
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as process:
         application.wait_until(lambda: application.told)
         process.terminate()
         assert process.wait() == 0

@@ -1,4 +1,4 @@
-"""One client's connection to the HTTP face, within limits of time and number."""
+"""One client's connection to the HTTP service, within limits of time and number."""
 
 from __future__ import annotations
 

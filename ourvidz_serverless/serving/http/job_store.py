@@ -1,9 +1,9 @@
-"""The jobs of one HTTP face: run in threads, watched while they run, remembered for a while.
+"""The jobs of the HTTP service: their threads, their backlog, their state and their documents.
 
-RunPod keeps a queue and every job's status for us; behind plain HTTP nobody does. So there are as
-many threads as the worker does jobs at once, a bounded row of jobs that wait for one, and the
-last jobs' documents, in memory: whoever needs them for longer has the callback. Jobs that take
-turns on the device have threads and a row of their own, so that no other job waits behind them.
+RunPod's queue keeps jobs and their status outside the worker. Behind plain HTTP the worker does it
+itself: it has as many threads as it runs jobs at once, a bounded backlog, and the documents of the
+last jobs, in memory. Callers that need a document for longer use the callback. Jobs that need the
+device alone have threads and a backlog of their own, so that no other job waits behind them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ourvidz_serverless.errors import JobError, RateLimited, WorkerUnavailable
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.worker import Worker
 
-#: Jobs whose end is remembered.
-KEPT = 500
+#: How many ended jobs are remembered.
+MAX_ENDED = 500
 
-#: What a caller is asked to wait, in seconds, when every thread and place in the row is taken.
+#: The `Retry-After`, in seconds, when every thread and every place in the backlog is taken.
 RETRY_AFTER_S = 2
 
 #: Threads for jobs that were stopped before they began. Such a job computes nothing: it ends at
@@ -37,181 +37,182 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Ticket:
-    """One job as its caller sees it: where it stands, what it said so far, how it ended.
+class JobRecord:
+    """One job's state: its status, its progress, its text so far, and its document.
 
-    Its state belongs to the event loop; `changed` wakes whoever watches it.
+    Only the event loop changes it.
     """
 
     def __init__(self, job_id: str, worker: Worker | None = None) -> None:
         self.job_id = job_id
-        #: Which worker runs it: one that posts callbacks, or a silent one.
+        #: The worker that runs the job: one that posts callbacks, or a silent one.
         self.worker = worker
         self.stop = Stop()
         self.status: Status = "queued"
         self.progress: Mapping[str, Any] = {}
         self.text = ""
         self.document: Document | None = None
-        #: Set at the next change of any kind; take it before looking at the state.
-        self.news = asyncio.Event()
+        #: Is set at the next change of the state. Take it before you read the state.
+        self.changed = asyncio.Event()
 
-    async def begun(self) -> None:
-        """Wait until the job has said something, or has ended."""
+    async def wait_for_text(self) -> None:
+        """Wait for the job's first text or its end."""
         while not self.text and self.document is None:
-            await self.news.wait()
+            await self.changed.wait()
 
-    async def ended(self) -> None:
+    async def wait_for_end(self) -> None:
         """Wait for the document."""
         while self.document is None:
-            await self.news.wait()
+            await self.changed.wait()
 
-    def note(self, **changes: Any) -> None:
-        """Change the state, and wake who watches."""
+    def update(self, **changes: Any) -> None:
+        """Change attributes, and wake everybody who waits for a change."""
         for name, value in changes.items():
             setattr(self, name, value)
-        self.news.set()
-        self.news = asyncio.Event()
+        self.changed.set()
+        self.changed = asyncio.Event()
 
 
-class Row:
-    """Threads for jobs of one kind, and a bounded number of jobs that wait for one.
+class JobThreads:
+    """Threads for jobs of one kind, and a bounded backlog of jobs that wait for a thread.
 
     Call its methods only from the event loop.
     """
 
-    def __init__(self, threads: int, waiting: int) -> None:
-        self._threads, self._most = threads, threads + waiting
+    def __init__(self, threads: int, backlog: int) -> None:
+        self._threads, self._limit = threads, threads + backlog
         self._running = 0
+        #: How many jobs wait or run.
         self.num_open = 0
-        #: What has no thread yet: the call that runs it, and holds its payload.
-        self._waiting: OrderedDict[Ticket, Callable[[], Document]] = OrderedDict()
+        #: The jobs without a thread, each with the call that runs it.
+        self._backlog: OrderedDict[JobRecord, Callable[[], Document]] = OrderedDict()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="job")
-        self._stopped = ThreadPoolExecutor(STOPPED_THREADS, thread_name_prefix="stopped")
-        self._is_empty = asyncio.Event()
+        self._stopped_pool = ThreadPoolExecutor(STOPPED_THREADS, thread_name_prefix="stopped")
+        self._all_ended = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
-        """Whether every thread is busy, and every place in the row is taken."""
-        return self.num_open >= self._most
+        """Whether every thread and every place in the backlog is taken."""
+        return self.num_open >= self._limit
 
-    def add(self, ticket: Ticket, call: Callable[[], Document]) -> None:
+    def add(self, record: JobRecord, call: Callable[[], Document]) -> None:
         """Run a job as soon as a thread is free."""
         self.num_open += 1
-        self._waiting[ticket] = call
+        self._backlog[record] = call
         self._start_next()
 
-    def end_waiting(self, ticket: Ticket) -> None:
-        """Run a stopped job at once, if it still waits: it ends at its first check."""
-        if call := self._waiting.pop(ticket, None):
-            self._start(ticket, call, self._stopped)
+    def run_if_waiting(self, record: JobRecord) -> None:
+        """Run a stopped job at once if it has no thread yet: it ends at its first check."""
+        if call := self._backlog.pop(record, None):
+            self._start(record, call, self._stopped_pool)
 
     async def close(self) -> None:
         """Wait until the last job has ended."""
         while self.num_open:
-            self._is_empty.clear()
-            await self._is_empty.wait()
+            self._all_ended.clear()
+            await self._all_ended.wait()
         self._pool.shutdown()
-        self._stopped.shutdown()
+        self._stopped_pool.shutdown()
 
     def _start_next(self) -> None:
-        while self._waiting and self._running < self._threads:
-            ticket, call = self._waiting.popitem(last=False)
+        while self._backlog and self._running < self._threads:
+            record, call = self._backlog.popitem(last=False)
             self._running += 1
-            self._start(ticket, call, self._pool)
+            self._start(record, call, self._pool)
 
-    def _start(self, ticket: Ticket, call: Callable[[], Document], pool: Executor) -> None:
+    def _start(self, record: JobRecord, call: Callable[[], Document], pool: Executor) -> None:
         running = asyncio.get_running_loop().run_in_executor(pool, call)
-        running.add_done_callback(functools.partial(self._end, ticket, pool))
+        running.add_done_callback(functools.partial(self._on_end, record, pool))
 
-    def _end(self, ticket: Ticket, pool: Executor, running: asyncio.Future[Document]) -> None:
+    def _on_end(self, record: JobRecord, pool: Executor, running: asyncio.Future[Document]) -> None:
         self.num_open -= 1
         if pool is self._pool:
             self._running -= 1
             self._start_next()
         if not self.num_open:
-            self._is_empty.set()
+            self._all_ended.set()
         document = running.result()
-        ticket.note(document=document, status=document.status)
+        record.update(document=document, status=document.status)
 
 
-class Docket:
-    """Accepts jobs while there is room, and remembers the last ones by user, key and id.
+class JobStore:
+    """Accepts jobs while there is room, and finds the last ones by user, key and id.
 
     Call its methods only from the event loop.
     """
 
-    def __init__(self, device_places: int, other_places: int, waiting: int) -> None:
-        """`device_places` threads are for jobs that take turns on the device.
+    def __init__(self, device_places: int, other_places: int, backlog: int) -> None:
+        """`device_places` threads run jobs that need the device alone, `other_places` all others.
 
-        `other_places` are for all others. Either kind has one thread at least, and `waiting` more
-        jobs may wait for one.
+        Each kind has at least one thread, and a backlog of `backlog` jobs.
         """
-        self._in_turn = Row(max(device_places, 1), waiting)
-        self._beside = Row(max(other_places, 1), waiting)
-        self._tickets: OrderedDict[Identity, Ticket] = OrderedDict()
+        self._exclusive = JobThreads(max(device_places, 1), backlog)
+        self._others = JobThreads(max(other_places, 1), backlog)
+        self._records: OrderedDict[Identity, JobRecord] = OrderedDict()
 
-    def submit(self, worker: Worker, event: Mapping[str, Any]) -> Ticket:
-        """Have a job run as soon as a thread is free; raise RateLimited when the row is full.
+    def submit(self, worker: Worker, event: Mapping[str, Any]) -> JobRecord:
+        """Run a job as soon as a thread is free; raises RateLimited if the backlog is full.
 
-        A job that is under way is not taken again: one ticket, which stops it for all.
+        A job that is already under way is not started again: both callers get the same record, and
+        a stop by either stops it.
         """
         identity = jobs.identity(event)
-        first = self._tickets.get(identity)
+        first = self._records.get(identity)
         if first and not first.document and first.worker is worker:
             return first
-        row = self._in_turn if jobs.is_in_turn(event) else self._beside
-        if row.is_full:
+        threads = self._exclusive if jobs.is_in_turn(event) else self._others
+        if threads.is_full:
             raise RateLimited(
-                f"{row.num_open} jobs are under way here already", retry_after=RETRY_AFTER_S
+                f"{threads.num_open} jobs are under way here already", retry_after=RETRY_AFTER_S
             )
-        loop, ticket = asyncio.get_running_loop(), Ticket(identity.job_id, worker)
+        loop, record = asyncio.get_running_loop(), JobRecord(identity.job_id, worker)
 
-        def tell(**changes: Any) -> None:
-            loop.call_soon_threadsafe(functools.partial(ticket.note, **changes))
+        def update(**changes: Any) -> None:
+            loop.call_soon_threadsafe(functools.partial(record.update, **changes))
 
-        self._remember(identity, ticket)
-        row.add(ticket, functools.partial(_run, worker, event, ticket.stop, tell))
-        return ticket
+        self._remember(identity, record)
+        threads.add(record, functools.partial(_run, worker, event, record.stop, update))
+        return record
 
-    def stop(self, ticket: Ticket, error: JobError | None = None) -> None:
-        """Stop a job at its next step; one that waits for a thread ends at once.
+    def stop(self, record: JobRecord, error: JobError | None = None) -> None:
+        """Stop a job at its next step. A job without a thread ends at once.
 
-        Such a job gives its place in the row back.
+        Such a job's place in the backlog is free again.
         """
-        ticket.stop.set(error)
-        for row in (self._in_turn, self._beside):
-            row.end_waiting(ticket)
+        record.stop.set(error)
+        for threads in (self._exclusive, self._others):
+            threads.run_if_waiting(record)
 
-    def find(self, identity: Identity) -> Ticket | None:
-        """The latest job of that user, key and id, while it is remembered."""
-        return self._tickets.get(identity)
+    def find(self, identity: Identity) -> JobRecord | None:
+        """The latest job of that user, key and id; None if it is not remembered."""
+        return self._records.get(identity)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many jobs wait and run at this moment."""
-        tickets = self._tickets.values()
+        """How many jobs are `queued` and `processing`."""
+        records = self._records.values()
         return {
-            status: sum(ticket.status == status for ticket in tickets)
+            status: sum(record.status == status for record in records)
             for status in ("queued", "processing")
         }
 
     async def close(self) -> None:
-        """Wait until the last job has ended; the worker sees to it that they do."""
-        await asyncio.gather(self._in_turn.close(), self._beside.close())
+        """Wait until the last job has ended. Close the worker first, so that they end."""
+        await asyncio.gather(self._exclusive.close(), self._others.close())
 
-    def _remember(self, identity: Identity, ticket: Ticket) -> None:
-        self._tickets.pop(identity, None)
-        self._tickets[identity] = ticket
-        ended = [name for name, old in self._tickets.items() if old.document]
-        for name in ended[:-KEPT]:
-            del self._tickets[name]
+    def _remember(self, identity: Identity, record: JobRecord) -> None:
+        self._records.pop(identity, None)
+        self._records[identity] = record
+        ended = [name for name, old in self._records.items() if old.document]
+        for name in ended[:-MAX_ENDED]:
+            del self._records[name]
 
 
 class CallThreads:
     """A few threads for short calls of one kind, so that one kind never delays another."""
 
     def __init__(self, name: str, threads: int, waiting: int) -> None:
-        self._most = threads + waiting
+        self._limit = threads + waiting
         self._open = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
@@ -225,35 +226,35 @@ class CallThreads:
         running = asyncio.get_running_loop().run_in_executor(
             self._pool, functools.partial(call, *args, **kwargs)
         )
-        running.add_done_callback(self._end)
+        running.add_done_callback(self._on_end)
         return await asyncio.shield(running)
 
     @property
     def is_full(self) -> bool:
         """Whether the next call would be refused."""
-        return self._open >= self._most
+        return self._open >= self._limit
 
     def close(self) -> None:
-        """Start no further call. Running calls end by themselves."""
+        """Start no more calls. Running calls end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _end(self, running: asyncio.Future[Any]) -> None:
+    def _on_end(self, running: asyncio.Future[Any]) -> None:
         self._open -= 1
-        # If nobody waits for it any more, its error is dropped.
+        # Read the exception even if nobody waits for it, or asyncio logs it.
         if not running.cancelled():
             running.exception()
 
 
 def _run(
-    worker: Worker, event: Mapping[str, Any], stop: Stop, tell: Callable[..., None]
+    worker: Worker, event: Mapping[str, Any], stop: Stop, update: Callable[..., None]
 ) -> Document:
-    """One job in its thread; what it streams is told as the whole text so far."""
-    said = ""
+    """Run one job in its thread; each update of `text` is the whole text so far."""
+    text = ""
 
     def emit(item: Mapping[str, Any]) -> None:
-        nonlocal said
-        said += item["delta"]
-        tell(text=said)
+        nonlocal text
+        text += item["delta"]
+        update(text=text)
 
-    tell(status="processing")
-    return worker.run(event, stop, lambda progress: tell(progress=progress), emit)
+    update(status="processing")
+    return worker.run(event, stop, lambda progress: update(progress=progress), emit)

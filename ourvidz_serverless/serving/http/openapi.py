@@ -1,4 +1,4 @@
-"""The HTTP face for machines: its routes as OpenAPI 3.1, with the contract's own schemas."""
+"""The HTTP service for machines: its routes as OpenAPI 3.1, with the contract's own schemas."""
 
 from __future__ import annotations
 

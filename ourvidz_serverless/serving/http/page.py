@@ -1,4 +1,4 @@
-"""A page to look at, at `/` of the HTTP face: a job's form, its progress, and what came of it.
+"""A page to look at, at `/` of the HTTP service: a job's form, its progress, and what came of it.
 
     GET /                 the page; GET /page/{name} its parts
     GET /assets/{key}     an asset from `file:` storage, with the worker's key

@@ -21,9 +21,18 @@ from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.serving.http import app as http
-from ourvidz_serverless.serving.http import connections, openapi, request_checks
-from ourvidz_serverless.serving.http.job_store import Ticket
+from ourvidz_serverless.serving.http import (
+    connections,
+    openapi,
+    request_body,
+    request_checks,
+    responses,
+    routes,
+)
+from ourvidz_serverless.serving.http import (
+    service as http_service,
+)
+from ourvidz_serverless.serving.http.job_store import JobRecord
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import Card
 from tests.fakes.fake_chat import EndlessChat, FakeChat
@@ -195,8 +204,8 @@ def test_only_a_refusal_on_content_says_content_policy(service: ServedHttp) -> N
 def test_every_error_code_has_its_status() -> None:
     codes = {error.code for error in errors.JobError.__subclasses__()}
 
-    assert set(http.STATUS_OF) == codes
-    assert all(status >= 400 for status in http.STATUS_OF.values())
+    assert set(responses.STATUS_OF) == codes
+    assert all(status >= 400 for status in responses.STATUS_OF.values())
 
 
 def test_a_family_that_is_not_served_is_unavailable(tmp_path: Path) -> None:
@@ -317,7 +326,7 @@ def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
 def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
     job = jobs.parse({"input": chat_payload(**asked)}, Settings())
 
-    assert http._reply_timeout_s(Settings(), job) == seconds
+    assert routes.reply_timeout_s(Settings(), job) == seconds
 
 
 # --- any job ---
@@ -394,9 +403,9 @@ def test_progress_and_end_are_events(service: ServedHttp, local: LocalWorker) ->
 
 def test_who_comes_later_is_told_where_the_job_stands() -> None:
     async def first_event() -> str:
-        ticket = Ticket("job-1")
-        ticket.note(progress={"step": 3})
-        return await anext(http._events(ticket))
+        record = JobRecord("job-1")
+        record.update(progress={"step": 3})
+        return await anext(responses.events_of(record))
 
     assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
 
@@ -619,7 +628,7 @@ def test_the_specifications_routes_answer_with_its_keys(service: ServedHttp, pat
 
 
 def test_every_operation_with_a_route_is_the_administrators() -> None:
-    asked = {*http.OPERATION_OF.values(), *http.EMERGENCIES}
+    asked = {*routes.OPERATION_OF.values(), *openapi.EMERGENCIES}
 
     assert asked | {"health", "job_status"} == set(admin.ANSWERS)
 
@@ -744,9 +753,9 @@ def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
     with ExitStack() as stack:
         for _ in range(2):
             stack.enter_context(knock(service)).sendall(raw_post("/chat", CALL))
-        wait_until(lambda: service.service.docket.counts["queued"] == 2)
+        wait_until(lambda: service.service.job_store.counts["queued"] == 2)
         full = service.post("/jobs", {"input": chat_payload(id="next")})
-    wait_until(lambda: service.service.docket.counts["queued"] == 0)
+    wait_until(lambda: service.service.job_store.counts["queued"] == 0)
 
     taken = service.post("/jobs", {"input": chat_payload(id="next")})
 
@@ -796,10 +805,10 @@ def test_administrators_who_wait_do_not_delay_other_requests(
         tmp_path, settings=Settings(families=("chat",)), models={"chat": fake_chat}, ledger=ledger
     )
     with ServedHttp(chatty.settings, chatty.worker) as service, ExitStack() as stack:
-        for _ in range(2 * http.ADMINISTRATORS):
+        for _ in range(2 * http_service.ADMIN_THREADS):
             asks = stack.enter_context(knock(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        for _ in range(http.ADMINISTRATORS):
+        for _ in range(http_service.ADMIN_THREADS):
             assert ledger.asked.acquire(timeout=PATIENCE_S)
 
         answer = service.post("/chat", CALL)
@@ -811,7 +820,7 @@ def test_administrators_who_wait_do_not_delay_other_requests(
 def test_administrators_requests_beyond_the_limit_are_refused(
     tmp_path: Path, fake_chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "ADMINISTRATORS", 1)
+    monkeypatch.setattr(http_service, "ADMIN_THREADS", 1)
     ledger = StuckLedger()
     chatty = LocalWorker(
         tmp_path, settings=Settings(families=("chat",)), models={"chat": fake_chat}, ledger=ledger
@@ -820,7 +829,7 @@ def test_administrators_requests_beyond_the_limit_are_refused(
         for _ in range(2):
             asks = stack.enter_context(knock(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: service.service.administration.is_full)
+        wait_until(lambda: service.service.administrators.is_full)
 
         answer = service.get("/status")
         ledger.freed.set()
@@ -831,7 +840,7 @@ def test_administrators_requests_beyond_the_limit_are_refused(
 def test_the_last_jobs_are_remembered_and_no_more(
     service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.KEPT", 2)
+    monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.MAX_ENDED", 2)
 
     for name in ("a", "b", "c", "d"):
         service.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
@@ -857,7 +866,7 @@ def test_a_body_beyond_the_limit_is_refused(
 def test_a_body_that_does_not_arrive_is_given_up(
     service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
 
     with knock(service) as slow:
         slow.sendall(raw_head("/chat", 10) + b"{")
@@ -946,7 +955,7 @@ def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> Non
     assert call.json()["code"] == "WORKER_UNAVAILABLE"
 
 
-def test_a_face_that_is_ready_says_so(service: ServedHttp) -> None:
+def test_ping_and_health_of_a_ready_service_answer_200(service: ServedHttp) -> None:
     health = service.get("/health").json()
 
     assert (service.get("/ping").status_code, health["status"]) == (200, "healthy")
@@ -996,7 +1005,7 @@ def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> Non
         service.post("/jobs", {"input": sdxl_payload()})
         assert impatient.fake_sdxl.at_step.wait(PATIENCE_S)
 
-    ended = service.service.docket.find(Identity.of("user-1", None, "job-1"))
+    ended = service.service.job_store.find(Identity.of("user-1", None, "job-1"))
     assert ended and ended.document and ended.document.failure
     assert ended.document.failure.code == "WORKER_UNAVAILABLE"
 
@@ -1007,9 +1016,9 @@ def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> Non
 def test_every_route_is_described_with_its_body_and_its_failures(service: ServedHttp) -> None:
     paths = service.get("/openapi.json").json()["paths"]
 
-    routes = {route.path for route in http.router.routes}
-    assert set(paths) == routes
-    assert set(openapi.BODIES) <= routes
+    served = {route.path for route in routes.router.routes}
+    assert set(paths) == served
+    assert set(openapi.BODIES) <= served
     for path, operations in paths.items():
         for method, operation in operations.items():
             assert "5XX" in operation["responses"]
@@ -1092,10 +1101,10 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]
         "HOST": "127.0.0.1",
         "PORT": "0",
         "PORT_HEALTH": str(free_port()),
+        "SERVE": "http",
         "OMP_NUM_THREADS": "1",
     }
-    args = ["ourvidz_serverless.serving.http.app"]
-    with WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args) as running:
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as running:
         running.wait_for_log("ready")
         yield running
 
@@ -1187,10 +1196,8 @@ def test_sigterm_ends_the_process_with_code_0(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_failed_start_ends_with_one_clear_line() -> None:
-    env = {"SDXL_MODEL": "/no/such/model", "PORT": "0", "HOST": "127.0.0.1"}
-    with WorkerProcess(
-        None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless.serving.http.app"]
-    ) as failing:
+    env = {"SERVE": "http", "SDXL_MODEL": "/no/such/model", "PORT": "0", "HOST": "127.0.0.1"}
+    with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as failing:
         assert failing.wait() == 1
 
     assert failing.log.strip().splitlines()[-1].startswith("cannot start: SDXL_MODEL: ")

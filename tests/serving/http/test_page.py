@@ -17,8 +17,7 @@ from playwright.sync_api import Browser, Page, Route
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.storage import DirectoryStorage
-from ourvidz_serverless.serving.http import app as http
-from ourvidz_serverless.serving.http import page
+from ourvidz_serverless.serving.http import page, routes
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -133,7 +132,7 @@ def test_a_name_that_was_made_to_lead_here_opens_nothing(
 def test_the_page_is_no_part_of_the_api(service: ServedHttp) -> None:
     paths = service.get("/openapi.json").json()["paths"]
 
-    assert set(paths) == {route.path for route in http.router.routes}  # type: ignore[attr-defined]
+    assert set(paths) == {route.path for route in routes.router.routes}  # type: ignore[attr-defined]
 
 
 # --- what it shows of the storage ---
@@ -384,14 +383,14 @@ def visit(chromium: Browser) -> Iterator[Visit]:
     context.set_default_timeout(1000 * PATIENCE_S)
     complaints: list[str] = []
     asked: set[str] = set()
-    faces: list[str] = []
+    services: list[str] = []
 
     def open_page(service: ServedHttp) -> Page:
         tab = context.new_page()
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("console", lambda line: complaints.append(line.text))
         tab.on("request", lambda request: asked.add(request.url))
-        faces.append(service.url)
+        services.append(service.url)
         tab.goto(service.url)
         return tab
 
@@ -399,7 +398,7 @@ def visit(chromium: Browser) -> Iterator[Visit]:
     context.close()
     # That a request was refused is the browser's to say; the page says it in words of its own.
     assert not [each for each in complaints if "Failed to load resource" not in each]
-    local = (*faces, "data:", "blob:")
+    local = (*services, "data:", "blob:")
     assert not [url for url in asked if not url.startswith(local)]
 
 

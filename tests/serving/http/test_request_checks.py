@@ -11,9 +11,9 @@ import requests
 
 from ourvidz_serverless import settings
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.serving.http import app as http
-from ourvidz_serverless.serving.http import connections, request_checks
+from ourvidz_serverless.serving.http import connections, request_body, request_checks
 from ourvidz_serverless.serving.http.request_checks import is_own_host
+from ourvidz_serverless.serving.http.service import HttpService
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
@@ -23,7 +23,7 @@ from tests.servers.http_service import ServedHttp
 KEY = {"Authorization": "Bearer a-key"}
 
 
-def make_face(folder: Path, **changes: Any) -> ServedHttp:
+def make_service(folder: Path, **changes: Any) -> ServedHttp:
     """A service for pictures and replies."""
     config = Settings(families=("sdxl", "chat"), host="127.0.0.1", **changes)
     made = LocalWorker(folder, settings=config, models={"chat": FakeChat("Rain.")})
@@ -34,14 +34,14 @@ def make_face(folder: Path, **changes: Any) -> ServedHttp:
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[ServedHttp]:
     """A worker without a key."""
-    with make_face(tmp_path) as served:
+    with make_service(tmp_path) as served:
         yield served
 
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[ServedHttp]:
     """A worker with a key."""
-    with make_face(tmp_path, worker_api_key="a-key") as served:
+    with make_service(tmp_path, worker_api_key="a-key") as served:
         yield served
 
 
@@ -170,7 +170,7 @@ def test_a_page_of_the_workers_own_origin_is_answered(service: ServedHttp) -> No
 def test_allowed_hosts_are_answered_without_a_key(
     tmp_path: Path, allowed: str, host: str, status: int
 ) -> None:
-    with make_face(tmp_path, allowed_hosts=allowed) as service:
+    with make_service(tmp_path, allowed_hosts=allowed) as service:
         assert ask(service, "GET", "/status", Host=host).status_code == status
         assert ask(service, "GET", "/", Host=host).status_code == status
 
@@ -192,7 +192,7 @@ def test_a_worker_answers_to_the_address_that_it_registers(tmp_path: Path) -> No
         "supabase_url": "http://127.0.0.1:1",
         "supabase_service_key": "key",
     }
-    service = http.Face(Settings(**registered))
+    service = HttpService(Settings(**registered))
 
     assert service.own_hosts == {"worker.example"}
 
@@ -277,14 +277,16 @@ def test_where_only_a_header_can_hold_the_key_no_body_is_waited_for(
 
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,", b'{"a":1},'])
 def test_json_of_so_many_values_that_parsing_would_stall_others_is_not_parsed(piece: bytes) -> None:
-    text = b"[" + piece * http.MAX_JSON_MARKS + b"1]"
+    text = b"[" + piece * request_body.MAX_JSON_MARKS + b"1]"
 
     with pytest.raises(InvalidPrompt, match="body: Input should have at most 250000 commas"):
-        http._parse(text)
+        request_body.parse_json(text)
 
 
 def test_a_large_text_of_few_values_is_parsed() -> None:
-    assert http._parse(b'{"a": "' + b"x" * 29_000_000 + b'"}') == {"a": "x" * 29_000_000}
+    assert request_body.parse_json(b'{"a": "' + b"x" * 29_000_000 + b'"}') == {
+        "a": "x" * 29_000_000
+    }
 
 
 # --- where a request ends ---
