@@ -126,10 +126,7 @@ COPY --from=bill /sbom.cdx.json ./
 COPY NOTICE handler.py test_input*.json ./
 COPY ourvidz_serverless ourvidz_serverless
 RUN python -m compileall -q --invalidation-mode unchecked-hash handler.py ourvidz_serverless \
- && case "$FAMILY" in \
-        chat) mv test_input.chat.json test_input.json ;; \
-        wan) mv test_input.video.json test_input.json ;; \
-    esac \
+ && if [ -f "test_input.$FAMILY.json" ]; then mv "test_input.$FAMILY.json" test_input.json; fi \
  && install --directory --owner worker outputs
 ENV FAMILIES=$FAMILY \
     HF_HUB_OFFLINE=1 \

@@ -16,13 +16,9 @@ MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN
 # How many tests run side by side; a file's tests stay together.
 PROCESSES ?= 2
 
-# A worker for chat alone answers a question instead of painting a picture.
-ifeq ($(FAMILIES),chat)
-INPUT := --test_input "$$(cat test_input.chat.json)"
-endif
-# One for WAN alone makes a video.
-ifeq ($(FAMILIES),wan)
-INPUT := --test_input "$$(cat test_input.video.json)"
+# A family may have a first job of its own; without one, handler.py reads test_input.json.
+ifneq ($(wildcard test_input.$(FAMILIES).json),)
+INPUT := --test_input "$$(cat test_input.$(FAMILIES).json)"
 endif
 ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
 WEIGHTS := .cache/pocket_chat/config.json

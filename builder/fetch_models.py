@@ -131,7 +131,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", required=True, choices=("sdxl", "chat", "wan"))
+    parser.add_argument("--family", required=True, help="one of the manifest's")
     parser.add_argument("--dest", type=Path, required=True, help="a folder of MODEL_DIRS")
     parser.add_argument("--optional", action="store_true", help="and what no setting names unasked")
     parser.add_argument("--url", help="a single-file checkpoint instead of the family's weights")
@@ -151,6 +151,9 @@ def _sha256(text: str) -> str:
 
 
 def _chosen(manifest: Mapping[str, Any], family: str, optional: bool) -> dict[str, Any]:
+    known = sorted({entry["family"] for entry in manifest.values()})
+    if family not in known:
+        raise FetchError(f"--family: one of {', '.join(known)} was expected")
     return {
         repository: entry
         for repository, entry in manifest.items()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,24 +20,14 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    create_model,
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ourvidz_serverless import setting_checks
 from ourvidz_serverless.errors import ModelLoadError
-
-FAMILIES = ("sdxl", "chat", "wan")
-
-#: Jobs that a worker does at once. SDXL: one computes while the next prepares and the last one
-#: delivers. WAN: a job is minutes long, so nothing is gained by beginning a second one early.
-CONCURRENCY = {"sdxl": 2, "chat": 64, "wan": 1}
-
-#: Jobs that may wait for the device in a worker that serves chat too, by the slowest family served.
-BACKLOG = {"sdxl": 16, "wan": 1}
-
-#: The variable that names a family's main weights.
-MAIN_MODEL = {"sdxl": "SDXL_MODEL", "chat": "CHAT_INSTRUCT_MODEL", "wan": "WAN_MODEL"}
+from ourvidz_serverless.families import FAMILIES, Family
 
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_SETS = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
@@ -121,7 +111,7 @@ MODEL_DIRS = (
 )
 
 
-class Settings(BaseSettings):
+class FixedSettings(BaseSettings):
     """What one worker is told by its environment; the names are the variables' in lower case."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
@@ -246,9 +236,6 @@ class Settings(BaseSettings):
     bridge_poll_s: float = Field(2.0, gt=0)
     runpod_api_key: HeaderSecret | None = None
     runpod_base_url: Url | None = None
-    sdxl_endpoint_id: Words = ()
-    chat_endpoint_id: Words = ()
-    wan_endpoint_id: Words = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -263,31 +250,41 @@ class Settings(BaseSettings):
         return {**tidy, "worker_api_key": keys[0]} if keys else tidy
 
     @property
-    def device_places(self) -> int:
-        """How many jobs that take turns on the device are prepared, computed and delivered at once.
+    def served(self) -> list[Family]:
+        """The records of the families that this worker serves."""
+        return [FAMILIES[name] for name in self.families]
 
-        `CONCURRENCY`, or the families' own number; 0 where none is served.
+    @property
+    def exclusive_places(self) -> int:
+        """How many jobs that need the device alone are prepared, computed and delivered at once.
+
+        `CONCURRENCY`, or the families' own number; 0 if no such family is served.
         """
-        own = [CONCURRENCY[family] for family in self.families if family != "chat"]
+        own = [family.concurrency for family in self.served if family.is_exclusive]
         return (self.concurrency or max(own)) if own else 0
 
     @property
-    def chat_places(self) -> int:
-        """How many chats are answered at once; 0 where none is served."""
-        return (self.concurrency or CONCURRENCY["chat"]) if "chat" in self.families else 0
+    def shared_places(self) -> int:
+        """How many jobs that share the device (chats) run at once; 0 if no family has any."""
+        own = [family.concurrency for family in self.served if not family.is_exclusive]
+        return (self.concurrency or max(own)) if own else 0
 
     @property
     def resolved_concurrency(self) -> int:
         """How many jobs this worker does at once, of all kinds."""
-        return self.device_places + self.chat_places
+        return self.exclusive_places + self.shared_places
 
     @property
     def resolved_backlog(self) -> int:
-        """How many more jobs may wait for the device; 0 where no chat could be behind them."""
-        if not (self.device_places and self.chat_places):
+        """How many more jobs may wait for the device; 0 if no other job could be behind them."""
+        if not (self.exclusive_places and self.shared_places):
             return 0
-        own = min(BACKLOG[family] for family in self.families if family != "chat")
+        own = min(family.backlog for family in self.served if family.is_exclusive)
         return own if self.queue_backlog is None else self.queue_backlog
+
+    def of(self, variable: str) -> Any:
+        """The value of a variable, by the name that it has in the environment."""
+        return getattr(self, variable.lower())
 
     @property
     def wan_asks_chat(self) -> bool:
@@ -303,6 +300,22 @@ class Settings(BaseSettings):
         if self.callback_url or not self.supabase_url:
             return self.callback_url
         return f"{self.supabase_url.rstrip('/')}/functions/v1/job-callback"
+
+
+def _family_fields() -> dict[str, Any]:
+    """The fields that the family records name and that `FixedSettings` does not declare."""
+    weights = [each.setting.lower() for family in FAMILIES.values() for each in family.weights]
+    fields: dict[str, Any] = {name: (str | None, None) for name in weights}
+    endpoints = [family.endpoint_setting.lower() for family in FAMILIES.values()]
+    fields |= {name: (Words, ()) for name in endpoints}
+    return {name: field for name, field in fields.items() if name not in FixedSettings.model_fields}
+
+
+if TYPE_CHECKING:
+    Settings = FixedSettings
+else:
+    Settings = create_model("Settings", __base__=FixedSettings, **_family_fields())
+    Settings.__doc__ = FixedSettings.__doc__
 
 
 def read() -> Settings:
@@ -356,8 +369,11 @@ def is_on_runpod() -> bool:
 
 def _unnamed_models(settings: Settings) -> Iterator[str]:
     """On RunPod, the families without a named model: a paid worker needs one by name."""
-    for variable in (MAIN_MODEL[family] for family in settings.families):
-        if is_on_runpod() and variable.lower() not in settings.model_fields_set:
+    if not is_on_runpod():
+        return
+    for family in settings.served:
+        variable = family.main_setting
+        if variable and variable.lower() not in settings.model_fields_set:
             yield (
                 f"{variable}: Field required on RunPod: a model's name, or pocket for the small "
                 "model of this repository"

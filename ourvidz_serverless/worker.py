@@ -91,7 +91,7 @@ class Worker:
         self._lost = threading.Event()
         # Jobs that take turns: those that are prepared, computed or delivered, and the one of them
         # that computes. Before a job is one of the former it holds nothing but its payload.
-        self._at_work = FairSemaphore(max(settings.device_places, 1))
+        self._at_work = FairSemaphore(max(settings.exclusive_places, 1))
         self._computing = FairSemaphore(1)
         self._flights, self._roster = Flights(), Roster()
         self._office = Office(
@@ -306,7 +306,7 @@ class Worker:
     @contextmanager
     def _turn(self, places: FairSemaphore, job: Job, context: JobContext) -> Iterator[None]:
         """A place for a job that takes turns, in the order of arrival; others need none."""
-        if not jobs.takes_turns(job):
+        if not jobs.is_exclusive(job.type):
             yield
             return
         with context.waiting() as hear:

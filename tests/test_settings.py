@@ -289,7 +289,7 @@ def test_each_family_has_places_of_its_own(
 ) -> None:
     settings = Settings(families=families)
 
-    assert (settings.device_places, settings.chat_places) == (in_turn, chats)
+    assert (settings.exclusive_places, settings.shared_places) == (in_turn, chats)
     assert settings.resolved_concurrency == in_turn + chats
     assert settings.resolved_backlog == backlog
 
@@ -303,5 +303,5 @@ def test_concurrency_and_backlog_are_what_they_are_set_to(
 ) -> None:
     settings = Settings(families=families, concurrency=5, queue_backlog=7)
 
-    assert (settings.device_places, settings.chat_places) == (in_turn, chats)
+    assert (settings.exclusive_places, settings.shared_places) == (in_turn, chats)
     assert settings.resolved_backlog == backlog

@@ -9,7 +9,6 @@ export const FAMILY_OF = {
   "chat_enhance": "chat",
   "chat_conversation": "chat",
   "chat_unrestricted": "chat",
-  "admin_utilities": "admin",
   "image_fast": "wan",
   "image_high": "wan",
   "video_fast": "wan",
@@ -17,7 +16,8 @@ export const FAMILY_OF = {
   "image7b_fast_enhanced": "wan",
   "image7b_high_enhanced": "wan",
   "video7b_fast_enhanced": "wan",
-  "video7b_high_enhanced": "wan"
+  "video7b_high_enhanced": "wan",
+  "admin_utilities": "admin"
 } as const;
 
 /** Other names of two of them, which the application's payloads use. */
@@ -26,7 +26,7 @@ export const SYNONYMS = {
   "wan_video_high": "video_high"
 } as const;
 
-export const FAMILIES = ["sdxl", "chat", "admin", "wan"] as const;
+export const FAMILIES = ["sdxl", "chat", "wan", "admin"] as const;
 
 export type JobType = keyof typeof FAMILY_OF;
 
@@ -179,35 +179,6 @@ export interface ChatJob {
   job_type?: string | null;
 }
 
-export interface AdminConfig {
-  operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
-  target_worker?: string | null;
-  force?: boolean | null;
-  job_id?: string | null;
-  user_id?: string | null;
-}
-
-export interface AdminJob {
-  /** RunPod's own id serves where it is missing */
-  id?: string;
-  type: "admin_utilities";
-  user_id?: string | null;
-  callback_url?: string | null;
-  config?: AdminConfig | null;
-  /** the same as config.operation */
-  operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
-  /** the same as config.target_worker */
-  target_worker?: string | null;
-  /** the same as config.force */
-  force?: boolean | null;
-  /** needed where the worker has WORKER_API_KEY */
-  api_key?: string | null;
-  /** the same as id */
-  job_id?: string | null;
-  /** the same as type, which wins */
-  job_type?: string | null;
-}
-
 export interface WanConfig {
   width?: number | null;
   height?: number | null;
@@ -270,6 +241,35 @@ export interface WanJob {
   content_type?: string | null;
   config?: WanConfig | null;
   metadata?: WanMetadata | null;
+  /** needed where the worker has WORKER_API_KEY */
+  api_key?: string | null;
+  /** the same as id */
+  job_id?: string | null;
+  /** the same as type, which wins */
+  job_type?: string | null;
+}
+
+export interface AdminConfig {
+  operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
+  target_worker?: string | null;
+  force?: boolean | null;
+  job_id?: string | null;
+  user_id?: string | null;
+}
+
+export interface AdminJob {
+  /** RunPod's own id serves where it is missing */
+  id?: string;
+  type: "admin_utilities";
+  user_id?: string | null;
+  callback_url?: string | null;
+  config?: AdminConfig | null;
+  /** the same as config.operation */
+  operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
+  /** the same as config.target_worker */
+  target_worker?: string | null;
+  /** the same as config.force */
+  force?: boolean | null;
   /** needed where the worker has WORKER_API_KEY */
   api_key?: string | null;
   /** the same as id */
@@ -391,4 +391,4 @@ export interface Delta {
   [key: string]: unknown;
 }
 
-export type Job = SdxlJob | ChatJob | AdminJob | WanJob;
+export type Job = SdxlJob | ChatJob | WanJob | AdminJob;

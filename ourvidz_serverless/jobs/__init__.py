@@ -1,10 +1,4 @@
-"""Job types: which family serves each, how a payload becomes a Job, and how a Job is run.
-
-A family is one module here, with `parse(payload, settings) -> Job`, `prepare(job, model,
-context)` and `run(job, model, references, context) -> outputs`, and one row in `FAMILIES`.
-Nothing here imports torch: every worker knows every job type, so that a job on the wrong
-endpoint hears WORKER_UNAVAILABLE.
-"""
+"""Job types: how a payload becomes a Job, and how a Job is run. See `families` for who does it."""
 
 from __future__ import annotations
 
@@ -18,29 +12,20 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
+from ourvidz_serverless import families
 from ourvidz_serverless.context import Bounds, JobContext
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
-from ourvidz_serverless.jobs import admin, chat, sdxl, wan
+from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
-#: The specification's fourteen job types.
-FAMILY_OF = {
-    "sdxl_image_fast": "sdxl",
-    "sdxl_image_high": "sdxl",
-    "chat_enhance": "chat",
-    "chat_conversation": "chat",
-    "chat_unrestricted": "chat",
-    "admin_utilities": "admin",
-    "image_fast": "wan",
-    "image_high": "wan",
-    "video_fast": "wan",
-    "video_high": "wan",
-    "image7b_fast_enhanced": "wan",
-    "image7b_high_enhanced": "wan",
-    "video7b_fast_enhanced": "wan",
-    "video7b_high_enhanced": "wan",
+#: The name under which a worker itself answers, beside its families.
+ADMIN = "admin"
+
+#: The specification's fourteen job types, and who serves each.
+FAMILY_OF = {name: family.name for name, family in families.FAMILY_OF.items()} | {
+    "admin_utilities": ADMIN
 }
 
 #: What a payload may hold beside its job's fields, where it does.
@@ -59,12 +44,6 @@ DEFAULT_TIMEOUT_S = 600.0
 #: RunPod's longest timeout, a week, in seconds.
 MAX_TIMEOUT_S = 604_800
 
-FAMILIES: dict[str, ModuleType] = {"sdxl": sdxl, "chat": chat, "wan": wan, "admin": admin}
-
-#: Families whose jobs do not take turns on the device: chat's engine batches what runs at once,
-#: and an administrator's questions compute nothing.
-WITHOUT_TURNS = ("chat", "admin")
-
 
 def parse(event: Mapping[str, Any], settings: Settings) -> Job:
     """The job that a RunPod event asks for.
@@ -73,38 +52,45 @@ def parse(event: Mapping[str, Any], settings: Settings) -> Job:
     words for it.
     """
     payload = _payload(event)
-    family = FAMILIES[FAMILY_OF[payload["type"]]]
     try:
-        job: Job = family.parse(payload, settings)
+        job: Job = module(FAMILY_OF[payload["type"]]).parse(payload, settings)
         return job
     except ValidationError as exc:
         raise InvalidPrompt(_first(exc)) from None
 
 
+def module(family: str) -> ModuleType:
+    """The module with a family's `parse`, `prepare` and `run`; the worker's own for `ADMIN`."""
+    return admin if family == ADMIN else families.load_module(families.FAMILIES[family].jobs_module)
+
+
 def model_of(job: Job, models: Mapping[str, Any]) -> Any | None:
     """The model that serves a job, from the models by family; None if there is none.
 
-    A prompt for WAN is enhanced by the enhancer of WAN's own jobs, if there is one.
+    That is the family's own, unless the family's module has a `choose_model(job, models)`.
     """
-    if isinstance(job, chat.ChatJob) and job.is_for_wan and "wan" in models:
-        return models["wan"].enhancer or models.get("chat")
-    return models.get(FAMILY_OF[job.type])
+    family = FAMILY_OF[job.type]
+    choose = getattr(module(family), "choose_model", None)
+    return choose(job, models) if choose else models.get(family)
 
 
-def takes_turns(job: Job) -> bool:
-    """Whether a job wants the device to itself while it computes."""
-    return FAMILY_OF[job.type] not in WITHOUT_TURNS
+def is_exclusive(name: str | None) -> bool:
+    """Whether a job of this type needs the device alone while it computes.
+
+    False for an unknown type: such a job computes nothing.
+    """
+    family = families.FAMILY_OF.get(name) if name else None
+    return family is not None and family.is_exclusive
 
 
-def is_in_turn(event: Mapping[str, Any]) -> bool:
-    """The same of a job that has not been parsed; a broken one computes nothing."""
-    name = job_type(_mapping(event.get("input")))
-    return name is not None and FAMILY_OF[name] not in WITHOUT_TURNS
+def event_is_exclusive(event: Mapping[str, Any]) -> bool:
+    """The same for a job that has not been parsed."""
+    return is_exclusive(job_type(_mapping(event.get("input"))))
 
 
 def prepare(job: Job, model: Any, context: JobContext) -> None:
     """Have ready what the job's family needs before the device is taken."""
-    FAMILIES[FAMILY_OF[job.type]].prepare(job, model, context)
+    module(FAMILY_OF[job.type]).prepare(job, model, context)
 
 
 def run(
@@ -112,9 +98,9 @@ def run(
 ) -> Iterator[Output | Text | Video]:
     """The job's outputs, one by one, each as soon as it is there."""
     # Whoever has no turn would cut short what another's is measured by.
-    if takes_turns(job):
+    if is_exclusive(job.type):
         model.device.reset_peak()
-    yield from FAMILIES[FAMILY_OF[job.type]].run(job, model, references, context)
+    yield from module(FAMILY_OF[job.type]).run(job, model, references, context)
     peak_mb = model.device.peak_mb() if model.device else None
     if peak_mb is not None:
         context.metadata["vram_used"] = peak_mb

@@ -24,11 +24,12 @@ from pydantic import AliasChoices, AliasPath, Field, model_validator
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
+from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job
 from ourvidz_serverless.job_history import Roster
 from ourvidz_serverless.models.memory.ledger import Holding, Ledger, State, Wish
 from ourvidz_serverless.output import Output
-from ourvidz_serverless.settings import FAMILIES, Settings
+from ourvidz_serverless.settings import Settings
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -50,12 +51,6 @@ Operation = Literal[
 
 #: What changes the worker; with `ADMIN_REQUIRES_KEY` for those who bring a key alone.
 CHANGING = ("memory_load", "memory_unload", "force_unload", "predictive_load")
-
-#: How long a family's weights stay, in the specification's words.
-POLICIES = {"sdxl": "always loaded", "chat": "load when possible", "wan": "load on demand"}
-
-#: The model that stands for a family where one name is asked for.
-MAIN = {"sdxl": "sdxl", "chat": "qwen_instruct", "wan": "wan_t2v"}
 
 #: What finishes in this time is reported as done, all else as on its way.
 PATIENCE_S = 0.4
@@ -147,7 +142,7 @@ class Office:
                 f"config.target_worker: {job.target} is not served here; this endpoint serves "
                 f"{served}"
             )
-        return sorted(chosen, key=lambda row: row.name != MAIN.get(row.family))
+        return sorted(chosen, key=lambda row: row.name != FAMILIES[row.family].main_model)
 
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> AdminJob:
@@ -196,13 +191,14 @@ def _health(job: AdminJob, office: Office) -> dict[str, Any]:
 
 
 def _status(job: AdminJob, office: Office) -> dict[str, Any]:
-    families = _families(job, office)
-    paints = {"sdxl", "wan"} & set(families)
+    families = [FAMILIES[name] for name in _families(job, office)]
+    mains = [family.main_model for family in FAMILIES.values()]
+    tiers = [tier for family in families for tier in family.quality_tiers]
     return {
-        "worker_type": ",".join(families),
-        "model": ",".join(row.source for row in office.of(job) if row.name in MAIN.values()),
-        "batch_support": [1, 3, 6] if "sdxl" in families else [1],
-        "quality_tiers": ["fast", "high"] if paints else [],
+        "worker_type": ",".join(family.name for family in families),
+        "model": ",".join(row.source for row in office.of(job) if row.name in mains),
+        "batch_support": sorted({1}.union(*(family.batch_sizes for family in families))),
+        "quality_tiers": list(dict.fromkeys(tiers)),
         "worker_id": office.worker_id,
         "device": office.device_name,
         "jobs": office.roster.counts(),
@@ -211,14 +207,11 @@ def _status(job: AdminJob, office: Office) -> dict[str, Any]:
 
 
 def _info(job: AdminJob, office: Office) -> dict[str, Any]:
-    # Here, since that table has a row for this module.
-    from ourvidz_serverless.jobs import FAMILY_OF
-
-    served = (*office.families, "admin")
+    types = [name for family in office.families for name in FAMILIES[family].job_types]
     return {
         "worker_id": office.worker_id,
         "families": list(office.families),
-        "job_types": [name for name, family in FAMILY_OF.items() if family in served],
+        "job_types": [*types, "admin_utilities"],
         "operations": list(ANSWERS),
         "concurrency": office.settings.resolved_concurrency,
         "job_timeout": office.settings.job_timeout_s,
@@ -277,6 +270,7 @@ def _job_status(job: AdminJob, office: Office) -> dict[str, Any]:
 
 def _memory_status(job: AdminJob, office: Office) -> dict[str, Any]:
     rows = office.of(job)
+    policies = {name: family.memory_policy for name, family in FAMILIES.items()}
     return {
         "model_loaded": _is_loaded(rows),
         "memory_usage": _gigabytes(sum(map(_on_device, rows))),
@@ -286,7 +280,7 @@ def _memory_status(job: AdminJob, office: Office) -> dict[str, Any]:
         "vram_usage": _vram(office),
         "workers": {f"{family}_worker": _word(family, office) for family in FAMILIES},
         "memory_allocation": {
-            family: f"{_gigabytes(sum(row.num_bytes for row in mine))} ({POLICIES[family]})"
+            family: f"{_gigabytes(sum(row.num_bytes for row in mine))} ({policies[family]})"
             for family, mine in _by_family(office).items()
         },
     }

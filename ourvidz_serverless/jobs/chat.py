@@ -307,6 +307,13 @@ def _enhancement_prompt(path: Path) -> str:
         raise WorkerUnavailable("WAN_ENHANCEMENT_PROMPT: the text cannot be read") from None
 
 
+def choose_model(job: ChatJob, models: Mapping[str, Any]) -> Any | None:
+    """The chat model; for a prompt for WAN the enhancer of WAN's own jobs, if there is one."""
+    if job.is_for_wan and "wan" in models:
+        return models["wan"].enhancer or models.get("chat")
+    return models.get("chat")
+
+
 def prepare(job: ChatJob, model: ChatGenerator, context: JobContext) -> None:
     """Nothing: a conversation brings all it needs."""
 

@@ -1,10 +1,7 @@
 """The families' models. torch, diffusers and transformers are imported below this floor only.
 
-A family is one module here with `load(settings, ledger) -> model` and `check(settings, ledger)`,
-and one row in `FAMILIES`. The table holds names, not modules: importing one imports torch, and no
-process should import what it does not serve. `load` registers its weights with the worker's ledger
-(see `residency`) and leaves the rest of their life to it. `check` raises ModelLoadError for
-settings that the device does not support, before any family reads its weights.
+See `families` for what a family's module holds. A process imports the modules of the families that
+it serves, since each of them imports torch and more.
 """
 
 from __future__ import annotations
@@ -16,14 +13,9 @@ import time
 from typing import Any
 
 from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
+from ourvidz_serverless.families import FAMILIES, load_module
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.settings import MAIN_MODEL, Settings
-
-FAMILIES = {
-    "sdxl": "ourvidz_serverless.models.sdxl.pipeline",
-    "chat": "ourvidz_serverless.models.chat.model",
-    "wan": "ourvidz_serverless.models.wan.pipeline",
-}
+from ourvidz_serverless.settings import Settings
 
 log = logging.getLogger("ourvidz")
 
@@ -43,7 +35,7 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     if settings.chat_quantization == "none":
         # transformers, diffusers and peft import it wherever they find it, which takes seconds.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
-    modules = {family: importlib.import_module(FAMILIES[family]) for family in settings.families}
+    modules = {family.name: load_module(family.models_module) for family in settings.served}
     # Check every family before any of them reads its weights.
     for module in modules.values():
         module.check(settings, ledger)
@@ -51,8 +43,9 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     for family, model in loaded.items():
         if settings.warm_up == "always" or (settings.warm_up == "auto" and model.device.is_cuda):
             _warm_up(family, model)
-    if "wan" in loaded and settings.wan_asks_chat:
-        loaded["wan"].enhancer = loaded["chat"]
+    for module in modules.values():
+        if connect := getattr(module, "connect", None):
+            connect(loaded, settings)
     return loaded
 
 
@@ -66,9 +59,8 @@ def _warm_up(family: str, model: Any) -> None:
         log.warning("%s is not warm: %s", family, exc.message)
     except Exception as exc:
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-        raise ModelLoadError(
-            f"{MAIN_MODEL[family]}: it loads, and does not generate ({why})"
-        ) from exc
+        name = FAMILIES[family].main_setting or family
+        raise ModelLoadError(f"{name}: it loads, and does not generate ({why})") from exc
     else:
         log.info("%s is warm after %.1f s", family, time.monotonic() - began)
 

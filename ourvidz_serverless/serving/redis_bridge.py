@@ -38,6 +38,7 @@ from ourvidz_serverless import jobs, logs, settings
 from ourvidz_serverless.client import Client
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.upstash import Upstash
@@ -131,15 +132,13 @@ class Bridge:
     @classmethod
     def of(cls, config: Settings) -> Bridge:
         """The bridge that the environment names; raises ModelLoadError where that is not enough."""
-        endpoints = {
-            "sdxl": config.sdxl_endpoint_id,
-            "chat": config.chat_endpoint_id,
-            "wan": config.wan_endpoint_id,
-        }
+        settings_of = {name: family.endpoint_setting for name, family in FAMILIES.items()}
+        endpoints = {name: config.of(variable) for name, variable in settings_of.items()}
         if not (config.runpod_api_key and any(endpoints.values()) and config.bridge_queues):
+            *others, last = settings_of.values()
             raise ModelLoadError(
-                "RUNPOD_API_KEY, one of SDXL_ENDPOINT_ID, CHAT_ENDPOINT_ID and WAN_ENDPOINT_ID, "
-                "and BRIDGE_QUEUES: Input should not be empty"
+                f"RUNPOD_API_KEY, one of {', '.join(others)} and {last}, and BRIDGE_QUEUES: "
+                "Input should not be empty"
             )
         client = Client(
             {family: ids for family, ids in endpoints.items() if ids},

@@ -20,15 +20,12 @@ from urllib.parse import urlsplit
 
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.families import Family
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.settings import Settings
-
-#: Which function hears of a family's workers.
-FUNCTION_OF = {"chat": "register-chat-worker"}
-FUNCTION = "update-worker-url"
 
 METHOD = "ourvidz_serverless"
 WITHIN_S = 15.0
@@ -53,11 +50,11 @@ class Registration:
         self,
         project: Project,
         worker_url: str,
-        families: Sequence[str],
+        families: Sequence[Family],
         policy: Retry = RETRY,
         now: Callable[[], str] = _now,
     ) -> None:
-        names = dict.fromkeys(FUNCTION_OF.get(family, FUNCTION) for family in families)
+        names = dict.fromkeys(family.registers_at for family in families)
         self._functions = [f"{project.url}/functions/v1/{name}" for name in names]
         self._transport = Transport(project.headers)
         self._worker_url = worker_url
@@ -80,7 +77,7 @@ class Registration:
                 "REGISTER_WORKER: SUPABASE_URL, SUPABASE_SERVICE_KEY and, outside a pod, "
                 "WORKER_URL are needed with it"
             )
-        return cls(project, url, settings.families)
+        return cls(project, url, settings.served)
 
     @property
     def host(self) -> str | None:

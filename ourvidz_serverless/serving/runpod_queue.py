@@ -88,9 +88,9 @@ def share_of(settings: Settings) -> Share | None:
 
     Beside these there is always a place for as many chats as are answered at once.
     """
-    if not (settings.device_places and settings.chat_places):
+    if not (settings.exclusive_places and settings.shared_places):
         return None
-    return Share(settings.device_places + settings.resolved_backlog, jobs.is_in_turn)
+    return Share(settings.exclusive_places + settings.resolved_backlog, jobs.event_is_exclusive)
 
 
 def make_fitness_check(
@@ -112,7 +112,7 @@ def make_fitness_check(
 def _streams(settings: Settings) -> bool:
     # The SDK's run of a single test input takes no generator.
     has_queue = is_on_platform() or "--rp_serve_api" in sys.argv
-    return has_queue and "chat" in settings.families
+    return has_queue and settings.shared_places > 0
 
 
 def make_handler(

@@ -1,7 +1,7 @@
 """The contract as JSON Schema: every job's payload, and every document that comes back.
 
 A payload's schema is generated from the model that parses it, with the other names that a field
-answers to beside its own. What `jobs.FAMILIES` does not hold yet has what all jobs share. The
+answers to beside its own. The
 documents are described here, and tests hold them against what the worker really says.
 
 `VERSION` counts what a caller can see: the second number for what is added, the first for what an
@@ -233,7 +233,7 @@ def family_schema(family: str) -> JsonSchemaValue:
 
 def _model(family: str) -> type[Job]:
     """The model that a family's `parse` returns."""
-    model: type[Job] = typing.get_type_hints(jobs.FAMILIES[family].parse)["return"]
+    model: type[Job] = typing.get_type_hints(jobs.module(family).parse)["return"]
     return model
 
 

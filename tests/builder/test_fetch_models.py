@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from builder import fetch_models
+from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.models.loading import checkpoints
-from ourvidz_serverless.settings import FAMILIES
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.hub import (

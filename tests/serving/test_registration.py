@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.serving.registration import Registration
@@ -70,7 +71,9 @@ URL = "https://pod-8000.proxy.runpod.net"
 def registration(application: Application, *families: str, base_s: float = 0.01) -> Registration:
     policy = Retry(tries=4, base_s=base_s, max_s=base_s)
     project = Project(application.url, "key")
-    return Registration(project, URL, families, policy, lambda: "2026-11-24T00:00:00")
+    return Registration(
+        project, URL, [FAMILIES[name] for name in families], policy, lambda: "2026-11-24T00:00:00"
+    )
 
 
 @pytest.mark.parametrize(

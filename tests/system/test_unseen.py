@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ourvidz_serverless import jobs
+from ourvidz_serverless import families, jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
@@ -115,8 +115,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 
 def served(payload: dict[str, Any]) -> bool:
-    family = jobs.FAMILY_OF.get(payload.get("type") or payload.get("job_type", ""), "admin")
-    return family in jobs.FAMILIES and family != "admin"
+    return (payload.get("type") or payload.get("job_type", "")) in families.FAMILY_OF
 
 
 SERVED = [with_pictures(payload) for payload in PAYLOADS if served(payload)]
@@ -128,7 +127,7 @@ def test_the_floor_refuses_what_is_put_everywhere() -> None:
 
 
 def test_every_family_has_a_model_here_that_remembers(studio: Studio) -> None:
-    assert set(jobs.FAMILIES) - {"admin"} <= set(studio.models)
+    assert set(families.FAMILIES) <= set(studio.models)
 
 
 @pytest.mark.parametrize("payload", SERVED, ids=lambda payload: payload["id"])

@@ -136,7 +136,7 @@ def test_no_prompt_is_logged(platform: Platform, worker: WorkerProcess) -> None:
 
 @pytest.mark.slow
 def test_the_newcomers_video_is_written_by_the_pocket_model(tmp_path: Path) -> None:
-    payload = (ROOT / "test_input.video.json").read_text()
+    payload = (ROOT / "test_input.wan.json").read_text()
 
     run = run_handler("--test_input", payload, FAMILIES="wan", STORAGE_URL=f"file:{tmp_path}")
 

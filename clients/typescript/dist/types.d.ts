@@ -6,7 +6,6 @@ export declare const FAMILY_OF: {
     readonly chat_enhance: "chat";
     readonly chat_conversation: "chat";
     readonly chat_unrestricted: "chat";
-    readonly admin_utilities: "admin";
     readonly image_fast: "wan";
     readonly image_high: "wan";
     readonly video_fast: "wan";
@@ -15,13 +14,14 @@ export declare const FAMILY_OF: {
     readonly image7b_high_enhanced: "wan";
     readonly video7b_fast_enhanced: "wan";
     readonly video7b_high_enhanced: "wan";
+    readonly admin_utilities: "admin";
 };
 /** Other names of two of them, which the application's payloads use. */
 export declare const SYNONYMS: {
     readonly wan_video_fast: "video_fast";
     readonly wan_video_high: "video_high";
 };
-export declare const FAMILIES: readonly ["sdxl", "chat", "admin", "wan"];
+export declare const FAMILIES: readonly ["sdxl", "chat", "wan", "admin"];
 export type JobType = keyof typeof FAMILY_OF;
 export type Family = (typeof FAMILIES)[number];
 /** A LoRA by name, from the worker's own folder, or by the URL of an allowed host. */
@@ -161,33 +161,6 @@ export interface ChatJob {
     /** the same as type, which wins */
     job_type?: string | null;
 }
-export interface AdminConfig {
-    operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
-    target_worker?: string | null;
-    force?: boolean | null;
-    job_id?: string | null;
-    user_id?: string | null;
-}
-export interface AdminJob {
-    /** RunPod's own id serves where it is missing */
-    id?: string;
-    type: "admin_utilities";
-    user_id?: string | null;
-    callback_url?: string | null;
-    config?: AdminConfig | null;
-    /** the same as config.operation */
-    operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
-    /** the same as config.target_worker */
-    target_worker?: string | null;
-    /** the same as config.force */
-    force?: boolean | null;
-    /** needed where the worker has WORKER_API_KEY */
-    api_key?: string | null;
-    /** the same as id */
-    job_id?: string | null;
-    /** the same as type, which wins */
-    job_type?: string | null;
-}
 export interface WanConfig {
     width?: number | null;
     height?: number | null;
@@ -248,6 +221,33 @@ export interface WanJob {
     content_type?: string | null;
     config?: WanConfig | null;
     metadata?: WanMetadata | null;
+    /** needed where the worker has WORKER_API_KEY */
+    api_key?: string | null;
+    /** the same as id */
+    job_id?: string | null;
+    /** the same as type, which wins */
+    job_type?: string | null;
+}
+export interface AdminConfig {
+    operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
+    target_worker?: string | null;
+    force?: boolean | null;
+    job_id?: string | null;
+    user_id?: string | null;
+}
+export interface AdminJob {
+    /** RunPod's own id serves where it is missing */
+    id?: string;
+    type: "admin_utilities";
+    user_id?: string | null;
+    callback_url?: string | null;
+    config?: AdminConfig | null;
+    /** the same as config.operation */
+    operation?: "health" | "status" | "info" | "memory_status" | "memory_report" | "memory_load" | "memory_unload" | "force_unload" | "predictive_load" | "pressure_check" | "debug_env" | "enhancement_info" | "job_status" | null;
+    /** the same as config.target_worker */
+    target_worker?: string | null;
+    /** the same as config.force */
+    force?: boolean | null;
     /** needed where the worker has WORKER_API_KEY */
     api_key?: string | null;
     /** the same as id */
@@ -359,4 +359,4 @@ export interface Delta {
     delta: string;
     [key: string]: unknown;
 }
-export type Job = SdxlJob | ChatJob | AdminJob | WanJob;
+export type Job = SdxlJob | ChatJob | WanJob | AdminJob;

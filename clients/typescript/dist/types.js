@@ -6,7 +6,6 @@ export const CONTRACT_VERSION = "1.0";
   "chat_enhance": "chat",
   "chat_conversation": "chat",
   "chat_unrestricted": "chat",
-  "admin_utilities": "admin",
   "image_fast": "wan",
   "image_high": "wan",
   "video_fast": "wan",
@@ -14,7 +13,8 @@ export const CONTRACT_VERSION = "1.0";
   "image7b_fast_enhanced": "wan",
   "image7b_high_enhanced": "wan",
   "video7b_fast_enhanced": "wan",
-  "video7b_high_enhanced": "wan"
+  "video7b_high_enhanced": "wan",
+  "admin_utilities": "admin"
 };
 /** Other names of two of them, which the application's payloads use. */ export const SYNONYMS = {
   "wan_video_fast": "video_fast",
@@ -23,6 +23,6 @@ export const CONTRACT_VERSION = "1.0";
 export const FAMILIES = [
   "sdxl",
   "chat",
-  "admin",
-  "wan"
+  "wan",
+  "admin"
 ];

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,26 +22,6 @@ from ourvidz_serverless.settings import Settings
 
 #: What is read at once: long for a disk, nothing beside the weights.
 CHUNK = 8 << 20
-
-#: By family: a variable that names weights, of what they are, and in which folders they lie.
-PLACES: dict[str, Sequence[tuple[str, str, tuple[str, ...]]]] = {
-    "sdxl": [
-        ("SDXL_MODEL", "SDXL", ("text_encoder", "text_encoder_2", "unet", "vae")),
-        ("SDXL_TINY_VAE", "a tiny VAE", (".",)),
-        ("SDXL_IP_ADAPTER", "an IP-Adapter", ()),
-    ],
-    "chat": [
-        ("CHAT_INSTRUCT_MODEL", "chat", (".",)),
-        ("CHAT_BASE_MODEL", "chat", (".",)),
-    ],
-    "wan": [
-        ("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
-        ("WAN_VACE_MODEL", "VACE", ("transformer",)),
-        ("WAN_I2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-        ("WAN_FLF2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-        ("WAN_ENHANCER_MODEL", "chat", (".",)),
-    ],
-}
 
 #: How the names end of weights in halves, in one piece or in several.
 _HALVES = re.compile(r"\.fp16(-\d+-of-\d+)?\.safetensors$")
@@ -59,19 +39,18 @@ def files(settings: Settings) -> list[Path]:
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    for family in settings.families:
-        for variable, what, folders in PLACES[family]:
-            place = getattr(settings, variable.lower())
-            if place is None or str(place) == "pocket":
-                continue
-            path = checkpoints.find(variable, place, settings.model_dirs)
-            halves = wants_halves(settings)
-            inside = [file for each in folders for file in _weights(path / each, halves)]
-            found = [path] if path.is_file() else inside
-            with checkpoints.loading(variable, path, what):
-                for file in found:
-                    checkpoints.header(file)
-            yield from found
+    halves = wants_halves(settings)
+    for weights in (each for family in settings.served for each in family.weights):
+        place = settings.of(weights.setting)
+        if place is None or str(place) == "pocket":
+            continue
+        path = checkpoints.find(weights.setting, place, settings.model_dirs)
+        inside = [file for each in weights.folders for file in _weights(path / each, halves)]
+        found = [path] if path.is_file() else inside
+        with checkpoints.loading(weights.setting, path, weights.what):
+            for file in found:
+                checkpoints.header(file)
+        yield from found
 
 
 def wants_halves(settings: Settings) -> bool:

@@ -66,6 +66,12 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
     return wan
 
 
+def connect(models: Mapping[str, Any], settings: Settings) -> None:
+    """Let WAN's enhanced jobs ask the chat model that this worker serves anyway."""
+    if settings.wan_asks_chat:
+        models["wan"].enhancer = models["chat"]
+
+
 def check(settings: Settings, ledger: Ledger) -> None:
     """Raise ModelLoadError if the device does not support WAN's settings."""
     device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)

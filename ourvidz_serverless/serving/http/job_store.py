@@ -141,13 +141,13 @@ class JobStore:
     Call its methods only from the event loop.
     """
 
-    def __init__(self, device_places: int, other_places: int, backlog: int) -> None:
-        """`device_places` threads run jobs that need the device alone, `other_places` all others.
+    def __init__(self, exclusive_places: int, shared_places: int, backlog: int) -> None:
+        """`exclusive_places` threads run jobs that need the device alone, `shared_places` all others.
 
         Each kind has at least one thread, and a backlog of `backlog` jobs.
         """
-        self._exclusive = JobThreads(max(device_places, 1), backlog)
-        self._others = JobThreads(max(other_places, 1), backlog)
+        self._exclusive = JobThreads(max(exclusive_places, 1), backlog)
+        self._others = JobThreads(max(shared_places, 1), backlog)
         self._records: OrderedDict[Identity, JobRecord] = OrderedDict()
 
     def submit(self, worker: Worker, event: Mapping[str, Any]) -> JobRecord:
@@ -160,7 +160,7 @@ class JobStore:
         first = self._records.get(identity)
         if first and not first.document and first.worker is worker:
             return first
-        threads = self._exclusive if jobs.is_in_turn(event) else self._others
+        threads = self._exclusive if jobs.event_is_exclusive(event) else self._others
         if threads.is_full:
             raise RateLimited(
                 f"{threads.num_open} jobs are under way here already", retry_after=RETRY_AFTER_S

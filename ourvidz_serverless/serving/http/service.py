@@ -25,7 +25,7 @@ class HttpService:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.job_store = JobStore(
-            settings.device_places, settings.chat_places, settings.http_backlog
+            settings.exclusive_places, settings.shared_places, settings.http_backlog
         )
         # Two pools: bodies are still read while every thread for administrators is busy.
         self.readers = CallThreads("read", READER_THREADS, MAX_REQUESTS + MAX_REQUESTS_WITHOUT_KEY)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models import FAMILIES
+from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.models.loading import readahead
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -83,7 +83,7 @@ def test_only_of_families_that_are_served(tmp_path: Path) -> None:
 
 
 def test_every_variable_that_names_weights_is_looked_at() -> None:
-    looked_at = {name.lower() for rows in readahead.PLACES.values() for name, *_ in rows}
+    looked_at = {each.setting.lower() for family in FAMILIES.values() for each in family.weights}
 
     ends = ("_model", "_vae", "_ip_adapter")
     named = {name for name in Settings.model_fields if name.endswith(ends)}
@@ -174,7 +174,7 @@ def test_a_family_imports_nothing_of_anothers(family: str) -> None:
 import importlib, json, sys
 import ourvidz_serverless.worker
 sys.modules["torchao"] = None
-importlib.import_module({FAMILIES[family]!r})
+importlib.import_module({FAMILIES[family].models_module!r})
 print(json.dumps([name for name in {FOREIGN[family]!r} if name in sys.modules]))
 """
     run = subprocess.run(

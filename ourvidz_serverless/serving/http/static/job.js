@@ -45,10 +45,21 @@ export const FIELDS = {
   ],
 };
 
+/** The fields of a family that has no form of its own. */
+export const COMMON_FIELDS = [
+  { at: "prompt", label: "Prompt", rows: 3, value: "a red circle on a blue background" },
+  { at: "config.seed", label: "Seed", number: true, half: true, hint: "drawn" },
+];
+
 /** Which family serves a job type. */
 export function familyOf(type) {
   const [first] = type.split("_");
-  return first in FIELDS ? first : "wan";
+  return /^(image|video)/.test(first) ? "wan" : first;
+}
+
+/** The fields of a job type's form. */
+export function fieldsOf(type) {
+  return FIELDS[familyOf(type)] ?? COMMON_FIELDS;
 }
 
 /**

@@ -6,7 +6,7 @@ import {
   ending,
   eventsOf,
   familyOf,
-  FIELDS,
+  fieldsOf,
   pathOf,
   payloadOf,
   pretty,
@@ -58,7 +58,7 @@ function welcome({ families, job_types: types }) {
   at("worker").textContent = `serves ${families.join(", ")}`;
   const groups = Map.groupBy(types, familyOf);
   at("type").replaceChildren(...[...groups].map(([family, names]) => {
-    const group = make("optgroup", { label: GROUPS[family] });
+    const group = make("optgroup", { label: GROUPS[family] ?? family });
     group.append(...names.map((name) => make("option", { textContent: name })));
     return group;
   }));
@@ -72,7 +72,7 @@ function draw() {
   turns = [];
   let pair;
   const rows = [];
-  for (const field of FIELDS[familyOf(at("type").value)]) {
+  for (const field of fieldsOf(at("type").value)) {
     if (field.half) {
       if (!pair) rows.push(pair = make("div", { className: "pair" }));
       pair.append(labelled(field));
@@ -105,7 +105,7 @@ function inputOf({ choices, rows, number, check, value = "", hint = "" }) {
 }
 
 function values() {
-  const fields = FIELDS[familyOf(at("type").value)];
+  const fields = fieldsOf(at("type").value);
   return Object.fromEntries(fields.map((field) => {
     const input = at("ask").elements[field.at];
     if (field.check) return [field.at, input.checked];

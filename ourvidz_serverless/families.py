@@ -1,0 +1,146 @@
+"""The families: one record for each, with all that the rest of the package needs to know of it.
+
+Nothing here imports torch: every worker knows every family, so that a job on the wrong endpoint is
+refused as WORKER_UNAVAILABLE. To add a family, write two modules and one row in `FAMILIES`:
+
+- `jobs/NAME.py` with `parse(payload, settings) -> Job`, `prepare(job, model, context)` and
+  `run(job, model, references, context) -> outputs`. It imports no torch.
+- `models/NAME.py` with `check(settings, ledger)` and `load(settings, ledger) -> model`; the model
+  has a `device` and `warm_up()`. `check` raises ModelLoadError for settings that the device does
+  not support, before any family reads its weights. `load` registers the weights with the ledger,
+  which moves them from then on.
+
+A jobs module may have `choose_model(job, models)`, for jobs that another family's model serves, and
+a models module `connect(models, settings)`, called once all families are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A setting that names weights, what they are in an error's words, and where their files lie.
+
+    `folders` are the parts of a checkpoint that hold weights; with none the setting names a file.
+    """
+
+    setting: str
+    what: str
+    folders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What one kind of model serves, loads and needs."""
+
+    name: str
+    job_types: tuple[str, ...]
+    #: The modules, by name: to import the second one imports torch.
+    jobs_module: str
+    models_module: str
+    #: The first one is the family's main model.
+    weights: tuple[Weights, ...] = ()
+    #: The main model's name in the ledger, and how long its weights stay, in the specification's
+    #: words.
+    main_model: str = ""
+    memory_policy: str = "load on demand"
+    #: Whether a job needs the device alone while it computes. Chat batches what runs at once.
+    is_exclusive: bool = True
+    #: Jobs that a worker does at once.
+    concurrency: int = 1
+    #: Jobs that may wait for the device in a worker that serves a family without turns too.
+    backlog: int = 1
+    #: What `status` reports: pictures in a job, and the qualities of its types.
+    batch_sizes: tuple[int, ...] = (1,)
+    quality_tiers: tuple[str, ...] = ()
+    #: The application's function that takes the address of a family's worker.
+    registers_at: str = "update-worker-url"
+
+    @property
+    def main_setting(self) -> str | None:
+        """The variable that names the main weights; None for a family without weights."""
+        return self.weights[0].setting if self.weights else None
+
+    @property
+    def endpoint_setting(self) -> str:
+        """The variable that names the family's endpoints, for the bridge."""
+        return f"{self.name.upper()}_ENDPOINT_ID"
+
+
+WAN_TYPES = (
+    "image_fast",
+    "image_high",
+    "video_fast",
+    "video_high",
+    "image7b_fast_enhanced",
+    "image7b_high_enhanced",
+    "video7b_fast_enhanced",
+    "video7b_high_enhanced",
+)
+
+_ROWS = (
+    # One job computes while the next one prepares and the last one delivers.
+    Family(
+        name="sdxl",
+        job_types=("sdxl_image_fast", "sdxl_image_high"),
+        jobs_module="ourvidz_serverless.jobs.sdxl",
+        models_module="ourvidz_serverless.models.sdxl.pipeline",
+        weights=(
+            Weights("SDXL_MODEL", "SDXL", ("text_encoder", "text_encoder_2", "unet", "vae")),
+            Weights("SDXL_TINY_VAE", "a tiny VAE", (".",)),
+            Weights("SDXL_IP_ADAPTER", "an IP-Adapter"),
+        ),
+        main_model="sdxl",
+        memory_policy="always loaded",
+        concurrency=2,
+        backlog=16,
+        batch_sizes=(1, 3, 6),
+        quality_tiers=("fast", "high"),
+    ),
+    Family(
+        name="chat",
+        job_types=("chat_enhance", "chat_conversation", "chat_unrestricted"),
+        jobs_module="ourvidz_serverless.jobs.chat",
+        models_module="ourvidz_serverless.models.chat.model",
+        weights=(
+            Weights("CHAT_INSTRUCT_MODEL", "chat", (".",)),
+            Weights("CHAT_BASE_MODEL", "chat", (".",)),
+        ),
+        main_model="qwen_instruct",
+        memory_policy="load when possible",
+        is_exclusive=False,
+        concurrency=64,
+        registers_at="register-chat-worker",
+    ),
+    # A job is minutes long, so nothing is gained by beginning a second one early.
+    Family(
+        name="wan",
+        job_types=WAN_TYPES,
+        jobs_module="ourvidz_serverless.jobs.wan",
+        models_module="ourvidz_serverless.models.wan.pipeline",
+        weights=(
+            Weights("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
+            Weights("WAN_VACE_MODEL", "VACE", ("transformer",)),
+            Weights("WAN_I2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
+            Weights("WAN_FLF2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
+            Weights("WAN_ENHANCER_MODEL", "chat", (".",)),
+        ),
+        main_model="wan_t2v",
+        quality_tiers=("fast", "high"),
+    ),
+)
+
+#: The families by name.
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+#: The families by job type.
+FAMILY_OF: dict[str, Family] = {name: each for each in _ROWS for name in each.job_types}
+
+
+def load_module(name: str) -> ModuleType:
+    """A family's module, imported at its first use."""
+    return importlib.import_module(name)
