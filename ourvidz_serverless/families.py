@@ -82,7 +82,7 @@ WAN_TYPES = (
     "video7b_high_enhanced",
 )
 
-_ROWS = (
+ROWS = (
     # One job computes while the next one prepares and the last one delivers.
     Family(
         name="sdxl",
@@ -135,10 +135,10 @@ _ROWS = (
 )
 
 #: The families by name.
-FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 #: The families by job type.
-FAMILY_OF: dict[str, Family] = {name: each for each in _ROWS for name in each.job_types}
+FAMILY_OF: dict[str, Family] = {name: each for each in ROWS for name in each.job_types}
 
 
 def load_module(name: str) -> ModuleType:

@@ -30,9 +30,13 @@ export type Untyped<T extends { type: string }> = string extends T["type"] ? T :
 export function familyOf(job: Job): Family;
 export function familyOf<const T extends { type: string }>(job: T & Untyped<T>): Family;
 export function familyOf(job: object): Family {
-  const { type, job_type, config } = job as Job;
   // The application's older chat payloads name it in `config` alone.
-  const name = type || job_type || (config as { job_type?: string } | undefined)?.job_type;
+  const { type, job_type, config } = job as {
+    type?: string;
+    job_type?: string;
+    config?: { job_type?: string };
+  };
+  const name = type || job_type || config?.job_type;
   const family = FAMILY_OF[SYNONYMS[name as keyof typeof SYNONYMS] ?? name as JobType];
   if (family === undefined) throw new TypeError(`${name} is no job type`);
   return family;

@@ -119,6 +119,12 @@ class Stopped(Exception):
     """Raised where a wait is cut short since the process is to end."""
 
 
+def endpoints(config: Settings) -> dict[str, tuple[str, ...]]:
+    """The ids of the RunPod endpoints that the environment names, by family."""
+    named = {name: config.of(family.endpoint_setting) for name, family in FAMILIES.items()}
+    return {name: ids for name, ids in named.items() if ids}
+
+
 class Bridge:
     """All lists, each drained by a thread of its own, so that one family's outage is its own."""
 
@@ -132,16 +138,15 @@ class Bridge:
     @classmethod
     def of(cls, config: Settings) -> Bridge:
         """The bridge that the environment names; raises ModelLoadError where that is not enough."""
-        settings_of = {name: family.endpoint_setting for name, family in FAMILIES.items()}
-        endpoints = {name: config.of(variable) for name, variable in settings_of.items()}
-        if not (config.runpod_api_key and any(endpoints.values()) and config.bridge_queues):
-            *others, last = settings_of.values()
+        found = endpoints(config)
+        if not (config.runpod_api_key and found and config.bridge_queues):
+            *others, last = [family.endpoint_setting for family in FAMILIES.values()]
             raise ModelLoadError(
                 f"RUNPOD_API_KEY, one of {', '.join(others)} and {last}, and BRIDGE_QUEUES: "
                 "Input should not be empty"
             )
         client = Client(
-            {family: ids for family, ids in endpoints.items() if ids},
+            found,
             _secret(config.runpod_api_key),
             worker_key=_secret(config.worker_api_key[0]) if config.worker_api_key else None,
             base_url=config.runpod_base_url,

@@ -4,8 +4,8 @@ import { resultOf, SubmittedJob, underWay } from "./job.js";
 import { parseResult } from "./result.js";
 import { FAMILY_OF, SYNONYMS } from "./types.js";
 export function familyOf(job) {
-  const { type, job_type, config } = job;
   // The application's older chat payloads name it in `config` alone.
+  const { type, job_type, config } = job;
   const name = type || job_type || config?.job_type;
   const family = FAMILY_OF[SYNONYMS[name] ?? name];
   if (family === undefined) throw new TypeError(`${name} is no job type`);

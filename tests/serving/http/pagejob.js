@@ -1,7 +1,7 @@
 // Does one thing with the page's `job.js`, in Deno, and prints what came of it as JSON.
 //   deno run ... pagejob.js ACTION ARGUMENTS_AS_JSON
 
-import * as page from "../../ourvidz_serverless/serving/http/static/job.js";
+import * as page from "../../../ourvidz_serverless/serving/http/static/job.js";
 
 const [action, json] = Deno.args;
 const given = JSON.parse(json);
@@ -16,6 +16,7 @@ function* cuts(text) {
 
 const ACTIONS = {
   fields: () => page.FIELDS,
+  form: () => page.fieldsOf(given.type).map(({ at }) => at),
   families: () => Object.fromEntries(given.types.map((type) => [type, page.familyOf(type)])),
   payloads: () => given.forms.map(({ type, values, turns }) => page.payloadOf(type, values, turns)),
   events: () =>
