@@ -142,7 +142,7 @@ class JobStore:
     """
 
     def __init__(self, exclusive_places: int, shared_places: int, backlog: int) -> None:
-        """`exclusive_places` threads run jobs that need the device alone, `shared_places` all others.
+        """`exclusive_places` threads run jobs that need the device alone, `shared_places` the rest.
 
         Each kind has at least one thread, and a backlog of `backlog` jobs.
         """
