@@ -45,7 +45,7 @@ video:
 
 # The newcomer's own page, with all three families on their pocket models.
 page: .venv/run .cache/pocket_chat/config.json
-	SERVE=http HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(MODELS) $(BIN)/python handler.py
+	SERVE=http HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(MODELS) $(BIN)/python -m ourvidz_serverless serve
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile

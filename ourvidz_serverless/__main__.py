@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ourvidz_serverless import logs, settings
+from pydantic import SecretStr
+
+from ourvidz_serverless import logs
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.settings import Settings, read_for_worker
 
 
 def serve(argv: Sequence[str]) -> int:
     """Load the models and serve jobs: RunPod's queue, or plain HTTP with SERVE=http."""
     parser = argparse.ArgumentParser(
-        prog="python -m ourvidz_serverless serve", description=serve.__doc__, allow_abbrev=False
+        prog="python -m ourvidz_serverless serve",
+        usage="%(prog)s [-h] [OPTIONS OF RUNPOD'S SDK]",
+        description=serve.__doc__,
+        epilog="Options of RunPod's SDK are --test_input JSON for one job from the command line, "
+        "and --rp_serve_api for RunPod's API on localhost:8000.",
+        allow_abbrev=False,
     )
     _, sdk_options = parser.parse_known_args(argv)
     # RunPod's SDK reads its own options from here.
@@ -22,7 +31,7 @@ def serve(argv: Sequence[str]) -> int:
     # The kernel drops a signal to PID 1 that has no handler, and loading takes minutes. Both ways
     # of serving replace this handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    config = settings.read_for_worker()
+    config = read_for_worker()
     logs.configure(config.log_level)
     from ourvidz_serverless.models.loading.readahead import ReadAhead
 
@@ -43,6 +52,13 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
+def bridge(argv: Sequence[str]) -> int:
+    """Move jobs from the application's Redis lists to RunPod's endpoints."""
+    from ourvidz_serverless.serving import redis_bridge
+
+    return redis_bridge.main(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     """Post again the documents that could not be delivered."""
     from ourvidz_serverless.delivery import replay
@@ -50,8 +66,46 @@ def replay(argv: Sequence[str]) -> int:
     return replay.main(argv)
 
 
+def settings(argv: Sequence[str]) -> int:
+    """Check this environment as a worker does, and print every setting; secrets are masked."""
+    argparse.ArgumentParser(
+        prog="python -m ourvidz_serverless settings",
+        description=settings.__doc__,
+        epilog="It exits with 1, and one line for each setting that does not hold, if a worker "
+        "would not start with this environment. docs/settings.md says what each setting means.",
+    ).parse_args(argv)
+    try:
+        config = read_for_worker()
+    except ModelLoadError as exc:
+        print(exc.message.replace("; ", "\n"), file=sys.stderr)
+        return 1
+    print("\n".join(_table(config)))
+    return 0
+
+
+def _table(config: Settings) -> Iterator[str]:
+    """One line a setting: its name, its value, and its default if the environment changes it."""
+    for name, field in Settings.model_fields.items():
+        value, default = _shown(getattr(config, name)), _shown(field.default)
+        yield f"{name.upper():28}{value}" + (f"    (default {default})" if value != default else "")
+
+
+def _shown(value: object) -> str:
+    """A value as the environment has it. Passwords and queries of URLs are masked like secrets."""
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, SecretStr):
+        return "***"
+    text = str(value).replace("\n", " ")
+    return re.sub(r"(?<=://)[^/]*(?=@)|(?<=\?).+", "***", text)
+
+
 #: Each command reads the rest of the line, and imports only then what it needs.
-COMMANDS = {"serve": serve, "replay": replay}
+COMMANDS = {"serve": serve, "bridge": bridge, "replay": replay, "settings": settings}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

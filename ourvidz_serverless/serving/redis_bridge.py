@@ -1,6 +1,6 @@
 """The application's Redis lists, drained into the endpoints: the way over on the first day.
 
-    python -m ourvidz_serverless.bridge
+    python -m ourvidz_serverless bridge
 
 The application goes on pushing its payloads to `sdxl_queue`, `chat_queue` and `wan_queue`. Each
 list is drained in its order, one job at a time, and a job leaves Redis for good only once the
@@ -21,6 +21,7 @@ worker itself will refuse is no such thing: the application hears of that by the
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
@@ -387,21 +388,26 @@ def _secret(value: SecretStr) -> str:
     return value.get_secret_value()
 
 
-def main() -> None:
-    """The bridge as a process of its own, until SIGTERM."""
+def main(argv: Sequence[str]) -> int:
+    """The command `bridge`: moves jobs until SIGTERM or SIGINT; its exit code.
+
+    Raises ModelLoadError if a setting is missing or wrong.
+    """
+    argparse.ArgumentParser(
+        prog="python -m ourvidz_serverless bridge",
+        description="Move jobs from the application's Redis lists to RunPod's endpoints.",
+        epilog="Settings: REDIS_URL or UPSTASH_REDIS_REST_URL and its token, RUNPOD_API_KEY, "
+        "SDXL_ENDPOINT_ID, CHAT_ENDPOINT_ID, WAN_ENDPOINT_ID; see docs/settings.md.",
+    ).parse_args(argv)
+    config = settings.read()
+    logs.configure(config.log_level)
+    bridge = Bridge.of(config)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: bridge.close())
+    log.info("draining %s", ", ".join(config.bridge_queues))
     try:
-        config = settings.read()
-        logs.configure(config.log_level)
-        bridge = Bridge.of(config)
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: bridge.close())
-        log.info("draining %s", ", ".join(config.bridge_queues))
         bridge.run()
-    except ModelLoadError as exc:
-        sys.exit(f"cannot start: {exc.message}")
     except Fault as exc:
-        sys.exit(f"Redis refuses: {exc}")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"Redis refuses: {exc}", file=sys.stderr)
+        return 1
+    return 0

@@ -103,9 +103,8 @@ def bridged(platform: Platform, place: dict[str, str], **changes: str) -> Iterat
 
 
 def process(platform: Platform, place: dict[str, str], **changes: str) -> WorkerProcess:
-    args = ["ourvidz_serverless.serving.redis_bridge"]
     env = env_of(platform, place, **changes)
-    return WorkerProcess(None, "-m", env=env, cwd=ROOT, args=args)
+    return WorkerProcess(None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless", "bridge"])
 
 
 def push(redis: RedisServer, *items: Any, queue: str = QUEUE, command: str = "RPUSH") -> None:
