@@ -1,4 +1,4 @@
-"""Where a family computes, and in which number format."""
+"""The device and dtype that a family computes on, and what the device's errors mean."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ourvidz_serverless.errors import (
     OutOfMemory,
 )
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
-from ourvidz_serverless.models.memory.pinned import Block
+from ourvidz_serverless.models.memory.pinned import PinnedBlock
 from ourvidz_serverless.settings import Settings
 
 #: The errors after which, by CUDA's documentation, "the process must be terminated and relaunched",
-#: with those of the hardware, the driver and MPS (CUDA Runtime API, `cudaError_t`, 13.0): how torch
-#: words them ("CUDA error: ...", "HIP error: ...") where it does not tell their number.
-LOST = {
+#: with those of the hardware, the driver and MPS (CUDA Runtime API, `cudaError_t`, 13.0). The words
+#: are torch's ("CUDA error: ...", "HIP error: ..."), for errors that come without their number.
+LOST_ERRORS = {
     4: "driver shutting down",
     46: "all CUDA-capable devices are busy or unavailable",
     214: "uncorrectable ECC error encountered",
@@ -49,18 +49,18 @@ LOST = {
     999: "unknown error",
 }
 
-#: The beginnings of the device's errors in torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`) and in
-#: Triton.
-OF_THE_DEVICE = ("CUDA error", "CUDA driver error", "HIP error", "HIP driver error", "Triton Error")
+#: How messages of the device's errors begin, in torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`)
+#: and in Triton.
+DEVICE_ERROR_PREFIXES = ("CUDA error", "CUDA driver error", "HIP error", "HIP driver error", "Triton Error")
 
-#: A library's kernel that began and did not end; what was wrong is told to later calls only.
-LIBRARIES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
+#: A library's kernel started and did not finish. Only later calls report the reason.
+LIBRARY_FAILURES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
 
 #: CUDA's error number for "out of memory" (`cudaErrorMemoryAllocation`).
 OUT_OF_MEMORY = 2
 
-#: The libraries' errors for an allocation that did not fit. "Not initialized" is one: a library
-#: makes its handle at its first call, and on a full device there is no memory for the handle.
+#: The libraries' errors for an allocation that did not fit. "Not initialized" is one of them: a
+#: library makes its handle at its first call, and on a full device there is no memory for it.
 ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -70,11 +70,11 @@ ALLOCATION_FAILED = (
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
 )
 
-#: Held while a graph is recorded, and for what CUDA forbids meanwhile in whichever thread: to wait
-#: for all that a device does, and to give its unused memory back.
-whole_device = threading.Lock()
+#: Held while a CUDA graph is recorded, and for calls that CUDA forbids meanwhile in any thread:
+#: waiting for the whole device, and freeing its unused memory.
+device_wide_lock = threading.Lock()
 
-#: The side of the matrices that `Device.check` multiplies. bf16 holds integers up to 256 exactly.
+#: The size of the matrices that `Device.check` multiplies. bf16 holds integers up to 256 exactly.
 CHECK_SIDE = 256
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,23 +82,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A torch device and the dtype that weights are kept in on it.
+    """A torch device, and the dtype of the weights on it.
 
-    `counted` is there where a CPU plays a card of `VRAM_BUDGET_GB`.
+    `counted` is set if a CPU simulates a device of `VRAM_BUDGET_GB`.
     """
 
     name: torch.device
     dtype: torch.dtype
     counted: CountedMemory | None = None
-    #: The peak of the job's stages that are over.
-    past: list[int] = field(default_factory=lambda: [0], compare=False)
+    #: The peak of the job's earlier stages.
+    past_peak: list[int] = field(default_factory=lambda: [0], compare=False)
 
     @classmethod
     def choose(cls, settings: Settings, on_gpu: torch.dtype, memory: object = None) -> Device:
-        """The device that `DEVICE` and `DTYPE` ask for; `auto` is CUDA in `on_gpu`, else the CPU.
+        """The device of `DEVICE` and `DTYPE`; `auto` is CUDA with the dtype `on_gpu`, else the CPU.
 
-        `memory` is the ledger's, which all families of a worker share. Raises ModelLoadError when
-        CUDA is asked for and there is none.
+        `memory` is the ledger's, which all families of a worker share. Raises ModelLoadError if
+        `DEVICE` asks for a CUDA device that is not there.
         """
         cuda = torch.cuda.is_available()
         asked = settings.device if settings.device != "auto" else "cuda" if cuda else "cpu"
@@ -116,7 +116,7 @@ class Device:
         return self.name.type == "cuda"
 
     def check(self) -> None:
-        """Multiply two small matrices on the device; raises RuntimeError if the result is wrong."""
+        """Multiply two small matrices on the device. Raises RuntimeError if the result is wrong."""
         side = torch.arange(CHECK_SIDE)
         # Integers that bf16 holds exactly, and a matrix that moves each row down by one.
         numbers = ((side[:, None] + side) % CHECK_SIDE).to(self.dtype)
@@ -128,24 +128,29 @@ class Device:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bf16, and does not only act it, as CUDA before Ampere does."""
+        """Whether the device computes in bf16 itself. GPUs before Ampere only emulate it."""
         return not self.is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def reset_peak(self) -> None:
-        """Begin to measure a job's peak anew."""
-        self.past[0] = 0
+        """Start to measure a job's peak."""
+        self.past_peak[0] = 0
         self._reset()
 
     def begin_stage(self) -> int:
-        """Begin to measure a stage of a job; what is allocated already."""
-        self.past[0] = self.peak_bytes() or 0
+        """Start to measure a stage of a job; returns the bytes that are allocated already."""
+        self.past_peak[0] = self.peak_bytes() or 0
         self._reset()
         return self.allocated_bytes()
 
-    def stage_took(self, before: int) -> int | None:
-        """What the stage took at most beside that; None on a CPU."""
+    def stage_peak_bytes(self, before: int) -> int | None:
+        """The most bytes that the stage took, beside those `before` it; None on a CPU."""
         peak = self._peak()
         return None if peak is None else max(peak - before, 0)
+
+    def peak_bytes(self) -> int | None:
+        """The most bytes that were allocated since `reset_peak`; None on a CPU."""
+        peak = self._peak()
+        return None if peak is None else max(peak, self.past_peak[0])
 
     def _reset(self) -> None:
         if self.is_cuda:
@@ -153,121 +158,119 @@ class Device:
         elif self.counted:
             self.counted.reset_peak()
 
-    def peak_bytes(self) -> int | None:
-        """The most device memory that was allocated since `reset_peak`; None on a CPU."""
-        peak = self._peak()
-        return None if peak is None else max(peak, self.past[0])
-
     def _peak(self) -> int | None:
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.name)
         return self.counted.peak_bytes if self.counted else None
 
     def peak_mb(self) -> int | None:
-        """The same in MiB."""
+        """`peak_bytes` in MiB."""
         peak = self.peak_bytes()
         return None if peak is None else peak >> 20
 
     def allocated_bytes(self) -> int:
-        """What tensors hold of the device now; 0 on a CPU, which does not count."""
+        """The bytes that tensors take on the device; 0 on a CPU, which does not count."""
         if self.is_cuda:
             return torch.cuda.memory_allocated(self.name)
         return self.counted.used_bytes if self.counted else 0
 
     def free_bytes(self) -> int | None:
-        """Device memory that nobody holds; None on a CPU."""
+        """Free bytes of the device; None on a CPU."""
         if self.counted:
             return self.counted.free_bytes()
         return torch.cuda.mem_get_info(self.name)[0] if self.is_cuda else None
 
     def free_memory(self) -> None:
-        """Give back what no tensor holds any more."""
+        """Free the memory that no tensor holds any more."""
         gc.collect()
         if self.is_cuda:
-            with whole_device:
+            with device_wide_lock:
                 torch.cuda.empty_cache()
 
     def uncounted(self) -> AbstractContextManager[object]:
-        """A context for what is allocated in the host's memory."""
+        """A context for tensors in the host's memory, which are not counted."""
         return _disable_current_modes() if self.counted else nullcontext()
 
-    def hold(self, num_bytes: int) -> None:
-        """Count weights that arrive, or leave where negative; a GPU's driver does by itself."""
-        if self.counted:
-            self.counted.hold(num_bytes)
+    def count_bytes(self, num_bytes: int) -> None:
+        """Count weights that come to the device; a negative number for those that leave.
 
-    def limited(self) -> AbstractContextManager[object]:
-        """A context to allocate in, within what the device has."""
-        return self.counted.limited() if self.counted else nullcontext()
+        This affects only a simulated device. On a GPU the driver counts.
+        """
+        if self.counted:
+            self.counted.count_bytes(num_bytes)
+
+    def counting(self) -> AbstractContextManager[object]:
+        """A context in which a simulated device counts and limits allocations."""
+        return self.counted.counting() if self.counted else nullcontext()
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """The same, without gradients."""
-        with torch.inference_mode(), self.limited():
+        """A context to compute in: `counting`, and without gradients."""
+        with torch.inference_mode(), self.counting():
             yield
 
-    def parked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in the host's memory."""
-        return self.counted.park(tensor) if self.counted else tensor.cpu()
+    def copy_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor's copy in the host's memory."""
+        return self.counted.to_host(tensor) if self.counted else tensor.cpu()
 
-    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor of the host's on the device, counted as such."""
+    def copy_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor's copy on the device."""
         return tensor.clone() if self.counted else tensor.to(self.name)
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on a GPU. The copy may be under way until `wait` returns."""
+        """A tensor's copy on a GPU. The copy may be incomplete until `wait` returns."""
         return tensor.to(self.name, non_blocking=True)
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on a GPU."""
         return tensor.is_cuda
 
-    def pin(self, num_bytes: int) -> Block | None:
+    def pin(self, num_bytes: int) -> PinnedBlock | None:
         """A block of pinned memory, or None if the system cannot pin so much."""
         try:
-            return Block(num_bytes, torch.cuda.cudart())
+            return PinnedBlock(num_bytes, torch.cuda.cudart())
         except (RuntimeError, OSError):
             self._forget_error()
             return None
 
-    def unpin(self, block: Block) -> None:
-        """Give pinned memory back, once no copy from it is under way."""
-        with whole_device:
+    def unpin(self, block: PinnedBlock) -> None:
+        """Free pinned memory, after all copies from it are complete."""
+        with device_wide_lock:
             torch.cuda.synchronize(self.name)
             block.release()
 
     def _forget_error(self) -> None:
-        """The runtime keeps a failed call's error, and torch raises it at the next kernel."""
+        """Clear the error of a failed call, which torch would raise at the next kernel."""
         with suppress(RuntimeError):
             torch.zeros(1, device=self.name)
 
     def wait(self) -> None:
-        """Return when copies that were begun have arrived."""
+        """Wait until all copies are complete."""
         if self.is_cuda:
-            with whole_device:
+            with device_wide_lock:
                 torch.cuda.synchronize(self.name)
 
 
-def sent(
+def to_device_async(
     numbers: Sequence[Any] | torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The host's numbers on a device. A GPU's host goes on at once, whatever is computed there."""
+    """Numbers as a tensor on a device. The host does not wait for the GPU's earlier work."""
     here = torch.as_tensor(numbers, dtype=dtype)
     if device.type != "cuda":
         return here.to(device)
     return here.pin_memory().to(device, non_blocking=True)
 
 
-def picked(rows: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-    """Some rows of a tensor, in that order; where they are the first ones, as they lie."""
+def select_rows(rows: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+    """`index_select`, without a copy if the rows are 0 to n-1."""
     if list(which) == list(range(len(which))):
         return rows[: len(which)]
-    return rows.index_select(0, sent(which, rows.device))
+    return rows.index_select(0, to_device_async(which, rows.device))
 
 
 @contextmanager
-def out_of_memory_is_ours() -> Iterator[None]:
-    """Raise our OutOfMemory where torch says that an allocation did not fit."""
+def translate_out_of_memory() -> Iterator[None]:
+    """Raise our OutOfMemory instead of torch's errors for an allocation that did not fit."""
     try:
         yield
     except RuntimeError as exc:
@@ -279,8 +282,8 @@ def out_of_memory_is_ours() -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation did not fit.
 
-    torch's allocators raise OutOfMemoryError on a GPU and say it in words on a CPU. The driver and
-    the libraries allocate by themselves: torch raises a RuntimeError with their message.
+    torch's allocator raises OutOfMemoryError on a GPU, and an error with certain words on a CPU. The
+    driver and the libraries allocate by themselves: torch raises a RuntimeError with their message.
     """
     if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
         return True
@@ -294,10 +297,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, means that the device takes no more work from us.
+    """Whether an error, or its cause, means that this process can no longer use the device.
 
-    torch raises AcceleratorError with the driver's number, and RuntimeError for what its libraries
-    tell. An error that a job alone has made, such as an invalid argument, is none.
+    torch raises AcceleratorError with the driver's error number, and RuntimeError for errors of the
+    libraries. An error that concerns one job only, such as an invalid argument, is none.
     """
     while error is not None:
         if isinstance(error, RuntimeError) and _is_lost(error):
@@ -308,17 +311,17 @@ def is_lost(error: BaseException | None) -> bool:
 
 def _is_lost(error: RuntimeError) -> bool:
     first = _first_line(error)
-    if any(name in first for name in LIBRARIES):
+    if any(name in first for name in LIBRARY_FAILURES):
         return True
-    is_known = getattr(error, "error_code", None) in LOST or any(
-        words in first for words in LOST.values()
+    is_known = getattr(error, "error_code", None) in LOST_ERRORS or any(
+        words in first for words in LOST_ERRORS.values()
     )
     return is_known and _is_of_the_device(error)
 
 
 def _is_of_the_device(error: RuntimeError) -> bool:
     is_numbered = isinstance(error, torch.AcceleratorError)
-    return is_numbered or _first_line(error).startswith(OF_THE_DEVICE)
+    return is_numbered or _first_line(error).startswith(DEVICE_ERROR_PREFIXES)
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -326,7 +329,7 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def as_job_error(error: BaseException) -> JobError:
-    """What an error that nobody foresaw is in our words."""
+    """The JobError for an unforeseen error: a lost device, out of memory, or an internal error."""
     if is_lost(error):
         return DeviceLost("the device failed, and with it this worker; another one can do the job")
     if is_out_of_memory(error):

@@ -1,8 +1,8 @@
-"""How much memory the device and the host really have, and have left.
+"""How much memory the device and the host really have, and how much is free.
 
-`VRAM_BUDGET_GB` makes a worker behave as if its device had that much: on CUDA torch's allocator
-enforces it, on a CPU a `CountedMemory` does, which counts what tensors allocate and says "out of
-memory" in torch's words. So a rehearsal without a GPU runs out of memory for real.
+With `VRAM_BUDGET_GB` a worker behaves as if its device had that much memory. On CUDA torch's
+allocator enforces the limit. On a CPU a `CountedMemory` does: it counts what tensors allocate and
+raises torch's out-of-memory error, so a worker without a GPU can run out of memory too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ourvidz_serverless.models.memory.ledger import Home, Ledger, Levels, Movable
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.types import Movable, PressureLevels
 from ourvidz_serverless.settings import Settings
 
-#: What the host keeps for itself when models wait in its memory: the interpreter, pictures, PNGs.
+#: Host memory that evicted models may not take: for the interpreter, images and files.
 HOST_RESERVE = 2 << 30
 
-#: Where a container is told its limit, newer kernels first; what can be given up counts as free.
+#: Where a container's limit and use are, for cgroups v2 and v1. Page cache counts as free.
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -35,18 +36,20 @@ CGROUPS = (
 
 
 def open_ledger(settings: Settings) -> Ledger:
-    """A ledger of the device that `DEVICE` asks for, with `PRESSURE_*` as its levels."""
-    levels = Levels(settings.pressure_medium, settings.pressure_high, settings.pressure_critical)
+    """A ledger for the device of `DEVICE`, with the levels of `PRESSURE_*`."""
+    levels = PressureLevels(
+        settings.pressure_medium, settings.pressure_high, settings.pressure_critical
+    )
     return Ledger(open_memory(settings), levels)
 
 
-def alone(model: Movable) -> Home:
-    """The home of a model that shares the host with no other."""
+def standalone_handle(model: Movable) -> ModelHandle:
+    """The handle of a model in a ledger of its own, on the host."""
     return Ledger(HostMemory()).register(model, "model", "none")
 
 
 def open_memory(settings: Settings) -> Any:
-    """The memory of the device that `DEVICE` asks for, within `VRAM_BUDGET_GB`."""
+    """The memory of the device of `DEVICE`, limited to `VRAM_BUDGET_GB`."""
     budget = int((settings.vram_budget_gb or 0) * (1 << 30))
     asked = settings.device if settings.device != "auto" else "cuda"
     if asked.startswith("cuda") and torch.cuda.is_available():
@@ -55,7 +58,7 @@ def open_memory(settings: Settings) -> Any:
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of the host in all, and those that are left: the machine's, or the container's."""
+    """The host's total and free bytes: the machine's, or the container's if it has a limit."""
     machine = psutil.virtual_memory()
     total, free = machine.total, machine.available
     for paths in CGROUPS:
@@ -72,7 +75,7 @@ def host_memory() -> tuple[int, int]:
 
 
 class HostMemory:
-    """A CPU: what models take on the device, they take of the host."""
+    """A CPU: models on the device are in the host's memory."""
 
     name = "cpu"
     is_host = True
@@ -88,7 +91,7 @@ class HostMemory:
 
 
 class CudaMemory:
-    """A GPU, as its driver tells and torch's allocator uses it."""
+    """A GPU, by the numbers of its driver and of torch's allocator."""
 
     is_host = False
 
@@ -101,7 +104,7 @@ class CudaMemory:
             torch.cuda.set_per_process_memory_fraction(self.total_bytes / total, self._device)
 
     def free_bytes(self) -> int:
-        # What the allocator keeps without a tensor in it is as good as free.
+        # Memory that the allocator keeps without a tensor in it counts as free.
         allocated = torch.cuda.memory_allocated(self._device)
         kept = torch.cuda.memory_reserved(self._device) - allocated
         free = torch.cuda.mem_get_info(self._device)[0] + kept
@@ -112,10 +115,10 @@ class CudaMemory:
 
 
 class CountedMemory:
-    """A CPU that plays a small card: what its tensors allocate is counted, and is limited.
+    """A CPU that simulates a device: what tensors allocate is counted and limited.
 
-    Weights count from `hold`, everything else from the moment at which an operation under
-    `limited` has made it. Space that a kernel uses inside is not seen.
+    Weights are counted by `count_bytes`. Other tensors are counted when an operation in a
+    `counting` context has made them. Memory that a kernel uses inside is not seen.
     """
 
     name = "cpu"
@@ -124,7 +127,7 @@ class CountedMemory:
     def __init__(self, budget: int) -> None:
         self.total_bytes = budget
         self.used_bytes = self.peak_bytes = 0
-        # Tensors die in whichever thread, in the middle of anything, even of this.
+        # A tensor can be freed in any thread at any moment, even inside these methods.
         self._lock = threading.RLock()
         self._storages: dict[int, weakref.ref[Any]] = {}
 
@@ -137,8 +140,8 @@ class CountedMemory:
     def reset_peak(self) -> None:
         self.peak_bytes = self.used_bytes
 
-    def hold(self, num_bytes: int) -> None:
-        """Count bytes that no operation made; fewer, where negative. Raises torch's error."""
+    def count_bytes(self, num_bytes: int) -> None:
+        """Count bytes that no operation made, or fewer if negative. Raises torch's error."""
         with self._lock:
             if num_bytes > 0 and self.used_bytes + num_bytes > self.total_bytes:
                 raise torch.OutOfMemoryError(
@@ -147,29 +150,29 @@ class CountedMemory:
             self.used_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
-    def note(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that an operation made, until it is gone. Raises torch's error."""
+    def track(self, tensor: torch.Tensor) -> None:
+        """Count a tensor until it is freed. Raises torch's error."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         with self._lock:
             if key in self._storages:
                 return
-            self.hold(size)
-            self._storages[key] = weakref.ref(storage, lambda _: self.forget(key, size))
+            self.count_bytes(size)
+            self._storages[key] = weakref.ref(storage, lambda _: self.untrack(key, size))
 
-    def forget(self, key: int, size: int) -> None:
+    def untrack(self, key: int, size: int) -> None:
         with self._lock:
             if self._storages.pop(key, None) is not None:
                 self.used_bytes -= size
 
-    def park(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same tensor, as if it had been copied to the host."""
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor, no longer counted, as if it had been copied to the host."""
         storage = tensor.untyped_storage()
-        self.forget(storage._cdata, storage.nbytes())
+        self.untrack(storage._cdata, storage.nbytes())
         return tensor
 
-    def limited(self) -> TorchDispatchMode:
-        """A context in which what this thread computes is counted."""
+    def counting(self) -> TorchDispatchMode:
+        """A context that counts and limits what this thread allocates."""
         return _Counting(self)
 
 
@@ -180,16 +183,16 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {
+        inputs = {
             each.untyped_storage()._cdata
             for each in tree_leaves((args, kwargs))
             if type(each) in PLAIN
         }
         made = func(*args, **kwargs)
         for each in tree_leaves(made):
-            # A view of a weight is the weight, which `hold` has counted.
-            if type(each) in PLAIN and each.untyped_storage()._cdata not in given:
-                self._memory.note(each)
+            # A view of a weight shares the memory that `count_bytes` has counted.
+            if type(each) in PLAIN and each.untyped_storage()._cdata not in inputs:
+                self._memory.track(each)
         return made
 
 

@@ -1,9 +1,9 @@
-"""The tensors of torch modules, on the device, in the host's memory, or on the disk alone.
+"""The tensors of torch modules, which move between the device, the host's memory and the disk.
 
-A `Movable` for any family: the modules stay the same objects wherever their tensors are, so
-whatever refers to them need not know. When a model leaves a GPU it is copied into pinned memory
-(`models.pinned`), from which it returns at the bus's full speed. The copy is kept until the model
-is dropped: weights do not change, so leaving a second time needs no copy.
+These are `Movable`s for any family. The modules stay the same objects wherever their tensors are,
+so other objects can refer to them. A model that is evicted from a GPU is copied into pinned memory
+(see `pinned`), from which it returns at the bus's full speed. The copy is kept until the model is
+dropped: weights do not change, so the next eviction needs no copy.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.memory.device import Device, out_of_memory_is_ours
-from ourvidz_serverless.models.memory.pinned import Block, block_bytes
+from ourvidz_serverless.models.memory.device import Device, translate_out_of_memory
+from ourvidz_serverless.models.memory.pinned import PinnedBlock, block_bytes
 
-#: Reads the same modules anew, in the same order.
+#: Reads the same modules from the disk again, in the same order.
 Read = Callable[[], Sequence[Any]]
 
 
-class Tensors:
-    """Parameters and buffers of some modules, as one `Movable`. They begin in the host's memory."""
+class MovableTensors:
+    """The parameters and buffers of some modules. At first they are in the host's memory."""
 
     def __init__(self, modules: Sequence[Any], device: Device, read: Read | None = None) -> None:
         self._modules, self._device, self._read = list(modules), device, read
-        self._is_there = False
-        # The copy of each parameter in the block, once there is one. A parameter stays the same
-        # object wherever its tensor is; a LoRA's parameters are none of these.
+        self._is_on_device = False
+        # The pinned copy of each parameter, once there is one. A parameter stays the same object
+        # wherever its tensor is. A LoRA's parameters are not among these.
         self._copies: dict[torch.Tensor, torch.Tensor | None] = {}
-        self._block: Block | None = None
+        self._block: PinnedBlock | None = None
         self._num_bytes = self._measure()
 
     @property
     def num_bytes(self) -> int:
-        """The sum of the tensors' own bytes; what is tied counts once."""
+        """The sum of the tensors' bytes. Tied tensors count once."""
         return self._num_bytes
 
     @property
-    def held_bytes(self) -> int:
-        """What of that is on the device."""
-        return self._num_bytes if self._is_there else 0
+    def device_bytes(self) -> int:
+        """The bytes that are on the device now."""
+        return self._num_bytes if self._is_on_device else 0
 
     @property
     def pinned_bytes(self) -> int:
-        """How much of the host's pinned memory it uses."""
+        """The bytes of pinned host memory that it uses."""
         return self._block.num_bytes if self._block else 0
 
     @property
@@ -56,33 +56,33 @@ class Tensors:
     def load(self) -> None:
         if self._read is None:
             raise ModelLoadError("its weights are in memory alone")
-        self.adopt(self._read())
+        self.assign_from(self._read())
 
-    def adopt(self, modules: Sequence[Any]) -> None:
-        """Have the tensors of other modules of the same make."""
+    def assign_from(self, modules: Sequence[Any]) -> None:
+        """Take the tensors of other modules with the same structure."""
         for module, fresh in zip(self._modules, modules, strict=True):
-            _adopt(module, fresh)
+            _assign(module, fresh)
         self._num_bytes = self._measure()
 
-    def arrive(self) -> None:
-        if self._is_there:
+    def to_device(self) -> None:
+        if self._is_on_device:
             return
-        with out_of_memory_is_ours():
-            self._device.hold(self._num_bytes)
-            self._is_there = True
+        with translate_out_of_memory():
+            self._device.count_bytes(self._num_bytes)
+            self._is_on_device = True
             try:
-                self._apply(self._up)
+                self._apply(self._device.send)
             except BaseException:
-                self.leave()
+                self.to_host()
                 raise
             self._device.wait()
 
-    def leave(self) -> None:
-        if self._is_there:
+    def to_host(self) -> None:
+        if self._is_on_device:
             if self._device.is_cuda and self._copies and self._block is None:
                 self._block = self._device.pin(block_bytes(self._copies))
-            self._apply(self._down)
-            self._let_go()
+            self._apply(self._evicted)
+            self._mark_evicted()
 
     def drop(self) -> None:
         for module in self._modules:
@@ -91,30 +91,27 @@ class Tensors:
         if self._block:
             self._device.unpin(self._block)
         self._block = None
-        self._let_go()
+        self._mark_evicted()
 
-    def _let_go(self) -> None:
-        if self._is_there:
-            self._device.hold(-self._num_bytes)
-        self._is_there = False
+    def _mark_evicted(self) -> None:
+        if self._is_on_device:
+            self._device.count_bytes(-self._num_bytes)
+        self._is_on_device = False
         self._device.free_memory()
 
-    def _apply(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _apply(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._device.is_cuda:
             for module in self._modules:
-                module._apply(place)
+                module._apply(move)
 
-    def _up(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._device.send(tensor)
-
-    def _down(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _evicted(self, tensor: torch.Tensor) -> torch.Tensor:
         is_plain = not is_traceable_wrapper_subclass(tensor)
         if is_plain and tensor in self._copies and self._block and self._device.has(tensor):
             copy = self._copies[tensor]
             if copy is None:
                 copy = self._copies[tensor] = self._block.copy(tensor)
             return copy
-        return self._device.parked(tensor)
+        return self._device.copy_to_host(tensor)
 
     def _measure(self) -> int:
         self._copies = {
@@ -123,16 +120,16 @@ class Tensors:
             for parameter in module.parameters()
             if not is_traceable_wrapper_subclass(parameter)
         }
-        # Not the storages': in the host's memory many tensors may be views of one mapped file.
+        # Not the storages' bytes: in the host's memory many tensors may be views of one mapped file.
         parts = [part for module in self._modules for part in _parts(module)]
         return sum({part.data_ptr(): part.nbytes for part in parts}.values())
 
 
-class Parts:
-    """A model of several named parts, as one `Movable`, of which a job may have one at a time.
+class MovableParts:
+    """A model of several named parts. A job may have only some of them on the device.
 
-    With `stages`, groups of parts, a job never has more than one group: the model's bytes are then
-    the largest group's, and nothing comes to the device before somebody says what it needs.
+    With `stages`, which are groups of parts, a job has one group at a time. `num_bytes` is then
+    that of the largest group, and `to_device` moves nothing: the job calls `to_device_only`.
     """
 
     def __init__(
@@ -142,7 +139,7 @@ class Parts:
         read: Callable[[], Mapping[str, Sequence[Any]]] | None = None,
         stages: Sequence[Sequence[str]] = (),
     ) -> None:
-        self._parts = {name: Tensors(modules, device) for name, modules in parts.items()}
+        self._parts = {name: MovableTensors(modules, device) for name, modules in parts.items()}
         self._read, self._stages = read, stages
 
     @property
@@ -151,9 +148,9 @@ class Parts:
         return max(sum(self._parts[name].num_bytes for name in group) for group in groups)
 
     @property
-    def held_bytes(self) -> int:
-        """What of that is on the device."""
-        return sum(part.held_bytes for part in self._parts.values())
+    def device_bytes(self) -> int:
+        """The bytes that are on the device now."""
+        return sum(part.device_bytes for part in self._parts.values())
 
     @property
     def is_on_disk(self) -> bool:
@@ -164,37 +161,37 @@ class Parts:
             raise ModelLoadError("its weights are in memory alone")
         fresh = self._read()
         for name, part in self._parts.items():
-            part.adopt(fresh[name])
+            part.assign_from(fresh[name])
 
-    def arrive(self) -> None:
+    def to_device(self) -> None:
         if self._stages:
             return
         try:
             for part in self._parts.values():
-                part.arrive()
+                part.to_device()
         except BaseException:
-            self.leave()
+            self.to_host()
             raise
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         for part in self._parts.values():
-            part.leave()
+            part.to_host()
 
     def drop(self) -> None:
         for part in self._parts.values():
             part.drop()
 
-    def only(self, *names: str) -> None:
-        """Have these parts on the device and no others."""
+    def to_device_only(self, *names: str) -> None:
+        """Move these parts to the device, and all others to the host."""
         for name, part in self._parts.items():
             if name not in names:
-                part.leave()
+                part.to_host()
         for name in names:
-            self._parts[name].arrive()
+            self._parts[name].to_device()
 
 
 def _parts(module: Any) -> Iterator[torch.Tensor]:
-    """A module's plain tensors; those that quantised ones are made of."""
+    """A module's plain tensors, and those inside its quantised tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield from _plain(tensor)
 
@@ -207,15 +204,15 @@ def _plain(tensor: Any) -> Iterator[torch.Tensor]:
         yield from _plain(getattr(tensor, name))
 
 
-def _adopt(module: Any, fresh: Any) -> None:
-    """Have the tensors of another module of the same make, tied ones tied."""
+def _assign(module: Any, fresh: Any) -> None:
+    """Assign the tensors of another module with the same structure; tied ones stay tied."""
     for (_, mine), (_, other) in zip(module.named_modules(), fresh.named_modules(), strict=True):
         mine._parameters.update(other._parameters)
         mine._buffers.update(other._buffers)
 
 
 def _empty(module: Any) -> None:
-    """Hold no memory; `_adopt` undoes it."""
+    """Free a module's tensors. `_assign` gives it new ones."""
     for each in module.modules():
         for name, tensor in each._parameters.items():
             if tensor is not None:

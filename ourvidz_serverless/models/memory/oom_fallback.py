@@ -1,7 +1,8 @@
-"""How a job is computed in the memory that there is: the usual way, or a smaller one.
+"""What happens after an out-of-memory error: the job goes on with a smaller memory plan.
 
-Each step down costs time and no pixel. `LOW_VRAM` begins at the lowest. A plan that brought a job
-to its end is remembered for the next job of that shape, which then does not fail first.
+Each smaller plan costs time and changes no pixel. `LOW_VRAM` begins with the smallest. A plan with
+which a job succeeded is remembered: the next job of that shape begins with it instead of failing
+first.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
-from ourvidz_serverless.models.memory.ledger import Home
+from ourvidz_serverless.models.memory.ledger import ModelHandle
 
 log = logging.getLogger("ourvidz")
 
-#: Shapes of jobs that are remembered.
+#: For how many shapes of jobs a plan is remembered.
 MAX_SHAPES = 64
 
 Stage = Literal["condition", "denoise", "decode"]
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-#: Hears how a job is computed, where that is not the usual way.
-Planned = Callable[[Mapping[str, Any]], None]
+#: Called with the plan of a job, if it is not the default plan.
+ReportPlan = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """SDXL's: the most pictures in one forward; whether the VAE decodes in strips; whether only the
-    part of the model that computes is on the device, while the others wait in the host's memory.
-    In a `lean` way nothing is kept to be faster: no prompt's keys.
+class SdxlMemoryPlan:
+    """How SDXL saves memory.
+
+    `max_batch`: the most images in one forward.
+    `tiled_decode`: the VAE decodes in tiles.
+    `offload`: only the part of the model that computes is on the device; the others wait in the
+    host's memory.
+    `lean`: nothing is cached to be faster, so a prompt's keys and values are computed every step.
     """
 
     max_batch: int
@@ -44,28 +49,28 @@ class Plan:
     def too_large(self) -> str:
         return "one picture of this size does not fit the device's memory"
 
-    def size(self, pictures: int) -> int:
-        """How many pictures go into one forward, so that all forwards are alike."""
-        return -(-pictures // -(-pictures // self.max_batch))
+    def size(self, num_images: int) -> int:
+        """How many images go into one forward, so that all forwards have about the same size."""
+        return -(-num_images // -(-num_images // self.max_batch))
 
-    def smaller(self, stage: Stage, pictures: int = 1) -> Plan | None:
-        """The next smaller way to compute a stage that did not fit; None where there is none."""
+    def smaller(self, stage: Stage, num_images: int = 1) -> SdxlMemoryPlan | None:
+        """The next smaller plan for a stage that did not fit; None if there is none."""
         if stage == "denoise" and not self.lean:
             return replace(self, lean=True)
-        if stage == "denoise" and self.size(pictures) > 1:
-            return replace(self, max_batch=self.size(pictures) // 2)
+        if stage == "denoise" and self.size(num_images) > 1:
+            return replace(self, max_batch=self.size(num_images) // 2)
         if stage == "decode" and not self.tiled_decode:
             return replace(self, tiled_decode=True)
         return None if self.offload else replace(self, offload=True, lean=True)
 
 
 @dataclass(frozen=True, slots=True)
-class VideoPlan:
-    """WAN's: whether the text encoder comes to the device block by block.
+class WanMemoryPlan:
+    """How WAN saves memory. `offload`: the text encoder comes to the device block by block.
 
-    There is no smaller one: WAN's networks come one at a time anyway, its VAE decodes frame by
-    frame, and a row is a forward. `lean` is always true, since WAN keeps nothing to be faster; the
-    document has the field.
+    There is no smaller plan: WAN's networks come one at a time anyway, its VAE decodes frame by
+    frame, and each half of guidance is a forward. `lean` is always true, since WAN caches nothing
+    to be faster; the job's document has the field.
     """
 
     offload: bool = False
@@ -75,71 +80,74 @@ class VideoPlan:
     def too_large(self) -> str:
         return "a video of this size and length does not fit the device's memory"
 
-    def smaller(self, stage: Stage, pictures: int = 1) -> VideoPlan | None:
+    def smaller(self, stage: Stage, num_images: int = 1) -> WanMemoryPlan | None:
         return None
 
 
-AnyPlan = TypeVar("AnyPlan", Plan, VideoPlan)
+MemoryPlan = TypeVar("MemoryPlan", SdxlMemoryPlan, WanMemoryPlan)
 
 
-class Plans(Generic[AnyPlan]):
-    """What worked, by shape; `usual` for a shape that has never failed.
+class MemoryPlans(Generic[MemoryPlan]):
+    """The plan to begin with, by the shape of a job: `default` unless another one was needed.
 
-    A plan that is `told` is reported even where it is the usual one.
+    `always_report`: report the plan even if it is the default.
     """
 
-    def __init__(self, usual: AnyPlan, told: bool = False) -> None:
-        self.usual: AnyPlan = usual
-        self.told = told
-        self._worked: OrderedDict[Hashable, AnyPlan] = OrderedDict()
+    def __init__(self, default: MemoryPlan, always_report: bool = False) -> None:
+        self.default: MemoryPlan = default
+        self.always_report = always_report
+        self._by_shape: OrderedDict[Hashable, MemoryPlan] = OrderedDict()
 
-    def best(self, shape: Hashable) -> AnyPlan:
-        """The plan to begin with."""
-        return self._worked.get(shape, self.usual)
+    def get(self, shape: Hashable) -> MemoryPlan:
+        """The plan to begin a job with."""
+        return self._by_shape.get(shape, self.default)
 
-    def worked(self, shape: Hashable, plan: AnyPlan) -> None:
-        """Remember a plan by which a job came to its end."""
-        if plan != self.usual:
-            self._worked[shape] = plan
-            self._worked.move_to_end(shape)
-            if len(self._worked) > MAX_SHAPES:
-                self._worked.popitem(last=False)
+    def remember(self, shape: Hashable, plan: MemoryPlan) -> None:
+        """Begin later jobs of this shape with a plan that succeeded."""
+        if plan != self.default:
+            self._by_shape[shape] = plan
+            self._by_shape.move_to_end(shape)
+            if len(self._by_shape) > MAX_SHAPES:
+                self._by_shape.popitem(last=False)
 
 
-class Way(Generic[AnyPlan]):
-    """One job's plan, which gets smaller whenever a stage does not fit."""
+class OomFallback(Generic[MemoryPlan]):
+    """One job's memory plan, which becomes smaller whenever a stage does not fit."""
 
     def __init__(
-        self, plans: Plans[AnyPlan], shape: Hashable, device: Device, told: Planned
+        self, plans: MemoryPlans[MemoryPlan], shape: Hashable, device: Device, report: ReportPlan
     ) -> None:
-        self.plan: AnyPlan = plans.best(shape)
+        self.plan: MemoryPlan = plans.get(shape)
         self.retries, self.is_alone = 0, False
-        self._plans: Plans[AnyPlan] = plans
-        self._shape = shape
-        self._device, self._told = device, told
-        if plans.told or self.plan != plans.usual:
-            self._tell()
+        self._plans: MemoryPlans[MemoryPlan] = plans
+        self._shape, self._device, self._report = shape, device, report
+        if plans.always_report or self.plan != plans.default:
+            self._report_plan()
 
-    def fits(
-        self, home: Home, stage: Stage, compute: Callable[[AnyPlan], Made], pictures: int = 1
-    ) -> Made:
-        """What `compute` gives by the plan, or by the first smaller one that fits.
+    def run(
+        self,
+        handle: ModelHandle,
+        stage: Stage,
+        compute: Callable[[MemoryPlan], Result],
+        num_images: int = 1,
+    ) -> Result:
+        """Return `compute(plan)`, for the current plan or the first smaller one that fits.
 
-        `home` is the model's that computes. Raises OutOfMemory when none does, and whatever else
-        `compute` raises.
+        `handle` is that of the model which computes. Raises OutOfMemory if no plan fits, and
+        whatever else `compute` raises.
         """
         while True:
-            made = self._if_it_fits(compute)
+            result = self._try(compute)
             # Not inside the `except`: there the traceback still pins the tensors that did not fit.
-            if made is not None:
-                return made
-            self._make_do(home, stage, pictures)
+            if result is not None:
+                return result
+            self._fall_back(handle, stage, num_images)
 
-    def worked(self) -> None:
-        """Say that the job came to its end."""
-        self._plans.worked(self._shape, self.plan)
+    def succeeded(self) -> None:
+        """Remember the plan, at the end of the job."""
+        self._plans.remember(self._shape, self.plan)
 
-    def _if_it_fits(self, compute: Callable[[AnyPlan], Made]) -> Made | None:
+    def _try(self, compute: Callable[[MemoryPlan], Result]) -> Result | None:
         try:
             with self._device.computing():
                 return compute(self.plan)
@@ -148,19 +156,19 @@ class Way(Generic[AnyPlan]):
                 raise
             return None
 
-    def _make_do(self, home: Home, stage: Stage, pictures: int) -> None:
-        """Take idle models off the device; where there was none, go on in a smaller way."""
+    def _fall_back(self, handle: ModelHandle, stage: Stage, num_images: int) -> None:
+        """Evict idle models; if there was none, choose a smaller plan."""
         self.retries += 1
         self._device.free_memory()
-        if home.shed():
+        if handle.evict_idle():
             self.is_alone = True
         else:
-            smaller = self.plan.smaller(stage, pictures)
+            smaller = self.plan.smaller(stage, num_images)
             if smaller is None:
                 raise OutOfMemory(self.plan.too_large)
             self.plan = smaller
         log.warning("out of memory to %s: on with %s", stage, self.plan)
-        self._tell()
+        self._report_plan()
 
-    def _tell(self) -> None:
-        self._told({**asdict(self.plan), "alone": self.is_alone, "retries": self.retries})
+    def _report_plan(self) -> None:
+        self._report({**asdict(self.plan), "alone": self.is_alone, "retries": self.retries})

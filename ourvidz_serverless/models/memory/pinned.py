@@ -1,13 +1,13 @@
-"""Page-locked memory of the host, in one block for a model that leaves a GPU.
+"""Page-locked ("pinned") host memory, in one block for each model that is evicted from a GPU.
 
-A GPU copies from page-locked ("pinned") memory at the bus's full speed. torch's own allocator of it
-(ATen/core/CachingHostAllocator.h) rounds each tensor up to a power of two, and keeps what is freed
-for the next tensor of that size: 14.2 GiB of Qwen2.5-7B take 27.0, and dropping them gives nothing
-back. `pinned_max_cached_size_mb` would stop both, but for every tensor of the process: chat sends
-numbers to the device at each step, and the cache makes their pinned memory fast.
+A GPU copies from pinned memory at the bus's full speed. torch's own allocator of pinned memory
+(ATen/core/CachingHostAllocator.h) rounds each tensor up to a power of two, and keeps freed memory
+for the next tensor of that size: 14.2 GiB of Qwen2.5-7B take 27.0, and dropping them frees nothing.
+`pinned_max_cached_size_mb` would prevent both, but for every tensor of the process. Chat sends
+numbers to the device at each step, and needs the cache for that.
 
-So each model has a block of its own, registered with CUDA. The block is as large as the tensors in
-it, and is freed as a whole. torch's cache stays as it is for small, frequent tensors.
+So each model has a block of its own, registered with CUDA. The block is as large as its tensors,
+and is freed as a whole. torch's cache stays in use for small, frequent tensors.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Protocol, SupportsInt
 
 import torch
 
-#: Each tensor begins at a multiple of so many bytes: a cache line.
+#: Each tensor starts at a multiple of so many bytes, the size of a cache line.
 ALIGNMENT = 64
 
 #: `cudaHostRegisterPortable`: pinned for every device.
 PORTABLE = 1
 
 
-class Runtime(Protocol):
+class CudaRuntime(Protocol):
     """The part of CUDA's runtime that pins memory, as in `torch.cuda.cudart()`.
 
     Each call returns CUDA's error code, 0 if there is no error.
@@ -38,12 +38,12 @@ class Runtime(Protocol):
     def cudaHostUnregister(self, address: int, /) -> SupportsInt: ...
 
 
-class Block:
-    """Memory of the host that is pinned until `release`. Tensors in it keep it mapped."""
+class PinnedBlock:
+    """Host memory that is pinned until `release`. It stays mapped while it has tensors."""
 
-    def __init__(self, num_bytes: int, runtime: Runtime) -> None:
+    def __init__(self, num_bytes: int, runtime: CudaRuntime) -> None:
         """Raises RuntimeError if the system cannot pin so much."""
-        with _plainly():
+        with _outside_inference_mode():
             self._memory = torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)
         self._used = 0
         address = self._memory.data_ptr()
@@ -58,16 +58,16 @@ class Block:
         return self._memory.nbytes
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor in the next free part; it keeps its strides if it has no gaps."""
+        """A copy of a tensor in the next free part, with the same strides if it has no gaps."""
         start = self._used
         self._used += _aligned(tensor.nbytes)
         strides = torch.empty_like(tensor, device="meta").stride()
-        with _plainly():
+        with _outside_inference_mode():
             part = self._memory[start : start + tensor.nbytes].view(tensor.dtype)
             return part.as_strided(tensor.shape, strides).copy_(tensor)
 
     def release(self) -> None:
-        """Unpin it. The memory itself is freed with the last tensor in it."""
+        """Unpin the memory. It is freed with the last tensor in it."""
         self._unpin()
 
 
@@ -77,7 +77,7 @@ def block_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _mapped(num_bytes: int) -> mmap.mmap:
-    """Pages that no child process shares: a GPU would write past their copy-on-write."""
+    """Pages that no child process shares, since a GPU would ignore their copy-on-write."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
     return memory
@@ -88,7 +88,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """Leave inference mode: its tensors cannot be written to outside of it."""
+def _outside_inference_mode() -> Iterator[None]:
+    """Inference tensors cannot be written to outside inference mode, so make normal ones."""
     with torch.inference_mode(False), torch.no_grad():
         yield

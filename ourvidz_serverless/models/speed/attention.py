@@ -1,8 +1,8 @@
-"""Which of torch's kernels computes the attention of SDXL's UNet and of WAN's networks.
+"""The attention kernel of SDXL's UNet and of WAN's networks, and a cache of a prompt's keys.
 
-`set_attention_backend` of diffusers does nothing to an SDXL UNet, whose processor calls torch by
-itself (diffusers 0.42), and changes the whole process where it does something. Here each network is
-told by itself, and a kernel that the device does not have is refused at the start.
+`set_attention_backend` of diffusers has no effect on an SDXL UNet, whose processor calls torch
+directly (diffusers 0.42), and elsewhere it changes the whole process. Here the kernel is set for
+each network, and a kernel that the device does not have ends the start.
 
 A prompt's keys and values are the same at every step, so a job computes them once.
 """
@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.memory.device import Device
 
-#: Our names and diffusers'. `native` lets torch choose. None needs a package beside torch.
+#: Our names and diffusers'. With `native` torch chooses. No kernel needs another package.
 BACKENDS = {
     "native": AttentionBackendName.NATIVE,
     "cudnn": AttentionBackendName._NATIVE_CUDNN,
@@ -30,31 +30,34 @@ BACKENDS = {
     "math": AttentionBackendName._NATIVE_MATH,
 }
 
-#: What a kernel is tried on at the start: (batch, tokens, heads, head size), as SDXL has them.
+#: The shape that a kernel is tried with: (batch, tokens, heads, head size), as in SDXL.
 TRIED_SHAPE = (1, 64, 2, 64)
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """Keys and values (rows, tokens, heads, head size) of the very prompt that `of` is."""
+class PromptKeys:
+    """Cross-attention keys and values (rows, tokens, heads, head size) of a prompt.
+
+    They are valid while the prompt tensor `of` is unchanged.
+    """
 
     of: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
 
 
-class Dispatched:
-    """`AttnProcessor2_0` for the transformer blocks of a UNet, whose kernel can be chosen.
+class DispatchedProcessor:
+    """`AttnProcessor2_0` for the transformer blocks of a UNet, with a kernel that can be set.
 
-    Those blocks have three dimensions, no mask, no norm and no residual of their own; `choose`
-    leaves every other attention as it is.
+    The attentions of those blocks have no mask, no norm and no residual of their own;
+    `set_backend` leaves every other attention's processor as it is.
     """
 
     def __init__(self, backend: AttentionBackendName) -> None:
-        # By this name diffusers' own processors have it.
+        # diffusers' own processors use this attribute name.
         self._attention_backend = backend
-        self.remembers = False
-        self.heard: Heard | None = None
+        self.is_caching = False
+        self.cached: PromptKeys | None = None
 
     def __call__(
         self,
@@ -66,7 +69,7 @@ class Dispatched:
         if encoder_hidden_states is None:
             keys, values = _keys_and_values(attn, hidden_states)
         else:
-            keys, values = self._of_prompt(attn, encoder_hidden_states)
+            keys, values = self._keys_of_prompt(attn, encoder_hidden_states)
         made = dispatch_attention_fn(
             attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)),
             keys,
@@ -77,53 +80,53 @@ class Dispatched:
         projection, dropout = attn.to_out
         return dropout(projection(made.flatten(2)))
 
-    def _of_prompt(
+    def _keys_of_prompt(
         self, attn: Attention, prompt: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Compiled code would hold to what it was traced with.
-        if torch.compiler.is_compiling() or not self.remembers:
+        # Compiled code would always use the keys that it was traced with.
+        if torch.compiler.is_compiling() or not self.is_caching:
             return _keys_and_values(attn, prompt)
-        heard = self.heard
-        if heard is None or heard.of is not prompt:
-            # First, so that the last prompt's are gone when this one's are made.
-            heard = self.heard = None
-            heard = self.heard = Heard(prompt, *_keys_and_values(attn, prompt))
-        return heard.keys, heard.values
+        cached = self.cached
+        if cached is None or cached.of is not prompt:
+            # First free the last prompt's keys, then make those of this prompt.
+            cached = self.cached = None
+            cached = self.cached = PromptKeys(prompt, *_keys_and_values(attn, prompt))
+        return cached.keys, cached.values
 
 
-def _keys_and_values(attn: Attention, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_and_values(attn: Attention, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     heads = (attn.heads, -1)
-    return attn.to_k(seen).unflatten(-1, heads), attn.to_v(seen).unflatten(-1, heads)
+    return attn.to_k(source).unflatten(-1, heads), attn.to_v(source).unflatten(-1, heads)
 
 
 @contextmanager
-def prompts_remembered(unet: Any) -> Iterator[None]:
-    """A UNet whose attentions compute a prompt's keys and values once, not at every step.
+def cached_prompt_keys(unet: Any) -> Iterator[None]:
+    """Let a UNet compute a prompt's keys and values once, not at every step.
 
-    The prompt is known by its tensor, which must not change meanwhile, nor the weights. Each
-    attention remembers the last one alone, and nothing outlives the context.
+    A prompt is identified by its tensor object. Neither the tensor nor the weights may change in
+    the context. Each attention caches one prompt, and the cache ends with the context.
     """
     processors = [each.processor for each in _with_processor(unet)]
-    ours = [each for each in processors if isinstance(each, Dispatched)]
+    ours = [each for each in processors if isinstance(each, DispatchedProcessor)]
     try:
         for each in ours:
-            each.remembers = True
+            each.is_caching = True
         yield
     finally:
         for each in ours:
-            each.remembers, each.heard = False, None
+            each.is_caching, each.cached = False, None
 
 
-def choose(network: Any, name: str, device: Device) -> None:
-    """Let a UNet or a transformer compute its attention by the kernel of that name.
+def set_backend(network: Any, name: str, device: Device) -> None:
+    """Set the attention kernel of a UNet or a transformer.
 
-    Raises ModelLoadError where this device has none.
+    Raises ModelLoadError if the device does not have it.
     """
     check(name, device)
     backend = BACKENDS[name]
     for module in _with_processor(network):
         if type(module.processor) is AttnProcessor2_0 and _is_plain(module):
-            module.set_processor(Dispatched(backend))
+            module.set_processor(DispatchedProcessor(backend))
         if hasattr(module.processor, "_attention_backend"):
             module.processor._attention_backend = backend
 
@@ -133,7 +136,7 @@ def _with_processor(network: Any) -> Iterator[Any]:
 
 
 def _is_plain(attention: Attention) -> bool:
-    """Whether it is one of a transformer block, which does nothing but attend."""
+    """Whether it is an attention of a transformer block, without a norm or a residual of its own."""
     extras = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
     return (
         not any(extras)
@@ -144,7 +147,7 @@ def _is_plain(attention: Attention) -> bool:
 
 
 def check(name: str, device: Device) -> None:
-    """Raise ModelLoadError where this device has no kernel of that name."""
+    """Raise ModelLoadError if the device does not have the kernel."""
     tried = torch.zeros(TRIED_SHAPE, device=device.name, dtype=device.dtype)
     try:
         dispatch_attention_fn(tried, tried, tried, backend=BACKENDS[name])

@@ -1,13 +1,13 @@
-"""The repeated blocks of a denoising network, compiled while it serves.
+"""The repeated blocks of a denoising network, compiled in the background while it serves.
 
-Compiling takes minutes, so no job ever waits for it. A network begins eager. Calls of its blocks
-whose shapes come a second time, in another job, are compiled in a thread of their own, and the next
-job that begins after that uses what is ready; a shape that was never compiled stays eager, and
-what a LoRA or an adapter has changed is eager again, by torch's own guards. A compiler that fails
-is a warning, and the end of the attempt.
+Compiling takes minutes, so no job waits for it. A network starts eager. When a shape of a block's
+call comes again in a second job, the block is compiled for that shape in a thread of its own, and
+jobs that begin after that use the compiled code. Every other shape stays eager, and so does a block
+that a LoRA or an adapter has changed, by torch's own guards. If the compiler fails, the worker logs
+one warning and stays eager.
 
-What was compiled is kept in `COMPILE_CACHE_DIR`, by the machine and the versions that made it, and
-found there by the next worker; whoever can write there can run code here.
+Compiled code is kept in `COMPILE_CACHE_DIR`, by the machine and the versions that made it, and the
+next worker finds it there. Whoever can write there can run code in the worker.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ import torch
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.ledger import Home
-from ourvidz_serverless.models.speed.blocks import repeated_blocks
+from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.settings import Settings
 
 log = logging.getLogger("ourvidz")
 
-#: Shapes of calls that are compiled, of one network. SDXL has two for each size of picture.
+#: How many shapes are compiled for one network. SDXL has two for each size of image.
 MAX_SHAPES = 16
 
-#: Shapes that came once and are remembered, in case that they come again.
+#: How many shapes are remembered that came only once.
 SEEN_SHAPES = 256
 
-#: torch keeps a stance for the whole process: in a job nothing is compiled, and while something is
-#: compiled no job uses what is. A job that does not get it is eager.
-_turn = threading.Lock()
+#: Held by a job that uses compiled code, or by the thread that compiles: torch's stance holds for
+#: the whole process. A job that does not get the lock is eager.
+_stance_lock = threading.Lock()
 
 
-#: The thread that compiles, while it does; `_turn` allows one.
+#: The thread that compiles now, if any; `_stance_lock` allows one.
 _compiler: int | None = None
 
 
 @contextmanager
-def own_traces() -> Iterator[None]:
-    """Keep what the compiler traces apart from the modules that other threads call.
+def isolated_tracing() -> Iterator[None]:
+    """Let other threads call modules while this thread compiles.
 
-    While torch.fx traces, `torch.nn.Module.__call__` is the tracer's for the whole process: a job
-    that calls a module at that moment ends in "module is not installed as a submodule" (torch
-    2.13, `torch/fx/_symbolic_trace.py`). Inductor traces so in each compilation.
+    torch.fx patches `torch.nn.Module.__call__` for the whole process while it traces. A job that
+    calls a module at that moment fails with "module is not installed as a submodule" (torch 2.13,
+    `torch/fx/_symbolic_trace.py`). Inductor traces in each compilation.
     """
     global _compiler
     _patch_tracer()
@@ -77,21 +76,29 @@ def _patch_tracer() -> None:
     torch.fx.Tracer.call_module = call_module
 
 
-class Regions:
-    """One network's repeated blocks; `calls` counts those that were answered by compiled code."""
+def repeated_blocks(network: Any) -> Iterator[Any]:
+    """The blocks that a denoising network consists of, by diffusers' own list."""
+    return (each for each in network.modules() if type(each).__name__ in network._repeated_blocks)
 
-    def __init__(self, network: Any, home: Home) -> None:
-        self._home, self._network = home, network
+
+class CompiledBlocks:
+    """One network's repeated blocks, compiled for the shapes that come again.
+
+    `num_calls` counts calls that compiled code answered. `is_broken`: the compiler failed.
+    """
+
+    def __init__(self, network: Any, handle: ModelHandle) -> None:
+        self._handle, self._network = handle, network
         self._compiled: dict[type, Callable[..., Any]] = {}
         self._ready: set[Hashable] = set()
         self._usable: frozenset[Hashable] | None = None
-        # The job in which a shape came first, and the shapes that have come again.
-        self._seen: dict[Hashable, int] = {}
-        self._asked: set[Hashable] = set()
-        self._wanted: list[tuple[Hashable, Callable[[], Any]]] = []
+        # The job in which each shape came first.
+        self._first_job: dict[Hashable, int] = {}
+        self._requested: set[Hashable] = set()
+        self._queue: list[tuple[Hashable, Callable[[], Any]]] = []
         self._lock = threading.Lock()
-        self._is_working = False
-        self._jobs = self.calls = 0
+        self._is_compiling = False
+        self._jobs = self.num_calls = 0
         self.is_broken = False
         for block in repeated_blocks(network):
             own = type(block).forward
@@ -102,25 +109,25 @@ class Regions:
             block.forward = functools.partial(self._call, block, own, kind)
 
     @property
-    def ready(self) -> int:
+    def num_ready(self) -> int:
         """How many shapes are compiled."""
         return len(self._ready)
 
     @contextmanager
-    def job(self, is_plain: bool = True) -> Iterator[None]:
-        """For as long as a job computes: what is ready now is used, and what is not is noted.
+    def job(self, use_compiled: bool = True) -> Iterator[None]:
+        """A job uses the shapes that are compiled when it begins, and records those that are not.
 
-        A job that is not `is_plain`, such as one with a LoRA, is eager and teaches nothing.
+        Without `use_compiled`, as for a job with a LoRA, all is eager and no shape is recorded.
         """
         self._jobs += 1
         with ExitStack() as stack:
-            has_turn = _turn.acquire(blocking=False)
-            if has_turn:
-                stack.callback(_turn.release)
+            has_lock = _stance_lock.acquire(blocking=False)
+            if has_lock:
+                stack.callback(_stance_lock.release)
                 if self._ready:
                     stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
-            usable = self._ready if has_turn and is_plain else ()
-            self._usable = frozenset(usable) if is_plain else None
+            usable = self._ready if has_lock and use_compiled else ()
+            self._usable = frozenset(usable) if use_compiled else None
             try:
                 yield
             finally:
@@ -132,61 +139,61 @@ class Regions:
             return own(block, *args, **options)
         shape = (kind, _shape(args), _shape(options))
         if shape in usable:
-            self.calls += 1
+            self.num_calls += 1
             return self._compiled[type(block)](block, *args, **options)
-        self._note(shape, block, args, options)
+        self._record(shape, block, args, options)
         return own(block, *args, **options)
 
-    def _note(self, shape: Hashable, block: Any, args: Any, options: Any) -> None:
-        """Have a shape compiled when another job than its first has it."""
-        first = self._seen.setdefault(shape, self._jobs)
-        if len(self._seen) > SEEN_SHAPES:
-            self._seen.pop(next(iter(self._seen)))
-        is_full = self.is_broken or len(self._asked) == MAX_SHAPES
-        if first == self._jobs or shape in self._asked or is_full:
+    def _record(self, shape: Hashable, block: Any, args: Any, options: Any) -> None:
+        """Record a shape. Have it compiled if an earlier job had it too."""
+        first = self._first_job.setdefault(shape, self._jobs)
+        if len(self._first_job) > SEEN_SHAPES:
+            self._first_job.pop(next(iter(self._first_job)))
+        is_full = self.is_broken or len(self._requested) == MAX_SHAPES
+        if first == self._jobs or shape in self._requested or is_full:
             return
-        self._asked.add(shape)
+        self._requested.add(shape)
         compiled = self._compiled[type(block)]
-        like = _like((args, options))
+        recipe = _recipe((args, options))
 
         def compute() -> None:
-            given, named = _made(like)
-            compiled(block, *given, **named)
+            made_args, made_options = _made(recipe)
+            compiled(block, *made_args, **made_options)
 
         with self._lock:
-            self._wanted.append((shape, compute))
-            if not self._is_working:
-                self._is_working = True
-                threading.Thread(target=self._work, name="compiler").start()
+            self._queue.append((shape, compute))
+            if not self._is_compiling:
+                self._is_compiling = True
+                threading.Thread(target=self._compile_queue, name="compiler").start()
 
-    def _work(self) -> None:
-        """Compile what is wanted, and end.
+    def _compile_queue(self) -> None:
+        """Compile what is queued, and end.
 
-        A process that ends waits for what is just being compiled, and for no more: a thread that is
-        cut off inside torch aborts it.
+        A process that ends waits for the current compilation and for no other: a thread that is cut
+        off inside torch aborts the process.
         """
         while True:
             with self._lock:
                 is_over = self.is_broken or not threading.main_thread().is_alive()
-                if is_over or not self._wanted:
-                    self._is_working = False
+                if is_over or not self._queue:
+                    self._is_compiling = False
                     return
-                shape, compute = self._wanted.pop(0)
+                shape, compute = self._queue.pop(0)
             try:
-                with _turn, own_traces(), self._home.using(), torch.inference_mode():
+                with _stance_lock, isolated_tracing(), self._handle.using(), torch.inference_mode():
                     compute()
                 self._ready.add(shape)
             except Exception as exc:
                 self.is_broken = True
                 if not threading.main_thread().is_alive():
-                    # The process ends, and the compiler's own threads with it: no fault of its.
+                    # The process ends, and the compiler's own threads with it. That is no failure.
                     return
                 why = " ".join(str(exc).split())[:200]
                 log.warning("COMPILE: eager from now on (%s: %s)", type(exc).__name__, why)
 
 
 def _shape(each: Any) -> Hashable:
-    """What code is compiled for: the shapes, strides and dtypes of tensors, anything else as is."""
+    """What code is compiled for: shapes, strides and dtypes of tensors, and other values as is."""
     if isinstance(each, torch.Tensor):
         return each.shape, each.stride(), each.dtype, each.is_inference()
     if isinstance(each, tuple | list):
@@ -196,15 +203,18 @@ def _shape(each: Any) -> Hashable:
     return type(each), each if isinstance(each, bool | int | float | str) else None
 
 
-def _like(each: Any) -> Any:
-    """Arguments without their contents: tensors become recipes for others of the same make."""
+def _recipe(each: Any) -> Any:
+    """Arguments whose tensors are replaced by functions that make tensors like them.
+
+    So the arguments of a job are not kept until they are compiled for.
+    """
     if isinstance(each, torch.Tensor):
         facts = (each.shape, each.stride(), each.dtype, each.device)
         return functools.partial(_zeros, *facts, is_inference=each.is_inference())
     if isinstance(each, tuple | list):
-        return type(each)(_like(part) for part in each)
+        return type(each)(_recipe(part) for part in each)
     if isinstance(each, dict):
-        return {name: _like(part) for name, part in each.items()}
+        return {name: _recipe(part) for name, part in each.items()}
     return each
 
 
@@ -225,13 +235,15 @@ def _zeros(
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
 
-def regions(network: Any, home: Home, device: Device, settings: Settings) -> Regions | None:
-    """The blocks of a network as `COMPILE` asks for; None where that is `off`."""
-    # What counts allocations on a CPU sees none of a compiled block's.
+def compile_blocks(
+    network: Any, handle: ModelHandle, device: Device, settings: Settings
+) -> CompiledBlocks | None:
+    """Have a network's blocks compiled; None if `COMPILE` is `off`."""
+    # A `CountedMemory` cannot see the allocations of compiled code.
     if settings.compile == "off" or device.counted:
         return None
     _configure(settings.compile_cache_dir, device)
-    return Regions(network, home)
+    return CompiledBlocks(network, handle)
 
 
 def check_cache_dir(settings: Settings) -> None:
@@ -251,18 +263,19 @@ def _configure(folder: Path | None, device: Device) -> None:
     import torch._dynamo.config
     import torch._inductor.config
 
-    # One entry for each shape of each kind of block; beyond the limit torch gives up on a function.
+    # One entry for each shape of each kind of block. Beyond the limit torch stops compiling a
+    # function.
     torch._dynamo.config.recompile_limit = 4 * MAX_SHAPES
-    # In this process: a pool of compilers would be forked from one that has threads and a GPU.
+    # A pool of compilers would be forked from a process that has threads and a GPU.
     torch._inductor.config.compile_threads = 1
     if folder is not None:
-        place = folder / key(device)
+        place = folder / cache_key(device)
         place.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
 
 
-def key(device: Device) -> str:
-    """What compiled code is good for: an architecture, and the versions that made it."""
+def cache_key(device: Device) -> str:
+    """The folder name for compiled code: the architecture, and the versions that made the code."""
     if device.is_cuda:
         major, minor = torch.cuda.get_device_capability(device.name)
         machine = f"sm{major}{minor}"
