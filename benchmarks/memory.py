@@ -193,7 +193,7 @@ def load_chat(place: str) -> Any:
         if place == "pocket":
             place = str(qwen.POCKET) if qwen.POCKET.exists() else tiny_folder(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype, disable_mmap=True)
-    device.hold(sum(each.numel() * each.element_size() for each in model.parameters()))
+    device.count_bytes(sum(each.numel() * each.element_size() for each in model.parameters()))
     return Talker(device, Engine(model.to(device.name).eval(), device, ends=[]))
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from benchmarks import report
-from ourvidz_serverless.models.memory.oom_fallback import Plan
+from ourvidz_serverless.models.memory.oom_fallback import SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.speed import presets as speed
-from ourvidz_serverless.models.speed.presets import Levers
+from ourvidz_serverless.models.speed.presets import SpeedPreset
 from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
 
@@ -44,13 +44,13 @@ GRID_HEADERS = ("deep blocks at every", "first steps whole", *FIGURES)
 STEPS = 25
 
 GRID = (
-    Levers(deep_every=2),
-    Levers(deep_every=2, settled=0.08),
-    Levers(deep_every=2, settled=0.2),
-    Levers(deep_every=3),
-    Levers(deep_every=3, settled=0.08),
-    Levers(deep_every=3, settled=0.2),
-    Levers(deep_every=4, settled=0.2),
+    SpeedPreset(deep_cache_interval=2),
+    SpeedPreset(deep_cache_interval=2, warmup_share=0.08),
+    SpeedPreset(deep_cache_interval=2, warmup_share=0.2),
+    SpeedPreset(deep_cache_interval=3),
+    SpeedPreset(deep_cache_interval=3, warmup_share=0.08),
+    SpeedPreset(deep_cache_interval=3, warmup_share=0.2),
+    SpeedPreset(deep_cache_interval=4, warmup_share=0.2),
 )
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def preset(name: str, levers: Levers) -> Iterator[None]:
+def preset(name: str, levers: SpeedPreset) -> Iterator[None]:
     """One more preset, of both families, for as long as the context lasts."""
     tables = (speed.SDXL, speed.WAN)
     for each in tables:
@@ -111,7 +111,7 @@ def grid(seeds: range) -> report.Table:
     for levers in GRID:
         with preset("tried", levers):
             found = figures(render, seeds, "tried", exact)
-        pulled = [levers.deep_every, levers.settled_steps(STEPS)]
+        pulled = [levers.deep_cache_interval, levers.warmup_steps(STEPS)]
         rows.append([*pulled, *found])
     note = f"256x256, {STEPS} steps, the mean of {len(seeds)} seeds."
     return report.table(GRID_TITLE, GRID_HEADERS, rows, note)
@@ -125,10 +125,12 @@ def decodings(seeds: range) -> report.Table:
         "tiny VAE": model._tiny,
     }
     latents = [latent_of(model, seed) for seed in seeds]
-    exact = [model._decode(model._decoder(speed.EXACT), each, Plan(1)) for each in latents]
+    exact = [
+        model._decode(model._decoder(speed.EXACT), each, SdxlMemoryPlan(1)) for each in latents
+    ]
     rows = []
     for name, way in ways.items():
-        made = [model._decode(way, each, Plan(1)) for each in latents]
+        made = [model._decode(way, each, SdxlMemoryPlan(1)) for each in latents]
         rows.append([name, "VAE in fp32", *decibels(exact, made)])
     return report.table(TITLES[1], DECODER_HEADERS, rows)
 

@@ -24,7 +24,7 @@ from diffusers import StableDiffusionXLPipeline
 from benchmarks import architectures, report
 from benchmarks.arms import PROMPT, plain_pipeline
 from benchmarks.turns import take_turns
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
@@ -212,7 +212,7 @@ ARMS = ("a prompt's keys and values once", "channels-last")
 
 def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[object]]:
     usual = sdxl.load(settings)
-    lean = like(usual, Plans(Plan(settings.sdxl_max_batch, lean=True)))
+    lean = like(usual, MemoryPlans(SdxlMemoryPlan(settings.sdxl_max_batch, lean=True)))
     last = sdxl.load(settings.model_copy(update={"memory_format": "channels_last"}))
     return [
         lever_row(ARMS[0], usual, lean, shape, rounds),
@@ -220,9 +220,9 @@ def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[objec
     ]
 
 
-def like(model: sdxl.Sdxl, plans: Plans[Plan] | None = None) -> sdxl.Sdxl:
+def like(model: sdxl.Sdxl, plans: MemoryPlans[SdxlMemoryPlan] | None = None) -> sdxl.Sdxl:
     """The same weights, for jobs that are computed otherwise."""
-    return sdxl.Sdxl(model._pipe, model.device, home=model.home, plans=plans)
+    return sdxl.Sdxl(model._pipe, model.device, handle=model.handle, plans=plans)
 
 
 def lever_row(

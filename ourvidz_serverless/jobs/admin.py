@@ -27,7 +27,8 @@ from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavail
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, Flag, Identity, Job
 from ourvidz_serverless.job_history import Roster
-from ourvidz_serverless.models.memory.ledger import Holding, Ledger, State, Wish
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.types import LedgerRow, MoveRequest, State
 from ourvidz_serverless.output import Output
 from ourvidz_serverless.settings import Settings
 
@@ -117,14 +118,14 @@ class Office:
     device = None
 
     @property
-    def holdings(self) -> list[Holding]:
+    def holdings(self) -> list[LedgerRow]:
         return self.ledger.report() if self.ledger else []
 
     @property
     def device_name(self) -> str:
         return self.ledger.memory.name if self.ledger else "none"
 
-    def of(self, job: AdminJob) -> list[Holding]:
+    def of(self, job: AdminJob) -> list[LedgerRow]:
         """The models that a job is about, the family's main one first; all, where it names none.
 
         Raises InvalidPrompt for a name that no worker has, WorkerUnavailable for one that this
@@ -337,9 +338,9 @@ def _moved(
     ledger, rows = office.ledger, office.of(job)
     if ledger is None or not rows:
         return {**_refusal(job), "reason": "there is nothing to move"}
-    wishes: dict[str, Wish] = {}
+    wishes: dict[str, MoveRequest] = {}
     for index, row in enumerate(rows):
-        wishes[row.name] = ledger.wish(row.name, to, force=may_force(index))
+        wishes[row.name] = ledger.request_move(row.name, to, force=may_force(index))
     until = time.monotonic() + PATIENCE_S
     for wish in wishes.values():
         wish.is_done.wait(max(until - time.monotonic(), 0))
@@ -365,7 +366,7 @@ def _recommendations(office: Office) -> list[str]:
     families, free = _by_family(office), office.ledger.free_bytes()
     sizes = {family: sum(map(_on_device, mine)) for family, mine in families.items()}
     wanted = {
-        family: min(row.num_bytes + row.room_bytes for row in mine)
+        family: min(row.num_bytes + row.reserved_bytes for row in mine)
         for family, mine in families.items()
         if not _is_loaded(mine)
     }
@@ -396,7 +397,7 @@ def _families(job: AdminJob, office: Office) -> list[str]:
     return [family for family in office.families if family in named]
 
 
-def _by_family(office: Office) -> dict[str, list[Holding]]:
+def _by_family(office: Office) -> dict[str, list[LedgerRow]]:
     rows = office.holdings
     return {
         family: [row for row in rows if row.family == family]
@@ -411,11 +412,11 @@ def _word(family: str, office: Office) -> str:
     return "loaded" if _is_loaded(_by_family(office).get(family, [])) else "unloaded"
 
 
-def _is_loaded(rows: Iterable[Holding]) -> bool:
+def _is_loaded(rows: Iterable[LedgerRow]) -> bool:
     return any(row.state == "device" for row in rows)
 
 
-def _on_device(row: Holding) -> int:
+def _on_device(row: LedgerRow) -> int:
     return row.num_bytes if row.state == "device" else 0
 
 
@@ -423,14 +424,14 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 30):.3g}GB"
 
 
-def _row(row: Holding) -> dict[str, Any]:
+def _row(row: LedgerRow) -> dict[str, Any]:
     return {
         "name": row.name,
         "family": row.family,
         "weights": row.source,
         "state": row.state,
         "memory": row.num_bytes >> 20,
-        "reserved": row.room_bytes >> 20,
+        "reserved": row.reserved_bytes >> 20,
         "users": row.num_users,
         "pinned": row.is_pinned,
         "loads": row.num_loads,

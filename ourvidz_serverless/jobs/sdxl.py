@@ -250,7 +250,7 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
 
 def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
     """Have the job's LoRAs on this machine, and the weights on their way."""
-    model.home.expect()
+    model.handle.prefetch()
     for lora in job.config.loras:
         context.check()
         model.loras.fetch(lora.source, job.user_id, context.deadline)

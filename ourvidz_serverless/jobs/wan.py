@@ -353,7 +353,7 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> WanJob:
 
 def prepare(job: WanJob, model: Any, context: JobContext) -> None:
     """Have the weights on their way."""
-    model.expect()
+    model.prefetch()
 
 
 def run(

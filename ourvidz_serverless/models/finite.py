@@ -10,7 +10,7 @@ import torch
 from ourvidz_serverless.errors import InternalError
 
 
-def checked(values: torch.Tensor, what: str) -> torch.Tensor:
+def check_finite(values: torch.Tensor, what: str) -> torch.Tensor:
     """The same values. Raises InternalError where one of them is not finite."""
     # Two numbers on the device: `isfinite` alone would make a tensor as long as the values.
     if not all(torch.isfinite(end) for end in torch.aminmax(values)):

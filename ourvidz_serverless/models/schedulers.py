@@ -66,7 +66,7 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) ->
         ) from exc
 
 
-def rehearse(config: Any) -> None:
+def try_one_step(config: Any) -> None:
     """Take one step with a checkpoint's own scheduler, on zero latents.
 
     A scheduler that cannot run SDXL's loop raises its own error here: one for flow matching has no
@@ -89,13 +89,13 @@ SOLVERS: dict[str, Any] = {
 }
 
 
-def own_solver(config: Any) -> str:
+def default_solver(config: Any) -> str:
     """The solver that a WAN checkpoint's configuration names."""
     names = {kind.__name__: name for name, kind in SOLVERS.items()}
     return names.get(config["_class_name"], "unipc")
 
 
-def own_flow_shift(config: Any) -> float:
+def default_flow_shift(config: Any) -> float:
     """The flow shift of a WAN checkpoint's configuration; 3 is diffusers' default for WAN."""
     return float(config.get("flow_shift") or config.get("shift") or 3.0)
 

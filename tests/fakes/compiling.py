@@ -21,10 +21,10 @@ from torch._dynamo.utils import counters
 from builder import pocket_wan
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.device_memory import alone
-from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.memory.device_memory import standalone_handle
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.speed import presets
-from ourvidz_serverless.models.speed.regional_compile import Regions, regions
+from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks, compile_blocks
 from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_wan
@@ -55,9 +55,9 @@ class Network(torch.nn.Module):
         return hidden
 
 
-def until_compiled(found: Regions, job: Callable[[], Any], shapes: int = 1) -> None:
-    began = time.monotonic()
-    while found.ready < shapes and not found.is_broken and time.monotonic() - began < PATIENCE_S:
+def until_compiled(found: CompiledBlocks, job: Callable[[], Any], shapes: int = 1) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while found.num_ready < shapes and not found.is_broken and time.monotonic() < end:
         job()
         time.sleep(0.2)
 
@@ -67,15 +67,17 @@ def serve_network(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     network, device = Network(), Device(torch.device("cpu"), torch.float32)
     settings = Settings(compile="regional", compile_cache_dir=folder)
-    found = regions(network, alone(Tensors([network], device)), device, settings)
+    found = compile_blocks(
+        network, standalone_handle(MovableTensors([network], device)), device, settings
+    )
     assert found is not None
 
-    def job(tokens: int, is_plain: bool = True) -> tuple[torch.Tensor, int]:
+    def job(tokens: int, use_compiled: bool = True) -> tuple[torch.Tensor, int]:
         """What a job gives, and how many of its calls compiled code answered."""
-        before = found.calls
-        with torch.inference_mode(), found.job(is_plain):
+        before = found.num_calls
+        with torch.inference_mode(), found.job(use_compiled):
             made = network(torch.linspace(-1, 1, tokens * 16).reshape(1, tokens, 16))
-        return made, found.calls - before
+        return made, found.num_calls - before
 
     eager, in_first = job(4)
     once, _ = job(5)
@@ -84,7 +86,7 @@ def serve_network(folder: Path) -> dict[str, Any]:
     compiled, in_last = job(4)
     before = counters["stats"]["unique_graphs"]
     other, in_other = job(5)
-    _, in_changed = job(4, is_plain=False)
+    _, in_changed = job(4, use_compiled=False)
     return {
         "compiled_calls": {
             "first job": in_first,
@@ -106,7 +108,7 @@ def serve_wan(folder: Path) -> dict[str, Any]:
     pocket_wan.TRANSFORMER["num_layers"] = 2
     pocket_wan.VACE["vace_layers"] = [0]
     # At this threshold a network of random weights leaves blocks out.
-    presets.WAN["fast"] = presets.Levers(threshold=0.6)
+    presets.WAN["fast"] = presets.SpeedPreset(first_block_threshold=0.6)
     with tempfile.TemporaryDirectory() as weights:
         settings = tiny_wan.write_wan(Path(weights))
         eager = film(wan.load(settings))
@@ -122,16 +124,16 @@ def film(model: wan.Wan, **options: Any) -> np.ndarray:
 
 def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
     network = model._networks["vace"]
-    found, ledger = network.regions, network.home.ledger
+    found, ledger = network.compiled_blocks, network.handle.ledger
     assert found is not None
     calls: dict[str, int] = {}
 
     def job(name: str, **options: Any) -> np.ndarray:
-        before = found.calls
+        before = found.num_calls
         try:
             return film(model, **options)
         finally:
-            calls[name] = found.calls - before
+            calls[name] = found.num_calls - before
 
     def stop_at_two(done: int, total: int) -> None:
         if done == 2:
@@ -140,7 +142,7 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
     def move() -> None:
         """Have the weights dropped; the next job reads them anew."""
         (name,) = [row.name for row in ledger.report() if row.name == "wan_t2v"]
-        assert ledger.wish(name, "disk").is_done.wait(PATIENCE_S)
+        assert ledger.request_move(name, "disk").is_done.wait(PATIENCE_S)
 
     first = job("first job")
     job("second job")

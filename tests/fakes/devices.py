@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.models.memory.pinned import Block
+from ourvidz_serverless.models.memory.pinned import PinnedBlock
 
 
 class Card:
@@ -41,11 +41,11 @@ class Parcel:
     def load(self) -> None:
         self.place = "host"
 
-    def arrive(self) -> None:
+    def to_device(self) -> None:
         self.place = "device"
         self.card.held += self.num_bytes
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         self._go("host")
 
     def drop(self) -> None:
@@ -60,7 +60,7 @@ class Parcel:
 class NoHome:
     """Stands where a model's home stands, for a model that is always there."""
 
-    def expect(self) -> None: ...
+    def prefetch(self) -> None: ...
 
 
 def card(total_bytes: int) -> Ledger:
@@ -150,19 +150,19 @@ class Gpu:
         start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         return start <= tensor.data_ptr() < start + len(self._memory)
 
-    def parked(self, tensor: torch.Tensor) -> torch.Tensor:
+    def copy_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if self.has(tensor) else tensor
 
-    def pin(self, num_bytes: int) -> Block | None:
+    def pin(self, num_bytes: int) -> PinnedBlock | None:
         try:
-            return Block(num_bytes, self.pins)
+            return PinnedBlock(num_bytes, self.pins)
         except RuntimeError:
             return None
 
-    def unpin(self, block: Block) -> None:
+    def unpin(self, block: PinnedBlock) -> None:
         block.release()
 
-    def hold(self, num_bytes: int) -> None: ...
+    def count_bytes(self, num_bytes: int) -> None: ...
 
     def wait(self) -> None: ...
 

@@ -41,10 +41,10 @@ class BlockingSdxl:
     adapter = loras = None
 
     def __init__(self, hold: str) -> None:
-        self.device = self.home = self
+        self.device = self.handle = self
         self._hold = hold
 
-    def expect(self) -> None: ...
+    def prefetch(self) -> None: ...
 
     def check(self) -> None: ...
 

@@ -26,7 +26,7 @@ class FakeSdxl:
 
     adapter = None
     loras = LoraShelf(None)
-    home = NoHome()
+    handle = NoHome()
 
     def __init__(self) -> None:
         self.device = NoDevice()

@@ -25,7 +25,7 @@ class FakeWan:
         self.enhancer = FakeChat("More is said of ", "a red circle.")
         self.calls: list[dict[str, Any]] = []
 
-    def expect(self) -> None: ...
+    def prefetch(self) -> None: ...
 
     def route(self, **places: bool) -> str:
         return "vace"

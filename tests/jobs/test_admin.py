@@ -35,7 +35,7 @@ class Site:
             self.ledger.register(
                 parcel, name, family, source=f"{name}.safetensors", is_pinned=is_pinned
             )
-        self.ledger.settle(self.parcels["sdxl"])
+        self.ledger.preload(self.parcels["sdxl"])
         fake_sdxl = FakeSdxl()
         served = {"families": ("sdxl", "chat"), "chat_base_model": "/models/base", **settings}
         self.at = local(

@@ -406,7 +406,7 @@ def test_a_job_stopped_while_nobody_reads_its_video_gives_its_models_back_though
     with pytest.raises(Cancelled) as remembered:
         next(outputs)
 
-    assert not any(row.num_users for row in wan._vae.home.ledger.report())
+    assert not any(row.num_users for row in wan._vae.handle.ledger.report())
     assert remembered.traceback
 
 

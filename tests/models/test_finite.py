@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless.errors import InternalError
-from ourvidz_serverless.models.finite import checked
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.finite import check_finite
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.wan import pipeline as wan_models
 from ourvidz_serverless.settings import Settings
@@ -35,11 +35,11 @@ def fill(parameter: torch.Tensor) -> None:
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_one_value_that_is_not_finite_is_enough(value: float) -> None:
     values = torch.zeros(3, 4, 4)
-    assert checked(values, "the latent") is values
+    assert check_finite(values, "the latent") is values
     values[1, 2, 3] = value
 
     with pytest.raises(InternalError) as failed:
-        checked(values, "the latent")
+        check_finite(values, "the latent")
 
     assert "the latent is not finite" in failed.value.message
     # The caller takes error texts with these letters for something else.
@@ -62,7 +62,7 @@ def test_a_lora_of_weights_without_bound_fails_its_job_and_no_other(
 @pytest.mark.parametrize("in_strips", [False, True])
 def test_a_picture_that_its_vae_cannot_decode_fails_its_job(in_strips: bool) -> None:
     model = models.load(Settings())
-    model._plans = Plans(Plan(1, tiled_decode=in_strips))
+    model._plans = MemoryPlans(SdxlMemoryPlan(1, tiled_decode=in_strips))
     # As SDXL's own VAE does in fp16.
     fill(model._vae.decoder.conv_out.weight)
 

@@ -18,7 +18,7 @@ from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler, choose
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
@@ -95,7 +95,7 @@ def decode(model: models.Sdxl, decoder: Any, latent: torch.Tensor) -> tuple[np.n
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        picture = model._decode(decoder, latent, Plan(1))
+        picture = model._decode(decoder, latent, SdxlMemoryPlan(1))
     return picture, torch.cuda.max_memory_allocated() - before
 
 
@@ -161,7 +161,12 @@ def test_after_a_job_that_did_not_fit_the_next_one_is_as_ever() -> None:
 
 def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> None:
     model = load("cuda")
-    lean = models.Sdxl(model._pipe, model.device, home=model.home, plans=Plans(Plan(6, lean=True)))
+    lean = models.Sdxl(
+        model._pipe,
+        model.device,
+        handle=model.handle,
+        plans=MemoryPlans(SdxlMemoryPlan(6, lean=True)),
+    )
 
     assert np.array_equal(render(model), render(lean))
 
@@ -174,23 +179,23 @@ def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None
         assert np.abs(render(model).astype(int) - expected).mean() < ALIKE["float16"]
         assert layer.weight.is_cuda
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
-        model.home.model.leave()
+        model.handle.model.to_host()
         assert not layer.weight.is_cuda
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
-        model.home.model.arrive()
+        model.handle.model.to_device()
 
 
 def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() -> None:
     model = load("cuda")
-    parts, layer = model.home.model, model._unet.conv_in
+    parts, layer = model.handle.model, model._unet.conv_in
     torchs_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
 
     for _ in range(3):
-        parts.leave()
+        parts.to_host()
         assert not layer.weight.is_cuda
         assert layer.weight.is_pinned()
-        parts.arrive()
-    parts.leave()
+        parts.to_device()
+    parts.to_host()
     weight = layer.weight.data
     parts.drop()
 
@@ -257,10 +262,10 @@ def test_recordings_end_with_the_models_stay_and_give_their_memory_back(tiny_pla
     made = replay.recorded
 
     with_recordings = torch.cuda.memory_reserved()
-    writer.leave()
+    writer.to_host()
     assert replay.buckets == []
     assert torch.cuda.memory_reserved() < with_recordings
-    writer.arrive()
+    writer.to_device()
 
     assert say(writer.engine, request(writer, "hello", max_tokens=40)) == first
     assert replay.recorded == 2 * made

@@ -21,7 +21,7 @@ from ourvidz_serverless.models.chat.kv_cache import (
 )
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.settings import Settings
 
 #: How much of what is free the cache may take. A forward needs the rest and, where other families
@@ -53,7 +53,7 @@ class Room:
     ) -> None:
         self._ledger, self._settings = ledger, settings
         self._least_context = least_context
-        self._sizes = [Tensors([each], device).num_bytes for each in models.values()]
+        self._sizes = [MovableTensors([each], device).num_bytes for each in models.values()]
         configs = [each.config for each in models.values()]
         self._token_bytes = max(
             bytes_per_token(each, device.dtype) + read_bytes_per_token(each, device.dtype)
@@ -95,7 +95,7 @@ class Room:
     @property
     def _most_tokens(self) -> int:
         """Of one model, the largest, that has the device for itself."""
-        return self._tokens(self._ledger.most_bytes - max(self._sizes))
+        return self._tokens(self._ledger.max_model_bytes - max(self._sizes))
 
     def _free_tokens(self) -> int:
         """Of each model that is on the device."""
@@ -115,7 +115,7 @@ class Room:
         return max(int(share * (free_bytes - self._forward_bytes) // self._token_bytes), 0)
 
     def _check(self, variable: str, size: int) -> None:
-        has = self._ledger.most_bytes
+        has = self._ledger.max_model_bytes
         if size >= has:
             raise ModelLoadError(
                 f"{variable}: its weights take {size >> 20} MiB, and the device has {has >> 20}"

@@ -22,7 +22,12 @@ from typing import Any, Literal
 import torch
 
 from ourvidz_serverless.models.chat.kv_cache import BLOCK, next_power
-from ourvidz_serverless.models.memory.device import Device, picked, sent, whole_device
+from ourvidz_serverless.models.memory.device import (
+    Device,
+    device_wide_lock,
+    select_rows,
+    to_device_async,
+)
 
 #: Recordings that are kept, the longest unused one leaves first: seven sizes of a batch of up to
 #: 64, and six lengths of up to 8192 tokens, are all but two.
@@ -68,7 +73,7 @@ class CudaGraphs:
         graph, side = torch.cuda.CUDAGraph(), self._stream
         side.wait_stream(torch.cuda.current_stream(self._device))
         # This `stream` also brings back the former one where a recording fails: torch's does not.
-        with whole_device, torch.cuda.device(self._device), torch.cuda.stream(side):
+        with device_wide_lock, torch.cuda.device(self._device), torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 compute()
             # Only this thread is bound to what can be recorded; other families' go on.
@@ -91,7 +96,7 @@ class _Recording:
     is_trusted: bool = False
 
     def __call__(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
-        self.inputs.copy_(sent(inputs, self.inputs.device))
+        self.inputs.copy_(to_device_async(inputs, self.inputs.device))
         return self.run()
 
 
@@ -144,7 +149,7 @@ class Replay:
                 return eager()
             self._recordings.move_to_end(bucket)
             self.replayed += 1
-            return picked(hidden, wanted)
+            return select_rows(hidden, wanted)
         hidden = eager()
         if recording is not None:
             self._try(recording, inputs, wanted, hidden)
@@ -154,7 +159,7 @@ class Replay:
         return hidden
 
     def _make(self, bucket: tuple[int, int], inputs: Sequence[Sequence[int]]) -> None:
-        length, there = bucket[1], sent(inputs, self._device.name)
+        length, there = bucket[1], to_device_async(inputs, self._device.name)
         try:
             run = self._record(lambda: self._step(there[0, :, None], there[1, :, None], length))
         except Exception as exc:
@@ -177,7 +182,7 @@ class Replay:
     ) -> None:
         """Trust a recording that gives what was computed, for another step than it was made of."""
         try:
-            recording.is_trusted = _are_alike(picked(recording(inputs), wanted), expected)
+            recording.is_trusted = _are_alike(select_rows(recording(inputs), wanted), expected)
         except RuntimeError as exc:
             self._give_up(type(exc).__name__)
             return

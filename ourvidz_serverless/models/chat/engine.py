@@ -50,8 +50,8 @@ from ourvidz_serverless.models.memory.device import (
     as_job_error,
     is_lost,
     is_out_of_memory,
-    picked,
-    sent,
+    select_rows,
+    to_device_async,
 )
 
 #: How soon an engine that was asked to forget sees that it may: a token of an abandoned request.
@@ -384,7 +384,7 @@ class Engine:
         ids = [[each.ids[at] for at in row] for each, row in zip(batch, places, strict=True)]
 
         self.num_forwards += 1
-        return self._hidden(sent(ids, self._device.name), self._cache.view(rows, places))
+        return self._hidden(to_device_async(ids, self._device.name), self._cache.view(rows, places))
 
     def _step_of(self, ids: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
         return self._hidden(ids, self._cache.first_rows(places, length))
@@ -410,7 +410,7 @@ class Engine:
         if not ready:
             return
         growing = [batch[row] for row in ready]
-        tokens = choose(self._head(picked(hidden, ready)), [each.sampler for each in growing])
+        tokens = choose(self._head(select_rows(hidden, ready)), [each.sampler for each in growing])
         for generation, token in zip(growing, tokens, strict=True):
             self._append(generation, token)
 

@@ -11,7 +11,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 
 from ourvidz_serverless.errors import InternalError, InvalidPrompt
-from ourvidz_serverless.models.memory.device import sent
+from ourvidz_serverless.models.memory.device import to_device_async
 
 #: Between JSON's tokens. Without a bound a small model can go on with spaces for ever.
 SPACE = r"[ \n]{0,8}"
@@ -57,7 +57,7 @@ class Matcher:
     def forbid(self, logits: torch.Tensor) -> None:
         """Make impossible, in one row of logits, what would not fit."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        logits.masked_fill_(sent(allowed[: len(logits)] == 0, logits.device), -torch.inf)
+        logits.masked_fill_(to_device_async(allowed[: len(logits)] == 0, logits.device), -torch.inf)
 
     def note(self, token: int) -> None:
         """Go on by a token; raises InvalidPrompt where the schema was too much for its matcher."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ourvidz_serverless.models.memory.device import sent
+from ourvidz_serverless.models.memory.device import to_device_async
 
 #: Lengths are rounded up to this, so that a batch does not grow token by token.
 BLOCK = 256
@@ -104,11 +104,13 @@ class KVCache:
     def view(self, rows: Sequence[int], places: Sequence[Sequence[int]]) -> View:
         """What one forward of these rows writes to and reads; places are (rows, tokens)."""
         device = self.layers[0][0].device
-        there = sent(rows, device)
+        there = to_device_async(rows, device)
         # A slice is read in place; rows that do not lie side by side are gathered.
         in_order = list(rows) == list(range(len(rows)))
         taken = slice(0, len(rows)) if in_order else there
-        return View(self.layers, there, taken, sent(places, device), max(map(max, places)) + 1)
+        return View(
+            self.layers, there, taken, to_device_async(places, device), max(map(max, places)) + 1
+        )
 
     def first_rows(self, places: torch.Tensor, length: int) -> View:
         """The same of the first rows, of which all `length` tokens are read.

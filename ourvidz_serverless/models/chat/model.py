@@ -29,7 +29,7 @@ from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.models.memory.movable_tensors import Read, Tensors
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors, Read
 from ourvidz_serverless.settings import Settings
 
 POCKET = Path(__file__).parents[3] / ".cache" / "pocket_chat"
@@ -68,10 +68,10 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
             names[place],
             "chat",
             source=Path(place).name,
-            room_bytes=writers[place].engine.cache_bytes,
+            reserved_bytes=writers[place].engine.cache_bytes,
         )
     served = {name: writers[place] for name, (_, place) in asked.items() if place}
-    ledger.settle(*served.values())
+    ledger.preload(*served.values())
     return Chat(served, device, settings.chat_context, ledger)
 
 
@@ -93,7 +93,7 @@ def load_one(
     limits = room.limits_with(room.context, max_batch=1)
     writer = _writer(variable, place, loaded, limits, settings, device)
     claimed = writer.engine.cache_bytes
-    ledger.register(writer, name, "wan", source=Path(place).name, room_bytes=claimed)
+    ledger.register(writer, name, "wan", source=Path(place).name, reserved_bytes=claimed)
     context = min(settings.chat_context, room.context)
     return Chat({"qwen_instruct": writer}, device, context, ledger)
 
@@ -152,7 +152,7 @@ def _open(path: Path, device: Device, is_mapped: bool, quantized: str) -> tuple[
         ignore_mismatched_sizes=True,
         **quantization.options(quantized, device),
     )
-    weight_files.check_told(told, len(model.state_dict()))
+    weight_files.check_loading_info(told, len(model.state_dict()))
     tokens = ChatTokenizer(AutoTokenizer.from_pretrained(path, local_files_only=True))
     if quantized == "int4":
         # Packed on the device; where it lies from now on is the ledger's affair.
@@ -172,7 +172,7 @@ class Writer:
         read: Read | None = None,
         record: Record | None = None,
     ) -> None:
-        self._tensors = Tensors([model], device, read)
+        self._tensors = MovableTensors([model], device, read)
         self.tokens = tokens
         self.context: int = model.config.max_position_embeddings
         own = model.generation_config.eos_token_id
@@ -192,13 +192,13 @@ class Writer:
     def load(self) -> None:
         self._tensors.load()
 
-    def arrive(self) -> None:
-        self._tensors.arrive()
+    def to_device(self) -> None:
+        self._tensors.to_device()
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         """Take the weights, and what was computed with them, off the device."""
         self.engine.forget()
-        self._tensors.leave()
+        self._tensors.to_host()
 
     def drop(self) -> None:
         self.engine.forget()
@@ -285,13 +285,13 @@ class Chat:
             num_shared=len(lead) + sum(len(turns[at]) for at in kept[:shared]),
             grammar=None if request.schema is None else writer.grammars.matcher(request.schema),
         )
-        use = self._ledger.take(writer, check)
+        use = self._ledger.acquire(writer, check)
         writer.engine.submit(generation)
         return EngineReply(
             generation,
             num_dropped=len(turns) - len(kept),
             swap_s=use.swap_s,
-            on_end=lambda: self._ledger.give_back(writer, use),
+            on_end=lambda: self._ledger.release(writer, use),
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ourvidz_serverless.models.chat.grammar import Matcher
 from ourvidz_serverless.models.chat.request import SamplingParams
-from ourvidz_serverless.models.memory.device import picked, sent
+from ourvidz_serverless.models.memory.device import select_rows, to_device_async
 
 #: Tokens that are ranked before the whole vocabulary is.
 CANDIDATES = 1024
@@ -76,9 +76,11 @@ class Sampler:
         if self._times is None or self._is_seen is None:
             self._times = torch.zeros_like(logits)
             self._is_seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._is_seen.index_fill_(0, sent(self._prompt, logits.device, torch.long), True)
+            self._is_seen.index_fill_(
+                0, to_device_async(self._prompt, logits.device, torch.long), True
+            )
         if self._fresh:
-            fresh, self._fresh = sent(self._fresh, logits.device), []
+            fresh, self._fresh = to_device_async(self._fresh, logits.device), []
             self._is_seen.index_fill_(0, fresh, True)
             self._times.index_add_(0, fresh, torch.ones_like(fresh, dtype=logits.dtype))
         rules, times = self.sampling, self._times
@@ -121,13 +123,13 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     # takes longer than a small model takes to think.
     narrow = [row for row, each in draws.items() if each.is_among(width, vocabulary)]
     wide = [row for row in draws if row not in narrow]
-    found = [picked(logits, greedy).argmax(-1)] if greedy else []
+    found = [select_rows(logits, greedy).argmax(-1)] if greedy else []
     for rows, upto in ((narrow, width), (wide, vocabulary)):
         if rows:
-            found.append(_draw(picked(logits, rows), [draws[row] for row in rows], upto))
+            found.append(_draw(select_rows(logits, rows), [draws[row] for row in rows], upto))
     tokens = dict(zip([*greedy, *narrow, *wide], torch.cat(found).tolist(), strict=True))
     if beyond := [row for row, token in tokens.items() if token == BEYOND]:
-        again = _draw(picked(logits, beyond), [draws[row] for row in beyond], vocabulary)
+        again = _draw(select_rows(logits, beyond), [draws[row] for row in beyond], vocabulary)
         tokens.update(zip(beyond, again.tolist(), strict=True))
     return [tokens[row] for row in range(len(samplers))]
 
@@ -138,7 +140,7 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw], width: int) -> torch.Tens
     Of the likeliest `width` only, and BEYOND where that may be too few.
     """
     vocabulary = logits.shape[-1]
-    rules = sent([each[:] for each in draws], logits.device, torch.float64)
+    rules = to_device_async([each[:] for each in draws], logits.device, torch.float64)
     temperature, top_k, top_p, chance = rules.split(1, dim=-1)
     top_k = torch.where(top_k == 0, vocabulary, top_k.clamp(max=vocabulary))
     # Below the likeliest token, so that no quotient overflows but towards a probability of 0.

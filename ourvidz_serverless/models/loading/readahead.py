@@ -39,7 +39,7 @@ def files(settings: Settings) -> list[Path]:
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    halves = wants_halves(settings)
+    halves = wants_half_precision(settings)
     for weights in (each for family in settings.served for each in family.weights):
         place = settings.of(weights.setting)
         if place is None or str(place) == "pocket":
@@ -53,18 +53,18 @@ def _files(settings: Settings) -> Iterator[Path]:
         yield from found
 
 
-def wants_halves(settings: Settings) -> bool:
+def wants_half_precision(settings: Settings) -> bool:
     """Whether weights are kept in two bytes each, as far as can be known without torch."""
     is_cuda = DRIVER.exists() if settings.device == "auto" else settings.device != "cpu"
     return settings.dtype != "float32" and (settings.dtype != "auto" or is_cuda)
 
 
-def _weights(folder: Path, wants_halves: bool) -> list[Path]:
+def _weights(folder: Path, wants_half_precision: bool) -> list[Path]:
     """A folder's weights; of those that are there in both sizes, one."""
     found = sorted(folder.glob("*.safetensors"))
     halves = [path for path in found if _HALVES.search(path.name)]
     others = [path for path in found if path not in halves]
-    return (halves or others) if wants_halves else (others or halves)
+    return (halves or others) if wants_half_precision else (others or halves)
 
 
 class ReadAhead:

@@ -127,7 +127,7 @@ def _as(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.T
     return tensor.to(dtype if like.is_floating_point() else like.dtype)
 
 
-def check_told(told: Mapping[str, Any], wanted: int) -> None:
+def check_loading_info(told: Mapping[str, Any], wanted: int) -> None:
     """The same for what a library's own loader tells of a model that it has loaded."""
     check_names(sorted(told["missing_keys"]), wanted)
     for name, found, needed in told["mismatched_keys"]:

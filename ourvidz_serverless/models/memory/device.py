@@ -51,7 +51,13 @@ LOST_ERRORS = {
 
 #: How messages of the device's errors begin, in torch (`C10_CUDA_CHECK`, `C10_CUDA_DRIVER_CHECK`)
 #: and in Triton.
-DEVICE_ERROR_PREFIXES = ("CUDA error", "CUDA driver error", "HIP error", "HIP driver error", "Triton Error")
+DEVICE_ERROR_PREFIXES = (
+    "CUDA error",
+    "CUDA driver error",
+    "HIP error",
+    "HIP driver error",
+    "Triton Error",
+)
 
 #: A library's kernel started and did not finish. Only later calls report the reason.
 LIBRARY_FAILURES = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
@@ -282,8 +288,9 @@ def translate_out_of_memory() -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation did not fit.
 
-    torch's allocator raises OutOfMemoryError on a GPU, and an error with certain words on a CPU. The
-    driver and the libraries allocate by themselves: torch raises a RuntimeError with their message.
+    torch's allocator raises OutOfMemoryError on a GPU, and on a CPU an error with certain words.
+    The driver and the libraries allocate by themselves: torch raises a RuntimeError with their
+    message.
     """
     if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
         return True

@@ -120,7 +120,7 @@ class MovableTensors:
             for parameter in module.parameters()
             if not is_traceable_wrapper_subclass(parameter)
         }
-        # Not the storages' bytes: in the host's memory many tensors may be views of one mapped file.
+        # Not the storages' bytes: on the host many tensors may be views of one mapped file.
         parts = [part for module in self._modules for part in _parts(module)]
         return sum({part.data_ptr(): part.nbytes for part in parts}.values())
 

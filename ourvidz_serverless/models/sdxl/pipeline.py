@@ -26,14 +26,20 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ourvidz_serverless.models.finite import checked
+from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.device_memory import alone, open_ledger
-from ourvidz_serverless.models.memory.ledger import Check, Home, Ledger
-from ourvidz_serverless.models.memory.movable_tensors import Parts
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Planned, Plans, Way
-from ourvidz_serverless.models.schedulers import make_scheduler, rehearse, set_steps
+from ourvidz_serverless.models.memory.device_memory import open_ledger, standalone_handle
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.movable_tensors import MovableParts
+from ourvidz_serverless.models.memory.oom_fallback import (
+    MemoryPlans,
+    OomFallback,
+    ReportPlan,
+    SdxlMemoryPlan,
+)
+from ourvidz_serverless.models.memory.types import Check
+from ourvidz_serverless.models.schedulers import make_scheduler, set_steps, try_one_step
 from ourvidz_serverless.models.sdxl import single_file
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.ip_adapter import IpAdapter
@@ -43,9 +49,19 @@ from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncod
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 from ourvidz_serverless.models.sdxl.vae import Decoder, TinyVae, Vae
 from ourvidz_serverless.models.speed import attention
-from ourvidz_serverless.models.speed.embedding_cache import Kept
-from ourvidz_serverless.models.speed.presets import EXACT, SDXL, Levers, Sped, Tally
-from ourvidz_serverless.models.speed.regional_compile import Regions, check_cache_dir, regions
+from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
+from ourvidz_serverless.models.speed.presets import (
+    EXACT,
+    SDXL,
+    ForwardStats,
+    ReportSpeed,
+    SpeedPreset,
+)
+from ourvidz_serverless.models.speed.regional_compile import (
+    CompiledBlocks,
+    check_cache_dir,
+    compile_blocks,
+)
 from ourvidz_serverless.models.speed.step_cache import DeepCache
 from ourvidz_serverless.settings import Settings
 
@@ -78,17 +94,19 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Sdxl:
     ledger = ledger or open_ledger(settings)
     device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
     pipe, adapter, tiny = _open(settings, device)
-    attention.choose(pipe.unet, settings.attention_backend, device)
+    attention.set_backend(pipe.unet, settings.attention_backend, device)
     stages = STAGES if settings.low_vram else ()
-    parts = Parts(_parts(pipe, tiny), device, functools.partial(_reread, settings, device), stages)
+    parts = MovableParts(
+        _parts(pipe, tiny), device, functools.partial(_reread, settings, device), stages
+    )
     # By the specification SDXL is "always loaded": the last to leave.
     source = Path(settings.sdxl_model).name
-    home = ledger.register(parts, "sdxl", "sdxl", source=source, is_pinned=True)
-    ledger.settle(parts)
+    handle = ledger.register(parts, "sdxl", "sdxl", source=source, is_pinned=True)
+    ledger.preload(parts)
     plans = low_vram_plans() if settings.low_vram else None
     loras = LoraShelf.of(settings)
-    sdxl = Sdxl(pipe, device, settings.sdxl_max_batch, adapter, loras, home, plans, tiny)
-    sdxl.regions = regions(pipe.unet, home, device, settings)
+    sdxl = Sdxl(pipe, device, settings.sdxl_max_batch, adapter, loras, handle, plans, tiny)
+    sdxl.compiled_blocks = compile_blocks(pipe.unet, handle, device, settings)
     return sdxl
 
 
@@ -99,9 +117,11 @@ def check(settings: Settings, ledger: Ledger) -> None:
     check_cache_dir(settings)
 
 
-def low_vram_plans() -> Plans[Plan]:
+def low_vram_plans() -> MemoryPlans[SdxlMemoryPlan]:
     """The smallest way at once: one picture, one part of the model, the VAE in strips."""
-    return Plans(Plan(1, tiled_decode=True, offload=True, lean=True), told=True)
+    return MemoryPlans(
+        SdxlMemoryPlan(1, tiled_decode=True, offload=True, lean=True), always_report=True
+    )
 
 
 def _open(settings: Settings, device: Device) -> tuple[Any, IpAdapter | None, TinyVae | None]:
@@ -163,7 +183,7 @@ def _read(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
     pipe = StableDiffusionXLPipeline.from_pretrained(
         folder, **networks, local_files_only=True, add_watermarker=False
     )
-    rehearse(pipe.scheduler.config)
+    try_one_step(pipe.scheduler.config)
     return pipe
 
 
@@ -258,7 +278,7 @@ class Schedule:
     latent_shape: tuple[int, int, int]
     start: torch.Tensor | None
     strength: float
-    levers: Levers = EXACT
+    preset: SpeedPreset = EXACT
 
     @property
     def steps(self) -> int:
@@ -271,7 +291,7 @@ class Sdxl:
     `regions` are its UNet's compiled blocks, or None where nothing is compiled.
     """
 
-    regions: Regions | None = None
+    compiled_blocks: CompiledBlocks | None = None
 
     def __init__(
         self,
@@ -280,18 +300,18 @@ class Sdxl:
         max_batch: int = 6,
         adapter: IpAdapter | None = None,
         loras: LoraShelf | None = None,
-        home: Home | None = None,
-        plans: Plans[Plan] | None = None,
+        handle: ModelHandle | None = None,
+        plans: MemoryPlans[SdxlMemoryPlan] | None = None,
         tiny: TinyVae | None = None,
     ) -> None:
         self.device = device
         self.adapter = adapter
         self.loras = loras or LoraShelf(None)
-        self.home = home or alone(Parts(_parts(pipe, tiny), device))
-        self._parts = cast(Parts, self.home.model)
-        self._plans = plans or Plans(Plan(max_batch))
+        self.handle = handle or standalone_handle(MovableParts(_parts(pipe, tiny), device))
+        self._parts = cast(MovableParts, self.handle.model)
+        self._plans = plans or MemoryPlans(SdxlMemoryPlan(max_batch))
         self._pipe, self._unet, self._vae, self._tiny = pipe, pipe.unet, pipe.vae, tiny
-        self._prompts, self._kept = PromptEncoder(pipe), Kept(device)
+        self._prompts, self._kept = PromptEncoder(pipe), EmbeddingCache(device)
 
     def generate(
         self,
@@ -313,8 +333,8 @@ class Sdxl:
         speed: str = "exact",
         check: Check = lambda: None,
         step: Step = lambda done, total: None,
-        planned: Planned = lambda plan: None,
-        sped: Sped = lambda report: None,
+        planned: ReportPlan = lambda plan: None,
+        sped: ReportSpeed = lambda report: None,
     ) -> Iterator[np.ndarray]:
         """One picture a seed, in order, each as soon as it is decoded: uint8 (height, width, 3).
 
@@ -326,18 +346,22 @@ class Sdxl:
         the weights are waited for, raises. `planned` hears of every way but the
         usual one.
         """
-        levers = SDXL[speed]
-        decoder = self._decoder(levers)
+        preset = SDXL[speed]
+        decoder = self._decoder(preset)
         size = f"{width}x{height}{'' if guidance_scale > 1 else ' unguided'}"
         size += f" {decoder.lever}" if decoder.lever else ""
         job = f"{size} x{len(seeds)}"
         # A LoRA's layers are other ones.
-        compiled = self.regions.job(is_plain=not loras) if self.regions else nullcontext()
-        with self.home.using(check, job) as use, applied(self._pipe, loras), compiled:
-            others = self.device.allocated_bytes() - self._parts.held_bytes
-            way = Way(self._plans, size, self.device, planned)
-            conditioning = way.fits(
-                self.home,
+        compiled = (
+            self.compiled_blocks.job(use_compiled=not loras)
+            if self.compiled_blocks
+            else nullcontext()
+        )
+        with self.handle.using(check, job) as lease, applied(self._pipe, loras), compiled:
+            others = self.device.allocated_bytes() - self._parts.device_bytes
+            fallback = OomFallback(self._plans, size, self.device, planned)
+            conditioning = fallback.run(
+                self.handle,
                 "condition",
                 lambda plan: self._condition(
                     functools.partial(self._read, plan, check, bool(loras)),
@@ -348,8 +372,8 @@ class Sdxl:
                 ),
             )
             if self.adapter:
-                shown = way.fits(
-                    self.home,
+                shown = fallback.run(
+                    self.handle,
                     "condition",
                     lambda plan: self._show(
                         plan, likeness, likeness_keeps, likeness_scale, conditioning.is_guided
@@ -363,19 +387,19 @@ class Sdxl:
                 latent_shape=(self._unet.config.in_channels, height // factor, width // factor),
                 start=None
                 if image is None
-                else way.fits(self.home, "condition", lambda plan: self._encode(image, plan)),
+                else fallback.run(self.handle, "condition", lambda plan: self._encode(image, plan)),
                 strength=1.0 if image is None else strength,
-                levers=levers,
+                preset=preset,
             )
-            tally = Tally()
-            for latents in self._denoise_all(seeds, conditioning, schedule, step, way, tally):
+            stats = ForwardStats()
+            for latents in self._denoise_all(seeds, conditioning, schedule, step, fallback, stats):
                 if speed != "exact":
-                    sped(tally.report(speed, decoder.lever))
+                    sped(stats.report(speed, decoder.lever))
                 for latent in latents:
                     decode = functools.partial(self._decode, decoder, latent)
-                    yield way.fits(self.home, "decode", decode)
-            way.worked()
-            use.measured = self._took(others)
+                    yield fallback.run(self.handle, "decode", decode)
+            fallback.succeeded()
+            lease.measured_bytes = self._took(others)
 
     def warm_up(self) -> None:
         """Paint one picture in one step, of the usual size where that is nothing: on a GPU."""
@@ -397,12 +421,12 @@ class Sdxl:
         peak = self.device.peak_bytes()
         return None if peak is None else max(peak - others - self._parts.num_bytes, 0)
 
-    def _have(self, plan: Plan, *parts: str) -> None:
+    def _have(self, plan: SdxlMemoryPlan, *parts: str) -> None:
         """Have the weights of a stage on the device: its own alone, where others have no room."""
         if plan.offload:
-            self._parts.only(*parts)
+            self._parts.to_device_only(*parts)
         else:
-            self._parts.arrive()
+            self._parts.to_device()
 
     def _denoise_all(
         self,
@@ -410,14 +434,14 @@ class Sdxl:
         conditioning: Conditioning,
         schedule: Schedule,
         step: Step,
-        way: Way[Plan],
-        tally: Tally,
+        fallback: OomFallback[SdxlMemoryPlan],
+        stats: ForwardStats,
     ) -> Iterator[torch.Tensor]:
         """The seeds' latents in equal batches as large as memory allows; no pixel depends on it."""
         total = schedule.steps * len(seeds)
         finished = 0
 
-        def denoise(plan: Plan) -> torch.Tensor:
+        def denoise(plan: SdxlMemoryPlan) -> torch.Tensor:
             batch = seeds[finished : finished + plan.size(len(seeds))]
             before = finished * schedule.steps
             self._have(plan, "unet")
@@ -426,12 +450,12 @@ class Sdxl:
                 conditioning,
                 schedule,
                 lambda done: step(before + done * len(batch), total),
-                tally,
+                stats,
                 plan.lean,
             )
 
         while finished < len(seeds):
-            latents = way.fits(self.home, "denoise", denoise, len(seeds))
+            latents = fallback.run(self.handle, "denoise", denoise, len(seeds))
             finished += len(latents)
             yield latents
 
@@ -441,7 +465,7 @@ class Sdxl:
         conditioning: Conditioning,
         schedule: Schedule,
         stepped: Callable[[int], None],
-        tally: Tally,
+        stats: ForwardStats,
         is_lean: bool,
     ) -> torch.Tensor:
         """Latents (len(seeds), 4, h, w), each made from its own seed alone."""
@@ -460,22 +484,22 @@ class Sdxl:
             start = schedule.start.to(noise.dtype).expand_as(noise)
             latents = scheduler.add_noise(start, noise, timesteps[:1].expand(len(seeds)))
 
-        inputs, levers = conditioning.for_batch(len(seeds)), schedule.levers
+        inputs, preset = conditioning.for_batch(len(seeds)), schedule.preset
         # The step adds no noise of its own, as in diffusers' pipelines; TCD's does by default.
         extra = _accepted(scheduler.step, generator=generators, eta=0.0)
-        settled = levers.settled_steps(len(timesteps))
-        cache, count = DeepCache(self._unet, levers.deep_every, settled), Tally()
-        remembering = nullcontext() if is_lean else attention.prompts_remembered(self._unet)
-        with remembering, cache.engaged():
+        settled = preset.warmup_steps(len(timesteps))
+        cache, count = DeepCache(self._unet, preset.deep_cache_interval, settled), ForwardStats()
+        remembering = nullcontext() if is_lean else attention.cached_prompt_keys(self._unet)
+        with remembering, cache.enabled():
             for index, timestep in enumerate(timesteps):
-                cache.turn(index)
+                cache.begin_forward(index)
                 predicted = self._predict(latents, timestep, scheduler, conditioning, inputs)
-                count.count(conditioning.rows, cache.is_whole)
+                count.count(conditioning.rows, cache.is_full)
                 latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[
                     0
                 ]
                 stepped((index + 1) // scheduler.order)
-        tally.add(count)
+        stats.add(count)
         return latents
 
     def _predict(
@@ -538,7 +562,9 @@ class Sdxl:
         embedded = self._pipe.get_guidance_scale_embedding(scale, embedding_dim=width)
         return embedded.to(self.device.name, self.device.dtype)
 
-    def _read(self, plan: Plan, check: Check, is_changed: bool, prompt: Prompt) -> Embedding:
+    def _read(
+        self, plan: SdxlMemoryPlan, check: Check, is_changed: bool, prompt: Prompt
+    ) -> Embedding:
         """A prompt's embedding: the one that was kept, unless a LoRA has changed the encoders."""
 
         def read(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
@@ -550,7 +576,7 @@ class Sdxl:
 
     def _show(
         self,
-        plan: Plan,
+        plan: SdxlMemoryPlan,
         likeness: Image.Image | None,
         keeps: str | None,
         scale: float,
@@ -562,31 +588,31 @@ class Sdxl:
         self.adapter.keep(keeps if likeness else None, scale)
         return self.adapter.embed(likeness, is_guided)
 
-    def _encode(self, image: Image.Image, plan: Plan | None = None) -> torch.Tensor:
+    def _encode(self, image: Image.Image, plan: SdxlMemoryPlan | None = None) -> torch.Tensor:
         """The latent (1, 4, height / 8, width / 8) of a picture: its most likely one, no seed."""
-        self._have(plan or self._plans.usual, "vae")
+        self._have(plan or self._plans.default, "vae")
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(self.device.name)
         pixels = pixels.permute(2, 0, 1)[None].to(self._vae.dtype) / 127.5 - 1
         latent = self._vae.encode(pixels).latent_dist.mode()
         return decoders.normalised(latent, self._vae.config)
 
-    def _decoder(self, levers: Levers) -> Decoder:
+    def _decoder(self, preset: SpeedPreset) -> Decoder:
         """What decodes a job: the VAE as it is, unless the levers let something smaller."""
-        if levers.tiny_vae and self._tiny:
+        if preset.tiny_vae and self._tiny:
             return self._tiny
-        if levers.vae_bf16:
+        if preset.vae_bf16:
             return decoders.in_bf16(self._vae, self.device)
         return Vae(self._vae, self.device, self._vae.dtype)
 
-    def _decode(self, decoder: Decoder, latent: torch.Tensor, plan: Plan) -> np.ndarray:
+    def _decode(self, decoder: Decoder, latent: torch.Tensor, plan: SdxlMemoryPlan) -> np.ndarray:
         """The picture of one latent (4, h, w); it becomes bytes where the decoder leaves it."""
         self._have(plan, decoder.part)
-        decoded = decoder.decode(checked(latent, "the latent")[None], plan.tiled_decode)
+        decoded = decoder.decode(check_finite(latent, "the latent")[None], plan.tiled_decode)
         with self.device.uncounted() if plan.tiled_decode else nullcontext():
-            checked(decoded, "the decoded picture")
+            check_finite(decoded, "the decoded picture")
             # bf16 has not 255 grey levels; the exact way takes its bytes as diffusers does.
             pixels = _pixels(decoded.float() if decoder.lever else decoded)
-        return self.device.parked(pixels).numpy()
+        return self.device.copy_to_host(pixels).numpy()
 
 
 def _pixels(decoded: torch.Tensor) -> torch.Tensor:

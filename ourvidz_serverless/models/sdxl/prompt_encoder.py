@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ourvidz_serverless.models.memory.ledger import Check
+from ourvidz_serverless.models.memory.types import Check
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 
 #: Rows of 77 tokens in one forward: enough to fill a device, and few enough to stop soon.

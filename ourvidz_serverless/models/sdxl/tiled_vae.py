@@ -27,7 +27,7 @@ def decode(vae: Any, latent: torch.Tensor, device: Device) -> torch.Tensor:
     strips, decoder = Strips(device), vae.decoder
     if vae.post_quant_conv is not None:
         latent = vae.post_quant_conv(latent)
-    x = strips.conv(device.parked(latent), decoder.conv_in)
+    x = strips.conv(device.copy_to_host(latent), decoder.conv_in)
     x = _middle(strips, x, decoder.mid_block)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -49,7 +49,9 @@ def decode_tiny(decoder: Any, latent: torch.Tensor, device: Device) -> torch.Ten
         rows = latent[:, :, top : end + reach]
         strip = decoder(rows)
         scale = strip.shape[2] // rows.shape[2]
-        made.append(device.parked(strip[:, :, scale * (start - top) : scale * (end - top)].clone()))
+        made.append(
+            device.copy_to_host(strip[:, :, scale * (start - top) : scale * (end - top)].clone())
+        )
     with device.uncounted():
         return torch.cat(made, 2)
 
@@ -156,7 +158,7 @@ class Strips:
         return factor.float()[:, None, None], summand.float()[:, None, None]
 
     def _up(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._device.brought(rows)
+        return self._device.copy_to_device(rows)
 
     def _room(self, like: torch.Tensor, rows: int) -> torch.Tensor:
         """An empty tensor in the host's memory, which no device counts."""

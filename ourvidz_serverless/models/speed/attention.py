@@ -136,7 +136,7 @@ def _with_processor(network: Any) -> Iterator[Any]:
 
 
 def _is_plain(attention: Attention) -> bool:
-    """Whether it is an attention of a transformer block, without a norm or a residual of its own."""
+    """Whether it belongs to a transformer block: without a norm or residual of its own."""
     extras = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
     return (
         not any(extras)

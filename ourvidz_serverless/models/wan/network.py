@@ -27,10 +27,10 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.ledger import Home, Ledger
-from ourvidz_serverless.models.memory.movable_tensors import Tensors
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.speed import attention
-from ourvidz_serverless.models.speed.regional_compile import Regions, regions
+from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks, compile_blocks
 from ourvidz_serverless.models.wan.conditioning import Eyes
 from ourvidz_serverless.models.wan.text_encoder import TextEncoder, in_blocks
 from ourvidz_serverless.models.wan.vae import VideoVae
@@ -56,9 +56,9 @@ class Network:
     """
 
     transformer: Any
-    home: Home
+    handle: ModelHandle
     eyes: Eyes | None = None
-    regions: Regions | None = None
+    compiled_blocks: CompiledBlocks | None = None
 
     @property
     def is_vace(self) -> bool:
@@ -94,10 +94,10 @@ class Shelf:
             )
         if self._settings.low_vram:
             parts = in_blocks(model, self._device, lambda: read()[0])
-            home = self._ledger.register(parts, "wan_text_encoder", "wan", source=self._base.name)
+            handle = self._ledger.register(parts, "wan_text_encoder", "wan", source=self._base.name)
         else:
-            home = self._register("wan_text_encoder", self._base, modules, read)
-        return TextEncoder(tokenizer, model, self._device, home)
+            handle = self._register("wan_text_encoder", self._base, modules, read)
+        return TextEncoder(tokenizer, model, self._device, handle)
 
     def vae(self) -> VideoVae:
         """The VAE that all of WAN's networks paint for.
@@ -144,7 +144,7 @@ class Shelf:
             return pair
 
         plain = self._network("t2v", self._base, read, [base, vace])
-        return {"t2v": plain, "vace": self._behind(plain.home, vace)}
+        return {"t2v": plain, "vace": self._behind(plain.handle, vace)}
 
     def _image_to_video(self, route: Route, place: Path, base: Any, vae: VideoVae) -> Network:
         variable = f"WAN_{route.upper()}_MODEL"
@@ -173,17 +173,17 @@ class Shelf:
         modules: Sequence[Any],
         eyes: Eyes | None = None,
     ) -> Network:
-        home = self._register(f"wan_{route}", path, modules, read)
-        return self._behind(home, modules[0], eyes)
+        handle = self._register(f"wan_{route}", path, modules, read)
+        return self._behind(handle, modules[0], eyes)
 
-    def _behind(self, home: Home, transformer: Any, eyes: Eyes | None = None) -> Network:
+    def _behind(self, handle: ModelHandle, transformer: Any, eyes: Eyes | None = None) -> Network:
         """A network with its exact levers."""
-        attention.choose(transformer, self._settings.attention_backend, self._device)
-        blocks = regions(transformer, home, self._device, self._settings)
-        return Network(transformer, home, eyes, blocks)
+        attention.set_backend(transformer, self._settings.attention_backend, self._device)
+        blocks = compile_blocks(transformer, handle, self._device, self._settings)
+        return Network(transformer, handle, eyes, blocks)
 
-    def _register(self, name: str, path: Path, modules: Sequence[Any], read: Read) -> Home:
-        tensors = Tensors(modules, self._device, read)
+    def _register(self, name: str, path: Path, modules: Sequence[Any], read: Read) -> ModelHandle:
+        tensors = MovableTensors(modules, self._device, read)
         return self._ledger.register(tensors, name, "wan", source=path.name)
 
     def _read_t2v(self, vae: VideoVae) -> Any:
@@ -233,7 +233,7 @@ def _read_network(kind: Any, path: Path, **options: Any) -> Any:
     network, told = kind.from_pretrained(
         path, local_files_only=True, output_loading_info=True, **options
     )
-    weight_files.check_told(told, len(network.state_dict()))
+    weight_files.check_loading_info(told, len(network.state_dict()))
     return network.eval()
 
 

@@ -18,18 +18,30 @@ import torch
 from PIL import Image
 
 from ourvidz_serverless.models.chat import model as qwen
-from ourvidz_serverless.models.memory.device import Device, out_of_memory_is_ours
+from ourvidz_serverless.models.memory.device import Device, translate_out_of_memory
 from ourvidz_serverless.models.memory.device_memory import open_ledger
-from ourvidz_serverless.models.memory.ledger import Check, Home, Ledger
-from ourvidz_serverless.models.memory.oom_fallback import Planned, Plans, VideoPlan, Way
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.oom_fallback import (
+    MemoryPlans,
+    OomFallback,
+    ReportPlan,
+    WanMemoryPlan,
+)
+from ourvidz_serverless.models.memory.types import Check
 from ourvidz_serverless.models.schedulers import (
+    default_flow_shift,
+    default_solver,
     make_dmd_scheduler,
     make_flow_scheduler,
-    own_flow_shift,
-    own_solver,
 )
 from ourvidz_serverless.models.speed import attention
-from ourvidz_serverless.models.speed.presets import EXACT, WAN, Levers, Sped, Tally
+from ourvidz_serverless.models.speed.presets import (
+    EXACT,
+    WAN,
+    ForwardStats,
+    ReportSpeed,
+    SpeedPreset,
+)
 from ourvidz_serverless.models.speed.regional_compile import check_cache_dir
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
 from ourvidz_serverless.models.wan.conditioning import Condition, Given, for_i2v, for_vace
@@ -58,11 +70,13 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
     networks = shelf.networks(vae)
     sampling = Sampling.of(settings, shelf.scheduler_config)
     wan = Wan(text=text, vae=vae, networks=networks, sampling=sampling, device=device)
-    wan.plans = Plans(VideoPlan(offload=settings.low_vram), told=settings.low_vram)
+    wan.plans = MemoryPlans(
+        WanMemoryPlan(offload=settings.low_vram), always_report=settings.low_vram
+    )
     wan.enhancement_prompt = read_prompt(settings)
     wan.enhancer = read_enhancer(settings, device, ledger)
-    homes = (*(network.home for network in networks.values()), vae.home, text.home)
-    ledger.settle(*(home.model for home in homes))
+    handles = (*(network.handle for network in networks.values()), vae.handle, text.handle)
+    ledger.preload(*(handle.model for handle in handles))
     return wan
 
 
@@ -89,7 +103,7 @@ class Schedule:
     flow_shift: float
     seed: int
     shape: tuple[int, ...]
-    levers: Levers = EXACT
+    preset: SpeedPreset = EXACT
 
     def shape_with(self, lead: int) -> tuple[int, ...]:
         """The same shape with so many latent frames more, which stand before the video."""
@@ -113,8 +127,8 @@ class Sampling:
     @classmethod
     def of(cls, settings: Settings, config: Any) -> Sampling:
         steps, timesteps = settings.wan_distilled_steps, settings.wan_distilled_timesteps
-        solver = settings.wan_distilled_solver if steps else own_solver(config)
-        shift = settings.wan_flow_shift or own_flow_shift(config)
+        solver = settings.wan_distilled_solver if steps else default_solver(config)
+        shift = settings.wan_flow_shift or default_flow_shift(config)
         return cls(config, solver, shift, len(timesteps) or steps, timesteps)
 
     @property
@@ -164,12 +178,12 @@ class Wan:
         device: Device,
     ) -> None:
         self.device, self.sampling = device, sampling
-        self.plans = Plans(VideoPlan())
+        self.plans = MemoryPlans(WanMemoryPlan())
         self._text, self._vae, self._networks = text, vae, networks
 
-    def expect(self) -> None:
+    def prefetch(self) -> None:
         """Have on its way what the next job begins with."""
-        self._text.home.expect()
+        self._text.handle.prefetch()
 
     def route(self, *, first: bool, last: bool, subject: bool) -> Route | None:
         """Which network serves a job with these references; None where there is none for it."""
@@ -206,7 +220,7 @@ class Wan:
                 pass
         if self.enhancer:
             self.enhancer.warm_up()
-        self.expect()
+        self.prefetch()
 
     def generate(
         self,
@@ -228,8 +242,8 @@ class Wan:
         speed: str = "exact",
         step: Step = lambda done, total: None,
         check: Check = lambda: None,
-        planned: Planned = lambda plan: None,
-        sped: Sped = lambda report: None,
+        planned: ReportPlan = lambda plan: None,
+        sped: ReportSpeed = lambda report: None,
     ) -> Iterator[np.ndarray]:
         """A video's frames, uint8 (frames, height, width, 3), a few at a time as they are decoded.
 
@@ -245,9 +259,9 @@ class Wan:
         if route is None:
             raise ValueError("there is no network for these references")
         size = f"{width}x{height}x{num_frames}"
-        way = Way(self.plans, size, self.device, planned)
-        with out_of_memory_is_ours():
-            guidance = self._guide(prompt, negative_prompt, guidance_scale, check, way)
+        fallback = OomFallback(self.plans, size, self.device, planned)
+        with translate_out_of_memory():
+            guidance = self._guide(prompt, negative_prompt, guidance_scale, check, fallback)
             schedule = Schedule(
                 num_inference_steps,
                 solver or self.sampling.solver,
@@ -257,34 +271,36 @@ class Wan:
                 # A few-step checkpoint has no steps that are alike.
                 EXACT if self.sampling.is_distilled else WAN[speed],
             )
-            tally = Tally()
+            stats = ForwardStats()
             network = self._networks[route]
-            condition = self._condition(network, given, num_frames, (width, height), check, way)
-            compiled = network.regions.job() if network.regions else nullcontext()
-            with self._using(network.home, check, size), compiled:
-                condition = self._look(network, given, num_frames, condition, way)
-                job = (network.transformer, condition, guidance, schedule, step, tally)
-                latents = way.fits(network.home, "denoise", lambda plan: self._denoise(*job))
+            condition = self._condition(
+                network, given, num_frames, (width, height), check, fallback
+            )
+            compiled = network.compiled_blocks.job() if network.compiled_blocks else nullcontext()
+            with self._using(network.handle, check, size), compiled:
+                condition = self._look(network, given, num_frames, condition, fallback)
+                job = (network.transformer, condition, guidance, schedule, step, stats)
+                latents = fallback.run(network.handle, "denoise", lambda plan: self._denoise(*job))
             if speed != "exact":
-                sped(tally.report(speed))
-            with self._using(self._vae.home, check, size):
-                yield from self._decode(latents, check, way)
-            way.worked()
+                sped(stats.report(speed))
+            with self._using(self._vae.handle, check, size):
+                yield from self._decode(latents, check, fallback)
+            fallback.succeeded()
 
     @contextmanager
-    def _using(self, home: Home, check: Check, shape: str) -> Iterator[None]:
+    def _using(self, handle: ModelHandle, check: Check, shape: str) -> Iterator[None]:
         """Have a model for one stage of a job, and let the ledger know what that takes."""
-        with home.using(check, shape) as use:
+        with handle.using(check, shape) as lease:
             before = self.device.begin_stage()
             yield
-            use.measured = self.device.stage_took(before)
+            lease.measured_bytes = self.device.stage_peak_bytes(before)
 
     def _decode(
-        self, latents: torch.Tensor, check: Check, way: Way[VideoPlan]
+        self, latents: torch.Tensor, check: Check, fallback: OomFallback[WanMemoryPlan]
     ) -> Iterator[np.ndarray]:
         """The frames, piece by piece; where a piece does not fit, all anew with more room."""
         pieces = Pieces(lambda: self._vae.decode(latents))
-        while found := way.fits(self._vae.home, "decode", lambda plan: pieces.next()):
+        while found := fallback.run(self._vae.handle, "decode", lambda plan: pieces.next()):
             check()
             yield found[0]
 
@@ -294,13 +310,13 @@ class Wan:
         negative: str | None,
         scale: float,
         check: Check,
-        way: Way[VideoPlan],
+        fallback: OomFallback[WanMemoryPlan],
     ) -> Guidance:
         # At a scale of 1 the negative cancels out, and half the work with it.
         is_guided = scale > 1 and not self.sampling.is_distilled
         texts = [prompt, negative or ""] if is_guided else [prompt]
-        positive, *others = way.fits(
-            self._text.home, "condition", lambda plan: self._text.encode(texts, check)
+        positive, *others = fallback.run(
+            self._text.handle, "condition", lambda plan: self._text.encode(texts, check)
         )
         return Guidance(positive, others[0] if others else None, scale)
 
@@ -311,18 +327,18 @@ class Wan:
         num_frames: int,
         size: tuple[int, int],
         check: Check,
-        way: Way[VideoPlan],
+        fallback: OomFallback[WanMemoryPlan],
     ) -> Condition:
         if not given:
             return Condition()
 
-        def read(plan: VideoPlan) -> Condition:
-            with self._using(self._vae.home, check, f"{size[0]}x{size[1]}x{num_frames} in"):
+        def read(plan: WanMemoryPlan) -> Condition:
+            with self._using(self._vae.handle, check, f"{size[0]}x{size[1]}x{num_frames} in"):
                 if network.is_vace:
                     return for_vace(given, network.transformer, self._vae, num_frames, size)
                 return for_i2v(given, self._vae, num_frames, size)
 
-        return way.fits(self._vae.home, "condition", read)
+        return fallback.run(self._vae.handle, "condition", read)
 
     def _look(
         self,
@@ -330,13 +346,15 @@ class Wan:
         given: Given,
         num_frames: int,
         condition: Condition,
-        way: Way[VideoPlan],
+        fallback: OomFallback[WanMemoryPlan],
     ) -> Condition:
         """The same, with what the network's own eyes see of the references, if it has any."""
         eyes, shown = network.eyes, list(given.known(num_frames).values())
         if eyes is None or not given:
             return condition
-        seen = way.fits(network.home, "condition", lambda plan: eyes.look(shown, self.device.name))
+        seen = fallback.run(
+            network.handle, "condition", lambda plan: eyes.look(shown, self.device.name)
+        )
         words = {"encoder_hidden_states_image": seen.to(network.transformer.dtype)}
         return replace(condition, words=words)
 
@@ -348,7 +366,7 @@ class Wan:
         guidance: Guidance,
         schedule: Schedule,
         step: Step,
-        tally: Tally,
+        stats: ForwardStats,
     ) -> torch.Tensor:
         """Latents (1, channels, frames, h, w) in fp32, made from the seed."""
         scheduler = self.sampling.scheduler(schedule, self.device)
@@ -358,22 +376,25 @@ class Wan:
         latents = noise.to(self.device.name)
         # Only a distilled checkpoint's steps draw noise.
         extra = {"generator": generator} if self.sampling.distilled_timesteps else {}
-        cache, count = FirstBlockCache(transformer, schedule.levers.threshold), Tally()
+        cache, count = (
+            FirstBlockCache(transformer, schedule.preset.first_block_threshold),
+            ForwardStats(),
+        )
 
         def forward(branch: str, prompt: torch.Tensor) -> torch.Tensor:
-            cache.turn(branch)
+            cache.begin_forward(branch)
             predicted = _forward(transformer, latents, timestep, condition, prompt)
-            count.count(1, cache.is_whole)
+            count.count(1, cache.is_full)
             return predicted
 
-        with cache.engaged():
+        with cache.enabled():
             for index, timestep in enumerate(scheduler.timesteps):
                 predicted = _predict(forward, guidance)
                 latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[
                     0
                 ]
                 step(index + 1, len(scheduler.timesteps))
-        tally.add(count)
+        stats.add(count)
         return latents[:, :, condition.lead :]
 
 

@@ -9,25 +9,28 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.ledger import Check, Home
-from ourvidz_serverless.models.memory.movable_tensors import Parts
-from ourvidz_serverless.models.speed.embedding_cache import KEPT_BYTES, Kept
+from ourvidz_serverless.models.memory.ledger import ModelHandle
+from ourvidz_serverless.models.memory.movable_tensors import MovableParts
+from ourvidz_serverless.models.memory.types import Check
+from ourvidz_serverless.models.speed.embedding_cache import MAX_BYTES, EmbeddingCache
 
 #: What WAN was trained with (its `text_len`). `encode_prompt` of diffusers defaults to 226, its
 #: pipelines to 512.
 MAX_TOKENS = 512
 
 
-def in_blocks(model: Any, device: Device, read: Callable[[], Any]) -> Parts:
+def in_blocks(model: Any, device: Device, read: Callable[[], Any]) -> MovableParts:
     """UMT5 for a device that has no room for it: each block comes when its turn comes, and goes.
 
     In bf16 that is at most the words' table, 2 GiB of the encoder's 10.6. `read` reads it anew.
     """
     blocks = _blocks(model)
-    parts = Parts(blocks, device, lambda: _blocks(read()), stages=[[name] for name in blocks])
+    parts = MovableParts(
+        blocks, device, lambda: _blocks(read()), stages=[[name] for name in blocks]
+    )
     for name, modules in blocks.items():
         for module in modules:
-            module.register_forward_pre_hook(lambda *_, name=name: parts.only(name))
+            module.register_forward_pre_hook(lambda *_, name=name: parts.to_device_only(name))
     return parts
 
 
@@ -49,11 +52,11 @@ class TextEncoder:
         tokenizer: Any,
         model: Any,
         device: Device,
-        home: Home,
-        kept_bytes: int = KEPT_BYTES,
+        handle: ModelHandle,
+        kept_bytes: int = MAX_BYTES,
     ) -> None:
         self._tokenizer, self._model, self._device = tokenizer, model, device
-        self.home, self._kept = home, Kept(device, kept_bytes)
+        self.handle, self._kept = handle, EmbeddingCache(device, kept_bytes)
 
     def encode(self, texts: Sequence[str], check: Check = lambda: None) -> list[torch.Tensor]:
         """Hidden states (1, 512, dim) of each; those behind a text's last token are zeros.
@@ -64,10 +67,10 @@ class TextEncoder:
         texts = [prompt_clean(text) for text in texts]
         if all(text in self._kept for text in texts):
             return self._read_or_kept(texts)
-        with self.home.using(check, "prompt") as use:
+        with self.handle.using(check, "prompt") as lease:
             before = self._device.begin_stage()
             found = self._read_or_kept(texts)
-            use.measured = self._device.stage_took(before)
+            lease.measured_bytes = self._device.stage_peak_bytes(before)
             return found
 
     def _read_or_kept(self, texts: Sequence[str]) -> list[torch.Tensor]:

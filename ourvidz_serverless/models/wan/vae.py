@@ -15,19 +15,19 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from PIL import Image
 
-from ourvidz_serverless.models.finite import checked
+from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.ledger import Home
+from ourvidz_serverless.models.memory.ledger import ModelHandle
 
 
 class VideoVae:
     """One `AutoencoderKLWan`, in the dtype that it was loaded in.
 
-    Whoever encodes or decodes is `home.using()` it.
+    Whoever encodes or decodes is `handle.using()` it.
     """
 
-    def __init__(self, vae: Any, device: Device, home: Home) -> None:
-        self._vae, self.device, self.home = vae, device.name, home
+    def __init__(self, vae: Any, device: Device, handle: ModelHandle) -> None:
+        self._vae, self.device, self.handle = vae, device.name, handle
         self.channels: int = vae.config.z_dim
         self.spatial: int = vae.config.scale_factor_spatial
         self.temporal: int = vae.config.scale_factor_temporal
@@ -60,7 +60,7 @@ class VideoVae:
         First one frame, then four for each further latent frame. Device and host hold one piece
         at a time, whatever the video's length.
         """
-        latents = checked(latents, "the latent").to(self.dtype)
+        latents = check_finite(latents, "the latent").to(self.dtype)
         latents = latents / self._scale(self.dtype) + self._per_channel("latents_mean", self.dtype)
         hidden = self._vae.post_quant_conv(latents)
         cache: list[torch.Tensor | None] = [None] * self._convolutions
@@ -71,7 +71,7 @@ class VideoVae:
                 feat_idx=[0],
                 first_chunk=index == 0,
             )
-            yield _as_bytes(checked(piece[0], "the decoded video").clamp(-1.0, 1.0))
+            yield _as_bytes(check_finite(piece[0], "the decoded video").clamp(-1.0, 1.0))
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images of one size as a video (1, 3, frames, height, width) from -1 to 1, in fp32."""

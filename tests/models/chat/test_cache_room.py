@@ -30,7 +30,7 @@ def load(place: str, mib: float, **changes: Any) -> Chat:
 
 
 def claimed(chat: Chat) -> int:
-    return max(row.num_bytes + row.room_bytes for row in chat._ledger.report())
+    return max(row.num_bytes + row.reserved_bytes for row in chat._ledger.report())
 
 
 BUDGETS = [0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 6, 9, 16, 64]

@@ -206,9 +206,9 @@ def test_recordings_end_with_the_models_stay_and_are_made_anew(plain: Writer) ->
     writer = tiny_writer(record=tape)
     first = say(writer.engine, request(writer, "hello", max_tokens=20))
 
-    writer.leave()
+    writer.to_host()
     assert writer.engine.replay.buckets == []
-    writer.arrive()
+    writer.to_device()
 
     assert say(writer.engine, request(writer, "hello", max_tokens=20)) == first
     assert tape.recorded == 2

@@ -474,8 +474,8 @@ class Failing(TorchDispatchMode):
 class FailingDevice(Device):
     mode: Failing | None = None
 
-    def limited(self) -> Any:
-        return self.mode or super().limited()
+    def counting(self) -> Any:
+        return self.mode or super().counting()
 
 
 PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_penalty": 1.5}

@@ -45,7 +45,7 @@ def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_
     chat, quantized = load(chat_instruct_model=place, chat_quantization="int8")
     before = reply(chat)
 
-    wish = chat._ledger.wish("qwen_instruct", "disk", force=True)
+    wish = chat._ledger.request_move("qwen_instruct", "disk", force=True)
     assert wish.is_done.wait(PATIENCE_S) and wish.error is None
 
     assert reply(chat) == before

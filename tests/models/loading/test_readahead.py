@@ -148,7 +148,7 @@ def test_models_come_to_the_device_when_their_files_are_read() -> None:
     ledger, parcel, read = Ledger(Card(100)), Parcel(10), threading.Event()
     ledger.register(parcel, "parcel", "none")
     ledger.wait_for_files = lambda: None if read.wait(30) else pytest.fail("not read")
-    settling = threading.Thread(target=ledger.settle, args=(parcel,))
+    settling = threading.Thread(target=ledger.preload, args=(parcel,))
 
     settling.start()
     assert parcel.place == "host"

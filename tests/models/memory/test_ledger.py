@@ -1,4 +1,4 @@
-"""The ledger: never over the device's size, nobody moved in use, and no request forgotten."""
+"""The ledger: never over the device's size, nobody moved in lease, and no request forgotten."""
 
 import random
 import threading
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.memory.ledger import Ledger, Levels
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.types import PressureLevels
 from tests.fakes.devices import Card
 from tests.patience import PATIENCE_S
 
@@ -64,10 +65,10 @@ class Freight:
     def load(self) -> None:
         self._move("disk", "host", host=self.num_bytes)
 
-    def arrive(self) -> None:
+    def to_device(self) -> None:
         self._move("host", "device", device=self.num_bytes, host=-self.num_bytes)
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         self._move("device", "host", device=-self.num_bytes, host=self.num_bytes)
 
     def drop(self) -> None:
@@ -103,9 +104,9 @@ class Yard(RuleBasedStateMachine):
     )
     def open(self, sizes: list[int], pinned: bool, tells_all: bool) -> None:
         self.depot = Depot(tells_all=tells_all)
-        self.ledger = Ledger(self.depot, has_porter=False)
+        self.ledger = Ledger(self.depot, has_mover_thread=False)
         self.freights = [Freight(self.depot, size) for size in sizes]
-        self.uses: list[tuple[Freight, Any, int]] = []
+        self.leases: list[tuple[Freight, Any, int]] = []
         for index, freight in enumerate(self.freights):
             self.ledger.register(
                 freight,
@@ -122,44 +123,44 @@ class Yard(RuleBasedStateMachine):
     def take(self, data: st.DataObject, working: int) -> None:
         freight = self._chosen(data)
         try:
-            use = self.ledger.take(freight, later, shape=working)
+            lease = self.ledger.acquire(freight, later, shape=working)
         except (Later, ModelLoadError, OutOfMemory):
             return
         assert freight.place == "device"
         freight.users += 1
-        self.depot.change(working=use.promised)
-        self.uses.append((freight, use, use.promised))
+        self.depot.change(working=lease.reserved_bytes)
+        self.leases.append((freight, lease, lease.reserved_bytes))
 
-    @precondition(lambda self: self.uses)
+    @precondition(lambda self: self.leases)
     @rule(data=st.data(), measured=st.integers(0, 6))
     def give_back(self, data: st.DataObject, measured: int) -> None:
-        freight, use, promised = self.uses.pop(data.draw(st.integers(0, len(self.uses) - 1)))
+        freight, lease, promised = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
         self.depot.change(working=-promised)
         freight.users -= 1
-        use.measured = measured
-        self.ledger.give_back(freight, use)
+        lease.measured_bytes = measured
+        self.ledger.release(freight, lease)
 
     @rule(data=st.data(), force=st.booleans(), to=st.sampled_from(["device", "host", "disk"]))
     def wish(self, data: st.DataObject, force: bool, to: Any) -> None:
         index = data.draw(st.integers(0, len(self.freights) - 1))
-        self.ledger.wish(f"f{index}", to, force=force)
+        self.ledger.request_move(f"f{index}", to, force=force)
 
     @rule(data=st.data())
-    def expect(self, data: st.DataObject) -> None:
-        self.ledger.expect(self._chosen(data))
+    def prefetch(self, data: st.DataObject) -> None:
+        self.ledger.prefetch(self._chosen(data))
 
     @rule()
     def carry(self) -> None:
-        self.ledger.carry_one()
+        self.ledger.grant_one_request()
 
     @rule(data=st.data(), error=st.sampled_from([ModelLoadError("gone"), OutOfMemory("full")]))
     def fail(self, data: st.DataObject, error: Exception) -> None:
         self._chosen(data).fails = [error]
 
     @rule(data=st.data())
-    def shed(self, data: st.DataObject) -> None:
+    def evict_idle(self, data: st.DataObject) -> None:
         keep = self._chosen(data)
-        self.ledger.shed(keep)
+        self.ledger.evict_idle(keep)
 
     @invariant()
     def every_row_tells_the_truth_about_users(self) -> None:
@@ -174,20 +175,20 @@ class Yard(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        for freight, use, promised in self.uses:
+        for freight, lease, promised in self.leases:
             self.depot.change(working=-promised)
             freight.users -= 1
-            self.ledger.give_back(freight, use)
+            self.ledger.release(freight, lease)
         # Whoever comes now is served at once: nothing holds room that nobody has.
         for freight in self.freights:
             freight.fails = []
-        while self.ledger.carry_one():
+        while self.ledger.grant_one_request():
             pass
         for freight in self.freights:
             if freight.num_bytes <= TOTAL:
                 with self.ledger.using(freight):
                     assert freight.place == "device"
-        assert not self.ledger._line
+        assert self.ledger.num_waiting == 0
         assert self.ledger.free_bytes() == TOTAL - self.depot.on_device
 
 
@@ -208,18 +209,18 @@ def test_threads_that_want_everything_at_once_all_finish() -> None:
         for _ in range(500):
             freight, shape = chance.choice(freights), chance.randrange(3)
             if chance.random() < 0.1:
-                ledger.expect(freight)
+                ledger.prefetch(freight)
             if chance.random() < 0.05:
-                ledger.wish(f"f{freights.index(freight)}", "host", force=True)
-            with ledger.using(freight, shape=shape) as use:
+                ledger.request_move(f"f{freights.index(freight)}", "host", force=True)
+            with ledger.using(freight, shape=shape) as lease:
                 with depot.lock:
                     freight.users += 1
-                depot.change(working=use.promised)
+                depot.change(working=lease.reserved_bytes)
                 assert freight.place == "device"
-                depot.change(working=-use.promised)
+                depot.change(working=-lease.reserved_bytes)
                 with depot.lock:
                     freight.users -= 1
-                use.measured = shape
+                lease.measured_bytes = shape
                 served += 1
         return served
 
@@ -228,7 +229,7 @@ def test_threads_that_want_everything_at_once_all_finish() -> None:
 
     assert served == 4000
     assert [row.num_users for row in ledger.report()] == [0] * 5
-    assert depot.working == 0 and not ledger._line
+    assert depot.working == 0 and ledger.num_waiting == 0
     assert threading.active_count() <= threads_before + 1  # the porter
 
 
@@ -292,7 +293,7 @@ def test_models_that_leave_together_do_not_share_one_room_of_the_host(make: Any)
     ledger, freights = make(10, 10, 2, host=12)
     visit(ledger, *freights)
 
-    ledger.shed(freights[2])
+    ledger.evict_idle(freights[2])
 
     assert sorted(places(freights)) == ["device", "disk", "host"]
 
@@ -300,8 +301,8 @@ def test_models_that_leave_together_do_not_share_one_room_of_the_host(make: Any)
 def test_room_is_made_for_what_a_job_of_that_shape_was_measured_to_need(make: Any) -> None:
     ledger, freights = make(10, 10)
     visit(ledger, *freights)
-    with ledger.using(freights[0], shape="large") as use:
-        use.measured = 8
+    with ledger.using(freights[0], shape="large") as lease:
+        lease.measured_bytes = 8
 
     assert places(freights) == ["device", "device"]
     with ledger.using(freights[0], shape="large"):
@@ -312,9 +313,9 @@ def test_a_model_larger_than_the_device_is_refused_with_both_sizes(make: Any) ->
     ledger, freights = make(TOTAL + 1)
 
     with pytest.raises(OutOfMemory, match="f0 takes 0 MiB, and the device has 0"):
-        ledger.take(freights[0])
+        ledger.acquire(freights[0])
 
-    assert not ledger._line
+    assert ledger.num_waiting == 0
 
 
 def test_a_model_that_does_not_load_is_read_once_more(make: Any) -> None:
@@ -331,7 +332,7 @@ def test_a_model_that_fails_twice_is_absent_until_it_loads_again(make: Any) -> N
     freights[0].fails = [ModelLoadError("gone")] * 2
 
     with pytest.raises(ModelLoadError):
-        ledger.take(freights[0])
+        ledger.acquire(freights[0])
     assert [row.state for row in ledger.report()] == ["absent"]
 
     visit(ledger, freights[0])
@@ -348,16 +349,16 @@ def until(is_so: Callable[[], bool]) -> None:
 def test_what_is_expected_is_there_before_it_is_asked_for(make: Any) -> None:
     ledger, freights = make(10, 10)
     with ledger.using(freights[0]):
-        ledger.expect(freights[1])
+        ledger.prefetch(freights[1])
         until(lambda: freights[1].place == "device")
 
-        assert ledger.take(freights[1]).swap_s == 0
+        assert ledger.acquire(freights[1]).swap_s == 0
 
 
 def test_what_is_expected_comes_as_far_as_the_host_while_the_device_is_full(make: Any) -> None:
     ledger, freights = make(14, 14)
     with ledger.using(freights[0]):
-        ledger.expect(freights[1])
+        ledger.prefetch(freights[1])
         until(lambda: freights[1].place == "host")
 
         assert places(freights) == ["device", "host"]
@@ -370,7 +371,7 @@ def test_a_wish_without_force_drives_nobody_out(make: Any) -> None:
     ledger, freights = make(14, 14)
     visit(ledger, freights[0])
 
-    wish = ledger.wish("f1", "device")
+    wish = ledger.request_move("f1", "device")
 
     assert wish.is_done.wait(PATIENCE_S)
     assert wish.error == "there is no room for it"
@@ -380,8 +381,8 @@ def test_a_wish_without_force_drives_nobody_out(make: Any) -> None:
 def test_a_model_in_use_leaves_by_force_when_its_last_user_has_left(make: Any) -> None:
     ledger, freights = make(14)
     with ledger.using(freights[0]):
-        assert ledger.wish("f0", "host").error == "it is in use"
-        wish = ledger.wish("f0", "disk", force=True)
+        assert ledger.request_move("f0", "host").error == "it is in use"
+        wish = ledger.request_move("f0", "disk", force=True)
         assert not wish.is_done.wait(0.05)
 
     assert wish.is_done.wait(PATIENCE_S)
@@ -396,4 +397,4 @@ def test_pressure_has_four_names(used: float, name: str) -> None:
         def free_bytes(self) -> int:
             return round(self.total_bytes * (1 - used))
 
-    assert Ledger(Used(1000), Levels()).pressure == name
+    assert Ledger(Used(1000), PressureLevels()).pressure == name

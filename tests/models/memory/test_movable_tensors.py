@@ -10,8 +10,8 @@ import torch
 from benchmarks import architectures
 from ourvidz_serverless.models.memory.device_memory import HostMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.models.memory.movable_tensors import Tensors
-from ourvidz_serverless.models.memory.pinned import ALIGNMENT, Block, block_bytes
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
+from ourvidz_serverless.models.memory.pinned import ALIGNMENT, PinnedBlock, block_bytes
 from tests.fakes.devices import PAGE, Gpu, Pins, TorchsPins
 
 
@@ -27,8 +27,8 @@ def network() -> torch.nn.Module:
     return made.requires_grad_(False)
 
 
-def moved(module: torch.nn.Module, gpu: Gpu) -> Tensors:
-    return Tensors([module], gpu)  # type: ignore[arg-type]
+def moved(module: torch.nn.Module, gpu: Gpu) -> MovableTensors:
+    return MovableTensors([module], gpu)  # type: ignore[arg-type]
 
 
 def values(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -43,10 +43,10 @@ def test_weights_are_the_same_wherever_they_are() -> None:
     before, model = values(module), moved(module, gpu)
 
     for _ in range(3):
-        model.arrive()
+        model.to_device()
         assert all(map(gpu.has, module.parameters()))
         torch.testing.assert_close(values(module), before, atol=0, rtol=0)
-        model.leave()
+        model.to_host()
         assert not any(map(gpu.has, module.parameters()))
         torch.testing.assert_close(values(module), before, atol=0, rtol=0)
 
@@ -56,8 +56,8 @@ def test_a_model_that_leaves_a_second_time_leaves_nothing_on_the_gpu() -> None:
     model = moved(module, gpu)
 
     for _ in range(3):
-        model.arrive()
-        model.leave()
+        model.to_device()
+        model.to_host()
         assert gpu.used_bytes == 0
 
 
@@ -67,8 +67,8 @@ def test_what_left_once_leaves_again_without_a_copy() -> None:
     places = []
 
     for _ in range(2):
-        model.arrive()
-        model.leave()
+        model.to_device()
+        model.to_host()
         places.append([each.data_ptr() for each in module.parameters()])
 
     assert places[0] == places[1]
@@ -78,8 +78,8 @@ def test_strides_stay_as_they_were() -> None:
     module, gpu = network(), Gpu()
     strides, model = [each.stride() for each in module.parameters()], moved(module, gpu)
 
-    model.arrive()
-    model.leave()
+    model.to_device()
+    model.to_host()
 
     assert [each.stride() for each in module.parameters()] == strides
 
@@ -89,10 +89,10 @@ def test_a_model_may_leave_within_inference_mode_and_again_without() -> None:
     model = moved(module, gpu)
 
     with torch.inference_mode():
-        model.arrive()
-        model.leave()
-    model.arrive()
-    model.leave()
+        model.to_device()
+        model.to_host()
+    model.to_device()
+    model.to_host()
 
     assert model.pinned_bytes
 
@@ -102,16 +102,16 @@ def test_a_lora_that_has_gone_does_not_come_back_as_the_next_one() -> None:
     model = moved(module, gpu)
     module.append(torch.nn.Linear(4, 4, bias=False))  # LoRA A
     for _ in range(2):
-        model.arrive()
-        model.leave()
-    model.arrive()
+        model.to_device()
+        model.to_host()
+    model.to_device()
     del module[1]  # the job was stopped while its network was there
-    model.leave()
+    model.to_host()
 
     module.append(torch.nn.Linear(4, 4, bias=False))  # LoRA B
     torch.nn.init.constant_(module[1].weight, 7)
-    model.arrive()
-    model.leave()
+    model.to_device()
+    model.to_host()
 
     assert (module[1].weight == 7).all()
 
@@ -120,12 +120,12 @@ def test_a_lora_takes_no_room_in_its_models_block() -> None:
     module, gpu = torch.nn.ModuleList([torch.nn.Linear(4, 4)]), Gpu()
     model = moved(module, gpu)
     module.insert(0, torch.nn.Linear(4, 4))  # a LoRA's, which comes first
-    model.arrive()
-    model.leave()
+    model.to_device()
+    model.to_host()
     del module[0]
 
-    model.arrive()
-    model.leave()
+    model.to_device()
+    model.to_host()
 
     assert model.pinned_bytes == block_bytes(module.parameters())
 
@@ -135,13 +135,13 @@ def test_a_lora_takes_no_room_in_its_models_block() -> None:
 
 def test_a_parked_model_pins_what_the_ledger_counts_and_dropping_it_pins_nothing() -> None:
     module, gpu = network(), Gpu()
-    model = Tensors([module], gpu, read=lambda: [network()])  # type: ignore[arg-type]
+    model = MovableTensors([module], gpu, read=lambda: [network()])  # type: ignore[arg-type]
     ledger = Ledger(HostMemory())
     ledger.register(model, "model", "sdxl")
 
     for _ in range(2):
-        model.arrive()
-        model.leave()
+        model.to_device()
+        model.to_host()
 
         (row,) = ledger.report()
         tensors = len(list(module.parameters()))
@@ -155,8 +155,8 @@ def test_a_parked_model_pins_what_the_ledger_counts_and_dropping_it_pins_nothing
 def test_a_model_that_is_forgotten_pins_nothing() -> None:
     module, gpu = network(), Gpu()
     model = moved(module, gpu)
-    model.arrive()
-    model.leave()
+    model.to_device()
+    model.to_host()
 
     del model
 
@@ -169,8 +169,8 @@ def test_where_the_system_pins_no_such_amount_the_model_waits_in_ordinary_memory
     before, model = values(module), moved(module, gpu)
 
     for _ in range(2):
-        model.arrive()
-        model.leave()
+        model.to_device()
+        model.to_host()
 
     assert model.pinned_bytes == gpu.used_bytes == 0
     torch.testing.assert_close(values(module), before, atol=0, rtol=0)
@@ -196,7 +196,7 @@ def test_a_published_models_block_is_as_large_as_its_weights(family: str) -> Non
 
 def test_pinned_memory_is_given_back_once_and_its_tensors_stay_readable() -> None:
     pins = Pins()
-    block = Block(100, pins)
+    block = PinnedBlock(100, pins)
     copy = block.copy(torch.arange(4.0))
 
     block.release()

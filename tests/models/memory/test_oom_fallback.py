@@ -14,8 +14,8 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.models.loading import weight_files
 from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
 from ourvidz_serverless.models.memory.device_memory import CountedMemory, HostMemory
-from ourvidz_serverless.models.memory.movable_tensors import Tensors
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.sdxl import tiled_vae
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
@@ -64,14 +64,14 @@ def test_more_than_the_budget_is_torchs_own_error() -> None:
 def test_weights_count_once_however_they_are_viewed() -> None:
     device, memory = counting(100 * KIB)
     layer = torch.nn.Linear(32, 32, bias=False)
-    weights = Tensors([layer], device)
+    weights = MovableTensors([layer], device)
 
-    weights.arrive()
+    weights.to_device()
     with device.computing():
         result = layer(torch.zeros(1, 32))
 
     assert memory.used_bytes == weights.num_bytes + result.nbytes
-    weights.leave()
+    weights.to_host()
     assert memory.used_bytes == result.nbytes
 
 
@@ -79,7 +79,7 @@ def test_tied_weights_are_one() -> None:
     one, other = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
     other.weight = one.weight
 
-    assert Tensors([one, other], Device(CPU, torch.float32)).num_bytes == 8 * 8 * 4
+    assert MovableTensors([one, other], Device(CPU, torch.float32)).num_bytes == 8 * 8 * 4
 
 
 def test_views_of_one_file_count_for_themselves_and_not_for_the_file(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_views_of_one_file_count_for_themselves_and_not_for_the_file(tmp_path: P
     layers.load_state_dict(weight_files.read(tmp_path / "layers.safetensors", True), assign=True)
 
     device = Device(CPU, torch.float32)
-    assert [Tensors([layer], device).num_bytes for layer in layers] == [8 * 8 * 4] * 3
+    assert [MovableTensors([layer], device).num_bytes for layer in layers] == [8 * 8 * 4] * 3
 
 
 def test_every_thread_counts_into_the_same_budget() -> None:
@@ -139,7 +139,7 @@ def test_strips_decode_what_a_whole_decode_does_in_a_quarter_of_the_memory(
 
 
 def test_a_plan_shrinks_step_by_step_until_there_is_no_smaller_one() -> None:
-    plan: Plan | None = Plan(6)
+    plan: SdxlMemoryPlan | None = SdxlMemoryPlan(6)
     seen = []
     while plan := plan.smaller("denoise", 6):
         seen.append((plan.lean, plan.max_batch, plan.offload))
@@ -148,17 +148,17 @@ def test_a_plan_shrinks_step_by_step_until_there_is_no_smaller_one() -> None:
 
 
 def test_what_does_not_decode_is_decoded_in_strips_first() -> None:
-    tiled = Plan(6).smaller("decode")
+    tiled = SdxlMemoryPlan(6).smaller("decode")
 
-    assert tiled == Plan(6, tiled_decode=True)
-    assert tiled.smaller("decode") == Plan(6, tiled_decode=True, offload=True, lean=True)
+    assert tiled == SdxlMemoryPlan(6, tiled_decode=True)
+    assert tiled.smaller("decode") == SdxlMemoryPlan(6, tiled_decode=True, offload=True, lean=True)
 
 
 def test_a_plan_that_worked_is_the_next_jobs_of_that_shape() -> None:
-    plans = Plans(Plan(6))
-    plans.worked("large", Plan(1))
+    plans = MemoryPlans(SdxlMemoryPlan(6))
+    plans.remember("large", SdxlMemoryPlan(1))
 
-    assert (plans.best("large"), plans.best("small")) == (Plan(1), Plan(6))
+    assert (plans.get("large"), plans.get("small")) == (SdxlMemoryPlan(1), SdxlMemoryPlan(6))
 
 
 # --- the pocket SDXL on cards that are too small for the usual way ---
@@ -191,13 +191,13 @@ def on_card(num_bytes: float) -> Any:
     ("room", "plan"),
     [
         (8.0, None),
-        (4.0, Plan(6, tiled_decode=True, lean=True)),
-        (2.0, Plan(1, tiled_decode=True, lean=True)),
-        (0.6, Plan(1, offload=True, lean=True)),
+        (4.0, SdxlMemoryPlan(6, tiled_decode=True, lean=True)),
+        (2.0, SdxlMemoryPlan(1, tiled_decode=True, lean=True)),
+        (0.6, SdxlMemoryPlan(1, offload=True, lean=True)),
     ],
 )
 def test_a_job_that_does_not_fit_is_rendered_in_a_smaller_way_with_the_same_pixels(
-    sdxl: Any, room: float, plan: Plan | None
+    sdxl: Any, room: float, plan: SdxlMemoryPlan | None
 ) -> None:
     card = on_card(WEIGHTS + room * MIB)
     first: list[Any] = []
@@ -236,15 +236,15 @@ def test_what_fits_in_no_way_is_out_of_memory_and_the_next_job_is_served() -> No
         )
 
     assert len(render(card)) == 3
-    assert [row.num_users for row in card.home.ledger.report()] == [0]
+    assert [row.num_users for row in card.handle.ledger.report()] == [0]
 
 
 def test_a_model_that_was_dropped_is_read_again_and_paints_the_same() -> None:
     model = models.load(Settings())
     before = render(model)
 
-    model.home.ledger.wish("sdxl", "disk").is_done.wait(PATIENCE_S)
-    assert model._parts.held_bytes == 0
+    model.handle.ledger.request_move("sdxl", "disk").is_done.wait(PATIENCE_S)
+    assert model._parts.device_bytes == 0
     assert sum(part.numel() for part in model._unet.parameters()) == 0
 
     after = render(model)
@@ -266,7 +266,7 @@ def test_what_a_job_really_took_is_known_by_its_shape() -> None:
         )
     )
 
-    (row,) = card.home.ledger.report()
+    (row,) = card.handle.ledger.report()
     assert row.num_bytes == WEIGHTS
     assert 0 < row.working_bytes["64x64 x1"] == card.device.counted.peak_bytes - WEIGHTS
     assert card.device.counted.used_bytes == WEIGHTS
@@ -295,7 +295,7 @@ def test_under_low_vram_a_model_counts_as_its_largest_stage() -> None:
     card = models.load(Settings(low_vram=True))
     stages = [sum(card._parts._parts[name].num_bytes for name in stage) for stage in models.STAGES]
 
-    (row,) = card.home.ledger.report()
+    (row,) = card.handle.ledger.report()
     assert row.num_bytes == max(stages) < sum(stages)
 
 
@@ -304,8 +304,8 @@ def test_a_prompt_that_is_kept_needs_no_text_encoder_on_the_device() -> None:
     render(card)
     brought: list[Any] = []
     text = card._parts._parts["text"]
-    arrive = text.arrive
-    text.arrive = lambda: (brought.append("text"), arrive())  # type: ignore[method-assign,assignment]
+    arrive = text.to_device
+    text.to_device = lambda: (brought.append("text"), arrive())  # type: ignore[method-assign,assignment]
 
     render(card)
 

@@ -27,10 +27,10 @@ class Guest:
 
     def load(self) -> None: ...
 
-    def arrive(self) -> None:
+    def to_device(self) -> None:
         self.is_there, self.arrivals = True, self.arrivals + 1
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         assert self.users == 0
         self.is_there = False
 
@@ -62,27 +62,27 @@ def test_where_there_is_a_place_for_each_nothing_is_swapped() -> None:
     house = House(places=2)
 
     for model in (house.one, house.other, house.one, house.other):
-        house.ledger.take(model)
+        house.ledger.acquire(model)
 
     assert (house.one.arrivals, house.other.arrivals) == (1, 1)
 
 
 def test_whoever_waits_for_a_swap_can_be_cancelled() -> None:
     house = House(places=1)
-    house.ledger.take(house.one)
+    house.ledger.acquire(house.one)
 
     def check() -> None:
         raise Cancelled("the job was cancelled")
 
     with pytest.raises(Cancelled):
-        house.ledger.take(house.other, check)
+        house.ledger.acquire(house.other, check)
 
-    assert house.ledger.take(house.one).swap_s == 0
+    assert house.ledger.acquire(house.one).swap_s == 0
 
 
 def test_nobody_overtakes_a_request_that_waits() -> None:
     house = House(places=1)
-    use = house.ledger.take(house.one)
+    lease = house.ledger.acquire(house.one)
     order: list[str] = []
 
     def visit(name: str, model: Guest) -> None:
@@ -93,9 +93,9 @@ def test_nobody_overtakes_a_request_that_waits() -> None:
     later = threading.Thread(target=visit, args=("one", house.one))
     for count, thread in enumerate((waiting, later), 1):
         thread.start()
-        while len(house.ledger._line) < count:
+        while house.ledger.num_waiting < count:
             time.sleep(0.01)
-    house.ledger.give_back(house.one, use)
+    house.ledger.release(house.one, lease)
     for thread in (waiting, later):
         thread.join(PATIENCE_S)
 
@@ -166,7 +166,7 @@ def journeys(ledger: Ledger, name: str) -> dict[str, int]:
     ids=["parked in the host's memory", "dropped where that has no room"],
 )
 def test_every_way_of_a_model_is_counted(host_bytes: int, counted: dict[str, int]) -> None:
-    ledger = Ledger(Card(10, host_bytes), has_porter=False)
+    ledger = Ledger(Card(10, host_bytes), has_mover_thread=False)
     one, other = Parcel(10), Parcel(10)
     ledger.register(one, "one", "none")
     ledger.register(other, "other", "none")

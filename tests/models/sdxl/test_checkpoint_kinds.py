@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import architectures
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models.memory.oom_fallback import Plan, Plans
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.sdxl.networks import check_networks
 from ourvidz_serverless.settings import Settings
@@ -97,7 +97,7 @@ def test_a_vae_with_latents_mean_and_std_decodes_in_strips_as_in_diffusers(
     playground: Path,
 ) -> None:
     model = load(playground)
-    model._plans = Plans(Plan(1, tiled_decode=True))
+    model._plans = MemoryPlans(SdxlMemoryPlan(1, tiled_decode=True))
     theirs = StableDiffusionXLPipeline.from_pretrained(playground)
 
     ours = render(model)

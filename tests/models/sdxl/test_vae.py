@@ -16,7 +16,7 @@ from benchmarks.presets import psnr
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
-from ourvidz_serverless.models.memory.oom_fallback import Plan
+from ourvidz_serverless.models.memory.oom_fallback import SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.sdxl import tiled_vae
 from ourvidz_serverless.models.sdxl import vae as decoders
@@ -29,7 +29,7 @@ from tests.files import ROOT
 
 TINY = ROOT / "pocket/sdxl_tiny_vae"
 CPU = torch.device("cpu")
-USUAL, TILED = Plan(6), Plan(6, tiled_decode=True)
+USUAL, TILED = SdxlMemoryPlan(6), SdxlMemoryPlan(6, tiled_decode=True)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: mod
 
     def look(*_: Any) -> None:
         parts = card._parts._parts
-        there.append([name for name, part in parts.items() if part.held_bytes])
+        there.append([name for name, part in parts.items() if part.device_bytes])
 
     card._tiny.network.register_forward_pre_hook(look)
     (picture,) = paint(card, speed="fast", height=256, planned=told.append)
@@ -211,7 +211,7 @@ def test_the_ledger_counts_it_and_brings_it_back(equipped: models.Sdxl, sdxl: An
     parts.drop()
     assert not any(each.numel() for each in model._tiny.network.parameters())
     parts.load()
-    parts.arrive()
+    parts.to_device()
 
     # The VAE's own is a file of fp16, too, and both are fp32 on a CPU.
     assert parts.num_bytes == sdxl._parts.num_bytes + tiny_bytes
@@ -225,7 +225,7 @@ def test_what_a_job_needs_is_remembered_by_what_decodes_it() -> None:
     for preset in ("exact", "fast"):
         paint(model, speed=preset)
 
-    (row,) = model.home.ledger.report()
+    (row,) = model.handle.ledger.report()
     assert set(row.working_bytes) == {"128x64 x1", "128x64 tiny_vae x1"}
 
 

@@ -23,7 +23,7 @@ from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
 from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.models.speed import attention, presets
-from ourvidz_serverless.models.speed.embedding_cache import Kept
+from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
 from ourvidz_serverless.models.wan import pipeline as wan_models
 from ourvidz_serverless.settings import Settings
@@ -113,11 +113,11 @@ def test_the_kernel_that_is_chosen_is_the_one_that_computes(
     for network, call in calls:
         usual = network(**call)[0]
         kernels.clear()
-        attention.choose(network, name, CPU)
+        attention.set_backend(network, name, CPU)
         try:
             named, used = network(**call)[0], set(kernels)
         finally:
-            attention.choose(network, "native", CPU)
+            attention.set_backend(network, "native", CPU)
         assert used == {(kernel,)}
         torch.testing.assert_close(named, usual, atol=1e-4, rtol=0)
 
@@ -171,7 +171,7 @@ def readers(unet: Any) -> list[Any]:
 
 def remembered(unet: Any) -> list[Any]:
     processors = [each.processor for each in unet.modules() if isinstance(each, Attention)]
-    return [each for each in processors if each.heard]
+    return [each for each in processors if each.cached]
 
 
 def test_a_prompt_that_is_remembered_gives_the_bits_of_one_that_is_read_at_every_step(
@@ -187,7 +187,7 @@ def test_a_prompt_that_is_remembered_gives_the_bits_of_one_that_is_read_at_every
 
     with torch.inference_mode(), counting(*readers(unet)) as calls:
         plain_ones, plainly = forwards(), calls.total()
-        with attention.prompts_remembered(unet):
+        with attention.cached_prompt_keys(unet):
             made = forwards()
 
     assert all(torch.equal(*pair) for pair in zip(made, plain_ones, strict=True))
@@ -251,7 +251,7 @@ def test_compiled_blocks_read_the_prompt_by_themselves(sdxl: Any) -> None:
     first, second = (torch.randn(1, 77, block.attn2.to_k.in_features) for _ in range(2))
     prompts = (first, first, second)
 
-    with torch.inference_mode(), attention.prompts_remembered(sdxl._unet):
+    with torch.inference_mode(), attention.cached_prompt_keys(sdxl._unet):
         eager = [block(hidden, encoder_hidden_states=each) for each in prompts]
         compiled = torch.compile(type(block).forward, backend=keep_graph, fullgraph=True)
         made = [compiled(block, hidden, encoder_hidden_states=each) for each in prompts]
@@ -327,7 +327,7 @@ def test_channels_last_paints_the_same_within_rounding(sdxl: Any, last: Any) -> 
 
 def test_channels_last_is_so_again_after_the_weights_were_dropped_and_read_anew() -> None:
     model = sdxl_models.load(Settings(memory_format="channels_last"))
-    parts = model.home.model
+    parts = model.handle.model
 
     parts.drop()
     parts.load()
@@ -370,20 +370,20 @@ def test_a_weighted_prompt_is_another_one_than_its_words(sdxl: Any) -> None:
 
 def test_what_is_kept_takes_no_more_than_it_may() -> None:
     row = torch.zeros(1, 256)
-    kept = Kept(CPU, max_bytes=3 * row.nbytes)
+    kept = EmbeddingCache(CPU, max_bytes=3 * row.nbytes)
 
     for key in ("a", "b", "c", "a", "d"):
         kept.get(lambda key: (row,), key)
 
     assert [key in kept for key in "abcd"] == [True, False, True, True]
     assert kept.num_bytes == 3 * row.nbytes
-    assert (kept.reads, kept.hits) == (4, 1)
+    assert (kept.misses, kept.hits) == (4, 1)
 
 
 def test_what_is_kept_takes_nothing_of_the_device() -> None:
     memory = CountedMemory(1 << 20)
     device = Device(torch.device("cpu"), torch.float32, memory)
-    kept = Kept(device)
+    kept = EmbeddingCache(device)
 
     with device.computing():
         kept.get(lambda key: (torch.zeros(1, 1024),), "a")
@@ -395,7 +395,7 @@ def test_what_is_kept_takes_nothing_of_the_device() -> None:
 
 
 def test_one_text_read_in_two_ways_is_kept_twice() -> None:
-    kept = Kept(CPU)
+    kept = EmbeddingCache(CPU)
 
     def read(key: tuple[str, int]) -> tuple[torch.Tensor]:
         text, skipped_layers = key
@@ -404,7 +404,7 @@ def test_one_text_read_in_two_ways_is_kept_twice() -> None:
     rows = [kept.get(read, ("a circle", skipped))[0] for skipped in (0, 1, 0)]
 
     assert [row[0, 0].item() for row in rows] == [8, 9, 8]
-    assert (kept.reads, kept.hits) == (2, 1)
+    assert (kept.misses, kept.hits) == (2, 1)
 
 
 # --- presets ---
@@ -468,7 +468,7 @@ def test_no_block_is_left_out_while_the_layout_is_decided(
     # Each step begins with False, and is followed by True where its deep blocks were computed.
     starts = [index for index, each in enumerate(deep) if not each]
     computed = [any(deep[start + 1 : start + 2]) for start in starts]
-    every = presets.SDXL["fast"].deep_every
+    every = presets.SDXL["fast"].deep_cache_interval
     assert computed == [step < whole or (step - whole) % every == 0 for step in range(steps)]
 
 
@@ -518,7 +518,7 @@ def test_batches_and_image_to_image_take_presets_too(sdxl: Any) -> None:
 @pytest.fixture
 def eager_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A threshold at which a network of random weights leaves blocks out."""
-    monkeypatch.setitem(presets.WAN, "fast", presets.Levers(threshold=0.6))
+    monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=0.6))
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -550,7 +550,7 @@ def test_wan_leaves_blocks_out_where_the_first_changes_little(
 def test_a_threshold_that_nothing_is_below_changes_no_bit(
     wan: wan_models.Wan, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setitem(presets.WAN, "fast", presets.Levers(threshold=1e-9))
+    monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=1e-9))
 
     assert distance(film(wan, speed="fast", **MODES[mode]), film(wan, **MODES[mode])) == 0
 
@@ -562,13 +562,13 @@ def test_hints_of_a_reference_are_not_added_twice_where_blocks_are_left_out(
     call = transformer_call(network)
     cache = FirstBlockCache(network, threshold=0.5)
 
-    with torch.inference_mode(), cache.engaged():
-        cache.turn("positive")
+    with torch.inference_mode(), cache.enabled():
+        cache.begin_forward("positive")
         whole = network(**call)[0]
         left_out = network(**call)[0]
 
     # The same call again: what is used again is what would be computed.
-    assert not cache.is_whole
+    assert not cache.is_full
     torch.testing.assert_close(left_out, whole, atol=1e-4, rtol=0)
 
 

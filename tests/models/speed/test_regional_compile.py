@@ -114,7 +114,7 @@ def test_a_job_computes_while_the_compilers_thread_traces() -> None:
         return value
 
     def compile_it() -> None:
-        with regional_compile.own_traces():
+        with regional_compile.isolated_tracing():
             torch.fx.symbolic_trace(traced)
 
     thread = threading.Thread(target=compile_it)

@@ -344,7 +344,7 @@ def test_what_each_stage_really_took_is_known_by_its_shape(settings: Settings) -
 
     render(wan)
 
-    rows = {row.name: row for row in wan._text.home.ledger.report()}
+    rows = {row.name: row for row in wan._text.handle.ledger.report()}
     assert list(rows["wan_text_encoder"].working_bytes) == ["prompt"]
     assert list(rows["wan_t2v"].working_bytes) == ["64x48x9"]
     assert list(rows["wan_vae"].working_bytes) == ["64x48x9"]
@@ -367,7 +367,7 @@ def test_low_vram_brings_the_text_encoder_block_by_block_with_the_same_bits() ->
     memory = CountedMemory(whole // 2)
     device = Device(torch.device("cpu"), torch.float32, memory)
     parts = in_blocks(model, device, lambda: model)
-    parts.arrive()
+    parts.to_device()
     with device.computing():
         in_turns = model(ids).last_hidden_state
 
@@ -413,7 +413,7 @@ def test_running_out_of_memory_in_the_decoder_is_our_error(
 
 
 def test_equal_tensors_of_t2v_and_vace_are_held_once(wan: models.Wan) -> None:
-    with wan._networks["t2v"].home.using():
+    with wan._networks["t2v"].handle.using():
         plain = dict(wan._networks["t2v"].transformer.named_parameters())
         vace = dict(wan._networks["vace"].transformer.named_parameters())
 
@@ -437,7 +437,7 @@ def test_they_are_one_model_in_the_ledger(settings: Settings) -> None:
 def test_a_tensor_that_differs_in_a_bit_is_not_shared(wan: models.Wan, change: float) -> None:
     weights = wan._networks["t2v"].transformer
     plain, other = (WanTransformer3DModel.from_config(weights.config) for _ in range(2))
-    with wan._networks["t2v"].home.using():
+    with wan._networks["t2v"].handle.using():
         for each in (plain, other):
             each.load_state_dict(weights.state_dict())
     with torch.no_grad():
@@ -484,7 +484,7 @@ def test_weights_that_were_dropped_are_read_again_and_shared_again(settings: Set
     before = [render(wan), render(wan, first=FIRST)]
 
     for name in ("wan_t2v", "wan_vae", "wan_text_encoder"):
-        assert ledger.wish(name, "disk").is_done.wait(PATIENCE_S)
+        assert ledger.request_move(name, "disk").is_done.wait(PATIENCE_S)
     wan._text._kept.clear()
 
     assert {row.state for row in ledger.report()} == {"disk"}
