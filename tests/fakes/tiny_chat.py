@@ -26,7 +26,7 @@ from ourvidz_serverless.models.chat.cuda_graphs import Record
 from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.chat.model import Chat, EngineReply, Writer
 from ourvidz_serverless.models.chat.request import ChatRequest, Message, ModelName, SamplingParams
-from ourvidz_serverless.models.chat.tokens import ChatTokenizer
+from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from tests.fakes.devices import card

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, WorkerUnavailable
 from ourvidz_serverless.models.chat import quantization
-from ourvidz_serverless.models.chat.cache_room import Room
+from ourvidz_serverless.models.chat.cache_budget import Room
 from ourvidz_serverless.models.chat.cuda_graphs import Record, recorder
 from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
 from ourvidz_serverless.models.chat.grammar import Grammars
@@ -24,7 +24,7 @@ from ourvidz_serverless.models.chat.request import (
     ReplyStats,
     SamplingParams,
 )
-from ourvidz_serverless.models.chat.tokens import ChatTokenizer
+from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ourvidz_serverless.models.chat import model as qwen
 from ourvidz_serverless.models.chat.model import Chat, Writer
-from ourvidz_serverless.models.chat.tokens import ChatTokenizer
+from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import card
 from tests.fakes.tiny_chat import (
