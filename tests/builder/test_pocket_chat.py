@@ -5,21 +5,24 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
+from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_cuda_graph import Tape
-from tests.fakes.tiny_chat import CPU, ask, request, say, say_all
+from tests.fakes.fake_cuda_graph import FakeCudaGraphs
+from tests.fakes.tiny_chat import CPU, ask, new_generation, text_of, texts_of
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not qwen.POCKET.exists(), reason="`make chat` builds the pocket model"),
+    pytest.mark.skipif(
+        not chat_loader.POCKET.exists(), reason="`make chat` builds the pocket model"
+    ),
 ]
 SYSTEM = "You are a helpful assistant who answers in one short sentence."
 
 
 @pytest.fixture(scope="module")
 def chat() -> Any:
-    return qwen.load(Settings(chat_base_model="pocket"))
+    return chat_loader.load(Settings(chat_base_model="pocket"))
 
 
 def answer(chat: Any, *messages: tuple[str, str], **options: Any) -> str:
@@ -67,43 +70,47 @@ def test_the_base_model_goes_on_with_a_text(chat: Any) -> None:
 def test_our_chat_format_is_the_models_own(chat: Any) -> None:
     from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(qwen.POCKET)
+    own = AutoTokenizer.from_pretrained(chat_loader.POCKET)
     messages = [("system", SYSTEM), ("user", "\n\nIs  it 10,000? "), ("assistant", "It is…")]
     template = [{"role": role, "content": text} for role, text in messages]
     expected = own.apply_chat_template(template, add_generation_prompt=True, return_dict=False)
-    tokens = chat._writers["qwen_instruct"].tokens
+    tokens = chat.models["qwen_instruct"].tokens
 
-    ours = [token for message in messages for token in tokens.turn(*message)] + tokens.answer()
+    ours = [
+        token for message in messages for token in tokens.encode_message(*message)
+    ] + tokens.generation_prompt()
 
     assert ours == expected
 
 
 def test_sixteen_at_once_say_what_each_says_alone(chat: Any) -> None:
-    writer = chat._writers["qwen_instruct"]
+    model = chat.models["qwen_instruct"]
 
     def make(at: int) -> Any:
         texts = f"Tell me one fact about the number {at}."
         shared = "".join(f"{SYSTEM}\n" for _ in range(at % 3))
-        return request(writer, texts, shared=shared, max_tokens=10)
+        return new_generation(model, texts, shared=shared, max_tokens=10)
 
-    alone = [say(writer.engine, make(at)) for at in range(16)]
+    alone = [text_of(model.engine, make(at)) for at in range(16)]
 
-    assert say_all(writer.engine, [make(at) for at in range(16)]) == alone
+    assert texts_of(model.engine, [make(at) for at in range(16)]) == alone
 
 
 def test_replayed_replies_are_those_of_the_model(chat: Any) -> None:
-    tape = Tape()
-    replayed = qwen.Writer(*qwen._open(qwen.POCKET, CPU, True, "none"), CPU, record=tape)
+    fake_graphs = FakeCudaGraphs()
+    replayed = ChatModel(
+        *chat_loader.read_folder(chat_loader.POCKET, CPU, True, "none"), CPU, capture=fake_graphs
+    )
     beginnings = ["Once upon a time", "The capital of France is", "The sea is"]
     rules: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}, {}]
 
-    def replies(writer: qwen.Writer) -> list[str]:
+    def replies(model: ChatModel) -> list[str]:
         asked = [
-            request(writer, text, max_tokens=14, **each)
+            new_generation(model, text, max_tokens=14, **each)
             for text, each in zip(beginnings, rules, strict=True)
         ]
-        return say_all(writer.engine, asked)
+        return texts_of(model.engine, asked)
 
-    assert replies(replayed) == replies(chat._writers["qwen_instruct"])
-    assert tape.replayed > 0
-    assert not replayed.engine.replay.is_off
+    assert replies(replayed) == replies(chat.models["qwen_instruct"])
+    assert fake_graphs.num_replayed > 0
+    assert not replayed.engine.graphs.is_off

@@ -1,7 +1,7 @@
-"""Recorders for a CPU that behave as CUDA's graphs do, and some that do not.
+"""CUDA graphs for a CPU: one kind behaves as CUDA's do, others fail in different ways.
 
-A tape is a list of operations on tensors. To replay it computes them again, in the same memory, and
-runs no line of the Python that was recorded; what makes the host wait cannot be recorded.
+A fake graph is a list of operations on tensors. A replay computes them again, into the same memory,
+and runs no line of the captured Python. What makes the host wait for the device cannot be captured.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: What a stream that is being recorded refuses: numbers that go to the host, or come from there.
+#: Operations that a stream refuses during a capture: they move numbers to or from the host.
 WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "equal", "_pin_memory")
 
 Compute = Callable[[], torch.Tensor]
 
 
-class Operations(TorchDispatchMode):
-    """What is computed under it, in order; `waits` are those for which a GPU's host would wait."""
+class OperationLog(TorchDispatchMode):
+    """The operations that run under it. `waits` are those for which a GPU's host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,39 +35,39 @@ class Operations(TorchDispatchMode):
         return made
 
 
-class Tape:
-    """Records as CUDA does; `recorded` counts, `replayed` too."""
+class FakeCudaGraphs:
+    """Captures as CUDA does, and counts."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.num_captured = self.num_replayed = 0
 
     def __call__(self, compute: Compute) -> Compute:
-        with Operations() as operations:
+        with OperationLog() as operations:
             output = compute()
         if operations.waits:
             raise RuntimeError(f"operation not permitted when stream is capturing: {operations}")
-        self.recorded += 1
+        self.num_captured += 1
 
         def replay() -> torch.Tensor:
-            self.replayed += 1
+            self.num_replayed += 1
             for each in operations.done:
-                again(*each)
+                compute_again(*each)
             return output
 
         return replay
 
 
-def again(func: Any, args: Any, kwargs: Any, made: Any) -> None:
-    """The same operation, its result where it was; views and changes in place are there already."""
+def compute_again(func: Any, args: Any, kwargs: Any, made: Any) -> None:
+    """Compute an operation again, into its old result; views and in-place results need no copy."""
     given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
     for old, new in zip(tensors(made), tensors(func(*args, **kwargs)), strict=True):
         if old.untyped_storage().data_ptr() not in given:
             old.copy_(new)
 
 
-def num_made(compute: Compute) -> int:
-    """How many operations of a function make something new or change something: no views."""
-    with Operations() as operations:
+def num_computed(compute: Compute) -> int:
+    """The number of operations in a function that compute something; views do not count."""
+    with OperationLog() as operations:
         compute()
     return sum(
         func.overloadpacket.__name__.endswith("_")
@@ -81,42 +81,41 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
-def stale(compute: Compute) -> Compute:
-    """Records what came out, and not how."""
+def capture_result(compute: Compute) -> Compute:
+    """Captures the result instead of the computation: every replay returns the same numbers."""
     output = compute().clone()
     return lambda: output
 
 
-class Misplaced:
-    """Records as a tape does, and with it the place in the cache at which it was made."""
+class FixedPositions:
+    """Captures the positions too: every replay writes to the same place in the cache."""
 
     def __init__(self) -> None:
-        self.replayed = 0
+        self.num_replayed = 0
 
     def __call__(self, compute: Compute) -> Compute:
-        inputs = [
+        (inputs,) = [
             cell.cell_contents
             for cell in compute.__closure__ or ()
             if isinstance(cell.cell_contents, torch.Tensor)
         ]
-        (numbers,) = inputs
-        places, run = numbers[1].clone(), Tape()(compute)
+        positions, run = inputs[1].clone(), FakeCudaGraphs()(compute)
 
         def replay() -> torch.Tensor:
-            self.replayed += 1
-            numbers[1].copy_(places)
+            self.num_replayed += 1
+            inputs[1].copy_(positions)
             return run()
 
         return replay
 
 
 def failing(error: Exception, after: int = 0) -> Callable[[Compute], Compute]:
-    """Raises while it records, or after so many replays."""
+    """A capture that raises an error, at once or after so many replays."""
 
-    def record(compute: Compute) -> Compute:
+    def capture(compute: Compute) -> Compute:
         if not after:
             raise error
-        run, left = Tape()(compute), [after]
+        run, left = FakeCudaGraphs()(compute), [after]
 
         def replay() -> torch.Tensor:
             left[0] -= 1
@@ -126,4 +125,4 @@ def failing(error: Exception, after: int = 0) -> Callable[[Compute], Compute]:
 
         return replay
 
-    return record
+    return capture

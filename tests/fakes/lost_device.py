@@ -43,8 +43,8 @@ def main() -> None:
     if "sdxl" in config.families:
         worker._models["sdxl"]._unet.register_forward_pre_hook(fail_at_a_size)
     if "chat" in config.families:
-        for writer in worker._models["chat"].writers:
-            writer.engine._body.register_forward_pre_hook(fail, with_kwargs=True)
+        for model in worker._models["chat"].models.values():
+            model.engine.decoder.register_forward_pre_hook(fail, with_kwargs=True)
     if "DEAD_FROM_THE_START" in os.environ:
         torch.matmul = fail
     runpod_queue.serve(worker, config)

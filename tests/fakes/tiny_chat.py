@@ -1,4 +1,4 @@
-"""A real Qwen2 of a few thousand random weights, which writes letters; and what speaks to it."""
+"""A real Qwen2 with a few thousand random weights that writes letters, and ways to run it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from ourvidz_serverless.errors import Cancelled
-from ourvidz_serverless.models.chat.cuda_graphs import Record
-from ourvidz_serverless.models.chat.engine import Engine, Generation, Limits
-from ourvidz_serverless.models.chat.model import Chat, EngineReply, Writer
+from ourvidz_serverless.models.chat.cuda_graphs import Capture
+from ourvidz_serverless.models.chat.engine import Engine, EngineLimits
+from ourvidz_serverless.models.chat.generation import Generation
+from ourvidz_serverless.models.chat.model import Chat, ChatModel, EngineReply
 from ourvidz_serverless.models.chat.request import ChatRequest, Message, ModelName, SamplingParams
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
@@ -41,7 +42,7 @@ LETTERS = string.ascii_lowercase + " "
 def tiny_tokenizer(
     control: Sequence[AddedToken] = CONTROL, **names: str
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, and ChatML's control tokens; further `names` are of transformers' own."""
+    """One token for each byte, and the control tokens; `names` go to transformers' tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,8 +53,8 @@ def tiny_tokenizer(
     )
 
 
-def tiny_model(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
-    """Its weights are so large that its likeliest tokens stand well apart."""
+def tiny_network(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
+    """Large weights, so that the likeliest tokens have clearly different logits."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = Qwen2Config(
@@ -73,7 +74,7 @@ def tiny_model(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
-    """The same of the other architecture, with Llama 3's stretched positions."""
+    """The same with the Llama architecture and the position scaling of Llama 3."""
     torch.manual_seed(0)
     tokenizer = tokenizer or tiny_tokenizer()
     config = LlamaConfig(
@@ -97,74 +98,81 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
     return _that_writes_letters(LlamaForCausalLM(config).eval(), tokenizer)
 
 
-def _that_writes_letters(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
-    written = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
-    silent = torch.ones(len(tokenizer), dtype=torch.bool)
-    silent[written] = False
+def _that_writes_letters(network: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    letters = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
+    is_silent = torch.ones(len(tokenizer), dtype=torch.bool)
+    is_silent[letters] = False
     with torch.no_grad():
-        model.lm_head.weight[silent] = 0
-    return model
+        network.lm_head.weight[is_silent] = 0
+    return network
 
 
 def tiny_folder(path: Path, context: int = 4096, layers: int = 2) -> str:
-    """Model and tokenizer where `CHAT_INSTRUCT_MODEL` can find them; more layers, slower."""
-    tiny_model(context=context, layers=layers).save_pretrained(path)
+    """A checkpoint for `CHAT_INSTRUCT_MODEL`; with more layers it is slower."""
+    tiny_network(context=context, layers=layers).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
 
 
-def tiny_writer(model: Any = None, record: Record | None = None, **limits: int) -> Writer:
-    tokens = ChatTokenizer(tiny_tokenizer())
-    return Writer(model or tiny_model(), tokens, CPU, Limits(**limits), record=record)
+def tiny_chat_model(
+    network: Any = None, capture: Capture | None = None, **limits: int
+) -> ChatModel:
+    tokenizer = ChatTokenizer(tiny_tokenizer())
+    engine_limits = EngineLimits(**limits)
+    return ChatModel(network or tiny_network(), tokenizer, CPU, engine_limits, capture=capture)
 
 
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
-    writer = tiny_writer(tiny_model(context=context), **limits)
-    ledger = card(writer.num_bytes)
-    ledger.register(writer, "qwen_instruct", "chat")
-    return Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, context, ledger)
+    """One model that serves under both names."""
+    model = tiny_chat_model(tiny_network(context=context), **limits)
+    ledger = card(model.num_bytes)
+    ledger.register(model, "qwen_instruct", "chat")
+    return Chat({"qwen_instruct": model, "qwen_base": model}, CPU, context, ledger)
 
 
 def tiny_pair(places: int) -> Chat:
-    """Two models of different weights, of which so many may be on the device."""
-    writers = {"qwen_instruct": tiny_writer(), "qwen_base": tiny_writer(tiny_model(seed=1))}
-    ledger: Ledger = card(places * writers["qwen_base"].num_bytes)
-    for name, writer in writers.items():
-        ledger.register(writer, name, "chat")
-    return Chat(writers, CPU, 512, ledger)
+    """Two models with different weights, on a device that has room for so many of them."""
+    models: dict[ModelName, ChatModel] = {
+        "qwen_instruct": tiny_chat_model(),
+        "qwen_base": tiny_chat_model(tiny_network(seed=1)),
+    }
+    ledger: Ledger = card(places * models["qwen_base"].num_bytes)
+    for name, model in models.items():
+        ledger.register(model, name, "chat")
+    return Chat(models, CPU, 512, ledger)
 
 
-class Leave:
-    """A check that can be told to raise."""
+class CancelCheck:
+    """A check that raises Cancelled once `is_cancelled` is set."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.is_cancelled = False
 
     def __call__(self) -> None:
-        if self.is_set:
+        if self.is_cancelled:
             raise Cancelled("the job was cancelled")
 
 
-class Gate(Leave):
-    """A check that lets the engine take so many turns, and holds it until it gets more."""
+class Gate(CancelCheck):
+    """A check that blocks the engine after so many steps, until `allow` allows more."""
 
-    def __init__(self, turns: int) -> None:
+    def __init__(self, steps: int) -> None:
         super().__init__()
-        self.holds = False
-        self._turns = threading.Semaphore(turns)
+        self.is_blocking = False
+        self._steps = threading.Semaphore(steps)
 
     def __call__(self) -> None:
-        self.holds = not self._turns.acquire(blocking=False)
-        if self.holds:
-            assert self._turns.acquire(timeout=PATIENCE_S)
+        self.is_blocking = not self._steps.acquire(blocking=False)
+        if self.is_blocking:
+            assert self._steps.acquire(timeout=PATIENCE_S)
         super().__call__()
 
-    def let(self, turns: int) -> None:
-        self.holds = False
-        self._turns.release(turns)
+    def allow(self, steps: int) -> None:
+        self.is_blocking = False
+        self._steps.release(steps)
 
     def open(self) -> None:
-        self.let(10_000)
+        self.allow(10_000)
 
 
 def ask(
@@ -186,22 +194,25 @@ def prompt_ids(reply: EngineReply) -> list[int]:
     return reply.generation.ids[: reply.generation.num_prompt]
 
 
-def request(writer: Writer, prompt: str, check: Any = None, shared: str = "", **rules: Any) -> Any:
-    """A request for the words after `shared + prompt`, greedy unless `rules` say otherwise."""
-    sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0, **rules})
-    ids = writer.tokens.encode(shared + prompt)
-    num_shared = len(writer.tokens.encode(shared))
+def new_generation(
+    model: ChatModel, prompt: str, check: Any = None, shared: str = "", **sampling: Any
+) -> Generation:
+    """A request to continue `shared + prompt`, greedy unless `sampling` says otherwise."""
+    params = SamplingParams(**{"max_tokens": 12, "temperature": 0, **sampling})
+    ids = model.tokenizer.encode(shared + prompt)
+    num_shared = len(model.tokenizer.encode(shared))
     options = {"check": check} if check else {}
-    return Generation(ids, sampling, writer.tokens.decode, num_shared=num_shared, **options)
+    return Generation(ids, params, model.tokenizer.decode, num_shared=num_shared, **options)
 
 
-def say(engine: Engine, generation: Generation) -> str:
+def text_of(engine: Engine, generation: Generation) -> str:
+    """The reply to one request."""
     engine.submit(generation)
     return "".join(generation)
 
 
-def say_all(engine: Engine, generations: list[Generation]) -> list[str]:
-    """The replies of requests that are all there at once, each heard by its own thread."""
+def texts_of(engine: Engine, generations: list[Generation]) -> list[str]:
+    """The replies to requests that are submitted together, each read by a thread of its own."""
     for generation in generations:
         engine.submit(generation)
     with ThreadPoolExecutor(len(generations)) as threads:
@@ -209,7 +220,7 @@ def say_all(engine: Engine, generations: list[Generation]) -> list[str]:
 
 
 def until(is_so: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end

@@ -48,7 +48,7 @@ def test_sdxl_paints_a_picture(told: pytest.LogCaptureFixture) -> None:
 def test_chat_says_a_word_by_each_model(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
     chat = load(chat_settings(tmp_path, warm_up="always"))["chat"]
 
-    assert [writer.engine.num_forwards > 0 for writer in chat.writers] == [True]
+    assert [model.engine.num_forwards > 0 for model in set(chat.models.values())] == [True]
     assert "chat is warm after" in told.text
 
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pytest
 import requests
 
-from ourvidz_serverless.models.chat.model import POCKET
+from ourvidz_serverless.models.chat.loader import POCKET
 from ourvidz_serverless.serving.runpod_queue import make_stream_handler
 from ourvidz_serverless.settings import Settings
 from tests.fakes import slow_handler

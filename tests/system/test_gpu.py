@@ -13,10 +13,11 @@ from PIL import Image
 
 from benchmarks.presets import psnr
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
+from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.models.chat.request import SamplingParams
-from ourvidz_serverless.models.chat.sampling import Sampler, choose
+from ourvidz_serverless.models.chat.sampling import Sampler, sample
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import pipeline as models
@@ -24,7 +25,7 @@ from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
 from tests.fakes.overflowing_vae import wide_settings
-from tests.fakes.tiny_chat import request, say, say_all, tiny_folder
+from tests.fakes.tiny_chat import new_generation, text_of, texts_of, tiny_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -206,7 +207,7 @@ def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() 
 # --- chat ---
 
 
-def tiny_writer(place: str, graphs: str = "auto", dtype: str = "float32") -> qwen.Writer:
+def load_tiny_chat(place: str, graphs: str = "auto", dtype: str = "float32") -> ChatModel:
     """In float32, so that kernels that round in another way choose the same tokens."""
     settings = Settings(
         families=("chat",),
@@ -215,17 +216,17 @@ def tiny_writer(place: str, graphs: str = "auto", dtype: str = "float32") -> qwe
         chat_instruct_model=place,
         chat_graphs=graphs,
     )
-    return qwen.load(settings).writers[0]
+    return chat_loader.load(settings).models["qwen_instruct"]
 
 
-def replies(writer: qwen.Writer) -> list[str]:
+def replies(model: ChatModel) -> list[str]:
     """Greedy ones and seeded ones at once, which end one after another."""
     rules = [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.1}]
     asked = [
-        request(writer, f"question {at} ", max_tokens=20 + 9 * at, **rules[at % 3])
+        new_generation(model, f"question {at} ", max_tokens=20 + 9 * at, **rules[at % 3])
         for at in range(7)
     ]
-    return say_all(writer.engine, asked)
+    return texts_of(model.engine, asked)
 
 
 @pytest.fixture(scope="module")
@@ -234,41 +235,41 @@ def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_replayed_replies_are_those_of_the_model(tiny_place: str) -> None:
-    eager, replayed = tiny_writer(tiny_place, "off"), tiny_writer(tiny_place)
+    eager, replayed = load_tiny_chat(tiny_place, "off"), load_tiny_chat(tiny_place)
 
     assert replies(replayed) == replies(eager)
-    replay = replayed.engine.replay
+    replay = replayed.engine.graphs
     assert replay is not None and not replay.is_off
-    assert replay.replayed > replay.recorded > 1
-    assert eager.engine.replay is None
+    assert replay.num_replayed > replay.num_captured > 1
+    assert eager.engine.graphs is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_recording_is_trusted_in_few_bits_too(tiny_place: str, dtype: str) -> None:
-    writer = tiny_writer(tiny_place, dtype=dtype)
+    model = load_tiny_chat(tiny_place, dtype=dtype)
 
-    replies(writer)
+    replies(model)
 
-    replay = writer.engine.replay
+    replay = model.engine.graphs
     assert replay is not None and not replay.is_off
-    assert replay.replayed > 0
+    assert replay.num_replayed > 0
 
 
 def test_recordings_end_with_the_models_stay_and_give_their_memory_back(tiny_place: str) -> None:
-    writer = tiny_writer(tiny_place)
-    replay = writer.engine.replay
+    model = load_tiny_chat(tiny_place)
+    replay = model.engine.graphs
     assert replay is not None
-    first = say(writer.engine, request(writer, "hello", max_tokens=40))
-    made = replay.recorded
+    first = text_of(model.engine, new_generation(model, "hello", max_tokens=40))
+    made = replay.num_captured
 
     with_recordings = torch.cuda.memory_reserved()
-    writer.to_host()
+    model.to_host()
     assert replay.buckets == []
     assert torch.cuda.memory_reserved() < with_recordings
-    writer.to_device()
+    model.to_device()
 
-    assert say(writer.engine, request(writer, "hello", max_tokens=40)) == first
-    assert replay.recorded == 2 * made
+    assert text_of(model.engine, new_generation(model, "hello", max_tokens=40)) == first
+    assert replay.num_captured == 2 * made
     assert not replay.is_off
 
 
@@ -297,7 +298,7 @@ def test_a_token_is_waited_for_once() -> None:
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            choose(logits, samplers)
+            sample(logits, samplers)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

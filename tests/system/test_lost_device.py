@@ -17,7 +17,7 @@ from tests.fakes import lost_device
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.slow_handler import Slowdown
-from tests.fakes.tiny_chat import request, say, tiny_folder, tiny_writer
+from tests.fakes.tiny_chat import new_generation, text_of, tiny_chat_model, tiny_folder
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import failure
@@ -218,11 +218,11 @@ def test_it_is_seen_below_whatever_was_made_of_it() -> None:
 
 
 def test_chats_engine_ends_its_requests_with_it() -> None:
-    writer = tiny_writer()
-    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    model = tiny_chat_model()
+    model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
 
     with pytest.raises(DeviceLost):
-        say(writer.engine, request(writer, "a"))
+        text_of(model.engine, new_generation(model, "a"))
 
 
 def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
@@ -230,11 +230,11 @@ def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
         def free_memory(self) -> None:
             raise lost()
 
-    writer = tiny_writer()
-    writer.engine._device = Dead(torch.device("cpu"), torch.float32)
-    writer.engine._body.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
-    generation = request(writer, "a")
-    writer.engine.submit(generation)
+    model = tiny_chat_model()
+    model.engine._device = Dead(torch.device("cpu"), torch.float32)
+    model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    generation = new_generation(model, "a")
+    model.engine.submit(generation)
 
     assert isinstance(generation._pieces.get(timeout=PATIENCE_S), DeviceLost)
 

@@ -1,46 +1,46 @@
 """How many requests run at once: half as many after an out-of-memory, then slowly more again.
 
-The memory that was missing often comes back: long conversations end, and other families' models
-leave. An out-of-memory costs all running requests another read of their tokens, so each one doubles
-the steps before a larger batch is tried again.
+Memory that was missing often comes back: long conversations end, models of other families leave.
+But an out-of-memory makes all running requests compute their tokens again. So each one doubles the
+number of steps before a larger batch is tried.
 """
 
 from __future__ import annotations
 
-#: The steps of a full batch after which it may grow: after one out-of-memory, and after many.
-PATIENCE, MAX_PATIENCE = 64, 8192
+#: The steps of a full batch before it may grow: after one out-of-memory, and after many.
+STEPS, MAX_STEPS = 64, 8192
 
-#: By which part of itself, as one in so many, the batch grows.
+#: A batch grows by one part in so many.
 GROWTH = 4
 
 
 class BatchLimit:
-    """`size` is how many requests may run now, `most` how many ever."""
+    """`size` requests may run at once now, and never more than `maximum`."""
 
-    def __init__(self, most: int) -> None:
-        self.size = self.most = most
-        self._patience = 0
+    def __init__(self, maximum: int) -> None:
+        self.size = self.maximum = maximum
+        self._steps_to_grow = 0
         self._steps = 0
 
-    def shrink(self, running: int) -> None:
-        """Note that so many requests ran out of memory together."""
-        self.size = max(running // 2, 1)
-        self._patience = min(max(2 * self._patience, PATIENCE), MAX_PATIENCE)
+    def shrink(self, num_running: int) -> None:
+        """Note that a batch of so many requests ran out of memory."""
+        self.size = max(num_running // 2, 1)
+        self._steps_to_grow = min(max(2 * self._steps_to_grow, STEPS), MAX_STEPS)
         self._steps = 0
 
-    def note_step(self, running: int) -> bool:
-        """Note a step of so many without an out-of-memory; whether more may run from now on.
+    def note_step(self, num_running: int) -> bool:
+        """Note a step without an out-of-memory. Returns whether `size` has grown.
 
-        A smaller batch than is allowed shows nothing about a larger one.
+        Only a full batch counts: a smaller one shows nothing about a larger one.
         """
-        if running < self.size:
+        if num_running < self.size:
             return False
         self._steps += 1
-        if self._steps < self._patience:
+        if self._steps < self._steps_to_grow:
             return False
         self._steps = 0
-        if self.size == self.most:
-            self._patience = 0
+        if self.size == self.maximum:
+            self._steps_to_grow = 0
             return False
-        self.size = min(self.size + max(self.size // GROWTH, 1), self.most)
+        self.size = min(self.size + max(self.size // GROWTH, 1), self.maximum)
         return True

@@ -1,14 +1,16 @@
-"""A reply's next token without the host: a decode step is recorded once and then replayed.
+"""Decode steps without Python: a step is captured once as a CUDA graph, and then replayed.
 
-One token of a 7B model is a thousand small launches from Python, which take a GPU's host several
-times as long as the weights' way from memory takes the GPU. A CUDA graph is all of them in one. It
-computes on the same addresses each time, so a step is a function of a few tensors that stay where
-they are, in a few shapes, its *buckets*: rows are rounded up to a power of two, and so is how far
-back they look. Rows that nobody needs write where nothing has been read yet, and are dropped.
+One token of a 7B model is a thousand small kernel launches from Python. The host needs several
+times as long for them as the GPU needs to read the weights. A CUDA graph is all of them in one
+launch. A graph computes on the same addresses each time. So a step is a function of a few tensors
+that never move, in a few shapes, the *buckets*: the number of rows, and the length that they read,
+are rounded up to powers of two. Spare rows write at position 0, where nothing is computed yet, and
+their results are dropped.
 
-A bucket's first step is computed as ever. The second is too, and then recorded; the third is
-computed both ways and compared. From then on the recording answers. One that differs, or a
-recorder that fails, is a warning and the end of it: everything goes on as it did without.
+The first step of a bucket is computed without a graph. The second one too, and then it is captured.
+The third one is computed in both ways and compared. From then on the graph replaces the forward. If
+a graph computes something else, or if capturing fails, there is one warning and no graph any more:
+replies go on without.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from ourvidz_serverless.models.chat.kv_cache import BLOCK, next_power
+from ourvidz_serverless.models.chat.kv_cache import BLOCK, next_power_of_two
 from ourvidz_serverless.models.memory.device import (
     Device,
     device_wide_lock,
@@ -29,40 +31,40 @@ from ourvidz_serverless.models.memory.device import (
     to_device_async,
 )
 
-#: Recordings that are kept, the longest unused one leaves first: seven sizes of a batch of up to
-#: 64, and six lengths of up to 8192 tokens, are all but two.
-MAX_RECORDINGS = 40
+#: The most graphs that are kept; the one that was not used longest is dropped. Seven sizes of a
+#: batch of up to 64, times six lengths of up to 8192 tokens, are two more.
+MAX_GRAPHS = 40
 
-#: Runs before a recording, in which libraries load their kernels and take their workspaces.
+#: Runs before a capture, in which libraries load their kernels and allocate their workspaces.
 WARM_UPS = 2
 
-#: Position embeddings that look at the positions on the host, or change their own tables.
-MOVING_ROPE = ("dynamic", "longrope")
+#: Position embeddings that read the positions on the host, or change their own tables.
+UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
 log = logging.getLogger("ourvidz")
 
-#: Hidden states (rows, hidden) from token ids and places, (rows, 1) each, and how far back to look.
+#: Hidden states (rows, hidden) from token ids and positions, (rows, 1) each, and the cache length.
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
-#: Makes of a function without arguments one that does the same to the same tensors, and returns
-#: the same one each time, with new contents.
-Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+#: From a function without arguments to its replay, which computes the same on the same tensors. A
+#: replay returns the same tensor each time, with new contents.
+Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
-class Damaged(Exception):
-    """A recording was wrong, and what the cache holds may be so too."""
+class WrongReplay(Exception):
+    """A graph computed something else, and may have written wrong values to the cache."""
 
 
-def recorder(asked: Literal["auto", "off"], device: Device, config: Any) -> Record | None:
-    """What `CHAT_GRAPHS` asks for; None where nothing is recorded."""
+def choose_capture(asked: Literal["auto", "off"], device: Device, config: Any) -> Capture | None:
+    """The capture that `CHAT_GRAPHS` asks for; None for none."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if asked == "off" or not device.is_cuda or rope.get("rope_type") in MOVING_ROPE:
+    if asked == "off" or not device.is_cuda or rope.get("rope_type") in UNSUPPORTED_ROPE:
         return None
     return CudaGraphs(device.name)
 
 
 class CudaGraphs:
-    """Records on one GPU. All recordings share the memory of what lies between their layers."""
+    """Captures on one GPU. All graphs share the memory of their intermediate tensors."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -72,11 +74,11 @@ class CudaGraphs:
     def __call__(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         graph, side = torch.cuda.CUDAGraph(), self._stream
         side.wait_stream(torch.cuda.current_stream(self._device))
-        # This `stream` also brings back the former one where a recording fails: torch's does not.
+        # This `stream` also restores the former stream if a capture fails. `graph` does not.
         with device_wide_lock, torch.cuda.device(self._device), torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 compute()
-            # Only this thread is bound to what can be recorded; other families' go on.
+            # Only this thread is restricted to what can be captured. Other families go on.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode=mode):
                 output = compute()
@@ -89,127 +91,135 @@ class CudaGraphs:
 
 
 @dataclass(slots=True)
-class _Recording:
-    #: Token ids and places, (2, rows).
+class _Graph:
+    #: Token ids and positions, (2, rows), which `replay` reads.
     inputs: torch.Tensor
-    run: Callable[[], torch.Tensor]
+    replay: Callable[[], torch.Tensor]
     is_trusted: bool = False
 
     def __call__(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         self.inputs.copy_(to_device_async(inputs, self.inputs.device))
-        return self.run()
+        return self.replay()
 
 
-class Replay:
-    """One model's decode steps. `recorded` and `replayed` count; `is_off` after a failure."""
+class GraphReplay:
+    """The graphs of one network's decode steps, by bucket.
 
-    def __init__(self, step: Step, device: Device, record: Record) -> None:
-        self._step, self._device, self._record = step, device, record
-        self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+    `num_captured` and `num_replayed` count. After a failure `is_off` is true, for good.
+    """
+
+    def __init__(self, step: Step, device: Device, capture: Capture) -> None:
+        self._step, self._device, self._capture = step, device, capture
+        self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
         self._seen: set[tuple[int, int]] = set()
         self._version: object = None
-        self.recorded = self.replayed = 0
+        self.num_captured = self.num_replayed = 0
         self.is_off = False
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """Rows and lengths that are recorded now."""
-        return list(self._recordings)
+        """The rows and lengths that are captured now."""
+        return list(self._graphs)
 
-    def forget(self) -> None:
-        """Give the recordings' memory back; they are made anew when steps come again."""
-        self._recordings.clear()
+    def clear(self) -> None:
+        """Free the graphs. Later steps are captured again."""
+        self._graphs.clear()
         self._seen.clear()
 
-    def answer(
+    def hidden_states(
         self,
         tokens: Sequence[tuple[int, int]],
         wanted: Sequence[int],
-        room: int,
-        version: object,
-        eager: Callable[[], torch.Tensor],
+        cache_length: int,
+        cache_version: object,
+        compute: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        """The hidden states of the `wanted` rows, as `eager` would compute them.
+        """The hidden states of the `wanted` rows, by a graph, or else by `compute`.
 
-        `tokens` has each row's next token and its place, `room` is the cache's length. Recordings
-        of another `version` of the cache are forgotten. Raises Damaged.
+        `tokens` are each row's next token and its position. Graphs of another version of the cache
+        are dropped. Raises WrongReplay.
         """
         if self.is_off:
-            return eager()
-        if version != self._version:
-            self.forget()
-            self._version = version
-        bucket, inputs = _bucket(tokens, room)
-        recording = self._recordings.get(bucket)
-        if recording is not None and recording.is_trusted:
+            return compute()
+        if cache_version != self._version:
+            self.clear()
+            self._version = cache_version
+        bucket, inputs = bucket_of(tokens, cache_length)
+        graph = self._graphs.get(bucket)
+        if graph is not None and graph.is_trusted:
             try:
-                hidden = recording(inputs)
+                hidden = graph(inputs)
             except RuntimeError as exc:
-                self._give_up(type(exc).__name__)
-                return eager()
-            self._recordings.move_to_end(bucket)
-            self.replayed += 1
+                self._turn_off(type(exc).__name__)
+                return compute()
+            self._graphs.move_to_end(bucket)
+            self.num_replayed += 1
             return select_rows(hidden, wanted)
-        hidden = eager()
-        if recording is not None:
-            self._try(recording, inputs, wanted, hidden)
+        hidden = compute()
+        if graph is not None:
+            self._compare(graph, inputs, wanted, hidden)
         elif bucket in self._seen:
-            self._make(bucket, inputs)
+            self._add(bucket, inputs)
         self._seen.add(bucket)
         return hidden
 
-    def _make(self, bucket: tuple[int, int], inputs: Sequence[Sequence[int]]) -> None:
-        length, there = bucket[1], to_device_async(inputs, self._device.name)
+    def _add(self, bucket: tuple[int, int], inputs: Sequence[Sequence[int]]) -> None:
+        length, on_device = bucket[1], to_device_async(inputs, self._device.name)
         try:
-            run = self._record(lambda: self._step(there[0, :, None], there[1, :, None], length))
+            replay = self._capture(
+                lambda: self._step(on_device[0, :, None], on_device[1, :, None], length)
+            )
         except Exception as exc:
             why = type(exc).__name__
         else:
-            self.recorded += 1
-            self._recordings[bucket] = _Recording(there, run)
-            if len(self._recordings) > MAX_RECORDINGS:
-                self._recordings.popitem(last=False)
+            self.num_captured += 1
+            self._graphs[bucket] = _Graph(on_device, replay)
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
             return
-        # Not inside the `except`: there the traceback still pins what did not fit.
-        self._give_up(why)
+        # Not inside the `except`: there the traceback still pins the tensors that did not fit.
+        self._turn_off(why)
 
-    def _try(
+    def _compare(
         self,
-        recording: _Recording,
+        graph: _Graph,
         inputs: Sequence[Sequence[int]],
         wanted: Sequence[int],
         expected: torch.Tensor,
     ) -> None:
-        """Trust a recording that gives what was computed, for another step than it was made of."""
+        """Trust a graph if it computes what was expected, for another step than the captured."""
         try:
-            recording.is_trusted = _are_alike(select_rows(recording(inputs), wanted), expected)
+            graph.is_trusted = _are_close(select_rows(graph(inputs), wanted), expected)
         except RuntimeError as exc:
-            self._give_up(type(exc).__name__)
+            self._turn_off(type(exc).__name__)
             return
-        if not recording.is_trusted:
-            self._give_up("it computed something else")
-            raise Damaged
+        if not graph.is_trusted:
+            self._turn_off("it computed something else")
+            raise WrongReplay
 
-    def _give_up(self, why: str) -> None:
+    def _turn_off(self, why: str) -> None:
         self.is_off = True
-        self.forget()
+        self.clear()
         log.warning("CHAT_GRAPHS: no step is replayed from now on (%s)", why)
         self._device.free_memory()
 
 
-def _bucket(
-    tokens: Sequence[tuple[int, int]], room: int
+def bucket_of(
+    tokens: Sequence[tuple[int, int]], cache_length: int
 ) -> tuple[tuple[int, int], list[list[int]]]:
-    """The shape that a step is computed in, and its ids and places: a row more is a token at 0."""
-    ids, places = map(list, zip(*tokens, strict=True))
-    blocks = next_power(-(-(max(places) + 1) // BLOCK))
-    rows, length = next_power(len(ids)), min(blocks * BLOCK, room)
+    """The rows and length of a step's bucket, and its inputs: ids and positions, 0 in spare rows.
+
+    `tokens` are each row's token id and position.
+    """
+    ids, positions = map(list, zip(*tokens, strict=True))
+    blocks = next_power_of_two(-(-(max(positions) + 1) // BLOCK))
+    rows, length = next_power_of_two(len(ids)), min(blocks * BLOCK, cache_length)
     spare = [0] * (rows - len(ids))
-    return (rows, length), [ids + spare, places + spare]
+    return (rows, length), [ids + spare, positions + spare]
 
 
-def _are_alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether each row differs by no more than half of its dtype's digits."""
+def _are_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether the rows agree in at least half of the digits of their dtype."""
     allowed = torch.finfo(theirs.dtype).eps ** 0.5
-    apart = (ours.float() - theirs.float()).norm(dim=-1)
-    return bool((apart <= allowed * theirs.float().norm(dim=-1)).all())
+    distance = (ours.float() - theirs.float()).norm(dim=-1)
+    return bool((distance <= allowed * theirs.float().norm(dim=-1)).all())

@@ -1,50 +1,46 @@
-"""One causal language model, many requests: continuous batching in a thread of its own.
+"""One causal language model, many requests at once: continuous batching in a thread of its own.
 
-Each turn of the loop is four verbs: requests whose time is up leave, waiting ones join, one
-bounded piece of prompts is read, and every running reply grows by a token. So a long prompt
-delays the others' next token by one piece, never by its whole length, and a cancelled request
-is gone with the next token.
+Each step of the loop removes requests that were stopped, admits waiting ones, prefills one bounded
+chunk of prompts, and decodes one token of every running reply. So a long prompt delays the next
+token of the others by one chunk, not by its whole length, and a cancelled request is gone at the
+next token.
 
-A request is its tokens: prompt and reply so far. What the cache holds of them can be computed
-again at any time, which is what happens after an out-of-memory, in a smaller batch.
+A request is its tokens: the prompt, and the reply so far. The cache can be computed again from
+them, which is what happens after an out-of-memory, in a smaller batch.
 
-What it costs: the cache has one row a request, each as long as the longest (see `kv_cache`), and
-the host prepares every forward in Python, but those that `graphs` has recorded. What it gives: real
-transformers models, of which nothing is changed but the `norms`, and every sampling field acts for
-each request alone. A batch of another size rounds differently in the last bits, so texts are equal
-where no two tokens are that nearly as likely.
+The costs: the cache has one row for each request, as long as the longest (see `kv_cache`), and the
+host prepares every forward in Python, except those that `graphs` replays. The gain: transformers'
+own models, unchanged except for `norms`, and sampling parameters for each request. A batch of
+another size rounds the last bits differently, so a text can differ where two tokens are almost
+equally likely.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ourvidz_serverless.errors import InternalError, JobError, OutOfMemory
+from ourvidz_serverless.errors import JobError, OutOfMemory
 from ourvidz_serverless.models.chat import norms
 from ourvidz_serverless.models.chat.batch_limit import BatchLimit
-from ourvidz_serverless.models.chat.cuda_graphs import Damaged, Record, Replay
-from ourvidz_serverless.models.chat.grammar import Matcher
+from ourvidz_serverless.models.chat.cuda_graphs import Capture, GraphReplay, WrongReplay
+from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import (
+    CacheView,
     KVCache,
-    PrefixStore,
-    View,
+    PrefixCache,
     bytes_per_token,
-    rounded,
+    rounded_shape,
 )
-from ourvidz_serverless.models.chat.request import FinishReason, SamplingParams
-from ourvidz_serverless.models.chat.sampling import Sampler, choose
-from ourvidz_serverless.models.chat.text_stream import Decode, TextStream
+from ourvidz_serverless.models.chat.sampling import sample
 from ourvidz_serverless.models.memory.device import (
     Device,
     as_job_error,
@@ -54,20 +50,17 @@ from ourvidz_serverless.models.memory.device import (
     to_device_async,
 )
 
-#: How soon an engine that was asked to forget sees that it may: a token of an abandoned request.
+#: How often `free_caches` looks whether the last request has left, in seconds.
 IDLE_POLL_S = 0.01
 
 log = logging.getLogger("ourvidz")
 
-#: A shorter prefix is read faster than it is looked up and copied.
-SHORTEST_PREFIX = 16
-
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much is computed and kept at once.
+class EngineLimits:
+    """How much is computed and cached at once.
 
-    The longest request may be longer than `kv_tokens`; it then has the cache for itself.
+    A request may be longer than `kv_tokens`. It then runs alone.
     """
 
     max_batch: int = 64
@@ -76,173 +69,72 @@ class Limits:
     prefix_tokens: int = 16384
 
 
-class Generation:
-    """One request and its reply. Iterate over it once for the text, piece by piece.
-
-    `check` is called at each token while the request waits or runs; what it raises ends the
-    request, and the iteration with it. The facts about the reply are complete after its last
-    piece. To stop iterating is to cancel.
-    """
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        decode: Decode,
-        check: Callable[[], None] = lambda: None,
-        num_shared: int = 0,
-        grammar: Matcher | None = None,
-    ) -> None:
-        self.ids = list(prompt)
-        self.num_prompt = len(prompt)
-        self.sampling = sampling
-        self.check = check
-        self.num_shared = num_shared if SHORTEST_PREFIX <= num_shared < len(prompt) else 0
-        self.num_computed = 0
-        self.num_reused = 0
-        self.sampler = Sampler(sampling, prompt, grammar)
-        self.finish_reason: FinishReason | None = None
-        self.is_abandoned = False
-        self._text = TextStream(decode, sampling.stop)
-        self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
-        self._submitted = time.monotonic()
-        self._first = self._last = self._submitted
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            while (piece := self._pieces.get()) is not None:
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-        finally:
-            self.is_abandoned = True
-
-    @property
-    def num_completion(self) -> int:
-        return len(self.ids) - self.num_prompt
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that are not in the cache yet; one, where only the newest is missing."""
-        return len(self.ids) - self.num_computed
-
-    @property
-    def num_at_most(self) -> int:
-        return self.num_prompt + self.sampling.max_tokens
-
-    @property
-    def shared(self) -> list[int]:
-        """The beginning that other requests have too."""
-        return self.ids[: self.num_shared]
-
-    @property
-    def time_to_first_token_s(self) -> float:
-        return self._first - self._submitted
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The reply's pace after its first token; None where there was no second one."""
-        spent = self._last - self._first
-        return (self.num_completion - 1) / spent if spent > 0 else None
-
-    def append(self, token: int, is_end: bool) -> None:
-        """Take the reply's next token; it may be its last.
-
-        Raises JobError where the request cannot go on, whatever the others of its batch do.
-        """
-        self._last = time.monotonic()
-        if not self.num_completion:
-            self._first = self._last
-        self.ids.append(token)
-        self.sampler.note(token)
-        if not is_end:
-            self._tell(self._text.push(token))
-        if is_end or self._text.is_stopped:
-            self._finish("stop")
-        elif self.num_completion == self.sampling.max_tokens:
-            self._finish("length")
-
-    def restart(self) -> None:
-        """Compute anew what was computed on the device so far; the reply stays."""
-        self.num_computed = 0
-        self.sampler.restart()
-
-    def fail(self, error: Exception) -> None:
-        """End the iteration with an error."""
-        self._pieces.put(error)
-
-    def _finish(self, reason: FinishReason) -> None:
-        self._tell(self._text.finish())
-        self.finish_reason = reason
-        self._pieces.put(None)
-
-    def _tell(self, text: str) -> None:
-        if text:
-            self._pieces.put(text)
-
-
 class Engine:
-    """A model and the requests that it is answering; `record` makes its decode steps replayable."""
+    """A network and the requests that it answers. With `capture` it replays decode steps."""
 
     def __init__(
         self,
-        model: Any,
+        network: Any,
         device: Device,
-        ends: Sequence[int],
-        limits: Limits | None = None,
-        record: Record | None = None,
+        eos_ids: Sequence[int],
+        limits: EngineLimits | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        self.limits = limits or Limits()
-        self.num_forwards = self.num_tokens_read = 0
+        self.limits = limits or EngineLimits()
+        self.num_forwards = self.num_computed = 0
+        norms.fuse(network)
+        #: The network without its last layer, from token ids to hidden states.
+        self.decoder = network.base_model
+        self._head = network.get_output_embeddings()
         self._device = device
-        norms.fuse(model)
-        self._body, self._head = model.base_model, model.get_output_embeddings()
-        self._ends = frozenset(ends)
-        self._cache = KVCache(model.config, device.name, device.dtype)
-        self._token_bytes = bytes_per_token(model.config, device.dtype)
-        self._prefixes = PrefixStore(self.limits.prefix_tokens)
-        self.replay = record and Replay(self._step_of, device, record)
-        self._batch = BatchLimit(self.limits.max_batch)
+        self._eos_ids = frozenset(eos_ids)
+        self._cache = KVCache(network.config, device.name, device.dtype)
+        self._token_bytes = bytes_per_token(network.config, device.dtype)
+        self._prefixes = PrefixCache(self.limits.prefix_tokens)
+        self.graphs = capture and GraphReplay(self._graph_step, device, capture)
+        self.batch_limit = BatchLimit(self.limits.max_batch)
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
-        self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, generation: Generation) -> None:
-        """Answer a request, from the next turn on or as soon as there is room."""
+        """Answer a request, from the next step on or as soon as it fits."""
         if generation.num_shared > self.limits.prefix_tokens:
             generation.num_shared = 0
-        with self._news:
+        with self._changed:
             self._waiting.append(generation)
-            self._news.notify()
+            self._changed.notify()
 
     @property
     def cache_bytes(self) -> int:
-        """What keys and values may take, kept prefixes included."""
+        """The most that keys and values may take, those of the prefix cache included."""
         return self._token_bytes * (self.limits.kv_tokens + self.limits.prefix_tokens)
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
-    def forget(self) -> None:
-        """Give the cache's memory back, once the last request has left; no other may come."""
-        with self._news:
+    def free_caches(self) -> None:
+        """Free the caches when the last request has left. Nobody may submit meanwhile."""
+        with self._changed:
             while self._waiting or self._running:
-                self._news.wait(IDLE_POLL_S)
-            self._clear()
+                self._changed.wait(IDLE_POLL_S)
+            self._clear_caches()
 
-    def _clear(self) -> None:
+    def _clear_caches(self) -> None:
         self._cache.clear()
         self._prefixes.clear()
-        if self.replay:
-            self.replay.forget()
+        if self.graphs:
+            self.graphs.clear()
 
-    def _work(self) -> None:
+    # --- the loop ---
+
+    def _run(self) -> None:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._waiting or self._running)
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running)
             error = self._step()
             # Not inside the `except`: there the traceback still pins the tensors that did not fit.
             if error:
@@ -251,91 +143,137 @@ class Engine:
     def _step(self) -> Exception | None:
         try:
             with self._device.computing():
-                self._leave()
-                self._join()
+                self._remove_stopped()
+                self._admit_waiting()
                 self._prefill()
                 self._decode()
         except Exception as exc:
             if not is_out_of_memory(exc):
-                # Where, and not what: the error's own words may quote a prompt.
+                # The place, not the message: the error's own words may quote a prompt.
                 frame = traceback.extract_tb(exc.__traceback__)[-1]
                 where = f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
                 log.error("the engine met a bug: %s at %s", type(exc).__name__, where)
             return exc.with_traceback(None)
         return None
 
-    def _leave(self) -> None:
-        """Requests that were stopped, timed out or abandoned give their place back."""
-        with self._news:
+    def _remove_stopped(self) -> None:
+        """Remove requests that were stopped, whose time is over, or that nobody iterates over."""
+        with self._changed:
             waiting = list(self._waiting)
         for generation in [*waiting, *self._running]:
-            error = _why_to_leave(generation)
-            if error:
-                generation.fail(error)
+            if reason := generation.stop_reason():
+                generation.fail(reason)
                 self._remove(generation)
 
-    def _join(self) -> None:
-        """Waiting requests take rows, in the order of their arrival, as long as they fit."""
+    def _admit_waiting(self) -> None:
+        """Add waiting requests to the batch, in the order of their arrival, while they fit."""
         while self._waiting and self._fits(self._waiting[0]):
-            with self._news:
+            with self._changed:
                 self._running.append(self._waiting.popleft())
         if self._running:
-            longest = max(each.num_at_most for each in self._running)
-            # What is recorded is good for as long as the cache does not move.
-            cells = self.limits.kv_tokens if self.replay else 0
-            self._cache.reserve(len(self._running), longest, cells)
-
-    def _fits(self, newcomer: Generation) -> bool:
-        if not self._running:
-            return True
-        rows = len(self._running) + 1
-        longest = max(each.num_at_most for each in [newcomer, *self._running])
-        cells, (rounded_rows, length) = self.limits.kv_tokens, rounded(rows, longest)
-        return rows <= self._batch.size and rounded_rows * length <= cells
+            longest = max(each.max_length for each in self._running)
+            # A graph is valid only until the cache moves, so the cache should move seldom.
+            spare_tokens = self.limits.kv_tokens if self.graphs else 0
+            self._cache.reserve(len(self._running), longest, spare_tokens)
 
     def _prefill(self) -> None:
-        """Read one piece of prompts: as many tokens as may come between two of a reply."""
-        chosen: list[tuple[Generation, int]] = []
-        widest = 0
+        """Compute one chunk of prompts: as many tokens as may delay the running replies."""
+        batch: list[Generation] = []
+        counts: list[int] = []
         for generation in self._running:
-            if generation.num_pending == 1 or self._is_read_by_another(generation):
+            if generation.num_pending == 1 or self._waits_for_prefix(generation):
                 continue
-            count = self._piece(generation)
-            if chosen and (len(chosen) + 1) * max(widest, count) > self.limits.prefill_tokens:
+            count = self._next_chunk(generation)
+            if batch and (len(batch) + 1) * max(*counts, count) > self.limits.prefill_tokens:
                 break
-            widest = max(widest, count)
-            chosen.append((generation, count))
-        if chosen:
-            batch, counts = [each for each, _ in chosen], [count for _, count in chosen]
-            self._grow(batch, counts, self._forward(batch, counts))
-        for generation, _ in chosen:
-            self._keep_prefix(generation)
+            batch.append(generation)
+            counts.append(count)
+        if batch:
+            self._advance(batch, counts, self._forward(batch, counts))
+        for generation in batch:
+            self._cache_prefix(generation)
 
     def _decode(self) -> None:
-        """Every reply whose prompt is read grows by one token."""
+        """Compute the next token of every reply whose prompt is computed."""
         growing = [each for each in self._running if each.num_pending == 1]
         if not growing:
             return
         ones = [1] * len(growing)
         try:
-            hidden = self._replayed(growing) if self.replay else self._forward(growing, ones)
-        except Damaged:
+            hidden = self._replay(growing) if self.graphs else self._forward(growing, ones)
+        except WrongReplay:
             for generation in self._running:
                 generation.num_computed = 0
             return
-        running = len(self._running)
-        self._grow(growing, ones, hidden)
-        if self._batch.note_step(running):
-            log.info("at most %d requests at once from now on", self._batch.size)
+        num_running = len(self._running)
+        self._advance(growing, ones, hidden)
+        if self.batch_limit.note_step(num_running):
+            log.info("at most %d requests at once from now on", self.batch_limit.size)
 
-    def _replayed(self, growing: Sequence[Generation]) -> torch.Tensor:
-        """The same from a recording of all rows, where there is one.
+    # --- admission and prefixes ---
 
-        A row whose prompt is still read gets its next token too, where that belongs; nothing comes
-        of it.
+    def _fits(self, newcomer: Generation) -> bool:
+        if not self._running:
+            return True
+        num_rows = len(self._running) + 1
+        longest = max(each.max_length for each in [newcomer, *self._running])
+        rows, length = rounded_shape(num_rows, longest)
+        return num_rows <= self.batch_limit.size and rows * length <= self.limits.kv_tokens
+
+    def _next_chunk(self, generation: Generation) -> int:
+        """How many tokens to compute next. A shared prefix is copied, or is a chunk of its own."""
+        if generation.num_computed == 0:
+            found, prefix = self._prefixes.find(generation.ids[: generation.num_prompt - 1])
+            if found:
+                self._cache.write_prefix(self._running.index(generation), prefix)
+                generation.num_computed = generation.num_reused = found
+        count = min(generation.num_pending, self.limits.prefill_tokens)
+        num_shared_left = generation.num_shared - generation.num_computed
+        return min(count, num_shared_left) if num_shared_left > 0 else count
+
+    def _waits_for_prefix(self, generation: Generation) -> bool:
+        """Whether an earlier request is computing the same shared prefix now."""
+        num_shared = generation.num_shared
+        if not num_shared or generation.num_computed:
+            return False
+        return any(
+            other.num_computed < num_shared and other.shared_prefix == generation.shared_prefix
+            for other in self._running[: self._running.index(generation)]
+        )
+
+    def _cache_prefix(self, generation: Generation) -> None:
+        """Copy a shared prefix to the prefix cache when it is computed, and nothing after it."""
+        num_shared = generation.num_shared
+        if 0 < num_shared == generation.num_computed > generation.num_reused:
+            prefix = self._cache.read_prefix(self._running.index(generation), num_shared)
+            self._prefixes.add(generation.shared_prefix, prefix)
+
+    # --- forwards ---
+
+    def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> torch.Tensor:
+        """The hidden states of the last tokens, after the next `counts` tokens of each request."""
+        width = max(counts)
+        rows = [self._running.index(each) for each in batch]
+        # Shorter rows are padded with their last token at its own position. It writes there what
+        # is there already, so no mask has to hide the padding.
+        positions = [
+            [each.num_computed + min(i, count - 1) for i in range(width)]
+            for each, count in zip(batch, counts, strict=True)
+        ]
+        ids = [[each.ids[at] for at in row] for each, row in zip(batch, positions, strict=True)]
+
+        self.num_forwards += 1
+        view = self._cache.view(rows, positions)
+        return self._hidden_states(to_device_async(ids, self._device.name), view)
+
+    def _replay(self, growing: Sequence[Generation]) -> torch.Tensor:
+        """The hidden states of a decode step, by a CUDA graph if there is one.
+
+        A graph computes all rows. A row whose prompt is not computed yet gets its next token too,
+        at its own position, which does no harm.
         """
-        assert self.replay
-        return self.replay.answer(
+        assert self.graphs
+        return self.graphs.hidden_states(
             [(each.ids[each.num_computed], each.num_computed) for each in self._running],
             [row for row, each in enumerate(self._running) if each.num_pending == 1],
             self._cache.length,
@@ -343,54 +281,11 @@ class Engine:
             lambda: self._forward(growing, [1] * len(growing)),
         )
 
-    def _piece(self, generation: Generation) -> int:
-        """How many tokens of a prompt are read next; what is shared is copied, or read apart."""
-        if generation.num_computed == 0:
-            found, prefix = self._prefixes.find(generation.ids[: generation.num_prompt - 1])
-            if found:
-                self._cache.write(self._running.index(generation), prefix)
-                generation.num_computed = generation.num_reused = found
-        count = min(generation.num_pending, self.limits.prefill_tokens)
-        unread = generation.num_shared - generation.num_computed
-        return min(count, unread) if unread > 0 else count
+    def _graph_step(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        return self._hidden_states(ids, self._cache.view_of_first_rows(positions, length))
 
-    def _is_read_by_another(self, generation: Generation) -> bool:
-        """Whether a request before this one is just reading the same shared beginning."""
-        shared = generation.num_shared
-        if not shared or generation.num_computed:
-            return False
-        before = self._running[: self._running.index(generation)]
-        return any(
-            other.num_computed < shared and other.shared == generation.shared for other in before
-        )
-
-    def _keep_prefix(self, generation: Generation) -> None:
-        """Remember what others begin with too, at the moment when it is all that is read."""
-        shared = generation.num_shared
-        if 0 < shared == generation.num_computed > generation.num_reused:
-            prefix = self._cache.read(self._running.index(generation), shared)
-            self._prefixes.keep(generation.shared, prefix)
-
-    def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> torch.Tensor:
-        """Read the next `counts` tokens of each; the hidden states of the last ones."""
-        width = max(counts)
-        rows = [self._running.index(each) for each in batch]
-        # A row's last token is repeated at its own place: it writes there what stands there, so
-        # nothing has to be hidden behind the end of a row.
-        places = [
-            [each.num_computed + min(i, count - 1) for i in range(width)]
-            for each, count in zip(batch, counts, strict=True)
-        ]
-        ids = [[each.ids[at] for at in row] for each, row in zip(batch, places, strict=True)]
-
-        self.num_forwards += 1
-        return self._hidden(to_device_async(ids, self._device.name), self._cache.view(rows, places))
-
-    def _step_of(self, ids: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
-        return self._hidden(ids, self._cache.first_rows(places, length))
-
-    def _hidden(self, ids: torch.Tensor, view: View) -> torch.Tensor:
-        out = self._body(
+    def _hidden_states(self, ids: torch.Tensor, view: CacheView) -> torch.Tensor:
+        out = self.decoder(
             input_ids=ids,
             position_ids=view.positions,
             attention_mask=view.mask(),
@@ -399,25 +294,27 @@ class Engine:
         )
         return out.last_hidden_state[:, -1]
 
-    def _grow(
+    # --- what a forward changes ---
+
+    def _advance(
         self, batch: Sequence[Generation], counts: Sequence[int], hidden: torch.Tensor
     ) -> None:
-        """Count what was read; a reply gets a token where nothing is pending any more."""
-        self.num_tokens_read += sum(counts)
+        """Count the computed tokens, and sample one for each request with none left to compute."""
+        self.num_computed += sum(counts)
         for generation, count in zip(batch, counts, strict=True):
             generation.num_computed += count
         ready = [row for row, each in enumerate(batch) if each.num_pending == 0]
         if not ready:
             return
         growing = [batch[row] for row in ready]
-        tokens = choose(self._head(select_rows(hidden, ready)), [each.sampler for each in growing])
+        tokens = sample(self._head(select_rows(hidden, ready)), [each.sampler for each in growing])
         for generation, token in zip(growing, tokens, strict=True):
             self._append(generation, token)
 
     def _append(self, generation: Generation, token: int) -> None:
-        """Give one reply its token. What is wrong with this request alone ends it alone."""
+        """Add a token to one reply. An error of this request ends this request alone."""
         try:
-            generation.append(token, token in self._ends)
+            generation.append(token, token in self._eos_ids)
         except JobError as exc:
             generation.fail(exc)
             self._remove(generation)
@@ -426,43 +323,35 @@ class Engine:
             self._remove(generation)
 
     def _remove(self, generation: Generation) -> None:
-        with self._news:
+        with self._changed:
             if generation in self._waiting:
                 self._waiting.remove(generation)
                 return
         row, last = self._running.index(generation), len(self._running) - 1
         if row != last:
-            self._cache.move(last, row)
+            self._cache.copy_row(last, row)
             self._running[row] = self._running[last]
         self._running.pop()
 
     def _recover(self, error: Exception) -> None:
-        """After an out-of-memory, the same requests in a smaller batch; after a bug, none."""
+        """After an out-of-memory run the same requests in a smaller batch; else fail them."""
         try:
-            self._clear()
+            self._clear_caches()
             self._device.free_memory()
         except Exception as exc:
-            # A lost device refuses this too; whoever waits must hear of it all the same.
+            # A lost device refuses this too. The requests must get an error all the same.
             error = error if is_lost(error) else exc.with_traceback(None)
-        stranded, self._running = self._running, []
-        if is_out_of_memory(error) and len(stranded) > 1:
-            self._batch.shrink(len(stranded))
-            log.warning("out of memory: at most %d requests at once for now", self._batch.size)
-            for generation in stranded:
-                generation.restart()
-            with self._news:
-                self._waiting.extendleft(reversed(stranded))
+        failed, self._running = self._running, []
+        if is_out_of_memory(error) and len(failed) > 1:
+            self.batch_limit.shrink(len(failed))
+            log.warning("out of memory: at most %d requests at once for now", self.batch_limit.size)
+            for generation in failed:
+                generation.recompute()
+            with self._changed:
+                self._waiting.extendleft(reversed(failed))
             return
-        for generation in stranded:
+        for generation in failed:
             generation.fail(_as_job_error(error))
-
-
-def _why_to_leave(generation: Generation) -> Exception | None:
-    try:
-        generation.check()
-    except Exception as exc:
-        return exc
-    return InternalError("nobody listens any more") if generation.is_abandoned else None
 
 
 def _as_job_error(error: Exception) -> JobError:

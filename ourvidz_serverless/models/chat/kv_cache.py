@@ -1,9 +1,9 @@
 """Keys and values of all running requests: one row a request, one pair of tensors a layer.
 
-A row is as long as the longest conversation in the batch, so memory is rows x longest, not the
-sum of lengths; in return a decoding batch is a plain slice of these tensors, read where it lies,
-and a token's place is its position: nothing is padded on the left, nothing moves when requests
-join. When one leaves, the last row takes its place.
+A row is as long as the longest conversation in the batch. So memory is rows x longest, not the sum
+of lengths. In return a decoding batch is a plain slice of these tensors, read without a copy, and
+the index of a token is its position: there is no padding on the left, and nothing moves when a
+request is added. When a request leaves, the last row moves into its place.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch
 
 from ourvidz_serverless.models.memory.device import to_device_async
 
-#: Lengths are rounded up to this, so that a batch does not grow token by token.
+#: Lengths are rounded up to a multiple of this, so that the cache does not grow at each token.
 BLOCK = 256
 
 #: Keys and values (heads, tokens, dim) of each layer.
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def next_power(number: int) -> int:
-    """The power of two that is no less."""
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is not less than the number."""
     return 1 << (number - 1).bit_length()
 
 
-def rounded(rows: int, length: int) -> tuple[int, int]:
-    """The rows and tokens that a cache for `rows` requests of `length` tokens really has."""
-    return next_power(rows), -(-length // BLOCK) * BLOCK
+def rounded_shape(rows: int, length: int) -> tuple[int, int]:
+    """The rows and tokens that a cache for `rows` requests of `length` tokens allocates."""
+    return next_power_of_two(rows), -(-length // BLOCK) * BLOCK
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """What one token of a conversation takes in the cache, in all layers."""
+    """The bytes of one token in the cache, in all layers."""
     heads, dim = _shape(config)
     return 2 * config.num_hidden_layers * heads * dim * dtype.itemsize
 
 
-def read_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """What attention takes beside the cache to read a token in one layer after the other.
+def attention_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """The bytes that attention needs beside the cache to read one token, in one layer.
 
-    Heads of queries share keys and values, and with a mask transformers repeats them for each head.
+    Several query heads share keys and values. With a mask, transformers repeats them for each head.
     """
     _, dim = _shape(config)
     return 2 * int(config.num_attention_heads) * dim * dtype.itemsize
@@ -54,7 +54,10 @@ def _shape(config: Any) -> tuple[int, int]:
 
 
 class KVCache:
-    """The rows; `reserve` before writing. Another `version` lies at other addresses."""
+    """The cache of a batch. `reserve` before writing.
+
+    Its tensors keep their addresses as long as `version` is the same.
+    """
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._options = {"device": device, "dtype": dtype}
@@ -64,61 +67,62 @@ class KVCache:
         self.clear()
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.rows = self.length = 0
         self.version += 1
         self.layers = [(self._empty(0, 0), self._empty(0, 0)) for _ in range(self._num_layers)]
 
-    def reserve(self, rows: int, length: int, cells: int = 0) -> None:
-        """Have room for that many rows and tokens; what is there stays.
+    def reserve(self, rows: int, length: int, spare_tokens: int = 0) -> None:
+        """Allocate at least that many rows and tokens. What the cache holds stays.
 
-        Up to so many `cells` of rows x length there is more, so that it moves seldom: the length is
-        a power of two as well, and neither shrinks.
+        As long as rows x length is not more than `spare_tokens`, the length is a power of two and
+        neither rows nor length shrink: the cache then moves seldom.
         """
         if rows <= self.rows and length <= self.length:
             return
-        least = rounded(rows, length)
-        ample = max(least[0], self.rows), max(next_power(least[1]), self.length)
-        self.rows, self.length = ample if ample[0] * ample[1] <= cells else least
+        least = rounded_shape(rows, length)
+        ample = max(least[0], self.rows), max(next_power_of_two(least[1]), self.length)
+        self.rows, self.length = ample if ample[0] * ample[1] <= spare_tokens else least
         self.version += 1
-        # Layer by layer, so that old and new do not stand beside one another whole.
+        # One layer at a time, so that the old and the new cache are never both there.
         for index, (keys, values) in enumerate(self.layers):
             self.layers[index] = (self._resized(keys), self._resized(values))
 
-    def move(self, source: int, target: int) -> None:
-        """Put row `source` in the place of row `target`."""
+    def copy_row(self, source: int, target: int) -> None:
+        """Overwrite row `target` with row `source`."""
         for keys, values in self.layers:
             keys[target].copy_(keys[source])
             values[target].copy_(values[source])
 
-    def read(self, row: int, length: int) -> Prefix:
-        """A copy of a row's first `length` tokens."""
+    def read_prefix(self, row: int, length: int) -> Prefix:
+        """A copy of the first `length` tokens of a row."""
         return [(k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in self.layers]
 
-    def write(self, row: int, prefix: Prefix) -> None:
-        """Begin a row with what `read` gave."""
+    def write_prefix(self, row: int, prefix: Prefix) -> None:
+        """Write what `read_prefix` returned to the beginning of a row."""
         for (keys, values), (k, v) in zip(self.layers, prefix, strict=True):
             keys[row, :, : k.shape[1]].copy_(k)
             values[row, :, : v.shape[1]].copy_(v)
 
-    def view(self, rows: Sequence[int], places: Sequence[Sequence[int]]) -> View:
-        """What one forward of these rows writes to and reads; places are (rows, tokens)."""
+    def view(self, rows: Sequence[int], positions: Sequence[Sequence[int]]) -> CacheView:
+        """The cache for one forward of some rows, at positions (rows, tokens)."""
         device = self.layers[0][0].device
-        there = to_device_async(rows, device)
-        # A slice is read in place; rows that do not lie side by side are gathered.
+        row_ids = to_device_async(rows, device)
+        # A slice needs no copy; other rows are gathered.
         in_order = list(rows) == list(range(len(rows)))
-        taken = slice(0, len(rows)) if in_order else there
-        return View(
-            self.layers, there, taken, to_device_async(places, device), max(map(max, places)) + 1
+        read_rows = slice(0, len(rows)) if in_order else row_ids
+        length = max(map(max, positions)) + 1
+        return CacheView(
+            self.layers, row_ids, read_rows, to_device_async(positions, device), length
         )
 
-    def first_rows(self, places: torch.Tensor, length: int) -> View:
-        """The same of the first rows, of which all `length` tokens are read.
+    def view_of_first_rows(self, positions: torch.Tensor, length: int) -> CacheView:
+        """The cache for one forward of the first rows, which reads `length` tokens of each.
 
-        It asks the host for no number, so it can be recorded.
+        The host needs no number from the device, so a CUDA graph can capture the forward.
         """
-        rows = torch.arange(len(places), device=places.device)
-        return View(self.layers, rows, slice(0, len(places)), places, length)
+        rows = torch.arange(len(positions), device=positions.device)
+        return CacheView(self.layers, rows, slice(0, len(positions)), positions, length)
 
     def _empty(self, rows: int, length: int) -> torch.Tensor:
         heads, dim = self._shape
@@ -131,64 +135,67 @@ class KVCache:
         return new
 
 
-class View:
-    """Stands where transformers expects its own cache, for one forward."""
+class CacheView:
+    """The `past_key_values` that transformers gets for one forward."""
 
     def __init__(
         self,
         layers: list[tuple[torch.Tensor, torch.Tensor]],
         rows: torch.Tensor,
-        taken: slice | torch.Tensor,
+        read_rows: slice | torch.Tensor,
         positions: torch.Tensor,
         length: int,
     ) -> None:
-        self._layers, self._rows, self._taken = layers, rows, taken
+        self._layers, self._rows, self._read_rows = layers, rows, read_rows
         self.positions, self.length = positions, length
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (rows, heads, tokens, dim) at their positions; all that a row has so far."""
+        """Write (rows, heads, tokens, dim) at the positions. Returns all tokens of the rows."""
         all_keys, all_values = self._layers[layer_idx]
         where = (self._rows[:, None], slice(None), self.positions)
         all_keys[where] = keys.transpose(1, 2)
         all_values[where] = values.transpose(1, 2)
         return (
-            all_keys[self._taken, :, : self.length],
-            all_values[self._taken, :, : self.length],
+            all_keys[self._read_rows, :, : self.length],
+            all_values[self._read_rows, :, : self.length],
         )
 
     def mask(self) -> torch.Tensor:
-        """What is added to attention's scores, (rows, 1, tokens, length): each token may look at
-        itself and those before. As truth values every layer would convert it anew.
+        """The causal mask that is added to attention's scores, (rows, 1, tokens, length).
+
+        Not as booleans: every layer would convert them again.
         """
-        every = torch.arange(self.length, device=self.positions.device)
-        after = (every > self.positions[..., None])[:, None]
+        columns = torch.arange(self.length, device=self.positions.device)
+        is_later = (columns > self.positions[..., None])[:, None]
         dtype = self._layers[0][0].dtype
-        return torch.zeros_like(after, dtype=dtype).masked_fill_(after, -torch.inf)
+        return torch.zeros_like(is_later, dtype=dtype).masked_fill_(is_later, -torch.inf)
 
 
-class PrefixStore:
-    """Prefixes that many requests begin with, the longest unused one leaves first."""
+class PrefixCache:
+    """Keys and values of prefixes that many requests share.
+
+    If they have more than `max_tokens` together, those that were not used longest are removed.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
 
     def find(self, ids: Sequence[int]) -> tuple[int, Prefix]:
-        """The longest kept beginning of `ids`: how many tokens it has, and what they left."""
-        matching = [key for key in self._kept if tuple(ids[: len(key)]) == key]
+        """The longest prefix of `ids` that is cached: its number of tokens, its keys and values."""
+        matching = [key for key in self._prefixes if tuple(ids[: len(key)]) == key]
         if not matching:
             return 0, []
         key = max(matching, key=len)
-        self._kept.move_to_end(key)
-        return len(key), self._kept[key]
+        self._prefixes.move_to_end(key)
+        return len(key), self._prefixes[key]
 
-    def keep(self, ids: Sequence[int], prefix: Prefix) -> None:
-        """Remember a prefix, and forget others until all fit."""
-        self._kept[tuple(ids)] = prefix
-        while sum(map(len, self._kept)) > self.max_tokens:
-            self._kept.popitem(last=False)
+    def add(self, ids: Sequence[int], prefix: Prefix) -> None:
+        self._prefixes[tuple(ids)] = prefix
+        while sum(map(len, self._prefixes)) > self.max_tokens:
+            self._prefixes.popitem(last=False)
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._prefixes.clear()

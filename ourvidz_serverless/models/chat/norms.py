@@ -1,8 +1,9 @@
-"""A language model's RMSNorms, each as one operation.
+"""Computes the RMSNorms of a language model as one operation each.
 
-transformers computes one in six, eight in half precision, and there are two in a layer: small ones,
-of which a GPU's token has hundreds. torch's own multiplies by the weight before it rounds to the
-model's dtype, not after: the same bits in float32 on a CPU, the last ones may differ in bfloat16.
+transformers computes one in six operations, or eight in half precision, and a layer has two. These
+are small operations, and on a GPU a token has hundreds of them. torch's own operation multiplies by
+the weight before it rounds to the model's dtype, not after: the same bits in float32 on a CPU, and
+in bfloat16 the last bits may differ.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-#: What transformers calls them, in the architectures that chat serves.
+#: The class names of the norms in transformers, for the architectures that chat serves.
 NORMS = ("Qwen2RMSNorm", "LlamaRMSNorm")
 
 
-def fuse(model: Any) -> None:
-    """Have a model's norms computed so from now on."""
-    for module in model.modules():
+def fuse(network: Any) -> None:
+    """Replace the forward of every norm."""
+    for module in network.modules():
         if type(module).__name__ in NORMS:
-            module.forward = functools.partial(_normed, module)
+            module.forward = functools.partial(_forward, module)
 
 
-def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _forward(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     weight = norm.weight
     return functional.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)

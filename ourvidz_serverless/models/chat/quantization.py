@@ -1,8 +1,8 @@
-"""Chat's weights in fewer bits, by torchao: linear layers only, the activations keep their dtype.
+"""Chat weights in fewer bits, by torchao: linear layers only; activations keep their dtype.
 
-Quantised while the weights are read, so that the whole model never stands beside itself. torchao's
-only int4 that computes is CUDA's packing for bfloat16: whatever a device cannot run is refused
-before anything is read.
+Weights are quantised while they are read, so that the original and the quantised model are never
+both in memory. torchao's only int4 that computes is CUDA's packing for bfloat16. A combination that
+the device cannot run is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.memory.device import Device
 
-#: Weights that share one scale, where they have four bits; the finest that is packed.
+#: The number of int4 weights that share one scale: the smallest that the packing supports.
 INT4_GROUP = 32
 
 
@@ -27,10 +27,10 @@ def check(name: str, device: Device) -> None:
 
 
 def options(name: str, device: Device) -> dict[str, Any]:
-    """What `from_pretrained` is told, to read a model with its linear layers quantised."""
+    """Arguments of `from_pretrained` that quantise the linear layers."""
     if name == "none":
         return {}
-    # It warns of kernels for other devices than the one it is on, by their paths.
+    # torchao warns of kernels for other devices, with their paths.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchao.quantization import (
         Float8WeightOnlyConfig,

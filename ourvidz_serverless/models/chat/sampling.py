@@ -1,4 +1,4 @@
-"""From logits to tokens, each request by its own rules and its own chance."""
+"""From logits to tokens. Each request has its own parameters and its own random generator."""
 
 from __future__ import annotations
 
@@ -12,151 +12,156 @@ from ourvidz_serverless.models.chat.grammar import Matcher
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import select_rows, to_device_async
 
-#: Tokens that are ranked before the whole vocabulary is.
+#: The likeliest tokens, which are sorted first; the whole vocabulary is sorted only if necessary.
 CANDIDATES = 1024
 
-#: Stands for a token that is not among them.
-BEYOND = -1
+#: In place of a token id: the token is not among the candidates.
+NOT_A_CANDIDATE = -1
 
 
 class Sampler:
-    """One request's choice of tokens: its rules, its generator, what it has said."""
+    """The sampling state of one request: its generator, its grammar, the tokens of its reply."""
 
     def __init__(
-        self, sampling: SamplingParams, prompt: Sequence[int], grammar: Matcher | None = None
+        self, params: SamplingParams, prompt: Sequence[int], grammar: Matcher | None = None
     ) -> None:
-        self.sampling = sampling
+        self.params = params
         self._grammar = grammar
-        self._random = random.Random(sampling.seed)
-        self._chance: float | None = None
+        self._random = random.Random(params.seed)
+        self._number: float | None = None
         self._prompt = list(set(prompt))
-        # The reply's tokens, those that are not counted on the device yet, and the counts there.
-        self._said: list[int] = []
-        self._fresh: list[int] = []
-        self._times: torch.Tensor | None = None
+        # The tokens of the reply, those of them that the device has not counted yet, and on the
+        # device: how often the reply has each token, and whether prompt or reply have it.
+        self._reply: list[int] = []
+        self._uncounted: list[int] = []
+        self._counts: torch.Tensor | None = None
         self._is_seen: torch.Tensor | None = None
 
-    def note(self, token: int) -> None:
-        """Count a token that was chosen. Raises JobError where its grammar cannot go on."""
-        self._chance = None
-        if self.sampling.has_penalties:
-            self._said.append(token)
-            self._fresh.append(token)
+    def accept(self, token: int) -> None:
+        """Count a token that was sampled. Raises JobError if its grammar cannot go on."""
+        self._number = None
+        if self.params.has_penalties:
+            self._reply.append(token)
+            self._uncounted.append(token)
         if self._grammar:
-            self._grammar.note(token)
+            self._grammar.accept(token)
 
-    def restart(self) -> None:
-        """Count all tokens anew: an out-of-memory may have left any part of the counts behind."""
-        self._fresh = list(self._said)
-        self._times = self._is_seen = None
+    def recount(self) -> None:
+        """Count all tokens again: after an out-of-memory the counts may be incomplete."""
+        self._uncounted = list(self._reply)
+        self._counts = self._is_seen = None
 
     def draw(self) -> Draw:
-        """The rules of the next token, with the next number of this request's own generator.
+        """How to draw the next token, with the next number of this request's generator.
 
-        The same number until the token is noted: what ran out of memory is drawn once more.
+        It is the same number until a token is accepted, so that a draw that ran out of memory can
+        be repeated.
         """
-        rules = self.sampling
-        if self._chance is None:
-            self._chance = self._random.random()
-        return Draw(rules.temperature, rules.top_k, rules.top_p, self._chance)
+        if self._number is None:
+            self._number = self._random.random()
+        return Draw(self.params.temperature, self.params.top_k, self.params.top_p, self._number)
 
     @property
-    def adjusts(self) -> bool:
-        return self.sampling.has_penalties or self._grammar is not None
+    def changes_logits(self) -> bool:
+        return self.params.has_penalties or self._grammar is not None
 
-    def adjust(self, logits: torch.Tensor) -> None:
+    def change_logits(self, logits: torch.Tensor) -> None:
         """Apply penalties and grammar to one row of logits, in place."""
-        if self.sampling.has_penalties:
+        if self.params.has_penalties:
             self._penalise(logits)
         if self._grammar:
-            self._grammar.forbid(logits)
+            self._grammar.mask(logits)
 
     def _penalise(self, logits: torch.Tensor) -> None:
-        # Kept where the logits are: a reply's tokens are not sent again with each new one.
-        if self._times is None or self._is_seen is None:
-            self._times = torch.zeros_like(logits)
+        # The counts stay on the device: each step sends the newest token, not the whole reply.
+        if self._counts is None or self._is_seen is None:
+            self._counts = torch.zeros_like(logits)
             self._is_seen = torch.zeros_like(logits, dtype=torch.bool)
             self._is_seen.index_fill_(
                 0, to_device_async(self._prompt, logits.device, torch.long), True
             )
-        if self._fresh:
-            fresh, self._fresh = to_device_async(self._fresh, logits.device), []
-            self._is_seen.index_fill_(0, fresh, True)
-            self._times.index_add_(0, fresh, torch.ones_like(fresh, dtype=logits.dtype))
-        rules, times = self.sampling, self._times
-        if (penalty := rules.repetition_penalty) != 1:
-            repelled = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits.copy_(torch.where(self._is_seen, repelled, logits))
-        penalties = rules.presence_penalty + rules.frequency_penalty * times
-        logits.sub_(torch.where(times > 0, penalties, 0))
+        if self._uncounted:
+            tokens, self._uncounted = to_device_async(self._uncounted, logits.device), []
+            self._is_seen.index_fill_(0, tokens, True)
+            self._counts.index_add_(0, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+        params, counts = self.params, self._counts
+        if (penalty := params.repetition_penalty) != 1:
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits.copy_(torch.where(self._is_seen, penalised, logits))
+        penalties = params.presence_penalty + params.frequency_penalty * counts
+        logits.sub_(torch.where(counts > 0, penalties, 0))
 
 
 class Draw(NamedTuple):
-    """How one token is drawn; `chance` is from 0 to 1."""
+    """How one token is drawn; `number` is a random number from 0 to 1."""
 
     temperature: float
     top_k: int
     top_p: float
-    chance: float
+    number: float
 
-    def is_among(self, width: int, vocabulary: int) -> bool:
-        """Whether what may be drawn can be among the likeliest `width` tokens."""
+    def needs_only(self, width: int, vocabulary: int) -> bool:
+        """Whether the likeliest `width` tokens may be enough to draw from."""
         top_k = self.top_k or vocabulary
         return top_k <= width or (top_k >= vocabulary and self.top_p < 1)
 
 
-def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each row of logits (rows, vocabulary).
 
-    A row's choice depends on its own logits and generator alone, so a seed repeats in any batch
-    as far as the logits do. The host waits for the device once, for the tokens.
+    Only a row's own logits and generator decide: with equal logits, a seed gives the same tokens
+    in any batch. The host waits for the device once, for the tokens.
     """
     logits = logits.float()
     for row, sampler in enumerate(samplers):
-        if sampler.adjusts:
-            sampler.adjust(logits[row])
+        if sampler.changes_logits:
+            sampler.change_logits(logits[row])
     vocabulary = logits.shape[-1]
     width = min(CANDIDATES, vocabulary)
-    draws = {i: each.draw() for i, each in enumerate(samplers) if not each.sampling.is_greedy}
+    draws = {i: each.draw() for i, each in enumerate(samplers) if not each.params.is_greedy}
     greedy = [row for row in range(len(samplers)) if row not in draws]
-    # Nearly always what may be drawn is among the first thousand, and to sort a whole vocabulary
-    # takes longer than a small model takes to think.
-    narrow = [row for row, each in draws.items() if each.is_among(width, vocabulary)]
+    # The candidates are nearly always enough, and sorting a whole vocabulary takes longer than a
+    # forward of a small model.
+    narrow = [row for row, each in draws.items() if each.needs_only(width, vocabulary)]
     wide = [row for row in draws if row not in narrow]
     found = [select_rows(logits, greedy).argmax(-1)] if greedy else []
-    for rows, upto in ((narrow, width), (wide, vocabulary)):
+    for rows, count in ((narrow, width), (wide, vocabulary)):
         if rows:
-            found.append(_draw(select_rows(logits, rows), [draws[row] for row in rows], upto))
+            found.append(
+                draw_tokens(select_rows(logits, rows), [draws[row] for row in rows], count)
+            )
     tokens = dict(zip([*greedy, *narrow, *wide], torch.cat(found).tolist(), strict=True))
-    if beyond := [row for row, token in tokens.items() if token == BEYOND]:
-        again = _draw(select_rows(logits, beyond), [draws[row] for row in beyond], vocabulary)
-        tokens.update(zip(beyond, again.tolist(), strict=True))
+    if missing := [row for row, token in tokens.items() if token == NOT_A_CANDIDATE]:
+        again = draw_tokens(
+            select_rows(logits, missing), [draws[row] for row in missing], vocabulary
+        )
+        tokens.update(zip(missing, again.tolist(), strict=True))
     return [tokens[row] for row in range(len(samplers))]
 
 
-def _draw(logits: torch.Tensor, draws: Sequence[Draw], width: int) -> torch.Tensor:
-    """One token a row: the likeliest first, as far as top_k and top_p go, by inverse CDF.
+def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], width: int) -> torch.Tensor:
+    """One token for each row of logits, from its likeliest `width` tokens, by inverse CDF.
 
-    Of the likeliest `width` only, and BEYOND where that may be too few.
+    NOT_A_CANDIDATE where top_k and top_p may allow more tokens than these.
     """
     vocabulary = logits.shape[-1]
-    rules = to_device_async([each[:] for each in draws], logits.device, torch.float64)
-    temperature, top_k, top_p, chance = rules.split(1, dim=-1)
+    params = to_device_async([each[:] for each in draws], logits.device, torch.float64)
+    temperature, top_k, top_p, number = params.split(1, dim=-1)
     top_k = torch.where(top_k == 0, vocabulary, top_k.clamp(max=vocabulary))
-    # Below the likeliest token, so that no quotient overflows but towards a probability of 0.
+    # Relative to the likeliest token: a quotient can overflow only towards a probability of 0.
     below = logits - logits.amax(-1, keepdim=True)
-    heated = below / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)
-    everything = heated.logsumexp(-1, keepdim=True)
+    scaled = below / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)
+    log_total = scaled.logsumexp(-1, keepdim=True)
 
-    ranked, order = heated.topk(width)
+    ranked, order = scaled.topk(width)
     ranks = torch.arange(width, device=logits.device)
-    probabilities = (ranked - everything).double().exp() * (ranks < top_k)
-    upto = probabilities.cumsum(-1)
-    mass = torch.where(top_k <= width, upto[:, -1:], 1.0)
-    is_enough = (top_k <= width) | (upto[:, -1:] >= top_p) & (top_k == vocabulary)
+    probabilities = (ranked - log_total).double().exp() * (ranks < top_k)
+    cumulative = probabilities.cumsum(-1)
+    mass = torch.where(top_k <= width, cumulative[:, -1:], 1.0)
+    is_enough = (top_k <= width) | (cumulative[:, -1:] >= top_p) & (top_k == vocabulary)
     # The likeliest token always stays, however small top_p is.
-    kept = (upto - probabilities < top_p * mass) & (probabilities > 0) | (ranks == 0)
-    upto = (probabilities * kept).cumsum(-1)
-    wanted = torch.searchsorted(upto, chance * upto[:, -1:], right=True)
-    wanted = torch.minimum(wanted, kept.sum(-1, keepdim=True) - 1)
-    return torch.where(is_enough, order.gather(-1, wanted), BEYOND)[:, 0]
+    kept = (cumulative - probabilities < top_p * mass) & (probabilities > 0) | (ranks == 0)
+    cumulative = (probabilities * kept).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+    drawn = torch.minimum(drawn, kept.sum(-1, keepdim=True) - 1)
+    return torch.where(is_enough, order.gather(-1, drawn), NOT_A_CANDIDATE)[:, 0]

@@ -1,42 +1,42 @@
-"""Tokens in, text out: no character before it is whole, and never a letter of a stop string."""
+"""From tokens to text: complete characters only, and no letter of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: What an incomplete character decodes to.
-BROKEN = "\ufffd"
+#: The decoding of an incomplete character.
+REPLACEMENT = "\ufffd"
 
 Decode = Callable[[Sequence[int]], str]
 
 
 class TextStream:
-    """One reply's text as it grows; what `push` and `finish` return adds up to the reply."""
+    """The text of one reply while it grows. All that `push` and `finish` return is the reply."""
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []
-        # Tokens before `_told` are out; those from `_context` on are decoded again with each new
-        # one, since how a token is written depends on the one before it.
-        self._context = self._told = 0
+        # The text of the tokens before `_num_decoded` was returned or is held. Tokens from
+        # `_context` on are decoded again with each new one: how a token is written depends on the
+        # token before it.
+        self._context = self._num_decoded = 0
         self._held = ""
         self.is_stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain since this token, often none; `is_stopped` may turn true."""
+        """The text that is certain with this token, often none. May set `is_stopped`."""
         self._ids.append(token)
         text = self._new_text()
-        if text.endswith(BROKEN):
+        if text.endswith(REPLACEMENT):
             return ""
-        self._context, self._told = self._told, len(self._ids)
+        self._context, self._num_decoded = self._num_decoded, len(self._ids)
         return self._before_stop(text)
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come, or for the rest of a character.
+        """The text that `push` held back, at the end of the reply.
 
-        A character without its rest is U+FFFD, as in transformers' own decoding. A reply may end
-        with a real one too, which looks the same.
+        An incomplete last character is U+FFFD, as in transformers' own decoding.
         """
         if self.is_stopped:
             return ""
@@ -45,19 +45,19 @@ class TextStream:
         return text + ("" if self.is_stopped else held)
 
     def _new_text(self) -> str:
-        before = self._decode(self._ids[self._context : self._told])
+        before = self._decode(self._ids[self._context : self._num_decoded])
         return self._decode(self._ids[self._context :])[len(before) :]
 
     def _before_stop(self, text: str) -> str:
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         self.is_stopped = bool(found)
-        sure = min(found) if found else len(self._held) - self._doubtful()
-        text, self._held = self._held[:sure], self._held[sure:]
+        certain = min(found) if found else len(self._held) - self._num_uncertain()
+        text, self._held = self._held[:certain], self._held[certain:]
         return text
 
-    def _doubtful(self) -> int:
-        """How many of the last letters may be the beginning of a stop string."""
+    def _num_uncertain(self) -> int:
+        """The number of last letters that may be the beginning of a stop string."""
         lengths = [
             length
             for stop in self._stop

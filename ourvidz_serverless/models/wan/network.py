@@ -24,7 +24,8 @@ from diffusers import (
 from transformers import AutoTokenizer, PreTrainedModel, UMT5EncoderModel
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
+from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
@@ -265,16 +266,16 @@ def read_prompt(settings: Settings) -> str:
         return path.read_text(encoding="utf-8").strip()
 
 
-def read_enhancer(settings: Settings, device: Device, ledger: Ledger) -> qwen.Chat | None:
+def read_enhancer(settings: Settings, device: Device, ledger: Ledger) -> Chat | None:
     """The chat model of `WAN_ENHANCER_MODEL`, or None where there is none of WAN's own."""
     place = settings.wan_enhancer_model
     if settings.wan_asks_chat:
         return None
-    if place is None and settings.wan_model == "pocket" and qwen.POCKET.exists():
+    if place is None and settings.wan_model == "pocket" and chat_loader.POCKET.exists():
         place = "pocket"
     if place is None:
         return None
-    return qwen.load_one("WAN_ENHANCER_MODEL", place, "wan_enhancer", settings, device, ledger)
+    return chat_loader.load_enhancer(place, settings, device, ledger)
 
 
 def share(base: Any, other: Any) -> tuple[int, int]:

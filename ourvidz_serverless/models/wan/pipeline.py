@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.memory.device import Device, translate_out_of_memory
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
@@ -165,7 +165,7 @@ class Wan:
     prompt for jobs that bring none.
     """
 
-    enhancer: qwen.Chat | None = None
+    enhancer: Chat | None = None
     enhancement_prompt: str = ""
 
     def __init__(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.chat.request import ModelName
 from ourvidz_serverless.models.memory.device import Device
@@ -26,11 +26,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def load(place: str, mib: float, **changes: Any) -> Chat:
     asked = {"chat_instruct_model": place, "chat_context": 512, "vram_budget_gb": mib * MIB}
-    return qwen.load(Settings(families=("chat",), device="cpu", **{**asked, **changes}))
+    return chat_loader.load(Settings(families=("chat",), device="cpu", **{**asked, **changes}))
 
 
 def claimed(chat: Chat) -> int:
-    return max(row.num_bytes + row.reserved_bytes for row in chat._ledger.report())
+    return max(row.num_bytes + row.reserved_bytes for row in chat.ledger.report())
 
 
 BUDGETS = [0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 6, 9, 16, 64]
@@ -48,7 +48,7 @@ def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: 
     reply = ask(chat, ("user", "x" * 470), max_tokens=8, temperature=0)
 
     assert "".join(reply)
-    assert claimed(chat) <= chat._ledger.memory.total_bytes
+    assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
 def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
@@ -58,11 +58,11 @@ def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
     replies = [ask(chat, *messages, max_tokens=40, seed=i) for i in range(16)]
 
     assert all("".join(each) for each in replies)
-    assert chat.writers[0].engine._batch.size == 64
+    assert chat.models["qwen_instruct"].engine.batch_limit.size == 64
 
 
 def test_kept_prefixes_are_part_of_what_the_cache_may_hold(place: str) -> None:
-    limits = load(place, 6).writers[0].engine.limits
+    limits = load(place, 6).models["qwen_instruct"].engine.limits
 
     assert 0 < limits.prefix_tokens <= limits.kv_tokens / 3
 
@@ -75,10 +75,10 @@ def test_a_cache_that_a_setting_makes_too_large_ends_the_start(place: str) -> No
 def test_a_cache_of_a_setting_leaves_prefixes_the_rest(place: str) -> None:
     chat = load(place, 6, chat_kv_tokens=2048)
 
-    limits = chat.writers[0].engine.limits
+    limits = chat.models["qwen_instruct"].engine.limits
     assert limits.kv_tokens == 2048
     assert 0 < limits.prefix_tokens <= 16384
-    assert claimed(chat) <= chat._ledger.memory.total_bytes
+    assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
 def test_two_models_that_take_turns_claim_no_more_than_the_device(
@@ -88,7 +88,7 @@ def test_two_models_that_take_turns_claim_no_more_than_the_device(
 
     for model in get_args(ModelName):
         assert "".join(ask(chat, ("user", "x"), model=model, max_tokens=3))
-    assert claimed(chat) <= chat._ledger.memory.total_bytes
+    assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
 def test_on_a_cpu_the_cache_fits_the_hosts_memory(
@@ -109,7 +109,7 @@ def test_wans_own_model_has_a_shorter_context_where_memory_is_short(place: str) 
     ledger = open_ledger(settings)
     device = Device.choose(settings, torch.float32, ledger.memory)
 
-    chat = qwen.load_one("WAN_ENHANCER_MODEL", place, "enhancer", settings, device, ledger)
+    chat = chat_loader.load_enhancer(place, settings, device, ledger)
 
     assert "".join(ask(chat, ("user", "x" * 900), max_tokens=3))
     assert claimed(chat) <= ledger.memory.total_bytes

@@ -13,21 +13,28 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.chat import cuda_graphs, norms
-from ourvidz_serverless.models.chat.engine import Generation
+from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import KVCache
-from ourvidz_serverless.models.chat.model import Writer
+from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.models.chat.request import SamplingParams
-from ourvidz_serverless.models.chat.sampling import Sampler, choose
-from tests.fakes.fake_cuda_graph import Misplaced, Operations, Tape, failing, num_made, stale
+from ourvidz_serverless.models.chat.sampling import Sampler, sample
+from tests.fakes.fake_cuda_graph import (
+    FakeCudaGraphs,
+    FixedPositions,
+    OperationLog,
+    capture_result,
+    failing,
+    num_computed,
+)
 from tests.fakes.tiny_chat import (
     CPU,
     Gate,
-    request,
-    say,
-    say_all,
+    new_generation,
+    text_of,
+    texts_of,
+    tiny_chat_model,
     tiny_llama,
-    tiny_model,
-    tiny_writer,
+    tiny_network,
     until,
 )
 
@@ -48,25 +55,25 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def plain() -> Writer:
-    return tiny_writer()
+def plain() -> ChatModel:
+    return tiny_chat_model()
 
 
-def make(writer: Writer, at: int) -> Generation:
+def make(model: ChatModel, at: int) -> Generation:
     shared = SYSTEM if at % 2 else ""
     rules = {"max_tokens": 5 + at % 17, **RULES[at % len(RULES)]}
-    made: Generation = request(writer, PROMPTS[at], shared=shared, **rules)
+    made: Generation = new_generation(model, PROMPTS[at], shared=shared, **rules)
     return made
 
 
-def count_calls(model: Any) -> list[int]:
+def count_calls(network: Any) -> list[int]:
     """How often the model's own Python has run since."""
     calls = [0]
 
     def note(module: Any, given: Any) -> None:
         calls[0] += 1
 
-    model.base_model.register_forward_pre_hook(note)
+    network.base_model.register_forward_pre_hook(note)
     return calls
 
 
@@ -77,84 +84,86 @@ def count_calls(model: Any) -> list[int]:
     "limits", [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}]
 )
 def test_replies_are_the_same_whoever_joins_and_leaves(
-    plain: Writer, limits: dict[str, int]
+    plain: ChatModel, limits: dict[str, int]
 ) -> None:
-    tape = Tape()
-    writer = tiny_writer(record=tape, **limits)
-    alone = [say(plain.engine, make(plain, at)) for at in range(24)]
+    fake_graphs = FakeCudaGraphs()
+    model = tiny_chat_model(capture=fake_graphs, **limits)
+    alone = [text_of(plain.engine, make(plain, at)) for at in range(24)]
 
-    assert say_all(writer.engine, [make(writer, at) for at in range(24)]) == alone
-    assert tape.replayed > tape.recorded > 0
-    assert not writer.engine.replay.is_off
+    assert texts_of(model.engine, [make(model, at) for at in range(24)]) == alone
+    assert fake_graphs.num_replayed > fake_graphs.num_captured > 0
+    assert not model.engine.graphs.is_off
 
 
 def test_what_is_replayed_runs_no_python_of_the_model() -> None:
-    model, tape = tiny_model(), Tape()
-    calls = count_calls(model)
-    writer = tiny_writer(model, tape)
+    network, fake_graphs = tiny_network(), FakeCudaGraphs()
+    calls = count_calls(network)
+    model = tiny_chat_model(network, fake_graphs)
 
-    say(writer.engine, request(writer, "hello", max_tokens=60))
+    text_of(model.engine, new_generation(model, "hello", max_tokens=60))
 
     # The prompt, two steps as ever, the recording, and the step that it is compared on.
     assert calls == [5]
-    assert (tape.recorded, writer.engine.replay.replayed) == (1, 56)
+    assert (fake_graphs.num_captured, model.engine.graphs.num_replayed) == (1, 56)
 
 
-def test_lengths_cross_buckets_and_the_cache_grows(plain: Writer) -> None:
-    tape = Tape()
-    writer = tiny_writer(record=tape)
+def test_lengths_cross_buckets_and_the_cache_grows(plain: ChatModel) -> None:
+    fake_graphs = FakeCudaGraphs()
+    model = tiny_chat_model(capture=fake_graphs)
     texts, lengths = ["a" * 20, "b" * 200, "c" * 20], [40, 120, 40]
 
-    def both(engine_of: Writer) -> list[str]:
+    def both(engine_of: ChatModel) -> list[str]:
         return [
-            say(engine_of.engine, request(engine_of, text, max_tokens=tokens))
+            text_of(engine_of.engine, new_generation(engine_of, text, max_tokens=tokens))
             for text, tokens in zip(texts, lengths, strict=True)
         ]
 
-    assert both(writer) == both(plain)
+    assert both(model) == both(plain)
     # The second one's cache lies elsewhere, and has both sizes; the third finds one of them again.
-    assert writer.engine.replay.buckets == [(1, 512), (1, 256)]
-    assert tape.recorded == 3
+    assert model.engine.graphs.buckets == [(1, 512), (1, 256)]
+    assert fake_graphs.num_captured == 3
 
 
 def test_a_llama_is_replayed_too() -> None:
-    tape = Tape()
-    plain, writer = tiny_writer(tiny_llama()), tiny_writer(tiny_llama(), tape)
+    fake_graphs = FakeCudaGraphs()
+    plain, model = tiny_chat_model(tiny_llama()), tiny_chat_model(tiny_llama(), fake_graphs)
 
-    expected = say(plain.engine, request(plain, "hello", max_tokens=100))
+    expected = text_of(plain.engine, new_generation(plain, "hello", max_tokens=100))
 
-    assert say(writer.engine, request(writer, "hello", max_tokens=100)) == expected
-    assert tape.replayed > 50
+    assert text_of(model.engine, new_generation(model, "hello", max_tokens=100)) == expected
+    assert fake_graphs.num_replayed > 50
 
 
-def test_json_that_fits_its_schema(plain: Writer) -> None:
-    tape = Tape()
-    writer = tiny_writer(record=tape)
+def test_json_that_fits_its_schema(plain: ChatModel) -> None:
+    fake_graphs = FakeCudaGraphs()
+    model = tiny_chat_model(capture=fake_graphs)
 
-    def answer(of: Writer, seed: int) -> str:
+    def answer(of: ChatModel, seed: int) -> str:
         sampling = SamplingParams(max_tokens=60, temperature=1.5, seed=seed)
         grammar = of.grammars.matcher(SCHEMA)
-        return say(
+        return text_of(
             of.engine,
-            Generation(of.tokens.encode("x"), sampling, of.tokens.decode, grammar=grammar),
+            Generation(of.tokenizer.encode("x"), sampling, of.tokenizer.decode, grammar=grammar),
         )
 
-    assert [answer(writer, seed) for seed in range(3)] == [answer(plain, seed) for seed in range(3)]
-    assert tape.replayed > 0
+    assert [answer(model, seed) for seed in range(3)] == [answer(plain, seed) for seed in range(3)]
+    assert fake_graphs.num_replayed > 0
 
 
-def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: Writer) -> None:
-    writer = tiny_writer(record=Tape())
-    gate = Gate(turns=3)
-    alone = [say(plain.engine, request(plain, text, max_tokens=60)) for text in PROMPTS[:4]]
-    leaving = request(writer, "short", check=gate, max_tokens=400)
-    staying = [request(writer, text, max_tokens=60) for text in PROMPTS[:4]]
-    writer.engine.submit(leaving)
+def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: ChatModel) -> None:
+    model = tiny_chat_model(capture=FakeCudaGraphs())
+    gate = Gate(steps=3)
+    alone = [
+        text_of(plain.engine, new_generation(plain, text, max_tokens=60)) for text in PROMPTS[:4]
+    ]
+    leaving = new_generation(model, "short", check=gate, max_tokens=400)
+    staying = [new_generation(model, text, max_tokens=60) for text in PROMPTS[:4]]
+    model.engine.submit(leaving)
     for each in staying:
-        writer.engine.submit(each)
-    gate.let(20)
-    until(lambda: gate.holds)
-    gate.is_set = True
+        model.engine.submit(each)
+    gate.allow(20)
+    until(lambda: gate.is_blocking)
+    gate.is_cancelled = True
     gate.open()
 
     with pytest.raises(Cancelled):
@@ -167,14 +176,14 @@ def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: Writer) -> 
 
 def operations(layers: int) -> int:
     """How many operations make something new in one recorded step."""
-    model, counts = tiny_model(layers=layers), []
+    network, counts = tiny_network(layers=layers), []
 
     def count(compute: Any) -> Any:
-        counts.append(num_made(compute))
-        return Tape()(compute)
+        counts.append(num_computed(compute))
+        return FakeCudaGraphs()(compute)
 
-    writer = tiny_writer(model, count)
-    say(writer.engine, request(writer, "hello", max_tokens=4))
+    model = tiny_chat_model(network, count)
+    text_of(model.engine, new_generation(model, "hello", max_tokens=4))
     return counts[0]
 
 
@@ -201,21 +210,21 @@ def test_fused_norms_differ_in_the_last_bits_at_most(dtype: torch.dtype, apart: 
 # --- how long a recording lives, and how many there are ---
 
 
-def test_recordings_end_with_the_models_stay_and_are_made_anew(plain: Writer) -> None:
-    tape = Tape()
-    writer = tiny_writer(record=tape)
-    first = say(writer.engine, request(writer, "hello", max_tokens=20))
+def test_recordings_end_with_the_models_stay_and_are_made_anew(plain: ChatModel) -> None:
+    fake_graphs = FakeCudaGraphs()
+    model = tiny_chat_model(capture=fake_graphs)
+    first = text_of(model.engine, new_generation(model, "hello", max_tokens=20))
 
-    writer.to_host()
-    assert writer.engine.replay.buckets == []
-    writer.to_device()
+    model.to_host()
+    assert model.engine.graphs.buckets == []
+    model.to_device()
 
-    assert say(writer.engine, request(writer, "hello", max_tokens=20)) == first
-    assert tape.recorded == 2
+    assert text_of(model.engine, new_generation(model, "hello", max_tokens=20)) == first
+    assert fake_graphs.num_captured == 2
 
 
-def test_after_an_out_of_memory_recordings_are_made_anew(plain: Writer) -> None:
-    model, tape = tiny_model(), Tape()
+def test_after_an_out_of_memory_recordings_are_made_anew(plain: ChatModel) -> None:
+    network, fake_graphs = tiny_network(), FakeCudaGraphs()
     is_full = [True]
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
@@ -223,20 +232,20 @@ def test_after_an_out_of_memory_recordings_are_made_anew(plain: Writer) -> None:
             is_full[0] = False
             raise torch.OutOfMemoryError("full")
 
-    model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
-    writer = tiny_writer(model, tape)
-    alone = [say(plain.engine, request(plain, text)) for text in PROMPTS[:2]]
+    network.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    model = tiny_chat_model(network, fake_graphs)
+    alone = [text_of(plain.engine, new_generation(plain, text)) for text in PROMPTS[:2]]
 
-    assert say_all(writer.engine, [request(writer, text) for text in PROMPTS[:2]]) == alone
+    assert texts_of(model.engine, [new_generation(model, text) for text in PROMPTS[:2]]) == alone
     assert not is_full[0]
-    assert not writer.engine.replay.is_off
+    assert not model.engine.graphs.is_off
 
 
 def test_the_cache_moves_seldom_where_there_is_room() -> None:
-    cache = KVCache(tiny_model().config, CPU.name, CPU.dtype)
+    cache = KVCache(tiny_network().config, CPU.name, CPU.dtype)
     sizes = []
     for rows, length in [(1, 700), (2, 300), (1, 1000), (1, 1100), (3, 100), (1, 2100)]:
-        cache.reserve(rows, length, cells=8192)
+        cache.reserve(rows, length, spare_tokens=8192)
         sizes.append((cache.rows, cache.length))
 
     # The last one leaves no room for more than it needs.
@@ -246,7 +255,7 @@ def test_the_cache_moves_seldom_where_there_is_room() -> None:
 
 def test_steps_of_all_sizes_have_few_shapes() -> None:
     shapes = {
-        cuda_graphs._bucket([(1, length - 1)] * rows, 8192)[0]
+        cuda_graphs.bucket_of([(1, length - 1)] * rows, 8192)[0]
         for rows, length in itertools.product(range(1, 65), range(1, 8193, 100))
     }
 
@@ -257,13 +266,15 @@ def test_steps_of_all_sizes_have_few_shapes() -> None:
 def test_the_recording_that_was_not_used_longest_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "MAX_RECORDINGS", 2)
-    writer = tiny_writer(record=Tape())
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    model = tiny_chat_model(capture=FakeCudaGraphs())
 
     for at_once in (4, 1, 2):
-        say_all(writer.engine, [request(writer, "hello", max_tokens=30) for _ in range(at_once)])
+        texts_of(
+            model.engine, [new_generation(model, "hello", max_tokens=30) for _ in range(at_once)]
+        )
 
-    assert len(writer.engine.replay.buckets) == 2
+    assert len(model.engine.graphs.buckets) == 2
 
 
 # --- recorders that fail ---
@@ -272,45 +283,45 @@ def test_the_recording_that_was_not_used_longest_is_forgotten(
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        (stale, "it computed something else"),
-        (Misplaced(), "it computed something else"),
+        (capture_result, "it computed something else"),
+        (FixedPositions(), "it computed something else"),
         (failing(torch.OutOfMemoryError("full")), "OutOfMemoryError"),
         (failing(RuntimeError("secret")), "RuntimeError"),
         (failing(RuntimeError("secret"), after=9), "RuntimeError"),
     ],
-    ids=["stale", "misplaced", "out of memory", "refused", "later"],
+    ids=["capture_result", "misplaced", "out of memory", "refused", "later"],
 )
 def test_a_recorder_that_fails_is_one_warning_and_no_reply_is_lost(
-    plain: Writer, record: Any, why: str, caplog: pytest.LogCaptureFixture
+    plain: ChatModel, record: Any, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = tiny_writer(record=record)
-    expected = [say(plain.engine, make(plain, at)) for at in range(8)]
+    model = tiny_chat_model(capture=record)
+    expected = [text_of(plain.engine, make(plain, at)) for at in range(8)]
 
     with caplog.at_level(logging.WARNING, "ourvidz"):
-        replies = [say(writer.engine, make(writer, at)) for at in range(8)]
+        replies = [text_of(model.engine, make(model, at)) for at in range(8)]
 
     assert replies == expected
     assert [each.getMessage() for each in caplog.records] == [
         f"CHAT_GRAPHS: no step is replayed from now on ({why})"
     ]
-    assert writer.engine.replay.is_off
-    until(lambda: writer.engine.num_running == 0)
+    assert model.engine.graphs.is_off
+    until(lambda: model.engine.num_running == 0)
 
 
-def test_what_a_wrong_recording_wrote_is_read_anew(plain: Writer) -> None:
-    writer = tiny_writer(record=Misplaced())
+def test_what_a_wrong_recording_wrote_is_read_anew(plain: ChatModel) -> None:
+    model = tiny_chat_model(capture=FixedPositions())
 
-    replies = [say(of.engine, request(of, "x", max_tokens=60)) for of in (writer, plain)]
+    replies = [text_of(of.engine, new_generation(of, "x", max_tokens=60)) for of in (model, plain)]
 
     assert replies[0] == replies[1]
-    assert writer.engine.replay.is_off
+    assert model.engine.graphs.is_off
 
 
 def test_nothing_is_recorded_on_a_cpu_or_where_it_is_switched_off() -> None:
     config = Qwen2Config()
 
-    assert cuda_graphs.recorder("auto", CPU, config) is None
-    assert cuda_graphs.recorder("off", CPU, config) is None
+    assert cuda_graphs.choose_capture("auto", CPU, config) is None
+    assert cuda_graphs.choose_capture("off", CPU, config) is None
 
 
 # --- what the host waits for ---
@@ -320,10 +331,10 @@ def test_the_host_waits_for_no_number_but_the_tokens() -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     samplers = [Sampler(SamplingParams(max_tokens=9, **each), prompt=[1, 2]) for each in RULES]
 
-    with Operations() as operations:
+    with OperationLog() as operations:
         for _ in range(3):
-            for sampler, token in zip(samplers, choose(logits.clone(), samplers), strict=True):
-                sampler.note(token)
+            for sampler, token in zip(samplers, sample(logits.clone(), samplers), strict=True):
+                sampler.accept(token)
 
     assert [name for name in operations.waits if name != "lift_fresh"] == []
 
@@ -337,10 +348,10 @@ def test_a_step_sends_the_same_few_numbers_however_long_the_reply(at_once: int) 
     ]
     sent = []
     for _ in range(6):
-        with Operations() as operations:
-            tokens = choose(logits.clone(), samplers)
+        with OperationLog() as operations:
+            tokens = sample(logits.clone(), samplers)
         for sampler, token in zip(samplers, tokens, strict=True):
-            sampler.note(token)
+            sampler.accept(token)
         sent.append(operations.waits.count("lift_fresh"))
 
     # The rules of all, and each one's last token. At first each one's prompt instead.

@@ -14,23 +14,24 @@ from transformers import Qwen2Config
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
 from ourvidz_serverless.models.chat import batch_limit, sampling
 from ourvidz_serverless.models.chat.batch_limit import BatchLimit
-from ourvidz_serverless.models.chat.engine import Engine, Generation
+from ourvidz_serverless.models.chat.engine import Engine
+from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
-from ourvidz_serverless.models.chat.model import Writer
+from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.models.chat.request import SamplingParams
-from ourvidz_serverless.models.chat.sampling import Sampler, choose
+from ourvidz_serverless.models.chat.sampling import Sampler, sample
 from ourvidz_serverless.models.chat.text_stream import TextStream
 from ourvidz_serverless.models.memory.device import Device
 from tests.fakes.tiny_chat import (
     CPU,
+    CancelCheck,
     Gate,
-    Leave,
-    request,
-    say,
-    say_all,
-    tiny_model,
+    new_generation,
+    text_of,
+    texts_of,
+    tiny_chat_model,
+    tiny_network,
     tiny_tokenizer,
-    tiny_writer,
     until,
 )
 
@@ -40,19 +41,21 @@ SYSTEM = "you are a patient machine that writes letters. " * 3
 
 
 @pytest.fixture(scope="module")
-def writer() -> Writer:
-    return tiny_writer()
+def model() -> ChatModel:
+    return tiny_chat_model()
 
 
 # --- the same text, alone and among others ---
 
 
-def test_a_greedy_reply_is_transformers_own(writer: Writer) -> None:
-    model, ids = tiny_model(), writer.tokens.encode("hello there")
+def test_a_greedy_reply_is_transformers_own(model: ChatModel) -> None:
+    network, ids = tiny_network(), model.tokenizer.encode("hello there")
 
-    theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    theirs = network.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
+        0, len(ids) :
+    ]
 
-    assert say(writer.engine, request(writer, "hello there")) == writer.tokens.decode(
+    assert text_of(model.engine, new_generation(model, "hello there")) == model.tokenizer.decode(
         theirs.tolist()
     )
 
@@ -62,30 +65,32 @@ def test_a_greedy_reply_is_transformers_own(writer: Writer) -> None:
     [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}, {"prefix_tokens": 0}],
 )
 def test_fifty_at_once_say_what_each_says_alone(limits: dict[str, int]) -> None:
-    alone = tiny_writer()
-    together = tiny_writer(**limits)
+    alone = tiny_chat_model()
+    together = tiny_chat_model(**limits)
 
     def make(at: int) -> Generation:
         shared = SYSTEM if at % 2 else ""
-        return request(alone, PROMPTS[at], shared=shared, max_tokens=LENGTHS[at])
+        return new_generation(alone, PROMPTS[at], shared=shared, max_tokens=LENGTHS[at])
 
-    one_by_one = [say(alone.engine, make(at)) for at in range(50)]
+    one_by_one = [text_of(alone.engine, make(at)) for at in range(50)]
 
-    assert say_all(together.engine, [make(at) for at in range(50)]) == one_by_one
+    assert texts_of(together.engine, [make(at) for at in range(50)]) == one_by_one
 
 
-def test_a_seed_repeats_whatever_else_is_in_the_batch(writer: Writer) -> None:
+def test_a_seed_repeats_whatever_else_is_in_the_batch(model: ChatModel) -> None:
     def make(seed: int) -> Generation:
-        return request(writer, "once upon", temperature=1.2, top_p=0.95, seed=seed, max_tokens=20)
+        return new_generation(
+            model, "once upon", temperature=1.2, top_p=0.95, seed=seed, max_tokens=20
+        )
 
-    alone = [say(writer.engine, make(seed)) for seed in range(8)]
+    alone = [text_of(model.engine, make(seed)) for seed in range(8)]
 
-    assert say_all(writer.engine, [make(seed) for seed in range(8)]) == alone
+    assert texts_of(model.engine, [make(seed) for seed in range(8)]) == alone
     assert len(set(alone)) == 8
 
 
-def test_each_request_has_its_own_rules(writer: Writer) -> None:
-    greedy = say(writer.engine, request(writer, "once upon"))
+def test_each_request_has_its_own_rules(model: ChatModel) -> None:
+    greedy = text_of(model.engine, new_generation(model, "once upon"))
     rules: list[dict[str, Any]] = [
         {},
         {"temperature": 2.0, "seed": 1},
@@ -95,22 +100,22 @@ def test_each_request_has_its_own_rules(writer: Writer) -> None:
         {"max_tokens": 4},
     ]
 
-    replies = say_all(writer.engine, [request(writer, "once upon", **each) for each in rules])
+    replies = texts_of(model.engine, [new_generation(model, "once upon", **each) for each in rules])
 
     assert replies[0] == replies[2] == replies[3] == greedy
     assert replies[1] != greedy
     assert replies[5] == greedy[:4]
 
 
-def test_a_late_request_joins_the_running_batch(writer: Writer) -> None:
-    gate = Gate(turns=20)
-    first = request(writer, "a long one", check=gate, max_tokens=400)
-    late = request(writer, "a short one", max_tokens=3)
-    writer.engine.submit(first)
-    until(lambda: gate.holds)
+def test_a_late_request_joins_the_running_batch(model: ChatModel) -> None:
+    gate = Gate(steps=20)
+    first = new_generation(model, "a long one", check=gate, max_tokens=400)
+    late = new_generation(model, "a short one", max_tokens=3)
+    model.engine.submit(first)
+    until(lambda: gate.is_blocking)
 
-    writer.engine.submit(late)
-    gate.let(20)
+    model.engine.submit(late)
+    gate.allow(20)
 
     assert "".join(late)
     assert first.finish_reason is None
@@ -128,7 +133,7 @@ def chosen(logits: list[float], **rules: Any) -> list[int]:
         Sampler(SamplingParams(max_tokens=9, **{"seed": seed, **rules}), prompt)
         for seed in range(400)
     ]
-    return choose(torch.tensor([logits] * 400), samplers)
+    return sample(torch.tensor([logits] * 400), samplers)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -154,10 +159,10 @@ def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[i
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
 def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
-    writer: Writer, temperature: float
+    model: ChatModel, temperature: float
 ) -> None:
-    ids = writer.tokens.encode("once upon")
-    theirs = tiny_model().generate(
+    ids = model.tokenizer.encode("once upon")
+    theirs = tiny_network().generate(
         # Below this one its own quotients are no numbers.
         torch.tensor([ids]),
         max_new_tokens=12,
@@ -166,9 +171,11 @@ def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
         top_k=0,
     )
 
-    reply = say(writer.engine, request(writer, "once upon", temperature=temperature, seed=1))
+    reply = text_of(
+        model.engine, new_generation(model, "once upon", temperature=temperature, seed=1)
+    )
 
-    assert reply == writer.tokens.decode(theirs[0, len(ids) :].tolist())
+    assert reply == model.tokenizer.decode(theirs[0, len(ids) :].tolist())
 
 
 def test_tokens_that_are_equally_likely_are_both_drawn_at_the_coldest_temperature() -> None:
@@ -183,7 +190,7 @@ def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
 
     def drawn() -> list[list[int]]:
         samplers = [Sampler(SamplingParams(max_tokens=9, seed=1, **each), []) for each in rules]
-        return [choose(logits, samplers) for _ in range(20)]
+        return [sample(logits, samplers) for _ in range(20)]
 
     whole = drawn()
     monkeypatch.setattr(sampling, "CANDIDATES", 20)
@@ -194,9 +201,9 @@ def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
 def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]:
     sampler = Sampler(SamplingParams(max_tokens=9, **rules), prompt)
     for token in said:
-        sampler.note(token)
+        sampler.accept(token)
     logits = torch.tensor([1.0, 1.0, -1.0])
-    sampler.adjust(logits)
+    sampler.change_logits(logits)
     return logits.tolist()
 
 
@@ -209,27 +216,27 @@ def test_penalties_count_what_they_should() -> None:
 # --- ends ---
 
 
-def test_a_reply_ends_at_its_length_or_at_the_models_own_end(writer: Writer) -> None:
-    cut = request(writer, "hello", max_tokens=3)
-    say(writer.engine, cut)
-    model = tiny_model()
+def test_a_reply_ends_at_its_length_or_at_the_models_own_end(model: ChatModel) -> None:
+    cut = new_generation(model, "hello", max_tokens=3)
+    text_of(model.engine, cut)
+    network = tiny_network()
     end = tiny_tokenizer().eos_token_id
     with torch.no_grad():
-        model.lm_head.weight[end] = model.lm_head.weight.sum(0) * 50
-    ended = request(writer, "hello", max_tokens=400)
-    text = say(tiny_writer(model).engine, ended)
+        network.lm_head.weight[end] = network.lm_head.weight.sum(0) * 50
+    ended = new_generation(model, "hello", max_tokens=400)
+    text = text_of(tiny_chat_model(network).engine, ended)
 
     assert (cut.finish_reason, cut.num_completion) == ("length", 3)
     assert (ended.finish_reason, ended.ids[-1]) == ("stop", end)
     assert "<|im_end|>" not in text
 
 
-def test_a_stop_string_ends_the_reply_and_is_no_part_of_it(writer: Writer) -> None:
-    whole = say(writer.engine, request(writer, "hello", max_tokens=30))
+def test_a_stop_string_ends_the_reply_and_is_no_part_of_it(model: ChatModel) -> None:
+    whole = text_of(model.engine, new_generation(model, "hello", max_tokens=30))
     stop = whole[10:13]
 
-    stopped = request(writer, "hello", max_tokens=30, stop=(stop, "never said"))
-    text = say(writer.engine, stopped)
+    stopped = new_generation(model, "hello", max_tokens=30, stop=(stop, "never said"))
+    text = text_of(model.engine, stopped)
 
     assert text == whole[: whole.index(stop)]
     assert stopped.finish_reason == "stop"
@@ -290,31 +297,31 @@ def test_a_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
 # --- leaving ---
 
 
-def test_a_cancelled_request_leaves_at_the_next_token(writer: Writer) -> None:
-    gate = Gate(turns=20)
-    stopped = request(writer, "hello", check=gate, max_tokens=400)
-    writer.engine.submit(stopped)
+def test_a_cancelled_request_leaves_at_the_next_token(model: ChatModel) -> None:
+    gate = Gate(steps=20)
+    stopped = new_generation(model, "hello", check=gate, max_tokens=400)
+    model.engine.submit(stopped)
     pieces = iter(stopped)
     next(pieces)
-    gate.is_set = True
+    gate.is_cancelled = True
     gate.open()
 
     with pytest.raises(Cancelled):
         list(pieces)
 
-    until(lambda: writer.engine.num_running == 0)
+    until(lambda: model.engine.num_running == 0)
     assert stopped.num_completion < 400
 
 
 def test_a_waiting_request_can_be_cancelled() -> None:
-    one = tiny_writer(max_batch=1)
-    gate, leave = Gate(turns=0), Leave()
-    first = request(one, "hello", check=gate, max_tokens=400)
-    waiting = request(one, "hello", check=leave)
+    one = tiny_chat_model(max_batch=1)
+    gate, leave = Gate(steps=0), CancelCheck()
+    first = new_generation(one, "hello", check=gate, max_tokens=400)
+    waiting = new_generation(one, "hello", check=leave)
     one.engine.submit(first)
     one.engine.submit(waiting)
-    leave.is_set = True
-    gate.let(20)
+    leave.is_cancelled = True
+    gate.allow(20)
 
     with pytest.raises(Cancelled):
         list(waiting)
@@ -324,32 +331,34 @@ def test_a_waiting_request_can_be_cancelled() -> None:
     "".join(first)
 
 
-def test_a_request_that_nobody_reads_leaves(writer: Writer) -> None:
-    gate = Gate(turns=20)
-    generation = request(writer, "hello", check=gate, max_tokens=400)
-    writer.engine.submit(generation)
+def test_a_request_that_nobody_reads_leaves(model: ChatModel) -> None:
+    gate = Gate(steps=20)
+    generation = new_generation(model, "hello", check=gate, max_tokens=400)
+    model.engine.submit(generation)
     pieces = iter(generation)
     next(pieces)
     pieces.close()
     gate.open()
 
-    until(lambda: writer.engine.num_running == 0)
+    until(lambda: model.engine.num_running == 0)
     assert generation.finish_reason is None
 
 
-def test_those_who_stay_do_not_notice_those_who_leave(writer: Writer) -> None:
-    alone = [say(writer.engine, request(writer, text, max_tokens=40)) for text in PROMPTS[:8]]
-    leaves = [Leave() for _ in range(8)]
-    staying = [request(writer, text, max_tokens=40) for text in PROMPTS[:8]]
-    leaving = [request(writer, "short", check=leave, max_tokens=40) for leave in leaves]
+def test_those_who_stay_do_not_notice_those_who_leave(model: ChatModel) -> None:
+    alone = [
+        text_of(model.engine, new_generation(model, text, max_tokens=40)) for text in PROMPTS[:8]
+    ]
+    leaves = [CancelCheck() for _ in range(8)]
+    staying = [new_generation(model, text, max_tokens=40) for text in PROMPTS[:8]]
+    leaving = [new_generation(model, "short", check=leave, max_tokens=40) for leave in leaves]
     timers = [
-        threading.Timer(0.01 * i, setattr, (leave, "is_set", True))
+        threading.Timer(0.01 * i, setattr, (leave, "is_cancelled", True))
         for i, leave in enumerate(leaves)
     ]
 
     for stays, leaves_early in zip(staying, leaving, strict=True):
-        writer.engine.submit(leaves_early)
-        writer.engine.submit(stays)
+        model.engine.submit(leaves_early)
+        model.engine.submit(stays)
     for timer in timers:
         timer.start()
 
@@ -368,12 +377,14 @@ def test_a_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
 
 
 def test_a_shared_beginning_is_computed_once() -> None:
-    own = tiny_writer()
-    first = say_all(own.engine, [request(own, text, shared=SYSTEM) for text in PROMPTS[:10]])
-    read = own.engine.num_tokens_read
-    later = request(own, PROMPTS[0], shared=SYSTEM)
+    own = tiny_chat_model()
+    first = texts_of(
+        own.engine, [new_generation(own, text, shared=SYSTEM) for text in PROMPTS[:10]]
+    )
+    read = own.engine.num_computed
+    later = new_generation(own, PROMPTS[0], shared=SYSTEM)
 
-    assert say(own.engine, later) == first[0]
+    assert text_of(own.engine, later) == first[0]
 
     own_tokens = sum(len(text) + 11 for text in PROMPTS[:10])
     assert read == len(SYSTEM) + own_tokens
@@ -381,27 +392,27 @@ def test_a_shared_beginning_is_computed_once() -> None:
 
 
 def test_the_prefix_that_was_not_used_longest_is_forgotten() -> None:
-    own = tiny_writer(prefix_tokens=100)
+    own = tiny_chat_model(prefix_tokens=100)
     for shared in ("a" * 60, "b" * 60):
-        say(own.engine, request(own, "x", shared=shared))
-    again = [request(own, "x", shared=shared) for shared in ("b" * 60, "a" * 60)]
+        text_of(own.engine, new_generation(own, "x", shared=shared))
+    again = [new_generation(own, "x", shared=shared) for shared in ("b" * 60, "a" * 60)]
     for each in again:
-        say(own.engine, each)
+        text_of(own.engine, each)
 
     assert [each.num_reused for each in again] == [60, 0]
 
 
 def test_a_long_prompt_does_not_stop_those_who_are_speaking() -> None:
-    own = tiny_writer(prefill_tokens=8)
-    gate = Gate(turns=20)
-    speaking = request(own, "hello", check=gate, max_tokens=300)
+    own = tiny_chat_model(prefill_tokens=8)
+    gate = Gate(steps=20)
+    speaking = new_generation(own, "hello", check=gate, max_tokens=300)
     own.engine.submit(speaking)
-    until(lambda: gate.holds)
+    until(lambda: gate.is_blocking)
     before = speaking.num_completion
 
-    long = request(own, "a" * 160, max_tokens=1)
+    long = new_generation(own, "a" * 160, max_tokens=1)
     own.engine.submit(long)
-    gate.let(100)
+    gate.allow(100)
     "".join(long)
 
     # Twenty pieces of eight tokens, and a token of the other between any two.
@@ -413,7 +424,7 @@ def test_a_long_prompt_does_not_stop_those_who_are_speaking() -> None:
 # --- faults ---
 
 
-def failing(writer_of: Any, error: Exception, rows: int, times: list[int]) -> Any:
+def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
     """The model raises `error` on batches of more than `rows`, as often as `times` says."""
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
@@ -421,36 +432,36 @@ def failing(writer_of: Any, error: Exception, rows: int, times: list[int]) -> An
             times[0] -= 1
             raise error
 
-    writer_of.base_model.register_forward_pre_hook(fail, with_kwargs=True)
-    return writer_of
+    network.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    return network
 
 
-def test_out_of_memory_ends_nothing_but_the_large_batch(writer: Writer) -> None:
-    alone = [say(writer.engine, request(writer, text)) for text in PROMPTS[:8]]
-    model = failing(tiny_model(), torch.OutOfMemoryError("full"), rows=2, times=[99])
-    small = tiny_writer(model)
+def test_out_of_memory_ends_nothing_but_the_large_batch(model: ChatModel) -> None:
+    alone = [text_of(model.engine, new_generation(model, text)) for text in PROMPTS[:8]]
+    network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=2, times=[99])
+    small = tiny_chat_model(network)
 
-    assert say_all(small.engine, [request(small, text) for text in PROMPTS[:8]]) == alone
+    assert texts_of(small.engine, [new_generation(small, text) for text in PROMPTS[:8]]) == alone
 
 
 def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
-    writer: Writer, monkeypatch: pytest.MonkeyPatch
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replies(engine: Engine) -> list[str]:
         seeded = {"temperature": 1.2, "max_tokens": 20}
-        return say_all(engine, [request(writer, "once", seed=i, **seeded) for i in range(4)])
+        return texts_of(engine, [new_generation(model, "once", seed=i, **seeded) for i in range(4)])
 
-    alone, failures = replies(tiny_writer().engine), [torch.OutOfMemoryError("full")] * 2
-    draw = sampling._draw
+    alone, failures = replies(tiny_chat_model().engine), [torch.OutOfMemoryError("full")] * 2
+    draw = sampling.draw_tokens
 
     def fail(*args: Any) -> Any:
         if failures:
             raise failures.pop()
         return draw(*args)
 
-    monkeypatch.setattr(sampling, "_draw", fail)
+    monkeypatch.setattr(sampling, "draw_tokens", fail)
 
-    assert replies(tiny_writer().engine) == alone
+    assert replies(tiny_chat_model().engine) == alone
     assert not failures
 
 
@@ -486,34 +497,34 @@ PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_pena
     "operation", ["zeros_like", "index_fill_", "ones_like", "index_add_", "where", "sub_", "argmax"]
 )
 def test_out_of_memory_while_a_penalty_is_counted_loses_no_count(
-    writer: Writer, operation: str, is_computed: bool
+    model: ChatModel, operation: str, is_computed: bool
 ) -> None:
     def replies(engine: Engine) -> list[str]:
         texts = ["hello", "bye"]
-        asked = [request(writer, each, max_tokens=20, **PENALTIES) for each in texts]
-        return say_all(engine, asked)
+        asked = [new_generation(model, each, max_tokens=20, **PENALTIES) for each in texts]
+        return texts_of(engine, asked)
 
     mode = Failing(operation, is_computed)
     device = FailingDevice(CPU.name, CPU.dtype, mode=mode)
-    failing_once = Engine(tiny_model(), device, [])
+    failing_once = Engine(tiny_network(), device, [])
 
-    assert replies(failing_once) == replies(Engine(tiny_model(), CPU, []))
+    assert replies(failing_once) == replies(Engine(tiny_network(), CPU, []))
     assert mode.failed
 
 
 def test_a_batch_grows_again_after_an_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_limit, "PATIENCE", 4)
-    model, sizes = tiny_model(), [0]
+    monkeypatch.setattr(batch_limit, "STEPS", 4)
+    network, sizes = tiny_network(), [0]
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         rows, width = kwargs["input_ids"].shape
         if width == 1 and rows != sizes[-1]:
             sizes.append(rows)
 
-    model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    own = tiny_writer(failing(model, torch.OutOfMemoryError("full"), rows=7, times=[1]))
+    network.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    own = tiny_chat_model(failing(network, torch.OutOfMemoryError("full"), rows=7, times=[1]))
 
-    say_all(own.engine, [request(own, "hello", max_tokens=200) for _ in range(8)])
+    texts_of(own.engine, [new_generation(own, "hello", max_tokens=200) for _ in range(8)])
 
     assert sizes[1:6] == [4, 5, 6, 7, 8]
 
@@ -543,7 +554,7 @@ def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
     limit = BatchLimit(8)
     limit.shrink(8)
     limit.shrink(8)
-    while limit.size < limit.most:
+    while limit.size < limit.maximum:
         limit.note_step(limit.size)
     for _ in range(128):
         limit.note_step(8)
@@ -553,20 +564,20 @@ def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
 
 
 def test_a_conversation_that_does_not_fit_alone_says_so() -> None:
-    model = failing(tiny_model(), torch.OutOfMemoryError("full"), rows=0, times=[1])
-    small = tiny_writer(model)
+    network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=0, times=[1])
+    small = tiny_chat_model(network)
 
     with pytest.raises(OutOfMemory):
-        say(small.engine, request(small, "hello"))
+        text_of(small.engine, new_generation(small, "hello"))
 
-    assert say(small.engine, request(small, "hello"))
+    assert text_of(small.engine, new_generation(small, "hello"))
 
 
 def test_after_a_bug_the_next_request_is_answered() -> None:
-    broken = tiny_writer(failing(tiny_model(), RuntimeError("secret"), rows=0, times=[1]))
+    broken = tiny_chat_model(failing(tiny_network(), RuntimeError("secret"), rows=0, times=[1]))
 
     with pytest.raises(InternalError) as error:
-        say(broken.engine, request(broken, "hello"))
+        text_of(broken.engine, new_generation(broken, "hello"))
 
     assert "secret" not in error.value.message
-    assert say(broken.engine, request(broken, "hello"))
+    assert text_of(broken.engine, new_generation(broken, "hello"))

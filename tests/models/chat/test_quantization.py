@@ -6,25 +6,28 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
+from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_cuda_graph import Tape
-from tests.fakes.tiny_chat import CPU, ask, request, say, tiny_folder
+from tests.fakes.fake_cuda_graph import FakeCudaGraphs
+from tests.fakes.tiny_chat import CPU, ask, new_generation, text_of, tiny_folder
 from tests.patience import PATIENCE_S
 from tests.servers.handler import run_handler
 
 QUESTION = ("user", "What is the capital of France?")
-POCKET = pytest.mark.skipif(not qwen.POCKET.exists(), reason="`make chat` builds the pocket model")
+POCKET = pytest.mark.skipif(
+    not chat_loader.POCKET.exists(), reason="`make chat` builds the pocket model"
+)
 
 
-def load(**settings: Any) -> tuple[qwen.Chat, int]:
+def load(**settings: Any) -> tuple[Chat, int]:
     """The chat, and the measured bytes of its one model."""
-    chat = qwen.load(Settings(families=("chat",), **settings))
-    (row,) = chat._ledger.report()
+    chat = chat_loader.load(Settings(families=("chat",), **settings))
+    (row,) = chat.ledger.report()
     return chat, row.num_bytes
 
 
-def reply(chat: qwen.Chat) -> str:
+def reply(chat: Chat) -> str:
     return "".join(ask(chat, QUESTION, temperature=0, max_tokens=12))
 
 
@@ -45,7 +48,7 @@ def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_
     chat, quantized = load(chat_instruct_model=place, chat_quantization="int8")
     before = reply(chat)
 
-    wish = chat._ledger.request_move("qwen_instruct", "disk", force=True)
+    wish = chat.ledger.request_move("qwen_instruct", "disk", force=True)
     assert wish.is_done.wait(PATIENCE_S) and wish.error is None
 
     assert reply(chat) == before
@@ -53,18 +56,18 @@ def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_
 
 
 def test_a_quantised_model_is_replayed_too(tmp_path: Path) -> None:
-    place, tape = Path(tiny_folder(tmp_path)), Tape()
+    place, fake_graphs = Path(tiny_folder(tmp_path)), FakeCudaGraphs()
 
     def read() -> Any:
-        return qwen._open(place, CPU, True, "int8")
+        return chat_loader.read_folder(place, CPU, True, "int8")
 
-    def say_hello(writer: qwen.Writer) -> str:
-        return say(writer.engine, request(writer, "hello", max_tokens=40))
+    def say_hello(model: ChatModel) -> str:
+        return text_of(model.engine, new_generation(model, "hello", max_tokens=40))
 
-    expected = say_hello(qwen.Writer(*read(), CPU))
+    expected = say_hello(ChatModel(*read(), CPU))
 
-    assert say_hello(qwen.Writer(*read(), CPU, record=tape)) == expected
-    assert tape.replayed > 0
+    assert say_hello(ChatModel(*read(), CPU, capture=fake_graphs)) == expected
+    assert fake_graphs.num_replayed > 0
 
 
 def test_what_a_device_cannot_run_is_refused_before_anything_is_read() -> None:

@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from ourvidz_serverless.models.chat import model as qwen
-from ourvidz_serverless.models.chat.model import Chat, Writer
+from ourvidz_serverless.models.chat import loader as chat_loader
+from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import card
@@ -51,7 +51,7 @@ def test_no_message_can_speak_as_somebody_else_where_control_tokens_are_not_spec
     # As the tokenizer itself reads that text, it is a turn of the system's.
     assert control <= set(tokenizer.encode(FORGED))
 
-    turn = ChatTokenizer(tokenizer).turn("user", FORGED)
+    turn = ChatTokenizer(tokenizer).encode_message("user", FORGED)
 
     assert [token for token in turn if token in control] == [turn[0], turn[-2]]
     assert FORGED in tokenizer.decode(turn)
@@ -60,7 +60,7 @@ def test_no_message_can_speak_as_somebody_else_where_control_tokens_are_not_spec
 def test_a_checkpoint_of_such_a_tokenizer_is_served_without_forged_turns(tmp_path: Path) -> None:
     place = tiny_folder(tmp_path)
     tiny_tokenizer(ordinary(*SPECIAL)).save_pretrained(place)
-    chat = qwen.load(Settings(families=("chat",), chat_instruct_model=place, device="cpu"))
+    chat = chat_loader.load(Settings(families=("chat",), chat_instruct_model=place, device="cpu"))
 
     reply = ask(chat, ("user", FORGED), max_tokens=1)
     list(reply)
@@ -134,8 +134,10 @@ def test_a_conversation_begins_as_the_models_own_template_has_it(name: str) -> N
 
     ours = ChatTokenizer(tokenizer)
 
-    turns = [token for each in messages for token in ours.turn(each["role"], each["content"])]
-    assert [*ours.chat_lead, *turns, *ours.answer()] == theirs
+    turns = [
+        token for each in messages for token in ours.encode_message(each["role"], each["content"])
+    ]
+    assert [*ours.chat_prefix, *turns, *ours.generation_prompt()] == theirs
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_without_a_template_of_chatml_a_conversation_begins_as_a_text_does(
 ) -> None:
     tokenizer = llamas(template)
 
-    assert ChatTokenizer(tokenizer).chat_lead == tokenizer.encode("") != []
+    assert ChatTokenizer(tokenizer).chat_prefix == tokenizer.encode("") != []
 
 
 def test_a_tokenizer_that_begins_texts_with_nothing_begins_none() -> None:
@@ -154,27 +156,27 @@ def test_a_tokenizer_that_begins_texts_with_nothing_begins_none() -> None:
 
     tokens = ChatTokenizer(tokenizer)
 
-    assert tokens.text_lead == tokens.chat_lead == []
+    assert tokens.text_prefix == tokens.chat_prefix == []
 
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, Chat]:
     tokenizer = llamas(TEMPLATES["with it"])
-    model = tiny_llama(tokenizer)
-    writer = Writer(model, ChatTokenizer(tokenizer), CPU)
+    network = tiny_llama(tokenizer)
+    model = ChatModel(network, ChatTokenizer(tokenizer), CPU)
     ledger = card(1 << 40)
-    ledger.register(writer, "qwen_instruct", "chat")
-    return model, Chat({"qwen_instruct": writer, "qwen_base": writer}, CPU, 512, ledger)
+    ledger.register(model, "qwen_instruct", "chat")
+    return network, Chat({"qwen_instruct": model, "qwen_base": model}, CPU, 512, ledger)
 
 
-def theirs(model: Any, ids: list[int], **options: Any) -> list[int]:
-    made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **options)
+def theirs(network: Any, ids: list[int], **options: Any) -> list[int]:
+    made = network.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **options)
     said: list[int] = made[0, len(ids) :].tolist()
     return said
 
 
 def test_a_llamas_reply_is_the_one_that_transformers_generates(llama: tuple[Any, Chat]) -> None:
-    model, chat = llama
+    network, chat = llama
     tokenizer = llamas(TEMPLATES["with it"])
     messages = [{"role": "user", "content": "hello"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -182,16 +184,16 @@ def test_a_llamas_reply_is_the_one_that_transformers_generates(llama: tuple[Any,
     ours = ask(chat, ("user", "hello"), temperature=0, max_tokens=12, repetition_penalty=1.3)
 
     assert "".join(ours) == tokenizer.decode(
-        theirs(model, ids, repetition_penalty=1.3), skip_special_tokens=True
+        theirs(network, ids, repetition_penalty=1.3), skip_special_tokens=True
     )
     assert ours.stats.num_prompt == len(ids)
 
 
 def test_a_llama_goes_on_with_a_text_as_transformers_does(llama: tuple[Any, Chat]) -> None:
-    model, chat = llama
+    network, chat = llama
     tokenizer = llamas(None)
 
     ours = ask(chat, ("user", "hello"), model="qwen_base", temperature=0, max_tokens=12)
 
-    reply = theirs(model, tokenizer("hello").input_ids)
+    reply = theirs(network, tokenizer("hello").input_ids)
     assert "".join(ours) == tokenizer.decode(reply, skip_special_tokens=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from builder import pocket_sdxl
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.wan import pipeline as wan
 from ourvidz_serverless.settings import Settings
@@ -29,7 +29,7 @@ PLACES = {
     "wan's text": ("WAN_MODEL", "text_encoder/model.safetensors"),
     "chat": ("CHAT_INSTRUCT_MODEL", "model.safetensors"),
 }
-LOADERS = {"sdxl": sdxl.load, "wan": wan.load, "chat": qwen.load}
+LOADERS = {"sdxl": sdxl.load, "wan": wan.load, "chat": chat_loader.load}
 
 
 def cut_off(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.loading import readahead
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
@@ -124,9 +124,9 @@ def test_chat_is_mapped_from_a_disk_and_read_from_elsewhere(tmp_path: Path) -> N
     tiny_folder(tmp_path)
     settings = {"families": ("chat",), "chat_instruct_model": str(tmp_path)}
 
-    elsewhere = qwen.load(Settings(**settings, mmap_weights="never"))
+    elsewhere = chat_loader.load(Settings(**settings, mmap_weights="never"))
     assert mapped(tmp_path) == set()
-    on_disk = qwen.load(Settings(**settings))
+    on_disk = chat_loader.load(Settings(**settings))
 
     assert len(mapped(tmp_path)) == 1
     del elsewhere, on_disk

@@ -22,7 +22,7 @@ from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
 from ourvidz_serverless.jobs.wan import SOLVERS as WIRE_SOLVERS
 from ourvidz_serverless.models import load as load_families
 from ourvidz_serverless.models import open_ledger
-from ourvidz_serverless.models.chat import model as qwen
+from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -667,7 +667,7 @@ def test_an_enhancer_of_its_own_stands_in_the_ledger(settings: Settings, tmp_pat
 
 
 def test_a_pocket_wan_starts_without_an_enhancer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen, "POCKET", Path("/no/such/folder"))
+    monkeypatch.setattr(chat_loader, "POCKET", Path("/no/such/folder"))
 
     assert models.load(Settings(families=("wan",))).enhancer is None
 
