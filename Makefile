@@ -1,6 +1,6 @@
 # `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
 # opens a page to try all three on, `make test` runs the tests. Each makes what it needs, once.
-# `make image FAMILY=sdxl` builds an image.
+# `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
@@ -29,7 +29,7 @@ CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run chat video page test check format image clean
+.PHONY: run chat video page client test check format image clean
 
 # With `make -j` two pips would write to one environment.
 .NOTPARALLEL:
@@ -46,6 +46,11 @@ video:
 # The newcomer's own page, with all three families on their pocket models.
 page: .venv/run .cache/pocket_chat/config.json
 	SERVE=http HOST=127.0.0.1 FAMILIES=sdxl,chat,wan $(MODELS) $(BIN)/python -m ourvidz_serverless serve
+
+# The TypeScript client as a package for Node: .cache/ourvidz-serverless-1.0.0.tgz.
+client: $(CLIENT_CHECKS)
+	PATH="$(CURDIR)/.cache/npm/node_modules/.bin:$$PATH" \
+		npm pack ./clients/typescript --pack-destination .cache
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
@@ -92,7 +97,7 @@ clean:
 .cache/chromium/chromium: | .venv/dev
 	-$(BIN)/python -m builder.browser
 
-# TypeScript's own compiler and two linters of npm packages, which check the client's package.
+# TypeScript's own compiler, which builds the client's package, and two linters that check it.
 # Without npm those tests are skipped.
 $(CLIENT_CHECKS): tests/clients/npm/package-lock.json
 	-mkdir -p .cache/npm && cp tests/clients/npm/package*.json .cache/npm/ && \

@@ -1,6 +1,6 @@
 """The contract's artefacts, written from the code that parses and answers.
 
-    python -m builder.contract            write contract/, clients/typescript/types.ts and dist/
+    python -m builder.contract            write contract/ and clients/typescript/types.ts
     python -m builder.contract --check    fail where they are not what would be written
     python -m builder.contract --keep NAME FILE...
                                           keep payloads, and what they mean today, for ever
@@ -127,7 +127,6 @@ def check() -> list[str]:
     """The artefacts that are missing, or differ from what would be written, or are too many."""
     wanted = artefacts()
     present = {*FOLDER.glob("*.json"), *FOLDER.glob("jobs/*"), *FOLDER.glob("examples/*.json")}
-    present |= {*TYPES.parent.glob("dist/*")}
     stale = {path for path, text in wanted.items() if not path.exists() or path.read_text() != text}
     return sorted(str(path.relative_to(ROOT)) for path in stale | (present - wanted.keys()))
 
@@ -135,9 +134,6 @@ def check() -> list[str]:
 def artefacts() -> dict[Path, str]:
     """Every generated file's text."""
     files = {FOLDER / "VERSION": f"{contract.VERSION}\n", TYPES: types()}
-    modules = {file.name: file.read_text() for file in sorted(TYPES.parent.glob("*.ts"))}
-    for name, text in typescript.compiled({**modules, TYPES.name: files[TYPES]}).items():
-        files[TYPES.parent / f"dist/{name}"] = text
     for name, schema in contract.job_schemas().items():
         files[FOLDER / f"jobs/{name}.schema.json"] = _json(schema)
     for name, schema in {**contract.document_schemas(), "event": contract.event_schema()}.items():

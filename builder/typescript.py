@@ -1,17 +1,11 @@
-"""JSON Schema to TypeScript, as much of both as the contract uses; and TypeScript to JavaScript."""
+"""JSON Schema to TypeScript, as much of both as the contract uses."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
-
-DENO = Path(sys.executable).parent / "deno"
 
 Schema = Mapping[str, Any]
 
@@ -78,24 +72,3 @@ def _key(name: str) -> str:
 
 def _comment(text: str | None, indent: str) -> list[str]:
     return [f"{indent}/** {' '.join(text.split())} */"] if text else []
-
-
-def compiled(sources: Mapping[str, str]) -> dict[str, str]:
-    """Modules as npm has them, by file name: the JavaScript, and the declarations of its types.
-
-    Raises ValueError with the compiler's words where the modules' types do not hold.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in sources.items():
-            Path(folder, name).write_text(text)
-        command = [str(DENO), "transpile", "--quiet", "--declaration", "--outdir", "dist", *sources]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(done.stderr)
-        return {file.name: _for_node(file.read_text()) for file in Path(folder, "dist").iterdir()}
-
-
-def _for_node(text: str) -> str:
-    """A module whose neighbours are JavaScript too, without the compiler's note of its path."""
-    text = re.sub(r"^/// <amd-module .*\n", "", text, flags=re.MULTILINE)
-    return re.sub(r'("\./\w+)\.ts"', r'\1.js"', text)

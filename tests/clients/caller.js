@@ -2,7 +2,7 @@
 //   deno run ... caller.js ACTION ARGUMENTS_AS_JSON
 
 const isDeno = typeof Deno !== "undefined";
-const client = await import(`../../clients/typescript/${isDeno ? "mod.ts" : "dist/mod.js"}`);
+const client = await import(isDeno ? "../../clients/typescript/mod.ts" : process.env.CLIENT);
 const [action, json] = isDeno ? Deno.args : process.argv.slice(2);
 const given = JSON.parse(json);
 

@@ -4,7 +4,6 @@ The tools are those of `tests/clients/npm/`, which `make test` installs into `.c
 """
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,11 +13,9 @@ import pytest
 
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
-from tests.servers.javascript import DENO, deno_environment
+from tests.servers.javascript import CLIENT, DENO, NPM, deno_environment, needed, packed
 
-CLIENT = ROOT / "clients/typescript"
 LOCKED = ROOT / "tests/clients/npm"
-INSTALLED = ROOT / ".cache/npm/node_modules"
 
 #: A caller that uses each part of the client; the compiler has to refuse what is marked.
 USES = """
@@ -46,16 +43,9 @@ familyOf({ type: "poem" });
 """
 
 
-def needed(there: bool, reason: str) -> None:
-    """Skip on a machine that has no npm; CI has to have it."""
-    if not there and "CI" not in os.environ:
-        pytest.skip(reason)
-    assert there, reason
-
-
 def tool(name: str) -> list[str]:
     """A tool from npm, to be run by Node."""
-    program = INSTALLED / ".bin" / name
+    program = NPM / ".bin" / name
     needed(program.exists(), f"{name} is not in .cache/npm; `make test` installs it where npm is")
     return ["node", str(program.resolve())]
 
@@ -72,24 +62,12 @@ def run(command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that `npm publish` would send."""
-    needed(shutil.which("npm") is not None, "npm is not on this machine")
-    folder = tmp_path_factory.mktemp("packed")
-    command = ["npm", "pack", CLIENT, "--ignore-scripts", "--no-update-notifier"]
-    done = run(command, folder)
-    assert done.returncode == 0, done.stderr
-    (file,) = folder.glob("*.tgz")
-    return file
-
-
-@pytest.fixture(scope="module")
-def application(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of somebody who has installed the package, and no other but Node's types."""
     folder = tmp_path_factory.mktemp("application")
     home = folder / "node_modules/@ourvidz/serverless"
     home.parent.mkdir(parents=True)
-    shutil.unpack_archive(packed, folder)
+    shutil.unpack_archive(packed(), folder)
     (folder / "package").rename(home)
     (folder / "package.json").write_text('{"type": "module"}')
     (folder / "uses.ts").write_text(USES)
@@ -101,18 +79,18 @@ def application(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_package_has_its_types_on_node(application: Path, resolution: str, module: str) -> None:
     options = ["--moduleResolution", resolution, "--module", module, "--target", "es2022"]
-    types = ["--lib", "es2023", "--typeRoots", str(INSTALLED / "@types"), "--types", "node"]
+    types = ["--lib", "es2023", "--typeRoots", str(NPM / "@types"), "--types", "node"]
 
     done = run([*tool("tsc"), "--strict", "--noEmit", *options, *types, "uses.ts"], application)
 
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-def test_every_kind_of_import_of_the_package_finds_its_types(packed: Path) -> None:
+def test_every_kind_of_import_of_the_package_finds_its_types() -> None:
     # The package has ECMAScript modules alone, which `require` takes since Node 20.19.
-    command = [*tool("attw"), str(packed), "--ignore-rules", "cjs-resolves-to-esm"]
+    command = [*tool("attw"), str(packed()), "--ignore-rules", "cjs-resolves-to-esm"]
 
-    done = run([*command, "--format", "json"], packed.parent)
+    done = run([*command, "--format", "json"], packed().parent)
 
     assert done.returncode == 0, done.stdout
     analysis = json.loads(done.stdout)["analysis"]
@@ -120,8 +98,8 @@ def test_every_kind_of_import_of_the_package_finds_its_types(packed: Path) -> No
     assert {each["kind"] for each in analysis["problems"]} <= {"CJSResolvesToESM"}
 
 
-def test_the_package_is_as_npm_wants_it(packed: Path) -> None:
-    done = run([*tool("publint"), str(packed), "--strict"], packed.parent)
+def test_the_package_is_as_npm_wants_it() -> None:
+    done = run([*tool("publint"), str(packed()), "--strict"], packed().parent)
 
     assert done.returncode == 0, done.stdout
     assert "All good!" in done.stdout
@@ -148,5 +126,7 @@ def test_every_tool_is_locked_by_its_hash() -> None:
     packages = json.loads((LOCKED / "package-lock.json").read_text())["packages"]
 
     assert packages.pop("")["dependencies"] == wanted
+    package = json.loads((CLIENT / "package.json").read_text())
+    assert package["devDependencies"]["typescript"] == wanted["typescript"]
     assert all(each["integrity"].startswith("sha512-") for each in packages.values())
     assert "npm ci --prefix .cache/npm --ignore-scripts" in (ROOT / "Makefile").read_text()

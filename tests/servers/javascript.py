@@ -1,10 +1,12 @@
 """JavaScript's side: the client in real Deno and Node, and edge functions as Deno runs them."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from tests.servers.worker_process import WorkerProcess
 
 DENO = Path(sys.executable).parent / "deno"
 CALLER = ROOT / "tests/clients/caller.js"
-EXAMPLES = ROOT / "clients/typescript/examples"
+CLIENT = ROOT / "clients/typescript"
+EXAMPLES = CLIENT / "examples"
 RUNTIMES = ("deno", "node")
+
+#: The tools of `tests/clients/npm/`, which `make test` installs.
+NPM = ROOT / ".cache/npm/node_modules"
 
 #: What the worker signs with, and the edge function verifies by.
 SECRET = "whsec_YSBzZWNyZXQgb2Ygb3VyIG93bg=="
@@ -32,7 +38,7 @@ def call(runtime: str, action: str, **given: Any) -> dict[str, Any]:
         [*_command(runtime), str(CALLER), action, json.dumps(given)],
         capture_output=True,
         text=True,
-        env=deno_environment(),
+        env=deno_environment(**({} if runtime == "deno" else {"CLIENT": str(built() / "mod.js")})),
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
@@ -47,11 +53,46 @@ def deno_environment(**env: str) -> dict[str, str]:
 def _command(runtime: str) -> list[str]:
     if runtime == "deno":
         return [str(DENO), "run", "--no-prompt", "--allow-net=127.0.0.1", f"--allow-read={ROOT}"]
-    node = shutil.which("node")
-    if node is None and "CI" not in os.environ:
-        pytest.skip("node is not on this machine")
-    assert node, "node is needed on CI"
-    return [node]
+    needed(shutil.which("node") is not None, "node is not on this machine")
+    return ["node"]
+
+
+def needed(is_there: bool, reason: str) -> None:
+    """Skip the test on a machine that lacks something; CI must have it."""
+    if not is_there and "CI" not in os.environ:
+        pytest.skip(reason)
+    assert is_there, reason
+
+
+def built() -> Path:
+    """The client's `dist/`, as `npm pack` builds it."""
+    return packed().parent / "dist"
+
+
+def packed() -> Path:
+    """The file that `npm publish` would send, built once in this process."""
+    (file,) = Path(_pack().name).glob("*.tgz")
+    return file
+
+
+@functools.cache
+def _pack() -> "tempfile.TemporaryDirectory[str]":
+    """A copy of the client's folder in which `npm pack` has run. It is removed at the exit."""
+    needed(shutil.which("npm") is not None, "npm is not on this machine")
+    needed((NPM / ".bin/tsc").exists(), "tsc is not in .cache/npm; `make test` installs it")
+    folder = tempfile.TemporaryDirectory()
+    ignored = shutil.ignore_patterns("dist", "node_modules")
+    shutil.copytree(CLIENT, folder.name, ignore=ignored, dirs_exist_ok=True)
+    done = subprocess.run(
+        ["npm", "pack", "--no-update-notifier"],
+        cwd=folder.name,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{NPM / '.bin'}:{os.environ['PATH']}"},
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def edge_function(name: str, **env: str) -> WorkerProcess:
