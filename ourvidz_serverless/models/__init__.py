@@ -7,17 +7,15 @@ it serves, since each of them imports torch and more.
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 import time
 from typing import Any
 
 from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
 from ourvidz_serverless.families import FAMILIES, load_module
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
-
-log = logging.getLogger("ourvidz")
 
 
 def open_ledger(settings: Settings) -> Ledger:

@@ -15,7 +15,6 @@ replies go on without.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.chat.kv_cache import BLOCK, next_power_of_two
 from ourvidz_serverless.models.memory.device import (
     Device,
@@ -40,8 +40,6 @@ WARM_UPS = 2
 
 #: Position embeddings that read the positions on the host, or change their own tables.
 UNSUPPORTED_ROPE = ("dynamic", "longrope")
-
-log = logging.getLogger("ourvidz")
 
 #: Hidden states (rows, hidden) from token ids and positions, (rows, 1) each, and the cache length.
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]

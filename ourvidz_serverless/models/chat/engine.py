@@ -17,7 +17,6 @@ equally likely.
 
 from __future__ import annotations
 
-import logging
 import threading
 import traceback
 from collections import deque
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from ourvidz_serverless.errors import JobError, OutOfMemory
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.chat import norms
 from ourvidz_serverless.models.chat.batch_limit import BatchLimit
 from ourvidz_serverless.models.chat.cuda_graphs import Capture, GraphReplay, WrongReplay
@@ -52,8 +52,6 @@ from ourvidz_serverless.models.memory.device import (
 
 #: How often `free_caches` looks whether the last request has left, in seconds.
 IDLE_POLL_S = 0.01
-
-log = logging.getLogger("ourvidz")
 
 
 @dataclass(frozen=True, slots=True)

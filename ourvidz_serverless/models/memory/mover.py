@@ -7,13 +7,13 @@ mover thread.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from ourvidz_serverless.errors import JobError, ModelLoadError
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.types import (
     LedgerEntry,
     Memory,
@@ -22,8 +22,6 @@ from ourvidz_serverless.models.memory.types import (
     MoveRequest,
     State,
 )
-
-log = logging.getLogger("ourvidz")
 
 
 class Mover:

@@ -7,17 +7,15 @@ first.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from ourvidz_serverless.errors import OutOfMemory
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
 from ourvidz_serverless.models.memory.ledger import ModelHandle
-
-log = logging.getLogger("ourvidz")
 
 #: For how many shapes of jobs a plan is remembered.
 MAX_SHAPES = 64

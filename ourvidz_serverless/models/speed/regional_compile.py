@@ -13,7 +13,6 @@ next worker finds it there. Whoever can write there can run code in the worker.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import platform
 import threading
@@ -26,11 +25,10 @@ import diffusers
 import torch
 
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.settings import Settings
-
-log = logging.getLogger("ourvidz")
 
 #: How many shapes are compiled for one network. SDXL has two for each size of image.
 MAX_SHAPES = 16

@@ -7,7 +7,6 @@ for the largest of them, not for all.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from diffusers import (
 from transformers import AutoTokenizer, PreTrainedModel, UMT5EncoderModel
 
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.loading import checkpoints, weight_files
@@ -45,8 +45,6 @@ Route = Literal["t2v", "vace", "i2v", "flf2v"]
 
 #: Reads the modules of one model of the ledger, always in the same order.
 Read = Callable[[], Sequence[Any]]
-
-log = logging.getLogger("ourvidz")
 
 
 @dataclass(frozen=True, slots=True)
