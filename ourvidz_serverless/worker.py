@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import socket
 import threading
@@ -21,11 +20,11 @@ from PIL import Image
 
 from ourvidz_serverless import __version__, jobs, logs, models
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
-from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.deduplication import Flights
 from ourvidz_serverless.delivery import storage
-from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback
+from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
+from ourvidz_serverless.delivery.outbox import Outbox
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.document import Asset, Document, Failure, check_result
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
@@ -39,20 +38,12 @@ from ourvidz_serverless.jobs.admin import ANSWERS, AdminJob, Fate, Office
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.references import fetch as references
 from ourvidz_serverless.settings import Settings
 
 #: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
 #: of the next job with theirs.
 DELIVERY_THREADS = 16
-
-#: How long a document that could not be delivered is tried to be kept, in seconds: the job is
-#: over, and whoever waits for its result hears of it after that.
-KEEP_S = 30.0
-
-#: What either of the two may take of a job that was stopped, or whose time is over.
-LAST_WORD_S = 10.0
 
 VERSIONED = ("runpod", "torch", "diffusers", "transformers")
 
@@ -77,7 +68,7 @@ class Worker:
         self._settings = settings
         self._models = models
         self._assets = assets
-        self._callback, self._is_silent = callback, False
+        self._outbox, self._is_silent = Outbox(callback, self._storage, clock), False
         self._worker_id = worker_id
         self._credentials, self._clock = credentials, clock
         self._policy = policy or references.Policy(
@@ -87,7 +78,6 @@ class Worker:
         self._admission = Admission(settings, limits or RateLimits.of(settings))
         self._pills = pills or Pills(settings.poison_dir)
         self._leaving, self._closing = threading.Event(), threading.Event()
-        self._closed = threading.Event()
         self._lost = threading.Event()
         # Jobs that take turns: those that are prepared, computed or delivered, and the one of them
         # that computes. Before a job is one of the former it holds nothing but its payload.
@@ -123,7 +113,7 @@ class Worker:
     def silent(self) -> Worker:
         """This worker, with the same models, lane and threads, which posts no callbacks."""
         twin = copy.copy(self)
-        twin._callback, twin._is_silent = Callback(None), True
+        twin._is_silent = True
         return twin
 
     def health(self) -> dict[str, Any]:
@@ -229,7 +219,7 @@ class Worker:
     def _end_grace(self) -> None:
         shutdown = WorkerUnavailable("the worker is shutting down")
         self._closing.set()
-        self._closed.set()
+        self._outbox.end_grace()
         self._flights.stop_all(lambda stop: stop.set(shutdown))
 
     def _lose_device(self) -> None:
@@ -269,18 +259,10 @@ class Worker:
             raise WorkerUnavailable("this worker's device failed, and it is being replaced")
 
     def _announce(self, job: Job, context: JobContext) -> None:
-        """Post that the job has begun, if that is wanted. A failure does not matter.
-
-        The post counts towards the job's time, and ends when the job is stopped.
-        """
-        if not self._settings.callback_processing:
-            return
-        document = Document(job.id, self._worker_id, "processing")
-        why_not = _tried(
-            job.id, lambda: self._callback.post(document, job.callback_url, context.deadline)
-        )
-        if why_not:
-            log.warning("job %s could not be announced: %s", job.id, why_not)
+        """Post that the job has begun, if that is wanted."""
+        if self._settings.callback_processing and not self._is_silent:
+            document = Document(job.id, self._worker_id, "processing")
+            self._outbox.announce(document, job.callback_url, context)
 
     def _fetch(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
         """The job's references that could be had; a warning stands for each of the others."""
@@ -376,21 +358,9 @@ class Worker:
         job: Job | None,
         context: JobContext,
     ) -> Document:
-        """Post a document; one that cannot be delivered is stored, and says so.
-
-        Never raises: the job has ended, and its place must be given back.
-        """
-        # Whoever brings no key has no say in where its refusal goes.
-        is_stranger = document.failure is not None and document.failure.code == "UNAUTHORIZED"
-        url = None if is_stranger else jobs.callback_url(event)
-        deadline = self._last_deadline(context, DELIVERY_S)
-        why_not = _tried(document.job_id, lambda: self._callback.post(document, url, deadline))
-        if why_not is None:
+        if self._is_silent:
             return document
-        log.warning("callback of job %s was not delivered: %s", document.job_id, why_not)
-        kept = self._keep(document, url, job, self._last_deadline(context, KEEP_S))
-        told = {"delivered": False, "reason": why_not, "kept": kept}
-        return replace(document, metadata={**document.metadata, "callback": told})
+        return self._outbox.post(document, jobs.callback_url(event), job, context)
 
     def _tell(self, event: Mapping[str, Any], document: Document, context: JobContext) -> Document:
         """Post the end of a job that ran in silence, for a delivery of it that does not."""
@@ -405,75 +375,8 @@ class Worker:
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a job's result, which the platform did not take, beside its assets; its key."""
-        # A caller without a key must not choose where the refusal is stored.
-        is_stranger = (result.get("failure") or {}).get("code") == "UNAUTHORIZED"
-        job = None if is_stranger else self._read(event)
         job_id = jobs.job_id(event) or jobs.new_id()
-        name, began = f"result.{result.get('status', 'failed')}.json", self._clock()
-
-        def remaining_s() -> float:
-            most_s = LAST_WORD_S if self._closed.is_set() else KEEP_S
-            return most_s - (self._clock() - began)
-
-        return self._store(name, result, job_id, job, Deadline(remaining_s))
-
-    def _keep(
-        self, document: Document, url: str | None, job: Job | None, deadline: Deadline
-    ) -> str | None:
-        """Store an undelivered document; its key, or None if that failed."""
-        # With the job's own URL, which whoever posts it again would not know.
-        own = {"callback_url": url} if url else {}
-        name, body = f"callback.{document.status}.json", {**document.callback(), **own}
-        return self._store(name, body, document.job_id, job, deadline)
-
-    def _store(
-        self,
-        name: str,
-        document: Mapping[str, Any],
-        job_id: str,
-        job: Job | None,
-        deadline: Deadline,
-    ) -> str | None:
-        """Store a document by this name; its key, or None if that failed."""
-        # A payload that could not be read has no user, and so no user's folder.
-        folder = f"{job.user_id}/{job.id}" if job else f"undelivered/{job_id}"
-        key = f"{folder}/{name}"
-
-        def store() -> None:
-            body = json.dumps(document).encode()
-            storage.upload(self._storage(job), key, body, "application/json", deadline=deadline)
-
-        why_not = _tried(job_id, store)
-        if why_not:
-            log.warning("the document of job %s could not be stored: %s", job_id, why_not)
-        return None if why_not else key
-
-    def _last_deadline(self, context: JobContext, most_s: float) -> Deadline:
-        """The deadline of what is done after a job's end: `most_s`, within the job's own time.
-
-        `LAST_WORD_S` if the job was stopped, or if its time or the grace is over.
-        """
-        began = self._clock()
-
-        def remaining_s() -> float:
-            spent_s = self._clock() - began
-            own_s = 0.0 if self._closed.is_set() else context.remaining_s
-            return min(most_s - spent_s, max(own_s, LAST_WORD_S - spent_s))
-
-        # A stop ends a wait. A stop that is already set would end every wait at once.
-        return Deadline(remaining_s, time.sleep if context.stop.error else context.stop.wait)
-
-
-def _tried(job_id: str, call: Callable[[], None]) -> str | None:
-    """Why a call failed, in words for everybody; None where it did not. Never raises."""
-    try:
-        call()
-    except (Fault, JobError) as exc:
-        return str(exc)
-    except Exception as exc:
-        logs.bug(job_id, exc)
-        return "an internal error; the worker's log says where"
-    return None
+        return self._outbox.keep_result(result, job_id, self._read(event))
 
 
 def _cause(error: JobError, context: JobContext) -> JobError:

@@ -754,7 +754,7 @@ def test_the_last_callback_ends_with_the_jobs_time(
 def test_a_receiver_that_hangs_holds_no_job_that_is_stopped(
     local: MakeLocal, monkeypatch: pytest.MonkeyPatch, end: Callable[[LocalWorker], None]
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.worker.LAST_WORD_S", 0.1)
+    monkeypatch.setattr("ourvidz_serverless.delivery.outbox.LAST_WORD_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as hanging, ThreadPoolExecutor() as threads:
         url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
         at = local(callback=Callback(url, policy=Retry(base_s=0.01, try_s=20.0)))
