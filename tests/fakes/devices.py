@@ -1,4 +1,4 @@
-"""Devices of a size, models that only know where they are, and what pins the host's memory."""
+"""Fakes of a device, its memory, CUDA's pinning, and a model that has a size and no weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.pinned import PinnedBlock
 
 
-class Card:
-    """The memory of a device with room for so many bytes, and a host with room for so many."""
+class FakeMemory:
+    """The memory of a device and a host, each with a number of bytes."""
 
-    name = "card"
+    name = "fake"
     is_host = False
 
     def __init__(self, total_bytes: int, host_bytes: int = 1 << 40) -> None:
@@ -28,55 +28,55 @@ class Card:
         return self.host_bytes
 
 
-class Parcel:
-    """A model that is nothing but a size and a place."""
+class FakeModel:
+    """A `Movable` that is nothing but a size and a place."""
 
     is_on_disk = True
 
-    def __init__(self, num_bytes: int, card: Card | None = None) -> None:
+    def __init__(self, num_bytes: int, memory: FakeMemory | None = None) -> None:
         self.num_bytes, self.place = num_bytes, "host"
-        self.card = card or Card(0)
-        self.left = threading.Event()
+        self.memory = memory or FakeMemory(0)
+        self.was_evicted = threading.Event()
 
     def load(self) -> None:
         self.place = "host"
 
     def to_device(self) -> None:
         self.place = "device"
-        self.card.held += self.num_bytes
+        self.memory.held += self.num_bytes
 
     def to_host(self) -> None:
-        self._go("host")
+        self._evict_to("host")
 
     def drop(self) -> None:
-        self._go("disk")
+        self._evict_to("disk")
 
-    def _go(self, place: str) -> None:
-        self.card.held -= self.num_bytes if self.place == "device" else 0
+    def _evict_to(self, place: str) -> None:
+        self.memory.held -= self.num_bytes if self.place == "device" else 0
         self.place = place
-        self.left.set()
+        self.was_evicted.set()
 
 
-class NoHome:
-    """Stands where a model's home stands, for a model that is always there."""
+class LoadedHandle:
+    """The handle of a model that is always on the device."""
 
     def prefetch(self) -> None: ...
 
 
-def card(total_bytes: int) -> Ledger:
-    return Ledger(Card(total_bytes))
+def fake_ledger(total_bytes: int) -> Ledger:
+    return Ledger(FakeMemory(total_bytes))
 
 
-#: Of CUDA's errors (`cudaError_t`).
+#: Some of CUDA's error codes (`cudaError_t`).
 MEMORY_ALLOCATION, ALREADY_REGISTERED, NOT_REGISTERED = 2, 712, 713
 PAGE = 4096
 
 
-class Pins:
-    """The part of CUDA's runtime that pins memory: by pages, none twice, `most` bytes at most."""
+class FakeCudaRuntime:
+    """CUDA's calls to pin memory: whole pages, no page twice, at most `max_bytes`."""
 
-    def __init__(self, most: int = 1 << 40) -> None:
-        self.most = most
+    def __init__(self, max_bytes: int = 1 << 40) -> None:
+        self.max_bytes = max_bytes
         self.pages: dict[int, range] = {}
 
     @property
@@ -85,7 +85,7 @@ class Pins:
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int, /) -> int:
         pages = range(address // PAGE, -(-(address + num_bytes) // PAGE))
-        if self.num_bytes + PAGE * len(pages) > self.most:
+        if self.num_bytes + PAGE * len(pages) > self.max_bytes:
             return MEMORY_ALLOCATION
         if any(each.start < pages.stop and pages.start < each.stop for each in self.pages.values()):
             return ALREADY_REGISTERED
@@ -96,8 +96,8 @@ class Pins:
         return 0 if self.pages.pop(address, None) else NOT_REGISTERED
 
 
-class TorchsPins:
-    """torch's own allocator of pinned memory (ATen/core/CachingHostAllocator.h, torch 2.13).
+class TorchPinnedAllocator:
+    """A model of torch's allocator of pinned memory (CachingHostAllocator.h, torch 2.13).
 
     A request is rounded up to a power of two, and a freed block is kept for the next one of that
     size, for as long as `pinned_max_cached_size_mb` is not set.
@@ -119,18 +119,18 @@ class TorchsPins:
         self._free.append(size)
 
 
-class Gpu:
-    """A GPU for `models.tensors`: its memory is the host's, at addresses of its own.
+class FakeGpu:
+    """A GPU for `MovableTensors`, whose memory is a part of the host's.
 
-    It gives the lowest address that is free, as CUDA's allocator gives the block freed last.
+    It allocates at the lowest free address: like CUDA's allocator it uses freed memory again.
     """
 
     is_cuda = True
 
-    def __init__(self, num_bytes: int = 1 << 24, pins: Pins | None = None) -> None:
+    def __init__(self, num_bytes: int = 1 << 24, runtime: FakeCudaRuntime | None = None) -> None:
         self._memory = memoryview(bytearray(num_bytes))
         self._taken: dict[int, int] = {}
-        self.pins = pins or Pins()
+        self.runtime = runtime or FakeCudaRuntime()
 
     @property
     def used_bytes(self) -> int:
@@ -155,7 +155,7 @@ class Gpu:
 
     def pin(self, num_bytes: int) -> PinnedBlock | None:
         try:
-            return PinnedBlock(num_bytes, self.pins)
+            return PinnedBlock(num_bytes, self.runtime)
         except RuntimeError:
             return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ourvidz_serverless.models.sdxl.loras import LoraShelf
-from tests.fakes.devices import NoHome
+from tests.fakes.devices import LoadedHandle
 
 
 class NoDevice:
@@ -26,7 +26,7 @@ class FakeSdxl:
 
     adapter = None
     loras = LoraShelf(None)
-    handle = NoHome()
+    handle = LoadedHandle()
 
     def __init__(self) -> None:
         self.device = NoDevice()

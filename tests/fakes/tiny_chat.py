@@ -30,7 +30,7 @@ from ourvidz_serverless.models.chat.request import ChatRequest, Message, ModelNa
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
-from tests.fakes.devices import card
+from tests.fakes.devices import fake_ledger
 from tests.patience import PATIENCE_S
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -125,7 +125,7 @@ def tiny_chat_model(
 def tiny_chat(context: int = 512, **limits: int) -> Chat:
     """One model that serves under both names."""
     model = tiny_chat_model(tiny_network(context=context), **limits)
-    ledger = card(model.num_bytes)
+    ledger = fake_ledger(model.num_bytes)
     ledger.register(model, "qwen_instruct", "chat")
     return Chat({"qwen_instruct": model, "qwen_base": model}, CPU, context, ledger)
 
@@ -136,7 +136,7 @@ def tiny_pair(places: int) -> Chat:
         "qwen_instruct": tiny_chat_model(),
         "qwen_base": tiny_chat_model(tiny_network(seed=1)),
     }
-    ledger: Ledger = card(places * models["qwen_base"].num_bytes)
+    ledger: Ledger = fake_ledger(places * models["qwen_base"].num_bytes)
     for name, model in models.items():
         ledger.register(model, name, "chat")
     return Chat(models, CPU, 512, ledger)

@@ -11,7 +11,7 @@ from ourvidz_serverless.context import Stop
 from ourvidz_serverless.jobs.admin import ANSWERS, CHANGING
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
-from tests.fakes.devices import Card, Parcel
+from tests.fakes.devices import FakeMemory, FakeModel
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
@@ -26,9 +26,9 @@ class Site:
     """A worker for SDXL and chat on a card of 24 GB, whose models are parcels of that size."""
 
     def __init__(self, local: Callable[..., LocalWorker], **settings: Any) -> None:
-        card = Card(24 * 1024 * MIB)
+        card = FakeMemory(24 * 1024 * MIB)
         self.ledger = Ledger(card)
-        self.parcels = {name: Parcel(size * MIB, card) for name, size in SIZES.items()}
+        self.parcels = {name: FakeModel(size * MIB, card) for name, size in SIZES.items()}
         for name, parcel in self.parcels.items():
             family = "sdxl" if name == "sdxl" else "chat"
             is_pinned = name == "sdxl"
@@ -91,7 +91,7 @@ def test_the_answer_is_a_document_without_assets(site: Site) -> None:
 def test_health_tells_what_is_loaded_and_where(site: Site) -> None:
     assert site.ask("health")["model_loaded"] is True
     assert site.ask("health", target_worker="chat_worker")["model_loaded"] is False
-    assert site.ask("health")["device"] == "card"
+    assert site.ask("health")["device"] == "fake"
 
 
 def test_memory_is_told_in_the_specifications_words(site: Site) -> None:
@@ -251,7 +251,7 @@ def test_a_model_in_use_is_not_unloaded_under_its_job(site: Site) -> None:
         assert (forced["success"], forced["pending"]) == (True, ["sdxl"])
         assert site.parcels["sdxl"].place == "device"
 
-    assert site.parcels["sdxl"].left.wait(PATIENCE_S)
+    assert site.parcels["sdxl"].was_evicted.wait(PATIENCE_S)
     assert site.ask("health", target_worker="sdxl")["model_loaded"] is False
 
 

@@ -14,7 +14,7 @@ from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.settings import Settings
-from tests.fakes.devices import card
+from tests.fakes.devices import fake_ledger
 from tests.fakes.tiny_chat import (
     CPU,
     SPECIAL,
@@ -164,7 +164,7 @@ def llama() -> tuple[Any, Chat]:
     tokenizer = llamas(TEMPLATES["with it"])
     network = tiny_llama(tokenizer)
     model = ChatModel(network, ChatTokenizer(tokenizer), CPU)
-    ledger = card(1 << 40)
+    ledger = fake_ledger(1 << 40)
     ledger.register(model, "qwen_instruct", "chat")
     return network, Chat({"qwen_instruct": model, "qwen_base": model}, CPU, 512, ledger)
 

@@ -19,7 +19,7 @@ from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.settings import Settings
-from tests.fakes.devices import Card, Parcel
+from tests.fakes.devices import FakeMemory, FakeModel
 from tests.files import ROOT
 
 POCKET = ROOT / "pocket"
@@ -145,7 +145,7 @@ def test_it_waits_until_all_is_read_and_a_file_that_went_is_no_error(tmp_path: P
 
 
 def test_models_come_to_the_device_when_their_files_are_read() -> None:
-    ledger, parcel, read = Ledger(Card(100)), Parcel(10), threading.Event()
+    ledger, parcel, read = Ledger(FakeMemory(100)), FakeModel(10), threading.Event()
     ledger.register(parcel, "parcel", "none")
     ledger.wait_for_files = lambda: None if read.wait(30) else pytest.fail("not read")
     settling = threading.Thread(target=ledger.preload, args=(parcel,))

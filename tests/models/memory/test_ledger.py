@@ -1,4 +1,4 @@
-"""The ledger: never over the device's size, nobody moved in lease, and no request forgotten."""
+"""The ledger never exceeds the device, never moves a model in use, and serves every request."""
 
 import random
 import threading
@@ -15,22 +15,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import PressureLevels
-from tests.fakes.devices import Card
+from tests.fakes.devices import FakeMemory
 from tests.patience import PATIENCE_S
 
 TOTAL = 24
 
 
-class Depot:
-    """Where freights really are. It is what a ledger must not get wrong."""
+class StrictMemory:
+    """The memory that models really take. It fails if a ledger exceeds the device."""
 
-    def __init__(self, total: int = TOTAL, host: int = 40, tells_all: bool = True) -> None:
+    def __init__(self, total: int = TOTAL, host: int = 40, counts_working: bool = True) -> None:
         self.lock = threading.Lock()
-        # A real device does not tell what a job has been promised and has not taken yet.
-        self.total, self.host, self.tells_all = total, host, tells_all
+        # A real device does not know what is reserved for a job that has not taken it yet.
+        self.total, self.host, self.counts_working = total, host, counts_working
         self.on_device = self.in_host = self.working = 0
 
-    name = "depot"
+    name = "strict"
     is_host = False
 
     @property
@@ -38,7 +38,7 @@ class Depot:
         return self.total
 
     def free_bytes(self) -> int:
-        return self.total - (self.on_device + self.working if self.tells_all else 0)
+        return self.total - (self.on_device + self.working if self.counts_working else 0)
 
     def host_free_bytes(self) -> int:
         return self.host - self.in_host
@@ -52,13 +52,13 @@ class Depot:
             assert self.on_device >= 0 and self.in_host >= 0
 
 
-class Freight:
-    """A model of a weight, in one of three places, which may fail on its way."""
+class StrictModel:
+    """A model with a size, in one of three places. Its moves can fail."""
 
     is_on_disk = True
 
-    def __init__(self, depot: Depot, num_bytes: int, place: str = "disk") -> None:
-        self.depot, self.num_bytes, self.place = depot, num_bytes, place
+    def __init__(self, memory: StrictMemory, num_bytes: int, place: str = "disk") -> None:
+        self.memory, self.num_bytes, self.place = memory, num_bytes, place
         self.users = 0
         self.fails: list[Exception] = []
 
@@ -82,67 +82,67 @@ class Freight:
         assert not self.users, "moved while it was in use"
         if self.fails and (here, there) != ("device", "host") and there != "disk":
             raise self.fails.pop()
-        self.depot.change(**change)
+        self.memory.change(**change)
         self.place = there
 
 
-class Later(Exception):
+class WouldWait(Exception):
     """A request that would have to wait."""
 
 
-def later() -> None:
-    raise Later
+def refuse_to_wait() -> None:
+    raise WouldWait
 
 
-class Yard(RuleBasedStateMachine):
-    """One ledger, some freights, and whatever can happen to them in any order."""
+class LedgerMachine(RuleBasedStateMachine):
+    """One ledger, some models, and all operations in any order."""
 
     @initialize(
         sizes=st.lists(st.integers(1, 14), min_size=2, max_size=5),
         pinned=st.booleans(),
-        tells_all=st.booleans(),
+        counts_working=st.booleans(),
     )
-    def open(self, sizes: list[int], pinned: bool, tells_all: bool) -> None:
-        self.depot = Depot(tells_all=tells_all)
-        self.ledger = Ledger(self.depot, has_mover_thread=False)
-        self.freights = [Freight(self.depot, size) for size in sizes]
-        self.leases: list[tuple[Freight, Any, int]] = []
-        for index, freight in enumerate(self.freights):
+    def open(self, sizes: list[int], pinned: bool, counts_working: bool) -> None:
+        self.memory = StrictMemory(counts_working=counts_working)
+        self.ledger = Ledger(self.memory, has_mover_thread=False)
+        self.models = [StrictModel(self.memory, size) for size in sizes]
+        self.leases: list[tuple[StrictModel, Any, int]] = []
+        for index, model in enumerate(self.models):
             self.ledger.register(
-                freight,
+                model,
                 f"f{index}",
                 "wan",
                 state="disk",
                 is_pinned=pinned and not index,
             )
 
-    def _chosen(self, data: st.DataObject) -> Freight:
-        return data.draw(st.sampled_from(self.freights))
+    def _chosen(self, data: st.DataObject) -> StrictModel:
+        return data.draw(st.sampled_from(self.models))
 
     @rule(data=st.data(), working=st.integers(0, 6))
-    def take(self, data: st.DataObject, working: int) -> None:
-        freight = self._chosen(data)
+    def acquire(self, data: st.DataObject, working: int) -> None:
+        model = self._chosen(data)
         try:
-            lease = self.ledger.acquire(freight, later, shape=working)
-        except (Later, ModelLoadError, OutOfMemory):
+            lease = self.ledger.acquire(model, refuse_to_wait, shape=working)
+        except (WouldWait, ModelLoadError, OutOfMemory):
             return
-        assert freight.place == "device"
-        freight.users += 1
-        self.depot.change(working=lease.reserved_bytes)
-        self.leases.append((freight, lease, lease.reserved_bytes))
+        assert model.place == "device"
+        model.users += 1
+        self.memory.change(working=lease.reserved_bytes)
+        self.leases.append((model, lease, lease.reserved_bytes))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), measured=st.integers(0, 6))
-    def give_back(self, data: st.DataObject, measured: int) -> None:
-        freight, lease, promised = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        self.depot.change(working=-promised)
-        freight.users -= 1
+    def release(self, data: st.DataObject, measured: int) -> None:
+        model, lease, reserved = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        self.memory.change(working=-reserved)
+        model.users -= 1
         lease.measured_bytes = measured
-        self.ledger.release(freight, lease)
+        self.ledger.release(model, lease)
 
     @rule(data=st.data(), force=st.booleans(), to=st.sampled_from(["device", "host", "disk"]))
-    def wish(self, data: st.DataObject, force: bool, to: Any) -> None:
-        index = data.draw(st.integers(0, len(self.freights) - 1))
+    def request_move(self, data: st.DataObject, force: bool, to: Any) -> None:
+        index = data.draw(st.integers(0, len(self.models) - 1))
         self.ledger.request_move(f"f{index}", to, force=force)
 
     @rule(data=st.data())
@@ -150,7 +150,7 @@ class Yard(RuleBasedStateMachine):
         self.ledger.prefetch(self._chosen(data))
 
     @rule()
-    def carry(self) -> None:
+    def grant(self) -> None:
         self.ledger.grant_one_request()
 
     @rule(data=st.data(), error=st.sampled_from([ModelLoadError("gone"), OutOfMemory("full")]))
@@ -163,63 +163,62 @@ class Yard(RuleBasedStateMachine):
         self.ledger.evict_idle(keep)
 
     @invariant()
-    def every_row_tells_the_truth_about_users(self) -> None:
+    def the_report_counts_the_users_of_each_model(self) -> None:
         if not hasattr(self, "ledger"):
             return
         rows = {row.name: row for row in self.ledger.report()}
-        for index, freight in enumerate(self.freights):
-            assert rows[f"f{index}"].num_users == freight.users
-            if freight.users:
-                assert freight.place == rows[f"f{index}"].state == "device"
+        for index, model in enumerate(self.models):
+            assert rows[f"f{index}"].num_users == model.users
+            if model.users:
+                assert model.place == rows[f"f{index}"].state == "device"
 
     def teardown(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        for freight, lease, promised in self.leases:
-            self.depot.change(working=-promised)
-            freight.users -= 1
-            self.ledger.release(freight, lease)
-        # Whoever comes now is served at once: nothing holds room that nobody has.
-        for freight in self.freights:
-            freight.fails = []
+        for model, lease, reserved in self.leases:
+            self.memory.change(working=-reserved)
+            model.users -= 1
+            self.ledger.release(model, lease)
+        # Each model is served at once now: no memory is reserved without a user.
+        for model in self.models:
+            model.fails = []
         while self.ledger.grant_one_request():
             pass
-        for freight in self.freights:
-            if freight.num_bytes <= TOTAL:
-                with self.ledger.using(freight):
-                    assert freight.place == "device"
+        for model in self.models:
+            if model.num_bytes <= TOTAL:
+                with self.ledger.using(model):
+                    assert model.place == "device"
         assert self.ledger.num_waiting == 0
-        assert self.ledger.free_bytes() == TOTAL - self.depot.on_device
+        assert self.ledger.free_bytes() == TOTAL - self.memory.on_device
 
 
-TestYard = Yard.TestCase
-TestYard.settings = budget(max_examples=400, stateful_step_count=40, deadline=None)
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = budget(max_examples=400, stateful_step_count=40, deadline=None)
 
 
-def test_threads_that_want_everything_at_once_all_finish() -> None:
-    """Four thousand random jobs on eight threads: no deadlock, no leak, and never too much."""
-    depot = Depot()
-    ledger, freights = Ledger(depot), [Freight(depot, size) for size in (3, 5, 8, 13, 21)]
-    for index, freight in enumerate(freights):
-        ledger.register(freight, f"f{index}", "wan", state="disk", is_pinned=index == 1)
+def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device() -> None:
+    memory = StrictMemory()
+    ledger, models = Ledger(memory), [StrictModel(memory, size) for size in (3, 5, 8, 13, 21)]
+    for index, model in enumerate(models):
+        ledger.register(model, f"f{index}", "wan", state="disk", is_pinned=index == 1)
     threads_before = threading.active_count()
 
     def work(seed: int) -> int:
         chance, served = random.Random(seed), 0
         for _ in range(500):
-            freight, shape = chance.choice(freights), chance.randrange(3)
+            model, shape = chance.choice(models), chance.randrange(3)
             if chance.random() < 0.1:
-                ledger.prefetch(freight)
+                ledger.prefetch(model)
             if chance.random() < 0.05:
-                ledger.request_move(f"f{freights.index(freight)}", "host", force=True)
-            with ledger.using(freight, shape=shape) as lease:
-                with depot.lock:
-                    freight.users += 1
-                depot.change(working=lease.reserved_bytes)
-                assert freight.place == "device"
-                depot.change(working=-lease.reserved_bytes)
-                with depot.lock:
-                    freight.users -= 1
+                ledger.request_move(f"f{models.index(model)}", "host", force=True)
+            with ledger.using(model, shape=shape) as lease:
+                with memory.lock:
+                    model.users += 1
+                memory.change(working=lease.reserved_bytes)
+                assert model.place == "device"
+                memory.change(working=-lease.reserved_bytes)
+                with memory.lock:
+                    model.users -= 1
                 lease.measured_bytes = shape
                 served += 1
         return served
@@ -229,171 +228,171 @@ def test_threads_that_want_everything_at_once_all_finish() -> None:
 
     assert served == 4000
     assert [row.num_users for row in ledger.report()] == [0] * 5
-    assert depot.working == 0 and ledger.num_waiting == 0
-    assert threading.active_count() <= threads_before + 1  # the porter
+    assert memory.working == 0 and ledger.num_waiting == 0
+    assert threading.active_count() <= threads_before + 1  # the mover thread
 
 
-# --- one by one ---
+# --- one behaviour at a time ---
 
 
 @pytest.fixture
-def make() -> Callable[..., tuple[Ledger, list[Freight]]]:
+def make() -> Callable[..., tuple[Ledger, list[StrictModel]]]:
     def build(*sizes: int, host: int = 100, pinned: int | None = None) -> Any:
-        depot = Depot(host=host)
-        ledger, freights = Ledger(depot), [Freight(depot, size) for size in sizes]
-        for index, freight in enumerate(freights):
-            ledger.register(freight, f"f{index}", "wan", state="disk", is_pinned=index == pinned)
-        return ledger, freights
+        memory = StrictMemory(host=host)
+        ledger, models = Ledger(memory), [StrictModel(memory, size) for size in sizes]
+        for index, model in enumerate(models):
+            ledger.register(model, f"f{index}", "wan", state="disk", is_pinned=index == pinned)
+        return ledger, models
 
     return build
 
 
-def visit(ledger: Ledger, *freights: Freight) -> None:
-    for freight in freights:
-        with ledger.using(freight):
+def use(ledger: Ledger, *models: StrictModel) -> None:
+    for model in models:
+        with ledger.using(model):
             pass
 
 
-def places(freights: list[Freight]) -> list[str]:
-    return [freight.place for freight in freights]
+def places(models: list[StrictModel]) -> list[str]:
+    return [model.place for model in models]
 
 
-def test_the_least_recently_used_leaves_first(make: Any) -> None:
-    ledger, freights = make(10, 10, 10)
+def test_the_least_recently_used_model_is_evicted_first(make: Any) -> None:
+    ledger, models = make(10, 10, 10)
 
-    visit(ledger, freights[0], freights[1], freights[0], freights[2])
+    use(ledger, models[0], models[1], models[0], models[2])
 
-    assert places(freights) == ["device", "host", "device"]
-
-
-def test_a_pinned_model_leaves_last(make: Any) -> None:
-    ledger, freights = make(10, 10, 10, pinned=0)
-
-    visit(ledger, freights[0], freights[1], freights[2])
-    assert places(freights) == ["device", "host", "device"]
-
-    with ledger.using(freights[2]):
-        visit(ledger, freights[1])
-    assert places(freights) == ["host", "device", "device"]
+    assert places(models) == ["device", "host", "device"]
 
 
-def test_where_the_host_has_no_room_a_model_is_dropped_and_read_again(make: Any) -> None:
-    ledger, freights = make(20, 10, host=20)
+def test_a_pinned_model_is_evicted_last(make: Any) -> None:
+    ledger, models = make(10, 10, 10, pinned=0)
 
-    visit(ledger, *freights)
-    freights[0].depot.host = 5
-    visit(ledger, freights[1])
+    use(ledger, models[0], models[1], models[2])
+    assert places(models) == ["device", "host", "device"]
 
-    freights[0].depot.host = 20
-    visit(ledger, freights[0])
-    assert places(freights)[0] == "device"
-
-
-def test_models_that_leave_together_do_not_share_one_room_of_the_host(make: Any) -> None:
-    ledger, freights = make(10, 10, 2, host=12)
-    visit(ledger, *freights)
-
-    ledger.evict_idle(freights[2])
-
-    assert sorted(places(freights)) == ["device", "disk", "host"]
+    with ledger.using(models[2]):
+        use(ledger, models[1])
+    assert places(models) == ["host", "device", "device"]
 
 
-def test_room_is_made_for_what_a_job_of_that_shape_was_measured_to_need(make: Any) -> None:
-    ledger, freights = make(10, 10)
-    visit(ledger, *freights)
-    with ledger.using(freights[0], shape="large") as lease:
+def test_a_model_is_dropped_if_the_host_has_no_room_and_read_again_later(make: Any) -> None:
+    ledger, models = make(20, 10, host=20)
+
+    use(ledger, *models)
+    models[0].memory.host = 5
+    use(ledger, models[1])
+
+    models[0].memory.host = 20
+    use(ledger, models[0])
+    assert places(models)[0] == "device"
+
+
+def test_room_in_the_host_is_counted_once_for_models_that_are_evicted_together(make: Any) -> None:
+    ledger, models = make(10, 10, 2, host=12)
+    use(ledger, *models)
+
+    ledger.evict_idle(models[2])
+
+    assert sorted(places(models)) == ["device", "disk", "host"]
+
+
+def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(make: Any) -> None:
+    ledger, models = make(10, 10)
+    use(ledger, *models)
+    with ledger.using(models[0], shape="large") as lease:
         lease.measured_bytes = 8
 
-    assert places(freights) == ["device", "device"]
-    with ledger.using(freights[0], shape="large"):
-        assert places(freights) == ["device", "host"]
+    assert places(models) == ["device", "device"]
+    with ledger.using(models[0], shape="large"):
+        assert places(models) == ["device", "host"]
 
 
 def test_a_model_larger_than_the_device_is_refused_with_both_sizes(make: Any) -> None:
-    ledger, freights = make(TOTAL + 1)
+    ledger, models = make(TOTAL + 1)
 
     with pytest.raises(OutOfMemory, match="f0 takes 0 MiB, and the device has 0"):
-        ledger.acquire(freights[0])
+        ledger.acquire(models[0])
 
     assert ledger.num_waiting == 0
 
 
 def test_a_model_that_does_not_load_is_read_once_more(make: Any) -> None:
-    ledger, freights = make(10)
-    freights[0].fails = [ModelLoadError("a bad moment")]
+    ledger, models = make(10)
+    models[0].fails = [ModelLoadError("a bad moment")]
 
-    visit(ledger, freights[0])
+    use(ledger, models[0])
 
-    assert places(freights) == ["device"]
+    assert places(models) == ["device"]
 
 
 def test_a_model_that_fails_twice_is_absent_until_it_loads_again(make: Any) -> None:
-    ledger, freights = make(10)
-    freights[0].fails = [ModelLoadError("gone")] * 2
+    ledger, models = make(10)
+    models[0].fails = [ModelLoadError("gone")] * 2
 
     with pytest.raises(ModelLoadError):
-        ledger.acquire(freights[0])
+        ledger.acquire(models[0])
     assert [row.state for row in ledger.report()] == ["absent"]
 
-    visit(ledger, freights[0])
-    assert places(freights) == ["device"]
+    use(ledger, models[0])
+    assert places(models) == ["device"]
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    """Wait until something is so, or has had time enough to be."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when the condition holds, or after a generous time."""
     end = time.monotonic() + PATIENCE_S
-    while not is_so() and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.01)
 
 
-def test_what_is_expected_is_there_before_it_is_asked_for(make: Any) -> None:
-    ledger, freights = make(10, 10)
-    with ledger.using(freights[0]):
-        ledger.prefetch(freights[1])
-        until(lambda: freights[1].place == "device")
+def test_a_prefetched_model_is_on_the_device_before_it_is_acquired(make: Any) -> None:
+    ledger, models = make(10, 10)
+    with ledger.using(models[0]):
+        ledger.prefetch(models[1])
+        wait_until(lambda: models[1].place == "device")
 
-        assert ledger.acquire(freights[1]).swap_s == 0
-
-
-def test_what_is_expected_comes_as_far_as_the_host_while_the_device_is_full(make: Any) -> None:
-    ledger, freights = make(14, 14)
-    with ledger.using(freights[0]):
-        ledger.prefetch(freights[1])
-        until(lambda: freights[1].place == "host")
-
-        assert places(freights) == ["device", "host"]
-
-    until(lambda: freights[1].place == "device")
-    assert places(freights) == ["host", "device"]
+        assert ledger.acquire(models[1]).swap_s == 0
 
 
-def test_a_wish_without_force_drives_nobody_out(make: Any) -> None:
-    ledger, freights = make(14, 14)
-    visit(ledger, freights[0])
+def test_a_prefetched_model_waits_in_the_host_while_the_device_is_full(make: Any) -> None:
+    ledger, models = make(14, 14)
+    with ledger.using(models[0]):
+        ledger.prefetch(models[1])
+        wait_until(lambda: models[1].place == "host")
 
-    wish = ledger.request_move("f1", "device")
+        assert places(models) == ["device", "host"]
 
-    assert wish.is_done.wait(PATIENCE_S)
-    assert wish.error == "there is no room for it"
-    assert places(freights) == ["device", "disk"]
+    wait_until(lambda: models[1].place == "device")
+    assert places(models) == ["host", "device"]
 
 
-def test_a_model_in_use_leaves_by_force_when_its_last_user_has_left(make: Any) -> None:
-    ledger, freights = make(14)
-    with ledger.using(freights[0]):
+def test_a_move_request_without_force_evicts_no_model(make: Any) -> None:
+    ledger, models = make(14, 14)
+    use(ledger, models[0])
+
+    request = ledger.request_move("f1", "device")
+
+    assert request.is_done.wait(PATIENCE_S)
+    assert request.error == "there is no room for it"
+    assert places(models) == ["device", "disk"]
+
+
+def test_a_forced_move_of_a_model_in_use_waits_for_its_last_user(make: Any) -> None:
+    ledger, models = make(14)
+    with ledger.using(models[0]):
         assert ledger.request_move("f0", "host").error == "it is in use"
-        wish = ledger.request_move("f0", "disk", force=True)
-        assert not wish.is_done.wait(0.05)
+        request = ledger.request_move("f0", "disk", force=True)
+        assert not request.is_done.wait(0.05)
 
-    assert wish.is_done.wait(PATIENCE_S)
-    assert places(freights) == ["disk"]
+    assert request.is_done.wait(PATIENCE_S)
+    assert places(models) == ["disk"]
 
 
 @pytest.mark.parametrize(
     ("used", "name"), [(0, "low"), (0.69, "low"), (0.7, "medium"), (0.9, "high"), (1, "critical")]
 )
-def test_pressure_has_four_names(used: float, name: str) -> None:
-    class Used(Card):
+def test_pressure_has_four_levels(used: float, name: str) -> None:
+    class Used(FakeMemory):
         def free_bytes(self) -> int:
             return round(self.total_bytes * (1 - used))
 

@@ -1,4 +1,4 @@
-"""Two models in one place: swapped on demand, never in the middle of a request."""
+"""Two models on a device with room for one: swapped on demand, never while a job uses one."""
 
 import threading
 import time
@@ -9,13 +9,13 @@ import pytest
 
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.models.memory.ledger import Ledger
-from tests.fakes.devices import Card, Parcel, card
+from tests.fakes.devices import FakeMemory, FakeModel, fake_ledger
 from tests.fakes.tiny_chat import ask, tiny_pair
 from tests.patience import PATIENCE_S
 
 
-class Guest:
-    """A model that remembers where it is, and may not be moved while it is used."""
+class CountingModel:
+    """A model that counts its arrivals. It fails if it is moved while a job uses it."""
 
     num_bytes = 1
     is_on_disk = False
@@ -37,77 +37,77 @@ class Guest:
     def drop(self) -> None: ...
 
 
-class House:
-    """Two guests, and places for one or both."""
+class TwoModels:
+    """A ledger with two models, and room for one or both."""
 
     def __init__(self, places: int) -> None:
-        self.one, self.other = Guest(), Guest()
-        self.ledger = card(places)
+        self.one, self.other = CountingModel(), CountingModel()
+        self.ledger = fake_ledger(places)
         self.ledger.register(self.one, "one", "chat")
         self.ledger.register(self.other, "other", "chat")
 
 
-def test_a_model_stays_until_another_wants_its_place() -> None:
-    house = House(places=1)
+def test_a_model_stays_on_the_device_until_another_needs_the_room() -> None:
+    pair = TwoModels(places=1)
 
-    for model in (house.one, house.one, house.other, house.one):
-        with house.ledger.using(model):
+    for model in (pair.one, pair.one, pair.other, pair.one):
+        with pair.ledger.using(model):
             pass
 
-    assert (house.one.arrivals, house.other.arrivals) == (2, 1)
-    assert (house.one.is_there, house.other.is_there) == (True, False)
+    assert (pair.one.arrivals, pair.other.arrivals) == (2, 1)
+    assert (pair.one.is_there, pair.other.is_there) == (True, False)
 
 
-def test_where_there_is_a_place_for_each_nothing_is_swapped() -> None:
-    house = House(places=2)
+def test_nothing_is_swapped_if_both_models_fit() -> None:
+    pair = TwoModels(places=2)
 
-    for model in (house.one, house.other, house.one, house.other):
-        house.ledger.acquire(model)
+    for model in (pair.one, pair.other, pair.one, pair.other):
+        pair.ledger.acquire(model)
 
-    assert (house.one.arrivals, house.other.arrivals) == (1, 1)
+    assert (pair.one.arrivals, pair.other.arrivals) == (1, 1)
 
 
-def test_whoever_waits_for_a_swap_can_be_cancelled() -> None:
-    house = House(places=1)
-    house.ledger.acquire(house.one)
+def test_a_job_that_waits_for_a_swap_can_be_cancelled() -> None:
+    pair = TwoModels(places=1)
+    pair.ledger.acquire(pair.one)
 
     def check() -> None:
         raise Cancelled("the job was cancelled")
 
     with pytest.raises(Cancelled):
-        house.ledger.acquire(house.other, check)
+        pair.ledger.acquire(pair.other, check)
 
-    assert house.ledger.acquire(house.one).swap_s == 0
+    assert pair.ledger.acquire(pair.one).swap_s == 0
 
 
-def test_nobody_overtakes_a_request_that_waits() -> None:
-    house = House(places=1)
-    lease = house.ledger.acquire(house.one)
+def test_a_later_request_does_not_overtake_one_that_waits() -> None:
+    pair = TwoModels(places=1)
+    lease = pair.ledger.acquire(pair.one)
     order: list[str] = []
 
-    def visit(name: str, model: Guest) -> None:
-        with house.ledger.using(model):
+    def visit(name: str, model: CountingModel) -> None:
+        with pair.ledger.using(model):
             order.append(name)
 
-    waiting = threading.Thread(target=visit, args=("other", house.other))
-    later = threading.Thread(target=visit, args=("one", house.one))
+    waiting = threading.Thread(target=visit, args=("other", pair.other))
+    later = threading.Thread(target=visit, args=("one", pair.one))
     for count, thread in enumerate((waiting, later), 1):
         thread.start()
-        while house.ledger.num_waiting < count:
+        while pair.ledger.num_waiting < count:
             time.sleep(0.01)
-    house.ledger.release(house.one, lease)
+    pair.ledger.release(pair.one, lease)
     for thread in (waiting, later):
         thread.join(PATIENCE_S)
 
     assert order == ["other", "one"]
 
 
-def test_no_model_moves_while_it_is_used() -> None:
-    house, lock = House(places=1), threading.Lock()
+def test_no_model_is_moved_while_a_job_uses_it() -> None:
+    pair, lock = TwoModels(places=1), threading.Lock()
 
-    def visit(turn: int) -> None:
-        model = house.one if turn % 3 else house.other
-        with house.ledger.using(model):
+    def visit(number: int) -> None:
+        model = pair.one if number % 3 else pair.other
+        with pair.ledger.using(model):
             with lock:
                 model.users += 1
             assert model.is_there
@@ -124,29 +124,29 @@ def reply(chat: Any, model: str) -> tuple[str, float]:
     return "".join(made), made.stats.swap_s
 
 
-def test_two_models_in_one_place_say_what_they_say_in_two() -> None:
-    wide, narrow = tiny_pair(places=2), tiny_pair(places=1)
-    turns = ["qwen_instruct", "qwen_base", "qwen_base", "qwen_instruct"] * 3
-    expected = [reply(wide, model)[0] for model in turns]
+def test_swapped_models_reply_as_models_that_stay_loaded() -> None:
+    both_fit, one_fits = tiny_pair(places=2), tiny_pair(places=1)
+    models = ["qwen_instruct", "qwen_base", "qwen_base", "qwen_instruct"] * 3
+    expected = [reply(both_fit, model)[0] for model in models]
 
-    with ThreadPoolExecutor(len(turns)) as threads:
-        at_once = list(threads.map(lambda model: reply(narrow, model)[0], turns))
+    with ThreadPoolExecutor(len(models)) as threads:
+        at_once = list(threads.map(lambda model: reply(one_fits, model)[0], models))
 
     assert at_once == expected
     assert len(set(expected)) == 2
 
 
-def test_a_swap_is_reported() -> None:
+def test_a_reply_reports_the_time_of_a_swap() -> None:
     chat = tiny_pair(places=1)
     swaps = [reply(chat, model)[1] > 0 for model in ("qwen_base", "qwen_base", "qwen_instruct")]
 
     assert swaps == [True, False, True]
 
 
-# --- what the ledger counts ---
+# --- counts in the report ---
 
 
-def journeys(ledger: Ledger, name: str) -> dict[str, int]:
+def counts(ledger: Ledger, name: str) -> dict[str, int]:
     row = next(row for row in ledger.report() if row.name == name)
     return {
         "loads": row.num_loads,
@@ -165,9 +165,11 @@ def journeys(ledger: Ledger, name: str) -> dict[str, int]:
     ],
     ids=["parked in the host's memory", "dropped where that has no room"],
 )
-def test_every_way_of_a_model_is_counted(host_bytes: int, counted: dict[str, int]) -> None:
-    ledger = Ledger(Card(10, host_bytes), has_mover_thread=False)
-    one, other = Parcel(10), Parcel(10)
+def test_loads_evictions_drops_and_reads_are_counted(
+    host_bytes: int, counted: dict[str, int]
+) -> None:
+    ledger = Ledger(FakeMemory(10, host_bytes), has_mover_thread=False)
+    one, other = FakeModel(10), FakeModel(10)
     ledger.register(one, "one", "none")
     ledger.register(other, "other", "none")
 
@@ -175,4 +177,4 @@ def test_every_way_of_a_model_is_counted(host_bytes: int, counted: dict[str, int
         with ledger.using(model):
             pass
 
-    assert journeys(ledger, "one") == counted
+    assert counts(ledger, "one") == counted

@@ -32,7 +32,7 @@ from ourvidz_serverless.models.wan.conditioning import Given
 from ourvidz_serverless.models.wan.network import share
 from ourvidz_serverless.models.wan.text_encoder import in_blocks
 from ourvidz_serverless.settings import Settings
-from tests.fakes.devices import Card, card
+from tests.fakes.devices import FakeMemory, fake_ledger
 from tests.fakes.tiny_chat import ask, tiny_folder
 from tests.fakes.tiny_wan import (
     SMALL,
@@ -323,7 +323,7 @@ def as_kind(kind: Any, wan: models.Wan) -> Any:
 def test_a_video_that_does_not_fit_is_made_with_no_other_model_beside_it(
     settings: Settings,
 ) -> None:
-    ledger = card(1 << 30)
+    ledger = fake_ledger(1 << 30)
     wan = models.load(settings, ledger)
     told: list[Any] = []
 
@@ -422,7 +422,7 @@ def test_equal_tensors_of_t2v_and_vace_are_held_once(wan: models.Wan) -> None:
 
 
 def test_they_are_one_model_in_the_ledger(settings: Settings) -> None:
-    ledger = card(1 << 30)
+    ledger = fake_ledger(1 << 30)
     wan = models.load(settings, ledger)
 
     plain, vace = (wan._networks[route].transformer for route in ("t2v", "vace"))
@@ -467,9 +467,9 @@ def test_models_that_have_no_room_together_come_and_go_with_the_same_pixels(
     settings: Settings, tmp_path: Path
 ) -> None:
     i2v = settings.model_copy(update={"wan_i2v_model": write_i2v(tmp_path)})
-    sizes = card(1 << 30)
+    sizes = fake_ledger(1 << 30)
     roomy = models.load(i2v, sizes)
-    ledger = card(max(row.num_bytes for row in sizes.report()))
+    ledger = fake_ledger(max(row.num_bytes for row in sizes.report()))
     small = models.load(i2v, ledger)
 
     for references in ({}, {"first": FIRST}, {"last": LAST}, {}):
@@ -479,7 +479,7 @@ def test_models_that_have_no_room_together_come_and_go_with_the_same_pixels(
 
 def test_weights_that_were_dropped_are_read_again_and_shared_again(settings: Settings) -> None:
     # A host without memory to keep what leaves the device.
-    ledger = Ledger(Card(1 << 30, host_bytes=0))
+    ledger = Ledger(FakeMemory(1 << 30, host_bytes=0))
     wan = models.load(settings, ledger)
     before = [render(wan), render(wan, first=FIRST)]
 
@@ -656,7 +656,7 @@ def test_where_chat_is_served_too_its_model_enhances(
 
 def test_an_enhancer_of_its_own_stands_in_the_ledger(settings: Settings, tmp_path: Path) -> None:
     own = settings.model_copy(update={"wan_enhancer_model": tiny_folder(tmp_path)})
-    ledger = card(1 << 30)
+    ledger = fake_ledger(1 << 30)
 
     wan = models.load(own, ledger)
 

@@ -34,7 +34,7 @@ from ourvidz_serverless.serving.http import (
 )
 from ourvidz_serverless.serving.http.job_store import JobRecord
 from ourvidz_serverless.settings import Settings
-from tests.fakes.devices import Card
+from tests.fakes.devices import FakeMemory
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import QUICK, LocalWorker, chat_payload, sdxl_payload
@@ -788,7 +788,7 @@ class StuckLedger(Ledger):
     """A ledger whose device does not answer until it is `freed`."""
 
     def __init__(self) -> None:
-        super().__init__(Card(10))
+        super().__init__(FakeMemory(10))
         self.asked, self.freed = threading.Semaphore(0), threading.Event()
 
     def report(self) -> list[Any]:
@@ -1048,7 +1048,7 @@ def asked_all(tmp_path: Path, fake_chat: FakeChat) -> Iterator[ServedHttp]:
     """A service whose worker has models to report of and to move."""
     settings = Settings(families=("sdxl", "chat"))
     models = {"sdxl": FakeSdxl(), "chat": fake_chat}
-    made = LocalWorker(tmp_path, settings=settings, models=models, ledger=Ledger(Card(10)))
+    made = LocalWorker(tmp_path, settings=settings, models=models, ledger=Ledger(FakeMemory(10)))
     with ServedHttp(settings, made.worker) as served:
         yield served
 
