@@ -36,7 +36,9 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
+from tests.fakes.recorded_progress import RecordedProgress
 from tests.fakes.tiny_chat import tiny_folder
 
 POCKET, FULL = TITLES = (
@@ -219,18 +221,15 @@ def run_sdxl(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None
 
 
 def run_wan(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
-    pieces = model.generate(
+    request = VideoRequest(
         prompt="a red circle",
-        negative_prompt=None,
         seed=7,
-        width=shape.size[0],
-        height=shape.size[1],
+        size=shape.size,
         num_frames=shape.count,
-        num_inference_steps=1,
+        steps=1,
         guidance_scale=5.0,
-        step=step,
     )
-    deque(pieces, maxlen=0)
+    deque(model.generate(request, RecordedProgress(on_step=step)), maxlen=0)
 
 
 def run_chat(model: Talker, shape: Shape, step: Callable[[int, int], None]) -> None:

@@ -38,7 +38,7 @@ from ourvidz_serverless.delivery import storage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
 from ourvidz_serverless.models.sdxl.pipeline import _pixels
-from ourvidz_serverless.models.wan.vae import _as_bytes
+from ourvidz_serverless.models.wan.vae import as_uint8
 from ourvidz_serverless.output import FrameQueue, Output
 from ourvidz_serverless.worker import DELIVERY_THREADS
 
@@ -110,7 +110,7 @@ def conversion(scale: Scale) -> report.Table:
     rows = []
     for what, ours, theirs in (
         ("picture", lambda: _pixels(picture).cpu().numpy(), pil),
-        ("video", lambda: _as_bytes(video), frames),
+        ("video", lambda: as_uint8(video), frames),
     ):
         assert np.array_equal(ours(), theirs())
         turns = take_turns(ours, theirs, scale.rounds)

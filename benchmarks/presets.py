@@ -19,13 +19,16 @@ import torch
 
 from benchmarks import report
 from ourvidz_serverless.models.memory.oom_fallback import SdxlMemoryPlan
+from ourvidz_serverless.models.progress import NoProgress, Progress
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.models.speed.presets import SpeedPreset
 from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
+from tests.fakes.recorded_progress import RecordedProgress
 
 PROMPT = "a red circle on a blue background"
 
@@ -93,9 +96,9 @@ def presets(seeds: range) -> report.Table:
 
 def figures(render: Render, seeds: range, preset: str, exact: Sequence[np.ndarray]) -> list[object]:
     """What a preset leaves out, and how near it is to `exact`."""
-    told: list[Any] = []
-    made = [render(seed, speed=preset, sped=told.append) for seed in seeds]
-    counted = [round(mean(each[name] for each in told), 1) for name in COUNTS]
+    progress = RecordedProgress()
+    made = [render(seed, speed=preset, progress=progress) for seed in seeds]
+    counted = [round(mean(each[name] for each in progress.speed_reports), 1) for name in COUNTS]
     return [*counted, *decibels(exact, made)]
 
 
@@ -157,7 +160,14 @@ def pictures(**settings: Any) -> Render:
     return functools.partial(picture, sdxl.load(Settings(**settings)))
 
 
-def picture(model: sdxl.Sdxl, seed: int, side: int = 256, **options: Any) -> np.ndarray:
+def picture(
+    model: sdxl.Sdxl,
+    seed: int,
+    side: int = 256,
+    progress: Progress | None = None,
+    **options: Any,
+) -> np.ndarray:
+    progress = progress or NoProgress()
     (made,) = model.generate(
         prompt=plain(PROMPT),
         negative_prompt=None,
@@ -165,6 +175,7 @@ def picture(model: sdxl.Sdxl, seed: int, side: int = 256, **options: Any) -> np.
         width=side,
         height=side,
         guidance_scale=6.0,
+        sped=progress.speed,
         **{"num_inference_steps": STEPS, **options},
     )
     return made
@@ -173,19 +184,18 @@ def picture(model: sdxl.Sdxl, seed: int, side: int = 256, **options: Any) -> np.
 def videos(**settings: Any) -> Render:
     model = wan.load(Settings(families=("wan",), **settings))
 
-    def render(seed: int, **options: Any) -> np.ndarray:
-        frames = model.generate(
+    def render(seed: int, speed: str = "exact", progress: Progress | None = None) -> np.ndarray:
+        request = VideoRequest(
             prompt=PROMPT,
-            negative_prompt="blurry",
+            negative="blurry",
             seed=seed,
-            width=128,
-            height=96,
+            size=(128, 96),
             num_frames=9,
-            num_inference_steps=STEPS,
+            steps=STEPS,
             guidance_scale=5.0,
-            **options,
+            speed=speed,
         )
-        return np.concatenate(list(frames))
+        return np.concatenate(list(model.generate(request, progress or NoProgress())))
 
     return render
 

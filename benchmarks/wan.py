@@ -22,8 +22,10 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 from benchmarks import architectures, report
 from benchmarks.turns import take_turns
+from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.wan import pipeline as wan
-from ourvidz_serverless.models.wan.network import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.wan.loader import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 
 POCKET, FULL = TITLES = (
@@ -99,7 +101,7 @@ def plain_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> An
 
 def measure(model: wan.Wan, pipe: Any, shape: Shape, rounds: int) -> list[object]:
     """One shape's row of the table. Raises AssertionError if frames of fp32 are not the same."""
-    networks = (model._networks["t2v"].transformer, model._text._model, model._vae._vae)
+    networks = (model.networks["t2v"].transformer, model.text_encoder.model, model.vae.model)
     with counted(*networks) as ours:
         made = generate(model, shape)
     with counted(pipe.transformer, pipe.text_encoder, pipe.vae) as theirs:
@@ -116,17 +118,15 @@ def measure(model: wan.Wan, pipe: Any, shape: Shape, rounds: int) -> list[object
 
 def generate(model: wan.Wan, shape: Shape) -> Any:
     """The worker's frames, uint8 (frames, height, width, 3)."""
-    pieces = model.generate(
+    request = VideoRequest(
         prompt=PROMPT,
-        negative_prompt=None,
         seed=7,
-        width=shape.width,
-        height=shape.height,
+        size=(shape.width, shape.height),
         num_frames=shape.frames,
-        num_inference_steps=shape.steps,
+        steps=shape.steps,
         guidance_scale=5.0,
     )
-    return np.concatenate(list(pieces))
+    return np.concatenate(list(model.generate(request, NoProgress())))
 
 
 def generate_plainly(pipe: Any, shape: Shape) -> Any:

@@ -38,7 +38,7 @@ from ourvidz_serverless.job import (
     Wire,
     says_adult,
 )
-from ourvidz_serverless.jobs import wan
+from ourvidz_serverless.jobs import enhancement, wan
 from ourvidz_serverless.models.chat.request import (
     ChatGenerator,
     ChatRequest,
@@ -291,7 +291,7 @@ def _as_wan_enhances(job: ChatJob, settings: Settings) -> ChatJob:
     """The job with the settings of WAN's enhanced jobs, in the fields that it does not set."""
     sampling = {
         name: value
-        for name, value in asdict(wan.ENHANCEMENT).items()
+        for name, value in asdict(enhancement.SAMPLING).items()
         if name not in job.model_fields_set
     }
     system = job.system_prompt or _enhancement_prompt(settings.wan_enhancement_prompt)

@@ -26,8 +26,10 @@ from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.speed import presets
 from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks, compile_blocks
 from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_wan
+from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 
 PATIENCE_S = 300
 
@@ -119,11 +121,12 @@ def serve_wan(folder: Path) -> dict[str, Any]:
 
 def film(model: wan.Wan, **options: Any) -> np.ndarray:
     """A small video: eight forwards of three blocks each, where none is left out."""
-    return tiny_wan.render(model, first=tiny_wan.picture(1), **options)
+    references = References(first=tiny_wan.picture(1))
+    return tiny_wan.render(model, references=references, **options)
 
 
 def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
-    network = model._networks["vace"]
+    network = model.networks["vace"]
     found, ledger = network.compiled_blocks, network.handle.ledger
     assert found is not None
     calls: dict[str, int] = {}
@@ -135,10 +138,6 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
         finally:
             calls[name] = found.num_calls - before
 
-    def stop_at_two(done: int, total: int) -> None:
-        if done == 2:
-            raise Cancelled("stopped")
-
     def move() -> None:
         """Have the weights dropped; the next job reads them anew."""
         (name,) = [row.name for row in ledger.report() if row.name == "wan_t2v"]
@@ -148,15 +147,15 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
     job("second job")
     until_compiled(found, lambda: film(model), shapes=2)
     compiled = job("once ready")
-    told: list[Any] = []
-    compiled_quick = job("with a preset", speed="fast", sped=told.append)
+    progress = RecordedProgress()
+    compiled_quick = job("with a preset", speed="fast", progress=progress)
     with suppress(Cancelled):
-        job("stopped at the second of four steps", step=stop_at_two)
+        job("stopped at the second of four steps", progress=stop_at_step(2))
     move()
     moved = job("after all that, its weights read anew")
     return {
         "compiled_calls": calls,
-        "shallow_forwards": told[0]["shallow_forwards"],
+        "shallow_forwards": progress.speed_reports[0]["shallow_forwards"],
         "first_difference": tiny_wan.distance(first, eager),
         "difference": tiny_wan.distance(compiled, eager),
         "preset_difference": tiny_wan.distance(compiled_quick, quick),

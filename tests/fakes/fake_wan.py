@@ -1,35 +1,37 @@
-"""A model that records what it is asked for and makes no frames."""
+"""A WAN model that records the requests and makes no frames."""
 
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Generator
 
-from tests.fakes.fake_chat import FakeChat
+import numpy as np
+
+from ourvidz_serverless.models.chat.request import ChatGenerator
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.wan.request import (
+    References,
+    Route,
+    SamplingDefaults,
+    VideoModel,
+    VideoRequest,
+)
 from tests.fakes.fake_sdxl import NoDevice
 
 
-class FakeWan:
-    """Stands where the WAN models stand, and makes nothing."""
+class FakeWan(VideoModel):
+    """A WAN model with every network. Its videos have no frames."""
 
     enhancement_prompt = "Say more."
-    sampling = SimpleNamespace(
-        is_distilled=False,
-        solver="unipc",
-        flow_shift=3.0,
-        distilled_steps=None,
-        distilled_timesteps=None,
-    )
+    sampling = SamplingDefaults(solver="unipc", flow_shift=3.0)
 
-    def __init__(self) -> None:
+    def __init__(self, enhancer: ChatGenerator | None = None) -> None:
         self.device = NoDevice()
-        self.enhancer = FakeChat("More is said of ", "a red circle.")
-        self.calls: list[dict[str, Any]] = []
+        self.enhancer = enhancer
+        self.calls: list[VideoRequest] = []
 
     def prefetch(self) -> None: ...
 
-    def route(self, **places: bool) -> str:
-        return "vace"
+    def route(self, references: References) -> Route | None:
+        return "vace" if references else "t2v"
 
-    def generate(self, **call: Any) -> Iterator[Any]:
-        self.calls.append(call)
+    def generate(self, request: VideoRequest, progress: Progress) -> Generator[np.ndarray]:
+        self.calls.append(request)
         yield from ()

@@ -1,9 +1,15 @@
-"""A real WAN 2.1 of random weights, whose references tell in every pixel; and its peers."""
+"""A WAN 2.1 of random weights, and diffusers' pipelines of the same weights.
+
+In the VACE every reference changes every pixel.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +28,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from builder import pocket_wan
+from ourvidz_serverless.models.progress import NoProgress, Progress
 from ourvidz_serverless.models.wan import pipeline as models
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 
 #: Small enough for a fraction of a second.
-SMALL: dict[str, Any] = {
-    "width": 64,
-    "height": 48,
-    "num_frames": 9,
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-}
+SMALL = VideoRequest(
+    prompt="a red circle", seed=3, size=(64, 48), num_frames=9, steps=4, guidance_scale=5.0
+)
 #: In bytes; a safetensors header grows by steps of 8.
 CACHE_LINE, HEADER_STEP = 64, 8
 VISION = CLIPVisionConfig(
@@ -52,7 +56,7 @@ def write_wan(folder: Path, seed: int = 1) -> Settings:
     vace = pocket_wan.with_references(pipe.transformer)
     torch.manual_seed(seed)
     for name, weight in vace.named_parameters():
-        # A VACE begins by adding nothing; this one adds much.
+        # An untrained VACE adds nothing to the network. This one adds much.
         if name.startswith("vace_blocks") and ".proj_" in name:
             torch.nn.init.normal_(weight, std=0.3)
     vace.save_pretrained(folder / "vace" / "transformer")
@@ -64,11 +68,11 @@ def write_wan(folder: Path, seed: int = 1) -> Settings:
 
 
 def align(weights: Path) -> None:
-    """Let a file's tensors begin on cache lines, as those of torch's own memory do.
+    """Align a file's tensors to cache lines, as torch aligns its own memory.
 
-    A mapped weight lies where its file has it, and on some processors a matrix product's last
-    bits hang on that. Ours holds what T2V and VACE share once, from T2V's file; its peer reads
-    the same weights from VACE's.
+    A mapped weight has the alignment that its file has, and on some processors the last bits of a
+    matrix product depend on it. We hold the weights that T2V and VACE share once, from T2V's file;
+    diffusers reads the same weights from VACE's file.
     """
     tensors = load_file(weights)
     for filler in range(CACHE_LINE // HEADER_STEP):
@@ -83,10 +87,10 @@ def _header_size(weights: Path) -> int:
 
 
 def write_i2v(folder: Path, two_frames: bool = False) -> Path:
-    """A 14B image-to-video folder's parts: 36 channels, and a CLIP encoder that looks."""
+    """The parts of a 14B image-to-video folder: 36 input channels, and a CLIP image encoder."""
     torch.manual_seed(int(two_frames))
     channels = {"in_channels": 36, "image_dim": VISION.hidden_size}
-    # Where two pictures are looked at, FLF2V adds a position to each of their patches.
+    # FLF2V reads two images, and adds a position to each of their patches.
     patches = {"pos_embed_seq_len": 2 * 17} if two_frames else {}
     WanTransformer3DModel(**{**pocket_wan.TRANSFORMER, **channels, **patches}).save_pretrained(
         folder / "transformer"
@@ -97,27 +101,62 @@ def write_i2v(folder: Path, two_frames: bool = False) -> Path:
     return folder
 
 
-def render(model: models.Wan, prompt: str = "a red circle", **options: Any) -> np.ndarray:
-    """All frames of a small video at once, uint8 (frames, height, width, 3)."""
-    options = {"negative_prompt": None, "seed": 3, **SMALL, **options}
-    return np.concatenate(list(model.generate(prompt=prompt, **options)))
+def render(
+    model: models.Wan,
+    prompt: str = SMALL.prompt,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> np.ndarray:
+    """All frames of `SMALL` with these changes, uint8 (frames, height, width, 3)."""
+    request = replace(SMALL, prompt=prompt, **changes)
+    return np.concatenate(list(model.generate(request, progress or NoProgress())))
 
 
-def through_diffusers(pipe: Any, prompt: str = "a red circle", **options: Any) -> np.ndarray:
-    """The same by a pipeline of diffusers."""
+@contextmanager
+def out_of_memory(wan: models.Wan, times: int) -> Iterator[None]:
+    """The text-to-video network fails so many times as torch does without memory, then works."""
+    left = times
+
+    def fail(*call: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = wan.networks["t2v"].transformer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def through_diffusers(pipe: Any, request: VideoRequest = SMALL, **options: Any) -> np.ndarray:
+    """The same request through a pipeline of diffusers, with further options of the pipeline."""
     pipe.set_progress_bar_config(disable=True)
-    options = {"negative_prompt": None, **SMALL, **options}
-    generator = torch.Generator().manual_seed(3)
-    frames = pipe(prompt=prompt, generator=generator, output_type="np", **options).frames
+    width, height = request.size
+    frames = pipe(
+        prompt=request.prompt,
+        negative_prompt=request.negative,
+        width=width,
+        height=height,
+        num_frames=request.num_frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+        **options,
+    ).frames
     return (frames[0] * 255).round().astype(np.uint8)
 
 
-def t2v_peer(settings: Settings) -> Any:
+def diffusers_t2v(settings: Settings) -> Any:
+    """diffusers' text-to-video pipeline of the same weights."""
     return WanPipeline.from_pretrained(settings.wan_model)
 
 
-def vace_peer(settings: Settings) -> Any:
-    parts = t2v_peer(settings).components
+def diffusers_vace(settings: Settings) -> Any:
+    """diffusers' VACE pipeline of the same weights."""
+    parts = diffusers_t2v(settings).components
     parts["transformer"] = WanVACETransformer3DModel.from_pretrained(
         f"{settings.wan_vace_model}/transformer"
     )
@@ -133,13 +172,13 @@ def distance(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:
-    """A picture of coarse noise, like no other seed's."""
+    """An image of coarse noise, another one for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture as a reference that needs no network."""
+    """An image as a reference that needs no download."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from ourvidz_serverless.jobs.wan import ENHANCEMENT, Type
+from ourvidz_serverless.jobs.enhancement import SAMPLING
+from ourvidz_serverless.jobs.wan import Type
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_wan import FakeWan
@@ -18,13 +19,6 @@ from tests.servers.http_service import ServedHttp
 NEUTRAL = Settings().wan_enhancement_prompt.read_text().strip()
 CALL = {"prompt": "a red circle", "config": {"job_type": "video_fast"}}
 ENHANCED = "a red circle in bright light"
-
-
-def fake_wan(enhancer: Any) -> FakeWan:
-    """A video model with a chat model of its own beside it, or none."""
-    model = FakeWan()
-    model.enhancer = enhancer
-    return model
 
 
 def ask(folder: Path, models: dict[str, Any], call: dict[str, Any]) -> tuple[int, Any]:
@@ -40,7 +34,7 @@ def ask(folder: Path, models: dict[str, Any], call: dict[str, Any]) -> tuple[int
 @pytest.mark.parametrize("family", ["wan", "chat"])
 def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, family: str) -> None:
     fake_chat = FakeChat(ENHANCED)
-    models = {"wan": fake_wan(fake_chat)} if family == "wan" else {"chat": fake_chat}
+    models = {"wan": FakeWan(fake_chat)} if family == "wan" else {"chat": fake_chat}
 
     status, body = ask(tmp_path, models, CALL)
 
@@ -53,7 +47,7 @@ def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, famil
 def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_path: Path) -> None:
     call = {**CALL, "max_tokens": 8, "seed": 3}
 
-    first, again = (ask(tmp_path, {"wan": fake_wan(tiny_chat())}, call)[1] for _ in range(2))
+    first, again = (ask(tmp_path, {"wan": FakeWan(tiny_chat())}, call)[1] for _ in range(2))
 
     assert first["usage"]["completion_tokens"] == 8
     assert first["enhanced_prompt"] == again["enhanced_prompt"] != ""
@@ -64,15 +58,15 @@ def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
 ) -> None:
     fake_chat = FakeChat(ENHANCED)
 
-    ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "temperature": 0.2})
+    ask(tmp_path, {"wan": FakeWan(fake_chat)}, {**CALL, "temperature": 0.2})
 
-    assert fake_chat.calls[0].sampling == replace(ENHANCEMENT, temperature=0.2)
+    assert fake_chat.calls[0].sampling == replace(SAMPLING, temperature=0.2)
 
 
 @pytest.mark.parametrize("kind", [*get_args(Type), "wan_video_fast", "wan_video_high"])
 def test_every_type_of_wan_is_known_by_its_names(tmp_path: Path, kind: str) -> None:
     status, _ = ask(
-        tmp_path, {"wan": fake_wan(FakeChat("x"))}, {**CALL, "config": {"job_type": kind}}
+        tmp_path, {"wan": FakeWan(FakeChat("x"))}, {**CALL, "config": {"job_type": kind}}
     )
 
     assert status == 200
@@ -82,13 +76,13 @@ def test_a_system_prompt_of_the_call_is_the_one_that_counts(tmp_path: Path) -> N
     fake_chat = FakeChat(ENHANCED)
     config = {**CALL["config"], "system_prompt": "Be brief."}
 
-    ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "config": config})
+    ask(tmp_path, {"wan": FakeWan(fake_chat)}, {**CALL, "config": config})
 
     assert fake_chat.calls[0].messages[0] == ("system", "Be brief.")
 
 
 def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
-    models = {"chat": FakeChat("of the chat"), "wan": fake_wan(FakeChat("of WAN"))}
+    models = {"chat": FakeChat("of the chat"), "wan": FakeWan(FakeChat("of WAN"))}
 
     _, body = ask(tmp_path, models, CALL)
 
@@ -96,7 +90,7 @@ def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
-    status, body = ask(tmp_path, {"wan": fake_wan(None)}, CALL)
+    status, body = ask(tmp_path, {"wan": FakeWan(None)}, CALL)
 
     assert (status, body["code"]) == (503, "WORKER_UNAVAILABLE")
 
@@ -107,7 +101,7 @@ def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
 ) -> None:
     fake_chat, call = FakeChat(ENHANCED), {**CALL, "config": config}
 
-    refused, _ = ask(tmp_path, {"wan": fake_wan(FakeChat("of WAN"))}, call)
+    refused, _ = ask(tmp_path, {"wan": FakeWan(FakeChat("of WAN"))}, call)
     ask(tmp_path, {"chat": fake_chat}, call)
 
     assert refused == 503
@@ -117,13 +111,13 @@ def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
 def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> None:
     fake_chat = FakeChat(ENHANCED)
 
-    status, _ = ask(tmp_path, {"wan": fake_wan(fake_chat)}, {**CALL, "prompt": REFUSED})
+    status, _ = ask(tmp_path, {"wan": FakeWan(fake_chat)}, {**CALL, "prompt": REFUSED})
 
     assert (status, fake_chat.calls) == (403, [])
 
 
 def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: Path) -> None:
-    at = LocalWorker(tmp_path, models={"wan": fake_wan(FakeChat(ENHANCED))})
+    at = LocalWorker(tmp_path, models={"wan": FakeWan(FakeChat(ENHANCED))})
 
     document = at.run({**CALL, "type": "chat_enhance"})
 

@@ -10,21 +10,16 @@ from safetensors.torch import load_file, save_file
 from ourvidz_serverless.errors import InternalError
 from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.sdxl import pipeline as models
 from ourvidz_serverless.models.wan import pipeline as wan_models
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.small_jobs import PICTURE, write_lora
 
-VIDEO: dict[str, Any] = {
-    "prompt": "a red circle",
-    "negative_prompt": None,
-    "seed": 1,
-    "width": 32,
-    "height": 32,
-    "num_frames": 5,
-    "num_inference_steps": 2,
-    "guidance_scale": 1.0,
-}
+VIDEO = VideoRequest(
+    prompt="a red circle", seed=1, size=(32, 32), num_frames=5, steps=2, guidance_scale=1.0
+)
 
 
 def fill(parameter: torch.Tensor) -> None:
@@ -72,15 +67,15 @@ def test_a_picture_that_its_vae_cannot_decode_fails_its_job(in_strips: bool) -> 
 
 def test_a_video_whose_latent_is_not_finite_fails_its_job(wan_settings: Settings) -> None:
     model = wan_models.load(wan_settings)
-    fill(model._networks["t2v"].transformer.proj_out.bias)
+    fill(model.networks["t2v"].transformer.proj_out.bias)
 
     with pytest.raises(InternalError, match="the latent is not finite"):
-        list(model.generate(**VIDEO))
+        list(model.generate(VIDEO, NoProgress()))
 
 
 def test_a_video_that_its_vae_cannot_decode_fails_its_job(wan_settings: Settings) -> None:
     model = wan_models.load(wan_settings)
-    fill(model._vae._vae.decoder.conv_out.weight)
+    fill(model.vae.model.decoder.conv_out.weight)
 
     with pytest.raises(InternalError, match="the decoded video is not finite"):
-        list(model.generate(**VIDEO))
+        list(model.generate(VIDEO, NoProgress()))

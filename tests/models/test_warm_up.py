@@ -55,7 +55,7 @@ def test_chat_says_a_word_by_each_model(tmp_path: Path, told: pytest.LogCaptureF
 def test_wan_films_by_each_network(wan_settings: Settings) -> None:
     wan = load(wan_settings)["wan"]
     computed = []
-    for route, network in wan._networks.items():
+    for route, network in wan.networks.items():
         network.transformer.register_forward_hook(lambda *_, route=route: computed.append(route))
 
     wan.warm_up()

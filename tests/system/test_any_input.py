@@ -140,7 +140,11 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
     return LocalWorker(
         tmp_path_factory.mktemp("any"),
         settings=Settings(reference_hosts=("nowhere.invalid",)),
-        models={"sdxl": FakeSdxl(), "chat": FakeChat("A reply ", "of words."), "wan": FakeWan()},
+        models={
+            "sdxl": FakeSdxl(),
+            "chat": FakeChat("A reply ", "of words."),
+            "wan": FakeWan(FakeChat("More.")),
+        },
     )
 
 

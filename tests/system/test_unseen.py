@@ -32,7 +32,7 @@ FORBIDDEN = "nude child"
 
 #: What a model is told and the floor leaves alone: what to keep away from, and what to end with.
 #: A schema bounds the reply, and the reply is read whatever it was bounded by.
-EXEMPT = ("negative_prompt", "stop", "schema")
+EXEMPT = ("negative", "negative_prompt", "stop", "schema")
 
 
 class Brush(FakeSdxl):
@@ -47,7 +47,7 @@ class Studio:
     """A worker whose models remember what they were told."""
 
     def __init__(self, root: Path) -> None:
-        fake_wan = FakeWan()
+        fake_wan = FakeWan(FakeChat("More is said of ", "a red circle."))
         self.models = {"sdxl": Brush(), "chat": FakeChat("A reply."), "wan": fake_wan}
         self._heard_by = [*self.models.values(), fake_wan.enhancer]
         # References point nowhere; nobody is asked for one.

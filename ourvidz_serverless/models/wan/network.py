@@ -1,297 +1,72 @@
-"""WAN's parts, read from disk: encoders, denoising networks, and weights that two of them share.
-
-Each part is a model of its own in the worker's ledger, since no job needs two of them at once: a
-text is encoded, references are, noise is taken away, latents are decoded. So a device needs room
-for the largest of them, not for all.
-"""
+"""WAN's denoising networks: one forward of each, and what moves to the device with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
-from transformers import AutoTokenizer, PreTrainedModel, UMT5EncoderModel
+from diffusers import WanVACETransformer3DModel
+from PIL import Image
 
-from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.logs import log
-from ourvidz_serverless.models.chat import loader as chat_loader
-from ourvidz_serverless.models.chat.model import Chat
-from ourvidz_serverless.models.loading import checkpoints, weight_files
-from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
-from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
-from ourvidz_serverless.models.speed import attention
-from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks, compile_blocks
-from ourvidz_serverless.models.wan.conditioning import Eyes
-from ourvidz_serverless.models.wan.text_encoder import TextEncoder, in_blocks
-from ourvidz_serverless.models.wan.vae import VideoVae
-from ourvidz_serverless.settings import Settings
-
-ROOT = Path(__file__).parents[3]
-POCKET, POCKET_VACE = ROOT / "pocket" / "wan", ROOT / "pocket" / "wan_vace"
-
-#: Which network serves a job: plain text, references, a first frame, a first and a last one.
-Route = Literal["t2v", "vace", "i2v", "flf2v"]
-
-#: Reads the modules of one model of the ledger, always in the same order.
-Read = Callable[[], Sequence[Any]]
+from ourvidz_serverless.models.memory.ledger import ModelHandle
+from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks
+from ourvidz_serverless.models.wan.conditioning import Conditioning
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
-    """A denoising network, and the door to the ledger through which it comes to the device.
+class ImageEncoder:
+    """The CLIP encoder through which a 14B image-to-video network reads images."""
 
-    Two networks that share weights have one door. `eyes` move with the transformer.
+    processor: Any
+    model: Any
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image], device: torch.device) -> torch.Tensor:
+        """Hidden states of the layer before the last: (images, patches, dim)."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(
+            device, self.model.dtype
+        )
+        return self.model(**inputs, output_hidden_states=True).hidden_states[-2]
+
+
+@dataclass(frozen=True, slots=True)
+class WanNetwork:
+    """A denoising network, and the ledger's handle by which it moves to the device.
+
+    Two networks that share weights have one handle. `image_encoder` moves with the transformer.
     """
 
     transformer: Any
     handle: ModelHandle
-    eyes: Eyes | None = None
+    image_encoder: ImageEncoder | None = None
     compiled_blocks: CompiledBlocks | None = None
 
     @property
     def is_vace(self) -> bool:
         return isinstance(self.transformer, WanVACETransformer3DModel)
 
+    def compiled(self) -> AbstractContextManager[None]:
+        """A context in which blocks that are already compiled are used."""
+        return self.compiled_blocks.job() if self.compiled_blocks else nullcontext()
 
-class Shelf:
-    """Where the settings say that WAN's weights lie. Reads them, and takes them into the ledger."""
-
-    def __init__(self, settings: Settings, device: Device, ledger: Ledger) -> None:
-        self._settings, self._device, self._ledger = settings, device, ledger
-        self._base = self._find("WAN_MODEL", settings.wan_model, POCKET)
-        with checkpoints.loading("WAN_MODEL", self._base, "WAN 2.1"):
-            if not (self._base / "model_index.json").exists():
-                raise ValueError("there is no model_index.json in it")
-            weight_files.check_configs(self._base, ("text_encoder", "transformer", "vae"))
-            index = WanPipeline.load_config(self._base, local_files_only=True)
-            if index.get("transformer_2", [None])[0] or index.get("expand_timesteps"):
-                raise ValueError("it is WAN 2.2")
-            self.scheduler_config = UniPCMultistepScheduler.load_config(self._base / "scheduler")
-
-    def text_encoder(self) -> TextEncoder:
-        """UMT5, which all of WAN's networks listen to."""
-
-        def read() -> list[Any]:
-            with checkpoints.loading("WAN_MODEL", self._base, "WAN 2.1"):
-                return [self._open(UMT5EncoderModel, self._base / "text_encoder")]
-
-        (model,) = modules = read()
-        with checkpoints.loading("WAN_MODEL", self._base, "WAN 2.1"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._base / "tokenizer", local_files_only=True
-            )
-        if self._settings.low_vram:
-            parts = in_blocks(model, self._device, lambda: read()[0])
-            handle = self._ledger.register(parts, "wan_text_encoder", "wan", source=self._base.name)
-        else:
-            handle = self._register("wan_text_encoder", self._base, modules, read)
-        return TextEncoder(tokenizer, model, self._device, handle)
-
-    def vae(self) -> VideoVae:
-        """The VAE that all of WAN's networks paint for.
-
-        It stays in fp32, as WAN's authors run it; its convolutions take TF32 on a GPU.
-        """
-
-        def read() -> list[Any]:
-            with checkpoints.loading("WAN_MODEL", self._base, "WAN 2.1"):
-                vae = self._open(AutoencoderKLWan, self._base / "vae", torch.float32)
-                if vae.config.patch_size:
-                    raise ValueError("it is WAN 2.2")
-                return [vae]
-
-        (model,) = modules = read()
-        return VideoVae(model, self._device, self._register("wan_vae", self._base, modules, read))
-
-    def networks(self, vae: VideoVae) -> dict[Route, Network]:
-        """The text-to-video network, and those that the settings put beside it."""
-        base = self._read_t2v(vae)
-        networks = self._t2v_and_vace(base, vae)
-        for route in ("i2v", "flf2v"):
-            place = getattr(self._settings, f"wan_{route}_model")
-            if place is not None:
-                networks[route] = self._image_to_video(route, place, base, vae)
-        return networks
-
-    def _t2v_and_vace(self, base: Any, vae: VideoVae) -> dict[Route, Network]:
-        vace, path = self._read_vace(base, vae), self._vace_path
-        if vace is None or path is None:
-            return {"t2v": self._network("t2v", self._base, lambda: [self._read_t2v(vae)], [base])}
-        shared, common = share(base, vace)
-        log.info("WAN_VACE_MODEL: %d of %d tensors are WAN_MODEL's, held once", shared, common)
-        if not shared:
-            return {
-                "t2v": self._network("t2v", self._base, lambda: [self._read_t2v(vae)], [base]),
-                "vace": self._network("vace", path, lambda: [self._read_vace(base, vae)], [vace]),
-            }
-
-        def read() -> list[Any]:
-            pair = [self._read_t2v(vae)]
-            pair.append(self._read_vace(pair[0], vae))
-            share(*pair)
-            return pair
-
-        plain = self._network("t2v", self._base, read, [base, vace])
-        return {"t2v": plain, "vace": self._behind(plain.handle, vace)}
-
-    def _image_to_video(self, route: Route, place: Path, base: Any, vae: VideoVae) -> Network:
-        variable = f"WAN_{route.upper()}_MODEL"
-        path = checkpoints.find(variable, place, self._settings.model_dirs)
-
-        def read() -> list[Any]:
-            with checkpoints.loading(variable, path, "WAN 2.1 image-to-video"):
-                transformer = self._open(WanTransformer3DModel, path / "transformer")
-                _check_width("input channels", transformer, "in_channels", 2 * vae.channels + 4)
-                _check_width("text", transformer, "text_dim", base.config.text_dim)
-                has_eyes = transformer.config.image_dim is not None
-                return [transformer, *([_read_eyes(path)] if has_eyes else [])]
-
-        modules = read()
-        eyes = None
-        if len(modules) == 2:
-            with checkpoints.loading(variable, path, "WAN 2.1 image-to-video"):
-                eyes = Eyes(_read_processor(path), modules[1])
-        return self._network(route, path, read, modules, eyes)
-
-    def _network(
+    def predict(
         self,
-        route: Route,
-        path: Path,
-        read: Read,
-        modules: Sequence[Any],
-        eyes: Eyes | None = None,
-    ) -> Network:
-        handle = self._register(f"wan_{route}", path, modules, read)
-        return self._behind(handle, modules[0], eyes)
-
-    def _behind(self, handle: ModelHandle, transformer: Any, eyes: Eyes | None = None) -> Network:
-        """A network with its exact levers."""
-        attention.set_backend(transformer, self._settings.attention_backend, self._device)
-        blocks = compile_blocks(transformer, handle, self._device, self._settings)
-        return Network(transformer, handle, eyes, blocks)
-
-    def _register(self, name: str, path: Path, modules: Sequence[Any], read: Read) -> ModelHandle:
-        tensors = MovableTensors(modules, self._device, read)
-        return self._ledger.register(tensors, name, "wan", source=path.name)
-
-    def _read_t2v(self, vae: VideoVae) -> Any:
-        with checkpoints.loading("WAN_MODEL", self._base, "WAN 2.1"):
-            transformer = self._open(WanTransformer3DModel, self._base / "transformer")
-            _check_width("input channels", transformer, "in_channels", vae.channels)
-            return transformer
-
-    @property
-    def _vace_path(self) -> Path | None:
-        place = self._settings.wan_vace_model
-        if place is None and self._settings.wan_model == "pocket":
-            place = "pocket"
-        if place is None:
-            return None
-        return self._find("WAN_VACE_MODEL", place, POCKET_VACE)
-
-    def _find(self, variable: str, place: str | Path, pocket: Path) -> Path:
-        if place == "pocket":
-            return pocket
-        return checkpoints.find(variable, place, self._settings.model_dirs)
-
-    def _read_vace(self, base: Any, vae: VideoVae) -> Any:
-        if self._vace_path is None:
-            return None
-        with checkpoints.loading("WAN_VACE_MODEL", self._vace_path, "VACE"):
-            vace = self._open(WanVACETransformer3DModel, self._vace_path / "transformer")
-            # Known and unknown latents, and a mask for each pixel of a latent cell.
-            channels = 2 * vae.channels + vae.spatial**2
-            _check_width("control channels", vace, "vace_in_channels", channels)
-            _check_width("text", vace, "text_dim", base.config.text_dim)
-            return vace
-
-    def _open(self, kind: Any, path: Path, dtype: torch.dtype | None = None) -> Any:
-        is_mapped = checkpoints.is_mapped(path, self._settings.mmap_weights)
-        return _read_network(
-            kind, path, dtype=dtype or self._device.dtype, disable_mmap=not is_mapped
-        )
-
-
-def _read_network(kind: Any, path: Path, **options: Any) -> Any:
-    weight_files.check_configs(path.parent, [path.name])
-    checkpoints.check(path)
-    if issubclass(kind, PreTrainedModel):
-        # So that it is told, and not printed as a table. diffusers says it in its error.
-        options["ignore_mismatched_sizes"] = True
-    network, told = kind.from_pretrained(
-        path, local_files_only=True, output_loading_info=True, **options
-    )
-    weight_files.check_loading_info(told, len(network.state_dict()))
-    return network.eval()
-
-
-def _check_width(what: str, model: Any, name: str, wanted: int) -> None:
-    if model.config[name] != wanted:
-        raise ValueError(f"its {what}: {model.config[name]} wide, {wanted} is needed here")
-
-
-def _read_eyes(path: Path) -> Any:
-    from transformers import CLIPVisionModel
-
-    # In fp32, as diffusers' documentation of the pipeline loads it.
-    return _read_network(CLIPVisionModel, path / "image_encoder", dtype=torch.float32)
-
-
-def _read_processor(path: Path) -> Any:
-    # Here, since the import alone warns of a package that we do without.
-    from transformers import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil.from_pretrained(path / "image_processor", local_files_only=True)
-
-
-def read_prompt(settings: Settings) -> str:
-    """The text of `WAN_ENHANCEMENT_PROMPT`."""
-    path = settings.wan_enhancement_prompt
-    if not path.exists():
-        raise ModelLoadError(f"WAN_ENHANCEMENT_PROMPT: there is nothing at {path}")
-    with checkpoints.loading("WAN_ENHANCEMENT_PROMPT", path, "a text"):
-        return path.read_text(encoding="utf-8").strip()
-
-
-def read_enhancer(settings: Settings, device: Device, ledger: Ledger) -> Chat | None:
-    """The chat model of `WAN_ENHANCER_MODEL`, or None where there is none of WAN's own."""
-    place = settings.wan_enhancer_model
-    if settings.wan_asks_chat:
-        return None
-    if place is None and settings.wan_model == "pocket" and chat_loader.POCKET.exists():
-        place = "pocket"
-    if place is None:
-        return None
-    return chat_loader.load_enhancer(place, settings, device, ledger)
-
-
-def share(base: Any, other: Any) -> tuple[int, int]:
-    """Let `other` hold those tensors of `base` that both have, bit for bit, and count them.
-
-    Returns how many are held once now, and how many both know by name.
-    """
-    theirs = dict(base.named_parameters())
-    mine = {name: each for name, each in other.named_parameters() if name in theirs}
-    equal = [name for name, each in mine.items() if _same_bits(each, theirs[name])]
-    for name in equal:
-        module, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(module), leaf, theirs[name])
-    return len(equal), len(mine)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    # Equal numbers are not enough: -0.0 equals 0.0.
-    return torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt: torch.Tensor,
+        conditioning: Conditioning,
+    ) -> torch.Tensor:
+        """One forward: the flow (1, channels, frames, h, w) that is predicted for the latents."""
+        if conditioning.concat_latents is not None:
+            latents = torch.cat([latents, conditioning.concat_latents], dim=1)
+        predicted: torch.Tensor = self.transformer(
+            hidden_states=latents.to(self.transformer.dtype),
+            timestep=timestep.expand(1),
+            encoder_hidden_states=prompt.to(self.transformer.dtype),
+            **conditioning.extra_kwargs,
+            return_dict=False,
+        )[0]
+        return predicted

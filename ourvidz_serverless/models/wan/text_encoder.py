@@ -19,10 +19,11 @@ from ourvidz_serverless.models.speed.embedding_cache import MAX_BYTES, Embedding
 MAX_TOKENS = 512
 
 
-def in_blocks(model: Any, device: Device, read: Callable[[], Any]) -> MovableParts:
-    """UMT5 for a device that has no room for it: each block comes when its turn comes, and goes.
+def block_by_block(model: Any, device: Device, read: Callable[[], Any]) -> MovableParts:
+    """UMT5 for a device that has no room for all of it: one block at a time is on the device.
 
-    In bf16 that is at most the words' table, 2 GiB of the encoder's 10.6. `read` reads it anew.
+    In bf16 the largest part is the token embedding, 2 GiB of the encoder's 10.6. `read` reads the
+    model from disk again.
     """
     blocks = _blocks(model)
     parts = MovableParts(
@@ -35,7 +36,7 @@ def in_blocks(model: Any, device: Device, read: Callable[[], Any]) -> MovablePar
 
 
 def _blocks(model: Any) -> dict[str, list[Any]]:
-    """Its modules in the order of their turns."""
+    """The encoder's modules in the order in which they compute."""
     encoder = model.encoder
     return {
         "words": [encoder.embed_tokens, model.shared],
@@ -44,8 +45,11 @@ def _blocks(model: Any) -> dict[str, list[Any]]:
     }
 
 
-class TextEncoder:
-    """UMT5 with its tokenizer. Texts beyond 512 tokens are cut there, as WAN's own code does."""
+class WanTextEncoder:
+    """UMT5 with its tokenizer, shared by all of WAN's networks.
+
+    Texts beyond 512 tokens are truncated, as WAN's own code does.
+    """
 
     def __init__(
         self,
@@ -53,37 +57,37 @@ class TextEncoder:
         model: Any,
         device: Device,
         handle: ModelHandle,
-        kept_bytes: int = MAX_BYTES,
+        cache_bytes: int = MAX_BYTES,
     ) -> None:
-        self._tokenizer, self._model, self._device = tokenizer, model, device
-        self.handle, self._kept = handle, EmbeddingCache(device, kept_bytes)
+        self.model, self.handle, self.cache = model, handle, EmbeddingCache(device, cache_bytes)
+        self._tokenizer, self._device = tokenizer, device
 
     def encode(self, texts: Sequence[str], check: Check = lambda: None) -> list[torch.Tensor]:
-        """Hidden states (1, 512, dim) of each; those behind a text's last token are zeros.
+        """Hidden states (1, 512, dim) of each text; those after its last token are zeros.
 
-        The weights come to the device only for a text that is new; `check` is heard while they
-        are waited for.
+        The weights move to the device only if a text is not in the cache. Meanwhile `check` is
+        called, and what it raises ends the wait.
         """
         texts = [prompt_clean(text) for text in texts]
-        if all(text in self._kept for text in texts):
-            return self._read_or_kept(texts)
+        if all(text in self.cache for text in texts):
+            return self._encode_or_recall(texts)
         with self.handle.using(check, "prompt") as lease:
             before = self._device.begin_stage()
-            found = self._read_or_kept(texts)
+            hidden = self._encode_or_recall(texts)
             lease.measured_bytes = self._device.stage_peak_bytes(before)
-            return found
+            return hidden
 
-    def _read_or_kept(self, texts: Sequence[str]) -> list[torch.Tensor]:
+    def _encode_or_recall(self, texts: Sequence[str]) -> list[torch.Tensor]:
         with self._device.computing():
-            return [self._kept.get(self._read, text)[0] for text in texts]
+            return [self.cache.get(self._encode, text)[0] for text in texts]
 
-    def _read(self, text: str) -> tuple[torch.Tensor]:
-        row = self._tokenizer(
+    def _encode(self, text: str) -> tuple[torch.Tensor]:
+        tokens = self._tokenizer(
             [text],
             padding="max_length",
             max_length=MAX_TOKENS,
             truncation=True,
             return_tensors="pt",
         ).to(self._device.name)
-        hidden = self._model(row.input_ids, row.attention_mask).last_hidden_state
-        return (hidden * row.attention_mask[..., None].to(hidden.dtype),)
+        hidden = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return (hidden * tokens.attention_mask[..., None].to(hidden.dtype),)

@@ -26,8 +26,10 @@ from ourvidz_serverless.models.speed import attention, presets
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
 from ourvidz_serverless.models.wan import pipeline as wan_models
+from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_wan
+from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 from tests.files import ROOT
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -48,7 +50,7 @@ def paint(model: Any, prompt: str = "a red circle", **options: Any) -> np.ndarra
 
 
 def film(model: Any, **options: Any) -> np.ndarray:
-    return tiny_wan.render(model, num_inference_steps=10, negative_prompt="blurry", **options)
+    return tiny_wan.render(model, steps=10, negative="blurry", **options)
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> int:
@@ -76,7 +78,7 @@ def test_every_attention_of_every_network_heeds_the_choice(sdxl: Any, wan: wan_m
     attentions = sum(isinstance(each, Attention) for each in sdxl._unet.modules())
 
     assert chosen(sdxl._unet) == attentions > 0
-    for network in wan._networks.values():
+    for network in wan.networks.values():
         blocks = [*network.transformer.blocks, *getattr(network.transformer, "vace_blocks", ())]
         assert chosen(network.transformer) == 2 * len(blocks)
 
@@ -104,7 +106,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ...]]:
 def test_the_kernel_that_is_chosen_is_the_one_that_computes(
     sdxl: Any, wan: wan_models.Wan, kernels: set[tuple[str, ...]], name: str, kernel: str
 ) -> None:
-    unet, transformer = sdxl._unet, wan._networks["t2v"].transformer
+    unet, transformer = sdxl._unet, wan.networks["t2v"].transformer
     calls: list[tuple[Any, dict[str, Any]]] = [
         (unet, unet_call(unet)),
         (transformer, transformer_call(transformer)),
@@ -490,13 +492,10 @@ def test_a_job_that_is_stopped_amid_a_preset_leaves_the_model_as_good_as_new(
 ) -> None:
     picture, video = paint(sdxl), film(wan)
 
-    def stop_at_three(done: int, total: int) -> None:
-        if done == 3:
-            raise Cancelled("stopped")
-
-    for make, model in ((paint, sdxl), (film, wan)):
-        with pytest.raises(Cancelled):
-            make(model, speed="fast", step=stop_at_three)
+    with pytest.raises(Cancelled):
+        paint(sdxl, speed="fast", step=stop_at_step(3).step)
+    with pytest.raises(Cancelled):
+        film(wan, speed="fast", progress=stop_at_step(3))
 
     assert distance(paint(sdxl), picture) == 0
     assert distance(film(wan), video) == 0
@@ -521,10 +520,10 @@ def eager_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=0.6))
 
 
-MODES: dict[str, dict[str, Any]] = {
-    "text": {},
-    "first frame": {"first": tiny_wan.picture(1)},
-    "subject": {"subject": tiny_wan.picture(2)},
+MODES = {
+    "text": References(),
+    "first frame": References(first=tiny_wan.picture(1)),
+    "subject": References(subject=tiny_wan.picture(2)),
 }
 
 
@@ -532,14 +531,14 @@ MODES: dict[str, dict[str, Any]] = {
 def test_wan_leaves_blocks_out_where_the_first_changes_little(
     wan: wan_models.Wan, eager_cache: None, mode: str
 ) -> None:
-    told: list[Any] = []
-    network = wan._networks["t2v" if mode == "text" else "vace"].transformer
+    progress = RecordedProgress()
+    network = wan.networks["t2v" if mode == "text" else "vace"].transformer
     first, last = network.blocks[0].ffn, network.blocks[-1].ffn
 
     with counting(first, last) as calls:
-        film(wan, speed="fast", sped=told.append, **MODES[mode])
+        film(wan, speed="fast", progress=progress, references=MODES[mode])
 
-    (report,) = told
+    (report,) = progress.speed_reports
     assert calls[first] == report["plain_forwards"] == 20
     assert 0 < calls[last] == report["forwards"] < 20
     assert report["shallow_forwards"] == 20 - report["forwards"]
@@ -552,13 +551,15 @@ def test_a_threshold_that_nothing_is_below_changes_no_bit(
 ) -> None:
     monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=1e-9))
 
-    assert distance(film(wan, speed="fast", **MODES[mode]), film(wan, **MODES[mode])) == 0
+    fast, exact = (film(wan, speed=speed, references=MODES[mode]) for speed in ("fast", "exact"))
+
+    assert distance(fast, exact) == 0
 
 
 def test_hints_of_a_reference_are_not_added_twice_where_blocks_are_left_out(
     wan: wan_models.Wan,
 ) -> None:
-    network = wan._networks["vace"].transformer
+    network = wan.networks["vace"].transformer
     call = transformer_call(network)
     cache = FirstBlockCache(network, threshold=0.5)
 
@@ -576,7 +577,7 @@ def test_diffusers_own_cache_adds_the_hints_twice_which_is_why_ours_is_there(
     wan: wan_models.Wan,
 ) -> None:
     # When this fails diffusers has mended it, and its cache may take the place of ours.
-    network = copy.deepcopy(wan._networks["vace"].transformer)
+    network = copy.deepcopy(wan.networks["vace"].transformer)
     call, before_end, hints = transformer_call(network), list[Any](), list[Any]()
     network.norm_out.register_forward_hook(lambda _, given, __: before_end.append(given[0]))
     for block in network.vace_blocks:
@@ -597,12 +598,12 @@ def test_diffusers_own_cache_adds_the_hints_twice_which_is_why_ours_is_there(
 
 def test_a_distilled_checkpoint_takes_no_lever(wan_settings: Settings) -> None:
     few = {"wan_distilled_steps": 4, "wan_flow_shift": 8.0}
-    told: list[Any] = []
+    progress = RecordedProgress()
     wan = wan_models.load(wan_settings.model_copy(update=few))
 
-    tiny_wan.render(wan, num_inference_steps=4, speed="fast", sped=told.append)
+    tiny_wan.render(wan, steps=4, speed="fast", progress=progress)
 
-    assert told == [
+    assert progress.speed_reports == [
         {
             "preset": "fast",
             "levers": [],

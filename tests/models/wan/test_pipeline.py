@@ -1,7 +1,8 @@
-"""WAN on real classes of random weights: our loop against diffusers', and what it promises."""
+"""WAN with real classes and random weights: our loop against diffusers' pipelines."""
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,23 @@ from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.schedulers import SOLVERS, make_dmd_scheduler
 from ourvidz_serverless.models.wan import pipeline as models
-from ourvidz_serverless.models.wan.conditioning import Given
-from ourvidz_serverless.models.wan.network import share
-from ourvidz_serverless.models.wan.text_encoder import in_blocks
+from ourvidz_serverless.models.wan.loader import share_equal_tensors
+from ourvidz_serverless.models.wan.request import References
+from ourvidz_serverless.models.wan.text_encoder import block_by_block
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import FakeMemory, fake_ledger
+from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 from tests.fakes.tiny_chat import ask, tiny_folder
 from tests.fakes.tiny_wan import (
     SMALL,
+    diffusers_t2v,
+    diffusers_vace,
     distance,
     flow_match,
+    out_of_memory,
     picture,
     render,
-    t2v_peer,
     through_diffusers,
-    vace_peer,
     write_i2v,
     write_wan,
 )
@@ -56,12 +59,12 @@ def settings(wan_settings: Settings) -> Settings:
 
 @pytest.fixture(scope="module")
 def t2v(settings: Settings) -> Any:
-    return t2v_peer(settings)
+    return diffusers_t2v(settings)
 
 
 @pytest.fixture(scope="module")
 def vace(settings: Settings) -> Any:
-    return vace_peer(settings)
+    return diffusers_vace(settings)
 
 
 # --- the same pixels as diffusers ---
@@ -72,16 +75,18 @@ def vace(settings: Settings) -> Any:
 def test_text_to_video_equals_diffusers_pipeline(
     wan: models.Wan, t2v: Any, negative: str | None, guidance_scale: float
 ) -> None:
-    options = {"negative_prompt": negative, "guidance_scale": guidance_scale}
+    changes: dict[str, Any] = {"negative": negative, "guidance_scale": guidance_scale}
 
-    assert distance(render(wan, **options), through_diffusers(t2v, **options)) == 0
+    theirs = through_diffusers(t2v, replace(SMALL, **changes))
+
+    assert distance(render(wan, **changes), theirs) == 0
 
 
 def test_a_single_frame_equals_diffusers_pipeline(wan: models.Wan, t2v: Any) -> None:
     ours = render(wan, num_frames=1)
 
     assert ours.shape == (1, 48, 64, 3)
-    assert distance(ours, through_diffusers(t2v, num_frames=1)) == 0
+    assert distance(ours, through_diffusers(t2v, replace(SMALL, num_frames=1))) == 0
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 7.0}
@@ -115,39 +120,40 @@ def test_the_wire_knows_every_solver_and_no_other() -> None:
 FIRST, LAST = picture(1), picture(2)
 GREY = Image.new("RGB", (64, 48), (128, 128, 128))
 KNOWN, UNKNOWN = Image.new("L", (64, 48), 0), Image.new("L", (64, 48), 255)
-AS_VACE_HAS_IT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+#: The same references for us and for diffusers' VACE pipeline.
+VACE_REFERENCES: dict[str, tuple[References, dict[str, Any]]] = {
     "start": (
-        {"first": FIRST},
+        References(first=FIRST),
         {"video": [FIRST, *[GREY] * 8], "mask": [KNOWN, *[UNKNOWN] * 8]},
     ),
     "end": (
-        {"last": LAST},
+        References(last=LAST),
         {"video": [*[GREY] * 8, LAST], "mask": [*[UNKNOWN] * 8, KNOWN]},
     ),
     "both": (
-        {"first": FIRST, "last": LAST},
+        References(first=FIRST, last=LAST),
         {"video": [FIRST, *[GREY] * 7, LAST], "mask": [KNOWN, *[UNKNOWN] * 7, KNOWN]},
     ),
-    "subject": ({"subject": FIRST}, {"reference_images": [FIRST]}),
+    "subject": (References(subject=FIRST), {"reference_images": [FIRST]}),
 }
 
 
-@pytest.mark.parametrize("mode", AS_VACE_HAS_IT)
+@pytest.mark.parametrize("mode", VACE_REFERENCES)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_every_reference_equals_diffusers_pipeline(
     wan: models.Wan, vace: Any, mode: str, scale: float
 ) -> None:
-    ours, theirs = AS_VACE_HAS_IT[mode]
+    ours, theirs = VACE_REFERENCES[mode]
 
-    rendered = render(wan, conditioning_scale=scale, **ours)
+    video = render(wan, references=replace(ours, scale=scale))
 
-    assert distance(rendered, through_diffusers(vace, conditioning_scale=scale, **theirs)) == 0
-    assert distance(rendered, render(wan)) > 0
+    assert distance(video, through_diffusers(vace, conditioning_scale=scale, **theirs)) == 0
+    assert distance(video, render(wan)) > 0
 
 
 @pytest.fixture(scope="module")
 def with_i2v(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> models.Wan:
-    """All four networks."""
+    """A WAN with all four networks."""
     folder = tmp_path_factory.mktemp("i2v")
     i2v = {
         "wan_i2v_model": write_i2v(folder / "i2v"),
@@ -157,79 +163,93 @@ def with_i2v(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> mo
 
 
 @pytest.mark.parametrize(
-    ("network", "ours", "theirs"),
+    ("route", "ours", "theirs"),
     [
-        ("i2v", {"first": FIRST}, {"image": FIRST}),
-        ("flf2v", {"first": FIRST, "last": LAST}, {"image": FIRST, "last_image": LAST}),
+        ("i2v", References(first=FIRST), {"image": FIRST}),
+        ("flf2v", References(first=FIRST, last=LAST), {"image": FIRST, "last_image": LAST}),
     ],
 )
 def test_a_14b_network_is_used_instead_and_equals_diffusers_pipeline(
-    with_i2v: models.Wan, t2v: Any, network: str, ours: dict[str, Any], theirs: dict[str, Any]
+    with_i2v: models.Wan, t2v: Any, route: Any, ours: References, theirs: dict[str, Any]
 ) -> None:
-    loaded = with_i2v._networks[network]
+    network = with_i2v.networks[route]
     parts = {name: t2v.components[name] for name in ("tokenizer", "text_encoder", "vae")}
     pipe = WanImageToVideoPipeline(
         **parts,
         scheduler=t2v.scheduler,
-        transformer=loaded.transformer,
-        image_encoder=loaded.eyes.model,
-        image_processor=loaded.eyes.processor,
+        transformer=network.transformer,
+        image_encoder=network.image_encoder.model,
+        image_processor=network.image_encoder.processor,
     )
 
-    assert distance(render(with_i2v, **ours), through_diffusers(pipe, **theirs)) == 0
+    video = render(with_i2v, references=ours)
+
+    assert distance(video, through_diffusers(pipe, **theirs)) == 0
 
 
-def test_which_network_serves_which_references(with_i2v: models.Wan, wan: models.Wan) -> None:
-    def routes(first: bool, last: bool, subject: bool = False) -> tuple[Any, Any]:
-        asked = {"first": first, "last": last, "subject": subject}
-        return with_i2v.route(**asked), wan.route(**asked)
+@pytest.mark.parametrize(
+    ("references", "route_of_all_four", "route_of_vace"),
+    [
+        (References(), "t2v", "t2v"),
+        (References(first=FIRST), "i2v", "vace"),
+        (References(last=LAST), "vace", "vace"),
+        (References(first=FIRST, last=LAST), "flf2v", "vace"),
+        (References(subject=FIRST), "vace", "vace"),
+    ],
+)
+def test_the_route_is_the_network_that_takes_the_references(
+    with_i2v: models.Wan,
+    wan: models.Wan,
+    references: References,
+    route_of_all_four: str,
+    route_of_vace: str,
+) -> None:
+    assert with_i2v.route(references) == route_of_all_four
+    assert wan.route(references) == route_of_vace
 
-    assert routes(first=False, last=False) == ("t2v", "t2v")
-    assert routes(first=True, last=False) == ("i2v", "vace")
-    assert routes(first=False, last=True) == ("vace", "vace")
-    assert routes(first=True, last=True) == ("flf2v", "vace")
-    assert routes(first=False, last=False, subject=True) == ("vace", "vace")
 
-
-# --- frames leave as they are decoded ---
+# --- frames are given out as they are decoded ---
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17])
-def test_the_pieces_are_bit_for_bit_what_the_vae_decodes_at_once(
+def test_decoding_in_pieces_equals_decoding_at_once_bit_for_bit(
     wan: models.Wan, num_frames: int
 ) -> None:
-    vae = wan._vae
+    vae = wan.vae
     latents = torch.randn(vae.latent_shape(num_frames, 48, 64))
-    mean, std = (vae._per_channel(f"latents_{name}", vae.dtype) for name in ("mean", "std"))
+    mean, std = (
+        torch.tensor(vae.model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1)
+        for name in ("mean", "std")
+    )
 
     pieces = list(vae.decode(latents))
     with torch.inference_mode():
-        whole = vae._vae.decode(latents / (1.0 / std) + mean).sample[0]
+        whole = vae.model.decode(latents / (1.0 / std) + mean).sample[0]
 
     assert [len(piece) for piece in pieces] == [1] + [4] * (num_frames // 4)
     expected = (whole / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     assert np.array_equal(np.concatenate(pieces), expected.permute(1, 2, 3, 0).numpy())
 
 
-def test_two_videos_may_be_decoded_in_turns(wan: models.Wan) -> None:
-    one, two = (torch.randn(wan._vae.latent_shape(9, 48, 64)) for _ in range(2))
-    alone = list(wan._vae.decode(one)), list(wan._vae.decode(two))
+def test_two_videos_may_be_decoded_at_the_same_time(wan: models.Wan) -> None:
+    one, two = (torch.randn(wan.vae.latent_shape(9, 48, 64)) for _ in range(2))
+    alone = list(wan.vae.decode(one)), list(wan.vae.decode(two))
 
-    together = list(zip(wan._vae.decode(one), wan._vae.decode(two), strict=True))
+    together = list(zip(wan.vae.decode(one), wan.vae.decode(two), strict=True))
 
     assert all(np.array_equal(a, b) for a, (b, _) in zip(alone[0], together, strict=True))
     assert all(np.array_equal(a, b) for a, (_, b) in zip(alone[1], together, strict=True))
 
 
-def test_the_check_is_heard_between_pieces(wan: models.Wan) -> None:
-    heard: list[int] = []
+def test_a_job_can_be_stopped_between_two_pieces(wan: models.Wan) -> None:
+    checks: list[int] = []
 
     def check() -> None:
-        heard.append(1)
-        if len(heard) == 2:
+        checks.append(1)
+        if len(checks) == 2:
             raise Cancelled("stop")
 
-    pieces = wan.generate(prompt="a", negative_prompt=None, seed=1, check=check, **SMALL)
+    pieces = wan.generate(SMALL, RecordedProgress(on_check=check))
 
     assert len(next(pieces)) == 1
     with pytest.raises(Cancelled):
@@ -239,58 +259,54 @@ def test_the_check_is_heard_between_pieces(wan: models.Wan) -> None:
 # --- prompts ---
 
 
-def test_a_prompt_is_read_as_diffusers_reads_it(wan: models.Wan, t2v: Any) -> None:
+def test_a_prompt_is_encoded_as_diffusers_encodes_it(wan: models.Wan, t2v: Any) -> None:
     with torch.no_grad():
         theirs, _ = t2v.encode_prompt(
             "A red &amp; blue  circle", do_classifier_free_guidance=False, max_sequence_length=512
         )
 
-    assert torch.equal(wan._text.encode(["A red &amp; blue  circle"])[0], theirs)
+    assert torch.equal(wan.text_encoder.encode(["A red &amp; blue  circle"])[0], theirs)
 
 
-def test_a_word_behind_the_226th_token_still_counts(wan: models.Wan) -> None:
+def test_a_word_after_the_226th_token_changes_the_video(wan: models.Wan) -> None:
     filler = "circle " * 300
 
     assert distance(render(wan, filler + "red"), render(wan, filler + "blue")) > 0
 
 
-def test_a_text_that_comes_again_is_not_read_again(settings: Settings) -> None:
+def test_a_text_that_comes_again_is_not_encoded_again(settings: Settings) -> None:
     wan = models.load(settings)
-    reads: list[Any] = []
-    wan._text._model.register_forward_hook(lambda *call: reads.append(call))
+    forwards: list[Any] = []
+    wan.text_encoder.model.register_forward_hook(lambda *call: forwards.append(call))
 
     for prompt in ("one", "two", "three"):
-        render(wan, prompt, negative_prompt="blurry")
+        render(wan, prompt, negative="blurry")
 
-    assert len(reads) == 4
+    assert len(forwards) == 4
 
 
 # --- seeds and steps ---
 
 
-def test_a_seed_repeats_and_another_differs(wan: models.Wan) -> None:
+def test_a_seed_repeats_its_video_and_another_seed_does_not(wan: models.Wan) -> None:
     assert distance(render(wan, seed=5), render(wan, seed=5)) == 0
     assert distance(render(wan, seed=5), render(wan, seed=6)) > 0
 
 
-def test_every_step_is_told(wan: models.Wan) -> None:
-    told: list[tuple[int, int]] = []
+def test_every_step_is_reported(wan: models.Wan) -> None:
+    progress = RecordedProgress()
 
-    render(wan, step=lambda done, total: told.append((done, total)))
+    render(wan, progress=progress)
 
-    assert told == [(done, 4) for done in range(1, 5)]
+    assert progress.steps == [(done, 4) for done in range(1, 5)]
 
 
-def test_what_a_step_raises_ends_the_generation_and_leaves_the_model_as_good_as_new(
+def test_a_generation_that_is_stopped_at_a_step_does_not_change_the_next_one(
     wan: models.Wan,
 ) -> None:
-    def stop_at_two(done: int, total: int) -> None:
-        if done == 2:
-            raise Cancelled("stop")
-
     before = render(wan)
     with pytest.raises(Cancelled):
-        render(wan, step=stop_at_two)
+        render(wan, progress=stop_at_step(2))
 
     assert distance(render(wan), before) == 0
 
@@ -298,64 +314,44 @@ def test_what_a_step_raises_ends_the_generation_and_leaves_the_model_as_good_as_
 # --- memory ---
 
 
-class ShortOfMemory(models.Wan):
-    """A WAN whose device is too small so many times, and says so as torch does."""
-
-    too_small = 1
-
-    def _denoise(self, *job: Any) -> torch.Tensor:
-        self.too_small -= 1
-        if self.too_small >= 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._denoise(*job)
-
-
-def as_kind(kind: Any, wan: models.Wan) -> Any:
-    return kind(
-        text=wan._text,
-        vae=wan._vae,
-        networks=wan._networks,
-        sampling=wan.sampling,
-        device=wan.device,
-    )
-
-
-def test_a_video_that_does_not_fit_is_made_with_no_other_model_beside_it(
+def test_after_out_of_memory_a_video_is_made_with_no_other_model_on_the_device(
     settings: Settings,
 ) -> None:
     ledger = fake_ledger(1 << 30)
-    wan = models.load(settings, ledger)
-    told: list[Any] = []
+    wan, progress = models.load(settings, ledger), RecordedProgress()
 
-    video = render(as_kind(ShortOfMemory, wan), planned=told.append)
+    with out_of_memory(wan, times=1):
+        video = render(wan, progress=progress)
 
-    # The text encoder and the VAE left; the VAE came again.
+    # The text encoder and the VAE left; the VAE came back.
     assert {row.name: row.state for row in ledger.report()} == {
         "wan_text_encoder": "host",
         "wan_t2v": "device",
         "wan_vae": "device",
     }
     assert distance(video, render(wan)) == 0
-    assert told == [{"offload": False, "lean": True, "alone": True, "retries": 1}]
+    assert progress.memory_plans == [
+        {"offload": False, "lean": True, "alone": True, "retries": 1},
+    ]
 
 
-def test_what_each_stage_really_took_is_known_by_its_shape(settings: Settings) -> None:
+def test_the_memory_of_each_stage_is_measured_by_its_shape(settings: Settings) -> None:
     wan = models.load(settings.model_copy(update={"vram_budget_gb": 1.0}))
 
     render(wan)
 
-    rows = {row.name: row for row in wan._text.handle.ledger.report()}
+    rows = {row.name: row for row in wan.text_encoder.handle.ledger.report()}
     assert list(rows["wan_text_encoder"].working_bytes) == ["prompt"]
     assert list(rows["wan_t2v"].working_bytes) == ["64x48x9"]
     assert list(rows["wan_vae"].working_bytes) == ["64x48x9"]
     took = [next(iter(row.working_bytes.values())) for row in rows.values()]
     assert min(took) > 0
-    # All models are there, and the longest stage's work beside them.
+    # At the peak all models are on the device, and the memory of the largest stage beside them.
     weights = sum(row.num_bytes for row in rows.values())
     assert wan.device.peak_bytes() >= weights + max(took)
 
 
-def test_low_vram_brings_the_text_encoder_block_by_block_with_the_same_bits() -> None:
+def test_low_vram_moves_the_text_encoder_block_by_block_with_the_same_bits() -> None:
     torch.manual_seed(0)
     config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=12, num_heads=4)
     model = UMT5EncoderModel(config).eval()
@@ -366,44 +362,50 @@ def test_low_vram_brings_the_text_encoder_block_by_block_with_the_same_bits() ->
 
     memory = CountedMemory(whole // 2)
     device = Device(torch.device("cpu"), torch.float32, memory)
-    parts = in_blocks(model, device, lambda: model)
+    parts = block_by_block(model, device, lambda: model)
     parts.to_device()
     with device.computing():
-        in_turns = model(ids).last_hidden_state
+        in_blocks = model(ids).last_hidden_state
 
-    assert torch.equal(in_turns, usual)
+    assert torch.equal(in_blocks, usual)
     assert memory.peak_bytes < whole // 2
     assert parts.num_bytes < whole // 4
     assert sum(part.num_bytes for part in parts._parts.values()) == whole
 
 
-def test_low_vram_makes_the_same_video_and_says_so(settings: Settings, wan: models.Wan) -> None:
+def test_low_vram_makes_the_same_video_and_reports_its_plan(
+    settings: Settings, wan: models.Wan
+) -> None:
     low = models.load(settings.model_copy(update={"low_vram": True, "vram_budget_gb": 1.0}))
-    told: list[Any] = []
+    progress = RecordedProgress()
 
-    video = render(low, planned=told.append)
+    video = render(low, progress=progress)
 
     assert distance(video, render(wan)) == 0
-    assert told == [{"offload": True, "lean": True, "alone": False, "retries": 0}]
+    assert progress.memory_plans == [
+        {"offload": True, "lean": True, "alone": False, "retries": 0},
+    ]
 
 
-def test_a_video_that_does_not_fit_then_either_is_out_of_memory(wan: models.Wan) -> None:
-    short = as_kind(ShortOfMemory, wan)
-    short.too_small = 2
+def test_a_video_that_fits_in_no_way_is_out_of_memory_and_the_next_one_is_made(
+    wan: models.Wan,
+) -> None:
+    before = render(wan)
 
-    with pytest.raises(OutOfMemory, match="a video of this size"):
-        render(short)
-    assert distance(render(wan), render(short)) == 0
+    with out_of_memory(wan, times=2), pytest.raises(OutOfMemory, match="a video of this size"):
+        render(wan)
+
+    assert distance(render(wan), before) == 0
 
 
-def test_running_out_of_memory_in_the_decoder_is_our_error(
+def test_running_out_of_memory_in_the_decoder_raises_our_error(
     wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(latents: torch.Tensor) -> Iterator[np.ndarray]:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         yield
 
-    monkeypatch.setattr(wan._vae, "decode", decode)
+    monkeypatch.setattr(wan.vae, "decode", decode)
 
     with pytest.raises(OutOfMemory):
         render(wan)
@@ -413,19 +415,19 @@ def test_running_out_of_memory_in_the_decoder_is_our_error(
 
 
 def test_equal_tensors_of_t2v_and_vace_are_held_once(wan: models.Wan) -> None:
-    with wan._networks["t2v"].handle.using():
-        plain = dict(wan._networks["t2v"].transformer.named_parameters())
-        vace = dict(wan._networks["vace"].transformer.named_parameters())
+    with wan.networks["t2v"].handle.using():
+        plain = dict(wan.networks["t2v"].transformer.named_parameters())
+        vace = dict(wan.networks["vace"].transformer.named_parameters())
 
     assert set(plain) <= set(vace)
     assert all(vace[name] is weight for name, weight in plain.items())
 
 
-def test_they_are_one_model_in_the_ledger(settings: Settings) -> None:
+def test_networks_that_share_weights_are_one_model_in_the_ledger(settings: Settings) -> None:
     ledger = fake_ledger(1 << 30)
     wan = models.load(settings, ledger)
 
-    plain, vace = (wan._networks[route].transformer for route in ("t2v", "vace"))
+    plain, vace = (wan.networks[route].transformer for route in ("t2v", "vace"))
     together = {id(each): each for each in (*plain.parameters(), *vace.parameters())}
     rows = {row.name: row.num_bytes for row in ledger.report()}
     assert sorted(rows) == ["wan_t2v", "wan_text_encoder", "wan_vae"]
@@ -435,35 +437,33 @@ def test_they_are_one_model_in_the_ledger(settings: Settings) -> None:
 
 @pytest.mark.parametrize("change", [1e-6, -0.0])
 def test_a_tensor_that_differs_in_a_bit_is_not_shared(wan: models.Wan, change: float) -> None:
-    weights = wan._networks["t2v"].transformer
+    weights = wan.networks["t2v"].transformer
     plain, other = (WanTransformer3DModel.from_config(weights.config) for _ in range(2))
-    with wan._networks["t2v"].handle.using():
+    with wan.networks["t2v"].handle.using():
         for each in (plain, other):
             each.load_state_dict(weights.state_dict())
     with torch.no_grad():
         plain.proj_out.bias[0] = 0.0
         other.proj_out.bias[0] = change
 
-    shared, common = share(plain, other)
+    shared, common = share_equal_tensors(plain, other)
 
     assert (shared, common) == (common - 1, len(list(plain.parameters())))
     assert other.proj_out.bias is not plain.proj_out.bias
 
 
-def test_a_vace_of_other_weights_is_rendered_with_its_own(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_a_vace_with_other_weights_keeps_its_own(settings: Settings, tmp_path: Path) -> None:
     other = write_wan(tmp_path, seed=2)
     mixed = settings.model_copy(update={"wan_vace_model": other.wan_vace_model})
-    wan, peer = models.load(mixed), vace_peer(mixed)
-    ours, theirs = AS_VACE_HAS_IT["start"]
+    wan, vace = models.load(mixed), diffusers_vace(mixed)
+    ours, theirs = VACE_REFERENCES["start"]
     plain = render(wan)
 
-    assert distance(render(wan, **ours), through_diffusers(peer, **theirs)) == 0
+    assert distance(render(wan, references=ours), through_diffusers(vace, **theirs)) == 0
     assert distance(render(wan), plain) == 0
 
 
-def test_models_that_have_no_room_together_come_and_go_with_the_same_pixels(
+def test_models_that_do_not_fit_the_device_together_make_the_same_pixels_in_turn(
     settings: Settings, tmp_path: Path
 ) -> None:
     i2v = settings.model_copy(update={"wan_i2v_model": write_i2v(tmp_path)})
@@ -472,33 +472,34 @@ def test_models_that_have_no_room_together_come_and_go_with_the_same_pixels(
     ledger = fake_ledger(max(row.num_bytes for row in sizes.report()))
     small = models.load(i2v, ledger)
 
-    for references in ({}, {"first": FIRST}, {"last": LAST}, {}):
-        assert distance(render(small, **references), render(roomy, **references)) == 0
+    for references in (References(), References(first=FIRST), References(last=LAST), References()):
+        one, other = (render(model, references=references) for model in (small, roomy))
+        assert distance(one, other) == 0
     assert all(row.num_evictions > 0 for row in ledger.report())
 
 
 def test_weights_that_were_dropped_are_read_again_and_shared_again(settings: Settings) -> None:
-    # A host without memory to keep what leaves the device.
+    # The host has no memory for weights that leave the device.
     ledger = Ledger(FakeMemory(1 << 30, host_bytes=0))
     wan = models.load(settings, ledger)
-    before = [render(wan), render(wan, first=FIRST)]
+    before = [render(wan), render(wan, references=References(first=FIRST))]
 
     for name in ("wan_t2v", "wan_vae", "wan_text_encoder"):
         assert ledger.request_move(name, "disk").is_done.wait(PATIENCE_S)
-    wan._text._kept.clear()
+    wan.text_encoder.cache.clear()
 
     assert {row.state for row in ledger.report()} == {"disk"}
-    after = [render(wan), render(wan, first=FIRST)]
+    after = [render(wan), render(wan, references=References(first=FIRST))]
     assert all(distance(one, other) == 0 for one, other in zip(before, after, strict=True))
-    plain, vace = (wan._networks[route].transformer for route in ("t2v", "vace"))
+    plain, vace = (wan.networks[route].transformer for route in ("t2v", "vace"))
     assert vace.proj_out.weight is plain.proj_out.weight
 
 
 # --- step-distilled checkpoints ---
 
 
-#: As their authors sample them: FastWan's and CausVid's configurations name the timesteps; those of
-#: LightX2V name 1000, 750, 500 and 250, which a shift of 5 moves to these.
+#: The timesteps of the authors. FastWan's and CausVid's configurations name them; LightX2V's name
+#: 1000, 750, 500 and 250, which a shift of 5 moves to these.
 PUBLISHED = {
     "FastWan, CausVid": ({"wan_distilled_timesteps": (1000, 757, 522)}, [1000, 757, 522]),
     "LightX2V": ({"wan_distilled_timesteps": (1000, 938, 833, 625)}, [1000, 938, 833, 625]),
@@ -516,12 +517,12 @@ def test_a_distilled_checkpoint_takes_its_authors_timesteps_and_one_forward_for_
     environment, timesteps = PUBLISHED[name]
     distilled = models.load(settings.model_copy(update=environment))
     seen: list[float] = []
-    distilled._networks["t2v"].transformer.register_forward_pre_hook(
+    distilled.networks["t2v"].transformer.register_forward_pre_hook(
         lambda _, __, call: seen.append(float(call["timestep"])), with_kwargs=True
     )
 
     steps = distilled.sampling.distilled_steps
-    render(distilled, negative_prompt="blue", num_inference_steps=steps, guidance_scale=6.0)
+    render(distilled, negative="blue", steps=steps, guidance_scale=6.0)
 
     assert seen == pytest.approx(timesteps, abs=0.01)
 
@@ -530,7 +531,7 @@ def test_a_distilled_checkpoint_is_not_guided(settings: Settings) -> None:
     distilled = models.load(settings.model_copy(update={"wan_distilled_steps": 4}))
 
     videos = [
-        render(distilled, negative_prompt=negative, guidance_scale=scale)
+        render(distilled, negative=negative, guidance_scale=scale)
         for negative, scale in (("blue", 6.0), (None, 1.0))
     ]
 
@@ -538,19 +539,17 @@ def test_a_distilled_checkpoint_is_not_guided(settings: Settings) -> None:
 
 
 def test_a_dmd_checkpoint_takes_its_own_timesteps(settings: Settings) -> None:
-    told: list[tuple[int, int]] = []
+    progress = RecordedProgress()
     timesteps = {"wan_distilled_timesteps": (1000, 757, 522)}
     wan = models.load(settings.model_copy(update=timesteps))
 
-    one, two = (
-        render(wan, num_inference_steps=25, step=lambda *done: told.append(done)) for _ in range(2)
-    )
+    one, two = (render(wan, steps=25, progress=progress) for _ in range(2))
 
-    assert told == [(1, 3), (2, 3), (3, 3)] * 2
+    assert progress.steps == [(1, 3), (2, 3), (3, 3)] * 2
     assert distance(one, two) == 0
 
 
-def test_a_dmd_step_predicts_the_clean_video_and_noises_it_anew() -> None:
+def test_a_dmd_step_predicts_the_clean_video_and_adds_new_noise() -> None:
     scheduler = make_dmd_scheduler((1000, 757, 522), "cpu")
     sample, velocity = torch.randn(2, 1, 4, 2, 4, 4).unbind()
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(7))
@@ -569,8 +568,8 @@ def test_a_dmd_step_predicts_the_clean_video_and_noises_it_anew() -> None:
 def test_without_vace_there_is_no_network_for_references(settings: Settings) -> None:
     wan = models.load(settings.model_copy(update={"wan_vace_model": None}))
 
-    assert wan.route(first=True, last=False, subject=False) is None
-    assert wan.route(first=False, last=False, subject=False) == "t2v"
+    assert wan.route(References(first=FIRST)) is None
+    assert wan.route(References()) == "t2v"
 
 
 @pytest.mark.parametrize("variable", ["wan_model", "wan_vace_model", "wan_i2v_model"])
@@ -637,7 +636,7 @@ def test_a_missing_text_for_enhancement_is_a_load_error(settings: Settings) -> N
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_where_chat_is_served_too_its_model_enhances(
+def test_the_chat_familys_model_enhances_if_the_worker_serves_chat(
     settings: Settings, tmp_path: Path, named: bool
 ) -> None:
     chat = tiny_folder(tmp_path)
@@ -654,7 +653,7 @@ def test_where_chat_is_served_too_its_model_enhances(
     assert loaded["wan"].enhancer is loaded["chat"]
 
 
-def test_an_enhancer_of_its_own_stands_in_the_ledger(settings: Settings, tmp_path: Path) -> None:
+def test_wans_own_enhancer_is_registered_in_the_ledger(settings: Settings, tmp_path: Path) -> None:
     own = settings.model_copy(update={"wan_enhancer_model": tiny_folder(tmp_path)})
     ledger = fake_ledger(1 << 30)
 
@@ -672,17 +671,19 @@ def test_a_pocket_wan_starts_without_an_enhancer(monkeypatch: pytest.MonkeyPatch
     assert models.load(Settings(families=("wan",))).enhancer is None
 
 
-def test_an_enhancer_that_is_asked_for_and_missing_is_a_load_error(settings: Settings) -> None:
+def test_a_missing_enhancer_is_a_load_error(settings: Settings) -> None:
     with pytest.raises(ModelLoadError, match="WAN_ENHANCER_MODEL: there is nothing at"):
         models.load(settings.model_copy(update={"wan_enhancer_model": "/no/such/model"}))
 
 
-def test_of_a_single_frame_the_first_is_given() -> None:
-    assert Given(first=FIRST).known(1) == {0: FIRST}
-    assert Given(last=LAST).known(1) == {0: LAST}
+def test_in_a_video_of_one_frame_the_first_and_the_last_frame_are_that_one() -> None:
+    assert References(first=FIRST).frames(1) == {0: FIRST}
+    assert References(last=LAST).frames(1) == {0: LAST}
 
 
-def test_a_video_of_a_single_frame_keeps_its_reference(wan: models.Wan) -> None:
-    one, other = (render(wan, num_frames=1, first=each) for each in (FIRST, LAST))
+def test_a_video_of_one_frame_follows_its_reference(wan: models.Wan) -> None:
+    one, other = (
+        render(wan, num_frames=1, references=References(first=each)) for each in (FIRST, LAST)
+    )
 
     assert distance(one, other) > 0

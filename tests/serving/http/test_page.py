@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from playwright.sync_api import Browser, Page, Route
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.storage import DirectoryStorage
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.serving.http import page, routes
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat, FakeChat
@@ -34,8 +36,9 @@ KEY = {"Authorization": "Bearer a-key"}
 class GreyFrames(FakeWan):
     """A `FakeWan` of nine grey frames."""
 
-    def generate(self, **call: Any) -> Iterator[Any]:
-        yield np.full((9, call["height"], call["width"], 3), 128, dtype=np.uint8)
+    def generate(self, request: VideoRequest, progress: Progress) -> Generator[np.ndarray]:
+        width, height = request.size
+        yield np.full((9, height, width, 3), 128, dtype=np.uint8)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def make_bench(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
         **settings,
     )
     fake_sdxl = FakeSdxl()
-    models = {"sdxl": fake_sdxl, "chat": chat, "wan": GreyFrames()}
+    models = {"sdxl": fake_sdxl, "chat": chat, "wan": GreyFrames(FakeChat("More."))}
     return LocalWorker(folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models)
 
 

@@ -1,0 +1,41 @@
+"""The progress of a generation, as a list of what it reported; it can end the generation."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ourvidz_serverless.errors import Cancelled
+
+
+@dataclass
+class RecordedProgress:
+    """Keeps every report. `on_check` and `on_step` are called with each, and may raise."""
+
+    on_check: Callable[[], None] = lambda: None
+    on_step: Callable[[int, int], None] = lambda done, total: None
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    memory_plans: list[Mapping[str, Any]] = field(default_factory=list)
+    speed_reports: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def check(self) -> None:
+        self.on_check()
+
+    def step(self, done: int, total: int) -> None:
+        self.steps.append((done, total))
+        self.on_step(done, total)
+
+    def memory_plan(self, plan: Mapping[str, Any]) -> None:
+        self.memory_plans.append(plan)
+
+    def speed(self, report: Mapping[str, Any]) -> None:
+        self.speed_reports.append(report)
+
+
+def stop_at_step(step: int) -> RecordedProgress:
+    """The progress of a generation that is stopped at this step."""
+
+    def stop(done: int, total: int) -> None:
+        if done == step:
+            raise Cancelled("stop")
+
+    return RecordedProgress(on_step=stop)
