@@ -1,6 +1,6 @@
-"""Latents and pictures that are not finite: their job fails, and its error says so.
+"""A job whose latents or pixels are not finite fails with an error that says so.
 
-A byte cannot hold such a value: a cast makes it black, and the job would end as completed.
+Without this check the cast to bytes would make such values black, and the job would succeed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from ourvidz_serverless.errors import InternalError
 
 
 def check_finite(values: torch.Tensor, what: str) -> torch.Tensor:
-    """The same values. Raises InternalError where one of them is not finite."""
-    # Two numbers on the device: `isfinite` alone would make a tensor as long as the values.
+    """Return the same values. Raises InternalError if one of them is not finite."""
+    # `aminmax` gives two numbers. `isfinite` alone would allocate a tensor as long as the values.
     if not all(torch.isfinite(end) for end in torch.aminmax(values)):
         raise InternalError(
             f"the generation failed: {what} is not finite; "

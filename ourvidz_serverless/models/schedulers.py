@@ -1,6 +1,6 @@
-"""Schedulers by the names the field calls them.
+"""Schedulers by their usual names.
 
-The table follows diffusers' own of A1111 and k-diffusion names
+The table follows diffusers' table of A1111 and k-diffusion names
 (documentation, "Schedulers": https://huggingface.co/docs/diffusers/api/schedulers/overview).
 """
 
@@ -31,20 +31,20 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_sde": (DPMSolverSinglestepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
-    # Its own defaults clip latents as if they were pixels.
+    # By default it clips latents as if they were pixels.
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "lcm": (LCMScheduler, {}),
 }
 
-#: More than two: consistency models' schedulers treat two steps in a special way.
-REHEARSED_STEPS = 4
+#: More than two, since consistency models' schedulers treat two steps in a special way.
+TRIED_STEPS = 4
 
 
 def make_scheduler(config: Any, name: str | None) -> Any:
-    """A scheduler of this job's own, made from the checkpoint's configuration.
+    """A new scheduler for one job, made from the checkpoint's configuration.
 
-    `name` None is the checkpoint's own kind. Schedulers keep the state of one run, so a shared
-    one would let two jobs meet.
+    `name` None is the checkpoint's own kind. A scheduler keeps the state of its run, so two jobs
+    must not share one.
     """
     if name is None:
         return getattr(diffusers, config["_class_name"]).from_config(config)
@@ -53,10 +53,10 @@ def make_scheduler(config: Any, name: str | None) -> Any:
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> None:
-    """Set a scheduler to so many steps.
+    """Set the number of a scheduler's steps.
 
-    Raises InvalidPrompt if the scheduler cannot take so many: that of a distilled checkpoint has a
-    limit.
+    Raises InvalidPrompt if the scheduler cannot take so many. Schedulers of distilled checkpoints
+    have a limit.
     """
     try:
         scheduler.set_timesteps(steps, device=device)
@@ -69,19 +69,19 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) ->
 def try_one_step(config: Any) -> None:
     """Take one step with a checkpoint's own scheduler, on zero latents.
 
-    A scheduler that cannot run SDXL's loop raises its own error here: one for flow matching has no
-    `init_noise_sigma`.
+    A scheduler that cannot run SDXL's loop raises its own error here. One for flow matching, for
+    example, has no `init_noise_sigma`.
     """
     scheduler = make_scheduler(config, None)
-    most = config.get("original_inference_steps") or REHEARSED_STEPS
-    scheduler.set_timesteps(min(REHEARSED_STEPS, most))
+    most = config.get("original_inference_steps") or TRIED_STEPS
+    scheduler.set_timesteps(min(TRIED_STEPS, most))
     timestep = scheduler.timesteps[0]
     latents = torch.zeros(1, 4, 8, 8) * scheduler.init_noise_sigma
     predicted = scheduler.scale_model_input(latents, timestep)
     scheduler.step(predicted, timestep, latents, return_dict=False)
 
 
-#: WAN's solvers; each runs on the straight paths of flow matching (arXiv:2210.02747).
+#: WAN's solvers, for the straight paths of flow matching (arXiv:2210.02747).
 SOLVERS: dict[str, Any] = {
     "unipc": UniPCMultistepScheduler,
     "dpm++": DPMSolverMultistepScheduler,
@@ -101,7 +101,7 @@ def default_flow_shift(config: Any) -> float:
 
 
 def make_flow_scheduler(config: Any, solver: str, flow_shift: float) -> Any:
-    """A flow-matching scheduler of this job's own, made from a WAN checkpoint's configuration."""
+    """A new flow-matching scheduler for one job, from a WAN checkpoint's configuration."""
     kind = SOLVERS[solver]
     if kind is FlowMatchEulerDiscreteScheduler:
         return kind(num_train_timesteps=config["num_train_timesteps"], shift=flow_shift)
@@ -112,7 +112,7 @@ def make_flow_scheduler(config: Any, solver: str, flow_shift: float) -> Any:
 def make_dmd_scheduler(timesteps: Sequence[int], device: Any) -> Any:
     """A scheduler that is set to a DMD checkpoint's own timesteps (arXiv:2405.14867).
 
-    Each step predicts the clean video and noises it anew to the next timestep.
+    Each step predicts the clean video, and adds new noise for the next timestep.
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
     train = scheduler.config.num_train_timesteps

@@ -1,4 +1,4 @@
-"""The pocket SDXL with a VAE that says what SDXL's own says: that it overflows in fp16."""
+"""The pocket SDXL with a VAE that is marked as overflowing in fp16, as SDXL's own is."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from tests.files import ROOT
 
 
 def wide_settings(folder: Path, device: str = "auto") -> Settings:
-    """Of a model in fp16 whose VAE is kept in fp32."""
+    """Settings of a model in fp16 whose VAE is kept in fp32."""
     config = folder / "sdxl"
     shutil.copytree(ROOT / "pocket/sdxl", config)
     vae = config / "vae/config.json"

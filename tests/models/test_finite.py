@@ -1,4 +1,4 @@
-"""A latent or a picture that is not finite never becomes bytes: its job fails and says so."""
+"""A job whose latents or pixels are not finite fails with an error that says so."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def fill(parameter: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_one_value_that_is_not_finite_is_enough(value: float) -> None:
+def test_one_value_that_is_not_finite_is_an_error(value: float) -> None:
     values = torch.zeros(3, 4, 4)
     assert check_finite(values, "the latent") is values
     values[1, 2, 3] = value
@@ -41,9 +41,7 @@ def test_one_value_that_is_not_finite_is_enough(value: float) -> None:
     assert not any(letters in failed.value.message for letters in ("inf", "nan"))
 
 
-def test_a_lora_of_weights_without_bound_fails_its_job_and_no_other(
-    sdxl: Any, tmp_path: Path
-) -> None:
+def test_a_lora_that_causes_overflow_fails_only_its_own_job(sdxl: Any, tmp_path: Path) -> None:
     path = tmp_path / "wild.safetensors"
     write_lora(path, "to_q", "to_v")
     save_file({name: each * 1e30 for name, each in load_file(path).items()}, path)

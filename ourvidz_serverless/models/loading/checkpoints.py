@@ -1,4 +1,4 @@
-"""Where weights lie: a name, looked up in one place after the other.
+"""Finds weights by a name, in one place after the other.
 
     /models/checkpoint.safetensors              a path, taken as it is
     checkpoint.safetensors                      a file or folder in one of `MODEL_DIRS`
@@ -6,8 +6,8 @@
     Qwen/Qwen2.5-7B-Instruct@a09a35458c70...    a revision of one
     h94/IP-Adapter/sdxl_models/x.safetensors    a file in one
 
-Repositories lie as in the hub's own cache, `models--{org}--{name}/snapshots/{revision}`, wherever
-they come from: baked into the image, RunPod's cached model, or a network volume.
+Repositories have the layout of the hub's own cache, `models--{org}--{name}/snapshots/{revision}`,
+whether they are in the image, in RunPod's model cache, or on a network volume.
 """
 
 from __future__ import annotations
@@ -21,23 +21,34 @@ from typing import Any, Literal
 
 from ourvidz_serverless.errors import ModelLoadError
 
-#: File systems behind a network. RunPod mounts its volumes, which are MooseFS, by FUSE.
-REMOTE = ("fuse", "nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "glusterfs", "beegfs", "9p")
+#: Network file systems. RunPod's volumes are MooseFS, mounted by FUSE.
+REMOTE_FILESYSTEMS = (
+    "fuse",
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "ceph",
+    "lustre",
+    "glusterfs",
+    "beegfs",
+    "9p",
+)
 
-#: FUSE on this machine's own disks.
+#: FUSE file systems on the machine's own disks.
 LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.mergerfs")
 
 MOUNTS = Path("/proc/self/mounts")
 
-#: The longest table of tensors that safetensors itself reads, in bytes.
-MAX_HEADER = 100_000_000
+#: The longest header, in bytes, that the safetensors library reads.
+MAX_HEADER_BYTES = 100_000_000
 
 
 def find(variable: str, name: str | Path, folders: Sequence[Path]) -> Path:
-    """The file or folder that the value of a variable means.
+    """The file or folder that the value of a variable names.
 
-    Raises ModelLoadError with one line that names the variable when there is none, or when a
-    folder holds several revisions and none of them is its main one.
+    Raises ModelLoadError with one line that names the variable if there is none, or if a repository
+    has several revisions and no main one.
     """
     path = Path(name)
     if path.exists():
@@ -55,7 +66,7 @@ def find(variable: str, name: str | Path, folders: Sequence[Path]) -> Path:
 
 
 def _cached(variable: str, folder: Path, name: Path) -> Path | None:
-    """Where a repository, or a file in one, lies in a cache of the hub's layout."""
+    """The path of a repository, or of a file in one, in a cache of the hub's layout."""
     if len(name.parts) < 2:
         return None
     organisation, repository, *inside = name.parts
@@ -80,9 +91,9 @@ def _snapshot(variable: str, cache: Path, revision: str) -> Path | None:
 
 @contextmanager
 def loading(variable: str, path: Path, what: str) -> Iterator[None]:
-    """Whatever loading raises becomes ModelLoadError: one line about the variable, without a path.
+    """Turn any error of loading into a ModelLoadError: one line with the variable, without a path.
 
-    It reaches callers too, when a model that had to leave is read anew.
+    Callers get this line too, if an evicted model does not load again.
     """
     try:
         yield
@@ -97,9 +108,9 @@ def loading(variable: str, path: Path, what: str) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError in words where a folder has no weights, or not all of them, or broken ones.
+    """Raise ValueError with a clear message if weights are missing, incomplete or broken.
 
-    For loaders that say it less clearly, or not at all.
+    For libraries whose loaders have no clear message.
     """
     files = sorted(folder.glob("*.safetensors"))
     named = {
@@ -116,15 +127,15 @@ def check(folder: Path) -> None:
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's table of tensors by name, and where in it their bytes begin.
+    """A safetensors file's table of tensors by name, and the offset of their bytes in the file.
 
-    Raises ValueError in words where it is no such file, or is cut off
+    Raises ValueError with a clear message if the file is corrupt or cut off
     (https://github.com/huggingface/safetensors#format).
     """
     size, name = path.stat().st_size, f"{path.parent.name}/{path.name}"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if length <= MAX_HEADER else b""
+        raw = file.read(length) if length <= MAX_HEADER_BYTES else b""
     if not raw.startswith(b"{"):
         raise ValueError(f"{name} is not a safetensors file, or is corrupt")
     try:
@@ -144,24 +155,24 @@ def _entries(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_mapped(path: Path, when: Literal["auto", "always", "never"]) -> bool:
-    """Whether weights are mapped into memory; `auto` is no where they lie behind a network.
+    """Whether weights are mapped into memory; `auto` maps files that are not behind a network.
 
-    A map is read page by page in the order of use: the fastest way from a disk, and over a
-    network 30 to 50 times slower than one plain read
+    A map is read page by page in the order of use. That is the fastest way to read from a disk, and
+    30 to 50 times slower than one plain read over a network
     (https://github.com/Comfy-Org/ComfyUI/issues/2288).
     """
-    # Other systems than Linux have no such table, and no worker but a developer's.
+    # Only Linux has this table. Other systems run only a developer's worker.
     mounts = MOUNTS.read_text() if MOUNTS.exists() else ""
     return when == "always" or (when == "auto" and not is_remote(path, mounts))
 
 
 def is_remote(path: Path, mounts: str) -> bool:
-    """Whether a path lies behind a network, by a table like that of /proc/mounts."""
+    """Whether a path is on a network file system, by a table in the format of /proc/mounts."""
     real = Path(os.path.realpath(path))
     kinds = {}
     for line in mounts.splitlines():
         _, point, kind, *_ = line.split()
-        # Spaces are written as octal numbers there, and later mounts hide earlier ones.
+        # The table writes spaces as octal numbers. Later mounts hide earlier ones.
         kinds[Path(point.replace("\\040", " "))] = kind
     kind = next((kinds[point] for point in (real, *real.parents) if point in kinds), "")
-    return kind not in LOCAL_FUSE and kind.split(".")[0] in REMOTE
+    return kind not in LOCAL_FUSE and kind.split(".")[0] in REMOTE_FILESYSTEMS

@@ -1,11 +1,11 @@
-"""The weights' files into the page cache, front to back, while Python imports.
+"""Reads the weights' files into the page cache while Python imports.
 
-A start waits for two things, and neither needs the other: some seconds of imports, and as many of
-a disk. Whoever maps a file reads it page by page where the first touch falls, at half of what a
-disk gives to one long read; so a thread reads all of it once, and the maps find it there.
+A start waits for some seconds of imports and for about as many seconds of the disk, and the two can
+go on at once. A mapped file is read page by page in the order of use, at half the speed of one long
+read. So a thread reads each file once from front to back, and the maps find it in the page cache.
 
-What can be told of the files without torch is told before it is imported: whether they are there,
-whole, and safetensors.
+The files are checked before torch is imported: whether they exist, are complete, and are
+safetensors.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pathlib import Path
 from ourvidz_serverless.models.loading import checkpoints
 from ourvidz_serverless.settings import Settings
 
-#: What is read at once: long for a disk, nothing beside the weights.
+#: Bytes of one read: long for a disk, and little memory.
 CHUNK = 8 << 20
 
-#: How the names end of weights in halves, in one piece or in several.
-_HALVES = re.compile(r"\.fp16(-\d+-of-\d+)?\.safetensors$")
+#: File names of half-precision weights, in one file or in shards.
+_HALF = re.compile(r"\.fp16(-\d+-of-\d+)?\.safetensors$")
 
-#: Where NVIDIA's driver shows itself, so that nobody has to import torch to know.
+#: This file exists if NVIDIA's driver is loaded. The check needs no torch.
 DRIVER = Path("/dev/nvidiactl")
 
 
 def files(settings: Settings) -> list[Path]:
-    """The files that the families of these settings will load, in about that order.
+    """The files that the families of these settings will load, in about the order of loading.
 
-    Raises ModelLoadError with one line that names the variable for what is not there, or broken.
+    Raises ModelLoadError with one line that names the variable if a file is missing or broken.
     """
     return list(dict.fromkeys(_files(settings)))
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    halves = wants_half_precision(settings)
+    is_half = wants_half_precision(settings)
     for weights in (each for family in settings.served for each in family.weights):
         place = settings.of(weights.setting)
         if place is None or str(place) == "pocket":
             continue
         path = checkpoints.find(weights.setting, place, settings.model_dirs)
-        inside = [file for each in weights.folders for file in _weights(path / each, halves)]
+        inside = [file for each in weights.folders for file in _weights(path / each, is_half)]
         found = [path] if path.is_file() else inside
         with checkpoints.loading(weights.setting, path, weights.what):
             for file in found:
@@ -54,21 +54,21 @@ def _files(settings: Settings) -> Iterator[Path]:
 
 
 def wants_half_precision(settings: Settings) -> bool:
-    """Whether weights are kept in two bytes each, as far as can be known without torch."""
+    """Whether weights are loaded in half precision, as far as is known without torch."""
     is_cuda = DRIVER.exists() if settings.device == "auto" else settings.device != "cpu"
     return settings.dtype != "float32" and (settings.dtype != "auto" or is_cuda)
 
 
 def _weights(folder: Path, wants_half_precision: bool) -> list[Path]:
-    """A folder's weights; of those that are there in both sizes, one."""
+    """A folder's weights, in half or full precision if it has both."""
     found = sorted(folder.glob("*.safetensors"))
-    halves = [path for path in found if _HALVES.search(path.name)]
-    others = [path for path in found if path not in halves]
-    return (halves or others) if wants_half_precision else (others or halves)
+    half = [path for path in found if _HALF.search(path.name)]
+    others = [path for path in found if path not in half]
+    return (half or others) if wants_half_precision else (others or half)
 
 
 class ReadAhead:
-    """Reads files in a thread of its own, from `start` on."""
+    """Reads files in a thread of its own. `paths_read` are those that it has read."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
@@ -77,7 +77,7 @@ class ReadAhead:
 
     @classmethod
     def of(cls, settings: Settings) -> ReadAhead:
-        """Of what these settings load. Raises ModelLoadError as `files`."""
+        """A read-ahead of the files that these settings load. Raises ModelLoadError as `files`."""
         return cls(files(settings))
 
     def start(self) -> ReadAhead:
@@ -85,13 +85,13 @@ class ReadAhead:
         return self
 
     def wait(self) -> None:
-        """Return when all that could be read is read."""
+        """Return when all files are read, except those that cannot be read."""
         self._is_done.wait()
 
     def _read_all(self) -> None:
         try:
             for path in self._paths:
-                # Of a file that goes meanwhile its loader tells.
+                # If a file disappears, its loader raises an error later.
                 with suppress(OSError):
                     _read(path)
                     self.paths_read.append(path)
@@ -100,9 +100,9 @@ class ReadAhead:
 
 
 def _read(path: Path) -> None:
-    room = bytearray(CHUNK)
+    buffer = bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while file.readinto(room):
+        while file.readinto(buffer):
             pass

@@ -1,11 +1,11 @@
-"""Networks that take their weights as they lie in the file: nothing is drawn, converted or copied.
+"""Builds networks on the tensors of a file, without random initialisation, conversion or copies.
 
-A network is built on torch's meta device, where a parameter has a shape and no memory, and is then
-given the file's tensors: views of the mapped file, or, where maps are slow, of the one buffer that
-the file was read into. Only where the file holds another dtype than is wanted is there a copy.
+A network is built on torch's meta device, where a parameter has a shape and no memory. Then it gets
+the file's tensors: views of the mapped file or, where maps are slow, of one buffer with the file's
+bytes. A tensor is copied only if the file has another dtype than is wanted.
 
-diffusers' and transformers' own loaders start with random numbers where a tensor is missing, and
-say so in the log; here whatever is missing or of another shape is an error.
+diffusers' and transformers' own loaders initialise missing tensors with random numbers and log
+that. Here a tensor that is missing or has another shape is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ourvidz_serverless.models.loading import checkpoints
 
 Tensors = dict[str, torch.Tensor]
 
-#: safetensors' names (https://github.com/huggingface/safetensors, `Dtype`).
+#: safetensors' names of dtypes (https://github.com/huggingface/safetensors, `Dtype`).
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,18 +41,18 @@ DTYPES = {
 
 
 def read(path: Path, is_mapped: bool) -> Tensors:
-    """The tensors of a safetensors file, all of them views of one stretch of memory.
+    """The tensors of a safetensors file, as views of one buffer.
 
-    Raises ValueError in words for a file that is none, or is cut off.
+    Raises ValueError with a clear message if the file is corrupt or cut off.
     """
     table, start = checkpoints.header(path)
     size = path.stat().st_size
-    whole = _mapped(path, size) if is_mapped else _buffered(path, size)
+    content = _mapped(path, size) if is_mapped else _buffered(path, size)
     tensors = {}
     for name, entry in table.items():
         first, end = (start + offset for offset in entry["data_offsets"])
-        dtype, part = DTYPES[entry["dtype"]], whole[first:end]
-        # Files of other writers than safetensors' own may begin at an odd place.
+        dtype, part = DTYPES[entry["dtype"]], content[first:end]
+        # Other writers than safetensors may start a tensor at an unaligned offset.
         part = part.clone() if first % dtype.itemsize else part
         tensors[name] = part.view(dtype).view(entry["shape"])
     return tensors
@@ -63,41 +63,41 @@ def _mapped(path: Path, size: int) -> torch.Tensor:
 
 
 def _buffered(path: Path, size: int) -> torch.Tensor:
-    whole = torch.empty(size, dtype=torch.uint8)
+    content = torch.empty(size, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
-        room = memoryview(whole.numpy())
-        while room and (count := file.readinto(room)):
-            room = room[count:]
-    return whole
+        rest = memoryview(content.numpy())
+        while rest and (count := file.readinto(rest)):
+            rest = rest[count:]
+    return content
 
 
 def names(weights: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Under which names a network's weights are looked for: halves first where they are wanted."""
+    """The names of a network's weights, in the order to try: fp16 first unless fp32 is wanted."""
     found = (weights, f"{weights}.fp16")
     return found if dtype == torch.float32 else found[::-1]
 
 
 def read_parts(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors:
-    """The tensors of the first of some files, in one piece or in those that its index names.
+    """The tensors under the first name that exists, in one file or in the shards of its index.
 
-    A file's name is without its `.safetensors`. Raises ValueError where there is none of them.
+    Names are without `.safetensors`. Raises ValueError if there is no such file.
     """
     for name in names:
         path, index = folder / f"{name}.safetensors", folder / _index(name)
         if path.exists():
             return read(path, is_mapped)
         if index.exists():
-            pieces = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             return {
                 tensor: each
-                for piece in pieces
-                for tensor, each in read(folder / piece, is_mapped).items()
+                for shard in shards
+                for tensor, each in read(folder / shard, is_mapped).items()
             }
     raise ValueError(f"there is no {names[0]}.safetensors in {folder.name}")
 
 
 def _index(name: str) -> str:
-    """The file name of the index of weights in several files.
+    """The file name of the index of sharded weights.
 
     A variant comes before the last suffix: `model.safetensors.index.fp16.json`.
     """
@@ -108,13 +108,13 @@ def _index(name: str) -> str:
 def build(make: Callable[[], Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """A network with these weights, ready to compute in a dtype.
 
-    Raises ValueError in words where a tensor is missing or has another shape; what the network has
-    no place for is left out.
+    Raises ValueError with a clear message if a tensor is missing or has another shape. Tensors that
+    the network does not have are ignored.
     """
     with init_empty_weights(), no_init_weights():
         network = make()
     wanted = network.state_dict()
-    # A conversion may hand on what it did not find as None.
+    # A conversion may give None for a tensor that it did not find.
     check_names([name for name in wanted if tensors.get(name) is None], len(wanted))
     for name, like in wanted.items():
         check_shape(name, tensors[name].shape, like.shape)
@@ -127,15 +127,15 @@ def _as(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.T
     return tensor.to(dtype if like.is_floating_point() else like.dtype)
 
 
-def check_loading_info(told: Mapping[str, Any], wanted: int) -> None:
-    """The same for what a library's own loader tells of a model that it has loaded."""
-    check_names(sorted(told["missing_keys"]), wanted)
-    for name, found, needed in told["mismatched_keys"]:
+def check_loading_info(info: Mapping[str, Any], wanted: int) -> None:
+    """Raise ValueError for missing or mismatched tensors in a library's `output_loading_info`."""
+    check_names(sorted(info["missing_keys"]), wanted)
+    for name, found, needed in info["mismatched_keys"]:
         check_shape(name, found, needed)
 
 
 def check_names(missing: list[str], wanted: int) -> None:
-    """Raise ValueError in words where tensors are missing, of so many that are wanted."""
+    """Raise ValueError with a clear message if tensors are missing; `wanted` is their number."""
     if missing:
         raise ValueError(
             f"{len(missing)} of {wanted} tensors are missing in it, such as {missing[0]}"
@@ -143,7 +143,7 @@ def check_names(missing: list[str], wanted: int) -> None:
 
 
 def check_shape(name: str, found: Sequence[int], needed: Sequence[int]) -> None:
-    """Raise ValueError in words where a tensor is not of the shape that is needed."""
+    """Raise ValueError with a clear message if a tensor has another shape than is needed."""
     if found != needed:
         raise ValueError(f"{name} is {_sides(found)}, where the configuration has {_sides(needed)}")
 
@@ -153,7 +153,7 @@ def _sides(shape: Sequence[int]) -> str:
 
 
 def check_configs(folder: Path, networks: Iterable[str]) -> None:
-    """Raise ValueError in words where a folder has no configuration of one of its networks."""
+    """Raise ValueError with a clear message if a folder lacks the config.json of a network."""
     for name in networks:
         if not (folder / name / "config.json").exists():
             raise ValueError(f"there is no {name}/config.json in it".replace("./", ""))

@@ -1,4 +1,4 @@
-"""Checkpoints that are missing, cut off, corrupt or another model's: each is one clear line."""
+"""A missing, cut off, corrupt or unsuitable checkpoint is reported in one clear line."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from ourvidz_serverless.settings import Settings
 from tests.fakes.tiny_chat import tiny_folder
 from tests.files import ROOT
 
-#: Each family's setting, and where in what it names the weights lie.
+#: The setting of each kind of checkpoint, and the file in it that is broken.
 PLACES = {
     "sdxl file": ("SDXL_MODEL", "."),
     "sdxl folder": ("SDXL_MODEL", "unet/diffusion_pytorch_model.safetensors"),
@@ -44,7 +44,7 @@ def corrupt(path: Path) -> None:
     path.write_bytes(b"\xa7" * 64 + path.read_bytes()[64:])
 
 
-def a_pointer_to_itself(path: Path) -> None:
+def a_git_lfs_pointer(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
@@ -65,12 +65,12 @@ def another_models(path: Path) -> None:
     save_file({"blocks.0.weight": torch.zeros(4, 4)}, path, metadata={"format": "pt"})
 
 
-#: What the line then says.
+#: Faults, and the messages that they cause.
 FAULTS: dict[Callable[[Path], None], str] = {
     cut_off: r"{file} is cut off: it has \d+ bytes of \d+ or more",
     cut_off_in_its_header: r"{file} is cut off: it has 40 bytes of \d+ or more",
     corrupt: "{file} is not a safetensors file, or is corrupt",
-    a_pointer_to_itself: "{file} is not a safetensors file, or is corrupt",
+    a_git_lfs_pointer: "{file} is not a safetensors file, or is corrupt",
     without_a_tensor: (
         r"1 of \d+ tensors are missing in it, such as [\w.]+|has not all tensors of SDXL's"
     ),
@@ -83,8 +83,8 @@ FAULTS: dict[Callable[[Path], None], str] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of each kind with nothing wrong."""
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An intact checkpoint of each kind."""
     folder = tmp_path_factory.mktemp("whole")
     pocket_sdxl.load().save_pretrained(folder / "sdxl")
     shutil.copy(ROOT / "pocket/sdxl.safetensors", folder / "file.safetensors")
@@ -105,9 +105,9 @@ def load(kind: str, place: Path) -> Any:
     return LOADERS[family](Settings(families=(family,), **{setting: str(place)}, **extra))
 
 
-def spoiled(kind: str, whole: dict[str, Path], folder: Path, fault: Any) -> tuple[Path, Path]:
+def broken(kind: str, intact: dict[str, Path], folder: Path, fault: Any) -> tuple[Path, Path]:
     """A copy of a kind's checkpoint with a fault in it, and the file that has it."""
-    source = whole[kind.split("'")[0]]
+    source = intact[kind.split("'")[0]]
     place = folder / source.name
     if source.is_dir():
         shutil.copytree(source, place)
@@ -119,16 +119,16 @@ def spoiled(kind: str, whole: dict[str, Path], folder: Path, fault: Any) -> tupl
 
 
 @pytest.mark.parametrize("kind", ["sdxl file", "sdxl folder", "sdxl tiny VAE", "wan", "chat"])
-def test_nothing_is_wrong_with_what_is_spoiled_below(kind: str, whole: dict[str, Path]) -> None:
-    assert load(kind, whole[kind])
+def test_the_intact_checkpoints_load(kind: str, intact: dict[str, Path]) -> None:
+    assert load(kind, intact[kind])
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_broken_checkpoint_is_one_line_that_names_the_setting(
-    kind: str, fault: Callable[[Path], None], whole: dict[str, Path], tmp_path: Path
+    kind: str, fault: Callable[[Path], None], intact: dict[str, Path], tmp_path: Path
 ) -> None:
-    place, file = spoiled(kind, whole, tmp_path, fault)
+    place, file = broken(kind, intact, tmp_path, fault)
 
     with pytest.raises(ModelLoadError) as wrong:
         load(kind, place)
@@ -137,7 +137,7 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_setting(
     name = f"{file.parent.name}/{file.name}"
     assert line.startswith(f"{PLACES[kind][0]}: ")
     assert "\n" not in line
-    # What is told to callers, if a model that had to leave does not come back, has no path.
+    # Callers get this line if an evicted model does not load again, so it has no path.
     if fault is not Path.unlink:
         assert str(tmp_path) not in line
     assert re.search(FAULTS[fault].replace("{file}", re.escape(name)), line), line
@@ -155,11 +155,11 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_setting(
         ("chat", "sdxl folder", "there is no config.json in it"),
     ],
 )
-def test_another_familys_folder_is_said_to_be_none_of_ours(
-    kind: str, other: str, line: str, whole: dict[str, Path]
+def test_a_folder_of_another_family_is_reported_as_unsuitable(
+    kind: str, other: str, line: str, intact: dict[str, Path]
 ) -> None:
     with pytest.raises(ModelLoadError) as wrong:
-        load(kind, whole[other])
+        load(kind, intact[other])
 
-    assert wrong.value.message.startswith(f"{PLACES[kind][0]}: {whole[other].name} does not load")
+    assert wrong.value.message.startswith(f"{PLACES[kind][0]}: {intact[other].name} does not load")
     assert line in wrong.value.message

@@ -36,7 +36,7 @@ def find(name: str | Path, *folders: Path) -> Path:
     return checkpoints.find("SDXL_MODEL", name, folders)
 
 
-def test_the_image_comes_first_then_runpods_cached_model_then_a_volume() -> None:
+def test_weights_are_looked_up_in_the_image_then_runpods_cache_then_the_volume() -> None:
     assert Settings().model_dirs == MODEL_DIRS
     assert [str(folder) for folder in MODEL_DIRS] == [
         "models",
@@ -45,13 +45,13 @@ def test_the_image_comes_first_then_runpods_cached_model_then_a_volume() -> None
     ]
 
 
-def test_folders_are_a_comma_separated_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_dirs_is_a_comma_separated_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_DIRS", "/a, /b")
 
     assert Settings().model_dirs == (Path("/a"), Path("/b"))
 
 
-def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_path_that_exists_is_used_directly(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
 
     assert find(tmp_path / "x.safetensors") == tmp_path / "x.safetensors"
@@ -75,7 +75,7 @@ def test_a_file_in_a_folder_is_found_by_its_name(tmp_path: Path) -> None:
     assert find("x.safetensors", tmp_path) == tmp_path / "x.safetensors"
 
 
-def test_the_first_folder_that_has_it_wins(tmp_path: Path) -> None:
+def test_the_first_folder_that_has_the_repository_wins(tmp_path: Path) -> None:
     baked, volume = tmp_path / "baked", tmp_path / "volume"
     cache(volume, "old")
     snapshot = cache(baked, "new")
@@ -93,7 +93,7 @@ def test_a_folder_without_the_file_does_not_hide_the_next(tmp_path: Path) -> Non
     assert found == snapshot / "x.safetensors"
 
 
-def test_the_main_revision_is_taken_of_several(tmp_path: Path) -> None:
+def test_of_several_revisions_the_main_one_is_used(tmp_path: Path) -> None:
     cache(tmp_path, "old", "new", main="new\n")
 
     assert find(REPOSITORY, tmp_path).name == "new"
@@ -116,7 +116,9 @@ def test_several_revisions_without_a_main_one_are_an_error(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name", [REPOSITORY, f"{REPOSITORY}@older", f"{REPOSITORY}/no.json", "no.safetensors"]
 )
-def test_what_is_nowhere_is_named_with_the_places(name: str, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_reported_with_all_places_that_were_searched(
+    name: str, tmp_path: Path
+) -> None:
     cache(tmp_path / "other", "aaa")
     folders = (tmp_path / "image", tmp_path / "volume")
 
@@ -140,15 +142,15 @@ def test_what_is_nowhere_is_named_with_the_places(name: str, tmp_path: Path) -> 
         ("/scratch/x", False),
     ],
 )
-def test_what_lies_behind_a_network_is_known_by_its_mount(path: str, remote: bool) -> None:
+def test_a_network_file_system_is_recognised_by_its_mount(path: str, remote: bool) -> None:
     assert checkpoints.is_remote(Path(path), MOUNTS) is remote
 
 
-def test_a_rootless_containers_own_disk_is_no_network() -> None:
+def test_the_fuse_disk_of_a_rootless_container_is_local() -> None:
     assert not checkpoints.is_remote(Path("/x"), "x / fuse.fuse-overlayfs rw 0 0\n")
 
 
-def test_a_volume_counts_where_a_link_leads(tmp_path: Path) -> None:
+def test_a_link_to_a_network_volume_is_remote(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "models").symlink_to(tmp_path / "volume")
     mounts = f"disk / ext4 rw 0 0\nmfs#x {tmp_path / 'volume'} fuse rw 0 0\n"
@@ -156,11 +158,11 @@ def test_a_volume_counts_where_a_link_leads(tmp_path: Path) -> None:
     assert checkpoints.is_remote(tmp_path / "models" / "x.safetensors", mounts)
 
 
-def test_this_machines_own_table_of_mounts_is_read(tmp_path: Path) -> None:
+def test_a_local_folder_is_mapped_by_the_machines_own_mounts(tmp_path: Path) -> None:
     assert checkpoints.is_mapped(tmp_path, "auto")
 
 
-def test_a_system_without_such_a_table_maps(
+def test_a_system_without_a_table_of_mounts_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "MOUNTS", tmp_path / "none")
@@ -168,6 +170,6 @@ def test_a_system_without_such_a_table_maps(
     assert checkpoints.is_mapped(tmp_path, "auto")
 
 
-def test_mapping_can_be_forced_and_forbidden(tmp_path: Path) -> None:
+def test_the_setting_forces_or_forbids_mapping(tmp_path: Path) -> None:
     assert checkpoints.is_mapped(Path("/runpod-volume"), "always")
     assert not checkpoints.is_mapped(tmp_path, "never")

@@ -1,4 +1,4 @@
-"""Which files are read while Python imports, and what is told of them before it does."""
+"""The files that are read and checked while Python imports, and what a family imports."""
 
 import json
 import subprocess
@@ -38,17 +38,17 @@ def names(folder: Path, **settings: Any) -> list[str]:
 # --- which files ---
 
 
-def test_the_pocket_models_need_no_reading_ahead() -> None:
+def test_the_pocket_models_are_not_read_ahead() -> None:
     assert readahead.files(Settings(families=("sdxl", "chat", "wan"))) == []
 
 
-def test_a_single_file_is_read(tmp_path: Path) -> None:
+def test_a_single_file_checkpoint_is_read_ahead(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors")
 
     assert names(tmp_path, sdxl_model=str(tmp_path / "x.safetensors")) == ["x.safetensors"]
 
 
-def test_of_a_folder_only_what_its_family_loads(tmp_path: Path) -> None:
+def test_only_the_files_of_a_folder_that_its_family_loads_are_read_ahead(tmp_path: Path) -> None:
     for name in ("unet/a", "vae/a", "vae_1_0/a", "text_encoder/a", "text_encoder_2/a", "whole"):
         write(tmp_path / f"{name}.safetensors")
 
@@ -58,7 +58,9 @@ def test_of_a_folder_only_what_its_family_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "chosen"), [("float16", "a.fp16"), ("float32", "a")])
-def test_of_two_sizes_the_one_that_is_wanted(dtype: str, chosen: str, tmp_path: Path) -> None:
+def test_weights_in_two_precisions_are_read_ahead_in_the_one_of_the_dtype(
+    dtype: str, chosen: str, tmp_path: Path
+) -> None:
     write(tmp_path / "unet/a.safetensors")
     write(tmp_path / "unet/a.fp16.safetensors")
 
@@ -67,7 +69,7 @@ def test_of_two_sizes_the_one_that_is_wanted(dtype: str, chosen: str, tmp_path: 
     assert found == [f"unet/{chosen}.safetensors"]
 
 
-def test_every_part_of_a_model_that_is_in_parts(tmp_path: Path) -> None:
+def test_every_shard_of_a_sharded_model_is_read_ahead(tmp_path: Path) -> None:
     for part in ("model-1-of-2", "model-2-of-2"):
         write(tmp_path / f"{part}.safetensors")
 
@@ -76,21 +78,21 @@ def test_every_part_of_a_model_that_is_in_parts(tmp_path: Path) -> None:
     assert found == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
 
 
-def test_only_of_families_that_are_served(tmp_path: Path) -> None:
+def test_weights_of_families_that_are_not_served_are_not_read_ahead(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors")
 
     assert names(tmp_path, families=("chat",), sdxl_model=str(tmp_path / "x.safetensors")) == []
 
 
-def test_every_variable_that_names_weights_is_looked_at() -> None:
-    looked_at = {each.setting.lower() for family in FAMILIES.values() for each in family.weights}
+def test_the_families_list_every_setting_that_names_weights() -> None:
+    listed = {each.setting.lower() for family in FAMILIES.values() for each in family.weights}
 
     ends = ("_model", "_vae", "_ip_adapter")
     named = {name for name in Settings.model_fields if name.endswith(ends)}
-    assert looked_at == named
+    assert listed == named
 
 
-def test_what_it_reads_is_what_the_loader_maps(tmp_path: Path) -> None:
+def test_the_files_that_are_read_ahead_are_those_that_the_loader_maps(tmp_path: Path) -> None:
     pipe = models.load(Settings())._pipe
     pipe.save_pretrained(tmp_path / "sdxl")
     AutoencoderTiny(decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path / "tiny")
@@ -107,15 +109,15 @@ def test_what_it_reads_is_what_the_loader_maps(tmp_path: Path) -> None:
     del model
 
 
-# --- what is told at once ---
+# --- checks before torch is imported ---
 
 
-def test_a_missing_checkpoint_is_told_at_once() -> None:
+def test_a_missing_checkpoint_is_an_error_before_it_is_loaded() -> None:
     with pytest.raises(ModelLoadError, match="SDXL_MODEL: there is nothing at /no/such/model"):
         ReadAhead.of(Settings(sdxl_model="/no/such/model"))
 
 
-def test_a_file_that_is_cut_off_is_told_at_once(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_is_an_error_before_it_is_loaded(tmp_path: Path) -> None:
     file = write(tmp_path / "vae/a.safetensors")
     file.write_bytes(file.read_bytes()[:-4])
 
@@ -123,7 +125,7 @@ def test_a_file_that_is_cut_off_is_told_at_once(tmp_path: Path) -> None:
         ReadAhead.of(Settings(families=("wan",), wan_model=str(tmp_path)))
 
 
-def test_that_needs_no_torch(tmp_path: Path) -> None:
+def test_importing_the_handler_imports_no_torch(tmp_path: Path) -> None:
     code = "import sys, handler; print(sorted({'torch', 'runpod', 'fastapi'} & set(sys.modules)))"
 
     run = subprocess.run(
@@ -136,7 +138,9 @@ def test_that_needs_no_torch(tmp_path: Path) -> None:
 # --- reading ---
 
 
-def test_it_waits_until_all_is_read_and_a_file_that_went_is_no_error(tmp_path: Path) -> None:
+def test_waiting_ends_when_all_files_are_read_and_a_missing_file_is_no_error(
+    tmp_path: Path,
+) -> None:
     reading = ReadAhead([tmp_path / "gone", write(tmp_path / "x.safetensors")]).start()
 
     reading.wait()
@@ -144,23 +148,23 @@ def test_it_waits_until_all_is_read_and_a_file_that_went_is_no_error(tmp_path: P
     assert reading.paths_read == [tmp_path / "x.safetensors"]
 
 
-def test_models_come_to_the_device_when_their_files_are_read() -> None:
-    ledger, parcel, read = Ledger(FakeMemory(100)), FakeModel(10), threading.Event()
-    ledger.register(parcel, "parcel", "none")
+def test_preloading_waits_until_the_files_are_read() -> None:
+    ledger, model, read = Ledger(FakeMemory(100)), FakeModel(10), threading.Event()
+    ledger.register(model, "model", "none")
     ledger.wait_for_files = lambda: None if read.wait(30) else pytest.fail("not read")
-    settling = threading.Thread(target=ledger.preload, args=(parcel,))
+    preloading = threading.Thread(target=ledger.preload, args=(model,))
 
-    settling.start()
-    assert parcel.place == "host"
+    preloading.start()
+    assert model.place == "host"
     read.set()
-    settling.join()
+    preloading.join()
 
-    assert parcel.place == "device"
+    assert model.place == "device"
 
 
-# --- what is imported, and what is copied ---
+# --- imports and copies ---
 
-#: What a family's worker does without until a job wants it, or for good.
+#: Packages that a family's worker does not import at its start.
 FOREIGN = {
     "sdxl": ("compel", "av", "c2pa", "fastapi", "uvicorn", "llguidance", "ftfy"),
     "chat": ("diffusers", "compel", "av", "c2pa", "fastapi", "uvicorn", "peft", "ftfy"),
@@ -169,7 +173,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_imports_nothing_of_anothers(family: str) -> None:
+def test_a_family_imports_no_package_that_only_other_families_need(family: str) -> None:
     code = f"""
 import importlib, json, sys
 import ourvidz_serverless.worker
@@ -185,7 +189,7 @@ print(json.dumps([name for name in {FOREIGN[family]!r} if name in sys.modules]))
 
 
 @pytest.mark.parametrize("mmap", ["always", "never"])
-def test_sdxls_weights_are_the_files_own_bytes_and_lie_in_memory_once(mmap: Any) -> None:
+def test_sdxls_weights_are_views_of_the_file_except_one_transposed_tensor(mmap: Any) -> None:
     settings = Settings(
         sdxl_model=str(POCKET / "sdxl.safetensors"), dtype="float16", mmap_weights=mmap
     )
@@ -198,13 +202,13 @@ def test_sdxls_weights_are_the_files_own_bytes_and_lie_in_memory_once(mmap: Any)
         for tensor in network.parameters()
     ]
     storages = {each.untyped_storage().data_ptr() for each in tensors}
-    # OpenCLIP's projection is turned, which is the one copy.
+    # OpenCLIP's projection is transposed, which makes the one copy.
     assert len(storages) == 2
     copied = pipe.text_encoder_2.text_projection.weight
     assert copied.untyped_storage().nbytes() == copied.nbytes
 
 
-def test_no_random_number_is_drawn_for_weights_that_are_read() -> None:
+def test_loading_weights_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
 
     models.load(Settings())

@@ -1,4 +1,4 @@
-"""Loading by a repository's name, in halves, and without maps where maps are slow."""
+"""Loading by a repository's name, in half precision, and with or without memory maps."""
 
 import gc
 import shutil
@@ -25,13 +25,13 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def hub_cache(sdxl: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of MODEL_DIRS with the pocket SDXL as a repository, whole and in halves."""
+    """A folder of MODEL_DIRS with the pocket SDXL as a repository, in full and half precision."""
     folder = tmp_path_factory.mktemp("models")
     snapshot = folder / "models--tiny--painter" / "snapshots" / "0123"
     sdxl._pipe.save_pretrained(snapshot)
-    halves = models.load(Settings(dtype="float16"))
-    halves._vae.to(torch.float16)
-    halves._pipe.save_pretrained(snapshot, variant="fp16")
+    half = models.load(Settings(dtype="float16"))
+    half._vae.to(torch.float16)
+    half._pipe.save_pretrained(snapshot, variant="fp16")
     return folder
 
 
@@ -40,7 +40,7 @@ def load(folder: Path, **settings: Any) -> Any:
 
 
 def mapped(folder: Path) -> set[str]:
-    """Those weights in a folder that are mapped into this process, without their endings."""
+    """The weights in a folder that are mapped into this process, as folder/file without suffix."""
     gc.collect()
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = [Path(line.split()[-1]) for line in lines if str(folder) in line]
@@ -48,7 +48,7 @@ def mapped(folder: Path) -> set[str]:
 
 
 def read_ahead(folder: Path) -> set[str]:
-    """Those weights that are read while Python imports, named likewise."""
+    """The weights that are read ahead, named in the same way."""
     settings = Settings(sdxl_model=REPOSITORY, model_dirs=(folder,), dtype="float16")
     return {f"{path.parent.name}/{path.stem}" for path in readahead.files(settings)}
 
@@ -77,21 +77,23 @@ def test_weights_on_a_disk_are_mapped(hub_cache: Path) -> None:
     del model
 
 
-def test_weights_behind_a_network_are_read_and_are_the_same(hub_cache: Path, sdxl: Any) -> None:
+def test_weights_that_are_read_instead_of_mapped_paint_the_same(hub_cache: Path, sdxl: Any) -> None:
     model = load(hub_cache, mmap_weights="never")
 
     assert mapped(hub_cache) == set()
     assert (picture(model) == picture(sdxl)).all()
 
 
-def test_halves_are_read_where_halves_are_wanted(hub_cache: Path) -> None:
+def test_half_precision_weights_are_loaded_for_a_half_precision_dtype(hub_cache: Path) -> None:
     model = load(hub_cache, dtype="float16")
 
     assert mapped(hub_cache) == {f"{network}.fp16" for network in NETWORKS}
     del model
 
 
-def test_halves_are_read_where_there_is_nothing_else(hub_cache: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_if_there_are_no_others(
+    hub_cache: Path, tmp_path: Path
+) -> None:
     shutil.copytree(hub_cache, tmp_path / "models", ignore=shutil.ignore_patterns("*l.safetensors"))
 
     model = load(tmp_path / "models", mmap_weights="never")
@@ -99,28 +101,28 @@ def test_halves_are_read_where_there_is_nothing_else(hub_cache: Path, tmp_path: 
     assert model._unet.dtype == torch.float32
 
 
-def test_halves_in_several_pieces_are_found_under_their_writers_names(
+def test_sharded_half_precision_weights_are_found_under_the_names_that_diffusers_writes(
     hub_cache: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(hub_cache, tmp_path / "models", ignore=shutil.ignore_patterns("*.safetensors"))
-    halves, snapshot = load(hub_cache, dtype="float16"), next(tmp_path.glob("models/*/*/*"))
-    for name, network in halves._pipe.components.items():
+    half, snapshot = load(hub_cache, dtype="float16"), next(tmp_path.glob("models/*/*/*"))
+    for name, network in half._pipe.components.items():
         if isinstance(network, torch.nn.Module):
-            # A tensor of its own each: what shares memory stays in one file.
+            # Copies, since tensors that share memory are written into one file.
             network.float().half().save_pretrained(
                 snapshot / name, variant="fp16", max_shard_size="100KB"
             )
 
     model = load(tmp_path / "models", dtype="float16")
 
-    pieces = {f"{path.parent.name}/{path.stem}" for path in snapshot.rglob("*.safetensors")}
-    assert all("-of-" in piece for piece in pieces)
-    assert mapped(tmp_path) == pieces
-    assert read_ahead(tmp_path / "models") == pieces
+    shards = {f"{path.parent.name}/{path.stem}" for path in snapshot.rglob("*.safetensors")}
+    assert all("-of-" in shard for shard in shards)
+    assert mapped(tmp_path) == shards
+    assert read_ahead(tmp_path / "models") == shards
     del model
 
 
-def test_chat_is_mapped_from_a_disk_and_read_from_elsewhere(tmp_path: Path) -> None:
+def test_chat_weights_are_mapped_or_read_as_the_setting_says(tmp_path: Path) -> None:
     tiny_folder(tmp_path)
     settings = {"families": ("chat",), "chat_instruct_model": str(tmp_path)}
 
