@@ -34,7 +34,7 @@ from PIL import Image
 from benchmarks import png, report
 from benchmarks.store import BUCKET, Store
 from benchmarks.turns import control_of, take_turns
-from ourvidz_serverless.delivery import storage
+from ourvidz_serverless.delivery.storage import base as storage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
 from ourvidz_serverless.models.sdxl.pipeline import _pixels

@@ -21,10 +21,10 @@ from PIL import Image
 from ourvidz_serverless import __version__, jobs, logs, models
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
 from ourvidz_serverless.deduplication import Flights
-from ourvidz_serverless.delivery import storage
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.outbox import Outbox
+from ourvidz_serverless.delivery.storage import base as storage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.document import Asset, Document, Failure, check_result
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable

@@ -12,8 +12,8 @@ from typing import Any
 from ourvidz_serverless import logs
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.deadline import Deadline
-from ourvidz_serverless.delivery import storage
 from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback
+from ourvidz_serverless.delivery.storage import base as storage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import JobError, Unauthorized
 from ourvidz_serverless.job import Job

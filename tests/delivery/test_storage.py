@@ -9,7 +9,7 @@ import pytest
 import requests
 from pydantic import SecretStr
 
-from ourvidz_serverless.delivery.storage import (
+from ourvidz_serverless.delivery.storage.base import (
     PAGE,
     DirectoryStorage,
     S3Storage,

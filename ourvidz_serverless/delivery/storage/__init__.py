@@ -1,0 +1,1 @@
+"""Where assets go: a directory, an S3-compatible bucket, or Supabase Storage by REST."""
