@@ -34,7 +34,8 @@ from PIL import Image
 from benchmarks import png, report
 from benchmarks.store import BUCKET, Store
 from benchmarks.turns import control_of, take_turns
-from ourvidz_serverless.delivery.storage import base as storage
+from ourvidz_serverless.delivery.storage.base import Storage, locate, upload
+from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
 from ourvidz_serverless.models.sdxl.pipeline import _pixels
@@ -162,7 +163,7 @@ def uploads(scale: Scale, upload_s: float) -> report.Table:
     pictures = [decoded(png.grainy(scale.side)) for _ in range(PICTURES)]
     rounds = max(1, scale.rounds // 2)
     with Store(upload_s) as store, ThreadPoolExecutor(DELIVERY_THREADS) as pool:
-        place = storage.SupabaseStorage(store.url, store.service_key, BUCKET)
+        place = SupabaseStorage(store.url, store.service_key, BUCKET)
 
         def ours() -> None:
             with pooled(pool, place) as delivery:
@@ -191,12 +192,12 @@ def uploads(scale: Scale, upload_s: float) -> report.Table:
     return report.table(UPLOADS, ["arm", "files", "ms", "times as fast"], rows, note)
 
 
-def pooled(pool: ThreadPoolExecutor, place: storage.Storage) -> Delivery:
+def pooled(pool: ThreadPoolExecutor, place: Storage) -> Delivery:
     return Delivery(
         pool,
         "user/job",
-        upload=lambda key, data, mime: storage.upload(place, key, data, mime),
-        url=lambda key: storage.locate(place, key, "path", 60),
+        upload=lambda key, data, mime: upload(place, key, data, mime),
+        url=lambda key: locate(place, key, "path", 60),
     )
 
 

@@ -24,7 +24,8 @@ from ourvidz_serverless.deduplication import Flights
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.outbox import Outbox
-from ourvidz_serverless.delivery.storage import base as storage
+from ourvidz_serverless.delivery.storage.base import Storage, locate, read_reference, upload
+from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.document import Asset, Document, Failure, check_result
 from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
@@ -55,7 +56,7 @@ class Worker:
         self,
         settings: Settings,
         models: Mapping[str, Any],
-        assets: storage.Storage,
+        assets: Storage,
         callback: Callback,
         worker_id: str,
         ledger: Ledger | None = None,
@@ -97,7 +98,7 @@ class Worker:
         """
         # All before the models, which take minutes, so that an error shows at once.
         parts: dict[str, Any] = {
-            "assets": storage.open_storage(settings),
+            "assets": open_storage(settings),
             "callback": Callback.of(settings),
             "credentials": Credentials.of(settings),
             "limits": RateLimits.of(settings, os.environ.get("RUNPOD_ENDPOINT_ID") or "local"),
@@ -271,9 +272,7 @@ class Worker:
             job.references,
             policy=self._policy,
             user_id=job.user_id,
-            read_object=lambda key: storage.read_reference(
-                store, key, self._settings.reference_buckets
-            ),
+            read_object=lambda key: read_reference(store, key, self._settings.reference_buckets),
             deadline=context.deadline,
         )
         images = {role: image for role, image in fetched.items() if isinstance(image, Image.Image)}
@@ -298,11 +297,11 @@ class Worker:
         finally:
             places.release()
 
-    def _storage(self, job: Job | None) -> storage.Storage:
+    def _storage(self, job: Job | None) -> Storage:
         """The job's own bucket, or the worker's storage."""
         if job and job.s3_config:
             region, hosts = self._settings.bucket_region, self._settings.s3_config_hosts
-            return storage.of_job(job.s3_config, region, hosts)
+            return job_storage(job.s3_config, region, hosts)
         return self._assets
 
     def _delivery(self, job: Job, context: JobContext) -> Delivery:
@@ -310,20 +309,20 @@ class Worker:
         style, expiry_s = self._settings.asset_url_style, self._settings.presigned_expiry_s
         folder, stored = f"{job.user_id}/{job.id}", context.audit.setdefault("stored_sha256", {})
 
-        def upload(key: str, data: bytes, mime: str) -> None:
+        def put(key: str, data: bytes, mime: str) -> None:
             context.check()
-            storage.upload(store, key, data, mime, deadline=deadline)
+            upload(store, key, data, mime, deadline=deadline)
             stored[key.removeprefix(f"{folder}/")] = hashlib.sha256(data).hexdigest()
 
         def url(key: str) -> str:
-            return storage.locate(store, key, style, expiry_s, deadline)
+            return locate(store, key, style, expiry_s, deadline)
 
         def sign(data: bytes, mime: str, composite: bool) -> bytes:
             if self._credentials is None:
                 return data
             return self._credentials.sign(data, mime, composite, context.warnings)
 
-        return Delivery(self._pool, folder, upload, url, sign)
+        return Delivery(self._pool, folder, put, url, sign)
 
     def _document(
         self,

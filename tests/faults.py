@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import S3Storage, SupabaseStorage
+from ourvidz_serverless.delivery.storage.s3 import S3Storage
+from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import RateLimits, RedisCounter
 from ourvidz_serverless.net.retries import Retry

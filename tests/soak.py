@@ -24,7 +24,7 @@ from typing import Any
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
 from ourvidz_serverless.net.retries import Fault, Retry

@@ -23,7 +23,7 @@ from PIL import Image
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.context import Bounds, Stop
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document, check_result
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.settings import Settings

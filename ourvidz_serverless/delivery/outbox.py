@@ -13,7 +13,7 @@ from ourvidz_serverless import logs
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback
-from ourvidz_serverless.delivery.storage import base as storage
+from ourvidz_serverless.delivery.storage.base import Storage, upload
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import JobError, Unauthorized
 from ourvidz_serverless.job import Job
@@ -39,7 +39,7 @@ class Outbox:
     def __init__(
         self,
         callback: Callback,
-        storage_of: Callable[[Job | None], storage.Storage],
+        storage_of: Callable[[Job | None], Storage],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._callback, self._storage_of, self._clock = callback, storage_of, clock
@@ -107,7 +107,7 @@ class Outbox:
         def put() -> None:
             body = json.dumps(document).encode()
             store = self._storage_of(job)
-            storage.upload(store, key, body, "application/json", deadline=deadline)
+            upload(store, key, body, "application/json", deadline=deadline)
 
         reason = _tried(job_id, put)
         if reason:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from ourvidz_serverless import settings
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import Storage, open_storage
+from ourvidz_serverless.delivery.storage.base import Storage
+from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.retries import Fault
 

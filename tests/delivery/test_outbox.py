@@ -7,7 +7,7 @@ import pytest
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.outbox import Outbox
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document, Failure
 from ourvidz_serverless.errors import InvalidPrompt, JobError, Unauthorized
 from ourvidz_serverless.job import Job

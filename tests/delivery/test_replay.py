@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.delivery.callback import Callback, webhook_id
-from ourvidz_serverless.delivery.storage.base import SupabaseStorage
+from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from tests.fakes.local_worker import QUICK, LocalWorker, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S

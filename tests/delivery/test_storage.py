@@ -9,17 +9,11 @@ import pytest
 import requests
 from pydantic import SecretStr
 
-from ourvidz_serverless.delivery.storage.base import (
-    PAGE,
-    DirectoryStorage,
-    S3Storage,
-    Storage,
-    SupabaseStorage,
-    of_job,
-    open_storage,
-    read_reference,
-    upload,
-)
+from ourvidz_serverless.delivery.storage.base import Storage, read_reference, upload
+from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.delivery.storage.s3 import S3Storage
+from ourvidz_serverless.delivery.storage.supabase import PAGE, SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
 from ourvidz_serverless.job import S3Config
 from ourvidz_serverless.net.addresses import is_public
@@ -228,7 +222,7 @@ def own_bucket(s3: SeaweedServer, endpoint: str | None = None) -> S3Config:
 
 
 def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> None:
-    store = of_job(own_bucket(s3), "us-east-1", ("127.0.0.1",))
+    store = job_storage(own_bucket(s3), "us-east-1", ("127.0.0.1",))
 
     store.put("own/bucket/0.png", b"picture", "image/png")
 
@@ -239,7 +233,7 @@ def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> Non
 def test_an_inner_host_is_listed_however_it_is_spelled(s3: SeaweedServer, listed: str) -> None:
     endpoint = s3.endpoint.replace("127.0.0.1", "localhost")
 
-    store = of_job(own_bucket(s3, endpoint), "us-east-1", (listed,))
+    store = job_storage(own_bucket(s3, endpoint), "us-east-1", (listed,))
 
     store.put("own/bucket/1.png", b"picture", "image/png")
 
@@ -256,7 +250,7 @@ def test_a_jobs_own_bucket_is_on_the_public_internet(s3: SeaweedServer, host: st
     config = own_bucket(s3, f"http://{host}:9000")
 
     with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
-        of_job(config, "us-east-1", ("minio.example",))
+        job_storage(config, "us-east-1", ("minio.example",))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +264,7 @@ def test_an_endpoint_that_is_no_url_is_refused_by_its_field(
     s3: SeaweedServer, endpoint: str
 ) -> None:
     with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
-        of_job(own_bucket(s3, endpoint), "us-east-1")
+        job_storage(own_bucket(s3, endpoint), "us-east-1")
 
 
 def test_a_name_that_comes_to_mean_an_inner_address_is_not_connected_to(s3: SeaweedServer) -> None:

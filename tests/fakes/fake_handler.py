@@ -16,7 +16,7 @@ import numpy as np
 
 from ourvidz_serverless import logs, settings
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import open_storage
+from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.worker import Worker
 

@@ -9,7 +9,8 @@ from typing import Any
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.content_credentials import Credentials
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage, Storage
+from ourvidz_serverless.delivery.storage.base import Storage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.models.memory.ledger import Ledger

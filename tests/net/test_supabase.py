@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import SupabaseStorage
+from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.supabase import Project

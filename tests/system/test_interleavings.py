@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings

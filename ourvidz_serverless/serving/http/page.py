@@ -17,7 +17,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage, open_storage
+from ourvidz_serverless.delivery.storage.choose import open_storage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.net.addresses import is_loopback
 from ourvidz_serverless.serving.http.request_checks import is_own_host
 from ourvidz_serverless.settings import Settings

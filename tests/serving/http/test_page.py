@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, Route
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.delivery.storage.base import DirectoryStorage
+from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.serving.http import page, routes
