@@ -6,6 +6,7 @@ whatever is done to it, and still hears of it at its next step.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,10 +57,10 @@ def install() -> None:
 
 
 def main() -> None:
-    import handler
+    from ourvidz_serverless.__main__ import main as run_command
 
     install()
-    handler.main()
+    sys.exit(run_command(["serve", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
