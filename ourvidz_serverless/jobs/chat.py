@@ -1,13 +1,12 @@
-"""`chat_enhance`, `chat_conversation`, `chat_unrestricted`: the wire's words for a conversation.
+"""The payloads `chat_enhance`, `chat_conversation` and `chat_unrestricted`, and how they run.
 
 {"id": "job_1", "type": "chat_conversation", "user_id": "user_1",
  "messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}],
  "max_tokens": 512, "temperature": 0.7, "top_p": 0.9, "stream": false}
 
-The older shape means the same two messages: `prompt` and `config.system_prompt`. No word is added
-to either: a conversation without a system prompt has none. The one exception is a call for WAN's
-enhanced prompt, `{"prompt": "...", "config": {"job_type": "video_fast"}}`: it gets WAN's system
-prompt where it brings none.
+The older shape is `prompt` and `config.system_prompt`, and means the same two messages. The worker
+adds no text to either shape. There is one exception: a call for an enhanced prompt for WAN,
+`{"prompt": "...", "config": {"job_type": "video_fast"}}`, gets WAN's system prompt if it has none.
 """
 
 from __future__ import annotations
@@ -49,22 +48,23 @@ from ourvidz_serverless.models.chat.request import (
 from ourvidz_serverless.output import Text
 from ourvidz_serverless.settings import Settings
 
-#: Where the reply stands in the document, and how long it may be when the job does not say.
+#: The field of the document that holds the reply, and the tokens of a reply if the job sets none.
 REPLY_FIELD = {"chat_enhance": "enhanced_prompt"}
 MAX_TOKENS = {"chat_enhance": 200, "chat_conversation": 512, "chat_unrestricted": 512}
 
-#: How often a streamed reply is told: each time the content floor reads it, which at every word
-#: of many streams would take the worker's whole attention.
+#: Seconds between two deltas of a streamed reply. The content floor reads each delta: to read each
+#: word of many streams would take all of the worker's time.
 STREAM_INTERVAL_S = 0.2
 
-#: What a new piece is read together with: a sentence or two. The whole is read at its end.
+#: Letters before a delta that the content floor reads with it: a sentence or two. It reads the
+#: whole reply at the end.
 CHECKED_LETTERS = 300
 
-#: A longer run of letters is no word, and need not be seen whole.
+#: A longer run of letters is not a word, and may be split.
 LONGEST_WORD = 40
 LAST_WORD = re.compile(rf"[^\W_]{{1,{LONGEST_WORD}}}\Z", re.ASCII)
 
-#: Explicit words, which `sfw_mode` takes out of a reply.
+#: Explicit words, which `sfw_mode` removes from a reply.
 EXPLICIT = re.compile(
     r"\b(?:nsfw|nud(?:e|es|ity|ist)|naked(?:ness)?|topless|porn\w*|erotic\w*|sex|sexy|sexual\w*|"
     r"orgasm\w*|masturbat\w*|genital\w*|penis(?:es)?|vagina\w*|nipples?|breasts?|fetish\w*)\b",
@@ -74,7 +74,7 @@ FILTERED = "[filtered]"
 
 
 def _either(name: str) -> Any:
-    """A field of the payload, or of the `config` that the older shape has."""
+    """The field's name in the payload, or in the `config` of the older shape."""
     return AliasChoices(name, AliasPath("config", name))
 
 
@@ -85,7 +85,7 @@ class Message(Wire):
 
 class ChatConfig(Wire):
     system_prompt: str | None = Field(None, max_length=100_000)
-    #: For `chat_enhance`: the type of the job that the prompt is for.
+    #: For `chat_enhance`: the type of the job that gets the prompt.
     job_type: str | None = Field(None, max_length=100)
 
 
@@ -106,12 +106,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), JSON_NUMBER]
 StopText = Annotated[str, Field(min_length=1, max_length=100)]
 StopTexts = Annotated[tuple[StopText, ...], Field(max_length=8)]
 
-#: For the contract: what must hold between fields.
+#: For the contract: conditions on several fields together.
 SCHEMA_WITH_ITS_TYPE: dict[str, Any] = {
     "if": {"required": ["type"], "properties": {"type": {"const": "json_schema"}}},
     "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
 }
-# White space as Python has it, which is more than a browser's `\\s`.
+# Python's white space, which is more than a browser's `\\s`.
 SOME_TEXT: dict[str, Any] = {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"}
 NO_MESSAGES: dict[str, Any] = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
 SOMETHING_TO_ANSWER: dict[str, Any] = {
@@ -171,7 +171,7 @@ class ResponseFormat(Wire):
 
     @property
     def reply_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the reply must fit; None where any text will do."""
+        """The JSON schema that the reply must fit; None for any text."""
         if self.json_schema and self.type == "json_schema":
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -181,7 +181,7 @@ class ChatJob(Job):
     model_config = ConfigDict(json_schema_extra=SOMETHING_TO_ANSWER)
 
     type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
-    # A chat needs no account; its texts are then stored under this name.
+    # A chat needs no account. Its texts are then stored under this name.
     user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     messages: tuple[Message, ...] = Field((), max_length=500)
     prompt: str | None = Field(None, max_length=100_000)
@@ -222,8 +222,8 @@ class ChatJob(Job):
     def conversation(self) -> tuple[Message, ...]:
         """The messages of either payload shape.
 
-        `messages` wins over `prompt`; `config.system_prompt` comes first where no message is a
-        system prompt already.
+        `messages` replaces `prompt`. `config.system_prompt` is the first message, unless a message
+        is a system prompt already.
         """
         messages = self.messages
         if not messages and self.prompt is not None:
@@ -235,13 +235,13 @@ class ChatJob(Job):
 
     @property
     def system_prompt(self) -> str | None:
-        """What the system prompts say, in the caller's own words; None without any."""
+        """The texts of the system prompts, joined; None if there is none."""
         texts = [each.content for each in self.conversation if each.role == "system"]
         return "\n\n".join(texts) if texts else None
 
     @property
     def is_for_wan(self) -> bool:
-        """Whether this is WAN's own call for an enhanced prompt."""
+        """Whether this is a call for an enhanced prompt for WAN."""
         kind = (self.config.job_type or "").removeprefix("wan_")
         return self.type == "chat_enhance" and kind in get_args(wan.Type)
 
@@ -251,7 +251,7 @@ class ChatJob(Job):
 
     @property
     def adult(self) -> bool:
-        # Not `nsfw_optimization`: the caller sends it with every ordinary conversation.
+        # Not `nsfw_optimization`: the application sends it with every ordinary conversation.
         return (
             self.type == "chat_unrestricted"
             or self.metadata.unrestricted_mode
@@ -260,7 +260,7 @@ class ChatJob(Job):
 
     @property
     def request(self) -> ChatRequest:
-        """What the model is asked for."""
+        """The request for the model."""
         sampling = SamplingParams(
             max_tokens=self.max_tokens or MAX_TOKENS[self.type],
             temperature=self.temperature,
@@ -282,13 +282,13 @@ class ChatJob(Job):
 
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> ChatJob:
-    """The job of a payload; raises pydantic's ValidationError."""
+    """The job of a payload. Raises pydantic's ValidationError."""
     job = ChatJob.model_validate(payload)
-    return _as_wan_enhances(job, settings) if job.is_for_wan else job
+    return _with_wan_defaults(job, settings) if job.is_for_wan else job
 
 
-def _as_wan_enhances(job: ChatJob, settings: Settings) -> ChatJob:
-    """The job with the settings of WAN's enhanced jobs, in the fields that it does not set."""
+def _with_wan_defaults(job: ChatJob, settings: Settings) -> ChatJob:
+    """The job with the sampling of WAN's enhanced jobs, in the fields that the job does not set."""
     sampling = {
         name: value
         for name, value in asdict(enhancement.SAMPLING).items()
@@ -307,15 +307,15 @@ def _enhancement_prompt(path: Path) -> str:
         raise WorkerUnavailable("WAN_ENHANCEMENT_PROMPT: the text cannot be read") from None
 
 
-def choose_model(job: ChatJob, models: Mapping[str, Any]) -> Any | None:
-    """The chat model; for a prompt for WAN the enhancer of WAN's own jobs, if there is one."""
+def choose_model(job: ChatJob, models: Mapping[str, Any]) -> ChatGenerator | None:
+    """The chat model; for a call for WAN the enhancer of WAN's own jobs, if there is one."""
     if job.is_for_wan and "wan" in models:
         return models["wan"].enhancer or models.get("chat")
     return models.get("chat")
 
 
 def prepare(job: ChatJob, model: ChatGenerator, context: JobContext) -> None:
-    """Nothing: a conversation brings all it needs."""
+    """Nothing to do: a conversation needs no preparation."""
 
 
 def run(
@@ -324,61 +324,61 @@ def run(
     references: Mapping[str, Image.Image],
     context: JobContext,
 ) -> Iterator[Text]:
-    """The reply, as one text; a job that streams emits it before, some words at a time.
+    """The reply, as one text. A job that streams has emitted it before, some words at a time.
 
-    Raises ContentRefused when the reply, taken with what it answers, is not let through.
+    Raises ContentRefused if the content floor refuses the reply, read with its conversation.
     """
-    pieces = model.generate(job.request, context.check)
-    reply = _listen(job, pieces, context)
-    context.reply.update(_reply(job, reply, pieces.stats))
-    context.metadata.update(_metadata(job, pieces.stats))
-    yield Text(index=0, text=reply, metadata={"batch_size": 1, "asset_index": 0})
+    reply = model.generate(job.request, context.check)
+    text = _collect(job, reply, context)
+    context.reply.update(_reply_fields(job, text, reply.stats))
+    context.metadata.update(_metadata(job, reply.stats))
+    yield Text(index=0, text=text, metadata={"batch_size": 1, "asset_index": 0})
 
 
-def _listen(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
-    """The whole reply, filtered and checked; what is streamed of it is checked before it leaves."""
-    reply, told, told_at = "", 0, -STREAM_INTERVAL_S
-    for words in _in_words(pieces):
-        reply += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
-        if job.stream and context.elapsed_s - told_at >= STREAM_INTERVAL_S:
-            check_made([_spoken(reply[_start_of_check(reply, told) :])], job, context)
-            context.emit({"delta": reply[told:]})
-            told, told_at = len(reply), context.elapsed_s
-    check_made([_spoken(reply)], job, context)
-    if job.stream and told < len(reply):
-        context.emit({"delta": reply[told:]})
-    return reply
+def _collect(job: ChatJob, pieces: Iterable[str], context: JobContext) -> str:
+    """The whole reply, filtered and checked. A streamed delta is checked before it is emitted."""
+    text, num_emitted, emitted_at = "", 0, -STREAM_INTERVAL_S
+    for words in _join_words(pieces):
+        text += EXPLICIT.sub(FILTERED, words) if job.sfw_mode else words
+        if job.stream and context.elapsed_s - emitted_at >= STREAM_INTERVAL_S:
+            _check_reply(text[_start_of_check(text, num_emitted) :], job, context)
+            context.emit({"delta": text[num_emitted:]})
+            num_emitted, emitted_at = len(text), context.elapsed_s
+    _check_reply(text, job, context)
+    if job.stream and num_emitted < len(text):
+        context.emit({"delta": text[num_emitted:]})
+    return text
 
 
-def _start_of_check(reply: str, told: int) -> int:
-    """The start, at a word, of the earlier text that is checked together with a new piece."""
-    start = max(told - CHECKED_LETTERS, 0)
+def _start_of_check(text: str, num_emitted: int) -> int:
+    """The start of the emitted text that is checked with the next delta: the start of a word."""
+    start = max(num_emitted - CHECKED_LETTERS, 0)
     if start <= LONGEST_WORD:
         return 0
-    blank = reply.rfind(" ", start - LONGEST_WORD, start)
+    blank = text.rfind(" ", start - LONGEST_WORD, start)
     return blank + 1 if blank >= 0 else start
 
 
-def _spoken(reply: str) -> CheckedText:
-    return CheckedText(reply, "reply", "assistant")
+def _check_reply(text: str, job: ChatJob, context: JobContext) -> None:
+    check_made([CheckedText(text, "reply", "assistant")], job, context)
 
 
-def _in_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end where a word does, so that a word is seen whole."""
+def _join_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that end at the end of a word, so that no word is split."""
     held = ""
     for piece in pieces:
         held += piece
-        whole = LAST_WORD.sub("", held)
-        if whole:
-            yield whole
-        held = held[len(whole) :]
+        complete = LAST_WORD.sub("", held)
+        if complete:
+            yield complete
+        held = held[len(complete) :]
     if held:
         yield held
 
 
-def _reply(job: ChatJob, reply: str, stats: ReplyStats) -> dict[str, Any]:
+def _reply_fields(job: ChatJob, text: str, stats: ReplyStats) -> dict[str, Any]:
     return {
-        job.reply_field: reply,
+        job.reply_field: text,
         "finish_reason": stats.finish_reason,
         "usage": {
             "prompt_tokens": stats.num_prompt,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ourvidz_serverless.errors import InternalError
 from ourvidz_serverless.models.chat.grammar import Matcher
 from ourvidz_serverless.models.chat.request import FinishReason, SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler
 from ourvidz_serverless.models.chat.text_stream import Decode, TextStream
+from ourvidz_serverless.models.memory.types import Check
 
 #: A shorter shared prefix is computed faster than it is looked up and copied.
 MIN_SHARED_PREFIX = 16
@@ -29,7 +30,7 @@ class Generation:
         prompt: Sequence[int],
         sampling: SamplingParams,
         decode: Decode,
-        check: Callable[[], None] = lambda: None,
+        check: Check = lambda: None,
         num_shared: int = 0,
         grammar: Matcher | None = None,
     ) -> None:

@@ -22,6 +22,7 @@ from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors, Read
+from ourvidz_serverless.models.memory.types import Check
 
 
 class ChatModel:
@@ -124,9 +125,7 @@ class Chat:
             hello = ChatRequest((("user", "Hello"),), SamplingParams(max_tokens=5), name)
             deque(self.generate(hello), maxlen=0)
 
-    def generate(
-        self, request: ChatRequest, check: Callable[[], None] = lambda: None
-    ) -> EngineReply:
+    def generate(self, request: ChatRequest, check: Check = lambda: None) -> EngineReply:
         """The model's reply, which grows while it is iterated over. See `ChatGenerator.generate`.
 
         `truncate` removes the oldest messages, but no system prompt and not the last message.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from ourvidz_serverless.models.memory.types import Check
 
 #: A message of a conversation: its role and its text.
 Message = tuple[str, str]
@@ -83,7 +85,7 @@ class ChatReply(Protocol):
 class ChatGenerator(Protocol):
     """The chat family's model, as jobs see it."""
 
-    def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+    def generate(self, request: ChatRequest, check: Check) -> ChatReply:
         """Begin a reply. What `check` raises, at any token, ends the reply and the iteration.
 
         Raises InvalidPrompt if the conversation and `max_tokens` are longer than the context, or

@@ -36,7 +36,8 @@ class TextStream:
     def finish(self) -> str:
         """The text that `push` held back, at the end of the reply.
 
-        An incomplete last character is U+FFFD, as in transformers' own decoding.
+        An incomplete last character is U+FFFD, as in transformers' own decoding. `push` also held
+        back a real U+FFFD, which looks the same.
         """
         if self.is_stopped:
             return ""
