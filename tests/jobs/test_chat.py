@@ -1,4 +1,4 @@
-"""Chat jobs: what a payload means, what its document holds, what is never said."""
+"""Chat jobs: their payloads, their documents, their streams, and what the content floor refuses."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,21 @@ from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.job import CheckedText
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
+from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
+from tests.fakes.devices import fake_ledger
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload
-from tests.fakes.tiny_chat import ask, prompt_ids, tiny_chat, tiny_chat_model, tiny_tokenizer, until
+from tests.fakes.tiny_chat import (
+    CPU,
+    ask,
+    prompt_ids,
+    tiny_chat,
+    tiny_chat_model,
+    tiny_tokenizer,
+    until,
+)
 from tests.files import ROOT
 
 MakeLocal = Callable[..., LocalWorker]
@@ -38,7 +48,7 @@ def refusal(**changes: Any) -> str:
     return refused.value.message
 
 
-def said(job: ChatJob) -> list[tuple[str, str]]:
+def messages_of(job: ChatJob) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in job.conversation]
 
 
@@ -56,7 +66,7 @@ def test_the_test_input_of_make_chat_is_a_valid_job() -> None:
     assert parse(event["input"]).type == "chat_conversation"
 
 
-# --- two shapes, one meaning ---
+# --- the two payload shapes ---
 
 PAIRS = [
     (
@@ -89,22 +99,25 @@ PAIRS = [
 def test_both_payload_shapes_mean_the_same(newer: dict[str, Any], older: dict[str, Any]) -> None:
     one, other = (parse({"type": "chat_enhance", **each}) for each in (newer, older))
 
-    assert said(one) == said(other)
+    assert messages_of(one) == messages_of(other)
     shape = {"messages", "prompt", "config"}
     assert one.model_dump(exclude=shape) == other.model_dump(exclude=shape)
 
 
-def test_messages_win_over_a_prompt_beside_them() -> None:
-    assert said(parse(chat_payload(prompt="Something else")))[-1] == ("user", "What is rain?")
+def test_messages_replace_a_prompt() -> None:
+    assert messages_of(parse(chat_payload(prompt="Something else")))[-1] == (
+        "user",
+        "What is rain?",
+    )
 
 
-def test_the_older_shape_may_name_its_type_in_config() -> None:
+def test_the_older_shape_may_have_its_type_in_config() -> None:
     payload = {"prompt": "Hello", "config": {"job_type": "chat_unrestricted"}}
 
     assert parse(payload).type == "chat_unrestricted"
 
 
-def test_no_word_is_added() -> None:
+def test_a_conversation_without_a_system_prompt_gets_none() -> None:
     assert parse({"type": "chat_conversation", "prompt": "Hello"}).system_prompt is None
 
 
@@ -137,7 +150,9 @@ def test_no_word_is_added() -> None:
         ({"config": {"temperature": 9}}, "config.temperature: "),
     ],
 )
-def test_a_refusal_names_its_field(changes: dict[str, Any], field: str) -> None:
+def test_a_payload_is_refused_with_the_name_of_its_field(
+    changes: dict[str, Any], field: str
+) -> None:
     message = refusal(**changes)
 
     assert message.startswith(field)
@@ -153,7 +168,7 @@ def code(document: Document) -> str | None:
 
 @pytest.fixture
 def talk(local: MakeLocal) -> Callable[..., tuple[Document, LocalWorker]]:
-    """Runs a job whose model says the given pieces, each in more than a stream's interval."""
+    """Runs a job whose model replies with given pieces, each later than a stream's interval."""
 
     def run(
         *pieces: str, piece_s: float = 2 * chat_jobs.STREAM_INTERVAL_S, **changes: Any
@@ -174,7 +189,9 @@ def talk(local: MakeLocal) -> Callable[..., tuple[Document, LocalWorker]]:
         ("chat_unrestricted", "response"),
     ],
 )
-def test_the_reply_is_a_text_asset_and_stands_beside_it(talk: Any, name: str, field: str) -> None:
+def test_the_reply_is_a_text_asset_and_a_field_of_the_document(
+    talk: Any, name: str, field: str
+) -> None:
     document, at = talk("Rain ", "is water.", type=name)
 
     result = document.result()
@@ -187,7 +204,7 @@ def test_the_reply_is_a_text_asset_and_stands_beside_it(talk: Any, name: str, fi
     assert result["finish_reason"] == "stop"
 
 
-def test_what_was_asked_for_is_echoed(talk: Any) -> None:
+def test_the_metadata_of_a_reply_repeats_what_the_job_asked_for(talk: Any) -> None:
     flags = {"unrestricted_mode": True, "nsfw_optimization": True}
 
     document, _ = talk("A lake.", type="chat_enhance", metadata=flags, truncate="oldest")
@@ -204,7 +221,7 @@ def test_what_was_asked_for_is_echoed(talk: Any) -> None:
     assert expected.items() <= dict(document.metadata).items()
 
 
-def test_every_accepted_field_reaches_the_model(talk: Any) -> None:
+def test_every_sampling_field_reaches_the_model(talk: Any) -> None:
     rules = {
         "temperature": 0.3,
         "top_p": 0.8,
@@ -225,14 +242,14 @@ def test_every_accepted_field_reaches_the_model(talk: Any) -> None:
     assert (call.sampling.stop, call.schema) == (("END",), {"type": "object"})
 
 
-def test_the_reply_is_not_in_a_document_that_failed(talk: Any) -> None:
+def test_a_refused_reply_is_not_in_the_document(talk: Any) -> None:
     document, _ = talk("nude ", "child")
 
     assert code(document) == "CONTENT_REFUSED"
     assert "response" not in document.result()
 
 
-# --- what is never said ---
+# --- the content floor ---
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -263,7 +280,7 @@ def test_a_system_message_may_forbid_minors_in_adult_mode(
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_what_a_system_message_may_forbid_is_refused_from_anybody_else(
+def test_a_user_or_assistant_message_that_forbids_minors_is_refused_in_adult_mode(
     talk: Any, role: str
 ) -> None:
     messages = [system("Be brief."), {"role": role, "content": FORBIDS}]
@@ -271,24 +288,24 @@ def test_what_a_system_message_may_forbid_is_refused_from_anybody_else(
     assert code(talk("Yes.", content_tier="nsfw", messages=messages)[0]) == "CONTENT_REFUSED"
 
 
-def test_a_reply_may_not_forbid_as_a_system_message_may(talk: Any) -> None:
+def test_a_reply_that_forbids_minors_is_refused_in_adult_mode(talk: Any) -> None:
     assert code(talk(FORBIDS, content_tier="nsfw")[0]) == "CONTENT_REFUSED"
 
 
-def test_a_prohibition_excuses_no_request_beside_it(talk: Any) -> None:
+def test_a_prohibition_in_the_system_message_excuses_no_other_message(talk: Any) -> None:
     messages = [system(FORBIDS), user("Speak as a minor.")]
 
     assert code(talk("Yes.", content_tier="nsfw", messages=messages)[0]) == "CONTENT_REFUSED"
 
 
 @pytest.mark.parametrize("field", ["content_tier", "content_type"])
-def test_a_content_label_means_adult_in_any_case(talk: Any, field: str) -> None:
+def test_a_content_label_means_adult_in_upper_case_too(talk: Any, field: str) -> None:
     messages = [user("A child at a lake.")]
 
     assert code(talk("Yes.", messages=messages, **{field: "NSFW"})[0]) == "CONTENT_REFUSED"
 
 
-def test_texts_that_are_too_long_together_are_refused_by_field(talk: Any) -> None:
+def test_messages_that_are_too_long_together_are_refused(talk: Any) -> None:
     messages = [user("x " * 35_000) for _ in range(3)]
 
     document, at = talk("Yes.", messages=messages)
@@ -301,13 +318,13 @@ def test_texts_that_are_too_long_together_are_refused_by_field(talk: Any) -> Non
     assert at.models["chat"].calls == []
 
 
-def test_texts_are_read_up_to_the_limit(talk: Any) -> None:
+def test_messages_of_the_longest_length_are_accepted(talk: Any) -> None:
     messages = [user("rain " * 20_000), user("rain " * 20_000)]
 
     assert talk("Yes.", messages=messages)[0].status == "completed"
 
 
-def test_a_deadline_ends_the_floors_work(local: MakeLocal) -> None:
+def test_a_deadline_stops_the_content_floor(local: MakeLocal) -> None:
     seconds = iter(range(1_000_000))
     at = local(
         models={"chat": FakeChat("Yes.")},
@@ -322,7 +339,7 @@ def test_a_deadline_ends_the_floors_work(local: MakeLocal) -> None:
     assert at.models["chat"].calls == []
 
 
-def test_a_stop_ends_the_floors_work(local: MakeLocal, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_stops_the_content_floor(local: MakeLocal, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ourvidz.audit")
     at = local(models={"chat": FakeChat("Yes.")})
     at.stop.set()
@@ -331,7 +348,7 @@ def test_a_stop_ends_the_floors_work(local: MakeLocal, caplog: pytest.LogCapture
     assert '"content"' not in caplog.text
 
 
-def test_the_floor_reads_the_reply_together_with_what_it_answers(talk: Any) -> None:
+def test_the_floor_reads_the_reply_together_with_the_conversation(talk: Any) -> None:
     document, at = talk("All of them ", "nude.", messages=[user("Children at a lake.")])
 
     assert code(document) == "CONTENT_REFUSED"
@@ -350,14 +367,14 @@ def test_the_floor_stops_a_stream_before_the_word_that_it_refuses(talk: Any) -> 
     assert code(document) == "CONTENT_REFUSED"
 
 
-def test_the_floor_reads_a_stream_in_adult_mode_where_the_job_is_adult(talk: Any) -> None:
+def test_the_floor_reads_the_stream_of_an_adult_job_in_adult_mode(talk: Any) -> None:
     document, at = talk("A ", "child ", "in oil.", stream=True, type="chat_unrestricted")
 
     assert deltas(at) == ["A "]
     assert code(document) == "CONTENT_REFUSED"
 
 
-def test_the_floor_reads_a_piece_of_a_stream_with_the_sentence_before_it(talk: Any) -> None:
+def test_the_floor_reads_a_delta_together_with_the_sentence_before_it(talk: Any) -> None:
     between = "in rain " * 30
     pieces = ["A child ", between, "in the ", "nude ", "now."]
 
@@ -371,7 +388,7 @@ def test_the_floor_reads_a_piece_of_a_stream_with_the_sentence_before_it(talk: A
     ("asked", "pieces"),
     [("A child at a lake.", ["A ", "nude ", "now."]), ("A nude.", ["A ", "child ", "now."])],
 )
-def test_the_floor_reads_a_stream_together_with_what_it_answers(
+def test_the_floor_reads_a_stream_together_with_the_conversation(
     talk: Any, asked: str, pieces: list[str]
 ) -> None:
     document, at = talk(*pieces, messages=[user(asked)], stream=True)
@@ -382,7 +399,9 @@ def test_the_floor_reads_a_stream_together_with_what_it_answers(
 
 @pytest.mark.parametrize("lead", ["", "a lake ", "a lake " * 9])
 @pytest.mark.parametrize("num_letters", range(1, 9))
-def test_the_floor_cuts_no_word_of_a_stream_in_two(talk: Any, num_letters: int, lead: str) -> None:
+def test_the_floor_never_reads_a_part_of_a_word_in_a_stream(
+    talk: Any, num_letters: int, lead: str
+) -> None:
     filler = "r" * (chat_jobs.CHECKED_LETTERS - num_letters - 2)
     pieces = [f"{lead}nineteen", f" {filler} ", "now."]
 
@@ -402,7 +421,7 @@ def times_the_clock_is_read(local: MakeLocal, messages: list[dict[str, str]]) ->
     return next(times)
 
 
-def test_the_floor_reads_a_conversation_once_and_not_again_with_its_reply(
+def test_the_floor_does_not_read_the_conversation_again_with_the_reply(
     local: MakeLocal,
 ) -> None:
     readings: list[None] = []
@@ -413,14 +432,14 @@ def test_the_floor_reads_a_conversation_once_and_not_again_with_its_reply(
     assert many - one == 100 * len(readings)
 
 
-def test_the_floor_reads_the_last_word_of_a_stream_before_it_leaves(talk: Any) -> None:
+def test_the_floor_reads_the_last_word_of_a_stream_before_it_is_emitted(talk: Any) -> None:
     document, at = talk("A child ", "is ", "nude", stream=True)
 
     assert deltas(at) == ["A child ", "is "]
     assert code(document) == "CONTENT_REFUSED"
 
 
-def test_the_floor_reads_what_a_stream_gathered_between_two_deltas(talk: Any) -> None:
+def test_the_floor_reads_all_text_between_two_deltas(talk: Any) -> None:
     pieces = ["A ", *["lake "] * 9, "nude child ", *["lake "] * 9]
 
     _, at = talk(*pieces, piece_s=chat_jobs.STREAM_INTERVAL_S / 15.5, stream=True)
@@ -428,13 +447,13 @@ def test_the_floor_reads_what_a_stream_gathered_between_two_deltas(talk: Any) ->
     assert deltas(at) == ["A "]
 
 
-def test_sfw_mode_filters_explicit_words_and_no_others(talk: Any) -> None:
+def test_sfw_mode_filters_explicit_words_and_no_other_words(talk: Any) -> None:
     document, _ = talk("A nu", "de in Essex, ", "sexy breasts.", sfw_mode=True)
 
     assert document.reply["response"] == "A [filtered] in Essex, [filtered] [filtered]."
 
 
-def test_without_sfw_mode_nothing_is_filtered(talk: Any) -> None:
+def test_without_sfw_mode_no_word_is_filtered(talk: Any) -> None:
     assert talk("A nude in oil.")[0].reply["response"] == "A nude in oil."
 
 
@@ -449,24 +468,24 @@ def test_deltas_add_up_to_the_reply(talk: Any, sfw_mode: bool) -> None:
     assert "".join(deltas(at)) == document.reply["response"]
 
 
-def test_words_are_gathered_for_a_fifth_of_a_second(talk: Any) -> None:
+def test_a_stream_emits_a_delta_each_fifth_of_a_second(talk: Any) -> None:
     _, at = talk(*["word "] * 30, piece_s=chat_jobs.STREAM_INTERVAL_S / 7.5, stream=True)
 
     assert [delta.count("word") for delta in deltas(at)] == [1, 8, 8, 8, 5]
 
 
-def test_a_run_of_letters_that_is_no_word_streams_too(talk: Any) -> None:
+def test_letters_without_a_space_are_streamed_too(talk: Any) -> None:
     assert len(talk(*["abcdefghij"] * 10, stream=True)[1].streamed) == 7
 
 
-def test_a_job_that_does_not_ask_for_it_streams_nothing(talk: Any) -> None:
+def test_a_job_without_stream_emits_no_delta(talk: Any) -> None:
     assert talk("Rain ", "is water.")[1].streamed == []
 
 
 # --- with a real model ---
 
 
-def test_jobs_share_the_engine_and_wait_for_no_lane(local: MakeLocal) -> None:
+def test_chat_jobs_run_at_once_and_share_a_prefix(local: MakeLocal) -> None:
     at = local(models={"chat": tiny_chat()})
     payloads = [chat_payload(id=f"job-{i}", temperature=0, max_tokens=40) for i in range(12)]
     with ThreadPoolExecutor(12) as threads:
@@ -477,20 +496,22 @@ def test_jobs_share_the_engine_and_wait_for_no_lane(local: MakeLocal) -> None:
     assert sum(document.reply["usage"]["prompt_tokens_reused"] > 0 for document in documents) > 6
 
 
-def test_a_stopped_job_leaves_at_the_next_token(local: MakeLocal) -> None:
+def test_a_stopped_job_is_cancelled(local: MakeLocal) -> None:
     at = local(models={"chat": tiny_chat()})
     at.stop.set()
 
     assert code(at.run(chat_payload())) == "CANCELLED"
 
 
-def test_a_deadline_acts_at_the_next_token(local: MakeLocal) -> None:
+def test_a_deadline_ends_a_job_while_its_reply_grows(local: MakeLocal) -> None:
     at = local(models={"chat": tiny_chat(context=4096)}, settings=Settings(job_timeout_s=0.1))
 
     assert code(at.run(chat_payload(max_tokens=2048, temperature=0))) == "TIMEOUT_ERROR"
 
 
-def test_a_job_that_fails_while_it_listens_leaves_the_engine(local: MakeLocal) -> None:
+def test_a_job_that_fails_while_its_reply_grows_frees_the_engine_and_the_model(
+    local: MakeLocal,
+) -> None:
     chat = tiny_chat(context=4096)
     at = local(models={"chat": chat})
 
@@ -506,7 +527,7 @@ def test_a_job_that_fails_while_it_listens_leaves_the_engine(local: MakeLocal) -
     assert [row.num_users for row in chat.ledger.report()] == [0]
 
 
-# --- conversations become tokens ---
+# --- prompts ---
 
 MESSAGES = [("system", "You are brief."), ("user", "What is rain?"), ("assistant", "Water.")]
 
@@ -524,17 +545,17 @@ def chat() -> Any:
     return tiny_chat(context=256)
 
 
-def test_a_conversation_is_written_in_chatml_without_a_word_of_ours(chat: Any) -> None:
+def test_a_conversation_is_written_in_chatml_without_added_words(chat: Any) -> None:
     assert prompt_of(chat, ("user", "Hello")) == (
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_the_base_model_gets_plain_text(chat: Any) -> None:
+def test_the_base_model_gets_the_texts_alone(chat: Any) -> None:
     assert prompt_of(chat, *MESSAGES[:2], model="qwen_base") == "You are brief.\n\nWhat is rain?"
 
 
-def test_no_message_can_speak_as_somebody_else() -> None:
+def test_no_text_can_forge_a_message() -> None:
     model = tiny_chat_model()
     (start,) = {model.tokenizer.encode_message("user", "")[0]}
 
@@ -548,10 +569,15 @@ def test_a_conversation_that_is_too_long_is_refused_with_the_counts(chat: Any) -
         ask(chat, ("user", "x" * 309), max_tokens=100)
 
 
-def test_the_oldest_turns_go_when_the_job_lets_them(chat: Any) -> None:
-    turns = [("user", "old " * 20), ("assistant", "older " * 9), ("user", "new"), ("user", "last")]
+def test_truncate_removes_the_oldest_messages(chat: Any) -> None:
+    messages = [
+        ("user", "old " * 20),
+        ("assistant", "older " * 9),
+        ("user", "new"),
+        ("user", "last"),
+    ]
 
-    reply = ask(chat, MESSAGES[0], *turns, truncate="oldest", max_tokens=150, temperature=0)
+    reply = ask(chat, MESSAGES[0], *messages, truncate="oldest", max_tokens=150, temperature=0)
     list(reply)
     prompt = tiny_tokenizer().decode(prompt_ids(reply))
 
@@ -559,14 +585,14 @@ def test_the_oldest_turns_go_when_the_job_lets_them(chat: Any) -> None:
     assert "You are brief." in prompt and "last" in prompt and "old" not in prompt
 
 
-def test_what_may_not_go_is_refused_even_so(chat: Any) -> None:
+def test_truncate_removes_no_system_prompt(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^messages: "):
         ask(chat, ("system", "x" * 300), ("user", "y"), truncate="oldest", max_tokens=9)
 
 
-def test_a_model_that_is_not_loaded_is_unavailable() -> None:
-    chat = tiny_chat()
-    chat.models = {"qwen_instruct": chat.models["qwen_instruct"]}
+def test_a_model_that_the_worker_does_not_have_is_unavailable() -> None:
+    model, ledger = tiny_chat_model(), fake_ledger(1 << 30)
+    chat = Chat({"qwen_instruct": model}, CPU, 512, ledger)
 
     with pytest.raises(WorkerUnavailable, match="qwen_base is not served here"):
         ask(chat, *MESSAGES, model="qwen_base", max_tokens=9)
@@ -583,9 +609,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_reply_fits_its_schema_whatever_the_model_would_say(
-    chat: Any, temperature: float
-) -> None:
+def test_a_reply_fits_its_schema_at_any_temperature(chat: Any, temperature: float) -> None:
     made = ask(chat, *MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=temperature, seed=3)
 
     reply = json.loads("".join(made))
@@ -596,7 +620,7 @@ def test_a_reply_fits_its_schema_whatever_the_model_would_say(
 
 
 def deep_schema(levels: int) -> dict[str, Any]:
-    """A schema whose objects are nested so many levels deep: two of JSON for each, and one."""
+    """A schema of so many nested objects; its JSON has twice as many levels, and one more."""
     schema: dict[str, Any] = {}
     for _ in range(levels):
         schema = {"properties": {"a": schema}}
@@ -617,9 +641,9 @@ def deep_schema(levels: int) -> dict[str, Any]:
         (deep_schema(50_000), "Input should be nested at most 64 levels deep"),
     ],
     ids=[
-        "half a character",
-        "half a character as a key",
-        "half a character within",
+        "a lone surrogate",
+        "a lone surrogate as a key",
+        "a lone surrogate in a nested key",
         "NaN",
         "infinity",
         "a large integer",
@@ -628,9 +652,7 @@ def deep_schema(levels: int) -> dict[str, Any]:
         "50,000 levels",
     ],
 )
-def test_a_schema_that_is_no_plain_json_is_refused_by_its_field(
-    schema: dict[str, Any], message: str
-) -> None:
+def test_a_schema_that_is_not_plain_json_is_refused(schema: dict[str, Any], message: str) -> None:
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
 
     assert refusal(response_format=asked) == f"response_format.json_schema.schema: {message}"
@@ -641,7 +663,7 @@ def test_a_schema_that_is_no_plain_json_is_refused_by_its_field(
     [deep_schema(31), {"enum": ["é\U0001f600"]}, {"const": 1.7e308}, {"const": 2**70}],
     ids=["deep", "text", "a large number", "a large integer"],
 )
-def test_a_schema_of_plain_json_is_read_by_the_grammar_too(
+def test_a_schema_of_plain_json_is_accepted_by_the_grammar_too(
     chat: Any, schema: dict[str, Any]
 ) -> None:
     asked = {"type": "json_schema", "json_schema": {"schema": schema}}
@@ -652,17 +674,17 @@ def test_a_schema_of_plain_json_is_read_by_the_grammar_too(
     assert isinstance("".join(reply), str)
 
 
-def test_a_schema_that_its_parser_does_not_take_is_refused(chat: Any) -> None:
+def test_a_schema_that_the_grammars_parser_rejects_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
         ask(chat, *MESSAGES[:2], schema=deep_schema(200), max_tokens=9)
 
 
-def test_a_schema_that_is_none_is_refused(chat: Any) -> None:
+def test_json_that_is_not_a_schema_is_refused(chat: Any) -> None:
     with pytest.raises(InvalidPrompt, match=r"^response_format: "):
         ask(chat, *MESSAGES[:2], schema={"type": "objct"}, max_tokens=9)
 
 
-#: It has more states than a matcher may hold.
+#: A pattern with more states than a matcher supports.
 PATTERN = "^(a?){500}a{500}$"
 
 
@@ -679,14 +701,14 @@ PATTERN = "^(a?){500}a{500}$"
     ],
     ids=["before the first token", "at the first token", "at a later token"],
 )
-def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
+def test_a_schema_that_is_too_complex_ends_only_its_own_reply(
     chat: Any, schema: dict[str, Any]
 ) -> None:
     other = ask(chat, *MESSAGES[:2], schema=SCHEMA, max_tokens=100, temperature=0)
-    too_much = ask(chat, *MESSAGES[:2], schema=schema, max_tokens=150, temperature=0)
+    too_complex = ask(chat, *MESSAGES[:2], schema=schema, max_tokens=150, temperature=0)
 
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
-        "".join(too_much)
+        "".join(too_complex)
     assert json.loads("".join(other))
 
 
@@ -699,9 +721,9 @@ def test_a_schema_that_is_too_much_ends_its_own_reply_alone(
         {"const": json.loads("1e999")},
         {"type": "string", "pattern": PATTERN},
     ],
-    ids=["70 levels", "half a character", "NaN", "1e999", "too complex"],
+    ids=["70 levels", "a lone surrogate", "NaN", "1e999", "too complex"],
 )
-def test_a_schema_that_cannot_be_served_is_the_callers_error(
+def test_a_schema_that_is_not_supported_is_an_invalid_prompt(
     local: MakeLocal, schema: dict[str, Any]
 ) -> None:
     at = local(models={"chat": tiny_chat()})

@@ -1,4 +1,4 @@
-"""Chat behind RunPod's own loop: many jobs at once, streams, and a cancel in the middle."""
+"""Chat with the loop of RunPod's SDK: many jobs at once, streams, and cancelled jobs."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: A reply of some length: greedy, this model never ends. With the slowdown on, of many minutes.
+#: A long reply: greedy, this model never ends by itself. With the slowdown on it takes minutes.
 LONG = {"max_tokens": 1200, "temperature": 0}
 
 
@@ -65,7 +65,7 @@ def document(platform: Platform, job: str) -> dict[str, Any]:
     return last
 
 
-def test_a_job_comes_back_with_its_reply(platform: Platform) -> None:
+def test_a_completed_job_has_its_reply(platform: Platform) -> None:
     job = platform.submit(chat_payload(id="answered"))
 
     result = document(platform, job)
@@ -75,7 +75,7 @@ def test_a_job_comes_back_with_its_reply(platform: Platform) -> None:
     assert unquote(result["assets"][0]["url"].split(",", 1)[1]) == result["response"]
 
 
-def test_a_stream_is_deltas_and_then_the_document(platform: Platform) -> None:
+def test_a_stream_has_deltas_and_then_the_document(platform: Platform) -> None:
     job = platform.submit(chat_payload(id="streamed", stream=True, max_tokens=200))
 
     result = document(platform, job)
@@ -106,7 +106,7 @@ def test_the_callback_holds_the_document(platform: Platform, receiver: CallbackR
     assert callback.document == result
 
 
-def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) -> None:
+def test_a_refused_job_fails_on_runpod_with_an_error_in_json(platform: Platform) -> None:
     job = platform.submit(chat_payload(temperature=9))
 
     platform.result(job)
@@ -116,7 +116,7 @@ def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) ->
     assert platform.stream(job)[-1]["failure"] == failure(platform.status(job))
 
 
-def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:
+def test_fifty_jobs_at_once_get_the_replies_that_each_gets_alone(platform: Platform) -> None:
     def payload(name: str, i: int) -> dict[str, Any]:
         messages = [
             {"role": "system", "content": "You write letters. " * 10},
@@ -134,7 +134,7 @@ def test_fifty_at_once_say_what_each_says_alone(platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_cancelled_job_leaves_the_batch(
+def test_a_cancelled_job_ends_and_the_next_one_is_answered(
     platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path, stream: bool
 ) -> None:
     name = f"cancelled-{stream}"
@@ -151,12 +151,12 @@ def test_a_cancelled_job_leaves_the_batch(
     assert document(platform, platform.submit(chat_payload(id=f"after-{name}")))
 
 
-def test_a_stop_that_meets_the_sdk_while_it_posts_an_item_stops_the_job(tmp_path: Path) -> None:
+def test_a_cancel_while_the_sdk_posts_a_delta_stops_the_job(tmp_path: Path) -> None:
     endless, settings = EndlessChat(), Settings(families=("chat",))
     worker = LocalWorker(tmp_path, settings=settings, models={"chat": endless}).worker
 
     async def cancel_in_a_post() -> bool:
-        # Held, as the SDK's own frames hold it: it is not closed until they are gone.
+        # The SDK's own frames keep a reference too, so the generator is not closed by itself.
         event = {"id": "rp-1", "input": chat_payload(stream=True)}
         items = make_stream_handler(worker, settings)(event)
         posting = asyncio.Event()
@@ -176,7 +176,7 @@ def test_a_stop_that_meets_the_sdk_while_it_posts_an_item_stops_the_job(tmp_path
     assert asyncio.run(cancel_in_a_post())
 
 
-def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerProcess) -> None:
+def test_no_text_of_a_conversation_is_logged(platform: Platform, worker: WorkerProcess) -> None:
     messages = [{"role": "user", "content": "an unmistakable zebra"}]
     reply = document(platform, platform.submit(chat_payload(id="quiet", messages=messages)))
 
@@ -184,7 +184,7 @@ def test_no_word_of_a_conversation_is_logged(platform: Platform, worker: WorkerP
     assert reply["response"] not in worker.log
 
 
-def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str) -> None:
+def test_after_sigterm_a_reply_may_finish_within_the_grace_time(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
     slowdown = Slowdown(tmp_path / "slowdown")
     with (
@@ -201,7 +201,7 @@ def test_sigterm_lets_a_reply_finish_within_the_grace(tmp_path: Path, model: str
         assert process.wait() == 0
 
 
-def test_a_picture_and_a_reply_come_from_one_worker(tmp_path: Path, model: str) -> None:
+def test_one_worker_serves_images_and_chat(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "sdxl,chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
     with Platform() as own, start(own, **env):
         picture = own.submit(sdxl_payload(id="picture"))
@@ -213,7 +213,7 @@ def test_a_picture_and_a_reply_come_from_one_worker(tmp_path: Path, model: str) 
     assert own.updates(picture)[-1].terminal
 
 
-# --- without a platform ---
+# --- without RunPod ---
 
 
 def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
@@ -246,7 +246,7 @@ def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
         ("tests", "CHAT_INSTRUCT_MODEL: tests does not load as chat"),
     ],
 )
-def test_a_failed_start_exits_with_one_clear_line(place: str, line: str) -> None:
+def test_a_failed_start_exits_with_one_line(place: str, line: str) -> None:
     run = run_handler(FAMILIES="chat", CHAT_INSTRUCT_MODEL=place)
 
     assert run.returncode == 1

@@ -208,7 +208,7 @@ def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() 
 
 
 def load_tiny_chat(place: str, graphs: str = "auto", dtype: str = "float32") -> ChatModel:
-    """In float32, so that kernels that round in another way choose the same tokens."""
+    """In float32, so that kernels that round differently choose the same tokens."""
     settings = Settings(
         families=("chat",),
         device="cuda",
@@ -220,7 +220,7 @@ def load_tiny_chat(place: str, graphs: str = "auto", dtype: str = "float32") -> 
 
 
 def replies(model: ChatModel) -> list[str]:
-    """Greedy ones and seeded ones at once, which end one after another."""
+    """Greedy and seeded replies at once, which end one after another."""
     rules = [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.1}]
     asked = [
         new_generation(model, f"question {at} ", max_tokens=20 + 9 * at, **rules[at % 3])
@@ -234,7 +234,7 @@ def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
-def test_replayed_replies_are_those_of_the_model(tiny_place: str) -> None:
+def test_replayed_replies_are_the_same_as_computed_replies(tiny_place: str) -> None:
     eager, replayed = load_tiny_chat(tiny_place, "off"), load_tiny_chat(tiny_place)
 
     assert replies(replayed) == replies(eager)
@@ -245,7 +245,7 @@ def test_replayed_replies_are_those_of_the_model(tiny_place: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_recording_is_trusted_in_few_bits_too(tiny_place: str, dtype: str) -> None:
+def test_a_graph_is_trusted_in_half_precision_too(tiny_place: str, dtype: str) -> None:
     model = load_tiny_chat(tiny_place, dtype=dtype)
 
     replies(model)
@@ -255,17 +255,17 @@ def test_a_recording_is_trusted_in_few_bits_too(tiny_place: str, dtype: str) -> 
     assert replay.num_replayed > 0
 
 
-def test_recordings_end_with_the_models_stay_and_give_their_memory_back(tiny_place: str) -> None:
+def test_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_place: str) -> None:
     model = load_tiny_chat(tiny_place)
     replay = model.engine.graphs
     assert replay is not None
     first = text_of(model.engine, new_generation(model, "hello", max_tokens=40))
     made = replay.num_captured
 
-    with_recordings = torch.cuda.memory_reserved()
+    with_graphs = torch.cuda.memory_reserved()
     model.to_host()
     assert replay.buckets == []
-    assert torch.cuda.memory_reserved() < with_recordings
+    assert torch.cuda.memory_reserved() < with_graphs
     model.to_device()
 
     assert text_of(model.engine, new_generation(model, "hello", max_tokens=40)) == first
@@ -273,7 +273,7 @@ def test_recordings_end_with_the_models_stay_and_give_their_memory_back(tiny_pla
     assert not replay.is_off
 
 
-def test_what_cannot_be_recorded_leaves_the_device_as_it_was() -> None:
+def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
     numbers = torch.ones(4, device="cuda")
     record, stream = CudaGraphs(numbers.device), torch.cuda.current_stream()
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_recorded_leaves_the_device_as_it_was() -> None:
     assert double().tolist() == [42.0] * 4
 
 
-def test_a_token_is_waited_for_once() -> None:
+def test_the_host_waits_once_for_each_token() -> None:
     logits = torch.randn(3, 5000, device="cuda")
     rules: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.1}, {"temperature": 0}]
     samplers = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ourvidz_serverless.errors import DeviceLost, InternalError, OutOfMemory
+from ourvidz_serverless.models.chat.engine import Engine
 from ourvidz_serverless.models.memory.device import Device, as_job_error, is_out_of_memory
 from ourvidz_serverless.serving.runpod_queue import make_fitness_check
 from ourvidz_serverless.settings import Settings
@@ -17,7 +18,14 @@ from tests.fakes import lost_device
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.slow_handler import Slowdown
-from tests.fakes.tiny_chat import new_generation, text_of, tiny_chat_model, tiny_folder
+from tests.fakes.tiny_chat import (
+    new_generation,
+    text_of,
+    tiny_chat_model,
+    tiny_folder,
+    tiny_network,
+    until,
+)
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import failure
@@ -217,7 +225,7 @@ def test_it_is_seen_below_whatever_was_made_of_it() -> None:
     assert type(as_job_error(wrapped)) is DeviceLost
 
 
-def test_chats_engine_ends_its_requests_with_it() -> None:
+def test_the_chat_engine_fails_its_requests_with_device_lost() -> None:
     model = tiny_chat_model()
     model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
 
@@ -225,18 +233,20 @@ def test_chats_engine_ends_its_requests_with_it() -> None:
         text_of(model.engine, new_generation(model, "a"))
 
 
-def test_they_hear_of_it_though_the_device_refuses_to_be_cleared_too() -> None:
+def test_requests_get_device_lost_even_if_the_device_refuses_to_free_memory() -> None:
     class Dead(Device):
         def free_memory(self) -> None:
             raise lost()
 
-    model = tiny_chat_model()
-    model.engine._device = Dead(torch.device("cpu"), torch.float32)
-    model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    model, network = tiny_chat_model(), tiny_network()
+    network.base_model.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
+    engine = Engine(network, Dead(torch.device("cpu"), torch.float32), eos_ids=[])
     generation = new_generation(model, "a")
-    model.engine.submit(generation)
+    engine.submit(generation)
 
-    assert isinstance(generation._pieces.get(timeout=PATIENCE_S), DeviceLost)
+    until(lambda: engine.num_running == 0)
+    with pytest.raises(DeviceLost):
+        list(generation)
 
 
 # --- afterwards ---

@@ -67,9 +67,9 @@ class ChatTokenizer:
 def _text_prefix(pretrained: Any) -> list[int]:
     """The tokens that the tokenizer itself adds before a text, such as Llama's begin-of-text."""
     text: list[int] = pretrained.encode("a", add_special_tokens=False)
-    whole: list[int] = pretrained.encode("a")
-    starts = range(len(whole) - len(text) + 1)
-    return whole[: next((at for at in starts if whole[at : at + len(text)] == text), 0)]
+    encoded: list[int] = pretrained.encode("a")
+    starts = range(len(encoded) - len(text) + 1)
+    return encoded[: next((at for at in starts if encoded[at : at + len(text)] == text), 0)]
 
 
 def _chat_prefix(pretrained: Any, start: int, text_prefix: list[int]) -> list[int]:

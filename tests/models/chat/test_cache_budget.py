@@ -1,4 +1,4 @@
-"""What chat claims of a device fits it, or the start ends with one line."""
+"""Chat's weights and caches fit the device, or the start fails with one line."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ BUDGETS = [0.1, 0.2, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 6, 9, 16, 64]
 
 
 @pytest.mark.parametrize("mib", BUDGETS)
-def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: float) -> None:
+def test_a_worker_that_starts_can_answer_its_longest_conversation(place: str, mib: float) -> None:
     try:
         chat = load(place, mib)
     except ModelLoadError as refused:
@@ -51,7 +51,7 @@ def test_a_worker_that_starts_answers_its_longest_conversation(place: str, mib: 
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
-def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
+def test_many_conversations_fit_the_memory_that_a_worker_claims(place: str) -> None:
     chat = load(place, 6)
     messages = ("system", "be brief. " * 10), ("user", "x" * 200)
 
@@ -61,18 +61,18 @@ def test_many_conversations_fit_what_a_worker_claims(place: str) -> None:
     assert chat.models["qwen_instruct"].engine.batch_limit.size == 64
 
 
-def test_kept_prefixes_are_part_of_what_the_cache_may_hold(place: str) -> None:
+def test_cached_prefixes_take_a_part_of_the_cached_tokens(place: str) -> None:
     limits = load(place, 6).models["qwen_instruct"].engine.limits
 
     assert 0 < limits.prefix_tokens <= limits.kv_tokens / 3
 
 
-def test_a_cache_that_a_setting_makes_too_large_ends_the_start(place: str) -> None:
+def test_a_cache_setting_that_does_not_fit_fails_the_start(place: str) -> None:
     with pytest.raises(ModelLoadError, match=r"^CHAT_KV_TOKENS: 1000000 tokens do not fit"):
         load(place, 6, chat_kv_tokens=1_000_000)
 
 
-def test_a_cache_of_a_setting_leaves_prefixes_the_rest(place: str) -> None:
+def test_prefixes_get_the_memory_that_a_cache_setting_leaves(place: str) -> None:
     chat = load(place, 6, chat_kv_tokens=2048)
 
     limits = chat.models["qwen_instruct"].engine.limits
@@ -81,9 +81,7 @@ def test_a_cache_of_a_setting_leaves_prefixes_the_rest(place: str) -> None:
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
-def test_two_models_that_take_turns_claim_no_more_than_the_device(
-    place: str, tmp_path: Path
-) -> None:
+def test_two_models_that_replace_each_other_fit_the_device(place: str, tmp_path: Path) -> None:
     chat = load(place, 4, chat_base_model=tiny_folder(tmp_path))
 
     for model in get_args(ModelName):
@@ -91,7 +89,7 @@ def test_two_models_that_take_turns_claim_no_more_than_the_device(
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
-def test_on_a_cpu_the_cache_fits_the_hosts_memory(
+def test_on_a_cpu_the_cache_fits_the_memory_of_the_host(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -104,7 +102,7 @@ def test_on_a_cpu_the_cache_fits_the_hosts_memory(
     assert claimed(chat) <= 6 << 20
 
 
-def test_wans_own_model_has_a_shorter_context_where_memory_is_short(place: str) -> None:
+def test_wans_enhancer_has_a_shorter_context_if_memory_is_short(place: str) -> None:
     settings = Settings(families=("wan",), device="cpu", chat_context=4096, vram_budget_gb=12 * MIB)
     ledger = open_ledger(settings)
     device = Device.choose(settings, torch.float32, ledger.memory)

@@ -1,4 +1,4 @@
-"""Replies from recorded steps: the same texts, and a recorder that fails costs nobody a reply."""
+"""Replayed decode steps give the same texts, and a capture that fails loses no reply."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SCHEMA = {
     "required": ["city", "big"],
     "additionalProperties": False,
 }
-RULES: list[dict[str, Any]] = [
+PARAMS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.3, "top_p": 0.9, "seed": 5},
     {"temperature": 1.1, "top_k": 9, "seed": 6, "repetition_penalty": 1.2},
@@ -61,13 +61,12 @@ def plain() -> ChatModel:
 
 def make(model: ChatModel, at: int) -> Generation:
     shared = SYSTEM if at % 2 else ""
-    rules = {"max_tokens": 5 + at % 17, **RULES[at % len(RULES)]}
-    made: Generation = new_generation(model, PROMPTS[at], shared=shared, **rules)
-    return made
+    params = {"max_tokens": 5 + at % 17, **PARAMS[at % len(PARAMS)]}
+    return new_generation(model, PROMPTS[at], shared=shared, **params)
 
 
 def count_calls(network: Any) -> list[int]:
-    """How often the model's own Python has run since."""
+    """A counter of the forwards that run the network's Python."""
     calls = [0]
 
     def note(module: Any, given: Any) -> None:
@@ -83,7 +82,7 @@ def count_calls(network: Any) -> list[int]:
 @pytest.mark.parametrize(
     "limits", [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}]
 )
-def test_replies_are_the_same_whoever_joins_and_leaves(
+def test_replies_are_the_same_when_requests_come_and_go(
     plain: ChatModel, limits: dict[str, int]
 ) -> None:
     fake_graphs = FakeCudaGraphs()
@@ -95,19 +94,19 @@ def test_replies_are_the_same_whoever_joins_and_leaves(
     assert not model.engine.graphs.is_off
 
 
-def test_what_is_replayed_runs_no_python_of_the_model() -> None:
+def test_a_replayed_step_runs_no_python_of_the_network() -> None:
     network, fake_graphs = tiny_network(), FakeCudaGraphs()
     calls = count_calls(network)
     model = tiny_chat_model(network, fake_graphs)
 
     text_of(model.engine, new_generation(model, "hello", max_tokens=60))
 
-    # The prompt, two steps as ever, the recording, and the step that it is compared on.
+    # The prompt, two steps without a graph, the capture, and the step that is compared.
     assert calls == [5]
     assert (fake_graphs.num_captured, model.engine.graphs.num_replayed) == (1, 56)
 
 
-def test_lengths_cross_buckets_and_the_cache_grows(plain: ChatModel) -> None:
+def test_replies_are_the_same_when_they_cross_buckets_and_the_cache_grows(plain: ChatModel) -> None:
     fake_graphs = FakeCudaGraphs()
     model = tiny_chat_model(capture=fake_graphs)
     texts, lengths = ["a" * 20, "b" * 200, "c" * 20], [40, 120, 40]
@@ -119,7 +118,7 @@ def test_lengths_cross_buckets_and_the_cache_grows(plain: ChatModel) -> None:
         ]
 
     assert both(model) == both(plain)
-    # The second one's cache lies elsewhere, and has both sizes; the third finds one of them again.
+    # The cache moves for the second text, which uses both lengths. The third one needs no capture.
     assert model.engine.graphs.buckets == [(1, 512), (1, 256)]
     assert fake_graphs.num_captured == 3
 
@@ -134,7 +133,7 @@ def test_a_llama_is_replayed_too() -> None:
     assert fake_graphs.num_replayed > 50
 
 
-def test_json_that_fits_its_schema(plain: ChatModel) -> None:
+def test_replayed_json_is_the_same_as_computed_json(plain: ChatModel) -> None:
     fake_graphs = FakeCudaGraphs()
     model = tiny_chat_model(capture=fake_graphs)
 
@@ -150,7 +149,7 @@ def test_json_that_fits_its_schema(plain: ChatModel) -> None:
     assert fake_graphs.num_replayed > 0
 
 
-def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: ChatModel) -> None:
+def test_a_cancelled_request_does_not_change_replayed_replies(plain: ChatModel) -> None:
     model = tiny_chat_model(capture=FakeCudaGraphs())
     gate = Gate(steps=3)
     alone = [
@@ -171,11 +170,11 @@ def test_one_that_is_cancelled_changes_nothing_for_the_others(plain: ChatModel) 
     assert ["".join(each) for each in staying] == alone
 
 
-# --- what a step is made of ---
+# --- operations of a step ---
 
 
 def operations(layers: int) -> int:
-    """How many operations make something new in one recorded step."""
+    """The number of operations that compute something in one captured step."""
     network, counts = tiny_network(layers=layers), []
 
     def count(compute: Any) -> Any:
@@ -187,7 +186,7 @@ def operations(layers: int) -> int:
     return counts[0]
 
 
-def test_a_layer_is_26_operations() -> None:
+def test_one_layer_takes_26_operations() -> None:
     assert operations(layers=3) - operations(layers=2) == 26
 
 
@@ -207,10 +206,10 @@ def test_fused_norms_differ_in_the_last_bits_at_most(dtype: torch.dtype, apart: 
     assert torch.all((fused - expected).abs() <= apart * expected.abs())
 
 
-# --- how long a recording lives, and how many there are ---
+# --- how long a graph is kept, and how many ---
 
 
-def test_recordings_end_with_the_models_stay_and_are_made_anew(plain: ChatModel) -> None:
+def test_graphs_are_dropped_with_the_weights_and_captured_again(plain: ChatModel) -> None:
     fake_graphs = FakeCudaGraphs()
     model = tiny_chat_model(capture=fake_graphs)
     first = text_of(model.engine, new_generation(model, "hello", max_tokens=20))
@@ -223,7 +222,7 @@ def test_recordings_end_with_the_models_stay_and_are_made_anew(plain: ChatModel)
     assert fake_graphs.num_captured == 2
 
 
-def test_after_an_out_of_memory_recordings_are_made_anew(plain: ChatModel) -> None:
+def test_after_an_out_of_memory_graphs_are_captured_again(plain: ChatModel) -> None:
     network, fake_graphs = tiny_network(), FakeCudaGraphs()
     is_full = [True]
 
@@ -241,19 +240,19 @@ def test_after_an_out_of_memory_recordings_are_made_anew(plain: ChatModel) -> No
     assert not model.engine.graphs.is_off
 
 
-def test_the_cache_moves_seldom_where_there_is_room() -> None:
+def test_the_cache_moves_seldom_while_memory_is_left() -> None:
     cache = KVCache(tiny_network().config, CPU.name, CPU.dtype)
     sizes = []
     for rows, length in [(1, 700), (2, 300), (1, 1000), (1, 1100), (3, 100), (1, 2100)]:
         cache.reserve(rows, length, spare_tokens=8192)
         sizes.append((cache.rows, cache.length))
 
-    # The last one leaves no room for more than it needs.
+    # The last shape gets exactly what it needs: powers of two would be more than 8192 tokens.
     assert sizes == [(1, 1024), (2, 1024), (2, 1024), (2, 2048), (4, 2048), (1, 2304)]
     assert cache.version == 6
 
 
-def test_steps_of_all_sizes_have_few_shapes() -> None:
+def test_all_steps_fall_into_42_buckets() -> None:
     shapes = {
         cuda_graphs.bucket_of([(1, length - 1)] * rows, 8192)[0]
         for rows, length in itertools.product(range(1, 65), range(1, 8193, 100))
@@ -263,7 +262,7 @@ def test_steps_of_all_sizes_have_few_shapes() -> None:
     assert all(rows & (rows - 1) == 0 for rows, _ in shapes)
 
 
-def test_the_recording_that_was_not_used_longest_is_forgotten(
+def test_the_least_recently_used_graph_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
@@ -277,11 +276,11 @@ def test_the_recording_that_was_not_used_longest_is_forgotten(
     assert len(model.engine.graphs.buckets) == 2
 
 
-# --- recorders that fail ---
+# --- captures that fail ---
 
 
 @pytest.mark.parametrize(
-    ("record", "why"),
+    ("capture", "why"),
     [
         (capture_result, "it computed something else"),
         (FixedPositions(), "it computed something else"),
@@ -289,12 +288,12 @@ def test_the_recording_that_was_not_used_longest_is_forgotten(
         (failing(RuntimeError("secret")), "RuntimeError"),
         (failing(RuntimeError("secret"), after=9), "RuntimeError"),
     ],
-    ids=["capture_result", "misplaced", "out of memory", "refused", "later"],
+    ids=["fixed result", "fixed positions", "out of memory", "refused", "later"],
 )
-def test_a_recorder_that_fails_is_one_warning_and_no_reply_is_lost(
-    plain: ChatModel, record: Any, why: str, caplog: pytest.LogCaptureFixture
+def test_a_capture_that_fails_is_one_warning_and_loses_no_reply(
+    plain: ChatModel, capture: Any, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_chat_model(capture=record)
+    model = tiny_chat_model(capture=capture)
     expected = [text_of(plain.engine, make(plain, at)) for at in range(8)]
 
     with caplog.at_level(logging.WARNING, "ourvidz"):
@@ -308,7 +307,7 @@ def test_a_recorder_that_fails_is_one_warning_and_no_reply_is_lost(
     until(lambda: model.engine.num_running == 0)
 
 
-def test_what_a_wrong_recording_wrote_is_read_anew(plain: ChatModel) -> None:
+def test_what_a_wrong_graph_wrote_to_the_cache_is_computed_again(plain: ChatModel) -> None:
     model = tiny_chat_model(capture=FixedPositions())
 
     replies = [text_of(of.engine, new_generation(of, "x", max_tokens=60)) for of in (model, plain)]
@@ -317,19 +316,19 @@ def test_what_a_wrong_recording_wrote_is_read_anew(plain: ChatModel) -> None:
     assert model.engine.graphs.is_off
 
 
-def test_nothing_is_recorded_on_a_cpu_or_where_it_is_switched_off() -> None:
+def test_nothing_is_captured_on_a_cpu_or_if_it_is_switched_off() -> None:
     config = Qwen2Config()
 
     assert cuda_graphs.choose_capture("auto", CPU, config) is None
     assert cuda_graphs.choose_capture("off", CPU, config) is None
 
 
-# --- what the host waits for ---
+# --- waits of the host ---
 
 
-def test_the_host_waits_for_no_number_but_the_tokens() -> None:
+def test_the_host_waits_for_nothing_but_the_tokens() -> None:
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
-    samplers = [Sampler(SamplingParams(max_tokens=9, **each), prompt=[1, 2]) for each in RULES]
+    samplers = [Sampler(SamplingParams(max_tokens=9, **each), prompt=[1, 2]) for each in PARAMS]
 
     with OperationLog() as operations:
         for _ in range(3):
@@ -340,11 +339,11 @@ def test_the_host_waits_for_no_number_but_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_a_step_sends_the_same_few_numbers_however_long_the_reply(at_once: int) -> None:
+def test_a_step_sends_as_few_numbers_for_a_long_reply_as_for_a_short_one(at_once: int) -> None:
     logits = torch.randn(at_once, 500, generator=torch.Generator().manual_seed(0))
-    rules = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
+    params = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
     samplers = [
-        Sampler(SamplingParams(max_tokens=99, **rules), list(range(200))) for _ in range(at_once)
+        Sampler(SamplingParams(max_tokens=99, **params), list(range(200))) for _ in range(at_once)
     ]
     sent = []
     for _ in range(6):
@@ -354,5 +353,5 @@ def test_a_step_sends_the_same_few_numbers_however_long_the_reply(at_once: int) 
             sampler.accept(token)
         sent.append(operations.waits.count("lift_fresh"))
 
-    # The rules of all, and each one's last token. At first each one's prompt instead.
+    # The parameters of all, and the last token of each. The first step sends the prompts instead.
     assert sent == [1 + at_once] * 6

@@ -1,4 +1,4 @@
-"""The chat engine on a real, tiny Qwen2: what a request hears does not depend on the others."""
+"""The chat engine with a real, tiny Qwen2: a reply does not depend on the other requests."""
 
 import threading
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def model() -> ChatModel:
 # --- the same text, alone and among others ---
 
 
-def test_a_greedy_reply_is_transformers_own(model: ChatModel) -> None:
+def test_a_greedy_reply_is_the_one_that_transformers_generates(model: ChatModel) -> None:
     network, ids = tiny_network(), model.tokenizer.encode("hello there")
 
     theirs = network.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
@@ -64,7 +64,9 @@ def test_a_greedy_reply_is_transformers_own(model: ChatModel) -> None:
     "limits",
     [{}, {"max_batch": 3}, {"prefill_tokens": 8}, {"kv_tokens": 2048}, {"prefix_tokens": 0}],
 )
-def test_fifty_at_once_say_what_each_says_alone(limits: dict[str, int]) -> None:
+def test_fifty_requests_at_once_get_the_replies_that_each_gets_alone(
+    limits: dict[str, int],
+) -> None:
     alone = tiny_chat_model()
     together = tiny_chat_model(**limits)
 
@@ -77,7 +79,7 @@ def test_fifty_at_once_say_what_each_says_alone(limits: dict[str, int]) -> None:
     assert texts_of(together.engine, [make(at) for at in range(50)]) == one_by_one
 
 
-def test_a_seed_repeats_whatever_else_is_in_the_batch(model: ChatModel) -> None:
+def test_a_seed_repeats_its_reply_in_any_batch(model: ChatModel) -> None:
     def make(seed: int) -> Generation:
         return new_generation(
             model, "once upon", temperature=1.2, top_p=0.95, seed=seed, max_tokens=20
@@ -89,9 +91,9 @@ def test_a_seed_repeats_whatever_else_is_in_the_batch(model: ChatModel) -> None:
     assert len(set(alone)) == 8
 
 
-def test_each_request_has_its_own_rules(model: ChatModel) -> None:
+def test_each_request_has_its_own_sampling_parameters(model: ChatModel) -> None:
     greedy = text_of(model.engine, new_generation(model, "once upon"))
-    rules: list[dict[str, Any]] = [
+    params: list[dict[str, Any]] = [
         {},
         {"temperature": 2.0, "seed": 1},
         {"temperature": 2.0, "top_k": 1},
@@ -100,7 +102,9 @@ def test_each_request_has_its_own_rules(model: ChatModel) -> None:
         {"max_tokens": 4},
     ]
 
-    replies = texts_of(model.engine, [new_generation(model, "once upon", **each) for each in rules])
+    replies = texts_of(
+        model.engine, [new_generation(model, "once upon", **each) for each in params]
+    )
 
     assert replies[0] == replies[2] == replies[3] == greedy
     assert replies[1] != greedy
@@ -127,10 +131,10 @@ def test_a_late_request_joins_the_running_batch(model: ChatModel) -> None:
 # --- sampling ---
 
 
-def chosen(logits: list[float], **rules: Any) -> list[int]:
-    prompt = rules.pop("prompt", [])
+def chosen(logits: list[float], **params: Any) -> list[int]:
+    prompt = params.pop("prompt", [])
     samplers = [
-        Sampler(SamplingParams(max_tokens=9, **{"seed": seed, **rules}), prompt)
+        Sampler(SamplingParams(max_tokens=9, **{"seed": seed, **params}), prompt)
         for seed in range(400)
     ]
     return sample(torch.tensor([logits] * 400), samplers)
@@ -144,7 +148,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "drawn"),
+    ("params", "drawn"),
     [
         ({"top_k": 2}, {0, 2}),
         ({"top_p": 0.6}, {0, 2}),
@@ -153,17 +157,19 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
         ({"temperature": 0}, {0}),
     ],
 )
-def test_only_the_likeliest_tokens_are_drawn(rules: dict[str, Any], drawn: set[int]) -> None:
-    assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **rules)) == drawn
+def test_top_k_and_top_p_allow_the_likeliest_tokens_only(
+    params: dict[str, Any], drawn: set[int]
+) -> None:
+    assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **params)) == drawn
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
-def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
+def test_very_low_temperatures_draw_the_likeliest_token_as_transformers_does(
     model: ChatModel, temperature: float
 ) -> None:
     ids = model.tokenizer.encode("once upon")
     theirs = tiny_network().generate(
-        # Below this one its own quotients are no numbers.
+        # Below this temperature the quotients of transformers are not finite.
         torch.tensor([ids]),
         max_new_tokens=12,
         do_sample=True,
@@ -178,28 +184,28 @@ def test_the_coldest_temperatures_draw_the_likeliest_token_as_transformers_does(
     assert reply == model.tokenizer.decode(theirs[0, len(ids) :].tolist())
 
 
-def test_tokens_that_are_equally_likely_are_both_drawn_at_the_coldest_temperature() -> None:
+def test_equally_likely_tokens_are_both_drawn_at_the_lowest_temperature() -> None:
     assert set(chosen([-3.0, 2.0, 2.0], temperature=5e-324)) == {1, 2}
 
 
-def test_a_draw_does_not_depend_on_how_many_tokens_were_ranked(
+def test_a_draw_does_not_depend_on_the_number_of_candidates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
-    rules = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
+    params = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
 
     def drawn() -> list[list[int]]:
-        samplers = [Sampler(SamplingParams(max_tokens=9, seed=1, **each), []) for each in rules]
+        samplers = [Sampler(SamplingParams(max_tokens=9, seed=1, **each), []) for each in params]
         return [sample(logits, samplers) for _ in range(20)]
 
-    whole = drawn()
+    expected = drawn()
     monkeypatch.setattr(sampling, "CANDIDATES", 20)
 
-    assert drawn() == whole
+    assert drawn() == expected
 
 
-def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]:
-    sampler = Sampler(SamplingParams(max_tokens=9, **rules), prompt)
+def penalised(said: list[int], prompt: list[int], **params: float) -> list[float]:
+    sampler = Sampler(SamplingParams(max_tokens=9, **params), prompt)
     for token in said:
         sampler.accept(token)
     logits = torch.tensor([1.0, 1.0, -1.0])
@@ -207,7 +213,7 @@ def penalised(said: list[int], prompt: list[int], **rules: float) -> list[float]
     return logits.tolist()
 
 
-def test_penalties_count_what_they_should() -> None:
+def test_presence_and_frequency_count_the_reply_and_repetition_counts_the_prompt_too() -> None:
     assert penalised([0, 0, 1], [2], presence_penalty=0.5) == [0.5, 0.5, -1]
     assert penalised([0, 0, 1], [2], frequency_penalty=0.25) == [0.5, 0.75, -1]
     assert penalised([0], [2], repetition_penalty=2.0) == [0.5, 1, -2]
@@ -216,7 +222,7 @@ def test_penalties_count_what_they_should() -> None:
 # --- ends ---
 
 
-def test_a_reply_ends_at_its_length_or_at_the_models_own_end(model: ChatModel) -> None:
+def test_a_reply_ends_at_max_tokens_or_at_the_models_end_token(model: ChatModel) -> None:
     cut = new_generation(model, "hello", max_tokens=3)
     text_of(model.engine, cut)
     network = tiny_network()
@@ -231,14 +237,14 @@ def test_a_reply_ends_at_its_length_or_at_the_models_own_end(model: ChatModel) -
     assert "<|im_end|>" not in text
 
 
-def test_a_stop_string_ends_the_reply_and_is_no_part_of_it(model: ChatModel) -> None:
-    whole = text_of(model.engine, new_generation(model, "hello", max_tokens=30))
-    stop = whole[10:13]
+def test_a_stop_string_ends_the_reply_and_is_not_part_of_it(model: ChatModel) -> None:
+    full_text = text_of(model.engine, new_generation(model, "hello", max_tokens=30))
+    stop = full_text[10:13]
 
     stopped = new_generation(model, "hello", max_tokens=30, stop=(stop, "never said"))
     text = text_of(model.engine, stopped)
 
-    assert text == whole[: whole.index(stop)]
+    assert text == full_text[: full_text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert stopped.num_completion < 30
 
@@ -258,9 +264,7 @@ def streamed(text: str, stop: list[str]) -> list[str]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("aé下\U0001f600\ufffd"), max_size=9), st.integers(0, 9))
-def test_a_stream_adds_up_to_what_transformers_decodes_wherever_it_is_cut(
-    text: str, num_cut: int
-) -> None:
+def test_the_pieces_of_a_text_add_up_to_what_transformers_decodes(text: str, num_cut: int) -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     ids = ids[: max(len(ids) - num_cut, 0)]
@@ -271,33 +275,35 @@ def test_a_stream_adds_up_to_what_transformers_decodes_wherever_it_is_cut(
     assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
 
 
-def test_a_character_is_held_until_it_is_whole() -> None:
+def test_a_character_is_held_back_until_it_is_complete() -> None:
     assert streamed("下a", []) == ["", "", "下", "a", ""]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_a_stream_is_whole_characters_up_to_the_first_stop(text: str, stop: list[str]) -> None:
+def test_a_text_has_complete_characters_up_to_the_first_stop_string(
+    text: str, stop: list[str]
+) -> None:
     text = text.replace("\ufffd", "")
 
     pieces = streamed(text, stop)
 
-    # The stop string that is complete first counts, not the one that begins first.
+    # The stop string that ends first counts, not the one that begins first.
     found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
     _, end = min(found, default=(0, len(text)))
     assert "".join(pieces) == text[:end]
     assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_a_beginning_of_a_stop_string_is_held_until_it_is_none() -> None:
+def test_letters_that_may_begin_a_stop_string_are_held_back() -> None:
     assert streamed("ab-abc", ["abc"]) == ["", "", "ab-", "", "", "", ""]
     assert streamed("ab", ["abc"]) == ["", "", "ab"]
 
 
-# --- leaving ---
+# --- cancelled requests ---
 
 
-def test_a_cancelled_request_leaves_at_the_next_token(model: ChatModel) -> None:
+def test_a_cancelled_request_ends_at_the_next_token(model: ChatModel) -> None:
     gate = Gate(steps=20)
     stopped = new_generation(model, "hello", check=gate, max_tokens=400)
     model.engine.submit(stopped)
@@ -331,7 +337,7 @@ def test_a_waiting_request_can_be_cancelled() -> None:
     "".join(first)
 
 
-def test_a_request_that_nobody_reads_leaves(model: ChatModel) -> None:
+def test_a_request_ends_when_nobody_reads_its_reply(model: ChatModel) -> None:
     gate = Gate(steps=20)
     generation = new_generation(model, "hello", check=gate, max_tokens=400)
     model.engine.submit(generation)
@@ -344,7 +350,7 @@ def test_a_request_that_nobody_reads_leaves(model: ChatModel) -> None:
     assert generation.finish_reason is None
 
 
-def test_those_who_stay_do_not_notice_those_who_leave(model: ChatModel) -> None:
+def test_cancelled_requests_do_not_change_other_replies(model: ChatModel) -> None:
     alone = [
         text_of(model.engine, new_generation(model, text, max_tokens=40)) for text in PROMPTS[:8]
     ]
@@ -365,10 +371,10 @@ def test_those_who_stay_do_not_notice_those_who_leave(model: ChatModel) -> None:
     assert ["".join(each) for each in staying] == alone
 
 
-# --- sharing the machine ---
+# --- requests that share the device ---
 
 
-def test_a_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
+def test_one_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
     config = Qwen2Config(
         hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4
     )
@@ -376,7 +382,7 @@ def test_a_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
     assert bytes_per_token(config, torch.bfloat16) == 56 * 1024
 
 
-def test_a_shared_beginning_is_computed_once() -> None:
+def test_a_shared_prefix_is_computed_once() -> None:
     own = tiny_chat_model()
     first = texts_of(
         own.engine, [new_generation(own, text, shared=SYSTEM) for text in PROMPTS[:10]]
@@ -391,7 +397,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert later.num_reused == len(SYSTEM)
 
 
-def test_the_prefix_that_was_not_used_longest_is_forgotten() -> None:
+def test_the_least_recently_used_prefix_is_removed() -> None:
     own = tiny_chat_model(prefix_tokens=100)
     for shared in ("a" * 60, "b" * 60):
         text_of(own.engine, new_generation(own, "x", shared=shared))
@@ -402,30 +408,30 @@ def test_the_prefix_that_was_not_used_longest_is_forgotten() -> None:
     assert [each.num_reused for each in again] == [60, 0]
 
 
-def test_a_long_prompt_does_not_stop_those_who_are_speaking() -> None:
+def test_running_replies_go_on_while_a_long_prompt_is_computed() -> None:
     own = tiny_chat_model(prefill_tokens=8)
     gate = Gate(steps=20)
-    speaking = new_generation(own, "hello", check=gate, max_tokens=300)
-    own.engine.submit(speaking)
+    running = new_generation(own, "hello", check=gate, max_tokens=300)
+    own.engine.submit(running)
     until(lambda: gate.is_blocking)
-    before = speaking.num_completion
+    before = running.num_completion
 
     long = new_generation(own, "a" * 160, max_tokens=1)
     own.engine.submit(long)
     gate.allow(100)
     "".join(long)
 
-    # Twenty pieces of eight tokens, and a token of the other between any two.
-    assert speaking.num_completion - before >= 19
+    # Twenty chunks of eight tokens, and one token of the running reply between any two.
+    assert running.num_completion - before >= 19
     gate.open()
-    "".join(speaking)
+    "".join(running)
 
 
-# --- faults ---
+# --- errors ---
 
 
 def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
-    """The model raises `error` on batches of more than `rows`, as often as `times` says."""
+    """The network, which raises `error` for more than `rows` rows, `times` times."""
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
         if kwargs["input_ids"].shape[0] > rows and times[0]:
@@ -436,7 +442,7 @@ def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
     return network
 
 
-def test_out_of_memory_ends_nothing_but_the_large_batch(model: ChatModel) -> None:
+def test_an_out_of_memory_makes_the_batch_smaller_and_loses_no_reply(model: ChatModel) -> None:
     alone = [text_of(model.engine, new_generation(model, text)) for text in PROMPTS[:8]]
     network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=2, times=[99])
     small = tiny_chat_model(network)
@@ -444,7 +450,7 @@ def test_out_of_memory_ends_nothing_but_the_large_batch(model: ChatModel) -> Non
     assert texts_of(small.engine, [new_generation(small, text) for text in PROMPTS[:8]]) == alone
 
 
-def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
+def test_an_out_of_memory_while_a_token_is_drawn_uses_up_no_random_number(
     model: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replies(engine: Engine) -> list[str]:
@@ -466,7 +472,7 @@ def test_out_of_memory_while_a_token_is_drawn_moves_no_seed(
 
 
 class Failing(TorchDispatchMode):
-    """Runs out of memory at the first call of an operation, before or after it is computed."""
+    """Raises out-of-memory at the first call of an operation, before or after it computes."""
 
     def __init__(self, operation: str, is_computed: bool) -> None:
         super().__init__()
@@ -496,7 +502,7 @@ PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_pena
 @pytest.mark.parametrize(
     "operation", ["zeros_like", "index_fill_", "ones_like", "index_add_", "where", "sub_", "argmax"]
 )
-def test_out_of_memory_while_a_penalty_is_counted_loses_no_count(
+def test_an_out_of_memory_while_penalties_are_computed_loses_no_count(
     model: ChatModel, operation: str, is_computed: bool
 ) -> None:
     def replies(engine: Engine) -> list[str]:
@@ -542,7 +548,7 @@ def test_each_out_of_memory_doubles_the_steps_before_a_larger_batch_is_tried() -
     assert steps == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192]
 
 
-def test_a_batch_that_is_not_full_does_not_make_the_next_one_larger() -> None:
+def test_only_full_batches_make_the_next_one_larger() -> None:
     limit = BatchLimit(64)
     limit.shrink(8)
 
@@ -550,7 +556,7 @@ def test_a_batch_that_is_not_full_does_not_make_the_next_one_larger() -> None:
     assert limit.size == 4
 
 
-def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
+def test_a_full_batch_of_the_largest_size_forgets_earlier_out_of_memories() -> None:
     limit = BatchLimit(8)
     limit.shrink(8)
     limit.shrink(8)
@@ -563,7 +569,7 @@ def test_a_batch_that_holds_at_its_largest_is_as_good_as_new() -> None:
     assert steps_until_larger(limit) == 64
 
 
-def test_a_conversation_that_does_not_fit_alone_says_so() -> None:
+def test_a_conversation_that_does_not_fit_alone_is_out_of_memory() -> None:
     network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=0, times=[1])
     small = tiny_chat_model(network)
 

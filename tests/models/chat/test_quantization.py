@@ -1,4 +1,4 @@
-"""Chat in fewer bits: it still answers, and takes less."""
+"""Quantised chat models still answer, and take less memory."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ POCKET = pytest.mark.skipif(
 
 
 def load(**settings: Any) -> tuple[Chat, int]:
-    """The chat, and the measured bytes of its one model."""
+    """The chat models, and the measured bytes of the only one."""
     chat = chat_loader.load(Settings(families=("chat",), **settings))
     (row,) = chat.ledger.report()
     return chat, row.num_bytes
@@ -34,17 +34,19 @@ def reply(chat: Chat) -> str:
 @pytest.mark.slow
 @POCKET
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_the_pocket_model_answers_in_fewer_bits(name: str) -> None:
-    _, whole = load()
+def test_the_quantised_pocket_model_answers_and_takes_less_memory(name: str) -> None:
+    _, full = load()
     chat, quantized = load(chat_quantization=name)
 
     assert "Paris" in reply(chat)
-    assert quantized < whole / 2
+    assert quantized < full / 2
 
 
-def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_path: Path) -> None:
+def test_a_quantised_model_that_was_dropped_is_read_again_and_replies_the_same(
+    tmp_path: Path,
+) -> None:
     place = tiny_folder(tmp_path)
-    _, whole = load(chat_instruct_model=place)
+    _, full = load(chat_instruct_model=place)
     chat, quantized = load(chat_instruct_model=place, chat_quantization="int8")
     before = reply(chat)
 
@@ -52,10 +54,10 @@ def test_a_quantised_model_that_was_dropped_is_read_again_and_says_the_same(tmp_
     assert wish.is_done.wait(PATIENCE_S) and wish.error is None
 
     assert reply(chat) == before
-    assert quantized < whole
+    assert quantized < full
 
 
-def test_a_quantised_model_is_replayed_too(tmp_path: Path) -> None:
+def test_steps_of_a_quantised_model_are_replayed(tmp_path: Path) -> None:
     place, fake_graphs = Path(tiny_folder(tmp_path)), FakeCudaGraphs()
 
     def read() -> Any:
@@ -70,14 +72,14 @@ def test_a_quantised_model_is_replayed_too(tmp_path: Path) -> None:
     assert fake_graphs.num_replayed > 0
 
 
-def test_what_a_device_cannot_run_is_refused_before_anything_is_read() -> None:
+def test_a_quantisation_that_the_device_cannot_run_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ModelLoadError) as refused:
         load(chat_instruct_model="/no/such/model", chat_quantization="int4", device="cpu")
 
     assert refused.value.message == "CHAT_QUANTIZATION: int4 runs on CUDA in bfloat16 only"
 
 
-def test_a_worker_that_cannot_run_it_does_not_start() -> None:
+def test_a_worker_does_not_start_with_a_quantisation_that_it_cannot_run() -> None:
     run = run_handler(FAMILIES="chat", CHAT_QUANTIZATION="int4", DEVICE="cpu")
 
     assert run.returncode == 1

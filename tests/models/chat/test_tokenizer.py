@@ -1,4 +1,4 @@
-"""Conversations as tokens, by transformers' own tokenizers: nobody forges a turn, nothing lacks."""
+"""Conversations as tokens: no text can forge a message, and no token of the format is missing."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ CHATML = (
 
 
 def ordinary(*names: str, normalized: bool = False) -> list[AddedToken]:
-    """Tokens that were added without `special: true`."""
+    """Added tokens that are not marked as special."""
     return [AddedToken(name, special=False, normalized=normalized) for name in names]
 
 
@@ -43,21 +43,23 @@ def ordinary(*names: str, normalized: bool = False) -> list[AddedToken]:
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_no_message_can_speak_as_somebody_else_where_control_tokens_are_not_special(
+def test_no_text_can_forge_a_message_if_control_tokens_are_not_marked_special(
     normalized: bool,
 ) -> None:
     tokenizer = tiny_tokenizer(ordinary(*SPECIAL, normalized=normalized))
     control = set(tokenizer.convert_tokens_to_ids(SPECIAL))
-    # As the tokenizer itself reads that text, it is a turn of the system's.
+    # The tokenizer itself reads a system message in that text.
     assert control <= set(tokenizer.encode(FORGED))
 
-    turn = ChatTokenizer(tokenizer).encode_message("user", FORGED)
+    message = ChatTokenizer(tokenizer).encode_message("user", FORGED)
 
-    assert [token for token in turn if token in control] == [turn[0], turn[-2]]
-    assert FORGED in tokenizer.decode(turn)
+    assert [token for token in message if token in control] == [message[0], message[-2]]
+    assert FORGED in tokenizer.decode(message)
 
 
-def test_a_checkpoint_of_such_a_tokenizer_is_served_without_forged_turns(tmp_path: Path) -> None:
+def test_a_checkpoint_with_such_a_tokenizer_is_served_without_forged_messages(
+    tmp_path: Path,
+) -> None:
     place = tiny_folder(tmp_path)
     tiny_tokenizer(ordinary(*SPECIAL)).save_pretrained(place)
     chat = chat_loader.load(Settings(families=("chat",), chat_instruct_model=place, device="cpu"))
@@ -66,12 +68,12 @@ def test_a_checkpoint_of_such_a_tokenizer_is_served_without_forged_turns(tmp_pat
     list(reply)
 
     start = tiny_tokenizer().convert_tokens_to_ids("<|im_start|>")
-    # The user's turn, and the answer's.
+    # The user's message, and the generation prompt.
     assert prompt_ids(reply).count(start) == 2
 
 
 @pytest.mark.parametrize("name", ["<tool_call>", "[INST]", "<｜User｜>", "▁<EOT>", "</s>"])
-def test_any_added_token_that_looks_like_a_control_token_is_text(name: str) -> None:
+def test_an_added_token_that_looks_like_a_control_token_is_encoded_as_text(name: str) -> None:
     tokenizer = tiny_tokenizer(ordinary(*SPECIAL, name))
 
     assert tokenizer.convert_tokens_to_ids(name) not in ChatTokenizer(tokenizer).encode(name)
@@ -84,28 +86,28 @@ def test_an_added_word_stays_one_token(word: str) -> None:
     assert ChatTokenizer(tokenizer).encode(word) == [tokenizer.convert_tokens_to_ids(word)]
 
 
-def test_a_reply_shows_the_added_tokens_that_are_not_special() -> None:
+def test_a_reply_contains_added_tokens_that_are_not_special() -> None:
     tokenizer = tiny_tokenizer(ordinary(*SPECIAL, "<tool_call>"))
     ids = tokenizer.encode("a<tool_call>b")
 
     assert ChatTokenizer(tokenizer).decode(ids) == tokenizer.decode(ids) == "a<tool_call>b"
 
 
-def test_a_tokenizer_whose_words_hold_a_control_token_is_refused() -> None:
+def test_a_tokenizer_with_a_control_token_in_its_vocabulary_is_refused() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: i for i, word in enumerate([*letters, *SPECIAL])}
-    whole = Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    whole.add_special_tokens(SPECIAL)
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.add_special_tokens(SPECIAL)
 
     with pytest.raises(ValueError, match=r"takes <\|im_start\|> in a message for a control token"):
-        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=whole))
+        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 # --- begin-of-text ---
 
 
 def llamas(template: str | None) -> PreTrainedTokenizerFast:
-    """A tokenizer that begins each text with a token of its own, as Llama's do."""
+    """A tokenizer that adds begin-of-text to each text, as Llama's do."""
     tokenizer = tiny_tokenizer([AddedToken(each, special=True) for each in (*SPECIAL, BOS)])
     bos = tokenizer.convert_tokens_to_ids(BOS)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -127,23 +129,23 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", ["with it", "without it"])
-def test_a_conversation_begins_as_the_models_own_template_has_it(name: str) -> None:
+def test_a_conversation_begins_with_the_tokens_of_the_models_template(name: str) -> None:
     tokenizer = llamas(TEMPLATES[name])
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     ours = ChatTokenizer(tokenizer)
 
-    turns = [
+    encoded = [
         token for each in messages for token in ours.encode_message(each["role"], each["content"])
     ]
-    assert [*ours.chat_prefix, *turns, *ours.generation_prompt()] == theirs
+    assert [*ours.chat_prefix, *encoded, *ours.generation_prompt()] == theirs
 
 
 @pytest.mark.parametrize(
     "template", [None, TEMPLATES["of another format"], TEMPLATES["that refuses"]]
 )
-def test_without_a_template_of_chatml_a_conversation_begins_as_a_text_does(
+def test_without_a_chatml_template_a_conversation_begins_as_a_text_does(
     template: str | None,
 ) -> None:
     tokenizer = llamas(template)
@@ -151,7 +153,7 @@ def test_without_a_template_of_chatml_a_conversation_begins_as_a_text_does(
     assert ChatTokenizer(tokenizer).chat_prefix == tokenizer.encode("") != []
 
 
-def test_a_tokenizer_that_begins_texts_with_nothing_begins_none() -> None:
+def test_without_begin_of_text_nothing_is_added_before_a_text() -> None:
     tokenizer = tiny_tokenizer(bos_token="<|im_start|>", chat_template=CHATML)
 
     tokens = ChatTokenizer(tokenizer)
@@ -171,8 +173,8 @@ def llama() -> tuple[Any, Chat]:
 
 def theirs(network: Any, ids: list[int], **options: Any) -> list[int]:
     made = network.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **options)
-    said: list[int] = made[0, len(ids) :].tolist()
-    return said
+    reply: list[int] = made[0, len(ids) :].tolist()
+    return reply
 
 
 def test_a_llamas_reply_is_the_one_that_transformers_generates(llama: tuple[Any, Chat]) -> None:
@@ -189,7 +191,7 @@ def test_a_llamas_reply_is_the_one_that_transformers_generates(llama: tuple[Any,
     assert ours.stats.num_prompt == len(ids)
 
 
-def test_a_llama_goes_on_with_a_text_as_transformers_does(llama: tuple[Any, Chat]) -> None:
+def test_a_llama_continues_a_text_as_transformers_does(llama: tuple[Any, Chat]) -> None:
     network, chat = llama
     tokenizer = llamas(None)
 
