@@ -1,7 +1,7 @@
-"""Networks whose blocks are compiled as they serve; tells what happened, as JSON.
+"""Runs jobs on a network whose blocks are compiled meanwhile, and prints what happened as JSON.
 
-It runs as `python -m tests.fakes.compiling network|wan FOLDER`, a process of its own each time:
-what one finds in the folder another one left there.
+It runs as `python -m tests.fakes.compiling network|wan FOLDER`, each time in a new process. FOLDER
+keeps the compiled code from one process to the next.
 """
 
 import json
@@ -57,34 +57,34 @@ class Network(torch.nn.Module):
         return hidden
 
 
-def until_compiled(found: CompiledBlocks, job: Callable[[], Any], shapes: int = 1) -> None:
+def until_compiled(blocks: CompiledBlocks, job: Callable[[], Any], shapes: int = 1) -> None:
     end = time.monotonic() + PATIENCE_S
-    while found.num_ready < shapes and not found.is_broken and time.monotonic() < end:
+    while blocks.num_ready < shapes and not blocks.is_broken and time.monotonic() < end:
         job()
         time.sleep(0.2)
 
 
 def serve_network(folder: Path) -> dict[str, Any]:
-    """Jobs of a network of two small blocks."""
+    """Run jobs on a network of two small blocks."""
     torch.manual_seed(0)
     network, device = Network(), Device(torch.device("cpu"), torch.float32)
     settings = Settings(compile="regional", compile_cache_dir=folder)
-    found = compile_blocks(
+    blocks = compile_blocks(
         network, standalone_handle(MovableTensors([network], device)), device, settings
     )
-    assert found is not None
+    assert blocks is not None
 
     def job(tokens: int, use_compiled: bool = True) -> tuple[torch.Tensor, int]:
-        """What a job gives, and how many of its calls compiled code answered."""
-        before = found.num_calls
-        with torch.inference_mode(), found.job(use_compiled):
+        """A job's result, and how many of its calls used compiled code."""
+        before = blocks.num_calls
+        with torch.inference_mode(), blocks.job(use_compiled):
             made = network(torch.linspace(-1, 1, tokens * 16).reshape(1, tokens, 16))
-        return made, found.num_calls - before
+        return made, blocks.num_calls - before
 
     eager, in_first = job(4)
     once, _ = job(5)
     _, in_second = job(4)
-    until_compiled(found, lambda: job(4))
+    until_compiled(blocks, lambda: job(4))
     compiled, in_last = job(4)
     before = counters["stats"]["unique_graphs"]
     other, in_other = job(5)
@@ -101,15 +101,15 @@ def serve_network(folder: Path) -> dict[str, Any]:
         "other_difference": float((other - once).abs().max()),
         "graphs": counters["stats"]["unique_graphs"],
         "graphs_before": before,
-        "is_broken": found.is_broken,
+        "is_broken": blocks.is_broken,
     }
 
 
 def serve_wan(folder: Path) -> dict[str, Any]:
-    """Videos with a first frame, of a VACE of two blocks and one that makes hints."""
+    """Make videos with a first frame by a VACE network of two blocks and one block for hints."""
     pocket_wan.TRANSFORMER["num_layers"] = 2
     pocket_wan.VACE["vace_layers"] = [0]
-    # At this threshold a network of random weights leaves blocks out.
+    # At this threshold a network with random weights skips blocks.
     presets.WAN["fast"] = presets.SpeedPreset(first_block_threshold=0.6)
     with tempfile.TemporaryDirectory() as weights:
         settings = tiny_wan.write_wan(Path(weights))
@@ -120,32 +120,32 @@ def serve_wan(folder: Path) -> dict[str, Any]:
 
 
 def film(model: wan.Wan, **options: Any) -> np.ndarray:
-    """A small video: eight forwards of three blocks each, where none is left out."""
+    """A small video. It takes eight forwards of three blocks each, if none is skipped."""
     references = References(first=tiny_wan.picture(1))
     return tiny_wan.render(model, references=references, **options)
 
 
 def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
     network = model.networks["vace"]
-    found, ledger = network.compiled_blocks, network.handle.ledger
-    assert found is not None
+    blocks, ledger = network.compiled_blocks, network.handle.ledger
+    assert blocks is not None
     calls: dict[str, int] = {}
 
     def job(name: str, **options: Any) -> np.ndarray:
-        before = found.num_calls
+        before = blocks.num_calls
         try:
             return film(model, **options)
         finally:
-            calls[name] = found.num_calls - before
+            calls[name] = blocks.num_calls - before
 
     def move() -> None:
-        """Have the weights dropped; the next job reads them anew."""
+        """Drop the weights. The next job reads them again."""
         (name,) = [row.name for row in ledger.report() if row.name == "wan_t2v"]
         assert ledger.request_move(name, "disk").is_done.wait(PATIENCE_S)
 
     first = job("first job")
     job("second job")
-    until_compiled(found, lambda: film(model), shapes=2)
+    until_compiled(blocks, lambda: film(model), shapes=2)
     compiled = job("once ready")
     progress = RecordedProgress()
     compiled_quick = job("with a preset", speed="fast", progress=progress)
@@ -160,17 +160,19 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
         "difference": tiny_wan.distance(compiled, eager),
         "preset_difference": tiny_wan.distance(compiled_quick, quick),
         "later_difference": tiny_wan.distance(moved, compiled),
-        "is_broken": found.is_broken,
+        "is_broken": blocks.is_broken,
     }
 
 
-def strict() -> None:
-    """Have torch raise where a compiled block does not serve, and it would go on in silence."""
+def forbid_silent_fallback() -> None:
+    """Make torch raise an error where it would silently fall back to eager code."""
     set_stance = torch.compiler.set_stance
     torch.compiler.set_stance = lambda name: set_stance(name.replace("eager_on", "fail_on"))
 
 
-class Kept(logging.Handler):
+class LogLines(logging.Handler):
+    """Keeps the messages of a log."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
@@ -180,11 +182,11 @@ class Kept(logging.Handler):
 
 
 if __name__ == "__main__":
-    kept = Kept()
-    logging.getLogger("ourvidz").addHandler(kept)
-    strict()
+    log_lines = LogLines()
+    logging.getLogger("ourvidz").addHandler(log_lines)
+    forbid_silent_fallback()
     serve = {"network": serve_network, "wan": serve_wan}[sys.argv[1]]
-    told = serve(Path(sys.argv[2]))
+    report = serve(Path(sys.argv[2]))
     inductor = counters["inductor"]
-    told["hits"], told["misses"] = inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]
-    print(json.dumps({**told, "log": kept.lines}))
+    report["hits"], report["misses"] = inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]
+    print(json.dumps({**report, "log": log_lines.lines}))

@@ -180,12 +180,6 @@ class Device:
             return torch.cuda.memory_allocated(self.name)
         return self.counted.used_bytes if self.counted else 0
 
-    def free_bytes(self) -> int | None:
-        """Free bytes of the device; None on a CPU."""
-        if self.counted:
-            return self.counted.free_bytes()
-        return torch.cuda.mem_get_info(self.name)[0] if self.is_cuda else None
-
     def free_memory(self) -> None:
         """Free the memory that no tensor holds any more."""
         gc.collect()

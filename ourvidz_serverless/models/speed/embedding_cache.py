@@ -37,9 +37,6 @@ class EmbeddingCache:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._embeddings
 
-    def __len__(self) -> int:
-        return len(self._embeddings)
-
     def get(self, encode: Callable[[Key], Embedding], key: Key) -> Embedding:
         """The embedding for a key, on the device: from the cache, or made from the key by `encode`.
 

@@ -1,4 +1,4 @@
-"""Blocks that are compiled while eager ones serve: the real compiler, in processes of their own."""
+"""Blocks that are compiled in the background, with the real compiler, in separate processes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from ourvidz_serverless.models.speed import regional_compile
 from tests.files import ROOT
 
-#: A compiler and five interpreters, on a machine that others share.
+#: Each test starts a compiler in a new interpreter.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 needs_compiler = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def first(folder: Path) -> Any:
 
 
 @needs_compiler
-def test_eager_serves_until_the_compiled_blocks_are_ready_and_for_every_other_shape(
+def test_jobs_are_eager_until_their_shape_is_compiled_and_other_shapes_stay_eager(
     first: Any,
 ) -> None:
     assert first["compiled_calls"] == {
@@ -60,20 +60,22 @@ def test_eager_serves_until_the_compiled_blocks_are_ready_and_for_every_other_sh
 
 
 @needs_compiler
-def test_compiled_blocks_give_what_eager_ones_do_within_rounding(first: Any) -> None:
+def test_compiled_blocks_give_the_results_of_eager_ones_within_rounding(first: Any) -> None:
     assert first["difference"] < 1e-6
     assert first["other_difference"] == 0
 
 
 @needs_compiler
 def test_nothing_is_compiled_inside_a_job(first: Any) -> None:
-    # One code for both blocks, which differ in their weights alone; none for the shape that came
-    # once more after it was ready.
+    # Both blocks share one graph, since only their weights differ. The second shape came only after
+    # that, and was not compiled.
     assert first["graphs"] == first["graphs_before"] == 1
 
 
 @needs_compiler
-def test_the_next_process_finds_what_the_last_one_compiled(first: Any, folder: Path) -> None:
+def test_the_next_process_uses_the_code_that_the_last_one_compiled(
+    first: Any, folder: Path
+) -> None:
     assert (first["hits"], first["misses"]) == (0, 1)
 
     again = serve(folder)
@@ -85,27 +87,27 @@ def test_the_next_process_finds_what_the_last_one_compiled(first: Any, folder: P
 
 
 @needs_compiler
-def test_wans_blocks_are_compiled_and_hold_with_presets_stops_and_moves(tmp_path: Path) -> None:
-    told = serve(tmp_path, "wan")
+def test_wans_compiled_blocks_work_with_presets_stops_and_moves(tmp_path: Path) -> None:
+    report = serve(tmp_path, "wan")
 
-    whole, shallow = 8 * 3, told["shallow_forwards"]
-    assert told["compiled_calls"] == {
+    full, shallow = 8 * 3, report["shallow_forwards"]
+    assert report["compiled_calls"] == {
         "first job": 0,
         "second job": 0,
-        "once ready": whole,
-        # The second block alone is left out: the first decides, and hints are made before it.
-        "with a preset": whole - shallow,
-        "stopped at the second of four steps": whole // 2,
-        "after all that, its weights read anew": whole,
+        "once ready": full,
+        # Only the second block is skipped: the first decides, and the hints come before it.
+        "with a preset": full - shallow,
+        "stopped at the second of four steps": full // 2,
+        "after all that, its weights read anew": full,
     }
     assert shallow > 0
-    assert told["first_difference"] == told["later_difference"] == 0
-    assert max(told["difference"], told["preset_difference"]) <= 1
-    # One code for the blocks that both networks have, one for those that make hints.
-    assert (told["hits"], told["misses"]) == (0, 2)
+    assert report["first_difference"] == report["later_difference"] == 0
+    assert max(report["difference"], report["preset_difference"]) <= 1
+    # One graph for the blocks that both networks have, one for the blocks that make hints.
+    assert (report["hits"], report["misses"]) == (0, 2)
 
 
-def test_a_job_computes_while_the_compilers_thread_traces() -> None:
+def test_a_job_calls_modules_while_the_compiler_traces_in_another_thread() -> None:
     began, ended = threading.Event(), threading.Event()
 
     def traced(value: Any) -> Any:
@@ -129,7 +131,7 @@ def test_a_job_computes_while_the_compilers_thread_traces() -> None:
     assert made.shape == (1, 3)
 
 
-def test_a_compiler_that_is_missing_is_a_warning_and_eager_goes_on(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_one_warning_and_jobs_stay_eager(tmp_path: Path) -> None:
     served = serve(tmp_path, CXX="/nowhere/g++")
 
     assert served["is_broken"]
