@@ -113,19 +113,19 @@ def serve_wan(folder: Path) -> dict[str, Any]:
     presets.WAN["fast"] = presets.SpeedPreset(first_block_threshold=0.6)
     with tempfile.TemporaryDirectory() as weights:
         settings = tiny_wan.write_wan(Path(weights))
-        eager = film(wan.load(settings))
-        quick = film(wan.load(settings), speed="fast")
+        eager = render(wan.load(settings))
+        quick = render(wan.load(settings), speed="fast")
         compiling = settings.model_copy(update={"compile": "regional", "compile_cache_dir": folder})
-        return serve_films(wan.load(compiling), eager, quick)
+        return serve_videos(wan.load(compiling), eager, quick)
 
 
-def film(model: wan.Wan, **options: Any) -> np.ndarray:
+def render(model: wan.Wan, **options: Any) -> np.ndarray:
     """A small video. It takes eight forwards of three blocks each, if none is skipped."""
     references = References(first=tiny_wan.picture(1))
     return tiny_wan.render(model, references=references, **options)
 
 
-def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
+def serve_videos(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
     network = model.networks["vace"]
     blocks, ledger = network.compiled_blocks, network.handle.ledger
     assert blocks is not None
@@ -134,7 +134,7 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
     def job(name: str, **options: Any) -> np.ndarray:
         before = blocks.num_calls
         try:
-            return film(model, **options)
+            return render(model, **options)
         finally:
             calls[name] = blocks.num_calls - before
 
@@ -145,7 +145,7 @@ def serve_films(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[st
 
     first = job("first job")
     job("second job")
-    until_compiled(blocks, lambda: film(model), shapes=2)
+    until_compiled(blocks, lambda: render(model), shapes=2)
     compiled = job("once ready")
     progress = RecordedProgress()
     compiled_quick = job("with a preset", speed="fast", progress=progress)

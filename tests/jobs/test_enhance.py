@@ -32,7 +32,7 @@ def ask(folder: Path, models: dict[str, Any], call: dict[str, Any]) -> tuple[int
 
 
 @pytest.mark.parametrize("family", ["wan", "chat"])
-def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, family: str) -> None:
+def test_a_call_for_an_enhanced_prompt_returns_one(tmp_path: Path, family: str) -> None:
     fake_chat = FakeChat(ENHANCED)
     models = {"wan": FakeWan(fake_chat)} if family == "wan" else {"chat": fake_chat}
 
@@ -40,11 +40,11 @@ def test_wans_own_call_is_answered_with_an_enhanced_prompt(tmp_path: Path, famil
 
     assert (status, body["success"], body["enhanced_prompt"]) == (200, True, ENHANCED)
     assert body["metadata"]["system_prompt_used"] == NEUTRAL
-    (heard,) = fake_chat.calls
-    assert heard.messages == (("system", NEUTRAL), ("user", "a red circle"))
+    (call,) = fake_chat.calls
+    assert call.messages == (("system", NEUTRAL), ("user", "a red circle"))
 
 
-def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_path: Path) -> None:
+def test_a_real_enhancer_returns_the_same_prompt_for_the_same_seed(tmp_path: Path) -> None:
     call = {**CALL, "max_tokens": 8, "seed": 3}
 
     first, again = (ask(tmp_path, {"wan": FakeWan(tiny_chat())}, call)[1] for _ in range(2))
@@ -53,7 +53,7 @@ def test_a_real_chat_model_beside_wan_answers_the_same_for_the_same_seed(tmp_pat
     assert first["enhanced_prompt"] == again["enhanced_prompt"] != ""
 
 
-def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
+def test_a_call_is_sampled_like_an_enhanced_job_but_for_its_own_parameters(
     tmp_path: Path,
 ) -> None:
     fake_chat = FakeChat(ENHANCED)
@@ -64,7 +64,7 @@ def test_wans_own_call_is_sampled_as_an_enhanced_job_unless_it_says_otherwise(
 
 
 @pytest.mark.parametrize("kind", [*get_args(Type), "wan_video_fast", "wan_video_high"])
-def test_every_type_of_wan_is_known_by_its_names(tmp_path: Path, kind: str) -> None:
+def test_a_call_may_name_any_type_of_wan_by_each_of_its_names(tmp_path: Path, kind: str) -> None:
     status, _ = ask(
         tmp_path, {"wan": FakeWan(FakeChat("x"))}, {**CALL, "config": {"job_type": kind}}
     )
@@ -72,7 +72,7 @@ def test_every_type_of_wan_is_known_by_its_names(tmp_path: Path, kind: str) -> N
     assert status == 200
 
 
-def test_a_system_prompt_of_the_call_is_the_one_that_counts(tmp_path: Path) -> None:
+def test_a_system_prompt_of_the_call_replaces_the_neutral_one(tmp_path: Path) -> None:
     fake_chat = FakeChat(ENHANCED)
     config = {**CALL["config"], "system_prompt": "Be brief."}
 
@@ -81,7 +81,7 @@ def test_a_system_prompt_of_the_call_is_the_one_that_counts(tmp_path: Path) -> N
     assert fake_chat.calls[0].messages[0] == ("system", "Be brief.")
 
 
-def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
+def test_the_enhancer_of_wans_jobs_answers_and_not_the_chat_familys_model(tmp_path: Path) -> None:
     models = {"chat": FakeChat("of the chat"), "wan": FakeWan(FakeChat("of WAN"))}
 
     _, body = ask(tmp_path, models, CALL)
@@ -89,14 +89,14 @@ def test_the_model_that_wans_jobs_ask_is_asked(tmp_path: Path) -> None:
     assert body["enhanced_prompt"] == "of WAN"
 
 
-def test_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
+def test_a_call_to_a_worker_without_an_enhancer_is_unavailable(tmp_path: Path) -> None:
     status, body = ask(tmp_path, {"wan": FakeWan(None)}, CALL)
 
     assert (status, body["code"]) == (503, "WORKER_UNAVAILABLE")
 
 
 @pytest.mark.parametrize("config", [{}, {"job_type": "chat_enhance"}, {"job_type": "sdxl"}])
-def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
+def test_a_call_without_a_type_of_wan_is_a_job_of_the_chat_family(
     tmp_path: Path, config: dict[str, str]
 ) -> None:
     fake_chat, call = FakeChat(ENHANCED), {**CALL, "config": config}
@@ -108,7 +108,7 @@ def test_an_enhance_call_without_a_type_of_wan_is_left_to_the_chat_family(
     assert fake_chat.calls[0].messages == (("user", "a red circle"),)
 
 
-def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> None:
+def test_the_floor_refuses_a_call_before_the_enhancer_reads_its_prompt(tmp_path: Path) -> None:
     fake_chat = FakeChat(ENHANCED)
 
     status, _ = ask(tmp_path, {"wan": FakeWan(fake_chat)}, {**CALL, "prompt": REFUSED})
@@ -116,7 +116,7 @@ def test_the_floor_reads_the_prompt_before_the_enhancer_does(tmp_path: Path) -> 
     assert (status, fake_chat.calls) == (403, [])
 
 
-def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: Path) -> None:
+def test_a_call_for_an_enhanced_prompt_works_on_the_queue(tmp_path: Path) -> None:
     at = LocalWorker(tmp_path, models={"wan": FakeWan(FakeChat(ENHANCED))})
 
     document = at.run({**CALL, "type": "chat_enhance"})
@@ -124,7 +124,7 @@ def test_wans_own_call_for_an_enhanced_prompt_works_on_the_queue_too(tmp_path: P
     assert document.reply["enhanced_prompt"] == ENHANCED
 
 
-def test_a_system_prompt_that_cannot_be_read_is_told_by_its_setting(tmp_path: Path) -> None:
+def test_an_unreadable_system_prompt_fails_with_the_name_of_its_setting(tmp_path: Path) -> None:
     settings = Settings(wan_enhancement_prompt=tmp_path / "missing.txt")
     at = LocalWorker(tmp_path / "assets", settings=settings, models={"chat": FakeChat(ENHANCED)})
 

@@ -1,4 +1,4 @@
-"""WAN's payloads: what every field means, and the document that comes back."""
+"""WAN's payloads: what each field does, and the document that is returned."""
 
 import io
 import json
@@ -33,7 +33,7 @@ from tests.patience import PATIENCE_S
 TYPES = [name for name in SPECIFICATION["job_types"] if jobs.FAMILY_OF[name] == "wan"]
 MakeLocal = Callable[..., LocalWorker]
 
-#: In place of what the application sends: two cores have no hour for a video of 480p.
+#: In place of the application's values: a video of 480p takes an hour on two cores.
 TINY = {"width": 64, "height": 64, "frames": 5, "num_inference_steps": 2}
 
 
@@ -55,25 +55,25 @@ BROKEN = "data:image/png;base64,xxxx"
 
 
 @pytest.fixture
-def film(local: MakeLocal, wan: models.Wan) -> Callable[..., tuple[Document, LocalWorker]]:
-    """Runs a payload on a worker with WAN; gives its document, and where it ran."""
+def run_job(local: MakeLocal, wan: models.Wan) -> Callable[..., tuple[Document, LocalWorker]]:
+    """Runs a payload on a worker with WAN, and returns its document and that worker."""
 
-    def film(**changes: Any) -> tuple[Document, LocalWorker]:
+    def run_job(**changes: Any) -> tuple[Document, LocalWorker]:
         at = local(models={"wan": changes.pop("model", wan)})
         return at.run(wan_payload(**changes)), at
 
-    return film
+    return run_job
 
 
 @pytest.fixture
 def enhancer(wan: models.Wan) -> Iterator[Callable[..., FakeChat]]:
-    """Puts a chat model that says these words beside WAN, for one test."""
+    """Gives WAN an enhancer that replies with these words, for one test."""
 
-    def beside(*words: str) -> FakeChat:
-        wan.enhancer = FakeChat(*words)
-        return wan.enhancer
+    def give(*words: str) -> FakeChat:
+        wan.enhancer = fake_chat = FakeChat(*words)
+        return fake_chat
 
-    yield beside
+    yield give
     wan.enhancer = None
 
 
@@ -86,7 +86,7 @@ def frames(at: LocalWorker, url: str = "user-1/job-1/0.mp4") -> np.ndarray:
 
 
 def is_same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two files show one video: less than a grey level apart, as an encoder may be."""
+    """Whether two videos are the same: less than one grey level apart, which encoding may cause."""
     return bool(np.abs(one.astype(float) - other).mean() < 1)
 
 
@@ -94,7 +94,7 @@ def is_same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_the_applications_own_payload_is_rendered(
+def test_the_applications_payload_of_each_type_makes_an_asset(
     local: MakeLocal, wan: models.Wan, enhancer: Callable[..., FakeChat], name: str
 ) -> None:
     payload = json.loads((PAYLOADS / f"{name}.json").read_text())
@@ -112,13 +112,13 @@ def test_the_applications_own_payload_is_rendered(
     assert "warnings" not in document.metadata
 
 
-def test_the_list_of_wans_types_is_the_specifications() -> None:
+def test_wan_has_exactly_the_types_of_the_specification() -> None:
     assert len(TYPES) == 8
     assert sorted(WanJob.model_fields["type"].annotation.__args__) == sorted(TYPES)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("fast", 25), ("high", 50)])
-def test_steps_are_the_types_own_unless_given(name: str, steps: int) -> None:
+def test_a_type_has_its_own_number_of_steps_unless_the_job_names_one(name: str, steps: int) -> None:
     for template in ("image_{}", "video_{}", "image7b_{}_enhanced", "video7b_{}_enhanced"):
         kind = template.format(name)
         assert parse(type=kind, config={"num_inference_steps": None}).steps == steps
@@ -128,8 +128,8 @@ def test_steps_are_the_types_own_unless_given(name: str, steps: int) -> None:
 # --- what was made ---
 
 
-def test_a_videos_document_has_every_field_of_the_specification(film: Any) -> None:
-    document, at = film()
+def test_a_videos_document_has_every_field_of_the_specification(run_job: Any) -> None:
+    document, at = run_job()
     body = document.callback()
 
     (asset,) = body["assets"]
@@ -139,8 +139,8 @@ def test_a_videos_document_has_every_field_of_the_specification(film: Any) -> No
     assert at.stored() == ["user-1/job-1/0.mp4", "user-1/job-1/0.thumb.webp"]
 
 
-def test_what_is_reported_is_what_the_file_has(film: Any) -> None:
-    document, at = film(config={"width": 96, "height": 64, "frames": 7, "fps": 12})
+def test_a_videos_metadata_equals_what_its_file_has(run_job: Any) -> None:
+    document, at = run_job(config={"width": 96, "height": 64, "frames": 7, "fps": 12})
 
     facts = document.assets[0].metadata
     data = (at.root / document.assets[0].url).read_bytes()
@@ -158,24 +158,26 @@ def test_what_is_reported_is_what_the_file_has(film: Any) -> None:
 @pytest.mark.parametrize(
     ("fps", "frames_made", "frames_at_16"), [(16, 9, 9), (8, 9, 18), (24, 9, 6), (12, 5, 7)]
 )
-def test_a_videos_document_counts_its_length_in_frames_of_16_a_second_and_its_asset_the_real_frames(
-    film: Any, fps: int, frames_made: int, frames_at_16: int
+def test_a_document_counts_frames_at_16_a_second_and_its_asset_the_frames_of_the_file(
+    run_job: Any, fps: int, frames_made: int, frames_at_16: int
 ) -> None:
-    document, _ = film(config={"frames": frames_made, "fps": fps, "num_inference_steps": 1})
+    document, _ = run_job(config={"frames": frames_made, "fps": fps, "num_inference_steps": 1})
 
     (asset,) = document.assets
     assert (document.metadata["frame_num"], document.metadata["fps"]) == (frames_at_16, fps)
     assert (asset.metadata["frame_num"], asset.metadata["fps"]) == (frames_made, fps)
 
 
-def test_a_pictures_document_counts_no_frames(film: Any) -> None:
-    document, _ = film(type="image_fast")
+def test_a_pictures_document_counts_no_frames(run_job: Any) -> None:
+    document, _ = run_job(type="image_fast")
 
     assert not {"frame_num", "fps"} & set(document.metadata)
 
 
-def test_the_poster_is_a_small_webp_of_the_first_frame(film: Any) -> None:
-    document, at = film(config={"width": 512, "height": 64, "frames": 1, "num_inference_steps": 1})
+def test_the_poster_is_a_small_webp_of_the_first_frame(run_job: Any) -> None:
+    document, at = run_job(
+        config={"width": 512, "height": 64, "frames": 1, "num_inference_steps": 1}
+    )
 
     with Image.open(at.root / document.assets[0].thumbnail_url) as poster:
         assert (poster.format, poster.size) == ("WEBP", (256, 32))
@@ -184,8 +186,8 @@ def test_the_poster_is_a_small_webp_of_the_first_frame(film: Any) -> None:
     assert distance.mean() < 12
 
 
-def test_an_image_type_gives_one_png(film: Any) -> None:
-    document, at = film(type="image_fast", config={"frames": 81})
+def test_an_image_type_gives_one_png(run_job: Any) -> None:
+    document, at = run_job(type="image_fast", config={"frames": 81})
 
     assert at.stored() == ["user-1/job-1/0.png", "user-1/job-1/0.thumb.webp"]
     assert sorted(document.assets[0].metadata) == sorted(SPECIFICATION["image_metadata"])
@@ -193,26 +195,26 @@ def test_an_image_type_gives_one_png(film: Any) -> None:
         assert (image.format, image.size) == ("PNG", (64, 64))
 
 
-def test_a_seed_repeats_the_video_and_another_seed_does_not(film: Any) -> None:
-    one, two, other = (frames(film(config={"seed": seed})[1]) for seed in (7, 7, 8))
+def test_a_seed_repeats_the_video_and_another_seed_does_not(run_job: Any) -> None:
+    one, two, other = (frames(run_job(config={"seed": seed})[1]) for seed in (7, 7, 8))
 
     assert is_same(one, two)
     assert not is_same(one, other)
 
 
-def test_a_job_without_a_seed_that_is_delivered_again_makes_the_same_video_and_reports_its_seed(
-    film: Any,
+def test_a_job_without_a_seed_makes_the_same_video_at_each_delivery_and_reports_its_seed(
+    run_job: Any,
 ) -> None:
-    first, at = film(config={"seed": None})
+    first, at = run_job(config={"seed": None})
     before = frames(at)
-    again, at = film(config={"seed": None})
+    again, at = run_job(config={"seed": None})
 
     assert is_same(before, frames(at))
     seeds = [document.assets[0].metadata["seed"] for document in (first, again)]
     assert seeds[0] == seeds[1] > 0
 
 
-def test_another_job_without_a_seed_has_another_one() -> None:
+def test_jobs_without_a_seed_have_different_seeds() -> None:
     assert len({parse(id=f"job-{i}", config={"seed": None}).seed for i in range(50)}) == 50
     assert parse(config={"seed": 0}).seed == 0
 
@@ -301,7 +303,7 @@ def test_a_side_without_the_other_is_refused_by_the_missing_one() -> None:
 # --- frames ---
 
 
-def test_two_reference_frames_want_at_least_two_frames() -> None:
+def test_two_reference_frames_need_a_video_of_at_least_four_frames() -> None:
     assert refusal(config={**BOTH, "frames": 3}).startswith("config.frames: ")
     assert parse(config={**BOTH, "frames": 4}).num_frames == 5
 
@@ -330,11 +332,13 @@ def test_frames_follow_from_the_duration_where_they_are_not_given(
     assert parse(config={"frames": None, **config}, metadata=metadata).num_frames == made
 
 
-def test_a_duration_that_is_too_long_is_made_as_long_as_it_can_be_and_says_so(film: Any) -> None:
+def test_a_duration_that_is_too_long_is_shortened_with_a_warning(run_job: Any) -> None:
     job = parse(config={"frames": None, "fps": 24}, metadata={"duration": 10})
     assert job.num_frames == 81
 
-    document, _ = film(config={"frames": None, "num_inference_steps": 1}, metadata={"duration": 11})
+    document, _ = run_job(
+        config={"frames": None, "num_inference_steps": 1}, metadata={"duration": 11}
+    )
 
     assert document.assets[0].metadata["frame_num"] == 81
     assert document.metadata["warnings"] == ["duration: 10.1 s were made, the longest at this fps"]
@@ -361,8 +365,8 @@ def test_a_solver_is_known_by_any_of_its_names(name: str, meant: str) -> None:
     assert parse(config={"sample_solver": name}).solver == meant
 
 
-def test_a_solver_that_nobody_knows_is_replaced_with_a_warning(film: Any) -> None:
-    document, _ = film(config={"sample_solver": "heun"})
+def test_an_unknown_solver_is_replaced_with_a_warning(run_job: Any) -> None:
+    document, _ = run_job(config={"sample_solver": "heun"})
 
     assert document.metadata["sample_solver"] == "unipc"
     assert document.metadata["warnings"] == [
@@ -384,17 +388,17 @@ def test_a_solver_that_nobody_knows_is_replaced_with_a_warning(film: Any) -> Non
         {"config": {"width": 80}},
     ],
 )
-def test_every_field_acts(film: Any, change: dict[str, Any]) -> None:
-    _, at = film()
+def test_each_field_changes_the_video(run_job: Any, change: dict[str, Any]) -> None:
+    _, at = run_job()
     before = frames(at)
-    document, at = film(**change)
+    document, at = run_job(**change)
 
     assert code(document) is None
     after = frames(at)
     assert before.shape != after.shape or not is_same(before, after)
 
 
-def test_a_job_stopped_while_nobody_reads_its_video_gives_its_models_back_though_it_is_remembered(
+def test_a_job_that_is_stopped_while_its_frames_are_not_read_releases_its_models(
     wan: models.Wan,
 ) -> None:
     stop = Stop()
@@ -419,27 +423,29 @@ def test_the_negative_prompt_is_looked_for_in_three_places() -> None:
     assert parse(metadata={"negative_prompt": "m"}).negative == "m"
 
 
-def test_one_is_made_however_many_images_are_asked_for(film: Any) -> None:
-    document, _ = film(type="image_fast", config={"num_images": 3})
+def test_a_job_for_three_images_makes_one_with_a_warning(run_job: Any) -> None:
+    document, _ = run_job(type="image_fast", config={"num_images": 3})
 
     assert len(document.assets) == 1
     assert document.metadata["warnings"] == ["config.num_images: WAN makes one at a time"]
 
 
-def test_a_ratio_of_the_users_own_that_does_not_read_is_left_out_with_a_warning(film: Any) -> None:
-    document, _ = film(metadata={"aspect_ratio": "wide"})
+def test_an_aspect_ratio_of_the_metadata_that_is_none_is_ignored_with_a_warning(
+    run_job: Any,
+) -> None:
+    document, _ = run_job(metadata={"aspect_ratio": "wide"})
 
     assert document.metadata["warnings"] == [
         "metadata.aspect_ratio: does not read as WIDTH:HEIGHT; left out"
     ]
 
 
-def test_a_distilled_checkpoint_goes_its_own_way_and_reports_it(
-    film: Any, wan_settings: Settings
+def test_a_distilled_checkpoint_uses_its_own_sampling_and_reports_it(
+    run_job: Any, wan_settings: Settings
 ) -> None:
     distilled = models.load(wan_settings.model_copy(update={"wan_distilled_steps": 2}))
 
-    document, _ = film(
+    document, _ = run_job(
         model=distilled,
         config={"num_inference_steps": 25, "guidance_scale": 6, "sample_solver": "dpm++"},
     )
@@ -465,7 +471,7 @@ def test_a_distilled_checkpoint_goes_its_own_way_and_reports_it(
         ({}, {"end_reference_url": END}, "end", ["end"]),
         (BOTH, {}, "both", ["start", "end"]),
         ({"first_frame": START}, {"end_reference_url": END}, "both", ["start", "end"]),
-        # The application copies a single reference into the start's place.
+        # The application copies a single reference into the start's field.
         ({}, {"reference_image_url": START, "start_reference_url": START}, "start", ["start"]),
         # A named mode wins, in `config` before `metadata`.
         ({"reference_mode": "none", "first_frame": START}, {}, "none", []),
@@ -497,13 +503,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_mode_of_the_specification_is_tried_here() -> None:
+def test_these_tests_cover_every_reference_mode_of_the_specification() -> None:
     assert sorted(MODES) == sorted(SPECIFICATION["reference_modes"])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_is_rendered_and_reported(film: Any, mode: str) -> None:
-    document, at = film(config=MODES[mode])
+def test_every_reference_mode_makes_a_video_and_is_reported(run_job: Any, mode: str) -> None:
+    document, at = run_job(config=MODES[mode])
 
     assert document.metadata["reference_mode"] == mode
     assert document.metadata.get("reference_method") == (None if mode == "none" else "vace")
@@ -514,11 +520,11 @@ def test_every_mode_is_rendered_and_reported(film: Any, mode: str) -> None:
     )
 
 
-def test_no_two_modes_make_the_same_video(film: Any) -> None:
+def test_no_two_reference_modes_make_the_same_video(run_job: Any) -> None:
     asked = [*MODES.values(), {"image": START, "single_mode": "subject"}]
-    asked.remove(MODES["single"])  # a single first frame is a start
+    asked.remove(MODES["single"])  # a single reference is a first frame
 
-    videos = [frames(film(config=config)[1]) for config in asked]
+    videos = [frames(run_job(config=config)[1]) for config in asked]
 
     assert all(
         not np.array_equal(one, other)
@@ -527,12 +533,12 @@ def test_no_two_modes_make_the_same_video(film: Any) -> None:
     )
 
 
-def test_a_single_reference_is_the_first_frame_unless_it_is_a_subject(film: Any) -> None:
-    single, at = film(config={"image": START})
+def test_a_single_reference_is_the_first_frame_unless_it_is_a_subject(run_job: Any) -> None:
+    single, at = run_job(config={"image": START})
     as_single = frames(at)
-    _, at = film(config={"first_frame": START})
+    _, at = run_job(config={"first_frame": START})
     as_start = frames(at)
-    subject, _ = film(config={"image": START, "single_mode": "subject"})
+    subject, _ = run_job(config={"image": START, "single_mode": "subject"})
 
     assert is_same(as_single, as_start)
     assert single.metadata["single_mode"] == "first_frame"
@@ -548,16 +554,16 @@ def test_a_single_reference_is_the_first_frame_unless_it_is_a_subject(film: Any)
         ({"denoise_strength": 0.6}, {"denoise_strength": 0.1}, 0.4),
     ],
 )
-def test_the_strength_comes_from_the_first_place_that_says_it(
+def test_the_strength_of_a_reference_comes_from_the_first_field_that_is_given(
     config: dict[str, Any], metadata: dict[str, Any], scale: float
 ) -> None:
     assert parse(config=config, metadata=metadata).conditioning_scale == pytest.approx(scale)
 
 
-def test_the_strength_acts_and_is_reported(film: Any) -> None:
-    strong, at = film(config={"first_frame": START})
+def test_the_strength_of_a_reference_changes_the_video_and_is_reported(run_job: Any) -> None:
+    strong, at = run_job(config={"first_frame": START})
     before = frames(at)
-    weak, at = film(config={"first_frame": START}, metadata={"reference_strength": 0.2})
+    weak, at = run_job(config={"first_frame": START}, metadata={"reference_strength": 0.2})
 
     assert not is_same(before, frames(at))
     assert strong.metadata["reference_strength"] == 1.0
@@ -567,10 +573,10 @@ def test_the_strength_acts_and_is_reported(film: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("reference_strength", 0.8), ("denoise_strength", 0.2)]
 )
-def test_a_strength_that_weakens_a_given_frame_is_told_by_its_field(
-    film: Any, field: str, value: float
+def test_a_strength_that_weakens_a_given_frame_causes_a_warning_that_names_its_field(
+    run_job: Any, field: str, value: float
 ) -> None:
-    document, _ = film(config={"first_frame": START}, metadata={field: value})
+    document, _ = run_job(config={"first_frame": START}, metadata={field: value})
 
     (warning,) = document.metadata["warnings"]
     assert warning.startswith(f"metadata.{field}: ")
@@ -586,19 +592,19 @@ def test_a_strength_that_weakens_a_given_frame_is_told_by_its_field(
         ({}, {"reference_strength": 0.8}),
     ],
 )
-def test_a_strength_that_weakens_no_given_frame_needs_no_warning(
-    film: Any, config: dict[str, Any], metadata: dict[str, Any]
+def test_a_strength_that_weakens_no_given_frame_causes_no_warning(
+    run_job: Any, config: dict[str, Any], metadata: dict[str, Any]
 ) -> None:
-    document, _ = film(config=config, metadata=metadata)
+    document, _ = run_job(config=config, metadata=metadata)
 
     assert "warnings" not in document.metadata
 
 
-def test_how_a_reference_of_another_shape_is_fitted_acts(film: Any) -> None:
+def test_the_resize_mode_changes_the_video_of_a_reference_of_another_shape(run_job: Any) -> None:
     wide = data_uri(picture(3, 256, 64))
 
     videos = [
-        frames(film(config={"first_frame": wide, "resize_mode": mode})[1])
+        frames(run_job(config={"first_frame": wide, "resize_mode": mode})[1])
         for mode in ("crop", "pad", "stretch")
     ]
 
@@ -606,8 +612,8 @@ def test_how_a_reference_of_another_shape_is_fitted_acts(film: Any) -> None:
     assert not is_same(videos[0], videos[2])
 
 
-def test_a_picture_takes_its_reference_as_a_subject(film: Any) -> None:
-    document, _ = film(type="image_fast", config={"first_frame": START})
+def test_a_picture_takes_its_reference_as_a_subject(run_job: Any) -> None:
+    document, _ = run_job(type="image_fast", config={"first_frame": START})
 
     assert document.metadata["reference_mode"] == "single"
     assert document.metadata["single_mode"] == "subject"
@@ -617,10 +623,12 @@ def test_a_picture_takes_its_reference_as_a_subject(film: Any) -> None:
 # --- references that fail ---
 
 
-def test_a_reference_that_fails_falls_back_to_plain_text_and_says_why(film: Any) -> None:
-    _, at = film()
+def test_without_its_failed_reference_a_job_makes_the_video_of_its_prompt_and_says_why(
+    run_job: Any,
+) -> None:
+    _, at = run_job()
     expected = frames(at)
-    document, at = film(config={"first_frame": BROKEN})
+    document, at = run_job(config={"first_frame": BROKEN})
 
     assert code(document) is None
     assert document.metadata["reference_mode"] == "none"
@@ -629,25 +637,25 @@ def test_a_reference_that_fails_falls_back_to_plain_text_and_says_why(film: Any)
     assert is_same(frames(at), expected)
 
 
-def test_of_two_references_the_one_that_could_be_had_is_used(film: Any) -> None:
-    document, at = film(config={"first_frame": START, "last_frame": BROKEN})
+def test_if_one_of_two_references_fails_the_other_one_is_used(run_job: Any) -> None:
+    document, at = run_job(config={"first_frame": START, "last_frame": BROKEN})
     used = frames(at)
-    _, at = film(config={"first_frame": START})
+    _, at = run_job(config={"first_frame": START})
 
     assert document.metadata["reference_mode"] == "start"
     assert document.metadata["reference_fallback"].startswith("end: ")
     assert is_same(used, frames(at))
 
 
-def test_a_mode_without_its_reference_says_that_none_is_given(film: Any) -> None:
-    document, _ = film(config={"reference_mode": "both"})
+def test_a_mode_without_references_is_reported_as_a_fallback(run_job: Any) -> None:
+    document, _ = run_job(config={"reference_mode": "both"})
 
     assert document.metadata["reference_mode"] == "none"
     assert document.metadata["reference_fallback"] == "start and end: no reference is given"
 
 
-def test_a_required_reference_that_fails_ends_the_job(film: Any) -> None:
-    document, at = film(config={"first_frame": BROKEN, "reference_required": True})
+def test_a_required_reference_that_fails_ends_the_job(run_job: Any) -> None:
+    document, at = run_job(config={"first_frame": BROKEN, "reference_required": True})
 
     assert code(document) == "REFERENCE_FRAME_ERROR"
     assert at.stored() == []
@@ -659,30 +667,32 @@ def without_vace(wan_settings: Settings) -> models.Wan:
 
 
 def test_a_worker_without_a_network_for_references_falls_back_and_says_so(
-    film: Any, without_vace: models.Wan
+    run_job: Any, without_vace: models.Wan
 ) -> None:
-    document, _ = film(model=without_vace, config={"first_frame": START})
+    document, _ = run_job(model=without_vace, config={"first_frame": START})
 
     assert document.metadata["reference_mode"] == "none"
     assert "WAN_VACE_MODEL" in document.metadata["reference_fallback"]
 
 
-def test_unless_the_reference_is_required(film: Any, without_vace: models.Wan) -> None:
+def test_a_worker_without_a_network_for_references_refuses_a_required_one(
+    run_job: Any, without_vace: models.Wan
+) -> None:
     config = {"first_frame": START, "reference_required": True}
 
-    document, _ = film(model=without_vace, config=config)
+    document, _ = run_job(model=without_vace, config=config)
 
     assert code(document) == "REFERENCE_FRAME_ERROR"
 
 
-def test_a_worker_with_a_network_for_a_first_frame_alone_leaves_the_last_one_out(
-    film: Any, wan_settings: Settings, tmp_path: Path
+def test_a_worker_with_only_a_first_frame_network_ignores_last_frames_and_says_so(
+    run_job: Any, wan_settings: Settings, tmp_path: Path
 ) -> None:
     i2v = {"wan_vace_model": None, "wan_i2v_model": write_i2v(tmp_path)}
     model = models.load(wan_settings.model_copy(update=i2v))
 
-    both, _ = film(model=model, config=BOTH)
-    end, _ = film(model=model, config={"last_frame": END})
+    both, _ = run_job(model=model, config=BOTH)
+    end, _ = run_job(model=model, config={"last_frame": END})
 
     assert both.metadata["reference_mode"] == "start"
     assert both.metadata["reference_method"] == "i2v"
@@ -693,13 +703,13 @@ def test_a_worker_with_a_network_for_a_first_frame_alone_leaves_the_last_one_out
     assert end.metadata["reference_mode"] == "none"
 
 
-def test_a_strength_that_a_network_for_a_first_frame_cannot_take_is_told_by_its_field(
-    film: Any, wan_settings: Settings, tmp_path: Path
+def test_a_strength_for_a_first_frame_network_causes_a_warning_that_names_its_field(
+    run_job: Any, wan_settings: Settings, tmp_path: Path
 ) -> None:
     i2v = {"wan_vace_model": None, "wan_i2v_model": write_i2v(tmp_path)}
     model = models.load(wan_settings.model_copy(update=i2v))
 
-    document, _ = film(
+    document, _ = run_job(
         model=model, config={"first_frame": START}, metadata={"reference_strength": 0.8}
     )
 
@@ -708,16 +718,16 @@ def test_a_strength_that_a_network_for_a_first_frame_cannot_take_is_told_by_its_
     ]
 
 
-def test_a_required_mode_without_its_reference_ends_the_job(film: Any) -> None:
-    document, _ = film(config={"reference_mode": "start", "reference_required": True})
+def test_a_required_mode_without_its_reference_ends_the_job(run_job: Any) -> None:
+    document, _ = run_job(config={"reference_mode": "start", "reference_required": True})
 
     assert code(document) == "REFERENCE_FRAME_ERROR"
     assert document.failure.message.endswith("start: no reference is given")
 
 
-def test_a_reference_in_adult_mode_needs_consent(film: Any) -> None:
-    refused, _ = film(content_type="nsfw", config={"first_frame": START})
-    consented, _ = film(
+def test_a_reference_in_adult_mode_needs_consent(run_job: Any) -> None:
+    refused, _ = run_job(content_type="nsfw", config={"first_frame": START})
+    consented, _ = run_job(
         content_type="nsfw",
         config={"first_frame": START},
         metadata={"reference_consent": True},
@@ -735,14 +745,14 @@ def test_a_prompt_may_be_empty_and_is_needed_only_where_there_is_no_reference() 
     assert refusal(prompt=None).startswith("prompt: Field required")
 
 
-def test_an_enhanced_prompt_is_what_is_rendered_and_reported(
-    film: Any, enhancer: Callable[..., FakeChat]
+def test_the_video_is_made_from_the_enhanced_prompt_which_is_reported(
+    run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
-    _, at = film(prompt="a red circle in a garden at dawn")
+    _, at = run_job(prompt="a red circle in a garden at dawn")
     expected = frames(at)
     fake_chat = enhancer(' "a red circle ', 'in a garden at dawn"\n')
 
-    document, at = film(
+    document, at = run_job(
         type="video7b_fast_enhanced", config={"enhancement_system_prompt": "Say more."}
     )
 
@@ -756,23 +766,25 @@ def test_an_enhanced_prompt_is_what_is_rendered_and_reported(
     assert call.sampling.seed == 7
 
 
-def test_without_a_system_prompt_of_its_own_a_job_takes_the_neutral_one(
-    film: Any, enhancer: Callable[..., FakeChat]
+def test_a_job_without_a_system_prompt_uses_the_neutral_one(
+    run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     fake_chat = enhancer("a red circle")
 
-    document, _ = film(type="image7b_high_enhanced")
+    document, _ = run_job(type="image7b_high_enhanced")
 
     text = Settings().wan_enhancement_prompt.read_text().strip()
     assert fake_chat.calls[0].messages[0] == ("system", text)
     assert document.metadata["system_prompt_used"] == text
 
 
-def test_a_real_chat_model_enhances_and_repeats_by_seed(film: Any, wan: models.Wan) -> None:
+def test_a_real_chat_model_enhances_alike_for_the_same_seed(run_job: Any, wan: models.Wan) -> None:
     wan.enhancer = tiny_chat(context=2048)
     try:
         texts = [
-            film(type="image7b_fast_enhanced", config={"seed": seed})[0].metadata["enhanced_prompt"]
+            run_job(type="image7b_fast_enhanced", config={"seed": seed})[0].metadata[
+                "enhanced_prompt"
+            ]
             for seed in (1, 1, 2)
         ]
     finally:
@@ -789,14 +801,14 @@ def test_a_real_chat_model_enhances_and_repeats_by_seed(film: Any, wan: models.W
     ],
 )
 def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
-    film: Any, enhancer: Callable[..., FakeChat], says: Any, why: str
+    run_job: Any, enhancer: Callable[..., FakeChat], says: Any, why: str
 ) -> None:
-    _, at = film()
+    _, at = run_job()
     expected = frames(at)
     if says:
         enhancer(*says)
 
-    document, at = film(type="video7b_fast_enhanced")
+    document, at = run_job(type="video7b_fast_enhanced")
 
     assert code(document) is None
     assert document.metadata["warnings"] == [why]
@@ -805,10 +817,10 @@ def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
     assert is_same(frames(at), expected)
 
 
-def test_an_enhancer_whose_context_is_too_small_falls_back(film: Any, wan: models.Wan) -> None:
+def test_an_enhancer_whose_context_is_too_small_falls_back(run_job: Any, wan: models.Wan) -> None:
     wan.enhancer = tiny_chat(context=64)
     try:
-        document, _ = film(type="image7b_fast_enhanced")
+        document, _ = run_job(type="image7b_fast_enhanced")
     finally:
         wan.enhancer = None
 
@@ -816,13 +828,13 @@ def test_an_enhancer_whose_context_is_too_small_falls_back(film: Any, wan: model
     assert document.metadata["enhancement_source"] == "none"
 
 
-def test_the_floor_reads_the_prompt_and_the_system_prompt(
-    film: Any, enhancer: Callable[..., FakeChat]
+def test_the_floor_checks_the_prompt_and_the_system_prompt(
+    run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     fake_chat = enhancer("a lake")
 
-    plain, _ = film(prompt="nude child")
-    system, _ = film(
+    plain, _ = run_job(prompt="nude child")
+    system, _ = run_job(
         type="video7b_fast_enhanced", config={"enhancement_system_prompt": "nude child"}
     )
 
@@ -830,23 +842,23 @@ def test_the_floor_reads_the_prompt_and_the_system_prompt(
     assert fake_chat.calls == []
 
 
-def test_a_reference_beside_a_sexual_prompt_needs_consent(film: Any) -> None:
+def test_a_reference_with_a_sexual_prompt_needs_consent(run_job: Any) -> None:
     asked = {"prompt": "a nude in oil", "config": {"first_frame": START}}
 
-    refused, _ = film(**asked)
-    consented, _ = film(**asked, metadata={"reference_consent": True})
+    refused, _ = run_job(**asked)
+    consented, _ = run_job(**asked, metadata={"reference_consent": True})
 
     assert (code(refused), code(consented)) == ("CONTENT_REFUSED", None)
 
 
-def test_a_reference_beside_a_prompt_that_became_sexual_needs_consent(
-    film: Any, enhancer: Callable[..., FakeChat]
+def test_a_reference_with_a_prompt_that_becomes_sexual_needs_consent(
+    run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("a nude in oil")
     asked = {"type": "video7b_fast_enhanced", "config": {"first_frame": START}}
 
-    refused, _ = film(**asked)
-    consented, _ = film(**asked, metadata={"reference_consent": True})
+    refused, _ = run_job(**asked)
+    consented, _ = run_job(**asked, metadata={"reference_consent": True})
 
     assert (code(refused), code(consented)) == ("CONTENT_REFUSED", None)
 
@@ -854,17 +866,17 @@ def test_a_reference_beside_a_prompt_that_became_sexual_needs_consent(
 @pytest.mark.parametrize(
     "labelled", [{"content_type": "NSFW"}, {"metadata": {"contentType": "NSFW"}}]
 )
-def test_a_content_type_means_adult_in_any_case(film: Any, labelled: dict[str, Any]) -> None:
-    assert code(film(prompt="a child", **labelled)[0]) == "CONTENT_REFUSED"
+def test_a_content_type_means_adult_in_any_case(run_job: Any, labelled: dict[str, Any]) -> None:
+    assert code(run_job(prompt="a child", **labelled)[0]) == "CONTENT_REFUSED"
 
 
-def test_a_system_prompt_for_enhancement_may_not_forbid_as_a_system_message_may(
-    film: Any, enhancer: Callable[..., FakeChat]
+def test_a_prohibition_in_the_system_prompt_of_enhancement_is_not_exempt_from_the_floor(
+    run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("a lake")
     system = "No school or minor context applies."
 
-    document, _ = film(
+    document, _ = run_job(
         type="video7b_fast_enhanced",
         content_type="nsfw",
         config={"enhancement_system_prompt": system},
@@ -873,14 +885,14 @@ def test_a_system_prompt_for_enhancement_may_not_forbid_as_a_system_message_may(
     assert code(document) == "CONTENT_REFUSED"
 
 
-def test_the_floor_reads_an_enhanced_prompt_before_wan_does(
-    film: Any, wan: models.Wan, enhancer: Callable[..., FakeChat]
+def test_the_floor_checks_an_enhanced_prompt_before_wan_reads_it(
+    run_job: Any, wan: models.Wan, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("All of them ", "nude.")
     reads: list[Any] = []
     hook = wan.text_encoder.model.register_forward_hook(lambda *call: reads.append(call))
 
-    document, at = film(type="video7b_fast_enhanced", prompt="Children at a lake.")
+    document, at = run_job(type="video7b_fast_enhanced", prompt="Children at a lake.")
     hook.remove()
 
     assert code(document) == "CONTENT_REFUSED"
@@ -890,15 +902,15 @@ def test_the_floor_reads_an_enhanced_prompt_before_wan_does(
     assert "enhanced_prompt" not in document.metadata
 
 
-def test_negative_prompts_may_name_what_they_exclude(film: Any) -> None:
-    assert code(film(negative_prompt="child", content_type="nsfw")[0]) is None
+def test_a_negative_prompt_is_exempt_from_the_floor(run_job: Any) -> None:
+    assert code(run_job(negative_prompt="child", content_type="nsfw")[0]) is None
 
 
 # --- long work ---
 
 
-def test_progress_tells_steps_and_how_long_the_rest_will_take(film: Any) -> None:
-    _, at = film(config={"num_inference_steps": 4})
+def test_progress_reports_steps_and_the_remaining_seconds(run_job: Any) -> None:
+    _, at = run_job(config={"num_inference_steps": 4})
 
     assert [report["step"] for report in at.progress] == [1, 2, 3, 4]
     assert "remaining_s" not in at.progress[0]
@@ -907,40 +919,40 @@ def test_progress_tells_steps_and_how_long_the_rest_will_take(film: Any) -> None
 
 
 class StopAt(Stop):
-    """A stop that comes when the job looks for it the nth time."""
+    """A stop signal that is set when the job checks it for the nth time."""
 
-    def __init__(self, looks: int) -> None:
+    def __init__(self, checks: int) -> None:
         super().__init__()
-        self._looks = looks
+        self._checks = checks
 
     @property
     def error(self) -> Any:
-        self._looks -= 1
-        if self._looks <= 0:
+        self._checks -= 1
+        if self._checks <= 0:
             self.set()
         return super().error
 
 
-def test_a_job_that_is_stopped_at_any_time_ends_cancelled_and_stores_nothing_half_made(
+def test_a_job_stopped_at_any_time_ends_cancelled_and_stores_no_incomplete_file(
     local: MakeLocal, wan: models.Wan
 ) -> None:
     at = local(models={"wan": wan})
-    looks = 0
+    checks = 0
     while True:
-        looks += 1
-        document = at.run(wan_payload(), stop=StopAt(looks))
+        checks += 1
+        document = at.run(wan_payload(), stop=StopAt(checks))
         if code(document) is None:
             break
         assert code(document) == "CANCELLED"
-        # All frames may have been there already; then the video is whole, its poster or not.
-        whole = ["user-1/job-1/0.mp4", "user-1/job-1/0.thumb.webp"]
-        assert at.stored() in ([], whole[:1], whole)
+        # If all frames were decoded already, the video is complete, with or without its poster.
+        complete = ["user-1/job-1/0.mp4", "user-1/job-1/0.thumb.webp"]
+        assert at.stored() in ([], complete[:1], complete)
 
-    # At the doors of stages, at each of three steps, between pieces, at delivery.
-    assert looks > 8
+    # At the start of each stage, at each of three steps, between pieces, at delivery.
+    assert checks > 8
 
 
-def test_all_frames_that_are_decoded_are_encoded_before_the_last_ones_are_decoded(
+def test_frames_are_encoded_while_later_frames_are_decoded(
     local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan})
@@ -954,8 +966,8 @@ def test_all_frames_that_are_decoded_are_encoded_before_the_last_ones_are_decode
         pieces = decode(latents)
         for _ in range(8):
             yield next(pieces)
-        # The first frame, and four of each further piece; it would wait here for ever, if frames
-        # were not encoded as they come.
+        # The first frame, and four of each further piece. Without encoding meanwhile, this would
+        # wait forever.
         for _ in range(1 + 7 * 4):
             assert encoded.acquire(timeout=PATIENCE_S)
         yield from pieces
@@ -969,7 +981,7 @@ def test_all_frames_that_are_decoded_are_encoded_before_the_last_ones_are_decode
     assert [encoded.acquire(blocking=False) for _ in range(5)] == [True] * 4 + [False]
 
 
-def test_a_deadline_acts_while_frames_are_decoded(
+def test_a_deadline_ends_a_job_while_frames_are_decoded(
     local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan}, settings=Settings(job_timeout_s=4))
@@ -998,7 +1010,7 @@ def test_an_out_of_memory_is_reported_and_the_next_job_succeeds(
     assert code(at.run(wan_payload())) is None
 
 
-def test_an_encoder_that_fails_fails_the_job_and_not_the_worker(
+def test_a_failing_encoder_fails_its_job_and_not_the_next_one(
     local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan})
@@ -1027,7 +1039,9 @@ CONFIG = st.dictionaries(
 
 @given(st.dictionaries(FIELDS, JSON), CONFIG)
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_any_payload_parses_or_is_refused_by_name(fields: Any, config: Any) -> None:
+def test_any_payload_parses_or_is_refused_with_the_name_of_a_field(
+    fields: Any, config: Any
+) -> None:
     event = {"id": "rp-1", "input": {**wan_payload(config=config), **fields}}
     try:
         job = jobs.parse(event, Settings())

@@ -52,7 +52,7 @@ def test_chat_says_a_word_by_each_model(tmp_path: Path, told: pytest.LogCaptureF
     assert "chat is warm after" in told.text
 
 
-def test_wan_films_by_each_network(wan_settings: Settings) -> None:
+def test_wan_generates_with_each_network(wan_settings: Settings) -> None:
     wan = load(wan_settings)["wan"]
     computed = []
     for route, network in wan.networks.items():

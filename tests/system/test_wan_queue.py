@@ -1,4 +1,4 @@
-"""WAN behind RunPod's own loop, and at a terminal: the real SDK in a process."""
+"""WAN on RunPod's queue, and from a terminal: a worker process with the real SDK."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: With the slowdown on, twelve seconds or more.
+#: These take twelve seconds or more with the slowdown on.
 MANY_STEPS = {"config": {"num_inference_steps": 60}}
 
 
@@ -57,7 +57,7 @@ def worker(
         yield process
 
 
-def test_a_job_comes_back_with_a_stored_video(
+def test_a_completed_job_has_a_stored_video_and_one_callback(
     platform: Platform, receiver: CallbackReceiver, outputs: Path
 ) -> None:
     job = platform.submit(wan_payload(id="ends-well"))
@@ -73,7 +73,7 @@ def test_a_job_comes_back_with_a_stored_video(
     assert callback.document == output
 
 
-def test_an_enhanced_job_reports_what_was_rendered(platform: Platform) -> None:
+def test_an_enhanced_job_reports_its_enhanced_prompt(platform: Platform) -> None:
     job = platform.submit(wan_payload(id="enhanced", type="image7b_fast_enhanced"))
 
     output = platform.result(job)["output"]
@@ -82,11 +82,11 @@ def test_an_enhanced_job_reports_what_was_rendered(platform: Platform) -> None:
     assert output["metadata"]["enhanced_prompt"]
 
 
-def test_progress_comes_in_order_and_tells_how_long_the_rest_will_take(
+def test_progress_updates_come_in_order_with_the_remaining_seconds(
     platform: Platform, slowdown: Slowdown
 ) -> None:
     with slowdown.on():
-        job = platform.submit(wan_payload(id="told", **MANY_STEPS))
+        job = platform.submit(wan_payload(id="progress", **MANY_STEPS))
         platform.wait_for_updates(job, 2)
 
     platform.result(job)
@@ -114,7 +114,7 @@ def test_a_cancelled_job_frees_its_slot_at_the_next_step(
     assert not (outputs / "user-1/cancelled").exists()
 
 
-def test_a_refusal_names_the_field(platform: Platform) -> None:
+def test_a_refused_video_job_fails_with_the_name_of_its_field(platform: Platform) -> None:
     job = platform.submit(wan_payload(config={"fps": 60}))
 
     platform.result(job)
@@ -122,7 +122,7 @@ def test_a_refusal_names_the_field(platform: Platform) -> None:
     assert failure(platform.status(job))["message"].startswith("config.fps: ")
 
 
-def test_no_prompt_is_logged(platform: Platform, worker: WorkerProcess) -> None:
+def test_prompts_of_video_jobs_are_not_logged(platform: Platform, worker: WorkerProcess) -> None:
     payload = wan_payload(id="quiet", type="image7b_fast_enhanced", prompt="an unmistakable zebra")
     output = platform.result(platform.submit(payload))["output"]
 
@@ -135,7 +135,7 @@ def test_no_prompt_is_logged(platform: Platform, worker: WorkerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_the_newcomers_video_is_written_by_the_pocket_model(tmp_path: Path) -> None:
+def test_the_example_payload_makes_a_video_with_the_pocket_model(tmp_path: Path) -> None:
     payload = (ROOT / "test_input.wan.json").read_text()
 
     run = run_handler("--test_input", payload, FAMILIES="wan", STORAGE_URL=f"file:{tmp_path}")
@@ -149,7 +149,7 @@ def test_the_newcomers_video_is_written_by_the_pocket_model(tmp_path: Path) -> N
         assert (stream.width, stream.height) == (128, 128)
 
 
-def test_a_failed_start_exits_with_one_clear_line() -> None:
+def test_a_worker_without_its_wan_weights_exits_with_one_line_that_names_the_setting() -> None:
     run = run_handler(FAMILIES="wan", WAN_MODEL="/no/such/model")
 
     assert run.returncode == 1

@@ -24,7 +24,7 @@ GREY = (128, 128, 128)
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What a network takes beside the noise and the prompt.
+    """The inputs of a network other than the noise and the prompt.
 
     `extra_kwargs` are keyword arguments of its forward. `concat_latents` are concatenated to the
     noise as channels. `leading_frames` is the number of latent frames before the video's own.

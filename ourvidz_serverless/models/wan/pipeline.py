@@ -51,7 +51,7 @@ WARM_UP_FRAMES = 5
 
 
 def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
-    """WAN from `WAN_MODEL` and the optional networks beside it.
+    """WAN from `WAN_MODEL` and the optional networks of the other settings.
 
     Raises ModelLoadError, with one line that names the setting, if weights are missing, corrupt or
     of another kind.
@@ -80,7 +80,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
 
 
 def connect(models: Mapping[str, Any], settings: Settings) -> None:
-    """Let WAN's enhanced jobs ask the chat model that this worker serves anyway."""
+    """Make the chat family's model WAN's enhancer, if the settings say so."""
     if settings.wan_asks_chat:
         models["wan"].enhancer = models["chat"]
 

@@ -25,9 +25,9 @@ def block_by_block(model: Any, device: Device, read: Callable[[], Any]) -> Movab
     In bf16 the largest part is the token embedding, 2 GiB of the encoder's 10.6. `read` reads the
     model from disk again.
     """
-    blocks = _blocks(model)
+    blocks = encoder_blocks(model)
     parts = MovableParts(
-        blocks, device, lambda: _blocks(read()), stages=[[name] for name in blocks]
+        blocks, device, lambda: encoder_blocks(read()), stages=[[name] for name in blocks]
     )
     for name, modules in blocks.items():
         for module in modules:
@@ -35,8 +35,8 @@ def block_by_block(model: Any, device: Device, read: Callable[[], Any]) -> Movab
     return parts
 
 
-def _blocks(model: Any) -> dict[str, list[Any]]:
-    """The encoder's modules in the order in which they compute."""
+def encoder_blocks(model: Any) -> dict[str, list[Any]]:
+    """The modules of each part of UMT5's encoder, in the order in which they compute."""
     encoder = model.encoder
     return {
         "words": [encoder.embed_tokens, model.shared],

@@ -1,8 +1,8 @@
-"""WAN's prompts and reference modes do visibly what they say: measured on the pocket's frames.
+"""What WAN's prompts and reference modes do, measured in the frames of the pocket model.
 
-References are frames of drawings that move (`builder.moving_drawings`), so what a known frame
-should look like is known, and so is what the prompt asks for. The model obeys often, not always
-(its card says how often), so a test counts, or takes the mean, over a handful of seeds.
+References are frames of moving drawings (`builder.moving_drawings`), so the expected frames are
+known, and so is what the prompt describes. The model follows a prompt often, not always (its card
+says how often). So a test counts, or takes the mean, over a few seeds.
 """
 
 import random
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.slow
 SIDE, FRAMES = 128, 17
 SEEDS = range(3)
 
-#: What references are taken from, by seed; the captions say the same.
+#: The drawing of each seed. References are frames of it, and the caption describes it.
 DRAWINGS = [
     MovingDrawing("circle", "red", "blue", "right"),
     MovingDrawing("square", "green", "white", "down"),
     MovingDrawing("circle", "yellow", "black", "left"),
 ]
 
-Film = Callable[..., np.ndarray]
+Render = Callable[..., np.ndarray]
 
 
 def caption(drawing: MovingDrawing) -> str:
@@ -42,18 +42,18 @@ def caption(drawing: MovingDrawing) -> str:
 
 
 def drawn(seed: int) -> np.ndarray:
-    """The drawing's own frames."""
+    """The frames of a seed's drawing."""
     return moving_drawings.film(DRAWINGS[seed], FRAMES, SIDE, SIDE, random.Random(seed))
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
-    """The frames of a seed's caption, rendered by the pocket with a payload's `config`."""
+def render(tmp_path_factory: pytest.TempPathFactory) -> Render:
+    """Renders the caption of a seed with the pocket model and a payload's `config`."""
     model = models.load(Settings(families=("wan",)))
-    root: Path = tmp_path_factory.mktemp("films")
+    root: Path = tmp_path_factory.mktemp("videos")
     at = LocalWorker(root, models={"wan": model})
 
-    def film(seed: int, prompt: str | None = None, **payload: Any) -> np.ndarray:
+    def render(seed: int, prompt: str | None = None, **payload: Any) -> np.ndarray:
         config = {
             "width": SIDE,
             "height": SIDE,
@@ -65,27 +65,27 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
         prompt = caption(DRAWINGS[seed]) if prompt is None else prompt
         document = at.run(wan_payload(prompt=prompt, config=config, **payload))
         warnings = document.metadata.get("warnings", [])
-        # A weakened frame is told of, and is what one test asks for.
+        # One test weakens a reference, which causes a warning.
         assert [each for each in warnings if "metadata.reference_strength" not in each] == []
         return frames_of(root / document.assets[0].url)
 
-    return film
+    return render
 
 
 @pytest.fixture(scope="module")
-def plain(film: Film) -> list[np.ndarray]:
-    """What the captions alone become."""
-    return [film(seed) for seed in SEEDS]
+def plain(render: Render) -> list[np.ndarray]:
+    """The videos of the captions, without references."""
+    return [render(seed) for seed in SEEDS]
 
 
 @pytest.fixture(scope="module")
-def guided(film: Film) -> Callable[[str], list[np.ndarray]]:
-    """The same with the frames given that a mode gives; each mode is rendered once."""
+def guided(render: Render) -> Callable[[str], list[np.ndarray]]:
+    """The videos of the captions with the references of a mode. Each mode is rendered once."""
     made: dict[str, list[np.ndarray]] = {}
 
     def guided(mode: str) -> list[np.ndarray]:
         if mode not in made:
-            made[mode] = [film(seed, config=given(mode, seed)) for seed in SEEDS]
+            made[mode] = [render(seed, config=given(mode, seed)) for seed in SEEDS]
         return made[mode]
 
     return guided
@@ -101,7 +101,7 @@ def given(mode: str, seed: int) -> dict[str, str]:
 
 
 def error(video: np.ndarray, seed: int, place: int, of: int | None = None) -> float:
-    """How far a frame is from the drawing's frame `of`, its own unless said, in grey levels."""
+    """The mean distance of a frame from the drawing's, in grey levels; `of` is another index."""
     wanted = drawn(seed)[place if of is None else of]
     return float(np.abs(video[place].astype(float) - wanted).mean())
 
@@ -114,7 +114,7 @@ def mean_error(videos: list[np.ndarray], place: int, of: int | None = None) -> f
 
 
 @pytest.mark.parametrize(("mode", "place"), [("start", 0), ("end", -1), ("both", 0), ("both", -1)])
-def test_a_known_frame_is_nearer_to_what_was_given_than_without(
+def test_a_frame_is_nearer_to_its_reference_than_without_a_reference(
     plain: list[np.ndarray], guided: Callable[[str], list[np.ndarray]], mode: str, place: int
 ) -> None:
     known, unguided = mean_error(guided(mode), place), mean_error(plain, place)
@@ -123,7 +123,7 @@ def test_a_known_frame_is_nearer_to_what_was_given_than_without(
 
 
 @pytest.mark.parametrize(("mode", "place"), [("start", 0), ("end", -1)])
-def test_the_unknown_end_is_farther_from_what_was_given(
+def test_the_frame_at_the_other_end_is_farther_from_the_reference(
     guided: Callable[[str], list[np.ndarray]], mode: str, place: int
 ) -> None:
     far = -1 if place == 0 else 0
@@ -131,11 +131,11 @@ def test_the_unknown_end_is_farther_from_what_was_given(
     assert mean_error(guided(mode), place) < mean_error(guided(mode), far, of=place)
 
 
-def test_a_weaker_reference_is_less_there(
-    film: Film, guided: Callable[[str], list[np.ndarray]]
+def test_a_weaker_reference_leaves_its_frame_farther_from_it(
+    render: Render, guided: Callable[[str], list[np.ndarray]]
 ) -> None:
     weak = [
-        film(seed, config=given("start", seed), metadata={"reference_strength": 0.1})
+        render(seed, config=given("start", seed), metadata={"reference_strength": 0.1})
         for seed in SEEDS
     ]
 
