@@ -25,8 +25,8 @@ from ourvidz_serverless.models.memory.movable_tensors import MovableTensors, Rea
 from ourvidz_serverless.models.memory.types import Check
 
 
-class ChatModel:
-    """One network with its tokenizer and its engine; a `Movable` for the ledger.
+class ChatModel(MovableTensors):
+    """One network with its tokenizer and its engine.
 
     `read` reads the network again after `drop`. With `capture` the engine replays decode steps.
     """
@@ -40,7 +40,7 @@ class ChatModel:
         read: Read | None = None,
         capture: Capture | None = None,
     ) -> None:
-        self._tensors = MovableTensors([network], device, read)
+        super().__init__([network], device, read)
         self.tokenizer = tokenizer
         self.context: int = network.config.max_position_embeddings
         configured = network.generation_config.eos_token_id
@@ -49,28 +49,15 @@ class ChatModel:
         self.grammars = Grammars(tokenizer.backend, network.config.vocab_size, eos_ids)
         self.engine = Engine(network, device, eos_ids, limits, capture)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._tensors.num_bytes
-
-    @property
-    def is_on_disk(self) -> bool:
-        return self._tensors.is_on_disk
-
-    def load(self) -> None:
-        self._tensors.load()
-
-    def to_device(self) -> None:
-        self._tensors.to_device()
-
     def to_host(self) -> None:
-        """Take the weights off the device, and with them all caches."""
+        """Take the weights off the device, and free the caches."""
         self.engine.free_caches()
-        self._tensors.to_host()
+        super().to_host()
 
     def drop(self) -> None:
+        """Free the weights and the caches."""
         self.engine.free_caches()
-        self._tensors.drop()
+        super().drop()
 
 
 class EngineReply:
