@@ -1,22 +1,23 @@
-"""The application's Redis lists, drained into the endpoints: the way over on the first day.
+"""Moves jobs from the application's Redis lists to RunPod's endpoints.
 
     python -m ourvidz_serverless bridge
 
-The application goes on pushing its payloads to `sdxl_queue`, `chat_queue` and `wan_queue`. Each
-list is drained in its order, one job at a time, and a job leaves Redis for good only once the
-platform has accepted it:
+With the bridge an application can change to RunPod's queue without a change of its own code: it
+still pushes its payloads to `sdxl_queue`, `chat_queue` and `wan_queue`. The bridge takes the jobs
+of each list in order, one at a time. It removes a job from Redis when the platform has accepted it:
 
-    LMOVE  QUEUE -> QUEUE:processing    a claim, so that old workers may still pop from the list
+    LMOVE  QUEUE -> QUEUE:processing    claims the job; old workers may still pop from the list
     POST   /run of the endpoint that serves the job's type
     LREM   QUEUE:processing
 
-What lies in `QUEUE:processing` at the start goes back to the front of its list, in order, and so
-does what was claimed when an answer of Redis was lost. A job is submitted at least once; twice
-where a crash came between the last two steps, which does no harm: under its one id the worker does
-it once while it runs, and later on writes the same files.
+At the start the bridge moves the jobs in `QUEUE:processing` back to the front of their list, in
+order. It does the same after an answer of Redis was lost, because that may have claimed a job. A
+job is submitted at least once, and twice after a crash between the last two steps. That does no
+harm: the id is the same, so the worker runs the job once at a time, and a second run writes the
+same files.
 
-What is no job goes to `QUEUE:dead` as {"reason", "at", "payload"} and blocks nothing. What the
-worker itself will refuse is no such thing: the application hears of that by the callback.
+An item that is no job goes to `QUEUE:dead` as {"reason", "at", "payload"}, and the next item
+follows. A job that the worker itself refuses is submitted: the callback reports the refusal.
 """
 
 from __future__ import annotations
@@ -49,22 +50,23 @@ T = TypeVar("T")
 
 End = Literal["left", "right"]
 
-#: An outage is waited out, however long it lasts.
-PATIENCE = Retry(tries=sys.maxsize, max_s=30.0)
+#: The tries end only with the outage.
+OUTAGE_RETRY = Retry(tries=sys.maxsize, max_s=30.0)
 
-#: A request to the platform is made once, and made again by `PATIENCE`.
+#: The client tries a request once. `OUTAGE_RETRY` repeats it.
 ONCE = Retry(tries=1)
 
-#: What the platform says of a payload that it will never take. Any other refusal, such as of the
-#: key or of the endpoint's id, is about us: jobs then wait until somebody has put it right.
+#: The platform's status for a payload that it will never accept. Any other refusal, such as of the
+#: key or of the endpoint's id, is a fault of the bridge's settings. Jobs then wait until it is
+#: fixed.
 UNACCEPTABLE = {400, 413, 422}
 
 #: How long Redis may take for a command, in seconds.
 REDIS_S = 10.0
 
-#: Errors of Redis that end by themselves: it fails over, loads its data, has no memory or replica
-#: left, cannot write to its disk, or runs a script. An error's first word is its kind.
-PASSING = {
+#: Kinds of Redis errors that end by themselves: Redis fails over, loads its data, has no memory or
+#: replica left, cannot write to its disk, or runs a script. An error's first word is its kind.
+TRANSIENT = {
     "BUSY",
     "CLUSTERDOWN",
     "LOADING",
@@ -77,7 +79,7 @@ PASSING = {
 }
 
 #: Errors of the kind ERR that also end: limits (https://upstash.com/docs/redis/troubleshooting).
-PASSING_LIMITS = (
+TRANSIENT_LIMITS = (
     "max number of clients",
     "max concurrent connections",
     "max daily request limit",
@@ -90,34 +92,34 @@ MAX_BYTES = 100_000_000
 
 
 class Redis(Protocol):
-    """Where the lists are. `call` makes one try at a command and gives its reply.
+    """The Redis that has the lists. `call` sends one command once and returns its reply.
 
-    Raises Fault. It is not transient if another try would not help.
+    Raises Fault, which is not transient if another try would not help.
     """
 
     def call(self, *command: str) -> Any: ...
 
 
-class Refused(Fault):
-    """An error of Redis. The message has only its kind, since the rest may quote the command."""
+class RedisError(Fault):
+    """An error of Redis. The message has only its kind, because the rest may quote the command."""
 
-    def __init__(self, said: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(None)
-        self.kind, _, rest = said.partition(" ")
-        self.passes = self.kind in PASSING or rest.startswith(PASSING_LIMITS)
+        self.kind, _, rest = text.partition(" ")
+        self._is_transient = self.kind in TRANSIENT or rest.startswith(TRANSIENT_LIMITS)
         self.args = (f"Redis says {self.kind[:40]}",)
 
     @property
     def is_transient(self) -> bool:
-        return self.passes
+        return self._is_transient
 
 
 class NotAJob(Exception):
-    """Raised for what no endpoint can be asked to do; the message is for the log."""
+    """Raised for an item that no endpoint can run. The message is for the log."""
 
 
 class Stopped(Exception):
-    """Raised where a wait is cut short since the process is to end."""
+    """Raised when a wait ends because the process ends."""
 
 
 def endpoints(config: Settings) -> dict[str, tuple[str, ...]]:
@@ -127,7 +129,7 @@ def endpoints(config: Settings) -> dict[str, tuple[str, ...]]:
 
 
 class Bridge:
-    """All lists, each drained by a thread of its own, so that one family's outage is its own."""
+    """Moves the jobs of all lists, one thread a list: one family's outage delays no other."""
 
     def __init__(self, config: Settings, redis: Redis, client: Client) -> None:
         self._stop = threading.Event()
@@ -138,7 +140,7 @@ class Bridge:
 
     @classmethod
     def of(cls, config: Settings) -> Bridge:
-        """The bridge that the environment names; raises ModelLoadError where that is not enough."""
+        """The bridge of the settings. Raises ModelLoadError if one is missing."""
         found = endpoints(config)
         if not (config.runpod_api_key and found and config.bridge_queues):
             *others, last = [family.endpoint_setting for family in FAMILIES.values()]
@@ -156,19 +158,19 @@ class Bridge:
         return cls(config, open_redis(config), client)
 
     def run(self) -> None:
-        """Drain until `close`; raises Fault where Redis refuses what waiting will not mend."""
+        """Move jobs until `close`. Raises Fault if Redis refuses a command for good."""
         with ThreadPoolExecutor(len(self._drains), thread_name_prefix="drain") as threads:
             for ended in as_completed([threads.submit(drain.run) for drain in self._drains]):
                 self.close()
                 ended.result()
 
     def close(self) -> None:
-        """Take no further job; what is being handed over is handed over."""
+        """Take no more jobs. The job that is being submitted is submitted."""
         self._stop.set()
 
 
 class Drain:
-    """One list on its way into the endpoints."""
+    """Moves the jobs of one list to the endpoints."""
 
     def __init__(
         self,
@@ -183,83 +185,84 @@ class Drain:
         self._redis, self._client = redis, client
         self._front, self._back = ("LEFT", "RIGHT") if take_from == "left" else ("RIGHT", "LEFT")
         self._poll_s, self._stop = poll_s, stop
-        # Whether a job may be claimed of which we do not know: of the process before, at first.
-        self._may_hold = True
+        # Whether an unknown job may be claimed. At first it may, by an earlier process.
+        self._may_have_claim = True
 
     def run(self) -> None:
-        """Hand over one job after another until stopped."""
+        """Submit one job after another until stopped."""
         try:
             while not self._stop.is_set():
-                raw = self._patiently("Redis", self._take, is_transient)
+                raw = self._repeat("Redis", self._claim, is_transient)
                 if raw is None:
                     self._stop.wait(self._poll_s)
                 else:
-                    self._hand_over(raw)
+                    self._move(raw)
         except Stopped:
             log.info("%s: a job could not be handed over in time, and stays", self.name)
         finally:
-            with suppress(Fault):  # the next start does it too
+            with suppress(Fault):  # If Redis fails here, the next start does it.
                 self._put_back()
 
-    def _take(self) -> str | None:
-        """The job at the front, claimed; None where there is none."""
-        if self._may_hold:
+    def _claim(self) -> str | None:
+        """Claim the job at the front and return it; None if the list is empty."""
+        if self._may_have_claim:
             self._put_back()
-        # An answer that is lost may have claimed a job.
-        self._may_hold = True
+        # If the answer is lost, a job may be claimed all the same.
+        self._may_have_claim = True
         raw: str | None = self._redis.call(
             "LMOVE", self.name, self._processing, self._front, self._back
         )
-        self._may_hold = False
+        self._may_have_claim = False
         return raw
 
     def _put_back(self) -> None:
-        """Whatever is claimed goes to the front again: the last one first, so that order holds."""
+        """Move claimed jobs back to the front, the last one first, which keeps their order."""
         move = ("LMOVE", self._processing, self.name, self._back, self._front)
         while self._redis.call(*move) is not None:
             pass
 
-    def _hand_over(self, raw: str) -> None:
+    def _move(self, raw: str) -> None:
         try:
             payload = read(raw)
             self._submit(payload)
         except NotAJob as exc:
             log.warning("%s ✗ to %s: %s", self.name, self._dead, exc)
             record = {"reason": str(exc), "at": round(time.time(), 3), "payload": raw}
-            self._redis_does("RPUSH", self._dead, json.dumps(record))
-        self._redis_does("LREM", self._processing, "1", raw)
+            self._call_redis("RPUSH", self._dead, json.dumps(record))
+        self._call_redis("LREM", self._processing, "1", raw)
 
     def _submit(self, payload: Mapping[str, Any]) -> None:
-        """Have the platform accept a job. Raises NotAJob, or Stopped where it takes too long."""
+        """Submit a job until the platform accepts it. Raises NotAJob, or Stopped at the end."""
         try:
-            job = self._patiently(
+            job = self._repeat(
                 "the platform",
                 lambda: self._client.submit(payload),
                 lambda error: isinstance(error, Fault) and error.status not in UNACCEPTABLE,
             )
-        except ValueError as exc:  # no endpoint serves it
+        except ValueError as exc:  # No endpoint serves the job's type.
             raise NotAJob(str(exc)) from None
         except Fault as exc:
             raise NotAJob(f"the platform refuses it: {exc}") from None
         name, kind = jobs.job_id({"input": payload}), jobs.job_type(payload)
         log.info("%s → %s(%s) is %s at %s", self.name, kind, name, job.id, job.endpoint)
 
-    def _redis_does(self, *command: str) -> None:
-        self._patiently("Redis", lambda: self._redis.call(*command), is_transient)
+    def _call_redis(self, *command: str) -> None:
+        self._repeat("Redis", lambda: self._redis.call(*command), is_transient)
 
-    def _patiently(
-        self, side: str, call: Callable[[], T], on: Callable[[BaseException], bool]
-    ) -> T:
-        """What a call gives, however long that takes; raises Stopped, and what `on` leaves out."""
+    def _repeat(self, side: str, call: Callable[[], T], on: Callable[[BaseException], bool]) -> T:
+        """The result of a call, repeated until it succeeds.
 
-        def once() -> T:
+        Raises the errors that `on` is false for, and Stopped when the process ends.
+        """
+
+        def attempt() -> T:
             try:
                 return call()
             except Fault as exc:
                 log.warning("%s: %s: %s", self.name, side, exc)
                 raise
 
-        return retry(once, on=on, policy=PATIENCE, deadline=Deadline(sleep=self._pause))
+        return retry(attempt, on=on, policy=OUTAGE_RETRY, deadline=Deadline(sleep=self._pause))
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -284,7 +287,7 @@ def read(raw: str) -> dict[str, Any]:
         raise NotAJob("its type is none of the job types")
     if payload.get("id") or payload.get("job_id"):
         return payload
-    # The same at every reading, so that even this job is known again.
+    # The same id each time the item is read, so that a second submission is the same job.
     return {**payload, "id": str(uuid.uuid5(uuid.NAMESPACE_OID, raw))}
 
 
@@ -292,7 +295,7 @@ def _parsed(text: str) -> Any:
     """The value of a JSON text. Raises NotAJob."""
     try:
         value = json.loads(text)
-        # Values that JSON does not have, such as NaN or 1e999, could not be sent on.
+        # Raises for values that JSON does not have, such as NaN or 1e999: they cannot be sent.
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         raise NotAJob("it is not JSON") from None
@@ -300,9 +303,9 @@ def _parsed(text: str) -> Any:
 
 
 def open_redis(config: Settings) -> Redis:
-    """Redis by `REDIS_URL`, or Upstash by its REST interface; raises ModelLoadError for neither."""
+    """Redis by `REDIS_URL`, or else Upstash. Raises ModelLoadError if neither is set."""
     if config.redis_url:
-        return Plain(_secret(config.redis_url))
+        return PlainRedis(_secret(config.redis_url))
     url, token = config.upstash_redis_rest_url, config.upstash_redis_rest_token
     if url and token:
         return UpstashRedis(Upstash(url, _secret(token)))
@@ -319,34 +322,34 @@ class UpstashRedis:
         match self._ask(command):
             case [{"result": reply}]:
                 return reply
-            case [{"error": str(said)}]:
-                raise Refused(said)
+            case [{"error": str(text)}]:
+                raise RedisError(text)
         raise Fault(None)
 
     def _ask(self, command: Sequence[str]) -> Any:
         try:
             return self._client.pipeline(command, within_s=REDIS_S, max_bytes=MAX_BYTES)
         except Fault as exc:
-            # Beyond a limit Upstash refuses the whole request, with the error's text in the body.
-            if exc.status == 400 and (said := _error_in(exc.body)):
-                raise Refused(said) from exc
+            # Above a limit Upstash refuses the request, with the error's text in the body.
+            if exc.status == 400 and (text := _error_in(exc.body)):
+                raise RedisError(text) from exc
             raise
 
 
 def _error_in(body: bytes) -> str | None:
-    """The error in Upstash's answer: `{"error": TEXT}`."""
+    """The text in a body of Upstash, `{"error": TEXT}`; None if the body is another."""
     try:
-        said = json.loads(body)["error"]
+        text = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
         return None
-    return said if isinstance(said, str) else None
+    return text if isinstance(text, str) else None
 
 
-class Plain:
-    """Redis by its own protocol."""
+class PlainRedis:
+    """Redis by its own protocol, with redis-py."""
 
     def __init__(self, url: str) -> None:
-        import redis  # only who bridges from a Redis needs it
+        import redis  # Not needed with Upstash.
         from redis.backoff import NoBackoff
         from redis.retry import Retry as RedisRetry
 
@@ -357,10 +360,10 @@ class Plain:
                 url,
                 socket_timeout=REDIS_S,
                 socket_connect_timeout=REDIS_S,
-                # Three tries are its default; but a claim whose answer was lost must be known.
+                # No tries of its own (the default is three): the bridge must see a lost answer.
                 retry=RedisRetry(NoBackoff(), 0),
                 decode_responses=True,
-                # Bytes that are no UTF-8 come back as they were, to be found by LREM.
+                # Invalid UTF-8 is sent back unchanged, so that LREM finds it.
                 encoding_errors="surrogateescape",
             )
         except ValueError:
@@ -370,18 +373,18 @@ class Plain:
         try:
             return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
         except self._refusals as exc:
-            raise self._refused(exc) from exc
+            raise self._error_of(exc) from exc
         except self._error as exc:
             raise Fault(None) from exc
 
-    def _refused(self, error: Any) -> Refused:
-        # redis-py removes the kind from the text if it knows that kind.
-        kind = f"{error.status_code} " if error.status_code else ""
-        refused = Refused(f"{kind}{error}")
-        if refused.passes:
-            # After a failover the host name leads to another server, but this connection does not.
+    def _error_of(self, exc: Any) -> RedisError:
+        # redis-py removes the kind from the text if it knows the kind.
+        kind = f"{exc.status_code} " if exc.status_code else ""
+        error = RedisError(f"{kind}{exc}")
+        if error.is_transient:
+            # After a failover the host name leads to another server, but open connections do not.
             self._client.connection_pool.disconnect()
-        return refused
+        return error
 
 
 def _secret(value: SecretStr) -> str:

@@ -3,9 +3,9 @@
 This is the specification's worker registration: a POST to the edge function of the family, with the
 service key. A serverless endpoint has a fixed address and does not need it.
 
-A worker that leaves posts nothing: both functions refuse a body without an address, and store the
+A worker that ends posts nothing: both functions refuse a body without an address, and store the
 last address that was posted, which may already be the next worker's. The application requests
-`/health` before it uses a worker, and `/health` answers 503 from SIGTERM on.
+`/health` before it uses a worker, and `/health` answers 503 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.settings import Settings
 
 METHOD = "ourvidz_serverless"
-WITHIN_S = 15.0
+TIMEOUT_S = 15.0
 
-#: Half a minute in all: a pod's proxy needs a while to notice that the port is open.
+#: Half a minute in all: a pod's proxy does not notice at once that the port is open.
 RETRY = Retry(tries=6, base_s=1.0)
 
 
@@ -38,13 +38,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _may_pass(error: BaseException) -> bool:
+def _may_succeed_later(error: BaseException) -> bool:
     """Whether another try may succeed: `update-worker-url` answers 400 until `/health` answers."""
     return is_transient(error) or (isinstance(error, Fault) and error.status == 400)
 
 
 class Registration:
-    """One worker's entry with the application. A failure is logged, and keeps nobody from work."""
+    """Posts one worker's address to the application. A failure is only logged."""
 
     def __init__(
         self,
@@ -57,15 +57,15 @@ class Registration:
         names = dict.fromkeys(family.registers_at for family in families)
         self._functions = [f"{project.url}/functions/v1/{name}" for name in names]
         self._transport = Transport(project.headers)
-        self._worker_url = worker_url
+        self.worker_url = worker_url
         self._policy, self._now = policy, now
-        self._is_leaving = threading.Event()
+        self._closed = threading.Event()
 
     @classmethod
     def of(cls, settings: Settings) -> Registration | None:
-        """The registration that the environment asks for.
+        """The registration that the settings ask for; None without `REGISTER_WORKER`.
 
-        Raises ModelLoadError that names what it cannot do without.
+        Raises ModelLoadError if another setting is missing.
         """
         if not settings.register_worker:
             return None
@@ -82,12 +82,12 @@ class Registration:
     @property
     def host(self) -> str | None:
         """The host name of the address that the application gets."""
-        return urlsplit(self._worker_url).hostname
+        return urlsplit(self.worker_url).hostname
 
     def announce(self) -> None:
-        """Post the worker's address, in a few tries, until `close`."""
+        """Post the worker's address, in a few tries, unless `close` comes first."""
         body = {
-            "worker_url": self._worker_url,
+            "worker_url": self.worker_url,
             "auto_registered": True,
             "registration_method": METHOD,
             "timestamp": self._now(),
@@ -96,18 +96,18 @@ class Registration:
         for url in self._functions:
             post = functools.partial(self._post, url, json.dumps(body).encode())
             try:
-                retry(post, on=_may_pass, policy=self._policy, deadline=deadline)
+                retry(post, on=_may_succeed_later, policy=self._policy, deadline=deadline)
             except Fault as exc:
                 log.warning("registration at %s failed: %s", url.rsplit("/", 1)[-1], exc)
 
     def close(self) -> None:
-        """Announce no more: the worker leaves."""
-        self._is_leaving.set()
+        """End the tries: the worker ends."""
+        self._closed.set()
 
     def _pause(self, seconds: float) -> None:
-        self._is_leaving.wait(seconds)
+        self._closed.wait(seconds)
 
     def _post(self, url: str, body: bytes) -> None:
-        if not self._is_leaving.is_set():
+        if not self._closed.is_set():
             headers = {"Content-Type": "application/json"}
-            self._transport.send("POST", url, data=body, headers=headers, within_s=WITHIN_S)
+            self._transport.send("POST", url, data=body, headers=headers, within_s=TIMEOUT_S)

@@ -1,21 +1,21 @@
-"""RunPod's worker loop without its faults: the only module that replaces parts of the SDK.
+"""RunPod's worker loop with its faults mended. Only this module replaces parts of the SDK.
 
 What the SDK (1.12) does, and what `install` does instead:
 
-- After SIGTERM the SDK runs no further jobs while its poll for jobs is still open: a job from this
+- After SIGTERM the SDK runs no more jobs, although its poll for jobs is still open: a job from that
   poll is never run and never answered. Here the poll ends first, and its job is run. The poll is
-  not cut off, since its answer may already hold a job.
+  not cancelled, because its answer may already hold a job.
 - The SDK drops a result after three tries, which take about four seconds. Here the tries go on for
-  `RESULT_S`, and a result that was not taken is given to `keep`.
-- While the platform cannot be reached the SDK asks again at once and logs every try. Here the waits
-  grow, and one line is logged when the outage begins, and one when it ends.
-- The SDK takes jobs of any type, up to its concurrency. Here a `Share` bounds how many of one kind
-  the worker holds.
+  `RESULT_S`, and `keep` stores a result that the platform did not take.
+- While the platform cannot be reached, the SDK polls again at once and logs every try. Here the
+  waits grow, with one line in the log when the outage begins, and one when it ends.
+- The SDK takes jobs of any type, up to its concurrency. Here a `Share` limits how many jobs of one
+  kind the worker holds.
 - In the SDK a stop signal that comes before the job's task has begun is lost, and the job's slot
-  may be lost too. Here the job is stopped as it begins.
+  may be lost too. Here the job is stopped when it begins.
 
-The rest of the loop is the SDK's own. `tests/serving/test_runpod_loop.py` fails where a version of
-the SDK changes what this module relies on.
+The rest of the loop is the SDK's own. `tests/serving/test_runpod_loop.py` fails if a version of the
+SDK changes code that this module relies on.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from ourvidz_serverless.net.retries import Fault, Retry
 #: The version of the SDK whose internals are replaced here.
 SDK = "1.12."
 
-#: How long the tries to post a result go on, in seconds. Meanwhile its job keeps its place.
+#: How long the tries to post a result go on, in seconds. Meanwhile its job keeps its slot.
 RESULT_S = 120.0
 
-#: The waits between the tries of a result, and how long one may take.
-RESULT = Retry(base_s=0.5, max_s=10.0, try_s=60.0)
+#: The waits between the tries to post a result, and how long one try may take.
+RESULT_RETRY = Retry(base_s=0.5, max_s=10.0, try_s=60.0)
 
-#: The waits between polls of a platform that cannot be reached.
-POLL = Retry(base_s=0.5, max_s=30.0)
+#: The waits between polls while the platform cannot be reached.
+POLL_RETRY = Retry(base_s=0.5, max_s=30.0)
 
-#: How long a stop signal is remembered for a job that has not begun, in seconds. Not longer: a job
-#: that is tried again later comes under the same id.
+#: How long a stop signal is remembered for a job that has not begun, in seconds. Not longer: a
+#: later try of the job has the same id.
 EARLY_STOP_S = 10.0
 
 #: How often a closing worker checks whether the last job has ended, in seconds.
@@ -68,7 +68,7 @@ Keep = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One kind of jobs, and how many of them the worker may hold."""
+    """A limit on how many jobs of one kind the worker holds."""
 
     most: int
     includes: Callable[[Mapping[str, Any]], bool]
@@ -79,17 +79,16 @@ def install(
 ) -> None:
     """Make `runpod.serverless.start` run this loop.
 
-    `close` is called once, at SIGTERM or SIGINT. `grace_s` bounds the posting of results after it.
-    While the worker holds all the jobs of `share` that it may, it polls for no job, since the type
-    of the next one is not known before.
-    Raises ModelLoadError for a version of the SDK that this module does not know.
+    `close` is called once, at SIGTERM or SIGINT. After it, results are posted for `grace_s` at
+    most. While the worker holds as many jobs of `share` as it may, it does not poll at all, because
+    a poll cannot choose the kind of its job. Raises ModelLoadError for another version of the SDK.
     """
     if not runpod.__version__.startswith(SDK):
         raise ModelLoadError(f"runpod: version {SDK}x is needed, {runpod.__version__} is installed")
     rp_scale.JobScaler = functools.partial(
         Loop, close=close, keep=keep, grace_s=grace_s, share=share
     )
-    rp_ping.log = OneLineAnOutage()
+    rp_ping.log = HeartbeatLog()
 
 
 class Loop(rp_scale.JobScaler):
@@ -106,17 +105,17 @@ class Loop(rp_scale.JobScaler):
         super().__init__(config)
         self._close, self._keep, self._grace_s = close, keep, grace_s
         self._is_closing, self._ends = False, math.inf
-        self._begun: set[str] = set()
-        self._share, self._of_share = share, set[str]()
-        self._one_left = asyncio.Event()
-        self._stopped_early: dict[str, float] = {}
+        self._started: set[str] = set()
+        self._share, self._in_share = share, set[str]()
+        self._job_ended = asyncio.Event()
+        self._early_stops: dict[str, float] = {}
         self._jobs_outage, self._stops_outage = Outage("jobs"), Outage("stop signals")
         self.jobs_fetcher, self.stop_signals_fetcher = self._fetch_jobs, self._fetch_stops
         rp_job.send_result = self._send_result
 
     @property
     def is_closing(self) -> bool:
-        """Whether the loop begins no further poll for jobs."""
+        """Whether the loop begins no more polls for jobs."""
         return self._is_closing
 
     def handle_shutdown(self, signum: int, frame: object) -> None:
@@ -127,10 +126,10 @@ class Loop(rp_scale.JobScaler):
         self.kill_worker()
 
     def kill_worker(self) -> None:
-        """Begin no further poll for jobs; end once the open one has, and every job with it.
+        """Begin no more polls for jobs. End when the open poll and every job have ended.
 
-        The SDK also calls this for a worker that is to be replaced. Such a worker's jobs have no
-        grace that ends, until a signal comes.
+        The SDK also calls this to replace a worker. The jobs of such a worker have unlimited time
+        until a signal comes.
         """
         self._is_closing = True
 
@@ -142,9 +141,10 @@ class Loop(rp_scale.JobScaler):
             return None
         room = self._room
         if not room:
-            # The SDK bounds this call, and the poll shall have all of that time: it calls again.
-            self._one_left.clear()
-            await self._one_left.wait()
+            # Do not poll after this wait: the SDK limits the time of this call, and a poll needs
+            # all of it. The SDK calls again.
+            self._job_ended.clear()
+            await self._job_ended.wait()
             return None
         try:
             jobs: list[dict[str, Any]] | None = await rp_job.get_job(session, min(count, room))
@@ -155,16 +155,16 @@ class Loop(rp_scale.JobScaler):
             return None
         self._jobs_outage.ended()
         if self._share:
-            self._of_share |= {job["id"] for job in jobs or [] if self._share.includes(job)}
+            self._in_share |= {job["id"] for job in jobs or [] if self._share.includes(job)}
         return jobs
 
     @property
     def _room(self) -> int:
-        """How many jobs may be taken, though all of them were of the share."""
-        return self._share.most - len(self._of_share) if self._share else sys.maxsize
+        """How many jobs the worker may take, in case all of them are of the share."""
+        return self._share.most - len(self._in_share) if self._share else sys.maxsize
 
     async def _wait_until_idle(self) -> None:
-        # Replaces the SDK's own wait at the end, during which it ignores stop signals.
+        # Replaces the SDK's wait for the last jobs, during which it ignores stop signals.
         while self.current_occupancy():
             await asyncio.sleep(IDLE_POLL_S)
 
@@ -174,51 +174,51 @@ class Loop(rp_scale.JobScaler):
             await asyncio.sleep(IDLE_POLL_S)
 
     async def _fetch_stops(self, session: ClientSession) -> list[str]:
-        """The jobs to stop, from one poll; the poll is cancelled once no job is left."""
-        asked = asyncio.ensure_future(rp_job.get_stop_signals(session))
-        over = asyncio.ensure_future(self._shutdown_event.wait())
+        """The ids of the jobs to stop, from one poll, which is cancelled when the last job ends."""
+        poll = asyncio.ensure_future(rp_job.get_stop_signals(session))
+        ended = asyncio.ensure_future(self._shutdown_event.wait())
         try:
-            await asyncio.wait({asked, over}, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
+            await asyncio.wait({poll, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not poll.done():
                 return []
-            stops: list[str] = asked.result()
+            stops: list[str] = poll.result()
         except TooManyRequests:
             raise
         except (ClientError, OSError) as exc:
             await self._pause(self._stops_outage.failed(exc))
             return []
         finally:
-            asked.cancel()
-            over.cancel()
+            poll.cancel()
+            ended.cancel()
         self._stops_outage.ended()
         return stops
 
     async def stop_job(self, job_id: str) -> bool:
-        """Stop a running job, or remember to stop it as it begins."""
-        if job_id in self._begun:
+        """Stop a running job, or remember to stop it when it begins."""
+        if job_id in self._started:
             stopped: bool = await super().stop_job(job_id)
             return stopped
         now = time.monotonic()
-        remembered = self._stopped_early.items()
-        self._stopped_early = {id: at for id, at in remembered if now - at < EARLY_STOP_S}
-        self._stopped_early[job_id] = now
+        remembered = self._early_stops.items()
+        self._early_stops = {id: at for id, at in remembered if now - at < EARLY_STOP_S}
+        self._early_stops[job_id] = now
         return False
 
     async def handle_job(self, session: ClientSession, job: dict[str, Any]) -> None:
         """Run a job and post its result."""
-        stopped_at = self._stopped_early.pop(job["id"], None)
+        stopped_at = self._early_stops.pop(job["id"], None)
         if stopped_at is not None and time.monotonic() - stopped_at < EARLY_STOP_S:
             task = asyncio.current_task()
             assert task
-            # Takes effect at the handler's first `await`: the job ends like any stopped job.
+            # Takes effect at the handler's first `await`. The job then ends like any stopped job.
             task.cancel()
-        self._begun.add(job["id"])
+        self._started.add(job["id"])
         try:
             await super().handle_job(session, job)
         finally:
-            self._begun.discard(job["id"])
-            self._of_share.discard(job["id"])
-            self._one_left.set()
+            self._started.discard(job["id"])
+            self._in_share.discard(job["id"])
+            self._job_ended.set()
 
     async def _send_result(
         self,
@@ -227,17 +227,17 @@ class Loop(rp_scale.JobScaler):
         job: dict[str, Any],
         is_stream: bool = False,
     ) -> None:
-        """Post a result; one that the platform does not take is kept."""
+        """Post a result, and store it if the platform does not take it."""
         body = json.dumps(result, ensure_ascii=False).encode()
-        refusal = await post_result(session, job["id"], body, is_stream, self._left())
+        refusal = await post_result(session, job["id"], body, is_stream, self.posting_time())
         if refusal:
             place = await asyncio.to_thread(self._keep, job, result)
             kept = f"it is kept at {place}" if place else "it could not be kept"
             log.error("the result of job %s was not taken (%s); %s", job["id"], refusal, kept)
         RunPodLogger().info("Finished.", job["id"])
 
-    def _left(self) -> Callable[[], float]:
-        """The seconds left to post a result, counted from now; fewer once the worker closes."""
+    def posting_time(self) -> Callable[[], float]:
+        """A countdown of the seconds left to post a result; fewer when the worker closes."""
         ends = time.monotonic() + RESULT_S
         return lambda: min(ends, self._ends) - time.monotonic()
 
@@ -248,11 +248,12 @@ async def post_result(
     body: bytes,
     is_stream: bool,
     remaining_s: Callable[[], float],
-    policy: Retry = RESULT,
+    policy: Retry = RESULT_RETRY,
 ) -> str | None:
-    """Post a job's result, at least once, until it is taken. Returns why it was not, or None.
+    """Post a job's result, at least once, until the platform takes it.
 
-    A refusal that another try would not change ends the tries.
+    Returns None, or the last error in words. An error that another try would not change ends the
+    tries.
     """
     failures = 0
     while True:
@@ -281,13 +282,13 @@ async def post(
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another try may succeed: no answer, or an answer that the platform is busy."""
+    """Whether another try may succeed: there was no answer, or the platform is busy."""
     status = error.status if isinstance(error, ClientResponseError) else None
     return Fault(status).is_transient
 
 
 def describe(error: Exception) -> str:
-    """An error in words without its URL, which holds the endpoint's and the worker's ids."""
+    """An error in words, without its URL: that holds the ids of the endpoint and the worker."""
     if isinstance(error, ClientResponseError):
         return f"HTTP {error.status}"
     return type(error).__name__
@@ -297,41 +298,41 @@ class Outage:
     """Logs one line when polls of one kind begin to fail, and one when they succeed again."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._failures, self._told = what, 0, ""
+        self._what, self._failures, self._reason = what, 0, ""
 
     def failed(self, error: Exception) -> float:
-        """Note a failure. Returns the wait before the next try, in seconds."""
+        """Count a failure. Returns the wait before the next try, in seconds."""
         self._failures += 1
         reason = describe(error)
-        if reason != self._told:
+        if reason != self._reason:
             log.warning("the platform sends no %s (%s); trying again", self._what, reason)
-        self._told = reason
-        return POLL.wait_s(self._failures)
+        self._reason = reason
+        return POLL_RETRY.wait_s(self._failures)
 
     def ended(self) -> None:
-        """Note an answer."""
+        """End the outage, if there was one."""
         if self._failures:
             log.info("the platform sends %s again", self._what)
-        self._failures, self._told = 0, ""
+        self._failures, self._reason = 0, ""
 
 
-class OneLineAnOutage:
-    """The log of the SDK's heartbeat, with one line for each outage, not for each failed ping."""
+class HeartbeatLog:
+    """Replaces the SDK's logger of heartbeats: one line for an outage, not for each failed ping."""
 
     def __init__(self) -> None:
         self._log, self._is_down = RunPodLogger(), False
 
     def error(self, message: str) -> None:
-        """A failed ping: logged once, until a ping arrives again."""
+        """Log a failed ping, unless the ping before failed too."""
         if not self._is_down:
             self._log.error(message)
         self._is_down = True
 
     def debug(self, message: str) -> None:
-        """A ping that arrived."""
+        """Log a ping that arrived."""
         self._is_down = False
         self._log.debug(message)
 
     def info(self, message: str) -> None:
-        """Log what does not concern a single ping."""
+        """Log anything else."""
         self._log.info(message)

@@ -1,12 +1,13 @@
 """The Worker behind a queue-based RunPod endpoint: the handler that `runpod.serverless` calls.
 
-A plain function would block the SDK's event loop, so a job runs in a thread. When the platform
-cancels it, the handler asks the thread to stop and waits for it, since a slot that is free while
-its thread still computes is a slot too many.
+A job runs in a thread, because a plain function would block the SDK's event loop. When the platform
+cancels a job, the handler stops the thread and waits for its end: if the slot were free earlier,
+the worker would compute more jobs at once than it has slots.
 
-Where chat is served the handler is a generator, since the SDK streams no other's output. Its last
-item is the document, whether or not the job streams; so on such an endpoint, and only there, the
-`output` of `/run` and `/runsync` is a list whose last item is the document.
+A worker that serves chat has a generator as its handler, because the SDK streams only the output of
+a generator. The generator's last item is the document, whether or not the job streams. So on such
+an endpoint, and only there, the `output` of `/run` and `/runsync` is a list that ends with the
+document.
 """
 
 from __future__ import annotations
@@ -38,22 +39,23 @@ from ourvidz_serverless.worker import Worker
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 StreamHandler = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
 
-#: A step of a small picture takes milliseconds, and nobody reads progress that fast.
+#: The least time between two posts of progress, in seconds: a step may take milliseconds.
 PROGRESS_INTERVAL_S = 0.5
 
 #: How long one post of progress may take, in seconds.
-PROGRESS_S = 10.0
+PROGRESS_TIMEOUT_S = 10.0
 
 #: How long the device may take for a small computation before the first job, in seconds.
 FITNESS_S = 60.0
 
-#: The result must not wait long for a platform that does not take the last progress.
-LAST_PROGRESS_S = 5.0
+#: How long a result waits for the post of the last progress, in seconds.
+LAST_PROGRESS_TIMEOUT_S = 5.0
 
 
 def serve(worker: Worker, settings: Settings) -> None:
     """Run the SDK's loop with this worker until the platform ends it."""
-    # At DEBUG, the SDK's default, it logs every payload; at a terminal we show the result.
+    # At DEBUG, its default, the SDK logs every payload. At a terminal its INFO lines hide the
+    # result.
     quiet = "INFO" if is_on_platform() else "WARN"
     RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", quiet))
     runpod.serverless.register_fitness_check(make_fitness_check(worker))
@@ -63,30 +65,30 @@ def serve(worker: Worker, settings: Settings) -> None:
         grace_s=settings.shutdown_grace_s,
         share=share_of(settings),
     )
-    make = make_stream_handler if _streams(settings) else make_handler
+    make_handler_of = make_stream_handler if _streams(settings) else make_handler
     config: dict[str, Any] = {
         "concurrency_modifier": lambda _: num_held(settings),
         "return_aggregate_stream": True,
     }
 
     def replace() -> None:
-        # The SDK looks here after every job, and ends its loop when those that run are done. That
-        # key in a result only tells the platform, and in a generator's nobody reads it.
+        # The SDK reads this after every job, and ends its loop when the running jobs have ended.
+        # The same key in a result reaches only the platform, and not from a generator.
         config["refresh_worker"] = True
 
-    config["handler"] = make(worker, settings, replace)
+    config["handler"] = make_handler_of(worker, settings, replace)
     runpod.serverless.start(config)
 
 
 def num_held(settings: Settings) -> int:
-    """How many jobs the SDK may hand to the worker: those that are done, and those that wait."""
+    """How many jobs the SDK may give to the worker: those that run, and those that wait."""
     return settings.resolved_concurrency + settings.resolved_backlog
 
 
 def share_of(settings: Settings) -> Share | None:
-    """How many of them may be jobs that take turns, where there are others.
+    """How many of these jobs may need the device alone; None if all do, or none.
 
-    Beside these there is always a place for as many chats as are answered at once.
+    The other places are always free for chats.
     """
     if not (settings.exclusive_places and settings.shared_places):
         return None
@@ -96,10 +98,10 @@ def share_of(settings: Settings) -> Share | None:
 def make_fitness_check(
     worker: Worker, within_s: float = FITNESS_S
 ) -> Callable[[], Awaitable[None]]:
-    """The check that the SDK makes before it takes a job; where it raises, the process ends."""
+    """The SDK's check before it takes the first job. If it raises, the process ends."""
 
     async def device_computes() -> None:
-        # In a thread, since a dead device may never answer.
+        # In a thread, because a dead device may never answer.
         checking = asyncio.to_thread(worker.check_device)
         try:
             await asyncio.wait_for(checking, within_s)
@@ -110,7 +112,7 @@ def make_fitness_check(
 
 
 def _streams(settings: Settings) -> bool:
-    # The SDK's run of a single test input takes no generator.
+    # The SDK takes no generator for a single test input.
     has_queue = is_on_platform() or "--rp_serve_api" in sys.argv
     return has_queue and settings.shared_places > 0
 
@@ -118,9 +120,9 @@ def _streams(settings: Settings) -> bool:
 def make_handler(
     worker: Worker, settings: Settings, replace: Callable[[], None] = lambda: None
 ) -> Handler:
-    """The async handler: a job in a thread of its own, its progress told in order.
+    """The async handler: runs each job in a thread, and posts its progress in order.
 
-    `replace` is called when a job has left the worker without its device.
+    Calls `replace` if the worker has lost its device.
     """
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
@@ -136,7 +138,7 @@ def make_handler(
             return document.result()
         except asyncio.CancelledError:
             stop.set()
-            await _wait_out(running)
+            await _wait_for_end(running)
             raise
         finally:
             await reporter.close()
@@ -147,7 +149,7 @@ def make_handler(
 def make_stream_handler(
     worker: Worker, settings: Settings, replace: Callable[[], None] = lambda: None
 ) -> StreamHandler:
-    """The same as a generator: what the job streams, item by item, and then the document."""
+    """The handler as a generator: yields what the job streams, and then the document."""
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -157,14 +159,14 @@ def make_stream_handler(
             threads, worker.run, event, stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
-        _at_the_end_of_this_task(stop.set)
+        _call_at_end_of_task(stop.set)
         try:
             async for delta in deltas:
                 yield delta
         finally:
-            # Nothing is under way any more unless we were cancelled.
+            # The job still runs only if this handler was cancelled.
             stop.set()
-            await _wait_out(running)
+            await _wait_for_end(running)
             await reporter.close()
         document = running.result()
         reporter.show(document)
@@ -174,17 +176,18 @@ def make_stream_handler(
         error = result.pop("error", None)
         result.pop("refresh_worker", None)
         yield result
-        # The SDK streams no item that holds an error, so the error goes after the document.
+        # The SDK does not stream an item with an error, so the error follows the document.
         if error:
             yield {"error": error}
 
     return handler
 
 
-def _at_the_end_of_this_task(call: Callable[[], None]) -> None:
-    """A generator hears nothing of a cancel that meets the SDK while it posts an item.
+def _call_at_end_of_task(call: Callable[[], None]) -> None:
+    """Call a function when the current task ends.
 
-    It stays at its `yield` until its memory is freed, which may be after another job.
+    If a job is cancelled while the SDK posts an item, the generator gets no exception. It stays at
+    its `yield` until it is garbage-collected, perhaps after another job.
     """
     task = asyncio.current_task()
     assert task
@@ -192,47 +195,47 @@ def _at_the_end_of_this_task(call: Callable[[], None]) -> None:
 
 
 class Deltas:
-    """A job's stream on its way to the caller: what gathers while one item is posted is one."""
+    """A job's streamed text. The text that arrives while one item is posted becomes one item."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-        self._gathered = ""
+        self._has_news = asyncio.Event()
+        self._text = ""
         self._is_ended = False
 
     def emit(self, item: Mapping[str, Any]) -> None:
-        """Take what the job says next; called from the job's thread."""
-        self._loop.call_soon_threadsafe(self._take, item["delta"])
+        """Add text to the stream; called from the job's thread."""
+        self._loop.call_soon_threadsafe(self._add, item["delta"])
 
     def end(self, running: asyncio.Future[Any]) -> None:
-        """The job has ended; what gathered is still given."""
+        """End the stream after the text that has arrived."""
         self._is_ended = True
-        self._news.set()
+        self._has_news.set()
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        while self._gathered or not self._is_ended:
-            await self._news.wait()
-            self._news.clear()
-            text, self._gathered = self._gathered, ""
+        while self._text or not self._is_ended:
+            await self._has_news.wait()
+            self._has_news.clear()
+            text, self._text = self._text, ""
             if text:
                 yield {"delta": text}
 
-    def _take(self, text: str) -> None:
-        self._gathered += text
-        self._news.set()
+    def _add(self, text: str) -> None:
+        self._text += text
+        self._has_news.set()
 
 
-async def _wait_out(running: asyncio.Future[Any]) -> None:
-    """Wait for a job's thread, though the platform may cancel us again meanwhile."""
+async def _wait_for_end(running: asyncio.Future[Any]) -> None:
+    """Wait for a job's thread to end, even if the platform cancels this task again."""
     while not running.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([running])
 
 
 def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The document in what is posted to the platform.
+    """The document in a result that the SDK posts.
 
-    For a streamed job it is the last item. For a failed job the SDK posts only the failure.
+    In a list it is the last item. For a failed job the SDK posts only the failure.
     """
     output = result.get("output")
     last = output[-1] if isinstance(output, list) and output else output
@@ -242,20 +245,20 @@ def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def make_reporter(event: Mapping[str, Any]) -> PlatformReporter | TerminalReporter:
-    """Who hears of a job's progress: RunPod, or somebody at a terminal."""
+    """What reports a job's progress: to RunPod, or at a terminal."""
     return PlatformReporter(event) if is_on_platform() else TerminalReporter()
 
 
 def is_on_platform() -> bool:
-    """Whether RunPod runs this process, and not somebody at a terminal."""
+    """Whether RunPod runs this process, not a person at a terminal."""
     return "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
 
 
 class PlatformReporter:
-    """Posts progress in order, the newest only, and nothing after `close`.
+    """Posts the newest progress, in order, and nothing after `close`.
 
-    The SDK's `progress_update` opens a thread for each call: updates overtake one another, and
-    one that arrives after the result leaves the job IN_PROGRESS for ever.
+    The SDK's `progress_update` starts a thread for each call, so updates overtake one another. An
+    update that arrives after the result leaves the job IN_PROGRESS for ever.
     """
 
     def __init__(self, event: Mapping[str, Any]) -> None:
@@ -263,28 +266,28 @@ class PlatformReporter:
         self._loop = asyncio.get_running_loop()
         self._newest: Mapping[str, Any] = {}
         self._is_failing = False
-        self._news, self._closing = asyncio.Event(), asyncio.Event()
+        self._has_news, self._closing = asyncio.Event(), asyncio.Event()
         self._posting = asyncio.create_task(self._post_all())
 
     def report(self, progress: Mapping[str, Any]) -> None:
-        """Take note of progress; called from the job's thread."""
+        """Post this progress soon; called from the job's thread."""
         self._newest = progress
-        self._loop.call_soon_threadsafe(self._news.set)
+        self._loop.call_soon_threadsafe(self._has_news.set)
 
     def show(self, document: Document) -> None:
-        """Nothing: the SDK posts what the handler returns."""
+        """Do nothing: the SDK posts what the handler returns."""
 
     async def close(self) -> None:
-        """Post nothing more; a post that is on its way arrives first."""
+        """End the posts. A post that has begun may arrive first."""
         self._closing.set()
-        self._news.set()
-        await asyncio.wait([self._posting], timeout=LAST_PROGRESS_S)
+        self._has_news.set()
+        await asyncio.wait([self._posting], timeout=LAST_PROGRESS_TIMEOUT_S)
         self._posting.cancel()
 
     async def _post_all(self) -> None:
         async with AsyncClientSession() as session:
-            while await self._news.wait() and not self._closing.is_set():
-                self._news.clear()
+            while await self._has_news.wait() and not self._closing.is_set():
+                self._has_news.clear()
                 await self._post(session)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), PROGRESS_INTERVAL_S)
@@ -293,7 +296,7 @@ class PlatformReporter:
         """Post the newest progress once: a later post replaces one that failed."""
         update = json.dumps({"status": "IN_PROGRESS", "output": self._newest}).encode()
         try:
-            await runpod_loop.post(session, self._event["id"], update, False, PROGRESS_S)
+            await runpod_loop.post(session, self._event["id"], update, False, PROGRESS_TIMEOUT_S)
         except (ClientError, OSError) as exc:
             if not self._is_failing:
                 why = runpod_loop.describe(exc)
@@ -308,20 +311,20 @@ class TerminalReporter:
         self._bar: tqdm[Any] | None = None
 
     def report(self, progress: Mapping[str, Any]) -> None:
-        """Move the bar; it appears with the first step."""
+        """Move the bar. It appears at the first step."""
         if self._bar is None:
             self._bar = tqdm(total=progress["steps"], unit="step", desc=progress["stage"])
         self._bar.update(progress["step"] - self._bar.n)
 
     def show(self, document: Document) -> None:
         """Print the document as the caller gets it."""
-        self._leave_bar()
+        self._close_bar()
         print(json.dumps(document.result(), indent=2, ensure_ascii=False), flush=True)
 
     async def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._leave_bar()
+        """End the bar where it is."""
+        self._close_bar()
 
-    def _leave_bar(self) -> None:
+    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -1,8 +1,8 @@
-"""RunPod's SDK, imported without the second that its import waits for.
+"""Imports RunPod's SDK a second faster.
 
-The SDK (1.12) asks py-cpuinfo for the processor's name, which nobody but its debugger shows. That
-starts another Python, which takes 1.1 of the import's 1.5 seconds while everything else waits, at
-every cold start. Linux tells the name in a file.
+The SDK (1.12) asks py-cpuinfo for the processor's name, which only its debugger shows. py-cpuinfo
+starts another Python for that, which takes 1.1 of the import's 1.5 seconds at every cold start. On
+Linux the name is in a file.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def load() -> None:
-    """Import `runpod`; the processor's name is the kernel's, where it tells one."""
+    """Import `runpod`, with the processor's name from the kernel if the kernel has one."""
     name = processor()
     import cpuinfo
 
-    asked = cpuinfo.get_cpu_info
+    original = cpuinfo.get_cpu_info
     if name:
         cpuinfo.get_cpu_info = lambda: {"brand_raw": name}
     try:
         import runpod  # noqa: F401
     finally:
-        cpuinfo.get_cpu_info = asked
+        cpuinfo.get_cpu_info = original
 
 
 def processor() -> str | None:
-    """The processor's name, as py-cpuinfo has it too; None where the kernel does not tell it."""
+    """The processor's name, the same as py-cpuinfo's; None if the kernel does not have it."""
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+?)\s*$", CPUINFO.read_text(), re.MULTILINE)
         return found and found[1]

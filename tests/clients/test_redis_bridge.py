@@ -83,8 +83,8 @@ def env_of(platform: Platform, place: dict[str, str], **changes: str) -> dict[st
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = Retry(tries=redis_bridge.PATIENCE.tries, base_s=0.01, max_s=0.05)
-    monkeypatch.setattr(redis_bridge, "PATIENCE", patient)
+    patient = Retry(tries=redis_bridge.OUTAGE_RETRY.tries, base_s=0.01, max_s=0.05)
+    monkeypatch.setattr(redis_bridge, "OUTAGE_RETRY", patient)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A pod registers with the application, whose functions answer as the real ones do."""
+"""A pod registers at the application's edge functions."""
 
 import json
 import threading
@@ -25,20 +25,20 @@ from tests.servers.worker_process import WorkerProcess
 class Application(LocalServer):
     """The edge functions `register-chat-worker` and `update-worker-url`.
 
-    Both refuse a body without `worker_url`. The second asks that address for `/health` and refuses
-    one that does not answer 2xx, where `probes` says so.
+    Both refuse a body without `worker_url`. With `probes` the second requests `/health` at that
+    address, and refuses an address that does not answer 2xx.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[str, Request, dict[str, Any]]] = []
+        self.posts: list[tuple[str, Request, dict[str, Any]]] = []
         self.probes = False
 
     def answer(self, request: Request) -> Answer:
         name = request.path.removeprefix("/functions/v1/")
         body = json.loads(request.body)
         with self.changed:
-            self.told.append((name, request, body))
+            self.posts.append((name, request, body))
             self.changed.notify_all()
         if not body["worker_url"]:
             return json_answer({"success": False, "error": "worker_url is required"}, 400)
@@ -48,8 +48,8 @@ class Application(LocalServer):
 
     @property
     def urls(self) -> list[str | None]:
-        """Where workers were said to be, in turn."""
-        return [body["worker_url"] for _, _, body in self.told]
+        """The addresses that were posted, in order."""
+        return [body["worker_url"] for _, _, body in self.posts]
 
 
 def _is_healthy(url: str) -> bool:
@@ -85,13 +85,13 @@ def registration(application: Application, *families: str, base_s: float = 0.01)
         (["sdxl", "chat"], ["update-worker-url", "register-chat-worker"]),
     ],
 )
-def test_each_family_is_announced_where_it_belongs(
+def test_each_family_is_registered_at_its_function(
     application: Application, families: list[str], functions: list[str]
 ) -> None:
     registration(application, *families).announce()
 
-    assert [name for name, _, _ in application.told] == functions
-    for _, request, body in application.told:
+    assert [name for name, _, _ in application.posts] == functions
+    for _, request, body in application.posts:
         assert request.headers["Authorization"] == "Bearer key"
         assert body == {
             "worker_url": URL,
@@ -101,33 +101,37 @@ def test_each_family_is_announced_where_it_belongs(
         }
 
 
-def test_an_application_that_is_busy_is_told_again(application: Application) -> None:
+def test_a_registration_is_tried_again_while_the_application_is_busy(
+    application: Application,
+) -> None:
     application.script([503, "reset", 429])
 
     registration(application, "chat").announce()
 
-    assert len(application.told) == 1
+    assert len(application.posts) == 1
 
 
-def test_an_application_that_does_not_reach_the_worker_yet_is_told_again(
+def test_a_registration_is_tried_again_until_the_application_reaches_the_worker(
     application: Application,
 ) -> None:
     application.script([400, 400])
 
     registration(application, "sdxl").announce()
 
-    assert len(application.told) == 1
+    assert len(application.posts) == 1
 
 
-def test_an_application_that_does_not_want_it_is_left_alone(application: Application) -> None:
+def test_a_registration_that_is_refused_for_good_is_not_tried_again(
+    application: Application,
+) -> None:
     application.script([404])
 
     registration(application, "chat").announce()
 
-    assert application.told == []
+    assert application.posts == []
 
 
-def test_a_worker_that_leaves_is_announced_no_more(application: Application) -> None:
+def test_a_worker_that_closes_is_not_registered_any_more(application: Application) -> None:
     application.script([503])
     leaving = registration(application, "chat", base_s=PATIENCE_S)
     announcing = threading.Thread(target=leaving.announce)
@@ -138,10 +142,10 @@ def test_a_worker_that_leaves_is_announced_no_more(application: Application) -> 
     announcing.join(PATIENCE_S / 2)
 
     assert not announcing.is_alive()
-    assert application.told == []
+    assert application.posts == []
 
 
-def test_a_pods_url_is_its_proxys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pods_address_is_the_one_of_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNPOD_POD_ID", "pod")
     settings = Settings(
         register_worker=True, supabase_url="https://a.example", supabase_service_key="k", port=7861
@@ -149,10 +153,10 @@ def test_a_pods_url_is_its_proxys(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made = Registration.of(settings)
 
-    assert made and made._worker_url == "https://pod-7861.proxy.runpod.net"
+    assert made and made.worker_url == "https://pod-7861.proxy.runpod.net"
 
 
-def test_what_registration_needs_is_asked_for_at_the_start() -> None:
+def test_a_setting_that_registration_lacks_is_named_at_the_start() -> None:
     with pytest.raises(ModelLoadError, match="REGISTER_WORKER: SUPABASE_URL"):
         Registration.of(Settings(register_worker=True))
 
@@ -160,7 +164,7 @@ def test_what_registration_needs_is_asked_for_at_the_start() -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
+def test_a_worker_registers_when_it_is_ready_and_posts_nothing_when_it_ends(
     application: Application, tmp_path: Path
 ) -> None:
     application.probes = True
@@ -177,7 +181,7 @@ def test_a_worker_registers_once_it_answers_and_tells_nothing_when_it_leaves(
         "HOST": "127.0.0.1",
     }
     with WorkerProcess(None, str(HANDLER), env=env, cwd=ROOT) as process:
-        application.wait_until(lambda: application.told)
+        application.wait_until(lambda: application.posts)
         process.terminate()
         assert process.wait() == 0
         log = process.log

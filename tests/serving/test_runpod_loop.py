@@ -1,4 +1,4 @@
-"""What is replaced in RunPod's loop: what it relies on in the SDK, how it waits and gives up."""
+"""Our changes to RunPod's loop: the SDK's code that they rely on, their waits and their limits."""
 
 import asyncio
 import hashlib
@@ -19,10 +19,10 @@ from ourvidz_serverless.serving import runpod_loop
 from ourvidz_serverless.serving.runpod_loop import Loop, Outage, post_result
 from tests.servers.local_server import Answer, LocalServer, Request, json_answer
 
-HASTE = Retry(base_s=0.001, max_s=0.001)
+FAST_RETRY = Retry(base_s=0.001, max_s=0.001)
 
-#: The SDK's code that `runpod_loop` replaces or calls, by the first letters of its hash. Where one
-#: differs, read it again, see that the replacement still holds, and note the new hash here.
+#: The SDK's code that `runpod_loop` replaces or calls, and the first letters of its hash. If one
+#: differs, read that code, check that the replacement is still right, and write the new hash here.
 RELIED_ON: dict[str, tuple[Callable[..., Any], str]] = {
     each.__qualname__: (each, known)
     for each, known in [
@@ -38,8 +38,8 @@ RELIED_ON: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-class Done(LocalServer):
-    """Takes results, unless its script says otherwise, and counts the posts."""
+class ResultServer(LocalServer):
+    """A platform that accepts results, unless its script says otherwise, and records the posts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,34 +55,36 @@ class Done(LocalServer):
 def post(
     url: str, monkeypatch: pytest.MonkeyPatch, remaining_s: Callable[[], float] = lambda: 9.0
 ) -> str | None:
-    """Post a result to a platform; why it was not taken, if it was not."""
+    """Post a result to a platform; None, or why the platform did not take it."""
     monkeypatch.setattr(rp_http, "JOB_DONE_URL", f"{url}/job-done/worker-1/$ID?gpu=none")
 
     async def go() -> str | None:
         async with ClientSession() as session:
-            return await post_result(session, "job-1", b"{}", False, remaining_s, HASTE)
+            return await post_result(session, "job-1", b"{}", False, remaining_s, FAST_RETRY)
 
     return asyncio.run(go())
 
 
-# --- the SDK that it was written for ---
+# --- the SDK's code ---
 
 
 @pytest.mark.parametrize("name", RELIED_ON)
-def test_the_sdks_code_is_the_one_that_was_read(name: str) -> None:
+def test_the_sdks_code_that_the_loop_relies_on_is_unchanged(name: str) -> None:
     code, known = RELIED_ON[name]
 
     assert hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16] == known
 
 
-def test_another_version_of_the_sdk_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_sdk_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(runpod, "__version__", "1.13.0")
 
     with pytest.raises(ModelLoadError, match=r"runpod: version 1\.12\.x is needed, 1\.13\.0 is"):
         runpod_loop.install(lambda: None, lambda *_: None, 20)
 
 
-# --- the end of a worker ---
+# --- shutdown ---
 
 
 @pytest.fixture
@@ -92,12 +94,12 @@ def closed() -> list[str]:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, closed: list[str]) -> Loop:
-    """A loop that nobody runs, whose grace is over at once; `closed` tells when it was closed."""
+    """A loop that does not run, without grace; it adds to `closed` each time it is closed."""
     monkeypatch.setattr(rp_job, "send_result", rp_job.send_result)
     return Loop({}, lambda: closed.append("closed"), lambda *_: None, grace_s=0)
 
 
-def test_a_worker_that_is_being_replaced_still_hears_sigterm(loop: Loop, closed: list[str]) -> None:
+def test_sigterm_closes_a_worker_that_is_being_replaced_once(loop: Loop, closed: list[str]) -> None:
     loop.kill_worker()
 
     loop.handle_shutdown(signal.SIGTERM, None)
@@ -106,24 +108,24 @@ def test_a_worker_that_is_being_replaced_still_hears_sigterm(loop: Loop, closed:
     assert closed == ["closed"]
 
 
-def test_the_grace_of_results_begins_with_the_signal_and_not_with_the_replacement(
+def test_the_time_to_post_results_is_shortened_by_sigterm_and_not_by_a_replacement(
     loop: Loop,
 ) -> None:
     loop.kill_worker()
-    before = loop._left()()
+    before = loop.posting_time()()
     loop.handle_shutdown(signal.SIGTERM, None)
 
-    assert (before > 0, loop._left()() > 0) == (True, False)
+    assert (before > 0, loop.posting_time()() > 0) == (True, False)
 
 
 # --- results ---
 
 
 @pytest.mark.parametrize("step", [503, 500, 429, 408, "reset"])
-def test_a_result_is_posted_again_until_it_is_taken(
+def test_a_result_is_posted_again_until_the_platform_takes_it(
     monkeypatch: pytest.MonkeyPatch, step: int | str
 ) -> None:
-    with Done() as platform:
+    with ResultServer() as platform:
         platform.script([step] * 6)
 
         assert post(platform.url, monkeypatch) is None
@@ -131,27 +133,29 @@ def test_a_result_is_posted_again_until_it_is_taken(
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413])
-def test_a_refusal_that_no_other_try_would_change_is_final(
+def test_a_result_that_is_refused_for_good_is_posted_once(
     monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    with Done() as platform:
+    with ResultServer() as platform:
         platform.script([status])
 
         assert post(platform.url, monkeypatch) == f"HTTP {status}"
     assert len(platform.posts) == 1
 
 
-def test_a_result_is_given_up_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_not_posted_again_after_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     left = iter([1.0, 1.0, 0.0])
-    with Done() as platform:
+    with ResultServer() as platform:
         platform.script([503] * 9)
 
         assert post(platform.url, monkeypatch, lambda: next(left)) == "HTTP 503"
     assert len(platform.posts) == 3
 
 
-def test_a_result_is_posted_once_though_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Done() as platform:
+def test_a_result_is_posted_once_even_if_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ResultServer() as platform:
         assert post(platform.url, monkeypatch, lambda: -5.0) is None
     assert len(platform.posts) == 1
 
@@ -164,14 +168,14 @@ def waits(errors: Iterable[Exception]) -> list[float]:
     return [outage.failed(error) for error in errors]
 
 
-def test_the_waits_of_an_outage_grow_to_half_a_minute() -> None:
+def test_the_waits_between_polls_grow_to_half_a_minute_in_an_outage() -> None:
     found = waits([ClientConnectionError()] * 9)
 
     assert found[:4] == pytest.approx([0.5, 1, 2, 4], rel=0.25)
     assert found[-1] == 30
 
 
-def test_an_outage_is_told_once_and_its_end_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outage_is_logged_once_and_its_end_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ourvidz")
     outage = Outage("jobs")
 
@@ -186,10 +190,10 @@ def test_an_outage_is_told_once_and_its_end_once(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_a_heartbeat_that_fails_is_told_once_until_one_arrives(
+def test_a_failed_heartbeat_is_logged_once_until_one_arrives(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    log = runpod_loop.OneLineAnOutage()
+    log = runpod_loop.HeartbeatLog()
 
     for _ in range(3):
         log.error("Ping Request Error: refused")

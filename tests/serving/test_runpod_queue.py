@@ -1,4 +1,4 @@
-"""The handler behind RunPod's own loop: the real SDK in a process, the platform emulated."""
+"""The handler in RunPod's own loop: the real SDK in a process, against an emulated platform."""
 
 import json
 import re
@@ -21,12 +21,12 @@ from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver, SupabaseStorage
 from tests.servers.worker_process import WorkerProcess
 
-#: Longer than any test waits before it submits a job to an open poll.
+#: Longer than any test waits before it submits a job during an open poll.
 LONG_POLL_S = 8.0
 
-#: With the slowdown on, twelve seconds or more.
+#: At least twelve seconds with the slowdown on.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
-#: A few seconds: long enough to be met in the middle.
+#: A few seconds, so that a test can act while the job runs.
 LONG = {"config": {"num_inference_steps": 50, "num_images": 3, "resolution": "192x192"}}
 
 
@@ -56,7 +56,7 @@ def worker(
 
 
 def calls_back(receiver: CallbackReceiver, folder: Path, **env: str) -> dict[str, str]:
-    """The environment of a worker that stores in a folder and tells a receiver."""
+    """The environment of a worker that stores in a folder and calls a receiver back."""
     return {
         "STORAGE_URL": f"file:{folder / 'assets'}",
         "CALLBACK_URL": receiver.callback_url,
@@ -65,8 +65,8 @@ def calls_back(receiver: CallbackReceiver, folder: Path, **env: str) -> dict[str
     }
 
 
-def told(receiver: CallbackReceiver, job_id: str) -> list[str]:
-    """The states of a job that the receiver was told of."""
+def called_back(receiver: CallbackReceiver, job_id: str) -> list[str]:
+    """The statuses in the callbacks of a job."""
     documents = [each.document for each in receiver.received]
     return [document["status"] for document in documents if document["job_id"] == job_id]
 
@@ -88,7 +88,7 @@ def test_a_job_comes_back_with_a_stored_picture(platform: Platform, outputs: Pat
 
 
 @pytest.mark.usefixtures("worker")
-def test_the_callback_holds_what_was_returned(
+def test_the_callback_equals_the_returned_document(
     platform: Platform, receiver: CallbackReceiver
 ) -> None:
     job = platform.submit(sdxl_payload(id="called-back"))
@@ -120,7 +120,7 @@ def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) ->
 @pytest.mark.parametrize(
     "name", ["video_fast", "chat_enhance", "image7b_fast_enhanced", "wan_video_high"]
 )
-def test_another_familys_job_is_unavailable_and_may_be_retried(
+def test_a_job_of_a_family_that_is_not_served_is_unavailable_and_retryable(
     platform: Platform, name: str
 ) -> None:
     job = platform.submit(sdxl_payload(type=name))
@@ -132,7 +132,7 @@ def test_another_familys_job_is_unavailable_and_may_be_retried(
 
 
 @pytest.mark.usefixtures("worker")
-def test_an_administrator_is_answered_while_a_picture_is_rendered(
+def test_an_admin_job_is_answered_while_a_picture_is_rendered(
     platform: Platform, slowdown: Slowdown
 ) -> None:
     with slowdown.on():
@@ -196,7 +196,7 @@ def test_a_cancelled_job_frees_its_slot_at_the_next_step(
 
 
 @pytest.mark.usefixtures("worker")
-def test_two_jobs_overlap_and_both_end_well(platform: Platform) -> None:
+def test_two_jobs_at_once_both_complete(platform: Platform) -> None:
     pair = [platform.submit(sdxl_payload(id=f"pair-{i}", config={"seed": i})) for i in (1, 2)]
 
     seeds = [platform.result(job)["output"]["assets"][0]["metadata"]["seed"] for job in pair]
@@ -219,7 +219,7 @@ def test_a_job_delivered_twice_is_rendered_once(
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_tells_the_same_assets(
+def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_has_the_same_assets(
     platform: Platform,
 ) -> None:
     unseeded = sdxl_payload(id="unseeded", config={"seed": None})
@@ -231,7 +231,7 @@ def test_a_job_without_a_seed_that_is_delivered_again_after_its_end_tells_the_sa
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_job_that_is_cancelled_as_it_is_handed_over_ends_cancelled(
+def test_a_job_that_is_cancelled_before_it_begins_ends_cancelled(
     platform: Platform, worker: WorkerProcess, slowdown: Slowdown, receiver: CallbackReceiver
 ) -> None:
     with slowdown.on():
@@ -243,7 +243,7 @@ def test_a_job_that_is_cancelled_as_it_is_handed_over_ends_cancelled(
 
     after = platform.submit(sdxl_payload(id="after-at-once"))
     assert platform.result(after)["output"]["status"] == "completed"
-    receiver.wait_until(lambda: told(receiver, "at-once") == ["failed"])
+    receiver.wait_until(lambda: called_back(receiver, "at-once") == ["failed"])
 
 
 def test_the_platforms_own_timeout_stops_the_job(
@@ -271,7 +271,7 @@ def test_a_result_is_posted_until_the_platform_takes_it(platform: Platform) -> N
     assert platform.script_left == []
 
 
-def test_a_result_that_the_platform_refuses_is_kept_beside_the_assets(
+def test_a_result_that_the_platform_refuses_is_stored_beside_the_assets(
     platform: Platform, worker: WorkerProcess, outputs: Path
 ) -> None:
     platform.script([400])
@@ -285,7 +285,7 @@ def test_a_result_that_the_platform_refuses_is_kept_beside_the_assets(
     assert (outputs / document["assets"][0]["url"]).exists()
 
 
-def test_a_refusal_that_the_platform_refuses_is_kept_too(
+def test_a_failed_jobs_result_that_the_platform_refuses_is_stored_too(
     platform: Platform, worker: WorkerProcess, outputs: Path
 ) -> None:
     platform.script([400])
@@ -297,7 +297,9 @@ def test_a_refusal_that_the_platform_refuses_is_kept_too(
     assert json.loads(kept.read_text())["failure"]["code"] == "INVALID_PROMPT"
 
 
-def test_a_platform_that_is_away_is_told_of_once_and_served_again(tmp_path: Path) -> None:
+def test_an_outage_of_the_platform_is_logged_once_and_jobs_run_again_after_it(
+    tmp_path: Path,
+) -> None:
     with Platform() as own, start(own, STORAGE_URL=f"file:{tmp_path}") as process:
         own.stop()
         process.wait_for_log("the platform sends no jobs")
@@ -307,9 +309,9 @@ def test_a_platform_that_is_away_is_told_of_once_and_served_again(tmp_path: Path
             assert back.result(back.submit(sdxl_payload()))["output"]["status"] == "completed"
             process.wait_for_log("the platform sends stop signals again")
 
-    told = [line for line in away.splitlines() if "sends no" in line or "rror" in line]
-    assert len([line for line in told if "sends no jobs" in line]) <= 2, away
-    assert len(told) <= 5, away
+    outage = [line for line in away.splitlines() if "sends no" in line or "rror" in line]
+    assert len([line for line in outage if "sends no jobs" in line]) <= 2, away
+    assert len(outage) <= 5, away
 
 
 # --- shutdown ---
@@ -341,7 +343,7 @@ def test_sigterm_stops_a_job_that_outlasts_the_grace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after_s", [0.3, 1.0, 2.5])
-def test_a_job_handed_over_after_sigterm_is_run_within_the_grace(
+def test_a_job_that_arrives_after_sigterm_is_run_within_the_grace(
     tmp_path: Path, receiver: CallbackReceiver, after_s: float
 ) -> None:
     name = f"late-{after_s}".replace(".", "-")
@@ -352,10 +354,10 @@ def test_a_job_handed_over_after_sigterm_is_run_within_the_grace(
 
         assert process.wait() == 0
         assert own.status(job)["status"] == "COMPLETED"
-    assert told(receiver, name) == ["completed"]
+    assert called_back(receiver, name) == ["completed"]
 
 
-def test_a_job_handed_over_after_the_grace_is_told_that_the_worker_is_unavailable(
+def test_a_job_that_arrives_after_the_grace_fails_as_worker_unavailable(
     tmp_path: Path, receiver: CallbackReceiver
 ) -> None:
     env = calls_back(receiver, tmp_path, SHUTDOWN_GRACE_S="0")
@@ -367,7 +369,7 @@ def test_a_job_handed_over_after_the_grace_is_told_that_the_worker_is_unavailabl
 
         assert process.wait() == 0
         assert failure(own.status(job))["code"] == "WORKER_UNAVAILABLE"
-    assert told(receiver, "too-late") == ["failed"]
+    assert called_back(receiver, "too-late") == ["failed"]
 
 
 def test_sigterm_while_the_models_load_ends_the_worker(tmp_path: Path) -> None:
@@ -433,7 +435,7 @@ def test_the_handler_runs_a_test_input_and_shows_its_result(tmp_path: Path) -> N
     assert (tmp_path / "user-1/job-1/0.png").exists()
 
 
-def test_the_log_has_neither_prompt_nor_payload(tmp_path: Path) -> None:
+def test_the_log_has_no_prompt(tmp_path: Path) -> None:
     words = "an unmistakable zebra " + "and more of it " * 60
     payload = json.dumps({"input": sdxl_payload(prompt=words, negative_prompt=words)})
 
@@ -474,7 +476,7 @@ def test_a_failed_start_exits_with_one_clear_line(env: dict[str, str], line: str
     assert "Traceback" not in run.stderr
 
 
-def test_a_checkpoint_that_is_none_fails_with_its_name(tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_named_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     (tmp_path / "broken").symlink_to(ROOT / "pocket/sdxl")
 

@@ -1,4 +1,4 @@
-"""The contract: schemas are current, examples hold, old payloads still mean the same."""
+"""The contract: the schemas are current, examples are valid, old payloads mean the same."""
 
 import json
 from pathlib import Path
@@ -32,21 +32,21 @@ def check(name: str, document: Any) -> None:
     validator(name).validate(document)
 
 
-# --- the artefacts ---
+# --- the files ---
 
 
-def test_the_artefacts_are_what_the_code_says() -> None:
+def test_the_files_of_the_contract_are_current() -> None:
     assert artefacts.check() == []
 
 
-def test_a_changed_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_the_contract_makes_its_files_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "VERSION", "9.9")
 
     assert "contract/callback.schema.json" in artefacts.check()
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.name)
-def test_every_schema_is_a_schema(path: Path) -> None:
+def test_every_schema_is_valid_json_schema(path: Path) -> None:
     Validator.check_schema(read(path))
 
 
@@ -60,7 +60,7 @@ def test_every_job_type_has_a_schema_and_an_example() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_holds_and_parses(path: Path) -> None:
+def test_every_example_payload_is_valid_and_parses(path: Path) -> None:
     payload = read(path)
 
     check(f"jobs/{payload['type']}", payload)
@@ -69,21 +69,21 @@ def test_every_example_holds_and_parses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_an_earlier_version_sent_still_means_the_same(name: str) -> None:
+def test_a_payload_of_an_earlier_version_means_the_same(name: str) -> None:
     means = artefacts.meaning(KEPT[name]["input"])
 
     assert _only(means, KEPT[name]["means"]) == KEPT[name]["means"]
 
 
 def _only(found: Any, wanted: Any) -> Any:
-    """Of what is found, what the wanted has too: what came later is no harm."""
+    """The fields of `found` that `wanted` has too: later versions may add fields."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return {key: _only(found.get(key), value) for key, value in wanted.items()}
     return found
 
 
 @pytest.mark.parametrize("name", [name for name in KEPT if "type" in KEPT[name]["input"]])
-def test_what_an_earlier_version_sent_fits_todays_schema(name: str) -> None:
+def test_a_payload_of_an_earlier_version_is_valid_today(name: str) -> None:
     payload = KEPT[name]["input"]
 
     check(f"jobs/{jobs.SYNONYMS.get(payload['type'], payload['type'])}", payload)
@@ -100,7 +100,7 @@ def test_what_an_earlier_version_sent_fits_todays_schema(name: str) -> None:
         ({"type": "sdxl_image_best"}, "type"),
     ],
 )
-def test_what_the_worker_refuses_the_schema_refuses(changes: Any, at: str) -> None:
+def test_a_payload_that_the_worker_refuses_is_invalid_in_the_schema(changes: Any, at: str) -> None:
     payload = sdxl_payload(**changes)
 
     (refusal,) = validator("jobs/sdxl_image_fast").iter_errors(payload)
@@ -111,7 +111,7 @@ def test_what_the_worker_refuses_the_schema_refuses(changes: Any, at: str) -> No
 
 
 @pytest.mark.parametrize("field", ["model", "max_tokens", "temperature", "stop", "seed"])
-def test_a_field_that_answers_in_two_places_stands_in_both(field: str) -> None:
+def test_a_field_that_is_accepted_in_two_places_is_in_the_schema_twice(field: str) -> None:
     schema = read(FOLDER / "jobs/chat_conversation.schema.json")
 
     assert field in schema["properties"]
@@ -122,12 +122,12 @@ def test_a_field_that_answers_in_two_places_stands_in_both(field: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("examples/*.json")), ids=lambda path: path.stem)
-def test_every_documents_example_holds(path: Path) -> None:
+def test_every_example_document_is_valid(path: Path) -> None:
     check(path.name.split(".")[0], read(path))
 
 
 def large_fields(schema: Any) -> list[str]:
-    """The schema's fields that take more than RunPod does, as JSON."""
+    """The schema's fields that accept more than RunPod does, as JSON."""
     if isinstance(schema, list):
         return [found for part in schema for found in large_fields(part)]
     if not isinstance(schema, dict):
@@ -141,14 +141,14 @@ def large_fields(schema: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["sdxl_image_fast", "video_fast", "image_high"])
-def test_a_field_that_takes_more_than_the_queue_says_what_the_queue_takes(name: str) -> None:
+def test_a_field_longer_than_runpods_limit_states_that_limit(name: str) -> None:
     fields = large_fields(contract.job_schemas()[name])
 
     assert fields
     assert all("10 MB on /run, 20 on /runsync" in field for field in fields)
 
 
-def test_the_schemas_know_every_error_code() -> None:
+def test_the_schemas_list_every_error_code() -> None:
     codes = sorted(error.code for error in errors.JobError.__subclasses__())
 
     assert (
@@ -171,7 +171,9 @@ def test_the_schemas_know_every_error_code() -> None:
         [],
     ],
 )
-def test_what_the_worker_says_is_in_the_contract(tmp_path: Path, payload: Any) -> None:
+def test_every_document_of_the_worker_is_valid_in_the_contract(
+    tmp_path: Path, payload: Any
+) -> None:
     local = LocalWorker(tmp_path, models={"chat": FakeChat("Rain.")})
     local.models["sdxl"] = local.fake_sdxl
 
