@@ -1,26 +1,26 @@
-// The application's side of a callback: who sent it, and what it says.
+// Verifies a callback and returns its document.
 
 import type { Callback } from "./types.ts";
 
-/** Why a callback is not to be believed; answer it with 401. */
+/** Thrown for a callback that the worker did not sign. Answer it with 401. */
 export class BadSignature extends Error {
   override name = "BadSignature";
 }
 
 export interface VerifyOptions {
-  /** How old a callback may be, and how far the clocks may differ, in seconds. */
+  /** How old a callback may be, and how much the clocks may differ, in seconds. */
   toleranceS?: number;
-  /** `false` also takes a callback without any `webhook-*` header, which has no time of its own:
-   * whoever has recorded a callback can then leave those headers out and send it again, at any
-   * time. For senders that sign with `X-Callback-Signature` alone, while there are any. */
+  /** `false` also accepts a callback without `webhook-*` headers. Without them a callback has no
+   * time, so anybody who has recorded one can send it again at any time. Use `false` only for
+   * senders that sign with `X-Callback-Signature` alone. */
   requireWebhook?: boolean;
   now?: () => number;
 }
 
 /**
- * The document of a callback, once its signatures hold: `X-Callback-Signature`, and the Standard
- * Webhooks headers, whose time must be within the last five minutes, so that a recorded callback
- * cannot be sent again later. `secret` is JOB_CALLBACK_SECRET; several while it is rotated.
+ * The document of a callback, if its signatures are right: `X-Callback-Signature` and the Standard
+ * Webhooks headers. Their time must be within the last five minutes, so that a recorded callback
+ * cannot be sent again later. `secret` is JOB_CALLBACK_SECRET, or several during a rotation.
  * Throws BadSignature, or SyntaxError for a body that is no JSON.
  */
 export async function verifyCallback(
@@ -45,13 +45,13 @@ interface Sent {
   body: Uint8Array;
 }
 
-/** Whether `X-Callback-Signature` is the secret's, for this body. */
+/** Whether `X-Callback-Signature` is the signature of this body with the secret. */
 async function isSigned({ headers, body }: Sent, secret: string): Promise<boolean> {
   const [, hex] = /^sha256=([0-9a-f]{64})$/.exec(headers.get("X-Callback-Signature") ?? "") ?? [];
   return Boolean(secret && hex) && await holds(utf8(secret), fromHex(hex), body);
 }
 
-/** Whether the Standard Webhooks headers are the secret's, for this body and this time. */
+/** Whether the Standard Webhooks headers sign this body with the secret, at a time near now. */
 async function isWebhook(
   { headers, body }: Sent,
   secret: string,
@@ -71,14 +71,14 @@ async function isWebhook(
   return false;
 }
 
-/** WebCrypto's own comparison, which takes the same time however near the signature is. */
+/** Whether a signature is right, by WebCrypto's comparison in constant time. */
 async function holds(key: Uint8Array, signature: Uint8Array, text: Uint8Array): Promise<boolean> {
   const algorithm = { name: "HMAC", hash: "SHA-256" };
   const imported = await crypto.subtle.importKey("raw", bytes(key), algorithm, false, ["verify"]);
   return crypto.subtle.verify("HMAC", imported, bytes(signature), bytes(text));
 }
 
-/** Standard Webhooks hands out keys as `whsec_` and base64; any other secret is its own key. */
+/** The key in a secret: the base64 after `whsec_` (Standard Webhooks), else the text itself. */
 function webhookKey(secret: string): Uint8Array {
   const encoded = secret.startsWith("whsec_") ? fromBase64(secret.slice(6)) : undefined;
   return encoded ?? utf8(secret);
@@ -107,7 +107,7 @@ function join(first: Uint8Array, second: Uint8Array): Uint8Array {
   return joined;
 }
 
-/** The same bytes, which never lie in shared memory, as WebCrypto's types want to be sure of. */
+/** The same bytes with the type that WebCrypto requires: not in shared memory. */
 function bytes(of: Uint8Array): Uint8Array<ArrayBuffer> {
   return of as Uint8Array<ArrayBuffer>;
 }

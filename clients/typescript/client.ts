@@ -1,4 +1,4 @@
-// Jobs by their type: which endpoint serves one, and the way from submission to result.
+// Submits jobs to the endpoints of their families.
 
 import { type Connection, Endpoint, type Health } from "./endpoint.ts";
 import { type JobName, resultOf, SubmittedJob, underWay } from "./job.ts";
@@ -14,23 +14,23 @@ import {
 } from "./types.ts";
 
 export interface ClientOptions extends Connection {
-  /** The endpoint of each family; several share its jobs by their load. */
+  /** The endpoint of each family. A job goes to the one of several with the least load. */
   endpoints: Partial<Record<Family, string | readonly string[]>>;
-  /** The worker's own key, where it has WORKER_API_KEY. */
+  /** The worker's own key, if it has WORKER_API_KEY. */
   workerKey?: string;
 }
 
 /**
- * A payload whose type is any string to the compiler, such as one that the application builds for
- * either of two families. A payload whose type the compiler knows has to be a `Job`.
+ * A payload whose `type` the compiler knows only as a string, such as one that the application builds
+ * for either of two families. A payload whose type the compiler knows must be a `Job`.
  */
 export type Untyped<T extends { type: string }> = string extends T["type"] ? T : never;
 
-/** The family that does a job, whichever field names its type. Throws TypeError for no type. */
+/** The family of a job's type, from any field that may name it. Throws TypeError for no type. */
 export function familyOf(job: Job): Family;
 export function familyOf<const T extends { type: string }>(job: T & Untyped<T>): Family;
 export function familyOf(job: object): Family {
-  // The application's older chat payloads name it in `config` alone.
+  // The application's older chat payloads name the type only in `config`.
   const { type, job_type, config } = job as {
     type?: string;
     job_type?: string;
@@ -72,7 +72,7 @@ export class Client {
     return await (await this.submit(job as Job, s3Config)).result(timeoutMs);
   }
 
-  /** The same in one request, as long as the job takes no more than `waitMs`. Throws JobFailed. */
+  /** `run` in one request, for a job that takes `waitMs` at most. Throws JobFailed. */
   runsync(job: Job, waitMs?: number, s3Config?: object): Promise<Result>;
   runsync<const T extends { type: string }>(
     job: T & Untyped<T>,
@@ -104,23 +104,23 @@ export class Client {
     return this.job(job).cancel();
   }
 
-  /** The health of each of a family's endpoints, by endpoint. */
+  /** The health of a family's endpoints, by the endpoint's id. */
   async health(family: Family): Promise<Record<string, Health>> {
     const endpoints = this.#endpoints(family);
     const found = await Promise.all(endpoints.map((each) => each.health()));
     return Object.fromEntries(endpoints.map((each, at) => [each.id, found[at]]));
   }
 
-  /** The endpoint that would have to work off least for each worker that runs. */
+  /** The family's endpoint with the fewest jobs for each running worker. */
   async #choose(job: Job): Promise<Endpoint> {
     const endpoints = this.#endpoints(this.#family(job));
     if (endpoints.length === 1) return endpoints[0];
-    const asked = await Promise.allSettled(endpoints.map((each) => each.health()));
-    const loads = asked.map((each) => each.status === "fulfilled" ? load(each.value) : Infinity);
+    const answers = await Promise.allSettled(endpoints.map((each) => each.health()));
+    const loads = answers.map((each) => each.status === "fulfilled" ? load(each.value) : Infinity);
     return endpoints[loads.indexOf(Math.min(...loads))];
   }
 
-  /** Every worker serves an administrator: the one that the question is about, or the first. */
+  /** Every worker runs admin jobs: the target's family gets the job, or else the first family. */
   #family(job: Job): Family {
     const family = familyOf(job);
     const endpoints = this.#options.endpoints;
@@ -138,7 +138,7 @@ export class Client {
     return ids.map((id) => new Endpoint(id, this.#options));
   }
 
-  /** With an id of our own, so that a request whose answer was lost can be made again. */
+  /** The request's body. The payload gets an id, so that it can be sent again after a lost answer. */
   #body(job: Job, s3Config?: object): object {
     const key = this.#options.workerKey;
     const id = job.id || job.job_id || crypto.randomUUID();

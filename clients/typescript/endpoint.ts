@@ -1,4 +1,4 @@
-// One RunPod endpoint over fetch: its operations, and trying again where that may help.
+// One RunPod endpoint: its operations by `fetch`, with tries and waits.
 
 export type Status =
   | "IN_QUEUE"
@@ -8,7 +8,7 @@ export type Status =
   | "CANCELLED"
   | "TIMED_OUT";
 
-/** What RunPod says of a job; `parseResult` reads it. */
+/** RunPod's status of a job. `parseResult` reads it. */
 export interface RunStatus {
   id: string;
   status: Status;
@@ -17,7 +17,7 @@ export interface RunStatus {
   [key: string]: unknown;
 }
 
-/** What RunPod says of an endpoint. */
+/** RunPod's counts of an endpoint's jobs and workers. */
 export interface Health {
   jobs: { inQueue: number; inProgress: number; [state: string]: number };
   workers: { running: number; idle?: number; ready?: number; [state: string]: number | undefined };
@@ -28,7 +28,7 @@ export interface StreamPart {
   stream?: { output: unknown }[];
 }
 
-/** How often a request is made, and how its waits grow. */
+/** How many times a request is tried, and the first and the longest wait between tries. */
 export interface Retry {
   tries: number;
   baseMs: number;
@@ -38,23 +38,23 @@ export interface Retry {
 export interface Connection {
   apiKey: string;
   baseUrl?: string;
-  /** Given up after so long, /runsync excepted, which waits for its job. */
+  /** The time limit of one request. `/runsync` also has the time that it waits for its job. */
   timeoutMs?: number;
   retry?: Partial<Retry>;
   fetch?: typeof globalThis.fetch;
 }
 
-/** How long one request is waited for, and how often it is made, where that is not the client's. */
-export type Patience = Pick<Connection, "timeoutMs" | "retry">;
+/** The time limit and the tries of one request, if they differ from the client's. */
+export type RequestLimits = Pick<Connection, "timeoutMs" | "retry">;
 
 const TIMEOUT_MS = 30_000;
 export const RETRY: Retry = { tries: 4, baseMs: 500, maxMs: 10_000 };
 
-/** An answer that is not 2xx, or no whole answer (`status` 0), after the last try. */
+/** Thrown after the last try: the status is not 2xx, or the answer is incomplete (`status` 0). */
 export class RequestFailed extends Error {
   override name = "RequestFailed";
   readonly status: number;
-  /** How long the other side asks to wait, in milliseconds. */
+  /** How long the server asks to wait, in milliseconds. */
   readonly retryAfterMs: number;
 
   constructor(status: number, message: string, retryAfterMs = 0) {
@@ -63,7 +63,7 @@ export class RequestFailed extends Error {
     this.retryAfterMs = retryAfterMs;
   }
 
-  /** Whether the same request may go better later. */
+  /** Whether another try may succeed. */
   get isTransient(): boolean {
     const { status } = this;
     return status === 0 || status === 408 || status === 425 || status === 429 || status >= 500;
@@ -79,7 +79,7 @@ export class Endpoint {
     this.#to = to;
   }
 
-  /** Queue a job. A payload with an `id` may be sent again: the worker does it once. */
+  /** Queue a job. A payload with an `id` may be sent twice: the worker runs it once. */
   run(body: object): Promise<RunStatus> {
     return this.#request("POST", "run", "id", { body });
   }
@@ -90,13 +90,13 @@ export class Endpoint {
     return this.#request("POST", `runsync?wait=${waitMs}`, "status", { body, timeoutMs });
   }
 
-  status(job: string, patience: Patience = {}): Promise<RunStatus> {
-    return this.#request("GET", `status/${encodeURIComponent(job)}`, "status", patience);
+  status(job: string, limits: RequestLimits = {}): Promise<RunStatus> {
+    return this.#request("GET", `status/${encodeURIComponent(job)}`, "status", limits);
   }
 
-  /** What the job has said since the last call. */
-  stream(job: string, patience: Patience = {}): Promise<StreamPart> {
-    return this.#request("GET", `stream/${encodeURIComponent(job)}`, "status", patience);
+  /** What the job has streamed since the last call. */
+  stream(job: string, limits: RequestLimits = {}): Promise<StreamPart> {
+    return this.#request("GET", `stream/${encodeURIComponent(job)}`, "status", limits);
   }
 
   cancel(job: string): Promise<RunStatus> {
@@ -107,9 +107,14 @@ export class Endpoint {
     return this.#request("GET", "health", "jobs");
   }
 
-  /** The answer as JSON. One without its `field` is not whole. */
-  #request<T>(method: string, path: string, field: string, asked: Asked = {}): Promise<T> {
-    const { body, ...patience } = asked;
+  /** The answer as JSON. An answer without its `field` is incomplete. */
+  #request<T>(
+    method: string,
+    path: string,
+    field: string,
+    options: RequestOptions = {},
+  ): Promise<T> {
+    const { body, ...limits } = options;
     const base = this.#to.baseUrl ?? "https://api.runpod.ai/v2";
     const init = {
       method,
@@ -119,20 +124,19 @@ export class Endpoint {
     return fetchAgain(
       `${base}/${this.id}/${path}`,
       init,
-      { ...this.#to, ...patience },
+      { ...this.#to, ...limits },
       (answer) => documentWith<T>(answer, field),
     );
   }
 }
 
-interface Asked extends Patience {
+interface RequestOptions extends RequestLimits {
   body?: object;
 }
 
 /**
- * What `read` makes of an answer. Fetched and read again after 408, 425, 429, 5xx and no whole
- * answer: exponential backoff with jitter, and not before what `Retry-After` asks for. Throws
- * RequestFailed.
+ * What `read` returns for an answer. Tries again after 408, 425, 429, 5xx and an incomplete answer:
+ * with exponential backoff and jitter, and not before `Retry-After`. Throws RequestFailed.
  */
 export async function fetchAgain<T>(
   url: string,
@@ -147,7 +151,7 @@ export async function fetchAgain<T>(
       const answer = await fetch(url, { ...init, signal: AbortSignal.timeout(timeoutMs) });
       if (answer.ok) return await read(answer);
       const askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
-      failed = new RequestFailed(answer.status, await why(answer), askedMs);
+      failed = new RequestFailed(answer.status, await errorText(answer), askedMs);
     } catch (error) {
       failed = new RequestFailed(0, `no whole answer: ${(error as Error).name}`);
     }
@@ -157,7 +161,7 @@ export async function fetchAgain<T>(
   }
 }
 
-/** The answer's JSON, which has to be an object with this field. */
+/** The answer's JSON. Throws TypeError unless it is an object with this field. */
 async function documentWith<T>(answer: Response, field: string): Promise<T> {
   const document = await answer.json();
   if (typeof document === "object" && document !== null && field in document) return document as T;
@@ -168,13 +172,13 @@ export function sleep(ms: number): Promise<void> {
   return new Promise((done) => setTimeout(done, ms));
 }
 
-/** The error's own text where the answer is one of the worker's, else the status alone. */
-async function why(answer: Response): Promise<string> {
+/** The error's text if the answer is the worker's, else the status. */
+async function errorText(answer: Response): Promise<string> {
   try {
     const error = JSON.parse(await answer.text()).error;
     if (typeof error === "string") return error;
   } catch {
-    // Not ours, or not whole: a gateway's page says nothing more than its status.
+    // Not the worker's, or incomplete: the page of a gateway says no more than its status.
   }
   return `HTTP ${answer.status}`;
 }

@@ -1,14 +1,14 @@
-// The worker behind plain HTTP: chat that is answered in place.
+// Chat over the worker's HTTP service, answered on the request.
 
 import { type Connection, fetchAgain, RequestFailed } from "./endpoint.ts";
 import type { ChatJob, Usage } from "./types.ts";
 
-/** How long a reply is waited for, and twice as long where it may be longer than so many tokens. */
+/** How long to wait for a reply; twice as long if it may have more than `LONG_REPLY_TOKENS`. */
 const REPLY_MS = 45_000;
 const LONG_REPLY_TOKENS = 512;
 const STREAM_MS = 600_000;
 
-/** A chat's payload; the route says what its type is. */
+/** A chat's payload without its type, which the route decides. */
 export type ChatCall = Omit<ChatJob, "type">;
 
 export interface Reply {
@@ -21,18 +21,19 @@ export interface Reply {
   [key: string]: unknown;
 }
 
-/** `url` is `https://ENDPOINT_ID.api.runpod.ai`, or a pod's; `apiKey` goes in the bearer. */
+/** `url` is `https://ENDPOINT_ID.api.runpod.ai`, or a pod's. `apiKey` is sent as the bearer. */
 export interface FaceOptions extends Omit<Connection, "baseUrl"> {
   url: string;
-  /** The worker's own key, where the bearer is the gateway's. */
+  /** The worker's own key, if the bearer is the gateway's. */
   workerKey?: string;
 }
 
+/** Calls one worker's HTTP service. */
 export class Face {
   readonly #options: FaceOptions;
 
   constructor(options: FaceOptions) {
-    // A second try would come too late for who waits.
+    // A second try would come too late for the user.
     this.#options = { retry: { tries: 1 }, ...options };
   }
 
@@ -50,10 +51,10 @@ export class Face {
     return this.#post("enhance", call);
   }
 
-  /** A reply, piece by piece, and at its end the whole. */
+  /** A reply, piece by piece; the generator's value is the complete reply. */
   async *stream(call: ChatCall, route = "chat"): AsyncGenerator<string, Reply> {
-    const asIs = (answer: Response) => Promise.resolve(answer);
-    const answer = await this.#fetch(route, { ...call, stream: true }, STREAM_MS, asIs);
+    const unread = (answer: Response) => Promise.resolve(answer);
+    const answer = await this.#fetch(route, { ...call, stream: true }, STREAM_MS, unread);
     for await (const { event, data } of events(answer)) {
       if (event === "error") throw new Error(String(data.error));
       if (event === "done") return data as unknown as Reply;
@@ -90,15 +91,15 @@ async function* events(
 ): AsyncGenerator<{ event: string; data: Record<string, unknown> }> {
   const decoder = new TextDecoder();
   const reader = answer.body!.getReader();
-  let held = "";
+  let buffer = "";
   try {
     for (;;) {
-      // A connection that breaks ends the events as a server does that says no more.
+      // A broken connection ends the events, as a server that closes it does.
       const { value } = await reader.read().catch(() => ({ value: undefined }));
       if (!value) return;
-      held += decoder.decode(value, { stream: true });
-      const blocks = held.split("\n\n");
-      held = blocks.pop()!;
+      buffer += decoder.decode(value, { stream: true });
+      const blocks = buffer.split("\n\n");
+      buffer = blocks.pop()!;
       for (const block of blocks) {
         const lines = block.split("\n").map((line) => line.split(/: (.*)/s, 2));
         const { event = "message", data } = Object.fromEntries(lines.filter(([name]) => name));
@@ -106,7 +107,7 @@ async function* events(
       }
     }
   } finally {
-    // Whoever stops listening hangs up, and the worker stops writing.
+    // If the caller stops reading, close the connection: the worker then stops the job.
     await reader.cancel().catch(() => {});
   }
 }

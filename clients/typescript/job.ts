@@ -1,9 +1,9 @@
-// A job on its endpoint: asking for it until it has ended.
+// A submitted job: its status, its result, its stream.
 
 import {
   type Endpoint,
-  type Patience,
   RequestFailed,
+  type RequestLimits,
   sleep,
   type Status,
   type StreamPart,
@@ -11,19 +11,19 @@ import {
 import { JobFailed, type Outcome, parseResult } from "./result.ts";
 import type { Delta, Result } from "./types.ts";
 
-/** What is to be remembered of a job: with it any process can ask on. */
+/** What identifies a job. Store it: any process can use the job with it. */
 export interface JobName {
   endpoint: string;
   id: string;
 }
 
-/** How soon a job is asked for again, at first and at last. */
+/** The first and the longest wait between two polls. */
 const FIRST_PAUSE_MS = 250;
 const LAST_PAUSE_MS = 3000;
 
 const ENDED: readonly Status[] = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
 
-/** A job on its endpoint. */
+/** A job on its endpoint, which `Client.submit` and `Client.job` return. */
 export class SubmittedJob implements JobName {
   readonly id: string;
   readonly #endpoint: Endpoint;
@@ -47,36 +47,36 @@ export class SubmittedJob implements JobName {
    * RequestFailed.
    */
   async result(timeoutMs = 600_000): Promise<Result> {
-    const questions = new Questions(timeoutMs);
+    const polls = new Polls(timeoutMs);
     for (;;) {
-      const answer = await questions.ask((patience) => this.#endpoint.status(this.id, patience));
+      const answer = await polls.ask((limits) => this.#endpoint.status(this.id, limits));
       const outcome = answer && parseResult(answer);
       if (outcome?.done) return resultOf(outcome);
-      await questions.pause();
+      await polls.pause();
     }
   }
 
   /**
-   * A streamed reply, piece by piece, and at its end the result, which has the whole. RunPod tells
-   * a piece once: two readers of one job share its pieces, and those in an answer that is lost are
-   * lost. What follows them is then held back, and the rest of the reply comes in one piece at its
-   * end. Throws as `result` does.
+   * A streamed reply, piece by piece; the generator's value is the result with the complete reply.
+   * RunPod sends each piece once, so two readers of one job share its pieces. If an answer is lost,
+   * its pieces are lost: then no more pieces are yielded until the end, where the rest of the reply
+   * comes in one piece. Throws the errors of `result`.
    */
   async *stream(timeoutMs = 600_000): AsyncGenerator<string, Result> {
-    const questions = new Questions(timeoutMs);
-    let told = "";
+    const polls = new Polls(timeoutMs);
+    let yielded = "";
     for (;;) {
-      const part = await questions.ask((patience) => this.#endpoint.stream(this.id, patience));
+      const part = await polls.ask((limits) => this.#endpoint.stream(this.id, limits));
       const items = part?.stream ?? [];
-      for (const delta of questions.isAnswerLost ? [] : deltasOf(items)) {
-        told += delta;
+      for (const delta of polls.isAnswerLost ? [] : deltasOf(items)) {
+        yielded += delta;
         yield delta;
       }
       if (part && ENDED.includes(part.status) && !items.length) break;
-      await questions.pause(items.length > 0);
+      await polls.pause(items.length > 0);
     }
-    const result = await this.result(questions.leftMs);
-    const rest = questions.isAnswerLost ? restOf(result, told) : "";
+    const result = await this.result(polls.leftMs);
+    const rest = polls.isAnswerLost ? restOf(result, yielded) : "";
     if (rest) yield rest;
     return result;
   }
@@ -90,13 +90,13 @@ export class SubmittedJob implements JobName {
   }
 }
 
-/** Questions about one job, each tried once, until the caller's time is up. */
-class Questions {
+/** Polls for one job until the caller's time is over. Each request is tried once. */
+class Polls {
   readonly #timeoutMs: number;
   readonly #endMs: number;
   #failed?: RequestFailed;
   #pauseMs = FIRST_PAUSE_MS;
-  /** Whether a question may have reached the platform whose answer never came. */
+  /** Whether the platform may have sent an answer that was lost. */
   isAnswerLost = false;
 
   constructor(timeoutMs: number) {
@@ -108,10 +108,10 @@ class Questions {
     return Math.max(this.#endMs - performance.now(), 0);
   }
 
-  /** The answer, or undefined where there is none and a later question may have one. */
-  async ask<T>(question: (patience: Patience) => Promise<T>): Promise<T | undefined> {
+  /** The answer; undefined if there is none and a later poll may get one. */
+  async ask<T>(request: (limits: RequestLimits) => Promise<T>): Promise<T | undefined> {
     try {
-      const answer = await question({ retry: { tries: 1 } });
+      const answer = await request({ retry: { tries: 1 } });
       this.#failed = undefined;
       return answer;
     } catch (error) {
@@ -122,7 +122,7 @@ class Questions {
     }
   }
 
-  /** Wait before the next question: not at all after news, else ever longer. Throws at the end. */
+  /** Wait before the next poll: not at all after news, else longer each time. Throws at the end. */
   async pause(hasNews = false): Promise<void> {
     if (!this.leftMs) throw this.#failed ?? underWay(this.#timeoutMs);
     const pauseMs = Math.max(this.#pauseMs, this.#failed?.retryAfterMs ?? 0);
@@ -136,13 +136,13 @@ function deltasOf(items: NonNullable<StreamPart["stream"]>): string[] {
     .filter((delta) => typeof delta === "string");
 }
 
-/** What of a reply follows the part that was told; nothing where that is another text. */
-function restOf(result: Result, told: string): string {
-  const whole = result.response ?? result.enhanced_prompt ?? "";
-  return whole.startsWith(told) ? whole.slice(told.length) : "";
+/** The part of a reply after the pieces that were yielded; empty if they do not match it. */
+function restOf(result: Result, yielded: string): string {
+  const reply = result.response ?? result.enhanced_prompt ?? "";
+  return reply.startsWith(yielded) ? reply.slice(yielded.length) : "";
 }
 
-/** The failure of who did not wait long enough. */
+/** The failure for a caller whose time is over before the job has ended. */
 export function underWay(waitedMs: number): JobFailed {
   return new JobFailed({
     code: "TIMEOUT_ERROR",

@@ -1,5 +1,5 @@
 /**
- * What an edge function imports: jobs by their type, results, and callbacks that can be believed.
+ * The client: submits jobs by their type, reads results, and verifies callbacks.
  *
  * @module
  */

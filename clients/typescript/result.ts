@@ -1,9 +1,9 @@
-// Reading what RunPod says of a job.
+// Reads RunPod's status of a job.
 
 import type { RunStatus } from "./endpoint.ts";
 import type { Failure, Result } from "./types.ts";
 
-/** Where a job stands: on its way, done, or failed. */
+/** A job's state: under way, completed, or failed. */
 export type Outcome =
   | { done: false; status: string; progress?: Progress }
   | { done: true; ok: true; result: Result }
@@ -16,7 +16,7 @@ export interface Progress {
   progress: number;
 }
 
-/** A job that ended in a failure; `failure.retryable` says whether it may be tried again. */
+/** Thrown for a job that failed. `failure.retryable` says whether the job may be tried again. */
 export class JobFailed extends Error {
   override name = "JobFailed";
   readonly failure: Failure;
@@ -27,8 +27,8 @@ export class JobFailed extends Error {
 }
 
 /**
- * The outcome of `/status`, `/runsync` or a stored answer of theirs. Where chat is served the
- * output is a list whose last item is the document; elsewhere it is the document.
+ * The outcome in an answer of `/status` or `/runsync`. The output is the document, or, if the worker
+ * serves chat, a list that ends with the document.
  */
 export function parseResult(answer: RunStatus): Outcome {
   const result = documentOf(answer.output);
@@ -54,13 +54,13 @@ function progressOf(output: unknown): Progress | undefined {
     : undefined;
 }
 
-/** The failure as RunPod's `error` holds it, JSON in a text; or what the platform itself did. */
+/** The failure: the worker's, as JSON in RunPod's `error`, or else the platform's own. */
 function failureOf(answer: RunStatus): Failure {
   try {
     const failure = JSON.parse(String(answer.error));
     if (isObject(failure) && typeof failure.code === "string") return failure as Failure;
   } catch {
-    // The platform's own words, then.
+    // Not the worker's JSON: the platform's own text.
   }
   if (answer.status === "CANCELLED") {
     return { code: "CANCELLED", message: "the job was cancelled", retryable: false };
