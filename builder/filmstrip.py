@@ -51,15 +51,15 @@ MODES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
 
 
 def main() -> None:
-    drawn = moving_drawings.film(DRAWING, FRAMES, SIDE, SIDE, random.Random(SEED))
+    drawn = moving_drawings.draw_video(DRAWING, FRAMES, SIDE, SIDE, random.Random(SEED))
     given = {"first": data_uri(drawn[0]), "last": data_uri(drawn[-1])}
     strips: list[Strip] = [("as it was drawn: where the references come from", chosen(drawn), ())]
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker.of(Settings(families=("wan",), storage_url=f"file:{folder}"))
         for label, references, borders in tqdm(MODES, unit="video"):
             config = {name: given.get(value, value) for name, value in references.items()}
-            film = rendered(worker, config, Path(folder))
-            strips.append((f"{label}: '{PROMPT}'", chosen(film), borders))
+            video = rendered(worker, config, Path(folder))
+            strips.append((f"{label}: '{PROMPT}'", chosen(video), borders))
     IMAGES.mkdir(parents=True, exist_ok=True)
     sheet(strips).save(IMAGES / "wan-modes.png", optimize=True)
 
@@ -85,10 +85,10 @@ def data_uri(pixels: Pixels) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def chosen(film: Pixels) -> list[Image.Image]:
+def chosen(video: Pixels) -> list[Image.Image]:
     """Frames at even distances, the first and the last among them."""
-    places = np.linspace(0, len(film) - 1, SHOWN).round().astype(int)
-    return [Image.fromarray(film[place]) for place in places]
+    places = np.linspace(0, len(video) - 1, SHOWN).round().astype(int)
+    return [Image.fromarray(video[place]) for place in places]
 
 
 def sheet(strips: list[Strip]) -> Image.Image:

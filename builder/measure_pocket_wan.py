@@ -39,13 +39,15 @@ def question(seed: int) -> tuple[str, MovingDrawing]:
     return words, asked
 
 
-def film(pipe: WanPipeline, seed: int, options: argparse.Namespace) -> Pixels:
+def render(pipe: WanPipeline, seed: int, options: argparse.Namespace) -> Pixels:
     """(frames, height, width, 3) of the seed's own caption."""
     return _run(pipe, seed, options)
 
 
-def film_on(pipe: WanVACEPipeline, seed: int, mode: str, options: argparse.Namespace) -> Pixels:
-    """The same with the frames known that the mode knows: those of the seed's own drawing."""
+def render_with_references(
+    pipe: WanVACEPipeline, seed: int, mode: str, options: argparse.Namespace
+) -> Pixels:
+    """The same with references: the mode's frames of the seed's own drawing."""
     frames, size = options.frames, (options.height, options.width)
     known = [index % frames for index in MODES[mode]]
     wanted = reference(seed, options)
@@ -64,7 +66,7 @@ def reference(seed: int, options: argparse.Namespace) -> Pixels:
     """The video of the seed's drawing as it was drawn, whose frames are the pictures given."""
     _, asked = question(seed)
     size = options.frames, options.width, options.height
-    return moving_drawings.film(asked, *size, random.Random(seed))
+    return moving_drawings.draw_video(asked, *size, random.Random(seed))
 
 
 def _run(
@@ -104,7 +106,7 @@ def measure_captions(pipe: WanPipeline, options: argparse.Namespace) -> list[Pix
     """Print how often each attribute comes out as asked; the videos."""
     right: Counter[str] = Counter()
     began = time.perf_counter()
-    videos = [film(pipe, seed, options) for seed in tqdm(range(options.seeds), "captions")]
+    videos = [render(pipe, seed, options) for seed in tqdm(range(options.seeds), "captions")]
     seconds = (time.perf_counter() - began) / len(videos)
     for seed, video in enumerate(videos):
         _, asked = question(seed)
@@ -126,7 +128,7 @@ def measure_mode(
     errors: dict[str, list[float]] = {"known": [], "unknown": [], "without": []}
     strips = []
     for seed in tqdm(seeds, mode):
-        video, wanted = film_on(pipe, seed, mode, options), reference(seed, options)
+        video, wanted = render_with_references(pipe, seed, mode, options), reference(seed, options)
         known = [index % len(video) for index in MODES[mode]]
         for index in known:
             errors["known"].append(_error(video[index], wanted[index]))

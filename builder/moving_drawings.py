@@ -1,8 +1,8 @@
 """Videos of one coloured shape that crosses a coloured ground, or stands still.
 
-The still drawings of `drawings.py` set in motion. `imagine` invents a video, `film` paints its
-frames, `caption` says it in words and leaves some of it unsaid, and `read` looks at any frames and
-says which video they show.
+These are the drawings of `drawings.py` in motion. `imagine` chooses a random video, `draw_video`
+draws its frames, `caption` describes some of it in words, and `read` finds which video some frames
+show.
 """
 
 import random
@@ -59,7 +59,7 @@ def imagine(rng: random.Random) -> MovingDrawing:
     return MovingDrawing(rng.choice(SHAPES), colour, background, rng.choice(tuple(DIRECTIONS)))
 
 
-def film(
+def draw_video(
     drawing: MovingDrawing,
     frames: int,
     width: int,

@@ -1,10 +1,10 @@
 """Train the pocket WAN from nothing: `python -m builder.train_pocket_wan` remakes its weights.
 
-Five stages: the VAE's decoder learns to draw edges; the text encoder learns to tell what a caption
-says, and is frozen; the transformer learns to tell where in the film a patch lies, then to film
-captions; and last VACE's blocks learn to continue known frames while the base they share goes on
-learning. Each stage resumes from `.cache/pocket_wan/` and the weights are exported over
-`pocket/wan/` at the end of each stage.
+There are five stages. The VAE's decoder learns to draw edges. The text encoder learns to tell what
+a caption says, and is frozen. The transformer learns to tell where in the video a patch lies, and
+then to make the videos of captions. At last VACE's blocks learn to continue known frames, while the
+base that they share goes on learning. Each stage resumes from `.cache/pocket_wan/`, and at its end
+the weights are exported over `pocket/wan/`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ WORD_BATCH = 64
 WORD_PEAK_RATE = 2e-3
 PLACE_STEPS = 300
 PLACE_PEAK_RATE = 2e-3
-PLACE_WEIGHT = 0.5  # of the error in places while films are learned
+PLACE_WEIGHT = 0.5  # of the error in places while videos are learned
 PLACE_DEPTH = 3  # blocks after which a patch should know its place
 BASE_STEPS = 8000
 BASE_PEAK_RATE = 1.5e-3
@@ -74,9 +74,9 @@ VACE_MENU = [
 KNOWN = {"none": 0.05, "first": 0.32, "last": 0.25, "both": 0.28, "many": 0.05, "subject": 0.05}
 
 
-class Filmed:
-    """Makes videos as latents without the VAE's network: its encoder is linear, so one
-    convolution does the same, whose kernel is what the encoder says to each lit pixel alone."""
+class LinearVideoEncoder:
+    """Encodes videos without the VAE's network. That encoder is linear, so one convolution does the
+    same. The kernel is the encoder's output for each pixel alone."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -97,7 +97,7 @@ class Filmed:
         return torch.cat(parts, 2)
 
 
-def imagined(
+def random_videos(
     count: int,
     frames: int,
     height: int,
@@ -105,10 +105,12 @@ def imagined(
     rng: random.Random,
     aside: float = moving_drawings.ASIDE,
 ) -> tuple[list[MovingDrawing], Tensor]:
-    """Drawings, and their films as (count, 3, frames, height, width) of -1 to 1."""
+    """Drawings, and their videos as (count, 3, frames, height, width) of -1 to 1."""
     shown = [moving_drawings.imagine(rng) for _ in range(count)]
-    films = [moving_drawings.film(drawing, frames, width, height, rng, aside) for drawing in shown]
-    return shown, to_tensor(films)
+    videos = [
+        moving_drawings.draw_video(drawing, frames, width, height, rng, aside) for drawing in shown
+    ]
+    return shown, to_tensor(videos)
 
 
 def captions_of(shown: list[MovingDrawing], rng: random.Random) -> list[str]:
@@ -127,7 +129,7 @@ class PaddedText(WanAttnProcessor):
 
     WAN's pipelines pad and do not mask, so the zeros take part. They are all one key: the last
     token here, a zero as well, stands for as many of them as were left out. With a `share` below
-    one it stands for fewer: among five hundred zeros an untrained attention hears no caption.
+    one it stands for fewer: among five hundred zeros an untrained attention ignores the caption.
     """
 
     def __init__(self) -> None:
@@ -140,7 +142,7 @@ class PaddedText(WanAttnProcessor):
         return super().__call__(attn, hidden, text, bias.expand(1, 1, 1, -1), None)
 
 
-def hear(pipe: WanPipeline, captions: list[str]) -> Tensor:
+def encode_captions(pipe: WanPipeline, captions: list[str]) -> Tensor:
     """(batch, longest + 1, width) states, zeros beyond each caption's own end, and one more."""
     tokens = pipe.tokenizer(captions, padding=True, return_tensors="pt")
     mask = tokens.attention_mask
@@ -180,15 +182,15 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
             group["lr"] = learning_rate(step, steps, WORD_PEAK_RATE)
         shown = [moving_drawings.imagine(rng) for _ in range(WORD_BATCH)]
         captions = captions_of(shown, rng)
-        states = hear(pipe, captions)
-        heard = states.abs().sum(-1) > 0
-        mean = states.sum(1) / heard.sum(1, keepdim=True)
+        states = encode_captions(pipe, captions)
+        is_token = states.abs().sum(-1) > 0
+        mean = states.sum(1) / is_token.sum(1, keepdim=True)
         loss = sum(
             F.cross_entropy(readers[name](mean), _said(name, shown, captions))
             for name in ATTRIBUTES
         )
         # Keeps the numbers near one, whatever the readers' weights would have.
-        loss = loss + 0.1 * (states[heard].square().mean() - 1).square()
+        loss = loss + 0.1 * (states[is_token].square().mean() - 1).square()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -209,33 +211,33 @@ def _said(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
 
 
 class Places(nn.Module):
-    """Asks a transformer's first blocks where in the film a patch lies, and how far from the shape.
+    """Trains a transformer's first blocks to know where in the video a patch lies.
 
-    Rotary positions say how far apart two patches are, and nothing says where the film begins or
-    ends: to noise alone every place looks the same. What gives borders away is how much of other
-    patches' noise attention finds on each side, which a direct question teaches in minutes and
-    films alone do not in hours. So a linear reader must find a patch's place among the others, and
-    a block later another one its way to the shape's middle, which under strong noise only the
-    caption's direction tells. As films would unteach it, the questions are asked all along; the
-    readers are thrown away at the end.
+    Rotary positions give the distance of two patches, and not where the video begins or ends. In
+    noise alone all places look the same. What distinguishes a border is how much noise of other
+    patches attention finds on each side. A loss of its own teaches that in minutes; videos alone
+    do not in hours. So a linear layer must predict a patch's place, and one block later another
+    layer its way to the shape's middle, which under strong noise only the caption's direction
+    gives. Training on videos alone would undo this, so the loss stays on all along. The two layers
+    are discarded at the end.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         width = transformer.norm_out.normalized_shape[0]
         self.reader, self.way = nn.Linear(width, 3), nn.Linear(width, 2)
-        self.heard: list[Tensor] = []
+        self.recorded: list[Tensor] = []
         for depth in (PLACE_DEPTH, PLACE_DEPTH + 1):
-            transformer.blocks[depth - 1].register_forward_hook(self._listen)
+            transformer.blocks[depth - 1].register_forward_hook(self._record)
 
-    def _listen(self, block: nn.Module, inputs: Any, states: Tensor) -> None:
-        self.heard = [*self.heard[-1:], F.layer_norm(states, states.shape[-1:])]
+    def _record(self, block: nn.Module, inputs: Any, states: Tensor) -> None:
+        self.recorded = [*self.recorded[-1:], F.layer_norm(states, states.shape[-1:])]
 
     def error(self, clean: Tensor, moving: bool = True) -> Tensor:
-        """The mean square, the film's half side one, for films just seen as noisy latents."""
+        """The mean squared error, in half sides, for the videos of the last forward."""
         here = places(*clean.shape[2:])
-        early, late = self.heard
-        self.heard = []  # a module that holds a step's graph cannot be copied
+        early, late = self.recorded
+        self.recorded = []  # a module that holds a step's graph cannot be copied
         error = (self.reader(early) - here).square().mean()
         if moving:
             error = error + (self.way(late) - (middles(clean) - here[:, 1:])).square().mean()
@@ -243,7 +245,7 @@ class Places(nn.Module):
 
 
 def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
-    """Train the transformer once to tell places in noise, before it sees films."""
+    """Train the transformer once to tell places in noise, before it trains on videos."""
     model = nn.ModuleList([transformer, reader])
     path = keyed(CACHE / "places.pt", model, seed=seed, steps=PLACE_STEPS)
 
@@ -312,11 +314,11 @@ def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
     reader = Places(transformer)
     teach_words(pipe, seed)
     teach_places(transformer, reader, seed)
-    films = Filmed(pipe.vae)
+    encoder = LinearVideoEncoder(pipe.vae)
     model = nn.ModuleDict({"film": transformer, "places": reader})
 
     def loss(rng: random.Random, step: int) -> Tensor:
-        return plain_loss(pipe, reader, films, rng)
+        return plain_loss(pipe, reader, encoder, rng)
 
     groups = [{"params": [*model.parameters()], "pace": 1.0}]
     pace = (steps, BASE_PEAK_RATE, PADDING_STEPS)
@@ -371,12 +373,12 @@ def train_both(
     base = pipe.transformer
     for name, part in [*base.named_children(), ("scale_shift_table", base.scale_shift_table)]:
         setattr(vace, name, part)
-    films = Filmed(pipe.vae)
+    encoder = LinearVideoEncoder(pipe.vae)
 
     def loss(rng: random.Random, step: int) -> Tensor:
         if rng.random() < PLAIN:
-            return plain_loss(pipe, reader, films, rng)
-        return reference_loss(pipe, vace, reader, films, rng)
+            return plain_loss(pipe, reader, encoder, rng)
+        return reference_loss(pipe, vace, reader, encoder, rng)
 
     model = nn.ModuleDict({"film": vace, "places": reader})
     own = [weight for name, weight in model.named_parameters() if ".vace_" in name]
@@ -389,36 +391,38 @@ def train_both(
     return vace
 
 
-def plain_loss(pipe: WanPipeline, reader: Places, films: Filmed, rng: random.Random) -> Tensor:
+def plain_loss(
+    pipe: WanPipeline, reader: Places, encoder: LinearVideoEncoder, rng: random.Random
+) -> Tensor:
     """The base's error on some captions."""
     frames, height, width, batch = _bucket(MENU, rng)
-    shown, pixels = imagined(batch, frames, height, width, rng)
-    text = hear(pipe, captions_of(shown, rng))
-    return flow_loss(pipe.transformer, reader, films(pixels), text)
+    shown, pixels = random_videos(batch, frames, height, width, rng)
+    text = encode_captions(pipe, captions_of(shown, rng))
+    return flow_loss(pipe.transformer, reader, encoder(pixels), text)
 
 
 def reference_loss(
     pipe: WanPipeline,
     vace: WanVACETransformer3DModel,
     reader: Places,
-    films: Filmed,
+    encoder: LinearVideoEncoder,
     rng: random.Random,
 ) -> Tensor:
     """VACE's error on captions with frames known, or a subject, or neither."""
     frames, height, width, batch = _bucket(VACE_MENU, rng)
     known = rng.choices([*KNOWN], [*KNOWN.values()])[0]
     aside = rng.choice((moving_drawings.ASIDE, moving_drawings.ASTRAY))
-    shown, pixels = imagined(batch, frames, height, width, rng, aside)
-    text, clean = hear(pipe, captions_of(shown, rng)), films(pixels)
+    shown, pixels = random_videos(batch, frames, height, width, rng, aside)
+    text, clean = encode_captions(pipe, captions_of(shown, rng)), encoder(pixels)
     if known == "subject":
-        subject = films(to_tensor([still(drawing, height, width, rng) for drawing in shown]))
-        control = conditions(films, pixels, torch.ones(frames), subject)
+        subject = encoder(to_tensor([still(drawing, height, width, rng) for drawing in shown]))
+        control = conditions(encoder, pixels, torch.ones(frames), subject)
         clean = torch.cat([subject, clean], 2)
         return flow_loss(vace, reader, clean, text, control_hidden_states=control)
     mask = unknown(known, frames, rng)
     weight = torch.ones(clean.shape[2])
     weight[F.pad(1 - mask, (3, 0)).view(-1, 4).amax(1) > 0] = KNOWN_WEIGHT
-    control = conditions(films, pixels, mask)
+    control = conditions(encoder, pixels, mask)
     return flow_loss(vace, reader, clean, text, weight, control_hidden_states=control)
 
 
@@ -436,11 +440,11 @@ def unknown(known: str, frames: int, rng: random.Random) -> Tensor:
 
 def still(drawing: MovingDrawing, height: int, width: int, rng: random.Random) -> drawings.Pixels:
     """The drawing's shape on its ground somewhere else: one frame, as a reference shows it."""
-    return moving_drawings.film(drawing, 1, width, height, rng, moving_drawings.ASTRAY)
+    return moving_drawings.draw_video(drawing, 1, width, height, rng, moving_drawings.ASTRAY)
 
 
 def conditions(
-    films: Filmed, pixels: Tensor, mask: Tensor, subject: Tensor | None = None
+    encoder: LinearVideoEncoder, pixels: Tensor, mask: Tensor, subject: Tensor | None = None
 ) -> Tensor:
     """(batch, 96, frames, height / 8, width / 8): what `WanVACEPipeline` makes of known frames.
 
@@ -448,8 +452,8 @@ def conditions(
     the mask's pixels folded into channels. Of the mask the pipeline keeps one frame for each frame
     of the latents, by "nearest-exact", which is never the very first nor the very last.
     """
-    grey = films(torch.zeros_like(pixels))
-    latents = torch.cat([films(pixels * (1 - mask)[:, None, None]), grey], 1)
+    grey = encoder(torch.zeros_like(pixels))
+    latents = torch.cat([encoder(pixels * (1 - mask)[:, None, None]), grey], 1)
     batch, _, count, height, width = latents.shape
     kept = F.interpolate(mask[None, None], size=count, mode="nearest-exact")[0, 0]
     folded = kept.view(1, 1, count, 1, 1).expand(batch, 64, count, height, width)

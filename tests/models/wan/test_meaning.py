@@ -43,7 +43,7 @@ def caption(drawing: MovingDrawing) -> str:
 
 def drawn(seed: int) -> np.ndarray:
     """The frames of a seed's drawing."""
-    return moving_drawings.film(DRAWINGS[seed], FRAMES, SIDE, SIDE, random.Random(seed))
+    return moving_drawings.draw_video(DRAWINGS[seed], FRAMES, SIDE, SIDE, random.Random(seed))
 
 
 @pytest.fixture(scope="module")
