@@ -6,21 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 
 from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
 from ourvidz_serverless.models.chat import batch_limit, sampling
-from ourvidz_serverless.models.chat.batch_limit import BatchLimit
 from ourvidz_serverless.models.chat.engine import Engine
 from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
 from ourvidz_serverless.models.chat.model import ChatModel
-from ourvidz_serverless.models.chat.request import SamplingParams
-from ourvidz_serverless.models.chat.sampling import Sampler, sample
-from ourvidz_serverless.models.chat.text_stream import TextStream
 from ourvidz_serverless.models.memory.device import Device
 from tests.fakes.tiny_chat import (
     CPU,
@@ -128,97 +122,6 @@ def test_a_late_request_joins_the_running_batch(model: ChatModel) -> None:
     assert first.num_completion == 400
 
 
-# --- sampling ---
-
-
-def chosen(logits: list[float], **params: Any) -> list[int]:
-    prompt = params.pop("prompt", [])
-    samplers = [
-        Sampler(SamplingParams(max_tokens=9, **{"seed": seed, **params}), prompt)
-        for seed in range(400)
-    ]
-    return sample(torch.tensor([logits] * 400), samplers)
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    tokens = chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist())
-
-    shares = [tokens.count(token) / 400 for token in range(3)]
-    assert shares == pytest.approx([0.5, 0.1, 0.4], abs=0.08)
-
-
-@pytest.mark.parametrize(
-    ("params", "drawn"),
-    [
-        ({"top_k": 2}, {0, 2}),
-        ({"top_p": 0.6}, {0, 2}),
-        ({"top_p": 0.4}, {0}),
-        ({"top_k": 2, "top_p": 0.55}, {0}),
-        ({"temperature": 0}, {0}),
-    ],
-)
-def test_top_k_and_top_p_allow_the_likeliest_tokens_only(
-    params: dict[str, Any], drawn: set[int]
-) -> None:
-    assert set(chosen(torch.tensor([0.5, 0.1, 0.4]).log().tolist(), **params)) == drawn
-
-
-@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-39, 1e-45, 5e-324])
-def test_very_low_temperatures_draw_the_likeliest_token_as_transformers_does(
-    model: ChatModel, temperature: float
-) -> None:
-    ids = model.tokenizer.encode("once upon")
-    theirs = tiny_network().generate(
-        # Below this temperature the quotients of transformers are not finite.
-        torch.tensor([ids]),
-        max_new_tokens=12,
-        do_sample=True,
-        temperature=max(temperature, 1e-30),
-        top_k=0,
-    )
-
-    reply = text_of(
-        model.engine, new_generation(model, "once upon", temperature=temperature, seed=1)
-    )
-
-    assert reply == model.tokenizer.decode(theirs[0, len(ids) :].tolist())
-
-
-def test_equally_likely_tokens_are_both_drawn_at_the_lowest_temperature() -> None:
-    assert set(chosen([-3.0, 2.0, 2.0], temperature=5e-324)) == {1, 2}
-
-
-def test_a_draw_does_not_depend_on_the_number_of_candidates(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
-    params = [{"top_p": p, "top_k": k} for p in (0.3, 1.0) for k in (0, 5, 100)]
-
-    def drawn() -> list[list[int]]:
-        samplers = [Sampler(SamplingParams(max_tokens=9, seed=1, **each), []) for each in params]
-        return [sample(logits, samplers) for _ in range(20)]
-
-    expected = drawn()
-    monkeypatch.setattr(sampling, "CANDIDATES", 20)
-
-    assert drawn() == expected
-
-
-def penalised(said: list[int], prompt: list[int], **params: float) -> list[float]:
-    sampler = Sampler(SamplingParams(max_tokens=9, **params), prompt)
-    for token in said:
-        sampler.accept(token)
-    logits = torch.tensor([1.0, 1.0, -1.0])
-    sampler.change_logits(logits)
-    return logits.tolist()
-
-
-def test_presence_and_frequency_count_the_reply_and_repetition_counts_the_prompt_too() -> None:
-    assert penalised([0, 0, 1], [2], presence_penalty=0.5) == [0.5, 0.5, -1]
-    assert penalised([0, 0, 1], [2], frequency_penalty=0.25) == [0.5, 0.75, -1]
-    assert penalised([0], [2], repetition_penalty=2.0) == [0.5, 1, -2]
-
-
 # --- ends ---
 
 
@@ -247,57 +150,6 @@ def test_a_stop_string_ends_the_reply_and_is_not_part_of_it(model: ChatModel) ->
     assert text == full_text[: full_text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert stopped.num_completion < 30
-
-
-TOKENIZER = tiny_tokenizer().backend_tokenizer
-
-
-def streamed(text: str, stop: list[str]) -> list[str]:
-    stream = TextStream(TOKENIZER.decode, stop)
-    pieces = []
-    for token in TOKENIZER.encode(text, add_special_tokens=False).ids:
-        pieces.append(stream.push(token))
-        if stream.is_stopped:
-            break
-    return [*pieces, stream.finish()]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.sampled_from("aé下\U0001f600\ufffd"), max_size=9), st.integers(0, 9))
-def test_the_pieces_of_a_text_add_up_to_what_transformers_decodes(text: str, num_cut: int) -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    ids = ids[: max(len(ids) - num_cut, 0)]
-    stream = TextStream(TOKENIZER.decode)
-
-    pieces = [stream.push(token) for token in ids]
-
-    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
-
-
-def test_a_character_is_held_back_until_it_is_complete() -> None:
-    assert streamed("下a", []) == ["", "", "下", "a", ""]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_a_text_has_complete_characters_up_to_the_first_stop_string(
-    text: str, stop: list[str]
-) -> None:
-    text = text.replace("\ufffd", "")
-
-    pieces = streamed(text, stop)
-
-    # The stop string that ends first counts, not the one that begins first.
-    found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
-    _, end = min(found, default=(0, len(text)))
-    assert "".join(pieces) == text[:end]
-    assert all("\ufffd" not in piece for piece in pieces)
-
-
-def test_letters_that_may_begin_a_stop_string_are_held_back() -> None:
-    assert streamed("ab-abc", ["abc"]) == ["", "", "ab-", "", "", "", ""]
-    assert streamed("ab", ["abc"]) == ["", "", "ab"]
 
 
 # --- cancelled requests ---
@@ -533,40 +385,6 @@ def test_a_batch_grows_again_after_an_out_of_memory(monkeypatch: pytest.MonkeyPa
     texts_of(own.engine, [new_generation(own, "hello", max_tokens=200) for _ in range(8)])
 
     assert sizes[1:6] == [4, 5, 6, 7, 8]
-
-
-def steps_until_larger(limit: BatchLimit) -> int:
-    return next(step for step in range(1, 10_000) if limit.note_step(limit.size))
-
-
-def test_each_out_of_memory_doubles_the_steps_before_a_larger_batch_is_tried() -> None:
-    limit, steps = BatchLimit(64), []
-    for _ in range(9):
-        limit.shrink(8)
-        steps.append(steps_until_larger(limit))
-
-    assert steps == [64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192]
-
-
-def test_only_full_batches_make_the_next_one_larger() -> None:
-    limit = BatchLimit(64)
-    limit.shrink(8)
-
-    assert not any(limit.note_step(3) for _ in range(1000))
-    assert limit.size == 4
-
-
-def test_a_full_batch_of_the_largest_size_forgets_earlier_out_of_memories() -> None:
-    limit = BatchLimit(8)
-    limit.shrink(8)
-    limit.shrink(8)
-    while limit.size < limit.maximum:
-        limit.note_step(limit.size)
-    for _ in range(128):
-        limit.note_step(8)
-    limit.shrink(8)
-
-    assert steps_until_larger(limit) == 64
 
 
 def test_a_conversation_that_does_not_fit_alone_is_out_of_memory() -> None:
