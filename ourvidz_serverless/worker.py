@@ -40,6 +40,7 @@ from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.references import fetch as references
+from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
 
 #: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
@@ -61,7 +62,7 @@ class Worker:
         worker_id: str,
         ledger: Ledger | None = None,
         limits: RateLimits | None = None,
-        policy: references.Policy | None = None,
+        policy: ReferencePolicy | None = None,
         credentials: Credentials | None = None,
         pills: Pills | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -72,7 +73,7 @@ class Worker:
         self._outbox, self._is_silent = Outbox(callback, self._storage, clock), False
         self._worker_id = worker_id
         self._credentials, self._clock = credentials, clock
-        self._policy = policy or references.Policy(
+        self._policy = policy or ReferencePolicy(
             allowed_hosts=frozenset(settings.reference_hosts),
             libraries=frozenset(settings.reference_buckets),
         )

@@ -24,7 +24,7 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import RateLimits, RedisCounter
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.net.upstash import Upstash
-from ourvidz_serverless.references.fetch import Policy
+from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.servers.broken_proxy import FAULTS, BrokenProxy, Fault
@@ -84,7 +84,7 @@ class World:
             Pictures(self.picture) as host,
             BrokenProxy(host.url, script, self.server_tls) as proxy,
         ):
-            reach = Policy(
+            reach = ReferencePolicy(
                 deadline_s=patience.try_s,
                 retry=patience,
                 resolve=lambda name: ["127.0.0.1"],

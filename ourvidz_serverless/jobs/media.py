@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.job import Job, says_adult
-from ourvidz_serverless.references import fetch
+from ourvidz_serverless.references import decode
 
 ResizeMode = Literal["crop", "pad", "stretch"]
 Speed = Literal["exact", "balanced", "fast"]
@@ -157,7 +157,7 @@ class MediaJob(Job):
 
     def fit(self, reference: Image.Image) -> Image.Image:
         """A reference at the job's size, resized as the job asks."""
-        return fetch.fit(reference, *self.size, self.config.resize_mode)
+        return decode.fit(reference, *self.size, self.config.resize_mode)
 
     def asset_metadata(
         self, seed: int, steps: int, guidance_scale: float, index: int = 0, batch_size: int = 1

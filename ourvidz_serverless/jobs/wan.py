@@ -58,7 +58,7 @@ from ourvidz_serverless.models.wan.request import (
     VideoRequest,
 )
 from ourvidz_serverless.output import FrameQueue, Output, Video
-from ourvidz_serverless.references import fetch
+from ourvidz_serverless.references import decode
 from ourvidz_serverless.settings import Settings
 
 Type = Literal[
@@ -443,7 +443,7 @@ def _fitted(job: WanJob, images: Mapping[str, Image.Image]) -> References:
         # A reference of an image is no frame of it. VACE was trained on subjects on white.
         subject = next(iter(images.values()), None)
         return References(
-            subject=subject and fetch.fit(subject, *job.size, "pad", WHITE),
+            subject=subject and decode.fit(subject, *job.size, "pad", WHITE),
             scale=job.conditioning_scale,
         )
     fitted = {role: job.fit(image) for role, image in images.items()}

@@ -10,8 +10,12 @@ from concurrent.futures import Future
 from urllib.parse import urlsplit
 
 from ourvidz_serverless.deadline import Deadline
+from ourvidz_serverless.net.retries import Refused
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+#: Whether a connection may be made to an address.
+Gate = Callable[[Address], bool]
 
 #: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
 #: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
@@ -47,6 +51,8 @@ CLOSED_NETWORKS = tuple(
 )
 OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
 
+
+NOT_PUBLIC = "the host's address is not public"
 
 #: The port of a URL that names none.
 PORTS = {"http": 80, "https": 443}
@@ -88,7 +94,7 @@ def origin(url: str) -> tuple[str, str, int | None]:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is the public internet's, looked at as IPv4 where it is mapped."""
+    """Whether an address is of the public internet; a mapped one is checked as IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped and not address.scope_id:
             return is_public(address.ipv4_mapped)
@@ -98,18 +104,21 @@ def is_public(address: Address) -> bool:
 
 
 def resolve(host: str) -> list[str]:
-    """Every address of a host, as the system's resolver tells them; raises OSError."""
+    """Every address of a host that the system's resolver knows; raises OSError."""
     answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def look_up(
-    host: str, deadline: Deadline, resolve: Callable[[str], Iterable[str]] = resolve
+    host: str,
+    deadline: Deadline,
+    gate: Gate | None = None,
+    resolve: Callable[[str], Iterable[str]] = resolve,
 ) -> list[Address]:
-    """Every address of a host.
+    """Every address of a host, one at least; with a gate, each of them passes it.
 
-    Raises OSError, which is TimeoutError at the deadline, and ValueError if the resolver returns
-    something that is no address.
+    Raises OSError: gaierror if the host has no address, TimeoutError at the deadline. Raises
+    Refused if an address does not pass the gate: one such address is enough.
     """
     answer: Future[list[str]] = Future()
 
@@ -121,4 +130,16 @@ def look_up(
 
     # In a thread, since the system's resolver takes no deadline.
     threading.Thread(target=ask, daemon=True, name="resolve").start()
-    return [ipaddress.ip_address(text) for text in answer.result(deadline.timeout_s())]
+    try:
+        found = answer.result(deadline.timeout_s())
+    except UnicodeError:  # no name can be spelt like this
+        found = []
+    if not found:
+        raise socket.gaierror(socket.EAI_NONAME, "the host has no address")
+    try:
+        addresses = [ipaddress.ip_address(text) for text in found]
+    except ValueError as exc:
+        raise Refused(NOT_PUBLIC) from exc
+    if gate and not all(map(gate, addresses)):
+        raise Refused(NOT_PUBLIC)
+    return addresses

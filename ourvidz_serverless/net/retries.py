@@ -22,15 +22,20 @@ TRANSIENT = {408, 425, 429}
 
 
 class Fault(Exception):
-    """One HTTP request that failed. `status` is the answer's, or None where none came.
+    """One HTTP request that failed.
 
-    `retry_after` (seconds) is what the other side asked for, where it did; `body` what it said.
+    `status` is the response's, or None if none came, and `why` says what happened then. `body` is
+    the response's, and `retry_after` the seconds that it asks for, if it does.
     """
 
     def __init__(
-        self, status: int | None, retry_after: str | None = None, body: bytes = b""
+        self,
+        status: int | None,
+        retry_after: str | None = None,
+        body: bytes = b"",
+        why: str = "no answer",
     ) -> None:
-        super().__init__(f"HTTP {status}" if status else "no answer")
+        super().__init__(f"HTTP {status}" if status else why)
         self.status, self.asked, self.body = status, retry_after, body
         # Not `isdigit`, which takes a superscript for a digit.
         self.retry_after = float(retry_after) if retry_after and retry_after.isdecimal() else None
@@ -38,6 +43,15 @@ class Fault(Exception):
     @property
     def is_transient(self) -> bool:
         return self.status is None or self.status in TRANSIENT or self.status >= 500
+
+
+class Refused(Fault):
+    """A request that is not made, or an answer that is not taken; another try would not help."""
+
+    is_transient = False
+
+    def __init__(self, why: str) -> None:
+        super().__init__(None, why=why)
 
 
 def is_transient(error: BaseException) -> bool:

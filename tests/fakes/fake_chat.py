@@ -57,10 +57,12 @@ class EndlessChat:
 
     def __init__(self) -> None:
         self.device = NoDevice()
+        self.begun = 0
         self.speaks = threading.Event()
         self.stopped = threading.Event()
 
     def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
+        self.begun += 1
         return FakeReply(self._write(check))
 
     def _write(self, check: Callable[[], None]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Retry
-from ourvidz_serverless.references.fetch import Policy
+from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -90,7 +90,7 @@ class LocalWorker:
     ledger: Ledger | None = None
     streamed: list[Any] = field(default_factory=list)
     limits: RateLimits | None = None
-    policy: Policy | None = None
+    policy: ReferencePolicy | None = None
     credentials: Credentials | None = None
     clock: Callable[[], float] = time.monotonic
 

@@ -1,5 +1,6 @@
 """A request that goes out comes to an end, and goes nowhere else."""
 
+import base64
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from ourvidz_serverless.deadline import Deadline
-from ourvidz_serverless.net.retries import Fault, is_transient
-from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Barred, Transport
+from ourvidz_serverless.net.connection import Connection
+from ourvidz_serverless.net.retries import Fault, Refused, is_transient
+from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Transport, parse_url
 from tests.servers.broken_proxy import BrokenProxy
 from tests.servers.local_server import Answer as WebAnswer
 from tests.servers.local_server import LocalServer, Request
@@ -211,7 +213,7 @@ def test_no_connection_is_made_to_an_address_that_the_gate_keeps_away_from(
     asked: list[str] = []
     gated = Transport(gate=lambda address: asked.append(str(address)) is not None)
 
-    with pytest.raises(Barred) as fault:
+    with pytest.raises(Refused) as fault:
         gated.send("GET", echo.url.replace("127.0.0.1", name), within_s=AGES_S)
 
     assert not is_transient(fault.value)
@@ -234,3 +236,62 @@ def test_a_name_that_nobody_knows_is_a_fault() -> None:
 def test_a_url_that_is_none_is_a_fault(url: str) -> None:
     with pytest.raises(Fault):
         get(url)
+
+
+def test_a_request_that_the_server_does_not_read_is_cut_by_the_clock() -> None:
+    done = threading.Event()
+
+    with server(lambda client: bool(done.wait())) as url, pytest.raises(Fault, match="no answer"):
+        Transport().send("POST", url, data=bytes(50_000_000), within_s=0.4)
+    done.set()
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "target"),
+    [
+        ("http://a.example", "a.example", "/"),
+        ("HTTP://A.example:80/B?c#d", "a.example", "/B?c"),
+        ("https://a.example:8443?x=y", "a.example:8443", "/?x=y"),
+        ("http://[::1]:9/", "[::1]:9", "/"),
+        ("http://bücher.example/ä b", "xn--bcher-kva.example", "/%C3%A4%20b"),
+        ("http://a.example/b%20c/../~d;e?f=%2F&g=[h]", "a.example", "/b%20c/../~d;e?f=%2F&g=[h]"),
+    ],
+)
+def test_a_url_is_sent_as_it_is_written_but_for_what_must_be_quoted(
+    url: str, host: str, target: str
+) -> None:
+    _, sent_target, headers = parse_url(url)
+
+    assert (headers, sent_target) == ({"Host": host}, target)
+
+
+def test_a_user_in_a_url_logs_in_with_basic_authentication(echo: Echo) -> None:
+    transport = Transport({"authorization": "Bearer other"})
+
+    transport.send("GET", echo.url.replace("//", "//ada:pass%3Aword@"), within_s=AGES_S)
+
+    login = base64.b64encode(b"ada:pass:word").decode()
+    assert echo.seen[0].headers.get_all("Authorization") == [f"Basic {login}"]
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: b", "a\nb", "a\0b"])
+def test_a_header_with_a_line_break_is_not_sent(echo: Echo, value: str) -> None:
+    with pytest.raises(Fault, match="no answer"):
+        Transport().send("GET", echo.url, headers={"X-Value": value}, within_s=AGES_S)
+
+    assert echo.seen == []
+
+
+def test_an_idle_connection_that_the_server_has_closed_is_dropped() -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(ours) as connection:
+        assert not connection.is_dropped
+        theirs.close()
+        assert connection.is_dropped
+
+
+def test_an_idle_connection_with_bytes_of_no_response_is_dropped() -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(ours) as connection, theirs:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        assert connection.is_dropped

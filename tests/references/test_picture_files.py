@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageCms
 from playwright.sync_api import Browser
 
-from ourvidz_serverless.references.fetch import Policy, decode
+from ourvidz_serverless.references.decode import decode
+from ourvidz_serverless.references.policy import ReferencePolicy
 from tests.fakes.png_files import (
     BEFORE_END,
     GREY,
@@ -224,7 +225,7 @@ COLOURED = {
     ],
 )
 def test_a_reference_is_what_chromium_shows(shown: Shown, data: bytes) -> None:
-    ours, theirs = np.array(decode(data, Policy())), shown(data)
+    ours, theirs = np.array(decode(data, ReferencePolicy())), shown(data)
 
     assert ours.shape == theirs.shape
     assert np.abs(ours.astype(int) - theirs).max() <= 1

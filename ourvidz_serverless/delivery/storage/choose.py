@@ -13,8 +13,7 @@ from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.job import S3Config
-from ourvidz_serverless.net.addresses import is_listed, is_public, look_up
-from ourvidz_serverless.net.transport import Gate
+from ourvidz_serverless.net.addresses import Gate, is_listed, is_public, look_up
 from ourvidz_serverless.settings import Settings, storage_place, storage_problems
 
 #: The payload's field for the host of its own bucket.

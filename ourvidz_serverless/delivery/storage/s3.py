@@ -11,8 +11,9 @@ from urllib3 import HTTPResponse
 
 from ourvidz_serverless.delivery.storage.base import MAX_BYTES, RETRY, folder
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.net.addresses import Gate
 from ourvidz_serverless.net.retries import Fault, Retry
-from ourvidz_serverless.net.transport import Gate, Transport
+from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.settings import Settings
 
 

@@ -16,11 +16,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ourvidz_serverless.deadline import Deadline
-from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, ReferenceFrameError
+from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models.memory.device import is_lost, is_out_of_memory
 from ourvidz_serverless.models.sdxl import lora_header
 from ourvidz_serverless.models.sdxl.lora_downloads import Downloads
-from ourvidz_serverless.references import fetch as references
+from ourvidz_serverless.net.download import download
+from ourvidz_serverless.net.policy import Policy
+from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.settings import Settings
 
 #: The largest SDXL LoRAs have about as many bytes.
@@ -33,13 +35,13 @@ class LoraShelf:
     """Where LoRAs lie. Without a folder it is empty, and without hosts nothing is downloaded."""
 
     folder: Path | None
-    policy: references.Policy | None = None
+    policy: Policy | None = None
     max_cached_bytes: int = 10 << 30
 
     @classmethod
     def of(cls, settings: Settings) -> LoraShelf:
         hosts = frozenset(settings.lora_hosts)
-        policy = references.Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S)
+        policy = Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S)
         max_cached_bytes = int(settings.lora_cache_gb * (1 << 30))
         return cls(settings.sdxl_lora_dir, policy if hosts else None, max_cached_bytes)
 
@@ -70,10 +72,9 @@ class LoraShelf:
         if self.policy is None:
             raise InvalidPrompt("config.loras: URLs are not allowed here, see LORA_HOSTS")
         try:
-            data = references.download(source, policy=self.policy, deadline=deadline)
-        except ReferenceFrameError as exc:
-            why = exc.message.removeprefix("reference: ")
-            raise ModelLoadError(f"config.loras: {why}") from exc
+            data = download(source, self.policy, deadline)
+        except Fault as exc:
+            raise ModelLoadError(f"config.loras: {exc}") from exc
         downloads.keep(path, data)
         return path
 

@@ -19,7 +19,7 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.sdxl.lora_downloads import IN_USE_S, Downloads
 from ourvidz_serverless.models.sdxl.loras import LoraShelf
 from ourvidz_serverless.net.addresses import Address
-from ourvidz_serverless.references.fetch import Policy
+from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import sdxl_payload
 from tests.fakes.small_jobs import write_lora

@@ -26,7 +26,7 @@ from ourvidz_serverless.errors import (
 from ourvidz_serverless.models.memory.device import as_job_error
 from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
 from ourvidz_serverless.models.sdxl.loras import LoraShelf, applied
-from ourvidz_serverless.references.fetch import Policy
+from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import sdxl_payload
 from tests.fakes.small_jobs import PICTURE, write_lora
