@@ -1,4 +1,4 @@
-// The edge function `chat`: a reply within the caller's 45 seconds, streamed where that is asked.
+// The edge function `chat`: a reply within the caller's 45 seconds, streamed if the call asks for it.
 //   deno run --allow-net --allow-env --allow-read chat.ts
 
 import { type ChatCall, Face, RequestFailed } from "../mod.ts";

@@ -1,9 +1,9 @@
-// The edge function `job-callback`: believe what is signed, keep what it says, once.
+// The edge function `job-callback`: verifies a callback and stores its document, once.
 //   deno run --allow-net --allow-env --allow-read job-callback.ts
 
 import { BadSignature, type Callback, verifyCallback } from "../mod.ts";
 
-/** Stands for the application's table of jobs. */
+/** In place of the application's table of jobs. */
 const jobs = new Map<string, Callback>();
 
 export async function receive(request: Request): Promise<Response> {

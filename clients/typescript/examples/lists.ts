@@ -1,4 +1,4 @@
-// The old way: a job goes to the right end of its family's Redis list, as the application pushes.
+// The Redis lists: a job goes to the right end of its family's list, as the application pushes it.
 // The bridge takes jobs from the left end, first in first out; the old workers take from the right.
 
 import { familyOf, type Job, RequestFailed } from "../mod.ts";

@@ -1,29 +1,29 @@
-// Jobs that are under way on one side, taken up by the other: on the day of the move, or of a
-// move back. Reads rows of the application's table of jobs, oldest first, as a JSON array.
+// Moves jobs that are under way from the old workers to the endpoints, or back. Reads rows of the
+// application's table of jobs, oldest first, as a JSON array.
 //   deno run --allow-net --allow-env --allow-read move-jobs.ts to-endpoints < rows.json
 
 import { Client, type Job, type JobName } from "../mod.ts";
 import { push } from "./lists.ts";
 
-/** What of a row is read here: its payload, and where it was submitted, if it was. */
+/** The part of a row that is read here: its payload, and where it was submitted, if it was. */
 export interface Row {
   payload: Job;
   runpod?: JobName;
 }
 
-/** Submit what an old worker left behind, each under its own id; what becomes of each. */
+/** Submit the jobs that the old workers have not done, each under its own id. */
 export async function toEndpoints(client: Client, rows: readonly Row[]): Promise<JobName[]> {
   const names: JobName[] = [];
   for (const { payload } of rows) names.push((await client.submit(payload)).toJSON());
   return names;
 }
 
-/** Give back to the Redis lists what no worker has ended; the ids of those. */
+/** Push the jobs that have not ended back to the Redis lists. Returns their ids. */
 export async function toLists(client: Client, rows: readonly Row[]): Promise<string[]> {
   const returned: string[] = [];
   for (const { payload, runpod } of rows) {
     if (!runpod || (await client.status(runpod)).done) continue;
-    // Before it is cancelled: better twice under one id than not at all.
+    // Push before the cancel: two runs under one id are better than none.
     await push(payload);
     await client.cancel(runpod);
     returned.push(payload.id!);

@@ -1,4 +1,4 @@
-// The edge function `queue-job`: a user's wish becomes a job on its family's endpoint.
+// The edge function `queue-job`: submits a user's job to its family's endpoint.
 //   deno run --allow-net --allow-env --allow-read queue-job.ts
 
 import { Client, familyOf, type Job, RequestFailed } from "../mod.ts";
@@ -15,7 +15,7 @@ const client = new Client({
   },
 });
 
-/** The families whose jobs go to the endpoints; the others' still go to their Redis lists. */
+/** The families whose jobs go to the endpoints. Other jobs still go to their Redis lists. */
 const moved = (Deno.env.get("MOVED_FAMILIES") ?? "sdxl,chat,wan,admin").split(",");
 
 export async function queue(request: Request): Promise<Response> {
@@ -26,7 +26,7 @@ export async function queue(request: Request): Promise<Response> {
       return Response.json({ jobId: job.id, status: "queued" });
     }
     const submitted = await client.submit(job);
-    // To be kept in the job's row: with it status, cancel and stream can be asked for later.
+    // Store `runpod` in the job's row: status, cancel and stream need it later.
     return Response.json({ jobId: job.id, status: "queued", runpod: submitted });
   } catch (error) {
     const status = error instanceof RequestFailed ? 503 : 400;

@@ -1,7 +1,7 @@
-// A request to the chat worker: what each of the application's callers has to send.
+// A request to the chat worker, as each of the application's callers must send it.
 //   deno run --allow-net --allow-env worker.ts https://ENDPOINT_ID.api.runpod.ai
 
-/** `fetch` with both keys: RunPod's for its gateway, and the worker's own where it has one. */
+/** `fetch` with both keys: RunPod's for its gateway, and the worker's own if it has one. */
 export function fetchWorker(url: string, path: string, init: RequestInit = {}): Promise<Response> {
   const key = Deno.env.get("WORKER_API_KEY");
   const headers = {
