@@ -1,12 +1,11 @@
-"""A caller's side: jobs by their type, over the RunPod SDK's `Endpoint`.
+"""The Python client: submits jobs to RunPod's endpoints, with the SDK's `Endpoint`.
 
     client = Client({"sdxl": "abc123", "chat": ["def456", "ghi789"]}, api_key="rpa_...")
     job = client.submit({"type": "sdxl_image_fast", "user_id": "user-1", "prompt": "a red circle"})
     document = job.result()
 
-The job type decides which family's endpoints may have a job, and their load which of them gets it:
-the part of an orchestrator that a queue in front of workers leaves over. A job that fails raises
-the class of `errors` that the worker raised.
+A job goes to an endpoint of its type's family: of several, to the one with the least load. A job
+that fails raises the class of `errors` that the worker raised.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 ERRORS = {error.code: error for error in JobError.__subclasses__()}
 
-#: The platform's states in the words of `GET /job/{id}`.
+#: The statuses of `GET /job/{id}` for the platform's.
 STATUS_OF: Mapping[str, Status] = {
     "IN_QUEUE": "queued",
     "IN_PROGRESS": "processing",
@@ -39,8 +38,9 @@ STATUS_OF: Mapping[str, Status] = {
     "TIMED_OUT": "failed",
 }
 
-#: How soon a job is asked for again, at first and at last, in seconds.
+#: The first and the longest wait between two polls for a job, in seconds.
 FIRST_POLL_S, LAST_POLL_S = 0.25, 3.0
+#: The time limit of one request, in seconds.
 TIMEOUT_S = 30
 
 Status = Literal["queued", "processing", "completed", "failed"]
@@ -48,7 +48,7 @@ Status = Literal["queued", "processing", "completed", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where a job stands: `document` once it has ended, `error` where it failed."""
+    """A job's state: with its `document` after its end, with its `error` if it failed."""
 
     status: Status
     progress: Mapping[str, Any] | None = None
@@ -59,8 +59,8 @@ class Outcome:
 class Client:
     """Submits jobs to the endpoints of their families.
 
-    `worker_key` is brought where the workers have WORKER_API_KEY; `base_url` is RunPod's unless
-    given. Requests that fail raise `Fault`, with the HTTP status, after their tries.
+    `worker_key` is for workers with WORKER_API_KEY. `base_url` is RunPod's by default. A request
+    that fails raises `Fault`, with the HTTP status, after its tries.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Client:
     def submit(
         self, payload: Mapping[str, Any], s3_config: Mapping[str, Any] | None = None
     ) -> SubmittedJob:
-        """Queue a job on the endpoint of its family that has the least to do."""
+        """Queue a job on the endpoint of its family that has the least load."""
         api, body = self._choose(payload), self._body(payload, s3_config)
         return SubmittedJob(api, api.call(lambda: api.endpoint.run(body)).job_id)
 
@@ -93,7 +93,7 @@ class Client:
         timeout_s: float = 600,
         s3_config: Mapping[str, Any] | None = None,
     ) -> Mapping[str, Any]:
-        """A job's document, waited for; raises the JobError that it failed with."""
+        """Submit a job and wait for its document. Raises the JobError that it failed with."""
         return self.submit(payload, s3_config).result(timeout_s)
 
     def runsync(
@@ -102,7 +102,7 @@ class Client:
         wait_s: float = 90,
         s3_config: Mapping[str, Any] | None = None,
     ) -> Mapping[str, Any]:
-        """The same in one request, for jobs that take no longer than `wait_s`."""
+        """`run` in one request, for a job that takes `wait_s` at most."""
         api, body = self._choose(payload), self._body(payload, s3_config)
         path, timeout_s = f"runsync?wait={int(wait_s * 1000)}", int(wait_s) + TIMEOUT_S
         outcome = read_outcome(api.post(path, body, timeout_s))
@@ -113,7 +113,7 @@ class Client:
         return SubmittedJob(self._api(endpoint), id)
 
     def health(self, family: str) -> dict[str, Any]:
-        """What RunPod says of the jobs and workers of each of a family's endpoints."""
+        """RunPod's counts of jobs and workers, by each of a family's endpoints."""
         return {name: self._api(name).health() for name in self._endpoints(family)}
 
     def _choose(self, payload: Mapping[str, Any]) -> _Api:
@@ -128,10 +128,10 @@ class Client:
         family = FAMILY_OF[name]
         if family != "admin" or "admin" in self._ids:
             return family
-        # Every worker serves an administrator: the one that the question is about, or the first.
+        # Every worker runs admin jobs: the target's family gets the job, or else the first family.
         config = payload.get("config")
-        wish = config.get("target_worker") if isinstance(config, Mapping) else None
-        target = str(wish or payload.get("target_worker")).removesuffix("_worker")
+        named = config.get("target_worker") if isinstance(config, Mapping) else None
+        target = str(named or payload.get("target_worker")).removesuffix("_worker")
         return target if target in self._ids else next(iter(self._ids), family)
 
     def _endpoints(self, family: str) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ class Client:
     def _body(
         self, payload: Mapping[str, Any], s3_config: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        # With an id of our own, so that a request whose answer was lost can be made again.
+        # The payload gets an id, so that it can be sent again after a lost answer.
         job_id = payload.get("id") or payload.get("job_id") or str(uuid.uuid4())
         key = {"api_key": self._worker_key} if self._worker_key else {}
         body: dict[str, Any] = {"input": {**payload, "id": job_id, **key}}
@@ -153,7 +153,7 @@ class Client:
 
 
 class SubmittedJob:
-    """A job on its endpoint; `endpoint` and `id` are what another process needs to ask on."""
+    """A job on its endpoint. Another process can use the job with its `endpoint` and `id`."""
 
     def __init__(self, api: _Api, id: str) -> None:
         self._api, self.id = api, id
@@ -163,22 +163,22 @@ class SubmittedJob:
         return self._api.name
 
     def status(self) -> Outcome:
-        """Where the job stands now."""
+        """The job's state now."""
         return read_outcome(self._api.get(f"status/{self.id}"))
 
     def result(self, timeout_s: float = 600) -> Mapping[str, Any]:
-        """Wait for the document, with growing pauses; outages of the platform are waited out.
+        """Wait for the document, with growing waits between polls, also through an outage.
 
         Raises the JobError that the job ended with. After `timeout_s` raises DeadlinePassed, or
         Fault if the platform does not answer.
         """
-        questions = _Questions(self._api, timeout_s)
+        polls = _Polls(self._api, timeout_s)
         while True:
-            answer = questions.ask(f"status/{self.id}")
+            answer = polls.ask(f"status/{self.id}")
             outcome = read_outcome(answer) if answer else None
             if outcome and outcome.status in ("completed", "failed"):
                 return _document(outcome, timeout_s)
-            questions.pause()
+            polls.pause()
 
     def stream(self, timeout_s: float = 600) -> Generator[str, None, Mapping[str, Any]]:
         """A streamed reply, piece by piece; the generator's value is the document.
@@ -187,37 +187,37 @@ class SubmittedJob:
         pieces are yielded until the end, where the rest of the reply comes in one piece. Raises
         the errors of `result`.
         """
-        # Not the SDK's own, which never ends for a job that was cancelled.
-        questions, told = _Questions(self._api, timeout_s), ""
+        # Not the SDK's stream, which never ends for a job that was cancelled.
+        polls, yielded = _Polls(self._api, timeout_s), ""
         while True:
-            answer = questions.ask(f"stream/{self.id}") or {}
+            answer = polls.ask(f"stream/{self.id}") or {}
             items = answer.get("stream") or []
-            for delta in () if questions.is_answer_lost else _deltas(items):
-                told += delta
+            for delta in () if polls.is_answer_lost else _deltas(items):
+                yielded += delta
                 yield delta
             if answer and not items and STATUS_OF[answer["status"]] in ("completed", "failed"):
                 break
-            questions.pause(has_news=bool(items))
-        document = self.result(questions.left_s)
-        rest = _rest(document, told) if questions.is_answer_lost else ""
+            polls.pause(has_news=bool(items))
+        document = self.result(polls.left_s)
+        rest = _rest(document, yielded) if polls.is_answer_lost else ""
         if rest:
             yield rest
         return document
 
     def cancel(self) -> None:
-        """Have the job stopped at its next step."""
+        """Stop the job at its next step."""
         self._api.post(f"cancel/{self.id}", {})
 
 
-class _Questions:
-    """Questions about one job, each tried once, until the caller's time is up."""
+class _Polls:
+    """Polls for one job until the caller's time is over. Each request is tried once."""
 
     def __init__(self, api: _Api, timeout_s: float) -> None:
         self._api, self._timeout_s = api, timeout_s
         self._ends = time.monotonic() + timeout_s
         self._pause_s = FIRST_POLL_S
         self._failed: Fault | None = None
-        #: Whether the answer to a question may have been lost on its way.
+        #: Whether the platform may have sent an answer that was lost.
         self.is_answer_lost = False
 
     @property
@@ -225,7 +225,7 @@ class _Questions:
         return max(self._ends - time.monotonic(), 0.0)
 
     def ask(self, path: str) -> Any:
-        """The answer, or None if there is none and a later question may get one."""
+        """The answer; None if there is none and a later poll may get one."""
         try:
             answer = self._api.get(path, Retry(tries=1))
         except Fault as fault:
@@ -238,15 +238,15 @@ class _Questions:
         return answer
 
     def pause(self, has_news: bool = False) -> None:
-        """Wait before the next question: no time after news, else longer each time.
+        """Wait before the next poll: not at all after news, else longer each time.
 
         Raises Fault or DeadlinePassed if no time is left.
         """
         if not self.left_s:
             raise self._failed or _under_way(self._timeout_s)
-        asked_s = (self._failed.retry_after if self._failed else None) or 0.0
+        retry_after_s = (self._failed.retry_after if self._failed else None) or 0.0
         if not has_news:
-            time.sleep(min(max(self._pause_s, asked_s), self.left_s))
+            time.sleep(min(max(self._pause_s, retry_after_s), self.left_s))
         self._pause_s = FIRST_POLL_S if has_news else min(self._pause_s * 1.5, LAST_POLL_S)
 
 
@@ -255,16 +255,16 @@ def _deltas(items: Sequence[Mapping[str, Any]]) -> list[str]:
     return [each["delta"] for each in outputs if isinstance(each, Mapping) and "delta" in each]
 
 
-def _rest(document: Mapping[str, Any], told: str) -> str:
+def _rest(document: Mapping[str, Any], yielded: str) -> str:
     """The part of a reply after the pieces that were yielded; empty if they do not match it."""
-    whole = document.get("response") or document.get("enhanced_prompt") or ""
-    return whole.removeprefix(told) if whole.startswith(told) else ""
+    reply = document.get("response") or document.get("enhanced_prompt") or ""
+    return reply.removeprefix(yielded) if reply.startswith(yielded) else ""
 
 
 def read_outcome(answer: Mapping[str, Any]) -> Outcome:
-    """What an answer of RunPod's `/status` or `/runsync` means.
+    """The state in an answer of RunPod's `/status` or `/runsync`.
 
-    Where chat is served the output is a list whose last item is the document; else it is that.
+    The output is the document, or, if the worker serves chat, a list that ends with the document.
     """
     status, output = STATUS_OF[answer["status"]], answer.get("output")
     last = output[-1] if isinstance(output, list) and output else output
@@ -309,7 +309,7 @@ def _under_way(waited_s: float) -> DeadlinePassed:
 
 
 def _load(api: _Api) -> float:
-    """How many jobs each worker of an endpoint would have to do first; endless if unknown."""
+    """An endpoint's jobs for each of its workers; infinite if unknown."""
     try:
         health = api.health()
     except Fault:
@@ -320,7 +320,7 @@ def _load(api: _Api) -> float:
 
 
 class _Api:
-    """One endpoint's operations, tried again where that may help."""
+    """One endpoint's operations, with tries."""
 
     def __init__(self, endpoint: Endpoint, base_url: str | None, policy: Retry) -> None:
         self.endpoint, self._policy = endpoint, policy
@@ -333,29 +333,29 @@ class _Api:
 
     def get(self, path: str, policy: Retry | None = None) -> Any:
         client, path = self.endpoint.rp_client, f"{self.name}/{path}"
-        return self.call(lambda: _with("status", client.get(path, TIMEOUT_S)), policy)
+        return self.call(lambda: _check_field("status", client.get(path, TIMEOUT_S)), policy)
 
     def post(self, path: str, body: Mapping[str, Any], timeout_s: int = TIMEOUT_S) -> Any:
         client, path = self.endpoint.rp_client, f"{self.name}/{path}"
-        return self.call(lambda: _with("status", client.post(path, body, timeout_s)))
+        return self.call(lambda: _check_field("status", client.post(path, body, timeout_s)))
 
     def health(self) -> Any:
-        return self.call(lambda: _with("jobs", self.endpoint.health(TIMEOUT_S)))
+        return self.call(lambda: _check_field("jobs", self.endpoint.health(TIMEOUT_S)))
 
     def call(self, request: Callable[[], T], policy: Retry | None = None) -> T:
-        """What a request gives; raises Fault after its tries."""
-        return retry(lambda: _named(request), on=is_transient, policy=policy or self._policy)
+        """The result of a request; raises Fault after its tries."""
+        return retry(lambda: _with_faults(request), on=is_transient, policy=policy or self._policy)
 
 
-def _with(field: str, answer: Any) -> Any:
-    """The answer. An answer without its field is incomplete."""
+def _check_field(field: str, answer: Any) -> Any:
+    """The answer. Raises KeyError for an answer without its field, which is incomplete."""
     if not (isinstance(answer, Mapping) and field in answer):
         raise KeyError(field)
     return answer
 
 
-def _named(request: Callable[[], T]) -> T:
-    """The SDK's errors as Fault: which status, and how long the platform asks to wait."""
+def _with_faults(request: Callable[[], T]) -> T:
+    """The result of a request. Raises Fault, with the HTTP status, for the SDK's errors."""
     try:
         return request()
     except requests.HTTPError as exc:
@@ -364,5 +364,5 @@ def _named(request: Callable[[], T]) -> T:
     # KeyError: the answer lacks its field.
     except (requests.RequestException, OSError, KeyError) as exc:
         raise Fault(None) from exc
-    except RuntimeError as exc:  # the SDK's for a wrong API key
+    except RuntimeError as exc:  # The SDK raises it for a wrong API key.
         raise Fault(401) from exc

@@ -1,11 +1,10 @@
 """The contract as JSON Schema: every job's payload, and every document that comes back.
 
-A payload's schema is generated from the model that parses it, with the other names that a field
-answers to beside its own. The
-documents are described here, and tests hold them against what the worker really says.
+A payload's schema is generated from the model that parses it, with every name that a field has. The
+documents are described here. Tests compare them with the documents of a worker.
 
-`VERSION` counts what a caller can see: the second number for what is added, the first for what an
-old caller would trip over.
+`VERSION` counts changes that a caller can see: the second number counts additions, the first number
+changes that break an older caller.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from ourvidz_serverless.job import KEY_PATTERN, Job, S3Config
 VERSION = "1.0"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-#: Where null means absent, whatever the field.
+#: The parts of a payload in which null means absent for every field.
 NULLABLE = ("config", "metadata")
 
-#: What every payload may hold beside its model's fields: a key, and the caller's older names.
-ALSO: dict[str, JsonSchemaValue] = {
+#: The fields of every payload besides its model's: a key, and older names of fields.
+COMMON_FIELDS: dict[str, JsonSchemaValue] = {
     "api_key": {"type": "string", "description": "needed where the worker has WORKER_API_KEY"},
     "job_id": {"type": "string", "pattern": KEY_PATTERN, "description": "the same as id"},
     "job_type": {"type": "string", "description": "the same as type, which wins"},
@@ -51,13 +50,13 @@ Code = Literal[
 ]
 
 
-class Said(BaseModel):
+class ContractModel(BaseModel):
     """A part of a document. More keys may come with any version; none of these goes."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class AssetMetadata(Said):
+class AssetMetadata(ContractModel):
     """Pictures and videos have sizes and seeds, texts have not."""
 
     format: str
@@ -76,7 +75,7 @@ class AssetMetadata(Said):
     duration_seconds: float | None = None
 
 
-class Asset(Said):
+class Asset(ContractModel):
     """One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else."""
 
     type: Literal["image", "video", "text"]
@@ -85,7 +84,7 @@ class Asset(Said):
     metadata: AssetMetadata
 
 
-class Failure(Said):
+class Failure(ContractModel):
     """Why a job failed; `retryable` says whether the same job may succeed later."""
 
     code: Code
@@ -94,7 +93,7 @@ class Failure(Said):
     retry_after: float | None = None
 
 
-class Usage(Said):
+class Usage(ContractModel):
     """Tokens of a chat."""
 
     prompt_tokens: int
@@ -103,7 +102,7 @@ class Usage(Said):
     prompt_tokens_reused: int
 
 
-class DocumentMetadata(Said):
+class DocumentMetadata(ContractModel):
     """What the worker knows of the whole job; `timings` are seconds by stage.
 
     Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is
@@ -127,7 +126,7 @@ class DocumentMetadata(Said):
     nsfw_optimization: bool | None = None
 
 
-class Document(Said):
+class Document(ContractModel):
     """What every document says; the reply's fields are a chat's, `result` is an administrator's."""
 
     job_id: str
@@ -155,17 +154,21 @@ class Result(Document):
     failure: Failure | None = None
 
 
-class Delta(Said):
+class Delta(ContractModel):
     """One item of a streamed reply; the last item of a stream is a Result."""
 
     delta: str
 
 
-DOCUMENTS: Mapping[str, type[Said]] = {"callback": Callback, "result": Result, "delta": Delta}
+DOCUMENTS: Mapping[str, type[ContractModel]] = {
+    "callback": Callback,
+    "result": Result,
+    "delta": Delta,
+}
 
 
 class _Schema(GenerateJsonSchema):
-    """pydantic's schema without what a reader does not need: titles of fields, defaults of none."""
+    """pydantic's schema without titles of fields and without empty defaults."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -173,7 +176,7 @@ class _Schema(GenerateJsonSchema):
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         made = super().default_schema(schema)
         default = made.get("default")
-        # A value that is parsed from a text has no default that a caller could send.
+        # The default of a value that is parsed from text is not a value that a caller can send.
         is_parsed = made.get("type") == "string" and not isinstance(default, str)
         if default is None or default == [] or is_parsed or isinstance(default, dict):
             made.pop("default", None)
@@ -186,16 +189,16 @@ def job_schemas() -> dict[str, JsonSchemaValue]:
 
 
 def document_schemas() -> dict[str, JsonSchemaValue]:
-    """The schemas of what comes back: the callback, the returned result, a stream's item."""
+    """The schemas of documents: the callback, the returned result, a stream's item."""
     return {
-        name: _headed(name, model.model_json_schema(schema_generator=_Schema))
+        name: _with_header(name, model.model_json_schema(schema_generator=_Schema))
         for name, model in DOCUMENTS.items()
     }
 
 
 def event_schema() -> JsonSchemaValue:
     """The body of RunPod's `/run`, and of this worker's `/jobs`."""
-    return _headed(
+    return _with_header(
         "event",
         {
             "title": "RunRequest",
@@ -215,15 +218,15 @@ def family_schema(family: str) -> JsonSchemaValue:
     schema = model.model_json_schema(schema_generator=_Schema, mode="validation")
     for part, nested in _parts(model):
         for name, info in nested.model_fields.items():
-            _place(schema, part, name, info.validation_alias)
+            _put_everywhere(schema, part, name, info.validation_alias)
     types = [name for name, owner in jobs.FAMILY_OF.items() if owner == family]
     properties = schema["properties"]
     del properties["s3Config"]
-    properties |= ALSO | {"type": {"type": "string", "enum": types}}
+    properties |= COMMON_FIELDS | {"type": {"type": "string", "enum": types}}
     properties["id"]["description"] = "RunPod's own id serves where it is missing"
     parts = [_resolved(schema, properties[name]) for name in NULLABLE if name in properties]
     for holder in (schema, *parts):
-        _let_null_be_absent(holder)
+        _allow_null(holder)
     schema["title"] = f"{family.title()}Job"
     schema["required"] = sorted({*schema.get("required", ()), "type"} - {"id"})
     schema.pop("description", None)
@@ -237,13 +240,13 @@ def _model(family: str) -> type[Job]:
     return model
 
 
-def _place(
+def _put_everywhere(
     schema: JsonSchemaValue,
     part: list[str],
     name: str,
     alias: str | AliasPath | AliasChoices | None,
 ) -> None:
-    """Put a field wherever it may stand; pydantic puts it in one place, at its own level."""
+    """Put a field at every place that it may have. pydantic puts it at one."""
     if alias is None or isinstance(alias, str):
         return
     choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
@@ -273,7 +276,7 @@ def _path(choice: str | AliasPath) -> list[str]:
 
 
 def _object(schema: JsonSchemaValue, path: list[str]) -> JsonSchemaValue:
-    """The object at a path, made where no field is declared there."""
+    """The object at a path. It is created if it has no field of its own."""
     here = schema
     for name in path:
         title = f"{schema['title'].removesuffix('Job')}{name.title()}"
@@ -290,7 +293,7 @@ def _resolved(schema: JsonSchemaValue, part: JsonSchemaValue) -> JsonSchemaValue
     return resolved
 
 
-def _let_null_be_absent(part: JsonSchemaValue) -> None:
+def _allow_null(part: JsonSchemaValue) -> None:
     required = part.get("required", ())
     for name, value in part.get("properties", {}).items():
         options = value.get("anyOf", ())
@@ -311,8 +314,8 @@ def _drop_unused(schema: JsonSchemaValue) -> None:
 
 def _of_type(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
     schema["properties"]["type"] = {"const": name, "type": "string"}
-    return _headed(f"jobs:{name}", schema)
+    return _with_header(f"jobs:{name}", schema)
 
 
-def _headed(name: str, schema: JsonSchemaValue) -> JsonSchemaValue:
+def _with_header(name: str, schema: JsonSchemaValue) -> JsonSchemaValue:
     return {"$schema": DIALECT, "$id": f"urn:ourvidz:{VERSION}:{name}", **schema}

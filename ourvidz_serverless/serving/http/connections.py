@@ -10,12 +10,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 #: The proxy should close an idle connection: if we close it, its next request may be lost.
 KEEP_ALIVE_S = 75
 
-#: A worker needs its files and sockets for its jobs; the proxy in front of it needs few.
+#: A worker needs its files and sockets for its jobs, and a proxy opens few connections.
 MAX_CONNECTIONS = 512
 
 #: Numbers the connections in the order in which they became idle. The event loop's clock cannot be
 #: used: uvloop's clock does not move while it accepts many connections.
-_TURNS = itertools.count()
+_IDLE_NUMBERS = itertools.count()
 
 
 class Connection(H11Protocol):
@@ -28,13 +28,13 @@ class Connection(H11Protocol):
     a head's length: the one in C takes a head of any length.
     """
 
-    _too_late: asyncio.TimerHandle | None = None
+    _timeout: asyncio.TimerHandle | None = None
     _idle_since = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch()
-        self._make_room()
+        self._close_one_if_full()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -48,29 +48,29 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._watch()
 
-    def _make_room(self) -> None:
+    def _close_one_if_full(self) -> None:
         """If there are too many connections, close the one that is idle longest."""
         every = [each for each in self.connections if isinstance(each, Connection)]
         open_ones = [each for each in every if not each.transport.is_closing()]
         if len(open_ones) > MAX_CONNECTIONS:
             # Never empty: this one is idle too.
-            idle = [each for each in open_ones if each._too_late]
+            idle = [each for each in open_ones if each._timeout]
             min(idle, key=lambda each: each._idle_since).transport.close()
 
     def _watch(self) -> None:
         """Start the timeout between requests."""
         if not self._is_between_requests:
             self._unwatch()
-        elif self._too_late is None:
-            self._idle_since = next(_TURNS)
-            self._too_late = self.loop.call_later(KEEP_ALIVE_S, self._give_up)
+        elif self._timeout is None:
+            self._idle_since = next(_IDLE_NUMBERS)
+            self._timeout = self.loop.call_later(KEEP_ALIVE_S, self._close_if_idle)
 
     def _unwatch(self) -> None:
-        if self._too_late:
-            self._too_late.cancel()
-        self._too_late = None
+        if self._timeout:
+            self._timeout.cancel()
+        self._timeout = None
 
-    def _give_up(self) -> None:
+    def _close_if_idle(self) -> None:
         if self._is_between_requests:
             self.transport.close()
 

@@ -1,4 +1,4 @@
-"""The HTTP service for machines: its routes as OpenAPI 3.1, with the contract's own schemas."""
+"""The HTTP service as OpenAPI 3.1, with the schemas of the contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 
-#: What a chat's caller sends, as the guides show it.
+#: The example of a chat call, the same as in the documents.
 CALL = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -18,8 +18,8 @@ CALL = {
 }
 WISH = {"target_worker": "chat_worker", "force": False}
 
-#: The target of a question or of a change. The schema lists only the families.
-ABOUT = "a family, or a model's name from `/memory/status`; all models if it is missing"
+#: The description of a target. The schema lists only the families.
+ABOUT_TARGET = "a family, or a model's name from `/memory/status`; all models if it is missing"
 EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
 PICTURE = {
     "type": "sdxl_image_fast",
@@ -39,17 +39,17 @@ BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "/emergency/operation": ("Emergency", {**WISH, "operation": "pressure_check"}),
 }
 
-#: The headers for a key: the second if a gateway uses the first for itself.
+#: The headers for a key. The second is for callers behind a gateway that uses the first.
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 KEYS: list[dict[str, list[str]]] = [{"bearer": []}, {"key": []}]
 
-#: Routes whose answer may be a stream of events.
+#: Routes whose response may be a stream of events.
 STREAMS = ("/chat", "/chat/unrestricted", "/enhance", "/job/{job_id}/events")
 
-#: Routes that may answer before a job has ended, and those that ask for no key.
+#: Routes that may respond before a job has ended, and routes that need no key.
 ACCEPTING = ("/jobs", "/job/{job_id}/cancel")
 OPEN = ("/ping", "/health")
 
@@ -75,7 +75,7 @@ STATE = {"title": "State", "type": "object", "properties": {"status": {"type": "
 
 
 def describe(schema: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """FastAPI's own schema, with the bodies, answers and keys of every route."""
+    """FastAPI's schema, with the bodies, responses and keys of every route added."""
     target = _target(settings.families)
     schema["components"] = {"schemas": _components(target), "securitySchemes": SECURITY_SCHEMES}
     for path, operations in schema["paths"].items():
@@ -108,13 +108,13 @@ def _describe(
         operation["responses"]["503"] = {"description": "not ready", "content": answer}
         operation["responses"]["204"] = {"description": "models are being loaded"}
     else:
-        # A small body may hold its `api_key`; every route takes a header.
+        # A small body may have the key as its `api_key`. Every route accepts a header.
         operation["security"] = KEYS if has_keys else [*KEYS, {}]
 
 
 def _target(families: Sequence[str]) -> dict[str, Any]:
     names = [name for family in families for name in (family, f"{family}_worker")]
-    return {"type": "string", "enum": names, "description": ABOUT}
+    return {"type": "string", "enum": names, "description": ABOUT_TARGET}
 
 
 def _components(target: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +122,12 @@ def _components(target: Mapping[str, Any]) -> dict[str, Any]:
     chat["required"] = [name for name in chat["required"] if name != "type"]
     del chat["properties"]["type"]
     chat["properties"]["id"] = {"anyOf": [chat["properties"]["id"], {"type": "null"}]}
-    # What `config` may hold as well stands in the contract.
+    # The contract lists each field in both places. Here one is enough.
     config = chat["$defs"]["ChatConfig"]["properties"]
     for name in set(config) & set(chat["properties"]):
         del config[name]
     force = contract.family_schema("admin")["properties"]["force"]
-    wish: dict[str, Any] = {
+    move: dict[str, Any] = {
         "type": "object",
         "properties": {"target_worker": {"anyOf": [target, {"type": "null"}]}, "force": force},
     }
@@ -137,33 +137,33 @@ def _components(target: Mapping[str, Any]) -> dict[str, Any]:
     parts = {
         "ChatCall": chat,
         "RunRequest": run,
-        "Wish": wish,
+        "Wish": move,
         "Emergency": {
-            **wish,
-            "properties": {**wish["properties"], "operation": operation},
+            **move,
+            "properties": {**move["properties"], "operation": operation},
             "required": ["operation"],
         },
         "Error": ERROR,
         "Answer": ANSWER,
         "State": STATE,
     }
-    hoisted: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     for name, part in parts.items():
-        hoisted |= {key: _moved(value) for key, value in part.pop("$defs", {}).items()}
-        hoisted[name] = _moved({key: value for key, value in part.items() if key[0] != "$"})
-    return hoisted
+        components |= {key: _rebased(value) for key, value in part.pop("$defs", {}).items()}
+        components[name] = _rebased({key: value for key, value in part.items() if key[0] != "$"})
+    return components
 
 
-def _moved(part: Any) -> Any:
-    """A schema whose references point to the components, where its definitions now are."""
+def _rebased(part: Any) -> Any:
+    """A schema whose references point to the components instead of `$defs`."""
     if isinstance(part, dict):
         return {
             key: value.replace("#/$defs/", "#/components/schemas/")
             if key == "$ref"
-            else _moved(value)
+            else _rebased(value)
             for key, value in part.items()
         }
-    return [_moved(item) for item in part] if isinstance(part, list) else part
+    return [_rebased(item) for item in part] if isinstance(part, list) else part
 
 
 def _reference(name: str) -> dict[str, str]:

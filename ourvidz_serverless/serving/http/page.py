@@ -1,10 +1,10 @@
-"""A page to look at, at `/` of the HTTP service: a job's form, its progress, and what came of it.
+"""The web page of the HTTP service, at `/`: a form for jobs, their progress and their results.
 
     GET /                 the page; GET /page/{name} its parts
     GET /assets/{key}     an asset from `file:` storage, with the worker's key
 
-It is there where `PAGE` says so, and otherwise only for who sits at the machine itself. It asks no
-other host for anything, and a browser is told to let it ask none.
+`PAGE` turns it on or off. Without `PAGE` it is on if the worker listens only at a loopback address.
+The page requests nothing from another host, and its Content-Security-Policy forbids it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ourvidz_serverless.settings import Settings
 
 FOLDER = Path(__file__).parent / "static"
 
-#: The page's parts, and what else a storage holds that it may show. All else, such as documents
-#: that wait for their delivery, is nobody's to see.
+#: The page's parts, and the files of a storage that it may show. It shows no other file, such as a
+#: document that was not delivered.
 PARTS = {"page.css": "text/css", "page.js": "text/javascript", "job.js": "text/javascript"}
 MEDIA = {
     ".png": "image/png",
@@ -36,7 +36,7 @@ MEDIA = {
     ".mp4": "video/mp4",
 }
 
-#: Its own parts, its own worker, and pictures that it has fetched itself.
+#: The page may load its own parts, call its own worker, and show pictures that it has fetched.
 POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -60,19 +60,20 @@ HEADERS = {
 
 
 def is_wanted(settings: Settings) -> bool:
-    """Whether the page is there: as `PAGE` says, or else on an address that only this host has."""
+    """Whether the page is served: by `PAGE`, or by default on a loopback address."""
     return is_loopback(settings.host) if settings.page is None else settings.page
 
 
 def make_router(settings: Settings, needs_key: Any, hosts: Collection[str]) -> APIRouter:
-    """The page's routes. A worker that listens only at loopback serves only it and `hosts`.
+    """The page's routes. `needs_key` checks the key of a request for an asset.
 
-    A request for an asset has to pass `needs_key` first.
+    A worker that listens at a loopback address serves the page only for loopback names and `hosts`.
     """
     is_local = is_loopback(settings.host)
 
     async def own_host(request: Request) -> None:
-        # A site whose name was made to lead here would be no other origin to the browser.
+        # DNS rebinding: a site's name may resolve to this machine, and the browser then takes the
+        # page as part of that site.
         if is_local and not is_own_host(request.headers.get("Host", ""), hosts):
             raise HTTPException(404, "Not Found")
 

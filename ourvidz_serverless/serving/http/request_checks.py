@@ -27,18 +27,18 @@ from ourvidz_serverless.net.addresses import is_listed, is_loopback
 #: The limit of RunPod's load balancer.
 MAX_BODY_BYTES = 30_000_000
 
-#: The limit for a body whose key is not known yet, since the body may hold it.
+#: The limit for a body without a key in a header: the body may have the key.
 MAX_BODY_BYTES_WITHOUT_KEY = 1_000_000
 
-#: Requests at once, with an accepted key and without. Together they are fewer than the
-#: connections, so that a newcomer always finds a place.
+#: Requests at once, with an accepted key and without. Together they are fewer than the connections,
+#: so that a new caller can always connect.
 MAX_REQUESTS = 320
 MAX_REQUESTS_WITHOUT_KEY = 128
 
 #: The `Retry-After`, in seconds, when the worker has too many requests.
 RETRY_AFTER_S = 2
 
-#: Answered without a key, and however many requests there are.
+#: These need no key, and are answered at any number of requests.
 OPEN_PATHS = ("/ping", "/health")
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -55,7 +55,7 @@ class RequestChecks:
         refuse: Callable[[Exception], Response],
     ) -> None:
         self._app, self._keys, self._hosts, self._refuse = app, keys, hosts, refuse
-        self._under_way: Counter[bool] = Counter()
+        self._num_running: Counter[bool] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,29 +76,29 @@ class RequestChecks:
         await self._pass_on(scope, receive, send, has_key)
 
     def _check_room(self, has_key: bool) -> None:
-        if self._under_way[has_key] >= (MAX_REQUESTS if has_key else MAX_REQUESTS_WITHOUT_KEY):
+        if self._num_running[has_key] >= (MAX_REQUESTS if has_key else MAX_REQUESTS_WITHOUT_KEY):
             raise WorkerUnavailable(
-                f"{self._under_way[has_key]} requests are under way here already",
+                f"{self._num_running[has_key]} requests are under way here already",
                 retry_after=RETRY_AFTER_S,
             )
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, has_key: bool) -> None:
-        self._under_way[has_key] += 1
+        self._num_running[has_key] += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._under_way[has_key] -= 1
+            self._num_running[has_key] -= 1
 
 
 def key_of(headers: Headers) -> str | None:
-    """The key in a request's headers: `X-API-Key` where a gateway uses `Authorization` itself."""
+    """The key in a request's headers. `X-API-Key` is for callers behind a gateway's bearer."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else None
     return headers.get("X-API-Key") or bearer or None
 
 
 def is_known(headers: Headers, keys: Collection[SecretStr]) -> bool:
-    """Whether the headers hold one of the worker's keys; a worker without keys knows everybody."""
+    """Whether the headers have one of the worker's keys. True if the worker has no keys."""
     try:
         access.check(key_of(headers), keys)
     except Unauthorized:
@@ -124,13 +124,13 @@ def check_framing(headers: Headers, http_version: str) -> None:
 
 
 def check_length(headers: Headers, limit: int, has_key: bool) -> None:
-    """Refuse a body by its `Content-Length`, before a byte of it is read."""
+    """Refuse a body by its `Content-Length`, before any of it is read."""
     if int(headers.get("Content-Length", "0")) > limit:
         raise too_long(has_key)
 
 
 def too_long(has_key: bool) -> Exception:
-    """The refusal of a body that is longer than its caller may send."""
+    """The error for a body that is too long for its caller."""
     if has_key:
         return HTTPException(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
     return Unauthorized(
@@ -140,7 +140,7 @@ def too_long(has_key: bool) -> Exception:
 
 
 def check_origin(headers: Headers, allowed_hosts: Collection[str], path: str) -> None:
-    """Refuse what a web page of another origin sends; for workers without a key."""
+    """Refuse requests that a web page of another origin sends. For workers without a key."""
     host = headers.get("Host", "")
     if not is_own_host(host, allowed_hosts) and not (path == "/ping" and _is_address(host)):
         raise HTTPException(
@@ -148,7 +148,7 @@ def check_origin(headers: Headers, allowed_hosts: Collection[str], path: str) ->
             "Host: Input should be a loopback name or one of ALLOWED_HOSTS: the worker has no key",
         )
     origin = headers.get("Origin")
-    if origin is not None and not _is_same_place(origin, host):
+    if origin is not None and not _is_same_origin(origin, host):
         raise HTTPException(403, "Origin: Input should be the worker's own")
     if _has_body(headers) and _media_type(headers) != "application/json":
         raise HTTPException(415, "Content-Type: Input should be application/json")
@@ -161,7 +161,7 @@ def is_own_host(host: str, allowed_hosts: Collection[str]) -> bool:
 
 
 def _is_address(host: str) -> bool:
-    # A load balancer sends an address. An address is safe: no attacker's DNS resolves it.
+    # A load balancer sends an IP address. It is safe: DNS rebinding needs a name.
     try:
         return bool(ipaddress.ip_address(_name(host)))
     except ValueError:
@@ -176,14 +176,14 @@ def _name(host: str) -> str:
         return ""
 
 
-def _is_same_place(origin: str, host: str) -> bool:
+def _is_same_origin(origin: str, host: str) -> bool:
     """Whether an `Origin` is the scheme, name and port that a `Host` header names."""
     try:
         page = urlsplit(origin)
         default = DEFAULT_PORTS.get(page.scheme)
-        asked = urlsplit(f"//{host}")
+        own = urlsplit(f"//{host}")
         return bool(default and page.hostname) and (
-            (page.hostname, page.port or default) == (asked.hostname, asked.port or default)
+            (page.hostname, page.port or default) == (own.hostname, own.port or default)
         )
     except ValueError:
         return False
