@@ -35,7 +35,7 @@ from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.sdxl import pipeline as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
-from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.recorded_progress import RecordedProgress

@@ -25,7 +25,7 @@ from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.models.speed.presets import SpeedPreset
-from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.recorded_progress import RecordedProgress

@@ -23,8 +23,9 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from benchmarks import architectures, report
 from benchmarks.turns import take_turns
 from ourvidz_serverless.models.progress import NoProgress
-from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.models.wan.loader import POCKET as POCKET_FOLDER
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 
@@ -99,7 +100,7 @@ def plain_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> An
     return pipe
 
 
-def measure(model: wan.Wan, pipe: Any, shape: Shape, rounds: int) -> list[object]:
+def measure(model: WanModel, pipe: Any, shape: Shape, rounds: int) -> list[object]:
     """One shape's row of the table. Raises AssertionError if frames of fp32 are not the same."""
     networks = (model.networks["t2v"].transformer, model.text_encoder.model, model.vae.model)
     with counted(*networks) as ours:
@@ -116,7 +117,7 @@ def measure(model: wan.Wan, pipe: Any, shape: Shape, rounds: int) -> list[object
     return [*facts, said(ours), said(theirs)]
 
 
-def generate(model: wan.Wan, shape: Shape) -> Any:
+def generate(model: WanModel, shape: Shape) -> Any:
     """The worker's frames, uint8 (frames, height, width, 3)."""
     request = VideoRequest(
         prompt=PROMPT,

@@ -121,7 +121,7 @@ ROWS = (
         name="wan",
         job_types=WAN_TYPES,
         jobs_module="ourvidz_serverless.jobs.wan",
-        models_module="ourvidz_serverless.models.wan.pipeline",
+        models_module="ourvidz_serverless.models.wan.loader",
         weights=(
             Weights("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
             Weights("WAN_VACE_MODEL", "VACE", ("transformer",)),

@@ -103,6 +103,6 @@ def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def wan(wan_settings: Settings) -> Any:
     """That WAN, loaded as production loads a checkpoint. It has no enhancer."""
-    from ourvidz_serverless.models.wan import pipeline as models
+    from ourvidz_serverless.models.wan import loader as models
 
     return models.load(wan_settings)

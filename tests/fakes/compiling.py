@@ -25,7 +25,8 @@ from ourvidz_serverless.models.memory.device_memory import standalone_handle
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.speed import presets
 from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks, compile_blocks
-from ourvidz_serverless.models.wan import pipeline as wan
+from ourvidz_serverless.models.wan import loader as wan
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_wan
@@ -119,13 +120,13 @@ def serve_wan(folder: Path) -> dict[str, Any]:
         return serve_videos(wan.load(compiling), eager, quick)
 
 
-def render(model: wan.Wan, **options: Any) -> np.ndarray:
+def render(model: WanModel, **options: Any) -> np.ndarray:
     """A small video. It takes eight forwards of three blocks each, if none is skipped."""
     references = References(first=tiny_wan.picture(1))
     return tiny_wan.render(model, references=references, **options)
 
 
-def serve_videos(model: wan.Wan, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
+def serve_videos(model: WanModel, eager: np.ndarray, quick: np.ndarray) -> dict[str, Any]:
     network = model.networks["vace"]
     blocks, ledger = network.compiled_blocks, network.handle.ledger
     assert blocks is not None

@@ -29,7 +29,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from builder import pocket_wan
 from ourvidz_serverless.models.progress import NoProgress, Progress
-from ourvidz_serverless.models.wan import pipeline as models
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 
@@ -102,7 +102,7 @@ def write_i2v(folder: Path, two_frames: bool = False) -> Path:
 
 
 def render(
-    model: models.Wan,
+    model: WanModel,
     prompt: str = SMALL.prompt,
     progress: Progress | None = None,
     **changes: Any,
@@ -113,7 +113,7 @@ def render(
 
 
 @contextmanager
-def out_of_memory(wan: models.Wan, times: int) -> Iterator[None]:
+def out_of_memory(wan: WanModel, times: int) -> Iterator[None]:
     """The text-to-video network fails so many times as torch does without memory, then works."""
     left = times
 

@@ -21,7 +21,8 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.video_size import MAX_AREA
 from ourvidz_serverless.jobs.wan import WanJob
-from ourvidz_serverless.models.wan import pipeline as models
+from ourvidz_serverless.models.wan import loader as models
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, wan_payload
@@ -55,7 +56,7 @@ BROKEN = "data:image/png;base64,xxxx"
 
 
 @pytest.fixture
-def run_job(local: MakeLocal, wan: models.Wan) -> Callable[..., tuple[Document, LocalWorker]]:
+def run_job(local: MakeLocal, wan: WanModel) -> Callable[..., tuple[Document, LocalWorker]]:
     """Runs a payload on a worker with WAN, and returns its document and that worker."""
 
     def run_job(**changes: Any) -> tuple[Document, LocalWorker]:
@@ -66,7 +67,7 @@ def run_job(local: MakeLocal, wan: models.Wan) -> Callable[..., tuple[Document, 
 
 
 @pytest.fixture
-def enhancer(wan: models.Wan) -> Iterator[Callable[..., FakeChat]]:
+def enhancer(wan: WanModel) -> Iterator[Callable[..., FakeChat]]:
     """Gives WAN an enhancer that replies with these words, for one test."""
 
     def give(*words: str) -> FakeChat:
@@ -95,7 +96,7 @@ def is_same(one: np.ndarray, other: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_the_applications_payload_of_each_type_makes_an_asset(
-    local: MakeLocal, wan: models.Wan, enhancer: Callable[..., FakeChat], name: str
+    local: MakeLocal, wan: WanModel, enhancer: Callable[..., FakeChat], name: str
 ) -> None:
     payload = json.loads((PAYLOADS / f"{name}.json").read_text())
     payload["config"] |= TINY
@@ -399,7 +400,7 @@ def test_each_field_changes_the_video(run_job: Any, change: dict[str, Any]) -> N
 
 
 def test_a_job_that_is_stopped_while_its_frames_are_not_read_releases_its_models(
-    wan: models.Wan,
+    wan: WanModel,
 ) -> None:
     stop = Stop()
     context = JobContext(stop, lambda progress: None, Bounds(60))
@@ -662,12 +663,12 @@ def test_a_required_reference_that_fails_ends_the_job(run_job: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def without_vace(wan_settings: Settings) -> models.Wan:
+def without_vace(wan_settings: Settings) -> WanModel:
     return models.load(wan_settings.model_copy(update={"wan_vace_model": None}))
 
 
 def test_a_worker_without_a_network_for_references_falls_back_and_says_so(
-    run_job: Any, without_vace: models.Wan
+    run_job: Any, without_vace: WanModel
 ) -> None:
     document, _ = run_job(model=without_vace, config={"first_frame": START})
 
@@ -676,7 +677,7 @@ def test_a_worker_without_a_network_for_references_falls_back_and_says_so(
 
 
 def test_a_worker_without_a_network_for_references_refuses_a_required_one(
-    run_job: Any, without_vace: models.Wan
+    run_job: Any, without_vace: WanModel
 ) -> None:
     config = {"first_frame": START, "reference_required": True}
 
@@ -778,7 +779,7 @@ def test_a_job_without_a_system_prompt_uses_the_neutral_one(
     assert document.metadata["system_prompt_used"] == text
 
 
-def test_a_real_chat_model_enhances_alike_for_the_same_seed(run_job: Any, wan: models.Wan) -> None:
+def test_a_real_chat_model_enhances_alike_for_the_same_seed(run_job: Any, wan: WanModel) -> None:
     wan.enhancer = tiny_chat(context=2048)
     try:
         texts = [
@@ -817,7 +818,7 @@ def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
     assert is_same(frames(at), expected)
 
 
-def test_an_enhancer_whose_context_is_too_small_falls_back(run_job: Any, wan: models.Wan) -> None:
+def test_an_enhancer_whose_context_is_too_small_falls_back(run_job: Any, wan: WanModel) -> None:
     wan.enhancer = tiny_chat(context=64)
     try:
         document, _ = run_job(type="image7b_fast_enhanced")
@@ -886,7 +887,7 @@ def test_a_prohibition_in_the_system_prompt_of_enhancement_is_not_exempt_from_th
 
 
 def test_the_floor_checks_an_enhanced_prompt_before_wan_reads_it(
-    run_job: Any, wan: models.Wan, enhancer: Callable[..., FakeChat]
+    run_job: Any, wan: WanModel, enhancer: Callable[..., FakeChat]
 ) -> None:
     enhancer("All of them ", "nude.")
     reads: list[Any] = []
@@ -934,7 +935,7 @@ class StopAt(Stop):
 
 
 def test_a_job_stopped_at_any_time_ends_cancelled_and_stores_no_incomplete_file(
-    local: MakeLocal, wan: models.Wan
+    local: MakeLocal, wan: WanModel
 ) -> None:
     at = local(models={"wan": wan})
     checks = 0
@@ -953,7 +954,7 @@ def test_a_job_stopped_at_any_time_ends_cancelled_and_stores_no_incomplete_file(
 
 
 def test_frames_are_encoded_while_later_frames_are_decoded(
-    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan})
     decode, encode, encoded = wan.vae.decode, video._frame, threading.Semaphore(0)
@@ -982,7 +983,7 @@ def test_frames_are_encoded_while_later_frames_are_decoded(
 
 
 def test_a_deadline_ends_a_job_while_frames_are_decoded(
-    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan}, settings=Settings(job_timeout_s=4))
     decode = wan.vae.decode
@@ -1000,7 +1001,7 @@ def test_a_deadline_ends_a_job_while_frames_are_decoded(
 
 
 def test_an_out_of_memory_is_reported_and_the_next_job_succeeds(
-    local: MakeLocal, wan: models.Wan
+    local: MakeLocal, wan: WanModel
 ) -> None:
     at = local(models={"wan": wan})
     with out_of_memory(wan, times=2):
@@ -1011,7 +1012,7 @@ def test_an_out_of_memory_is_reported_and_the_next_job_succeeds(
 
 
 def test_a_failing_encoder_fails_its_job_and_not_the_next_one(
-    local: MakeLocal, wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    local: MakeLocal, wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan})
     with monkeypatch.context() as broken:

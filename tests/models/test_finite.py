@@ -12,7 +12,7 @@ from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.sdxl import pipeline as models
-from ourvidz_serverless.models.wan import pipeline as wan_models
+from ourvidz_serverless.models.wan import loader as wan_models
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.small_jobs import PICTURE, write_lora

@@ -7,7 +7,7 @@ part, not for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,20 @@ from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.loading import checkpoints, weight_files
 from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, WanMemoryPlan
 from ourvidz_serverless.models.speed import attention
-from ourvidz_serverless.models.speed.regional_compile import compile_blocks
-from ourvidz_serverless.models.wan.network import ImageEncoder, WanNetwork
+from ourvidz_serverless.models.speed.regional_compile import check_cache_dir, compile_blocks
+from ourvidz_serverless.models.wan.network import (
+    ImageEncoder,
+    WanNetwork,
+    share_equal_tensors,
+)
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import Route
+from ourvidz_serverless.models.wan.sampling import sampling_defaults
 from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder, block_by_block
 from ourvidz_serverless.models.wan.vae import VideoVae
 from ourvidz_serverless.settings import Settings
@@ -44,8 +52,51 @@ POCKET, POCKET_VACE = ROOT / "pocket" / "wan", ROOT / "pocket" / "wan_vace"
 Read = Callable[[], Sequence[Any]]
 
 
+def load(settings: Settings, ledger: Ledger | None = None) -> WanModel:
+    """WAN from `WAN_MODEL` and the optional networks of the other settings.
+
+    Raises ModelLoadError, with one line that names the setting, if weights are missing, corrupt or
+    of another kind.
+    """
+    ledger = ledger or open_ledger(settings)
+    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
+    loader = WanLoader(settings, device, ledger)
+    text_encoder, vae = loader.text_encoder(), loader.vae()
+    networks = loader.networks(vae)
+    wan = WanModel(
+        device=device,
+        text_encoder=text_encoder,
+        vae=vae,
+        networks=networks,
+        scheduler_config=loader.scheduler_config,
+        sampling=sampling_defaults(settings, loader.scheduler_config),
+        plans=MemoryPlans(
+            WanMemoryPlan(offload=settings.low_vram), always_report=settings.low_vram
+        ),
+        enhancement_prompt=read_enhancement_prompt(settings),
+        enhancer=load_enhancer(settings, device, ledger),
+    )
+    handles = (*(network.handle for network in networks.values()), vae.handle, text_encoder.handle)
+    ledger.preload(*(handle.model for handle in handles))
+    return wan
+
+
+def connect(models: Mapping[str, Any], settings: Settings) -> None:
+    """Make the chat family's model WAN's enhancer, if the settings say so."""
+    if settings.wan_asks_chat:
+        models["wan"].enhancer = models["chat"]
+
+
+def check(settings: Settings, ledger: Ledger) -> None:
+    """Raise ModelLoadError if the device does not support WAN's settings."""
+    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
+    attention.check(settings.attention_backend, device)
+    check_cache_dir(settings)
+    read_enhancement_prompt(settings)
+
+
 class WanLoader:
-    """Loads the parts of WAN that the settings name. Raises ModelLoadError, as `pipeline.load`."""
+    """Loads the parts of WAN that the settings name. Raises ModelLoadError, as `load`."""
 
     def __init__(self, settings: Settings, device: Device, ledger: Ledger) -> None:
         self._settings, self._device, self._ledger = settings, device, ledger
@@ -259,24 +310,3 @@ def load_enhancer(settings: Settings, device: Device, ledger: Ledger) -> Chat | 
     if place is None:
         return None
     return chat_loader.load_enhancer(place, settings, device, ledger)
-
-
-def share_equal_tensors(base: Any, other: Any) -> tuple[int, int]:
-    """Replace the parameters of `other` that equal those of `base`, bit for bit, by these.
-
-    Returns how many are shared now, and how many have a name that both know.
-    """
-    theirs = dict(base.named_parameters())
-    mine = {name: each for name, each in other.named_parameters() if name in theirs}
-    equal = [name for name, each in mine.items() if _same_bits(each, theirs[name])]
-    for name in equal:
-        module, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(module), leaf, theirs[name])
-    return len(equal), len(mine)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    # Equal numbers are not enough: -0.0 equals 0.0.
-    return torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))

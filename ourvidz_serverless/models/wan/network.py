@@ -1,4 +1,4 @@
-"""WAN's denoising networks: one forward of each, and what moves to the device with it."""
+"""WAN's denoising networks: one forward of each, and weights that two of them share."""
 
 from __future__ import annotations
 
@@ -70,3 +70,24 @@ class WanNetwork:
             return_dict=False,
         )[0]
         return predicted
+
+
+def share_equal_tensors(base: Any, other: Any) -> tuple[int, int]:
+    """Replace the parameters of `other` that equal those of `base`, bit for bit, by these.
+
+    Returns how many are shared now, and how many have a name that both know.
+    """
+    theirs = dict(base.named_parameters())
+    mine = {name: each for name, each in other.named_parameters() if name in theirs}
+    equal = [name for name, each in mine.items() if _same_bits(each, theirs[name])]
+    for name in equal:
+        module, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(module), leaf, theirs[name])
+    return len(equal), len(mine)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # Equal numbers are not enough: -0.0 equals 0.0.
+    return torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))

@@ -19,20 +19,16 @@ from PIL import Image
 
 from ourvidz_serverless.models.chat.model import Chat
 from ourvidz_serverless.models.memory.device import Device, translate_out_of_memory
-from ourvidz_serverless.models.memory.device_memory import open_ledger
-from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, OomFallback, WanMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress, Progress
-from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.presets import EXACT, WAN, ForwardStats
-from ourvidz_serverless.models.speed.regional_compile import check_cache_dir
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
 from ourvidz_serverless.models.wan.conditioning import (
     Conditioning,
     i2v_conditioning,
     vace_conditioning,
 )
-from ourvidz_serverless.models.wan.loader import WanLoader, load_enhancer, read_enhancement_prompt
 from ourvidz_serverless.models.wan.network import WanNetwork
 from ourvidz_serverless.models.wan.request import (
     References,
@@ -41,60 +37,16 @@ from ourvidz_serverless.models.wan.request import (
     VideoModel,
     VideoRequest,
 )
-from ourvidz_serverless.models.wan.sampling import Guidance, make_scheduler, sampling_defaults
+from ourvidz_serverless.models.wan.sampling import Guidance, make_scheduler
 from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder
 from ourvidz_serverless.models.wan.vae import VideoVae
-from ourvidz_serverless.settings import Settings
 
 #: Two latent frames: the VAE decodes the first one differently from all later ones.
 WARM_UP_FRAMES = 5
 
 
-def load(settings: Settings, ledger: Ledger | None = None) -> Wan:
-    """WAN from `WAN_MODEL` and the optional networks of the other settings.
-
-    Raises ModelLoadError, with one line that names the setting, if weights are missing, corrupt or
-    of another kind.
-    """
-    ledger = ledger or open_ledger(settings)
-    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
-    loader = WanLoader(settings, device, ledger)
-    text_encoder, vae = loader.text_encoder(), loader.vae()
-    networks = loader.networks(vae)
-    wan = Wan(
-        device=device,
-        text_encoder=text_encoder,
-        vae=vae,
-        networks=networks,
-        scheduler_config=loader.scheduler_config,
-        sampling=sampling_defaults(settings, loader.scheduler_config),
-        plans=MemoryPlans(
-            WanMemoryPlan(offload=settings.low_vram), always_report=settings.low_vram
-        ),
-        enhancement_prompt=read_enhancement_prompt(settings),
-        enhancer=load_enhancer(settings, device, ledger),
-    )
-    handles = (*(network.handle for network in networks.values()), vae.handle, text_encoder.handle)
-    ledger.preload(*(handle.model for handle in handles))
-    return wan
-
-
-def connect(models: Mapping[str, Any], settings: Settings) -> None:
-    """Make the chat family's model WAN's enhancer, if the settings say so."""
-    if settings.wan_asks_chat:
-        models["wan"].enhancer = models["chat"]
-
-
-def check(settings: Settings, ledger: Ledger) -> None:
-    """Raise ModelLoadError if the device does not support WAN's settings."""
-    device = Device.choose(settings, on_gpu=torch.bfloat16, memory=ledger.memory)
-    attention.check(settings.attention_backend, device)
-    check_cache_dir(settings)
-    read_enhancement_prompt(settings)
-
-
 @dataclass(eq=False)
-class Wan(VideoModel):
+class WanModel(VideoModel):
     """WAN 2.1 on one device. It computes one job at a time; the worker sees to that.
 
     `networks` are those that the settings name, by route.
@@ -159,7 +111,7 @@ class _Generation:
     """One job and its stages: encode prompts, encode references, denoise, decode."""
 
     def __init__(
-        self, wan: Wan, network: WanNetwork, request: VideoRequest, progress: Progress
+        self, wan: WanModel, network: WanNetwork, request: VideoRequest, progress: Progress
     ) -> None:
         self._wan, self._network = wan, network
         self._request, self._progress = request, progress

@@ -25,7 +25,8 @@ from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.models.speed import attention, presets
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
-from ourvidz_serverless.models.wan import pipeline as wan_models
+from ourvidz_serverless.models.wan import loader as wan_models
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_wan
@@ -74,7 +75,7 @@ def counting(*modules: Any) -> Iterator[Counter[Any]]:
 # --- attention ---
 
 
-def test_every_attention_of_every_network_heeds_the_choice(sdxl: Any, wan: wan_models.Wan) -> None:
+def test_every_attention_of_every_network_heeds_the_choice(sdxl: Any, wan: WanModel) -> None:
     attentions = sum(isinstance(each, Attention) for each in sdxl._unet.modules())
 
     assert chosen(sdxl._unet) == attentions > 0
@@ -104,7 +105,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize(("name", "kernel"), [("math", "MATH"), ("flash", "FLASH_ATTENTION")])
 def test_the_kernel_that_is_chosen_is_the_one_that_computes(
-    sdxl: Any, wan: wan_models.Wan, kernels: set[tuple[str, ...]], name: str, kernel: str
+    sdxl: Any, wan: WanModel, kernels: set[tuple[str, ...]], name: str, kernel: str
 ) -> None:
     unet, transformer = sdxl._unet, wan.networks["t2v"].transformer
     calls: list[tuple[Any, dict[str, Any]]] = [
@@ -475,7 +476,7 @@ def test_no_block_is_left_out_while_the_layout_is_decided(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_no_preset_of_one_job_touches_the_next(sdxl: Any, wan: wan_models.Wan, preset: str) -> None:
+def test_no_preset_of_one_job_touches_the_next(sdxl: Any, wan: WanModel, preset: str) -> None:
     picture, video = paint(sdxl), film(wan)
 
     for _ in range(2):
@@ -488,7 +489,7 @@ def test_no_preset_of_one_job_touches_the_next(sdxl: Any, wan: wan_models.Wan, p
 
 
 def test_a_job_that_is_stopped_amid_a_preset_leaves_the_model_as_good_as_new(
-    sdxl: Any, wan: wan_models.Wan
+    sdxl: Any, wan: WanModel
 ) -> None:
     picture, video = paint(sdxl), film(wan)
 
@@ -529,7 +530,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_wan_leaves_blocks_out_where_the_first_changes_little(
-    wan: wan_models.Wan, eager_cache: None, mode: str
+    wan: WanModel, eager_cache: None, mode: str
 ) -> None:
     progress = RecordedProgress()
     network = wan.networks["t2v" if mode == "text" else "vace"].transformer
@@ -547,7 +548,7 @@ def test_wan_leaves_blocks_out_where_the_first_changes_little(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_threshold_that_nothing_is_below_changes_no_bit(
-    wan: wan_models.Wan, monkeypatch: pytest.MonkeyPatch, mode: str
+    wan: WanModel, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=1e-9))
 
@@ -557,7 +558,7 @@ def test_a_threshold_that_nothing_is_below_changes_no_bit(
 
 
 def test_hints_of_a_reference_are_not_added_twice_where_blocks_are_left_out(
-    wan: wan_models.Wan,
+    wan: WanModel,
 ) -> None:
     network = wan.networks["vace"].transformer
     call = transformer_call(network)
@@ -574,7 +575,7 @@ def test_hints_of_a_reference_are_not_added_twice_where_blocks_are_left_out(
 
 
 def test_diffusers_own_cache_adds_the_hints_twice_which_is_why_ours_is_there(
-    wan: wan_models.Wan,
+    wan: WanModel,
 ) -> None:
     # When this fails diffusers has mended it, and its cache may take the place of ours.
     network = copy.deepcopy(wan.networks["vace"].transformer)

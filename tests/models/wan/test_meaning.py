@@ -16,7 +16,7 @@ from PIL import Image
 
 from builder import moving_drawings
 from builder.moving_drawings import MovingDrawing
-from ourvidz_serverless.models.wan import pipeline as models
+from ourvidz_serverless.models.wan import loader as models
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import LocalWorker, wan_payload
 from tests.fakes.tiny_wan import data_uri, frames_of

@@ -28,8 +28,9 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.schedulers import SOLVERS, make_dmd_scheduler
-from ourvidz_serverless.models.wan import pipeline as models
-from ourvidz_serverless.models.wan.loader import share_equal_tensors
+from ourvidz_serverless.models.wan import loader as models
+from ourvidz_serverless.models.wan.network import share_equal_tensors
+from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.models.wan.text_encoder import block_by_block, encoder_blocks
 from ourvidz_serverless.settings import Settings
@@ -73,7 +74,7 @@ def vace(settings: Settings) -> Any:
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("negative", [None, "blue"])
 def test_text_to_video_equals_diffusers_pipeline(
-    wan: models.Wan, t2v: Any, negative: str | None, guidance_scale: float
+    wan: WanModel, t2v: Any, negative: str | None, guidance_scale: float
 ) -> None:
     changes: dict[str, Any] = {"negative": negative, "guidance_scale": guidance_scale}
 
@@ -82,7 +83,7 @@ def test_text_to_video_equals_diffusers_pipeline(
     assert distance(render(wan, **changes), theirs) == 0
 
 
-def test_a_single_frame_equals_diffusers_pipeline(wan: models.Wan, t2v: Any) -> None:
+def test_a_single_frame_equals_diffusers_pipeline(wan: WanModel, t2v: Any) -> None:
     ours = render(wan, num_frames=1)
 
     assert ours.shape == (1, 48, 64, 3)
@@ -101,7 +102,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
     ],
 )
 def test_every_solver_and_its_shift_equal_diffusers_pipeline(
-    wan: models.Wan, t2v: Any, solver: str, scheduler: Any
+    wan: WanModel, t2v: Any, solver: str, scheduler: Any
 ) -> None:
     own = t2v.scheduler
     t2v.scheduler = scheduler
@@ -141,7 +142,7 @@ VACE_REFERENCES: dict[str, tuple[References, dict[str, Any]]] = {
 @pytest.mark.parametrize("mode", VACE_REFERENCES)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_every_reference_equals_diffusers_pipeline(
-    wan: models.Wan, vace: Any, mode: str, scale: float
+    wan: WanModel, vace: Any, mode: str, scale: float
 ) -> None:
     ours, theirs = VACE_REFERENCES[mode]
 
@@ -152,7 +153,7 @@ def test_every_reference_equals_diffusers_pipeline(
 
 
 @pytest.fixture(scope="module")
-def with_i2v(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> models.Wan:
+def with_i2v(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> WanModel:
     """A WAN with all four networks."""
     folder = tmp_path_factory.mktemp("i2v")
     i2v = {
@@ -170,7 +171,7 @@ def with_i2v(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> mo
     ],
 )
 def test_a_14b_network_is_used_instead_and_equals_diffusers_pipeline(
-    with_i2v: models.Wan, t2v: Any, route: Any, ours: References, theirs: dict[str, Any]
+    with_i2v: WanModel, t2v: Any, route: Any, ours: References, theirs: dict[str, Any]
 ) -> None:
     network = with_i2v.networks[route]
     parts = {name: t2v.components[name] for name in ("tokenizer", "text_encoder", "vae")}
@@ -198,8 +199,8 @@ def test_a_14b_network_is_used_instead_and_equals_diffusers_pipeline(
     ],
 )
 def test_the_route_is_the_network_that_takes_the_references(
-    with_i2v: models.Wan,
-    wan: models.Wan,
+    with_i2v: WanModel,
+    wan: WanModel,
     references: References,
     route_of_all_four: str,
     route_of_vace: str,
@@ -213,7 +214,7 @@ def test_the_route_is_the_network_that_takes_the_references(
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17])
 def test_decoding_in_pieces_equals_decoding_at_once_bit_for_bit(
-    wan: models.Wan, num_frames: int
+    wan: WanModel, num_frames: int
 ) -> None:
     vae = wan.vae
     latents = torch.randn(vae.latent_shape(num_frames, 48, 64))
@@ -231,7 +232,7 @@ def test_decoding_in_pieces_equals_decoding_at_once_bit_for_bit(
     assert np.array_equal(np.concatenate(pieces), expected.permute(1, 2, 3, 0).numpy())
 
 
-def test_two_videos_may_be_decoded_at_the_same_time(wan: models.Wan) -> None:
+def test_two_videos_may_be_decoded_at_the_same_time(wan: WanModel) -> None:
     one, two = (torch.randn(wan.vae.latent_shape(9, 48, 64)) for _ in range(2))
     alone = list(wan.vae.decode(one)), list(wan.vae.decode(two))
 
@@ -241,7 +242,7 @@ def test_two_videos_may_be_decoded_at_the_same_time(wan: models.Wan) -> None:
     assert all(np.array_equal(a, b) for a, (_, b) in zip(alone[1], together, strict=True))
 
 
-def test_a_job_can_be_stopped_between_two_pieces(wan: models.Wan) -> None:
+def test_a_job_can_be_stopped_between_two_pieces(wan: WanModel) -> None:
     checks: list[int] = []
 
     def check() -> None:
@@ -259,7 +260,7 @@ def test_a_job_can_be_stopped_between_two_pieces(wan: models.Wan) -> None:
 # --- prompts ---
 
 
-def test_a_prompt_is_encoded_as_diffusers_encodes_it(wan: models.Wan, t2v: Any) -> None:
+def test_a_prompt_is_encoded_as_diffusers_encodes_it(wan: WanModel, t2v: Any) -> None:
     with torch.no_grad():
         theirs, _ = t2v.encode_prompt(
             "A red &amp; blue  circle", do_classifier_free_guidance=False, max_sequence_length=512
@@ -268,7 +269,7 @@ def test_a_prompt_is_encoded_as_diffusers_encodes_it(wan: models.Wan, t2v: Any) 
     assert torch.equal(wan.text_encoder.encode(["A red &amp; blue  circle"])[0], theirs)
 
 
-def test_a_word_after_the_226th_token_changes_the_video(wan: models.Wan) -> None:
+def test_a_word_after_the_226th_token_changes_the_video(wan: WanModel) -> None:
     filler = "circle " * 300
 
     assert distance(render(wan, filler + "red"), render(wan, filler + "blue")) > 0
@@ -288,12 +289,12 @@ def test_a_text_that_comes_again_is_not_encoded_again(settings: Settings) -> Non
 # --- seeds and steps ---
 
 
-def test_a_seed_repeats_its_video_and_another_seed_does_not(wan: models.Wan) -> None:
+def test_a_seed_repeats_its_video_and_another_seed_does_not(wan: WanModel) -> None:
     assert distance(render(wan, seed=5), render(wan, seed=5)) == 0
     assert distance(render(wan, seed=5), render(wan, seed=6)) > 0
 
 
-def test_every_step_is_reported(wan: models.Wan) -> None:
+def test_every_step_is_reported(wan: WanModel) -> None:
     progress = RecordedProgress()
 
     render(wan, progress=progress)
@@ -302,7 +303,7 @@ def test_every_step_is_reported(wan: models.Wan) -> None:
 
 
 def test_a_generation_that_is_stopped_at_a_step_does_not_change_the_next_one(
-    wan: models.Wan,
+    wan: WanModel,
 ) -> None:
     before = render(wan)
     with pytest.raises(Cancelled):
@@ -375,7 +376,7 @@ def test_low_vram_moves_the_text_encoder_block_by_block_with_the_same_bits() -> 
 
 
 def test_low_vram_makes_the_same_video_and_reports_its_plan(
-    settings: Settings, wan: models.Wan
+    settings: Settings, wan: WanModel
 ) -> None:
     low = models.load(settings.model_copy(update={"low_vram": True, "vram_budget_gb": 1.0}))
     progress = RecordedProgress()
@@ -389,7 +390,7 @@ def test_low_vram_makes_the_same_video_and_reports_its_plan(
 
 
 def test_a_video_that_fits_in_no_way_is_out_of_memory_and_the_next_one_is_made(
-    wan: models.Wan,
+    wan: WanModel,
 ) -> None:
     before = render(wan)
 
@@ -400,7 +401,7 @@ def test_a_video_that_fits_in_no_way_is_out_of_memory_and_the_next_one_is_made(
 
 
 def test_running_out_of_memory_in_the_decoder_raises_our_error(
-    wan: models.Wan, monkeypatch: pytest.MonkeyPatch
+    wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(latents: torch.Tensor) -> Iterator[np.ndarray]:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
@@ -415,7 +416,7 @@ def test_running_out_of_memory_in_the_decoder_raises_our_error(
 # --- weights that two networks share ---
 
 
-def test_equal_tensors_of_t2v_and_vace_are_held_once(wan: models.Wan) -> None:
+def test_equal_tensors_of_t2v_and_vace_are_held_once(wan: WanModel) -> None:
     with wan.networks["t2v"].handle.using():
         plain = dict(wan.networks["t2v"].transformer.named_parameters())
         vace = dict(wan.networks["vace"].transformer.named_parameters())
@@ -437,7 +438,7 @@ def test_networks_that_share_weights_are_one_model_in_the_ledger(settings: Setti
 
 
 @pytest.mark.parametrize("change", [1e-6, -0.0])
-def test_a_tensor_that_differs_in_a_bit_is_not_shared(wan: models.Wan, change: float) -> None:
+def test_a_tensor_that_differs_in_a_bit_is_not_shared(wan: WanModel, change: float) -> None:
     weights = wan.networks["t2v"].transformer
     plain, other = (WanTransformer3DModel.from_config(weights.config) for _ in range(2))
     with wan.networks["t2v"].handle.using():
@@ -682,7 +683,7 @@ def test_in_a_video_of_one_frame_the_first_and_the_last_frame_are_that_one() -> 
     assert References(last=LAST).frames(1) == {0: LAST}
 
 
-def test_a_video_of_one_frame_follows_its_reference(wan: models.Wan) -> None:
+def test_a_video_of_one_frame_follows_its_reference(wan: WanModel) -> None:
     one, other = (
         render(wan, num_frames=1, references=References(first=each)) for each in (FIRST, LAST)
     )
