@@ -23,13 +23,28 @@ letters `inf` and `nan`, no message may contain them in its own words ("generati
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Code = Literal[
+    "CANCELLED",
+    "CONTENT_REFUSED",
+    "INTERNAL_ERROR",
+    "INVALID_PROMPT",
+    "MODEL_LOAD_ERROR",
+    "OOM_ERROR",
+    "RATE_LIMITED",
+    "REFERENCE_FRAME_ERROR",
+    "TIMEOUT_ERROR",
+    "UNAUTHORIZED",
+    "UPLOAD_ERROR",
+    "WORKER_UNAVAILABLE",
+]
 
 
 class JobError(Exception):
     """A job that ends as a failure document instead of assets."""
 
-    code: ClassVar[str]
+    code: ClassVar[Code]
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:

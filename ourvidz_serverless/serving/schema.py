@@ -1,7 +1,8 @@
 """The contract as JSON Schema: every job's payload, and every document that comes back.
 
-A payload's schema is generated from the model that parses it, with every name that a field has. The
-documents are described here. Tests compare them with the documents of a worker.
+A payload's schema is generated from the model that parses it, and shows every other name that a
+field has. The schema of what comes back is generated from `Document`. Tests validate real payloads
+and documents against both.
 
 `VERSION` counts changes that a caller can see: the second number counts additions, the first number
 changes that break an older caller.
@@ -10,15 +11,15 @@ changes that break an older caller.
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
-from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict
+from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from ourvidz_serverless import jobs
-from ourvidz_serverless.document import Status
+from ourvidz_serverless.document import ContractModel, Document
 from ourvidz_serverless.job import KEY_PATTERN, Job, S3Config
 
 VERSION = "1.0"
@@ -34,137 +35,11 @@ COMMON_FIELDS: dict[str, JsonSchemaValue] = {
     "job_type": {"type": "string", "description": "the same as type, which wins"},
 }
 
-Code = Literal[
-    "CANCELLED",
-    "CONTENT_REFUSED",
-    "INTERNAL_ERROR",
-    "INVALID_PROMPT",
-    "MODEL_LOAD_ERROR",
-    "OOM_ERROR",
-    "RATE_LIMITED",
-    "REFERENCE_FRAME_ERROR",
-    "TIMEOUT_ERROR",
-    "UNAUTHORIZED",
-    "UPLOAD_ERROR",
-    "WORKER_UNAVAILABLE",
-]
-
-
-class ContractModel(BaseModel):
-    """A part of a document. More keys may come with any version; none of these goes."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class AssetMetadata(ContractModel):
-    """Pictures and videos have sizes and seeds, texts have not."""
-
-    format: str
-    batch_size: int
-    asset_index: int
-    file_size_bytes: int
-    width: int | None = None
-    height: int | None = None
-    seed: int | None = None
-    steps: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    denoise_strength: float | None = None
-    frame_num: int | None = None
-    fps: float | None = None
-    duration_seconds: float | None = None
-
-
-class Asset(ContractModel):
-    """One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else."""
-
-    type: Literal["image", "video", "text"]
-    url: str
-    thumbnail_url: str | None = None
-    metadata: AssetMetadata
-
-
-class Failure(ContractModel):
-    """Why a job failed; `retryable` says whether the same job may succeed later."""
-
-    code: Code
-    message: str
-    retryable: bool
-    retry_after: float | None = None
-
-
-class Usage(ContractModel):
-    """Tokens of a chat."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_reused: int
-
-
-class DocumentMetadata(ContractModel):
-    """What the worker knows of the whole job; `timings` are seconds by stage.
-
-    Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is
-    the number of frames in the file.
-    """
-
-    processing_time: float | None = None
-    timings: dict[str, float] | None = None
-    versions: dict[str, str] | None = None
-    reference_mode: str | None = None
-    batch_size: int | None = None
-    frame_num: int | None = None
-    fps: float | None = None
-    vram_used: float | None = None
-    warnings: list[str] | None = None
-    error_type: Code | None = None
-    model: str | None = None
-    system_prompt_used: str | None = None
-    enhancement_source: str | None = None
-    unrestricted_mode: bool | None = None
-    nsfw_optimization: bool | None = None
-
-
-class Document(ContractModel):
-    """What every document says; the reply's fields are a chat's, `result` is an administrator's."""
-
-    job_id: str
-    worker_id: str
-    status: Status
-    assets: list[Asset]
-    metadata: DocumentMetadata
-    error_message: str | None = None
-    response: str | None = None
-    enhanced_prompt: str | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    usage: Usage | None = None
-    result: dict[str, Any] | None = None
-
-
-class Callback(Document):
-    """The body that is posted, signed, to the application."""
-
-    error: Failure | None = None
-
-
-class Result(Document):
-    """What RunPod shows as `output`; a failed job's `error` is this `failure` as JSON text."""
-
-    failure: Failure | None = None
-
 
 class Delta(ContractModel):
     """One item of a streamed reply; the last item of a stream is a Result."""
 
     delta: str
-
-
-DOCUMENTS: Mapping[str, type[ContractModel]] = {
-    "callback": Callback,
-    "result": Result,
-    "delta": Delta,
-}
 
 
 class _Schema(GenerateJsonSchema):
@@ -183,6 +58,15 @@ class _Schema(GenerateJsonSchema):
         return made
 
 
+class _Written(_Schema):
+    """The schema of what the worker writes: each field is there, unless it may be null."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        schema = field["schema"]
+        value = schema["schema"] if schema["type"] == "default" else schema
+        return bool(value["type"] != "nullable")
+
+
 def job_schemas() -> dict[str, JsonSchemaValue]:
     """The payload's schema by job type."""
     return {name: _of_type(family_schema(family), name) for name, family in jobs.FAMILY_OF.items()}
@@ -190,10 +74,31 @@ def job_schemas() -> dict[str, JsonSchemaValue]:
 
 def document_schemas() -> dict[str, JsonSchemaValue]:
     """The schemas of documents: the callback, the returned result, a stream's item."""
-    return {
-        name: _with_header(name, model.model_json_schema(schema_generator=_Schema))
-        for name, model in DOCUMENTS.items()
+    schemas = {
+        "callback": _document_schema(
+            "Callback", "The body that is posted, signed, to the application.", "error"
+        ),
+        "result": _document_schema(
+            "Result",
+            "What RunPod shows as `output`; a failed job's `error` is this `failure` as JSON text.",
+            "failure",
+        ),
+        "delta": Delta.model_json_schema(schema_generator=_Schema),
     }
+    return {name: _with_header(name, schema) for name, schema in schemas.items()}
+
+
+def _document_schema(title: str, about: str, failure: str) -> JsonSchemaValue:
+    """The schema of a document as it is written, with its failure under this name."""
+    schema = TypeAdapter(Document).json_schema(schema_generator=_Written)
+    fields = schema["properties"]
+    del fields["reply"]
+    reply = schema["$defs"].pop("Reply")["properties"]
+    # `Document.callback` puts the failure's message and the reply's fields on the first level.
+    written = {"error_message": {"anyOf": [{"type": "string"}, {"type": "null"}]}, **reply}
+    fields |= written | {failure: fields.pop("failure")}
+    schema["required"].remove("reply")
+    return schema | {"title": title, "description": about}
 
 
 def event_schema() -> JsonSchemaValue:
