@@ -58,7 +58,7 @@ class EndlessChat:
     def __init__(self) -> None:
         self.device = NoDevice()
         self.begun = 0
-        self.speaks = threading.Event()
+        self.is_writing = threading.Event()
         self.stopped = threading.Event()
 
     def generate(self, request: ChatRequest, check: Callable[[], None]) -> ChatReply:
@@ -69,7 +69,7 @@ class EndlessChat:
         try:
             while True:
                 check()
-                self.speaks.set()
+                self.is_writing.set()
                 yield "word "
                 time.sleep(0.01)
         finally:

@@ -211,6 +211,11 @@ def text_of(engine: Engine, generation: Generation) -> str:
     return "".join(generation)
 
 
+def generate_text(model: ChatModel, prompt: str, **options: Any) -> str:
+    """The reply to one `new_generation`."""
+    return text_of(model.engine, new_generation(model, prompt, **options))
+
+
 def texts_of(engine: Engine, generations: list[Generation]) -> list[str]:
     """The replies to requests that are submitted together, each read by a thread of its own."""
     for generation in generations:

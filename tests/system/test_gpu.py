@@ -25,7 +25,7 @@ from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
 from tests.fakes.overflowing_vae import wide_settings
-from tests.fakes.tiny_chat import new_generation, text_of, texts_of, tiny_folder
+from tests.fakes.tiny_chat import generate_text, new_generation, texts_of, tiny_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -259,7 +259,7 @@ def test_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_place: s
     model = load_tiny_chat(tiny_place)
     replay = model.engine.graphs
     assert replay is not None
-    first = text_of(model.engine, new_generation(model, "hello", max_tokens=40))
+    first = generate_text(model, "hello", max_tokens=40)
     made = replay.num_captured
 
     with_graphs = torch.cuda.memory_reserved()
@@ -268,7 +268,7 @@ def test_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_place: s
     assert torch.cuda.memory_reserved() < with_graphs
     model.to_device()
 
-    assert text_of(model.engine, new_generation(model, "hello", max_tokens=40)) == first
+    assert generate_text(model, "hello", max_tokens=40) == first
     assert replay.num_captured == 2 * made
     assert not replay.is_off
 

@@ -19,8 +19,8 @@ from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.slow_handler import Slowdown
 from tests.fakes.tiny_chat import (
+    generate_text,
     new_generation,
-    text_of,
     tiny_chat_model,
     tiny_folder,
     tiny_network,
@@ -230,7 +230,7 @@ def test_the_chat_engine_fails_its_requests_with_device_lost() -> None:
     model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
 
     with pytest.raises(DeviceLost):
-        text_of(model.engine, new_generation(model, "a"))
+        generate_text(model, "a")
 
 
 def test_requests_get_device_lost_even_if_the_device_refuses_to_free_memory() -> None:

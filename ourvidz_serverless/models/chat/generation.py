@@ -95,7 +95,7 @@ class Generation:
             self._check()
         except Exception as exc:
             return exc
-        return InternalError("nobody listens any more") if self._is_abandoned else None
+        return InternalError("nobody reads the reply any more") if self._is_abandoned else None
 
     def append(self, token: int, is_eos: bool) -> None:
         """Add the next token of the reply, which may finish the reply.

@@ -1,4 +1,4 @@
-"""Loads chat models: Qwen2.5's instruct and base models, or a Llama that speaks ChatML."""
+"""Loads chat models: Qwen2.5's instruct and base models, or a Llama with ChatML."""
 
 from __future__ import annotations
 

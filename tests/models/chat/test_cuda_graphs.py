@@ -29,6 +29,7 @@ from tests.fakes.fake_cuda_graph import (
 from tests.fakes.tiny_chat import (
     CPU,
     Gate,
+    generate_text,
     new_generation,
     text_of,
     texts_of,
@@ -99,7 +100,7 @@ def test_a_replayed_step_runs_no_python_of_the_network() -> None:
     calls = count_calls(network)
     model = tiny_chat_model(network, fake_graphs)
 
-    text_of(model.engine, new_generation(model, "hello", max_tokens=60))
+    generate_text(model, "hello", max_tokens=60)
 
     # The prompt, two steps without a graph, the capture, and the step that is compared.
     assert calls == [5]
@@ -113,7 +114,7 @@ def test_replies_are_the_same_when_they_cross_buckets_and_the_cache_grows(plain:
 
     def both(engine_of: ChatModel) -> list[str]:
         return [
-            text_of(engine_of.engine, new_generation(engine_of, text, max_tokens=tokens))
+            generate_text(engine_of, text, max_tokens=tokens)
             for text, tokens in zip(texts, lengths, strict=True)
         ]
 
@@ -127,9 +128,9 @@ def test_a_llama_is_replayed_too() -> None:
     fake_graphs = FakeCudaGraphs()
     plain, model = tiny_chat_model(tiny_llama()), tiny_chat_model(tiny_llama(), fake_graphs)
 
-    expected = text_of(plain.engine, new_generation(plain, "hello", max_tokens=100))
+    expected = generate_text(plain, "hello", max_tokens=100)
 
-    assert text_of(model.engine, new_generation(model, "hello", max_tokens=100)) == expected
+    assert generate_text(model, "hello", max_tokens=100) == expected
     assert fake_graphs.num_replayed > 50
 
 
@@ -152,9 +153,7 @@ def test_replayed_json_is_the_same_as_computed_json(plain: ChatModel) -> None:
 def test_a_cancelled_request_does_not_change_replayed_replies(plain: ChatModel) -> None:
     model = tiny_chat_model(capture=FakeCudaGraphs())
     gate = Gate(steps=3)
-    alone = [
-        text_of(plain.engine, new_generation(plain, text, max_tokens=60)) for text in PROMPTS[:4]
-    ]
+    alone = [generate_text(plain, text, max_tokens=60) for text in PROMPTS[:4]]
     leaving = new_generation(model, "short", check=gate, max_tokens=400)
     staying = [new_generation(model, text, max_tokens=60) for text in PROMPTS[:4]]
     model.engine.submit(leaving)
@@ -182,7 +181,7 @@ def operations(layers: int) -> int:
         return FakeCudaGraphs()(compute)
 
     model = tiny_chat_model(network, count)
-    text_of(model.engine, new_generation(model, "hello", max_tokens=4))
+    generate_text(model, "hello", max_tokens=4)
     return counts[0]
 
 
@@ -212,13 +211,13 @@ def test_fused_norms_differ_in_the_last_bits_at_most(dtype: torch.dtype, apart: 
 def test_graphs_are_dropped_with_the_weights_and_captured_again(plain: ChatModel) -> None:
     fake_graphs = FakeCudaGraphs()
     model = tiny_chat_model(capture=fake_graphs)
-    first = text_of(model.engine, new_generation(model, "hello", max_tokens=20))
+    first = generate_text(model, "hello", max_tokens=20)
 
     model.to_host()
     assert model.engine.graphs.buckets == []
     model.to_device()
 
-    assert text_of(model.engine, new_generation(model, "hello", max_tokens=20)) == first
+    assert generate_text(model, "hello", max_tokens=20) == first
     assert fake_graphs.num_captured == 2
 
 
@@ -233,7 +232,7 @@ def test_after_an_out_of_memory_graphs_are_captured_again(plain: ChatModel) -> N
 
     network.base_model.register_forward_pre_hook(fail, with_kwargs=True)
     model = tiny_chat_model(network, fake_graphs)
-    alone = [text_of(plain.engine, new_generation(plain, text)) for text in PROMPTS[:2]]
+    alone = [generate_text(plain, text) for text in PROMPTS[:2]]
 
     assert texts_of(model.engine, [new_generation(model, text) for text in PROMPTS[:2]]) == alone
     assert not is_full[0]
@@ -310,7 +309,7 @@ def test_a_capture_that_fails_is_one_warning_and_loses_no_reply(
 def test_what_a_wrong_graph_wrote_to_the_cache_is_computed_again(plain: ChatModel) -> None:
     model = tiny_chat_model(capture=FixedPositions())
 
-    replies = [text_of(of.engine, new_generation(of, "x", max_tokens=60)) for of in (model, plain)]
+    replies = [generate_text(of, "x", max_tokens=60) for of in (model, plain)]
 
     assert replies[0] == replies[1]
     assert model.engine.graphs.is_off

@@ -20,6 +20,7 @@ from tests.fakes.tiny_chat import (
     CPU,
     CancelCheck,
     Gate,
+    generate_text,
     new_generation,
     text_of,
     texts_of,
@@ -49,9 +50,7 @@ def test_a_greedy_reply_is_the_one_that_transformers_generates(model: ChatModel)
         0, len(ids) :
     ]
 
-    assert text_of(model.engine, new_generation(model, "hello there")) == model.tokenizer.decode(
-        theirs.tolist()
-    )
+    assert generate_text(model, "hello there") == model.tokenizer.decode(theirs.tolist())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_a_seed_repeats_its_reply_in_any_batch(model: ChatModel) -> None:
 
 
 def test_each_request_has_its_own_sampling_parameters(model: ChatModel) -> None:
-    greedy = text_of(model.engine, new_generation(model, "once upon"))
+    greedy = generate_text(model, "once upon")
     params: list[dict[str, Any]] = [
         {},
         {"temperature": 2.0, "seed": 1},
@@ -141,10 +140,10 @@ def test_a_reply_ends_at_max_tokens_or_at_the_models_end_token(model: ChatModel)
 
 
 def test_a_stop_string_ends_the_reply_and_is_not_part_of_it(model: ChatModel) -> None:
-    full_text = text_of(model.engine, new_generation(model, "hello", max_tokens=30))
+    full_text = generate_text(model, "hello", max_tokens=30)
     stop = full_text[10:13]
 
-    stopped = new_generation(model, "hello", max_tokens=30, stop=(stop, "never said"))
+    stopped = new_generation(model, "hello", max_tokens=30, stop=(stop, "not in it"))
     text = text_of(model.engine, stopped)
 
     assert text == full_text[: full_text.index(stop)]
@@ -203,9 +202,7 @@ def test_a_request_ends_when_nobody_reads_its_reply(model: ChatModel) -> None:
 
 
 def test_cancelled_requests_do_not_change_other_replies(model: ChatModel) -> None:
-    alone = [
-        text_of(model.engine, new_generation(model, text, max_tokens=40)) for text in PROMPTS[:8]
-    ]
+    alone = [generate_text(model, text, max_tokens=40) for text in PROMPTS[:8]]
     leaves = [CancelCheck() for _ in range(8)]
     staying = [new_generation(model, text, max_tokens=40) for text in PROMPTS[:8]]
     leaving = [new_generation(model, "short", check=leave, max_tokens=40) for leave in leaves]
@@ -252,7 +249,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 def test_the_least_recently_used_prefix_is_removed() -> None:
     own = tiny_chat_model(prefix_tokens=100)
     for shared in ("a" * 60, "b" * 60):
-        text_of(own.engine, new_generation(own, "x", shared=shared))
+        generate_text(own, "x", shared=shared)
     again = [new_generation(own, "x", shared=shared) for shared in ("b" * 60, "a" * 60)]
     for each in again:
         text_of(own.engine, each)
@@ -295,7 +292,7 @@ def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
 
 
 def test_an_out_of_memory_makes_the_batch_smaller_and_loses_no_reply(model: ChatModel) -> None:
-    alone = [text_of(model.engine, new_generation(model, text)) for text in PROMPTS[:8]]
+    alone = [generate_text(model, text) for text in PROMPTS[:8]]
     network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=2, times=[99])
     small = tiny_chat_model(network)
 
@@ -392,16 +389,16 @@ def test_a_conversation_that_does_not_fit_alone_is_out_of_memory() -> None:
     small = tiny_chat_model(network)
 
     with pytest.raises(OutOfMemory):
-        text_of(small.engine, new_generation(small, "hello"))
+        generate_text(small, "hello")
 
-    assert text_of(small.engine, new_generation(small, "hello"))
+    assert generate_text(small, "hello")
 
 
 def test_after_a_bug_the_next_request_is_answered() -> None:
     broken = tiny_chat_model(failing(tiny_network(), RuntimeError("secret"), rows=0, times=[1]))
 
     with pytest.raises(InternalError) as error:
-        text_of(broken.engine, new_generation(broken, "hello"))
+        generate_text(broken, "hello")
 
     assert "secret" not in error.value.message
-    assert text_of(broken.engine, new_generation(broken, "hello"))
+    assert generate_text(broken, "hello")

@@ -10,7 +10,7 @@ from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import FakeCudaGraphs
-from tests.fakes.tiny_chat import CPU, ask, new_generation, text_of, tiny_folder
+from tests.fakes.tiny_chat import CPU, ask, generate_text, tiny_folder
 from tests.patience import PATIENCE_S
 from tests.servers.handler import run_handler
 
@@ -64,7 +64,7 @@ def test_steps_of_a_quantised_model_are_replayed(tmp_path: Path) -> None:
         return chat_loader.read_folder(place, CPU, True, "int8")
 
     def say_hello(model: ChatModel) -> str:
-        return text_of(model.engine, new_generation(model, "hello", max_tokens=40))
+        return generate_text(model, "hello", max_tokens=40)
 
     expected = say_hello(ChatModel(*read(), CPU))
 

@@ -9,7 +9,11 @@ from ourvidz_serverless.models.chat import sampling
 from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler, sample
-from tests.fakes.tiny_chat import new_generation, text_of, tiny_chat_model, tiny_network
+from tests.fakes.tiny_chat import (
+    generate_text,
+    tiny_chat_model,
+    tiny_network,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +67,7 @@ def test_very_low_temperatures_draw_the_likeliest_token_as_transformers_does(
         top_k=0,
     )
 
-    reply = text_of(
-        model.engine, new_generation(model, "once upon", temperature=temperature, seed=1)
-    )
+    reply = generate_text(model, "once upon", temperature=temperature, seed=1)
 
     assert reply == model.tokenizer.decode(theirs[0, len(ids) :].tolist())
 
@@ -90,9 +92,9 @@ def test_a_draw_does_not_depend_on_the_number_of_candidates(
     assert drawn() == expected
 
 
-def penalised(said: list[int], prompt: list[int], **params: float) -> list[float]:
+def penalised(reply: list[int], prompt: list[int], **params: float) -> list[float]:
     sampler = Sampler(SamplingParams(max_tokens=9, **params), prompt)
-    for token in said:
+    for token in reply:
         sampler.accept(token)
     logits = torch.tensor([1.0, 1.0, -1.0])
     sampler.change_logits(logits)

@@ -297,7 +297,7 @@ def test_a_caller_who_hangs_up_stops_the_reply(
     with serve_endless(tmp_path, endless) as service:
         with knock(service) as caller:
             caller.sendall(raw_post("/chat", {**CALL, "stream": stream}))
-            assert endless.speaks.wait(PATIENCE_S)
+            assert endless.is_writing.wait(PATIENCE_S)
 
         assert endless.stopped.wait(PATIENCE_S)
 
@@ -310,7 +310,7 @@ def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
 
     assert (answer.status_code, answer.json()["code"]) == (504, "TIMEOUT_ERROR")
     # On a slow machine its time is over before it begins.
-    assert endless.stopped.is_set() or not endless.speaks.is_set()
+    assert endless.stopped.is_set() or not endless.is_writing.is_set()
 
 
 @pytest.mark.parametrize(
@@ -562,13 +562,13 @@ def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
 ) -> None:
     with serve_endless(tmp_path, endless, concurrency=2) as service, knock(service) as first:
         first.sendall(raw_post("/chat", anonymous(stream=True)))
-        assert endless.speaks.wait(PATIENCE_S)
+        assert endless.is_writing.wait(PATIENCE_S)
         with service.post("/chat", anonymous(stream=True), stream=True) as second:
             next(second.iter_lines())
         assert endless.stopped.wait(PATIENCE_S)
 
-        endless.speaks.clear()
-        assert endless.speaks.wait(PATIENCE_S), "the first reply was stopped too"
+        endless.is_writing.clear()
+        assert endless.is_writing.wait(PATIENCE_S), "the first reply was stopped too"
 
 
 def test_who_waits_and_hangs_up_leaves_the_job_running(
