@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ourvidz_serverless.delivery.images import Pixels, encode_image
+from ourvidz_serverless.delivery.images import encode_image
+from ourvidz_serverless.delivery.png import Pixels
 
 Plane = NDArray[np.float64]
 

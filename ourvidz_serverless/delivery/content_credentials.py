@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ourvidz_serverless import __version__
-from ourvidz_serverless.delivery.images import COMPOSITE, TRAINED
+from ourvidz_serverless.delivery.provenance import source_type
 from ourvidz_serverless.errors import InternalError, ModelLoadError
 from ourvidz_serverless.settings import Settings
 
@@ -92,7 +92,7 @@ class Credentials:
 def _manifest(composite: bool) -> str:
     created = {
         "action": "c2pa.created",
-        "digitalSourceType": COMPOSITE if composite else TRAINED,
+        "digitalSourceType": source_type(composite),
     }
     return json.dumps(
         {

@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 
-from ourvidz_serverless.delivery import images
+from ourvidz_serverless.delivery.provenance import xmp_box
 
 Frames = NDArray[np.uint8]
 
@@ -52,7 +52,7 @@ def encode_video(
         if poster is None:
             raise ValueError("a video has at least one frame")
         data = path.read_bytes()
-    return EncodedVideo(data + images.xmp_box(composite), num_frames, poster)
+    return EncodedVideo(data + xmp_box(composite), num_frames, poster)
 
 
 def _write(

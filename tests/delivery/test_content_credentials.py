@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import SecretStr
 
-from ourvidz_serverless.delivery import images, video
+from ourvidz_serverless.delivery import images, provenance, video
 from ourvidz_serverless.delivery.content_credentials import UNSIGNED, Credentials
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.settings import Settings
@@ -151,7 +151,7 @@ def test_the_reader_sees_a_file_that_was_changed(
 
 
 @pytest.mark.parametrize(
-    ("composite", "source"), [(False, images.TRAINED), (True, images.COMPOSITE)]
+    ("composite", "source"), [(False, provenance.TRAINED), (True, provenance.COMPOSITE)]
 )
 def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
     authority: Authority, pair: tuple[str, str], composite: bool, source: str
@@ -165,7 +165,9 @@ def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
     assert [each["data"] for each in manifest["assertions"]] == [{"actions": [action]}]
     assert manifest["claim_generator_info"][0]["name"] == "ourvidz-serverless"
     assert "thumbnail" not in manifest
-    assert images.digital_source_type(signed) == images.TRAINED  # the XMP mark stays as it was
+    assert (
+        provenance.digital_source_type(signed) == provenance.TRAINED
+    )  # the XMP mark stays as it was
 
 
 # --- a job ---

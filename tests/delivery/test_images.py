@@ -18,16 +18,10 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from benchmarks.png import drawing, grainy, pillow, sharp, soft
-from ourvidz_serverless.delivery import images
-from ourvidz_serverless.delivery.images import (
-    COMPOSITE,
-    TRAINED,
-    Format,
-    Pixels,
-    digital_source_type,
-    encode_image,
-    thumbnail,
-)
+from ourvidz_serverless.delivery import png
+from ourvidz_serverless.delivery.images import Format, encode_image, thumbnail
+from ourvidz_serverless.delivery.png import Pixels
+from ourvidz_serverless.delivery.provenance import COMPOSITE, TRAINED, digital_source_type
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUBJECTS = (soft, grainy, sharp, drawing)
@@ -122,7 +116,7 @@ def test_every_recipe_is_the_best_for_some_picture() -> None:
         row[0] for subject in SUBJECTS for row in filtered_rows(encode_image(subject(512)).data)
     }
 
-    assert used == {recipe.filter for recipe in images.RECIPES}
+    assert used == {recipe.filter for recipe in png.RECIPES}
 
 
 @settings(deadline=None)  # a shared machine pauses
@@ -135,9 +129,9 @@ def test_the_filters_predict_what_the_png_specification_says(
 
     columns = np.array(neighbours, np.uint8).T
 
-    assert images.up(*columns).tolist() == [b for _, b, _ in neighbours]
-    assert images.average(*columns).tolist() == [(a + b) // 2 for a, b, _ in neighbours]
-    assert images.paeth(*columns).tolist() == [paeth(*triple) for triple in neighbours]
+    assert png.up(*columns).tolist() == [b for _, b, _ in neighbours]
+    assert png.average(*columns).tolist() == [(a + b) // 2 for a, b, _ in neighbours]
+    assert png.paeth(*columns).tolist() == [paeth(*triple) for triple in neighbours]
 
 
 def test_a_png_has_four_chunks_with_right_checksums() -> None:

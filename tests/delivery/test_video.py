@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ourvidz_serverless.delivery import images
+from ourvidz_serverless.delivery import provenance
 from ourvidz_serverless.delivery.video import EncodedVideo, encode_video
 from ourvidz_serverless.errors import Cancelled, InternalError
 from ourvidz_serverless.output import FrameQueue
@@ -57,7 +57,7 @@ def test_a_video_is_h264_in_yuv420p_with_its_colours_named() -> None:
 
 
 def test_its_index_stands_before_its_pictures() -> None:
-    kinds = [kind for kind, _ in images.mp4_boxes(encoded().data)]
+    kinds = [kind for kind, _ in provenance.mp4_boxes(encoded().data)]
 
     assert kinds.index(b"moov") < kinds.index(b"mdat")
 
@@ -103,23 +103,23 @@ def test_a_flat_colour_stays_what_it_is(colour: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("composite", "source"), [(False, images.TRAINED), (True, images.COMPOSITE)]
+    ("composite", "source"), [(False, provenance.TRAINED), (True, provenance.COMPOSITE)]
 )
 def test_a_video_says_that_a_model_made_it(composite: bool, source: str) -> None:
     video = encode_video(pieces(5), WIDTH, HEIGHT, 16, composite)
 
-    assert images.digital_source_type(video.data) == source
+    assert provenance.digital_source_type(video.data) == source
 
 
 def test_the_mark_stands_in_the_box_that_the_xmp_standard_names() -> None:
-    kind, body = list(images.mp4_boxes(encoded().data))[-1]
+    kind, body = list(provenance.mp4_boxes(encoded().data))[-1]
 
     assert (kind, body[:16].hex()) == (b"uuid", "be7acfcb97a942e89c71999491e3afac")
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_behind_a_head_of_mp4_are_read_to_an_end(tail: bytes) -> None:
-    assert images.digital_source_type(b"\0\0\0\x08ftyp" + tail) is None
+    assert provenance.digital_source_type(b"\0\0\0\x08ftyp" + tail) is None
 
 
 # --- how it is made ---

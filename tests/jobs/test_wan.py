@@ -16,7 +16,7 @@ from PIL import Image
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
-from ourvidz_serverless.delivery import images, video
+from ourvidz_serverless.delivery import provenance, video
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
 from ourvidz_serverless.jobs.video_size import MAX_AREA
@@ -153,7 +153,7 @@ def test_a_videos_metadata_equals_what_its_file_has(run_job: Any) -> None:
         assert facts["duration_seconds"] == pytest.approx(5 / 12, abs=1e-3)
     assert facts["file_size_bytes"] == len(data)
     assert (facts["seed"], facts["steps"], facts["guidance_scale"]) == (7, 3, 5.0)
-    assert images.digital_source_type(data) == images.TRAINED
+    assert provenance.digital_source_type(data) == provenance.TRAINED
 
 
 @pytest.mark.parametrize(
@@ -516,8 +516,8 @@ def test_every_reference_mode_makes_a_video_and_is_reported(run_job: Any, mode: 
     assert document.metadata.get("reference_method") == (None if mode == "none" else "vace")
     assert "reference_fallback" not in document.metadata
     data = (at.root / document.assets[0].url).read_bytes()
-    assert images.digital_source_type(data) == (
-        images.TRAINED if mode == "none" else images.COMPOSITE
+    assert provenance.digital_source_type(data) == (
+        provenance.TRAINED if mode == "none" else provenance.COMPOSITE
     )
 
 

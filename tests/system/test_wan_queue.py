@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import pytest
 
-from ourvidz_serverless.delivery import images
+from ourvidz_serverless.delivery import provenance
 from ourvidz_serverless.settings import Settings
 from tests.fakes import slow_handler
 from tests.fakes.local_worker import wan_payload
@@ -68,7 +68,7 @@ def test_a_completed_job_has_a_stored_video_and_one_callback(
     data = (outputs / output["assets"][0]["url"]).read_bytes()
     with av.open(io.BytesIO(data)) as file:
         assert file.streams.video[0].frames == output["assets"][0]["metadata"]["frame_num"] == 9
-    assert images.digital_source_type(data) == images.TRAINED
+    assert provenance.digital_source_type(data) == provenance.TRAINED
     (callback,) = [each for each in receiver.received if each.document["job_id"] == "ends-well"]
     assert callback.document == output
 
