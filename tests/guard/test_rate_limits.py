@@ -78,19 +78,19 @@ def outcomes(limits: RateLimits, users: str) -> str:
 # --- what is let through ---
 
 
-def test_a_user_is_let_through_up_to_the_limit(counter: Counter) -> None:
+def test_a_users_jobs_are_accepted_up_to_the_limit(counter: Counter) -> None:
     assert outcomes(RateLimits({"user": TWO}, counter), "aaaa") == "..xx"
 
 
-def test_one_users_limit_is_not_anothers(counter: Counter) -> None:
+def test_each_user_has_a_limit_of_its_own(counter: Counter) -> None:
     assert outcomes(RateLimits({"user": TWO}, counter), "aaabab") == "..x.x."
 
 
-def test_an_endpoints_limit_is_everybodys(counter: Counter) -> None:
+def test_all_users_share_the_endpoints_limit(counter: Counter) -> None:
     assert outcomes(RateLimits({"endpoint": TWO}, counter), "abc") == "..x"
 
 
-def test_what_a_user_is_refused_does_not_use_up_everybodys_share(counter: Counter) -> None:
+def test_jobs_over_a_users_limit_do_not_count_against_the_endpoints(counter: Counter) -> None:
     limits = RateLimits({"user": TWO, "endpoint": Rate(4, 60, "4/minute")}, counter)
 
     assert outcomes(limits, "aaaaaabbc") == "..xxxx..x"
@@ -101,7 +101,7 @@ def test_without_rates_nothing_is_counted(rest_server: RedisRestServer) -> None:
     assert rest_server.pipelines == []
 
 
-def test_a_refusal_says_which_limit_and_when_to_come_again(counter: Counter) -> None:
+def test_a_refusal_names_the_limit_and_the_seconds_to_wait(counter: Counter) -> None:
     limits = RateLimits({"user": Rate(1, 3600, "1/hour")}, counter)
     limits.check("a")
 
@@ -112,7 +112,7 @@ def test_a_refusal_says_which_limit_and_when_to_come_again(counter: Counter) -> 
     assert 3000 < refused.value.retry_after <= 3600
 
 
-def test_many_at_once_are_counted_one_by_one(counter: Counter) -> None:
+def test_jobs_at_the_same_time_are_each_counted(counter: Counter) -> None:
     limits = RateLimits({"user": Rate(20, 3600, "20/hour")}, counter)
 
     with ThreadPoolExecutor(8) as threads:
@@ -149,7 +149,7 @@ def test_a_window_in_redis_is_set_once_and_closed_by_redis(
     assert outcomes(limits, "aaa") == "..x"
 
 
-def test_a_count_that_lost_its_end_gets_one_again(
+def test_a_count_in_redis_without_an_expiry_gets_one_again(
     rest_server: RedisRestServer, redis: RedisServer
 ) -> None:
     redis.call("SET", "ourvidz:sdxl:user:a:60", 7)
@@ -158,7 +158,7 @@ def test_a_count_that_lost_its_end_gets_one_again(
     assert redis.call("TTL", "ourvidz:sdxl:user:a:60") > 0
 
 
-def test_the_memory_stays_small_however_many_users_come() -> None:
+def test_the_number_of_windows_in_memory_is_bounded() -> None:
     counter = MemoryCounter()
 
     for i in range(3 * MAX_WINDOWS):
@@ -176,14 +176,16 @@ def test_two_workers_of_an_endpoint_count_together(rest_server: RedisRestServer)
     assert outcomes(one, "a") + outcomes(other, "aa") == "..x"
 
 
-def test_two_endpoints_of_one_redis_count_apart(rest_server: RedisRestServer) -> None:
+def test_two_endpoints_of_one_redis_count_separately(rest_server: RedisRestServer) -> None:
     one = RateLimits({"endpoint": TWO}, redis_counter(rest_server, "sdxl"))
     other = RateLimits({"endpoint": TWO}, redis_counter(rest_server, "chat"))
 
     assert outcomes(one, "aaa") + outcomes(other, "aa") == "..x.."
 
 
-def test_the_environment_names_the_store(rest_server: RedisRestServer) -> None:
+def test_jobs_are_counted_in_redis_if_the_environment_names_one(
+    rest_server: RedisRestServer,
+) -> None:
     shared = Settings(
         rate_limit_endpoint="2/minute",
         upstash_redis_rest_url=rest_server.url,
@@ -208,7 +210,7 @@ def test_the_environment_names_the_store(rest_server: RedisRestServer) -> None:
         ("9/day", (9, 86400)),
     ],
 )
-def test_a_rate_is_jobs_by_a_length_of_time(text: str, rate: tuple[int, int]) -> None:
+def test_a_rate_is_a_number_of_jobs_in_a_unit_of_time(text: str, rate: tuple[int, int]) -> None:
     read = Settings(rate_limit_user=text).rate_limit_user
 
     assert read is not None
@@ -216,7 +218,7 @@ def test_a_rate_is_jobs_by_a_length_of_time(text: str, rate: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("text", ["60", "0/minute", "-1/minute", "60/week", "a/minute", "1.5/hour"])
-def test_another_rate_ends_the_start(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_rate_ends_the_start(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("RATE_LIMIT_USER", text)
 
     with pytest.raises(ModelLoadError, match="RATE_LIMIT_USER: Input should be JOBS/second"):
@@ -235,7 +237,7 @@ def audited(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [json.loads(each.message) for each in lines]
 
 
-def test_a_job_over_the_limit_is_told_when_to_come_again(local: MakeLocal) -> None:
+def test_the_failure_of_a_job_over_the_limit_has_the_seconds_to_wait(local: MakeLocal) -> None:
     at = local(settings=LIMITED)
 
     codes = [code(at.run(sdxl_payload(id=f"job-{i}"))) for i in range(2)]
@@ -257,7 +259,7 @@ def test_a_job_of_another_endpoint_is_not_counted(local: MakeLocal) -> None:
     assert at.run().status == "completed"
 
 
-def test_administration_does_not_count_against_the_limits(local: MakeLocal) -> None:
+def test_administrative_jobs_do_not_count_against_the_limits(local: MakeLocal) -> None:
     everybody = Settings(rate_limit_user="2/minute", rate_limit_endpoint="2/minute")
     at = local(settings=everybody)
     question = {"type": "admin_utilities", "config": {"operation": "status"}}
@@ -273,7 +275,7 @@ def test_administration_does_not_count_against_the_limits(local: MakeLocal) -> N
     ]
 
 
-def test_administration_is_answered_when_the_limit_is_reached(local: MakeLocal) -> None:
+def test_administrative_jobs_run_when_the_limit_is_reached(local: MakeLocal) -> None:
     at = local(settings=LIMITED)
     for i in range(3):
         at.run(sdxl_payload(id=f"job-{i}"))
@@ -284,7 +286,7 @@ def test_administration_is_answered_when_the_limit_is_reached(local: MakeLocal) 
 
 
 @pytest.mark.parametrize(("fail_open", "ends"), [(True, None), (False, "WORKER_UNAVAILABLE")])
-def test_a_job_that_cannot_be_counted_is_done_unless_told_otherwise(
+def test_a_job_that_cannot_be_counted_runs_unless_the_settings_forbid_it(
     local: MakeLocal,
     rest_server: RedisRestServer,
     caplog: pytest.LogCaptureFixture,

@@ -1,8 +1,19 @@
-"""Hosts are compared in one spelling."""
+"""Hosts are compared in one spelling, and only addresses of the internet are public."""
+
+import ipaddress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ourvidz_serverless.net.addresses import is_listed, is_loopback, origin
+from ourvidz_serverless.net.addresses import (
+    Address,
+    is_listed,
+    is_loopback,
+    is_public,
+    origin,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,7 @@ def test_another_host_is_not_listed(host: str) -> None:
         ("", False),
     ],
 )
-def test_loopback_is_this_machine_alone(host: str, is_own: bool) -> None:
+def test_only_addresses_and_names_of_this_machine_are_loopback(host: str, is_own: bool) -> None:
     assert is_loopback(host) is is_own
 
 
@@ -52,3 +63,45 @@ def test_loopback_is_this_machine_alone(host: str, is_own: bool) -> None:
 )
 def test_urls_of_one_server_have_one_origin(url: str, same: str) -> None:
     assert origin(url) == origin(same)
+
+
+# --- which addresses are public ---
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2a00:1450::1", "::ffff:8.8.8.8"]
+)
+def test_an_address_of_the_internet_is_public(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+def test_a_loopback_address_is_not_public() -> None:
+    assert not is_public(ipaddress.ip_address("127.0.0.1"))
+
+
+@given(st.ip_addresses())
+def test_every_public_address_is_global_for_the_standard_library(address: Address) -> None:
+    seen = getattr(address, "ipv4_mapped", None) or address
+    if is_public(address):
+        assert seen.is_global
+        assert not (seen.is_multicast or seen.is_reserved or seen.is_private)
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_wrapped_for_a_tunnel_is_never_public(
+    address: ipaddress.IPv4Address,
+) -> None:
+    number = int(address)
+    wrapped = {
+        "compatible": number,
+        "translated": 0xFFFF << 48 | number,
+        "NAT64": 0x64FF9B << 96 | number,
+        "6to4": 0x2002 << 112 | number << 80,
+        "Teredo": 0x20010000 << 96 | number,
+    }
+
+    assert [name for name, n in wrapped.items() if is_public(ipaddress.IPv6Address(n))] == []
+
+
+def test_the_systems_resolver_returns_plain_addresses() -> None:
+    assert resolve("127.0.0.1") == ["127.0.0.1"]

@@ -81,7 +81,7 @@ def get(url: str, within_s: float = AGES_S) -> Answer:
     return Transport().send("GET", url, within_s=within_s)
 
 
-def test_an_answer_comes_back_whole(echo: Echo) -> None:
+def test_a_response_has_its_status_and_its_whole_body(echo: Echo) -> None:
     answer = Transport().send("POST", echo.url, data=b"\x00words", within_s=AGES_S)
 
     assert (answer.status, answer.body) == (200, b"\x00words")
@@ -97,7 +97,7 @@ def test_an_answer_comes_back_whole(echo: Echo) -> None:
     ],
     ids=["status", "head", "body", "chunks"],
 )
-def test_a_drip_is_cut_by_the_clock_wherever_it_is(act: Act) -> None:
+def test_a_response_that_drips_ends_at_the_deadline(act: Act) -> None:
     with server(act) as url, pytest.raises(Fault, match="no answer") as fault:
         get(url, within_s=0.4)
 
@@ -113,12 +113,12 @@ def test_a_drip_is_cut_by_the_clock_wherever_it_is(act: Act) -> None:
     ],
     ids=["length", "no length", "headers"],
 )
-def test_an_answer_without_end_is_read_up_to_a_limit(act: Act) -> None:
+def test_a_response_without_end_is_read_up_to_a_limit(act: Act) -> None:
     with server(act) as url, pytest.raises(Fault, match="no answer"):
         get(url)
 
 
-def test_an_answer_of_the_very_limit_is_taken(echo: Echo) -> None:
+def test_a_response_of_exactly_the_limit_is_accepted(echo: Echo) -> None:
     answer = Transport().send("POST", echo.url, data=b"x" * MAX_BYTES, within_s=AGES_S)
 
     assert len(answer.body) == MAX_BYTES
@@ -141,14 +141,14 @@ def test_a_request_ends_when_its_job_has_no_time_left() -> None:
         get(url)
 
 
-def test_without_time_nobody_is_asked(echo: Echo) -> None:
+def test_without_time_left_no_request_is_sent(echo: Echo) -> None:
     with Deadline(lambda: 0.0).applied(), pytest.raises(Fault):
         get(echo.url)
 
     assert echo.seen == []
 
 
-def test_the_next_request_is_not_cut_for_the_one_before(echo: Echo) -> None:
+def test_many_requests_over_one_connection_all_end_well(echo: Echo) -> None:
     transport = Transport()
 
     for _ in range(20):
@@ -173,9 +173,7 @@ def test_a_cookie_is_not_kept(echo: Echo) -> None:
     assert echo.seen[-1].headers["Cookie"] is None
 
 
-def test_many_at_once_leave_no_line_in_the_log(
-    echo: Echo, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_many_requests_at_once_log_nothing(echo: Echo, caplog: pytest.LogCaptureFixture) -> None:
     transport = Transport()
 
     with ThreadPoolExecutor(32) as threads:
@@ -185,7 +183,7 @@ def test_many_at_once_leave_no_line_in_the_log(
     assert caplog.text == ""
 
 
-def test_a_redirect_is_an_answer_and_is_not_followed(echo: Echo) -> None:
+def test_a_redirect_is_a_fault_and_is_not_followed(echo: Echo) -> None:
     with Echo() as elsewhere:
         echo.script([(307, {"Location": elsewhere.url})])
 
@@ -195,9 +193,7 @@ def test_a_redirect_is_an_answer_and_is_not_followed(echo: Echo) -> None:
         assert elsewhere.seen == []
 
 
-def test_a_proxy_in_the_environment_is_not_heard_of(
-    echo: Echo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_in_the_environment_is_ignored(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     with BrokenProxy("http://127.0.0.1:9", ["reset"]) as proxy:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -207,9 +203,7 @@ def test_a_proxy_in_the_environment_is_not_heard_of(
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "2130706433", "127.1"])
-def test_no_connection_is_made_to_an_address_that_the_gate_keeps_away_from(
-    echo: Echo, name: str
-) -> None:
+def test_no_connection_is_made_to_an_address_that_the_gate_refuses(echo: Echo, name: str) -> None:
     asked: list[str] = []
     gated = Transport(gate=lambda address: asked.append(str(address)) is not None)
 
@@ -221,11 +215,11 @@ def test_no_connection_is_made_to_an_address_that_the_gate_keeps_away_from(
     assert asked and not echo.seen
 
 
-def test_an_open_gate_changes_nothing(echo: Echo) -> None:
+def test_a_connection_is_made_to_an_address_that_the_gate_allows(echo: Echo) -> None:
     assert Transport(gate=lambda address: True).send("GET", echo.url, within_s=AGES_S).status == 200
 
 
-def test_a_name_that_nobody_knows_is_a_fault() -> None:
+def test_a_host_without_an_address_is_a_fault() -> None:
     with pytest.raises(Fault, match="no answer"):
         get("http://nowhere.invalid/")
 
@@ -233,12 +227,12 @@ def test_a_name_that_nobody_knows_is_a_fault() -> None:
 @pytest.mark.parametrize(
     "url", ["", "nothing", "http://", "http://[", "ftp://127.0.0.1/", "http://a b/"]
 )
-def test_a_url_that_is_none_is_a_fault(url: str) -> None:
+def test_an_invalid_url_is_a_fault(url: str) -> None:
     with pytest.raises(Fault):
         get(url)
 
 
-def test_a_request_that_the_server_does_not_read_is_cut_by_the_clock() -> None:
+def test_a_request_that_the_server_does_not_read_ends_at_the_deadline() -> None:
     done = threading.Event()
 
     with server(lambda client: bool(done.wait())) as url, pytest.raises(Fault, match="no answer"):
