@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from ourvidz_serverless.models.sdxl.pipeline import POCKET
+from ourvidz_serverless.models.sdxl.loader import POCKET
 
 PROMPT = "a red circle on a blue background"
 

@@ -161,7 +161,7 @@ def _work(model: str, stages: Stages) -> None:
         runpod_sdk.load()
         from ourvidz_serverless import models  # noqa: F401
         from ourvidz_serverless.context import Stop
-        from ourvidz_serverless.models.sdxl import pipeline as sdxl  # noqa: F401
+        from ourvidz_serverless.models.sdxl import loader as sdxl  # noqa: F401
         from ourvidz_serverless.serving import runpod_queue  # noqa: F401
         from ourvidz_serverless.worker import Worker
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -33,12 +33,13 @@ from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.loader import POCKET as POCKET_FOLDER
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.progress import NoProgress, Progress
+from ourvidz_serverless.models.sdxl import loader as sdxl
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
-from tests.fakes.recorded_progress import RecordedProgress
 from tests.fakes.tiny_chat import tiny_folder
 
 POCKET, FULL = TITLES = (
@@ -144,13 +145,13 @@ def row(shape: Shape, is_full: bool) -> list[object]:
         peaks = Peaks(model.device, weights)
         begin_high_water()
         before = memory("VmRSS")
-        JOBS[shape.family](model, shape, peaks.step)
+        JOBS[shape.family](model, shape, peaks)
         grown = memory("VmHWM") - before
     facts = [weights, *peaks.end(), grown]
     return [shape.family, str(shape), *[each and round(each / 2**20, 1) for each in facts]]
 
 
-class Peaks:
+class Peaks(NoProgress):
     """The most that tensors took beside the weights, until the last step and from then on."""
 
     def __init__(self, device: Any, weights: int) -> None:
@@ -206,21 +207,18 @@ class Talker:
     engine: Engine
 
 
-def run_sdxl(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
-    pictures = model.generate(
+def run_sdxl(model: Any, shape: Shape, progress: Progress) -> None:
+    request = ImageRequest(
         prompt=plain("a red circle"),
-        negative_prompt=None,
-        seeds=list(range(shape.count)),
-        width=shape.size[0],
-        height=shape.size[1],
-        num_inference_steps=1,
+        seeds=tuple(range(shape.count)),
+        size=shape.size,
+        steps=1,
         guidance_scale=6.0,
-        step=step,
     )
-    deque(pictures, maxlen=0)
+    deque(model.generate(request, progress), maxlen=0)
 
 
-def run_wan(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
+def run_wan(model: Any, shape: Shape, progress: Progress) -> None:
     request = VideoRequest(
         prompt="a red circle",
         seed=7,
@@ -229,10 +227,10 @@ def run_wan(model: Any, shape: Shape, step: Callable[[int, int], None]) -> None:
         steps=1,
         guidance_scale=5.0,
     )
-    deque(model.generate(request, RecordedProgress(on_step=step)), maxlen=0)
+    deque(model.generate(request, progress), maxlen=0)
 
 
-def run_chat(model: Talker, shape: Shape, step: Callable[[int, int], None]) -> None:
+def run_chat(model: Talker, shape: Shape, progress: Progress) -> None:
     prompt, reply = shape.size
     asked = [
         Generation(

@@ -38,7 +38,7 @@ from ourvidz_serverless.delivery.storage.base import Storage, locate, upload
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
-from ourvidz_serverless.models.sdxl.pipeline import _pixels
+from ourvidz_serverless.models.sdxl.pipeline import to_pixels
 from ourvidz_serverless.models.wan.vae import as_uint8
 from ourvidz_serverless.output import FrameQueue, Output
 from ourvidz_serverless.worker import DELIVERY_THREADS
@@ -110,7 +110,7 @@ def conversion(scale: Scale) -> report.Table:
 
     rows = []
     for what, ours, theirs in (
-        ("picture", lambda: _pixels(picture).cpu().numpy(), pil),
+        ("picture", lambda: to_pixels(picture).cpu().numpy(), pil),
         ("video", lambda: as_uint8(video), frames),
     ):
         assert np.array_equal(ours(), theirs())
@@ -168,7 +168,7 @@ def uploads(scale: Scale, upload_s: float) -> report.Table:
         def ours() -> None:
             with pooled(pool, place) as delivery:
                 for index, picture in enumerate(pictures):
-                    delivery.send(Output(index, _pixels(picture).numpy(), {}))
+                    delivery.send(Output(index, to_pixels(picture).numpy(), {}))
                 delivery.assets(lambda: None)
 
         def elsewhere() -> None:

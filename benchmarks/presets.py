@@ -20,9 +20,11 @@ import torch
 from benchmarks import report
 from ourvidz_serverless.models.memory.oom_fallback import SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress, Progress
-from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl import loader as sdxl
 from ourvidz_serverless.models.sdxl import vae as decoders
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.models.speed.presets import SpeedPreset
 from ourvidz_serverless.models.wan import loader as wan
@@ -124,30 +126,29 @@ def decodings(seeds: range) -> report.Table:
     """How near the decoders of presets are to the VAE, on the latents of exact jobs."""
     model = sdxl.load(Settings(sdxl_tiny_vae="pocket"))
     ways: Mapping[str, Any] = {
-        "VAE in bf16": decoders.Vae(model._vae, model.device, torch.bfloat16),
-        "tiny VAE": model._tiny,
+        "VAE in bf16": decoders.Vae(model.networks.vae, model.device, torch.bfloat16),
+        "tiny VAE": model.networks.tiny_vae,
     }
+    exact_vae = decoders.Vae(model.networks.vae, model.device, model.networks.vae.dtype)
     latents = [latent_of(model, seed) for seed in seeds]
-    exact = [
-        model._decode(model._decoder(speed.EXACT), each, SdxlMemoryPlan(1)) for each in latents
-    ]
+    exact = [model.decode(exact_vae, each, SdxlMemoryPlan(1)) for each in latents]
     rows = []
     for name, way in ways.items():
-        made = [model._decode(way, each, SdxlMemoryPlan(1)) for each in latents]
+        made = [model.decode(way, each, SdxlMemoryPlan(1)) for each in latents]
         rows.append([name, "VAE in fp32", *decibels(exact, made)])
     return report.table(TITLES[1], DECODER_HEADERS, rows)
 
 
-def latent_of(model: sdxl.Sdxl, seed: int, side: int = 256, steps: int = STEPS) -> torch.Tensor:
+def latent_of(model: SdxlModel, seed: int, side: int = 256, steps: int = STEPS) -> torch.Tensor:
     """What the UNet leaves of a picture (4, side / 8, side / 8)."""
     left: list[torch.Tensor] = []
 
-    class Looking(sdxl.Sdxl):
-        def _decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
+    class KeepsLatents(SdxlModel):
+        def decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
             left.append(latent)
             return np.empty(0)
 
-    picture(Looking(model._pipe, model.device), seed, side, num_inference_steps=steps)
+    picture(KeepsLatents(model.networks, model.device), seed, side=side, steps=steps)
     return left[0]
 
 
@@ -161,23 +162,22 @@ def pictures(**settings: Any) -> Render:
 
 
 def picture(
-    model: sdxl.Sdxl,
+    model: SdxlModel,
     seed: int,
-    side: int = 256,
     progress: Progress | None = None,
-    **options: Any,
+    side: int = 256,
+    steps: int = STEPS,
+    speed: str = "exact",
 ) -> np.ndarray:
-    progress = progress or NoProgress()
-    (made,) = model.generate(
+    request = ImageRequest(
         prompt=plain(PROMPT),
-        negative_prompt=None,
-        seeds=[seed],
-        width=side,
-        height=side,
+        seeds=(seed,),
+        size=(side, side),
+        steps=steps,
         guidance_scale=6.0,
-        sped=progress.speed,
-        **{"num_inference_steps": STEPS, **options},
+        speed=speed,
     )
+    (made,) = model.generate(request, progress or NoProgress())
     return made
 
 

@@ -25,8 +25,11 @@ from benchmarks import architectures, report
 from benchmarks.arms import PROMPT, plain_pipeline
 from benchmarks.turns import take_turns
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.progress import NoProgress
+from ourvidz_serverless.models.sdxl import loader as sdxl
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.settings import Settings
 
 POCKET, FULL, LEVERS = TITLES = (
@@ -87,9 +90,9 @@ def pocket_rows(shapes: Sequence[Shape], rounds: int) -> list[list[object]]:
     return [measure(model, pipe, shape, rounds) for shape in shapes]
 
 
-def measure(model: sdxl.Sdxl, pipe: Any, shape: Shape, rounds: int) -> list[object]:
+def measure(model: SdxlModel, pipe: Any, shape: Shape, rounds: int) -> list[object]:
     """One shape's row of the table. Raises AssertionError if pictures of fp32 are not the same."""
-    with counted(model._pipe) as ours, counted(pipe) as theirs:
+    with counted(model.networks.pipe) as ours, counted(pipe) as theirs:
         made, expected = generate(model, shape), generate_plainly(pipe, shape)
     difference = int(np.abs(made.astype(int) - expected).max())
     is_exact = model.device.dtype == torch.float32
@@ -101,18 +104,16 @@ def measure(model: sdxl.Sdxl, pipe: Any, shape: Shape, rounds: int) -> list[obje
     return [str(shape), pace, turns.told, turns.control, difference, said(ours), said(theirs)]
 
 
-def generate(model: sdxl.Sdxl, shape: Shape) -> Any:
+def generate(model: SdxlModel, shape: Shape) -> Any:
     """The worker's pictures, uint8 (count, side, side, 3)."""
-    pictures = model.generate(
+    request = ImageRequest(
         prompt=plain(PROMPT),
-        negative_prompt=None,
-        seeds=list(range(shape.count)),
-        width=shape.side,
-        height=shape.side,
-        num_inference_steps=shape.steps,
+        seeds=tuple(range(shape.count)),
+        size=(shape.side, shape.side),
+        steps=shape.steps,
         guidance_scale=6.0,
     )
-    return np.stack(list(pictures))
+    return np.stack(list(model.generate(request, NoProgress())))
 
 
 def generate_plainly(pipe: Any, shape: Shape) -> Any:
@@ -220,15 +221,15 @@ def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[objec
     ]
 
 
-def like(model: sdxl.Sdxl, plans: MemoryPlans[SdxlMemoryPlan] | None = None) -> sdxl.Sdxl:
+def like(model: SdxlModel, plans: MemoryPlans[SdxlMemoryPlan] | None = None) -> SdxlModel:
     """The same weights, for jobs that are computed otherwise."""
-    return sdxl.Sdxl(model._pipe, model.device, handle=model.handle, plans=plans)
+    return SdxlModel(model.networks, model.device, handle=model.handle, plans=plans)
 
 
 def lever_row(
     name: str,
-    model: sdxl.Sdxl,
-    without: sdxl.Sdxl,
+    model: SdxlModel,
+    without: SdxlModel,
     shape: Shape,
     rounds: int,
 ) -> list[object]:

@@ -88,7 +88,7 @@ ROWS = (
         name="sdxl",
         job_types=("sdxl_image_fast", "sdxl_image_high"),
         jobs_module="ourvidz_serverless.jobs.sdxl",
-        models_module="ourvidz_serverless.models.sdxl.pipeline",
+        models_module="ourvidz_serverless.models.sdxl.loader",
         weights=(
             Weights("SDXL_MODEL", "SDXL", ("text_encoder", "text_encoder_2", "unet", "vae")),
             Weights("SDXL_TINY_VAE", "a tiny VAE", (".",)),

@@ -87,7 +87,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def sdxl() -> Any:
     """The pocket SDXL, loaded as production loads a checkpoint."""
-    from ourvidz_serverless.models.sdxl import pipeline as models
+    from ourvidz_serverless.models.sdxl import loader as models
 
     return models.load(Settings())
 

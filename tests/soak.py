@@ -16,17 +16,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import DeadlinePassed, OutOfMemory
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -90,14 +93,16 @@ class Receiver(CallbackReceiver):
 class Brush(FakeSdxl):
     """Fails as its prompt says."""
 
-    def generate(self, **call: Any) -> Iterator[Any]:
-        self.calls.clear()
-        text = call["prompt"][0].text
+    def generate(
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        self.requests.clear()
+        text = request.prompt[0].text
         if text == "a bug in the model":
             raise RuntimeError(text)
         if text == "out of memory":
             raise OutOfMemory("does not fit")
-        yield from super().generate(**call)
+        yield from super().generate(request, progress)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ourvidz_serverless.context import Bounds, Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document, check_result
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat
@@ -125,8 +127,8 @@ def test_the_models_own_words_are_diffusers(local: MakeLocal) -> None:
 
     at.run(sdxl_payload(config={"resolution": "128x64", "guidance_scale": 3}))
 
-    assert at.fake_sdxl.calls[0]["width"] == 128
-    assert at.fake_sdxl.calls[0]["guidance_scale"] == 3
+    assert at.fake_sdxl.requests[0].size == (128, 64)
+    assert at.fake_sdxl.requests[0].guidance_scale == 3
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
@@ -147,8 +149,10 @@ class SlowPainter(FakeSdxl):
         super().__init__()
         self.first = first
 
-    def generate(self, **options: Any) -> Iterator[np.ndarray]:
-        for index, picture in enumerate(super().generate(**options)):
+    def generate(
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        for index, picture in enumerate(super().generate(request, progress)):
             deadline = time.monotonic() + PATIENCE_S
             while index and not self.first.exists():
                 assert time.monotonic() < deadline, "the first picture was not stored meanwhile"
@@ -454,7 +458,7 @@ def test_a_second_delivery_joins_the_first(
 
         assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
 
-    assert len(at.fake_sdxl.calls) == 1
+    assert len(at.fake_sdxl.requests) == 1
     assert len(receiver.received) == 1
 
 
@@ -486,7 +490,7 @@ def test_a_job_is_told_of_once_where_any_of_its_deliveries_wants_it(
         documents = [end.result(PATIENCE_S) for end in ends]
 
     assert {document.status for document in documents} == {"completed"}
-    assert len(at.fake_sdxl.calls) == 1
+    assert len(at.fake_sdxl.requests) == 1
     assert [each.document for each in receiver.received] == [documents[0].callback()] * told
 
 
@@ -809,7 +813,8 @@ def test_a_reference_is_where_the_generation_starts(local: MakeLocal) -> None:
         )
     )
 
-    assert at.fake_sdxl.calls[0]["image"].getpixel((5, 5)) == (0, 0, 255)
+    start = at.fake_sdxl.requests[0].start
+    assert start and start.image.getpixel((5, 5)) == (0, 0, 255)
     assert document.metadata["reference_mode"] == "modify"
     assert document.assets[0].metadata["denoise_strength"] == 0.4
 
@@ -865,7 +870,7 @@ def test_a_reference_beside_a_sexual_text_needs_consent(
     metadata = {"reference_image_url": data_uri(), **asked.get("metadata", {})}
 
     refused = at.run(sdxl_payload(**{**asked, "metadata": metadata}))
-    assert at.fake_sdxl.calls == []
+    assert at.fake_sdxl.requests == []
     consented = {**metadata, "reference_consent": True}
     taken = at.run(sdxl_payload(**{**asked, "metadata": consented}))
 
@@ -943,7 +948,7 @@ def test_the_floor_reads_every_text_before_anything_is_done(local: MakeLocal, pl
     document = at.run(sdxl_payload(**{place: "nude child"}))
 
     assert code(document) == "CONTENT_REFUSED"
-    assert at.fake_sdxl.calls == []
+    assert at.fake_sdxl.requests == []
 
 
 def test_a_refusal_is_audited_by_rule_and_hash(
@@ -967,11 +972,13 @@ def test_a_stop_that_is_remembered_keeps_nothing_of_its_job(tmp_path: Path) -> N
     latents: list[weakref.ref[Any]] = []
 
     class Stopped(FakeSdxl):
-        def generate(self, *, step: Callable[[int, int], None], **call: Any) -> Iterator[Any]:
+        def generate(
+            self, request: ImageRequest, progress: Progress
+        ) -> Generator[np.ndarray, None, None]:
             held = np.zeros(8)
             latents.append(weakref.ref(held))
             local.stop.set()
-            step(1, 2)
+            progress.step(1, 2)
             yield held
 
     local = LocalWorker(tmp_path, fake_sdxl=Stopped())

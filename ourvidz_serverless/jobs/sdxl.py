@@ -22,6 +22,12 @@ from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
 from ourvidz_serverless.jobs.media import JobProgress, MediaJob, ResizeMode, Speed, Strength, Text
 from ourvidz_serverless.models.sdxl import prompt_weighting
+from ourvidz_serverless.models.sdxl.request import (
+    ImageModel,
+    ImageRequest,
+    IpAdapterImage,
+    StartImage,
+)
 from ourvidz_serverless.output import Output
 from ourvidz_serverless.settings import Settings
 
@@ -248,87 +254,85 @@ def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
     return SdxlJob.model_validate(payload, context=settings)
 
 
-def prepare(job: SdxlJob, model: Any, context: JobContext) -> None:
-    """Have the job's LoRAs on this machine, and the weights on their way."""
-    model.handle.prefetch()
+def prepare(job: SdxlJob, model: ImageModel, context: JobContext) -> None:
+    """Start to move the weights to the device, and download the job's LoRAs."""
+    model.prefetch()
     for lora in job.config.loras:
         context.check()
         model.loras.fetch(lora.source, job.user_id, context.deadline)
 
 
 def run(
-    job: SdxlJob, model: Any, references: Mapping[str, Image.Image], context: JobContext
+    job: SdxlJob, model: ImageModel, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output]:
-    """The pictures of a job, in order; `context.metadata` tells what was done with a reference."""
-    width, height = job.size
-    progress = JobProgress(context)
-    reference = references.get("reference")
-    conditioning = _conditioning(job, reference, has_adapter=model.adapter is not None)
-    context.metadata.update(_reference_metadata(job, conditioning))
-
-    pictures = model.generate(
+    """The images of a job, in order; `context.metadata` says how a reference was used."""
+    reference = _reference(job, references.get("reference"), model.has_ip_adapter)
+    context.metadata.update(_reference_metadata(job, reference))
+    request = ImageRequest(
         prompt=job.weighted_prompt,
-        negative_prompt=job.weighted_negative,
-        seeds=job.seeds,
-        width=width,
-        height=height,
-        num_inference_steps=job.steps,
+        negative=job.weighted_negative,
+        seeds=tuple(job.seeds),
+        size=job.size,
+        steps=job.steps,
         guidance_scale=job.config.guidance_scale,
         scheduler=job.config.scheduler,
-        loras=[
+        loras=tuple(
             (model.loras.path(lora.source, job.user_id), lora.scale) for lora in job.config.loras
-        ],
+        ),
+        reference=reference,
         speed=job.config.speed,
-        check=progress.check,
-        step=progress.step,
-        planned=progress.memory_plan,
-        sped=progress.speed,
-        **conditioning,
     )
-    facts = {"denoise_strength": job.strength} if "image" in conditioning else {}
-    # Closed here, whatever ends the loop: what the model holds is given back before the lane is.
-    with closing(pictures):
-        for index, (seed, pixels) in enumerate(zip(job.seeds, pictures, strict=True)):
+    images = model.generate(request, JobProgress(context))
+    # Closed here, whatever ends the loop: the model releases its memory before the job's turn on
+    # the device ends.
+    with closing(images):
+        for index, (seed, pixels) in enumerate(zip(request.seeds, images, strict=True)):
             context.check()
             yield Output(
                 index=index,
                 pixels=pixels,
-                metadata={
-                    **job.asset_metadata(
-                        seed, job.steps, job.config.guidance_scale, index, len(job.seeds)
-                    ),
-                    **facts,
-                },
+                metadata=_asset_metadata(job, request, index, seed),
                 format=job.config.output_format,
                 quality=job.config.quality,
-                composite="image" in conditioning,
+                composite=request.start is not None,
             )
 
 
-def _conditioning(job: SdxlJob, reference: Image.Image | None, has_adapter: bool) -> dict[str, Any]:
-    """What the model is told of a reference: where to start from, or what to keep, or nothing."""
-    if reference is None:
-        return {}
+def _reference(
+    job: SdxlJob, image: Image.Image | None, has_ip_adapter: bool
+) -> StartImage | IpAdapterImage | None:
+    """How a job uses its reference: for the IP-Adapter if it names a type, else as the start."""
+    if image is None:
+        return None
     keeps = job.metadata.reference_type
-    if keeps and has_adapter and not job.keeps_pixels:
-        return {
-            "likeness": reference,
-            "likeness_keeps": keeps,
-            "likeness_scale": job.adapter_scale,
-        }
-    return {"image": job.fit(reference), "strength": job.strength}
+    if keeps and has_ip_adapter and not job.keeps_pixels:
+        return IpAdapterImage(image, keeps, job.adapter_scale)
+    return StartImage(job.fit(image), job.strength)
 
 
-def _reference_metadata(job: SdxlJob, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+def _asset_metadata(job: SdxlJob, request: ImageRequest, index: int, seed: int) -> dict[str, Any]:
+    metadata = job.asset_metadata(
+        seed, request.steps, request.guidance_scale, index, len(request.seeds)
+    )
+    if request.start:
+        metadata["denoise_strength"] = request.start.strength
+    return metadata
+
+
+def _reference_metadata(
+    job: SdxlJob, reference: StartImage | IpAdapterImage | None
+) -> dict[str, Any]:
     metadata: dict[str, Any] = {"batch_size": job.config.num_images, "reference_mode": "none"}
-    if conditioning:
-        metadata["reference_mode"] = "copy" if job.is_exact_copy else "modify"
-        metadata["reference_method"] = "img2img" if "image" in conditioning else "ip_adapter"
-    if job.metadata.reference_type and conditioning:
+    if reference is None:
+        return metadata
+    is_start = isinstance(reference, StartImage)
+    metadata["reference_mode"] = "copy" if job.is_exact_copy else "modify"
+    metadata["reference_method"] = "img2img" if is_start else "ip_adapter"
+    if job.metadata.reference_type:
         metadata["reference_type"] = job.metadata.reference_type
-    if "image" in conditioning:
-        metadata["denoise_strength"] = job.strength
+    if isinstance(reference, StartImage):
+        metadata["denoise_strength"] = reference.strength
         metadata["resize_mode"] = job.config.resize_mode
-    if "likeness" in conditioning:
-        metadata["reference_scale"] = conditioning["likeness_scale"]
+    else:
+        metadata["reference_scale"] = reference.scale
     return metadata

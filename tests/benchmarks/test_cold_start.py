@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import checkpoints, cold_start
 from builder import pocket_sdxl
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
 
 
@@ -30,8 +30,10 @@ def test_a_checkpoint_of_random_weights_is_the_same_as_a_file_and_as_a_folder(
 ) -> None:
     file = checkpoints.write_sdxl(tmp_path, "pocket")
 
-    one = models.load(Settings(sdxl_model=str(file), dtype="float16"))._pipe
-    other = models.load(Settings(sdxl_model=str(file.with_suffix("")), dtype="float16"))._pipe
+    one = models.load(Settings(sdxl_model=str(file), dtype="float16")).networks.pipe
+    other = models.load(
+        Settings(sdxl_model=str(file.with_suffix("")), dtype="float16")
+    ).networks.pipe
 
     for name in models.NETWORKS:
         mine, theirs = (getattr(pipe, name).state_dict() for pipe in (one, other))

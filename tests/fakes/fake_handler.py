@@ -9,7 +9,7 @@ While `HOLD.later` exists, it is `LATER_S` later than it would be.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from ourvidz_serverless import logs, settings
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.choose import open_storage
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.worker import Worker
 
@@ -36,12 +38,13 @@ class WetPaint(np.ndarray):
 
 
 class BlockingSdxl:
-    """Paints squares, slowly. Not the FakeSdxl, whose LoRA shelf imports torch."""
+    """Makes images slowly. It is not a FakeSdxl, whose LoraStore imports torch."""
 
-    adapter = loras = None
+    has_ip_adapter = False
+    loras = None
 
     def __init__(self, hold: str) -> None:
-        self.device = self.handle = self
+        self.device = self
         self._hold = hold
 
     def prefetch(self) -> None: ...
@@ -54,21 +57,15 @@ class BlockingSdxl:
         return None
 
     def generate(
-        self,
-        *,
-        seeds: Sequence[int],
-        width: int,
-        height: int,
-        num_inference_steps: int,
-        step: Callable[[int, int], None],
-        **rest: Any,
-    ) -> Iterator[np.ndarray]:
-        for done in range(num_inference_steps):
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        for done in range(request.steps):
             while os.path.exists(self._hold):
                 time.sleep(0.02)
-                step(done, num_inference_steps)
-            step(done + 1, num_inference_steps)
-        for seed in seeds:
+                progress.step(done, request.steps)
+            progress.step(done + 1, request.steps)
+        width, height = request.size
+        for seed in request.seeds:
             yield np.full((height, width, 3), seed % 256, dtype=np.uint8).view(WetPaint)
 
 

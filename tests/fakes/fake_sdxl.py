@@ -1,13 +1,13 @@
-"""A model that paints one flat square a seed, so that a test can read the seed off the pixels."""
+"""An SDXL model without networks: each image has one flat colour, which says its seed."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator
 
 import numpy as np
 
-from ourvidz_serverless.models.sdxl.loras import LoraShelf
-from tests.fakes.devices import LoadedHandle
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.loras import LoraStore
+from ourvidz_serverless.models.sdxl.request import ImageModel, ImageRequest
 
 
 class NoDevice:
@@ -21,16 +21,15 @@ class NoDevice:
         return None
 
 
-class FakeSdxl:
-    """Stands where an SDXL stands. It can be held at a step, and told to fail at one."""
+class FakeSdxl(ImageModel):
+    """An SDXL model without networks. A test can hold it at a step, or have it raise `fails`."""
 
-    adapter = None
-    loras = LoraShelf(None)
-    handle = LoadedHandle()
+    loras = LoraStore(None)
+    has_ip_adapter = False
 
     def __init__(self) -> None:
         self.device = NoDevice()
-        self.calls: list[dict[str, Any]] = []
+        self.requests: list[ImageRequest] = []
         self.at_step = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
@@ -42,28 +41,24 @@ class FakeSdxl:
         self.at_step.clear()
         self.go_on.clear()
 
+    def prefetch(self) -> None: ...
+
     def generate(
-        self,
-        *,
-        seeds: Sequence[int],
-        width: int,
-        height: int,
-        num_inference_steps: int,
-        step: Callable[[int, int], None],
-        **rest: Any,
-    ) -> Iterator[np.ndarray]:
-        self.calls.append({"seeds": list(seeds), "width": width, "height": height, **rest})
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        self.requests.append(request)
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             if self.fails:
                 raise self.fails.pop(0)
-            for done in range(num_inference_steps):
+            for done in range(request.steps):
                 self.at_step.set()
                 while not self.go_on.wait(0.02):
-                    step(done, num_inference_steps)
-                step(done + 1, num_inference_steps)
-            for seed in seeds:
+                    progress.step(done, request.steps)
+                progress.step(done + 1, request.steps)
+            width, height = request.size
+            for seed in request.seeds:
                 yield np.full((height, width, 3), seed % 256, dtype=np.uint8)
         finally:
             self.at_once -= 1

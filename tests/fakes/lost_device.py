@@ -41,7 +41,7 @@ def main() -> None:
     logs.configure(config.log_level)
     worker = Worker.of(config)
     if "sdxl" in config.families:
-        worker._models["sdxl"]._unet.register_forward_pre_hook(fail_at_a_size)
+        worker._models["sdxl"].networks.unet.register_forward_pre_hook(fail_at_a_size)
     if "chat" in config.families:
         for model in worker._models["chat"].models.values():
             model.engine.decoder.register_forward_pre_hook(fail, with_kwargs=True)

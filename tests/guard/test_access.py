@@ -86,7 +86,7 @@ def test_a_job_without_one_is_refused_before_its_payload_is_read(
 
     assert document.failure is not None
     assert (document.failure.code, document.failure.retryable) == ("UNAUTHORIZED", False)
-    assert (at.fake_sdxl.calls, at.stored()) == ([], [])
+    assert (at.fake_sdxl.requests, at.stored()) == ([], [])
 
 
 def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(local: MakeLocal) -> None:

@@ -247,7 +247,7 @@ def test_the_failure_of_a_job_over_the_limit_has_the_seconds_to_wait(local: Make
     assert refused["error"]["code"] == "RATE_LIMITED"
     assert refused["error"]["retryable"] is True
     assert 0 < refused["error"]["retry_after"] <= 60
-    assert len(at.fake_sdxl.calls) == 2
+    assert len(at.fake_sdxl.requests) == 2
 
 
 def test_a_job_of_another_endpoint_is_not_counted(local: MakeLocal) -> None:

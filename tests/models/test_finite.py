@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from ourvidz_serverless.errors import InternalError
 from ourvidz_serverless.models.finite import check_finite
+from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.wan import loader as wan_models
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
-from tests.fakes.small_jobs import PICTURE, write_lora
+from tests.fakes.small_jobs import render, write_lora
 
 VIDEO = VideoRequest(
     prompt="a red circle", seed=1, size=(32, 32), num_frames=5, steps=2, guidance_scale=1.0
@@ -47,20 +49,22 @@ def test_a_lora_that_causes_overflow_fails_only_its_own_job(sdxl: Any, tmp_path:
     save_file({name: each * 1e30 for name, each in load_file(path).items()}, path)
 
     with pytest.raises(InternalError, match="the latent is not finite"):
-        list(sdxl.generate(**PICTURE, loras=[(path, 1.0)]))
+        render(sdxl, loras=((path, 1.0),))
 
-    assert len(list(sdxl.generate(**PICTURE))) == 1
+    assert len(render(sdxl)) == 1
 
 
 @pytest.mark.parametrize("in_strips", [False, True])
 def test_a_picture_that_its_vae_cannot_decode_fails_its_job(in_strips: bool) -> None:
-    model = models.load(Settings())
-    model._plans = MemoryPlans(SdxlMemoryPlan(1, tiled_decode=in_strips))
+    networks, device = loader.load(Settings()).networks, Device(torch.device("cpu"), torch.float32)
+    model = SdxlModel(
+        networks, device, plans=MemoryPlans(SdxlMemoryPlan(1, tiled_decode=in_strips))
+    )
     # As SDXL's own VAE does in fp16.
-    fill(model._vae.decoder.conv_out.weight)
+    fill(networks.vae.decoder.conv_out.weight)
 
     with pytest.raises(InternalError, match="the decoded picture is not finite"):
-        list(model.generate(**PICTURE))
+        render(model)
 
 
 def test_a_video_whose_latent_is_not_finite_fails_its_job(wan_settings: Settings) -> None:

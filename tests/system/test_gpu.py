@@ -20,10 +20,11 @@ from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler, sample
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.models.sdxl import vae as decoders
-from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
 from tests.fakes.overflowing_vae import wide_settings
 from tests.fakes.tiny_chat import generate_text, new_generation, texts_of, tiny_folder
 
@@ -36,21 +37,13 @@ pytestmark = [
 ALIKE = {"float32": 1.0, "float16": 3.0}
 
 
-def load(device: str, dtype: str = "auto", **settings: Any) -> models.Sdxl:
+def load(device: str, dtype: str = "auto", **settings: Any) -> SdxlModel:
     return models.load(Settings(device=device, dtype=dtype, **settings))
 
 
-def render(model: models.Sdxl, side: int = 256, **options: Any) -> np.ndarray:
-    (picture,) = model.generate(
-        prompt=plain("a red circle on a blue background"),
-        negative_prompt=None,
-        seeds=[2026],
-        width=side,
-        height=side,
-        num_inference_steps=10,
-        guidance_scale=6.0,
-        **options,
-    )
+def render(model: SdxlModel, side: int = 256, **changes: Any) -> np.ndarray:
+    prompt = "a red circle on a blue background"
+    (picture,) = small_jobs.render(model, prompt, seeds=(2026,), size=(side, side), **changes)
     return picture
 
 
@@ -85,28 +78,32 @@ def test_networks_run_in_the_dtype_they_were_loaded_in_without_autocast() -> Non
     def look(network: Any, given: Any) -> None:
         seen.add((given[0].dtype, torch.is_autocast_enabled("cuda")))
 
-    with model._unet.register_forward_pre_hook(look):
+    with model.networks.unet.register_forward_pre_hook(look):
         render(model)
 
     assert seen == {(torch.float16, False)}
 
 
-def decode(model: models.Sdxl, decoder: Any, latent: torch.Tensor) -> tuple[np.ndarray, int]:
+def decode(model: SdxlModel, decoder: Any, latent: torch.Tensor) -> tuple[np.ndarray, int]:
     """A picture, and what decoding it took at most beside what was there."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        picture = model._decode(decoder, latent, SdxlMemoryPlan(1))
+        picture = model.decode(decoder, latent, SdxlMemoryPlan(1))
     return picture, torch.cuda.max_memory_allocated() - before
 
 
 def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_path: Path) -> None:
     model = models.load(wide_settings(tmp_path, "cuda"))
     with torch.inference_mode():
-        latent = model._encode(Image.fromarray(render(model, side=1024)))[0].half()
-    narrow = decoders.in_bf16(model._vae, model.device)
+        latent = model.encode(Image.fromarray(render(model, side=1024)), SdxlMemoryPlan(1))[
+            0
+        ].half()
+    narrow = decoders.in_bf16(model.networks.vae, model.device)
 
-    usual, took = decode(model, decoders.Vae(model._vae, model.device, torch.float32), latent)
+    usual, took = decode(
+        model, decoders.Vae(model.networks.vae, model.device, torch.float32), latent
+    )
     close, took_less = decode(model, narrow, latent)
 
     assert narrow.lever == "vae_bf16"
@@ -117,10 +114,10 @@ def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_p
 def test_a_tiny_vae_decodes_near_the_vae_in_fp16(tmp_path: Path) -> None:
     model = models.load(wide_settings(tmp_path, "cuda"))
     with torch.inference_mode():
-        latent = model._encode(Image.fromarray(render(model)))[0].half()
+        latent = model.encode(Image.fromarray(render(model)), SdxlMemoryPlan(1))[0].half()
 
-    usual, _ = decode(model, decoders.Vae(model._vae, model.device, torch.float32), latent)
-    tiny, _ = decode(model, model._tiny, latent)
+    usual, _ = decode(model, decoders.Vae(model.networks.vae, model.device, torch.float32), latent)
+    tiny, _ = decode(model, model.networks.tiny_vae, latent)
 
     # Measured in fp32 on a CPU: 33 dB.
     assert psnr(usual, tiny) > 30
@@ -162,8 +159,8 @@ def test_after_a_job_that_did_not_fit_the_next_one_is_as_ever() -> None:
 
 def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> None:
     model = load("cuda")
-    lean = models.Sdxl(
-        model._pipe,
+    lean = SdxlModel(
+        model.networks,
         model.device,
         handle=model.handle,
         plans=MemoryPlans(SdxlMemoryPlan(6, lean=True)),
@@ -174,7 +171,7 @@ def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> Non
 
 def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None:
     expected, model = render(load("cuda")), load("cuda", memory_format="channels_last")
-    layer = model._unet.down_blocks[0].resnets[0].conv1
+    layer = model.networks.unet.down_blocks[0].resnets[0].conv1
 
     for _ in range(2):
         assert np.abs(render(model).astype(int) - expected).mean() < ALIKE["float16"]
@@ -188,7 +185,7 @@ def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None
 
 def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() -> None:
     model = load("cuda")
-    parts, layer = model.handle.model, model._unet.conv_in
+    parts, layer = model.handle.model, model.networks.unet.conv_in
     torchs_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
 
     for _ in range(3):

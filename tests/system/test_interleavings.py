@@ -10,12 +10,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,8 @@ from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -82,9 +85,11 @@ class Brush(FakeSdxl):
         super().__init__()
         self._at = at
 
-    def generate(self, **call: Any) -> Iterator[Any]:
-        self._at(f"job-{call['seeds'][0]}", "generate")
-        yield from super().generate(**call)
+    def generate(
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        self._at(f"job-{request.seeds[0]}", "generate")
+        yield from super().generate(request, progress)
 
 
 @dataclass

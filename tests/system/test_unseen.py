@@ -8,11 +8,12 @@ import base64
 import copy
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +21,9 @@ from ourvidz_serverless import families, jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -38,8 +41,10 @@ EXEMPT = ("negative", "negative_prompt", "stop", "schema")
 class Brush(FakeSdxl):
     """Stands where an SDXL stands, and paints nothing."""
 
-    def generate(self, **call: Any) -> Iterator[Any]:
-        self.calls.append(call)
+    def generate(
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        self.requests.append(request)
         raise OutOfMemory("what was told is remembered")
 
 
@@ -57,9 +62,9 @@ class Studio:
     def heard(self, payload: Any) -> list[str]:
         """Every text that the models are told for a payload."""
         for model in self._heard_by:
-            model.calls.clear()
+            calls_of(model).clear()
         self.local.worker.run({"id": "rp-1", "input": payload}, Stop(), lambda progress: None)
-        told = [call for model in self._heard_by for call in model.calls]
+        told = [call for model in self._heard_by for call in calls_of(model)]
         return [
             text
             for call in told
@@ -67,6 +72,12 @@ class Studio:
             if name not in EXEMPT
             for text in texts(value)
         ]
+
+
+def calls_of(model: Any) -> list[Any]:
+    """The requests that a fake model had."""
+    calls: list[Any] = model.requests if hasattr(model, "requests") else model.calls
+    return calls
 
 
 def fields_of(call: Any) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Jobs of several families in one worker: who waits for the device, and for how long."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import pytest
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard import fair_semaphore
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
@@ -29,8 +31,10 @@ class TimedPainter(FakeSdxl):
         super().__init__()
         self.clock = clock
 
-    def generate(self, *, seeds: Sequence[int], **call: Any) -> Iterator[np.ndarray]:
-        for picture in super().generate(seeds=seeds, **call):
+    def generate(
+        self, request: ImageRequest, progress: Progress
+    ) -> Generator[np.ndarray, None, None]:
+        for picture in super().generate(request, progress):
             self.clock.advance(1)
             yield picture
 
@@ -73,7 +77,7 @@ class Crowd:
     @property
     def painted(self) -> list[int]:
         """The numbers of the pictures in the order in which they were begun."""
-        return [call["seeds"][0] for call in self.at.fake_sdxl.calls]
+        return [request.seeds[0] for request in self.at.fake_sdxl.requests]
 
     def end(self) -> None:
         self.at.fake_sdxl.go_on.set()

@@ -31,15 +31,15 @@ DOWNLOAD_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class LoraShelf:
-    """Where LoRAs lie. Without a folder it is empty, and without hosts nothing is downloaded."""
+class LoraStore:
+    """The folder with LoRAs. Without a folder there are none; without hosts, no downloads."""
 
     folder: Path | None
     policy: Policy | None = None
     max_cached_bytes: int = 10 << 30
 
     @classmethod
-    def of(cls, settings: Settings) -> LoraShelf:
+    def of(cls, settings: Settings) -> LoraStore:
         hosts = frozenset(settings.lora_hosts)
         policy = Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S)
         max_cached_bytes = int(settings.lora_cache_gb * (1 << 30))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's networks fit together as SDXL's do (arXiv:2307.01952).
+"""SDXL's networks, and whether a checkpoint's fit together as SDXL's do (arXiv:2307.01952).
 
 Networks of other kinds have SDXL's classes: UNets for inpainting (9 channels) and for editing (8),
 and the refiner. They would load, and then fail in every job.
@@ -6,7 +6,46 @@ and the refiner. They would load, and then fail in every job.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from ourvidz_serverless.models.sdxl.ip_adapter import IpAdapter
+from ourvidz_serverless.models.sdxl.vae import TinyVae
+
+
+@dataclass(frozen=True, slots=True)
+class SdxlNetworks:
+    """The networks of one SDXL checkpoint, and of what the deployer adds to it.
+
+    `pipe` is diffusers' StableDiffusionXLPipeline. It also has the tokenizers and the scheduler.
+    """
+
+    pipe: Any
+    ip_adapter: IpAdapter | None = None
+    tiny_vae: TinyVae | None = None
+
+    @property
+    def unet(self) -> Any:
+        return self.pipe.unet
+
+    @property
+    def vae(self) -> Any:
+        return self.pipe.vae
+
+    def parts(self) -> dict[str, list[Any]]:
+        """The networks, set to evaluation, by the stage of a job that needs them.
+
+        `text` and `image` are the encoders of prompts and of an IP-Adapter's image.
+        """
+        parts: dict[str, list[Any]] = {name: [] for name in ("text", "image", "unet", "vae")}
+        parts["tiny"] = [self.tiny_vae.network] if self.tiny_vae else []
+        for name, component in self.pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                parts[name.split("_")[0]].append(component.eval())
+        return parts
+
 
 #: The original size, the crop and the target size, two numbers each.
 SIZES = 6

@@ -191,10 +191,10 @@ def _pull(weight: float) -> float:
     return math.tan((1 - max(weight, MIN_WEIGHT)) * math.pi / 2)
 
 
-def level(embeddings: Sequence[Embedding], empty: Callable[[], Embedding]) -> list[Embedding]:
-    """The same embeddings at the longest one's length, since they will share a batch.
+def same_length(embeddings: Sequence[Embedding], empty: Callable[[], Embedding]) -> list[Embedding]:
+    """The embeddings at the longest one's length, so that they fit in one batch.
 
-    `empty` is asked for an empty prompt's where one has to be made longer.
+    Shorter ones are extended with chunks of the embedding of an empty prompt, which `empty` makes.
     """
     longest = max(embedding.hidden.shape[1] for embedding in embeddings)
     if all(embedding.hidden.shape[1] == longest for embedding in embeddings):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from builder import pocket_sdxl
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import loader as chat_loader
-from ourvidz_serverless.models.sdxl import pipeline as sdxl
+from ourvidz_serverless.models.sdxl import loader as sdxl
 from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.settings import Settings
 from tests.fakes.tiny_chat import tiny_folder

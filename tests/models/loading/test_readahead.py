@@ -17,7 +17,7 @@ from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.models.loading import readahead
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import FakeMemory, FakeModel
 from tests.files import ROOT
@@ -93,7 +93,7 @@ def test_the_families_list_every_setting_that_names_weights() -> None:
 
 
 def test_the_files_that_are_read_ahead_are_those_that_the_loader_maps(tmp_path: Path) -> None:
-    pipe = models.load(Settings())._pipe
+    pipe = models.load(Settings()).networks.pipe
     pipe.save_pretrained(tmp_path / "sdxl")
     AutoencoderTiny(decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path / "tiny")
     settings = Settings(sdxl_model=str(tmp_path / "sdxl"), sdxl_tiny_vae=str(tmp_path / "tiny"))
@@ -194,7 +194,7 @@ def test_sdxls_weights_are_views_of_the_file_except_one_transposed_tensor(mmap: 
         sdxl_model=str(POCKET / "sdxl.safetensors"), dtype="float16", mmap_weights=mmap
     )
 
-    pipe = models.load(settings)._pipe
+    pipe = models.load(settings).networks.pipe
 
     tensors = [
         tensor

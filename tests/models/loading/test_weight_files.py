@@ -10,8 +10,9 @@ import torch
 
 from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.loading import readahead
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
+from tests.fakes.small_jobs import render
 from tests.fakes.tiny_chat import tiny_folder
 
 REPOSITORY = "tiny/painter"
@@ -28,10 +29,10 @@ def hub_cache(sdxl: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of MODEL_DIRS with the pocket SDXL as a repository, in full and half precision."""
     folder = tmp_path_factory.mktemp("models")
     snapshot = folder / "models--tiny--painter" / "snapshots" / "0123"
-    sdxl._pipe.save_pretrained(snapshot)
+    sdxl.networks.pipe.save_pretrained(snapshot)
     half = models.load(Settings(dtype="float16"))
-    half._vae.to(torch.float16)
-    half._pipe.save_pretrained(snapshot, variant="fp16")
+    half.networks.vae.to(torch.float16)
+    half.networks.pipe.save_pretrained(snapshot, variant="fp16")
     return folder
 
 
@@ -54,16 +55,8 @@ def read_ahead(folder: Path) -> set[str]:
 
 
 def picture(model: Any) -> Any:
-    rendered = model.generate(
-        prompt=models.plain("a red circle"),
-        negative_prompt=None,
-        seeds=[1],
-        width=64,
-        height=64,
-        num_inference_steps=4,
-        guidance_scale=6.0,
-    )
-    return next(iter(rendered))
+    (rendered,) = render(model, steps=4)
+    return rendered
 
 
 def test_a_repository_is_loaded_by_its_name(hub_cache: Path, sdxl: Any) -> None:
@@ -98,7 +91,7 @@ def test_half_precision_weights_are_loaded_if_there_are_no_others(
 
     model = load(tmp_path / "models", mmap_weights="never")
 
-    assert model._unet.dtype == torch.float32
+    assert model.networks.unet.dtype == torch.float32
 
 
 def test_sharded_half_precision_weights_are_found_under_the_names_that_diffusers_writes(
@@ -106,7 +99,7 @@ def test_sharded_half_precision_weights_are_found_under_the_names_that_diffusers
 ) -> None:
     shutil.copytree(hub_cache, tmp_path / "models", ignore=shutil.ignore_patterns("*.safetensors"))
     half, snapshot = load(hub_cache, dtype="float16"), next(tmp_path.glob("models/*/*/*"))
-    for name, network in half._pipe.components.items():
+    for name, network in half.networks.pipe.components.items():
         if isinstance(network, torch.nn.Module):
             # Copies, since tensors that share memory are written into one file.
             network.float().half().save_pretrained(

@@ -16,10 +16,12 @@ from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
 from ourvidz_serverless.models.memory.device_memory import CountedMemory, HostMemory
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.progress import Progress
+from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.models.sdxl import tiled_vae
-from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
+from tests.fakes.recorded_progress import RecordedProgress
 from tests.fakes.small_jobs import narrow_vae
 from tests.patience import PATIENCE_S
 
@@ -167,19 +169,8 @@ MIB = 1 << 20
 WEIGHTS = 11147772
 
 
-def render(model: Any, told: list[Any] | None = None) -> list[np.ndarray]:
-    return list(
-        model.generate(
-            prompt=plain("a red circle"),
-            negative_prompt=None,
-            seeds=[1, 2, 3],
-            width=128,
-            height=128,
-            num_inference_steps=2,
-            guidance_scale=6.0,
-            planned=(told if told is not None else []).append,
-        )
-    )
+def render(model: Any, progress: Progress | None = None) -> list[np.ndarray]:
+    return small_jobs.render(model, progress=progress, seeds=(1, 2, 3), size=(128, 128), steps=2)
 
 
 def on_card(num_bytes: float) -> Any:
@@ -200,8 +191,7 @@ def test_a_job_that_does_not_fit_is_rendered_in_a_smaller_way_with_the_same_pixe
     sdxl: Any, room: float, plan: SdxlMemoryPlan | None
 ) -> None:
     card = on_card(WEIGHTS + room * MIB)
-    first: list[Any] = []
-    second: list[Any] = []
+    first, second = RecordedProgress(), RecordedProgress()
 
     pictures = render(card, first)
     render(card, second)
@@ -210,12 +200,12 @@ def test_a_job_that_does_not_fit_is_rendered_in_a_smaller_way_with_the_same_pixe
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert card.device.counted.peak_bytes <= card.device.counted.total_bytes
     if plan is None:
-        assert first == second == []
+        assert first.memory_plans == second.memory_plans == []
         return
     told = {**asdict(plan), "alone": False}
-    assert first[-1] == {**told, "retries": len(first)}
+    assert first.memory_plans[-1] == {**told, "retries": len(first.memory_plans)}
     # What worked is remembered: the second job does not fail first.
-    assert second == [{**told, "retries": 0}]
+    assert second.memory_plans == [{**told, "retries": 0}]
 
 
 @pytest.mark.slow
@@ -223,17 +213,7 @@ def test_what_fits_in_no_way_is_out_of_memory_and_the_next_job_is_served() -> No
     card = on_card(WEIGHTS + 0.6 * MIB)
 
     with pytest.raises(OutOfMemory):
-        list(
-            card.generate(
-                prompt=plain("a red circle"),
-                negative_prompt=None,
-                seeds=[1],
-                width=1024,
-                height=1024,
-                num_inference_steps=1,
-                guidance_scale=6.0,
-            )
-        )
+        small_jobs.render(card, size=(1024, 1024), steps=1)
 
     assert len(render(card)) == 3
     assert [row.num_users for row in card.handle.ledger.report()] == [0]
@@ -244,8 +224,8 @@ def test_a_model_that_was_dropped_is_read_again_and_paints_the_same() -> None:
     before = render(model)
 
     model.handle.ledger.request_move("sdxl", "disk").is_done.wait(PATIENCE_S)
-    assert model._parts.device_bytes == 0
-    assert sum(part.numel() for part in model._unet.parameters()) == 0
+    assert model.parts.device_bytes == 0
+    assert sum(part.numel() for part in model.networks.unet.parameters()) == 0
 
     after = render(model)
     assert all((one == other).all() for one, other in zip(before, after, strict=True))
@@ -254,17 +234,7 @@ def test_a_model_that_was_dropped_is_read_again_and_paints_the_same() -> None:
 def test_what_a_job_really_took_is_known_by_its_shape() -> None:
     card = on_card(100 * MIB)
 
-    list(
-        card.generate(
-            prompt=plain("a red circle"),
-            negative_prompt=None,
-            seeds=[1],
-            width=64,
-            height=64,
-            num_inference_steps=1,
-            guidance_scale=6.0,
-        )
-    )
+    small_jobs.render(card, size=(64, 64), steps=1)
 
     (row,) = card.handle.ledger.report()
     assert row.num_bytes == WEIGHTS
@@ -277,23 +247,23 @@ def test_what_a_job_really_took_is_known_by_its_shape() -> None:
 
 def test_low_vram_renders_on_a_card_that_does_not_hold_the_weights(sdxl: Any) -> None:
     budget = (WEIGHTS - 0.2 * MIB) / (1 << 30)
-    told: list[Any] = []
+    progress = RecordedProgress()
 
     with pytest.raises(OutOfMemory, match="sdxl takes"):
         render(models.load(Settings(vram_budget_gb=budget)))
     card = models.load(Settings(vram_budget_gb=budget, low_vram=True))
-    pictures = render(card, told)
+    pictures = render(card, progress)
 
     for one, other in zip(pictures, render(sdxl), strict=True):
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert card.device.counted.peak_bytes <= card.device.counted.total_bytes
     smallest = {"max_batch": 1, "tiled_decode": True, "offload": True, "lean": True}
-    assert told == [{**smallest, "alone": False, "retries": 0}]
+    assert progress.memory_plans == [{**smallest, "alone": False, "retries": 0}]
 
 
 def test_under_low_vram_a_model_counts_as_its_largest_stage() -> None:
     card = models.load(Settings(low_vram=True))
-    stages = [sum(card._parts._parts[name].num_bytes for name in stage) for stage in models.STAGES]
+    stages = [sum(card.parts._parts[name].num_bytes for name in stage) for stage in models.STAGES]
 
     (row,) = card.handle.ledger.report()
     assert row.num_bytes == max(stages) < sum(stages)
@@ -303,7 +273,7 @@ def test_a_prompt_that_is_kept_needs_no_text_encoder_on_the_device() -> None:
     card = models.load(Settings(vram_budget_gb=100 * MIB / (1 << 30), low_vram=True))
     render(card)
     brought: list[Any] = []
-    text = card._parts._parts["text"]
+    text = card.parts._parts["text"]
     arrive = text.to_device
     text.to_device = lambda: (brought.append("text"), arrive())  # type: ignore[method-assign,assignment]
 

@@ -19,10 +19,13 @@ from PIL import Image
 from benchmarks import architectures
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.networks import check_networks
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
+from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.settings import Settings
-from tests.fakes.small_jobs import PICTURE
+from tests.fakes import small_jobs
+from tests.fakes.small_jobs import distance, through_diffusers
 
 #: Of Playground v2.5's VAE.
 PLAYGROUND = {
@@ -38,32 +41,19 @@ def change(folder: Path, part: str, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def render(model: Any, **options: Any) -> np.ndarray:
-    (picture,) = model.generate(**{**PICTURE, **options})
-    return picture.astype(int)
+def render(model: SdxlModel, **changes: Any) -> np.ndarray:
+    (picture,) = small_jobs.render(model, **changes)
+    return picture
 
 
-def through_diffusers(pipe: Any, **options: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    options = {
-        "prompt": "a red circle",
-        "num_inference_steps": 10,
-        "guidance_scale": 6.0,
-        "generator": torch.Generator().manual_seed(3),
-        "output_type": "np",
-        **options,
-    }
-    return (pipe(**options).images[0] * 255).round().astype(int)
-
-
-def load(folder: Path) -> models.Sdxl:
-    return models.load(Settings(sdxl_model=str(folder)))
+def load(folder: Path) -> SdxlModel:
+    return loader.load(Settings(sdxl_model=str(folder)))
 
 
 @pytest.fixture
 def folder(sdxl: Any, tmp_path: Path) -> Path:
     """The pocket model as a folder, of which a test may change something."""
-    sdxl._pipe.save_pretrained(tmp_path / "other")
+    sdxl.networks.pipe.save_pretrained(tmp_path / "other")
     return tmp_path / "other"
 
 
@@ -75,7 +65,7 @@ def playground(sdxl: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose VAE scales its latents as Playground v2.5's does, and encodes one most likely
     latent, so that diffusers' sample of it is ours."""
     folder = tmp_path_factory.mktemp("playground")
-    sdxl._pipe.save_pretrained(folder)
+    sdxl.networks.pipe.save_pretrained(folder)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
@@ -90,19 +80,21 @@ def test_a_vae_with_latents_mean_and_std_decodes_as_in_diffusers(playground: Pat
 
     ours = render(load(playground))
 
-    assert np.array_equal(ours, through_diffusers(theirs, width=64, height=64))
+    assert np.array_equal(ours, through_diffusers(theirs))
 
 
 def test_a_vae_with_latents_mean_and_std_decodes_in_strips_as_in_diffusers(
     playground: Path,
 ) -> None:
     model = load(playground)
-    model._plans = MemoryPlans(SdxlMemoryPlan(1, tiled_decode=True))
+    tiled = SdxlModel(
+        model.networks, model.device, plans=MemoryPlans(SdxlMemoryPlan(1, tiled_decode=True))
+    )
     theirs = StableDiffusionXLPipeline.from_pretrained(playground)
 
-    ours = render(model)
+    ours = render(tiled)
 
-    assert np.abs(ours - through_diffusers(theirs, width=64, height=64)).max() <= 1
+    assert distance(ours, through_diffusers(theirs)) <= 1
 
 
 def test_a_vae_with_latents_mean_and_std_encodes_a_reference_as_in_diffusers(
@@ -113,7 +105,7 @@ def test_a_vae_with_latents_mean_and_std_encodes_a_reference_as_in_diffusers(
     pixels, cpu = pipe.image_processor.preprocess(reference), torch.device("cpu")
 
     with torch.inference_mode():
-        ours = load(playground)._encode(reference)
+        ours = load(playground).encode(reference, SdxlMemoryPlan(1))
         theirs = pipe.prepare_latents(pixels, None, 1, 1, torch.float32, cpu, add_noise=False)
 
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -121,7 +113,7 @@ def test_a_vae_with_latents_mean_and_std_encodes_a_reference_as_in_diffusers(
 
 def test_a_tiny_vae_is_refused_beside_a_vae_with_latents_mean_and_std(playground: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"^SDXL_TINY_VAE: .*latents_mean"):
-        models.load(Settings(sdxl_model=str(playground), sdxl_tiny_vae="pocket"))
+        loader.load(Settings(sdxl_model=str(playground), sdxl_tiny_vae="pocket"))
 
 
 # --- UNets of another kind ---
@@ -142,7 +134,7 @@ OTHER_UNETS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", OTHER_UNETS)
 def test_a_unet_of_another_kind_ends_the_start(sdxl: Any, folder: Path, kind: str) -> None:
     changes, line = OTHER_UNETS[kind]
-    other = UNet2DConditionModel.from_config(sdxl._unet.config, **changes)
+    other = UNet2DConditionModel.from_config(sdxl.networks.unet.config, **changes)
     other.save_pretrained(folder / "unet")
 
     with pytest.raises(ModelLoadError) as refused:
@@ -193,18 +185,18 @@ def test_a_checkpoints_own_scheduler_equals_diffusers(
     folder: Path, name: str, is_with_reference: bool
 ) -> None:
     model = load(with_scheduler(folder, name))
-    options: dict[str, Any] = {}
-    theirs: dict[str, Any] = {"width": 64, "height": 64}
-    pipe: Any = model._pipe
+    changes: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    pipe: Any = model.networks.pipe
     if is_with_reference:
         reference = Image.new("RGB", (64, 64), "green")
-        options = {"image": reference, "strength": 0.5}
-        theirs = {"image": model._encode(reference), "strength": 0.5}
+        changes = {"reference": StartImage(reference, 0.5)}
+        theirs = {"image": model.encode(reference, SdxlMemoryPlan(1)), "strength": 0.5}
         pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components)
 
-    ours = render(model, **options)
+    ours = render(model, **changes)
 
-    assert np.abs(ours - through_diffusers(pipe, **theirs)).max() <= 1
+    assert distance(ours, through_diffusers(pipe, **theirs)) <= 1
 
 
 def test_a_scheduler_that_cannot_run_sdxl_ends_the_start(folder: Path) -> None:
@@ -216,7 +208,7 @@ def test_a_scheduler_of_one_step_is_served(folder: Path) -> None:
     with_scheduler(folder, "LCMScheduler")
     change(folder, "scheduler", original_inference_steps=1)
 
-    assert render(load(folder), num_inference_steps=1).shape == (64, 64, 3)
+    assert render(load(folder), steps=1).shape == (64, 64, 3)
 
 
 def test_more_steps_than_a_distilled_scheduler_takes_are_refused_by_field(folder: Path) -> None:

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.progress import NoProgress
+from ourvidz_serverless.models.sdxl import loader
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
+from ourvidz_serverless.models.sdxl.request import IpAdapterImage, Keeps
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
 from tests.fakes.ip_adapter import IMAGE_DIM, write_ip_adapter
 from tests.fakes.local_worker import sdxl_payload
-from tests.fakes.small_jobs import PICTURE
+from tests.fakes.small_jobs import image_request, through_diffusers
 
-SMALL = {**PICTURE, "seeds": [3, 4]}
 RED = Image.new("RGB", (80, 50), "red")
 
 
@@ -28,12 +31,12 @@ RED = Image.new("RGB", (80, 50), "red")
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The pocket SDXL with an IP-Adapter, and with an IP-Adapter Plus."""
     folder = tmp_path_factory.mktemp("adapter")
-    path = write_ip_adapter(folder, models.load(Settings())._unet, is_plus=request.param)
-    return models.load(Settings(sdxl_ip_adapter=path))
+    path = write_ip_adapter(folder, loader.load(Settings()).networks.unet, is_plus=request.param)
+    return loader.load(Settings(sdxl_ip_adapter=path))
 
 
-def render(model: Any, **options: Any) -> np.ndarray:
-    return np.stack(list(model.generate(**{**SMALL, **options}))).astype(int)
+def render(model: SdxlModel, **changes: Any) -> np.ndarray:
+    return np.stack(small_jobs.render(model, **{"seeds": (3, 4), **changes})).astype(int)
 
 
 def test_a_job_without_a_reference_is_rendered_as_if_there_were_no_adapter(
@@ -43,13 +46,11 @@ def test_a_job_without_a_reference_is_rendered_as_if_there_were_no_adapter(
 
 
 @pytest.mark.parametrize("keeps", ["style", "composition", "character"])
-def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: str) -> None:
-    plainly = render(sdxl)
+def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: Keeps) -> None:
+    without = render(sdxl)
 
     little, much = (
-        np.abs(
-            render(adapted, likeness=RED, likeness_keeps=keeps, likeness_scale=scale) - plainly
-        ).mean()
+        np.abs(render(adapted, reference=IpAdapterImage(RED, keeps, scale)) - without).mean()
         for scale in (0.1, 1.0)
     )
 
@@ -58,39 +59,26 @@ def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: str) -> N
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
 def test_a_reference_acts_as_in_diffusers_pipeline(adapted: Any, guidance_scale: float) -> None:
-    (ours,) = render(
-        adapted,
-        seeds=[3],
-        guidance_scale=guidance_scale,
-        likeness=RED,
-        likeness_keeps="character",
-        likeness_scale=0.6,
+    request = image_request(
+        guidance_scale=guidance_scale, reference=IpAdapterImage(RED, "character", 0.6)
     )
+    (ours,) = adapted.generate(request, NoProgress())
 
-    adapted._pipe.set_ip_adapter_scale(0.6)
-    adapted._pipe.set_progress_bar_config(disable=True)
-    theirs = adapted._pipe(
-        "a red circle",
-        width=64,
-        height=64,
-        num_inference_steps=10,
-        guidance_scale=guidance_scale,
-        ip_adapter_image=RED,
-        generator=torch.Generator().manual_seed(3),
-        output_type="np",
-    ).images[0]
+    adapted.networks.pipe.set_ip_adapter_scale(0.6)
+    theirs = through_diffusers(adapted.networks.pipe, request, ip_adapter_image=RED)
 
-    assert np.array_equal(ours, (theirs * 255).round())
+    assert np.array_equal(ours, theirs)
 
 
 def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
-    blocks = {}
-    for keeps in ("style", "composition", "character"):
-        adapted.adapter.keep(keeps, 1.0)
+    blocks: dict[str, set[str]] = {}
+    kinds: tuple[Keeps, ...] = ("style", "composition", "character")
+    for keeps in kinds:
+        adapted.networks.ip_adapter.encode(IpAdapterImage(RED, keeps), is_guided=False)
         blocks[keeps] = {
             name.split(".transformer")[0]
-            for name, processor in adapted.adapter._processors.items()
-            if processor.scale[0]
+            for name, processor in adapted.networks.unet.attn_processors.items()
+            if getattr(processor, "scale", [0.0])[0]
         }
 
     assert blocks["style"] == {"up_blocks.0.attentions.1"}
@@ -100,7 +88,7 @@ def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
 
 
 def test_the_reference_of_one_job_leaves_the_next_one_alone(adapted: Any, sdxl: Any) -> None:
-    render(adapted, likeness=RED, likeness_keeps="character")
+    render(adapted, reference=IpAdapterImage(RED, "character"))
 
     assert np.array_equal(render(adapted), render(sdxl))
 
@@ -166,7 +154,7 @@ def test_an_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
 
     with pytest.raises(ModelLoadError, match=r"SDXL_IP_ADAPTER: broken\.safetensors does not load"):
-        models.load(Settings(sdxl_ip_adapter=tmp_path / "broken.safetensors"))
+        loader.load(Settings(sdxl_ip_adapter=tmp_path / "broken.safetensors"))
 
 
 def of_another_encoder(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -198,11 +186,11 @@ def of_faces(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_an_adapter_that_would_fail_in_each_job_ends_the_start(
     sdxl: Any, tmp_path: Path, change: Any, line: str
 ) -> None:
-    path = write_ip_adapter(tmp_path, sdxl._unet)
+    path = write_ip_adapter(tmp_path, sdxl.networks.unet)
     save_file(change(load_file(path)), path)
 
     with pytest.raises(ModelLoadError) as refused:
-        models.load(Settings(sdxl_ip_adapter=path))
+        loader.load(Settings(sdxl_ip_adapter=path))
 
     assert refused.value.message.startswith("SDXL_IP_ADAPTER: ")
     assert line in refused.value.message

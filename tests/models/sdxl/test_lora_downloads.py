@@ -17,7 +17,7 @@ from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.sdxl.lora_downloads import IN_USE_S, Downloads
-from ourvidz_serverless.models.sdxl.loras import LoraShelf
+from ourvidz_serverless.models.sdxl.loras import LoraStore
 from ourvidz_serverless.net.addresses import Address
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
@@ -66,7 +66,7 @@ def host(authority: Path) -> Iterator[Host]:
 
 
 @pytest.fixture
-def shelf(host: Host, authority: Path, tmp_path: Path) -> LoraShelf:
+def shelf(host: Host, authority: Path, tmp_path: Path) -> LoraStore:
     def is_public(address: Address) -> bool:
         return address.is_loopback
 
@@ -77,11 +77,11 @@ def shelf(host: Host, authority: Path, tmp_path: Path) -> LoraShelf:
         port=int(host.url.rsplit(":", 1)[1]),
         tls=ssl.create_default_context(cafile=authority / "ca.pem"),
     )
-    return LoraShelf(tmp_path, policy)
+    return LoraStore(tmp_path, policy)
 
 
 @pytest.fixture
-def fetch(shelf: LoraShelf) -> Callable[..., Path]:
+def fetch(shelf: LoraStore) -> Callable[..., Path]:
     """Fetches a path of the host for a user, by default Ann."""
     return lambda path, user="ann": shelf.fetch(HOST + path, user, NEVER)
 
@@ -152,7 +152,7 @@ def test_another_users_signed_file_is_not_served_without_the_right_signature(
 
 
 def test_the_file_used_the_longest_ago_makes_room(
-    shelf: LoraShelf, fetch: Callable[..., Path]
+    shelf: LoraStore, fetch: Callable[..., Path]
 ) -> None:
     first, second = fetch("/style?version=1"), fetch("/style?version=2")
     long_ago = time.time() - IN_USE_S
@@ -167,7 +167,7 @@ def test_the_file_used_the_longest_ago_makes_room(
 
 
 def test_a_file_that_is_used_again_stays_longer(
-    shelf: LoraShelf, fetch: Callable[..., Path], host: Host
+    shelf: LoraStore, fetch: Callable[..., Path], host: Host
 ) -> None:
     first, second = fetch("/style?version=1"), fetch("/style?version=2")
     for file in (first, second):
@@ -182,7 +182,7 @@ def test_a_file_that_is_used_again_stays_longer(
 
 
 def test_files_in_use_are_not_deleted_and_a_download_without_room_is_refused(
-    shelf: LoraShelf, fetch: Callable[..., Path]
+    shelf: LoraStore, fetch: Callable[..., Path]
 ) -> None:
     first = fetch("/style?version=1")
     narrow = replace(shelf, max_cached_bytes=first.stat().st_size)
@@ -204,7 +204,7 @@ def test_what_a_process_left_behind_when_it_was_killed_is_deleted_for_room(tmp_p
 
 
 def test_a_download_that_is_no_weights_is_refused_and_not_kept(
-    shelf: LoraShelf, fetch: Callable[..., Path]
+    shelf: LoraStore, fetch: Callable[..., Path]
 ) -> None:
     with pytest.raises(ModelLoadError, match="no safetensors"):
         fetch("/page")
@@ -213,7 +213,7 @@ def test_a_download_that_is_no_weights_is_refused_and_not_kept(
 
 
 def test_a_job_is_painted_with_the_lora_that_its_users_signed_url_gave(
-    sdxl: Any, shelf: LoraShelf, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sdxl: Any, shelf: LoraStore, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lora(tmp_path / "bold.safetensors", "to_q", "to_v")
     host.bold = (tmp_path / "bold.safetensors").read_bytes()

@@ -24,56 +24,49 @@ from ourvidz_serverless.errors import (
     OutOfMemory,
 )
 from ourvidz_serverless.models.memory.device import as_job_error
-from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
-from ourvidz_serverless.models.sdxl.loras import LoraShelf, applied
+from ourvidz_serverless.models.sdxl import loader
+from ourvidz_serverless.models.sdxl.loras import LoraStore, applied
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
 from tests.fakes.local_worker import sdxl_payload
-from tests.fakes.small_jobs import PICTURE, write_lora
+from tests.fakes.recorded_progress import RecordedProgress
+from tests.fakes.small_jobs import through_diffusers, write_lora
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> LoraShelf:
+def store(tmp_path_factory: pytest.TempPathFactory) -> LoraStore:
     """A folder with a LoRA that PEFT made for the pocket UNet, and a file that is none."""
     folder = tmp_path_factory.mktemp("loras")
     write_lora(folder / "bold.safetensors", "to_q", "to_v")
     save_file({"something": torch.zeros(2)}, folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"not weights")
-    return LoraShelf(folder)
+    return LoraStore(folder)
 
 
-def render(model: Any, **options: Any) -> np.ndarray:
-    (picture,) = model.generate(**{**PICTURE, **options})
+def render(model: SdxlModel, *loras: tuple[Path, float], **changes: Any) -> np.ndarray:
+    (picture,) = small_jobs.render(model, loras=loras, **changes)
     return picture.astype(int)
 
 
-def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, shelf: LoraShelf) -> None:
-    path = shelf.path("bold", "ann")
+def test_a_lora_changes_the_picture_by_its_scale(sdxl: Any, store: LoraStore) -> None:
+    path = store.path("bold", "ann")
     without = render(sdxl)
 
-    little, much = (
-        np.abs(render(sdxl, loras=[(path, scale)]) - without).mean() for scale in (0.1, 1.0)
-    )
+    little, much = (np.abs(render(sdxl, (path, scale)) - without).mean() for scale in (0.1, 1.0))
 
     assert 0 < little < much
 
 
-def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: LoraShelf) -> None:
-    loras = [(shelf.path("bold", "ann"), 0.7)]
-    options = {name: PICTURE[name] for name in ("width", "num_inference_steps", "guidance_scale")}
-    sdxl._pipe.set_progress_bar_config(disable=True)
+def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, store: LoraStore) -> None:
+    lora = (store.path("bold", "ann"), 0.7)
 
-    ours = render(sdxl, loras=loras)
-    with applied(sdxl._pipe, loras):
-        theirs = sdxl._pipe(
-            "a red circle",
-            height=64,
-            generator=torch.Generator().manual_seed(3),
-            output_type="np",
-            **options,
-        ).images[0]
+    ours = render(sdxl, lora)
+    with applied(sdxl.networks.pipe, [lora]):
+        theirs = through_diffusers(sdxl.networks.pipe)
 
-    assert np.array_equal(ours, (theirs * 255).round())
+    assert np.array_equal(ours, theirs)
 
 
 # --- what diffusers writes into a file's header ---
@@ -81,7 +74,7 @@ def test_a_picture_with_a_lora_equals_diffusers_pipelines(sdxl: Any, shelf: Lora
 
 def save_with_metadata(path: Path, adapters: Any = ("unet",), **config: Any) -> None:
     """A LoRA that diffusers' own `save_lora_weights` wrote, with its adapter metadata."""
-    pipe = sdxl_models.load(Settings())._pipe
+    pipe = loader.load(Settings()).networks.pipe
     layers, metadata = {}, {}
     torch.manual_seed(0)
     for name in adapters:
@@ -113,24 +106,14 @@ def test_a_lora_with_adapter_metadata_equals_diffusers_loading_the_same_file(
 ) -> None:
     path = tmp_path / "strong.safetensors"
     save_with_metadata(path, **config)
-    theirs = sdxl_models.load(Settings())._pipe
+    theirs = loader.load(Settings()).networks.pipe
     theirs.load_lora_weights(tmp_path, weight_name=path.name)
     for name in ("unet", "text_encoder", "text_encoder_2"):
         getattr(theirs, name).eval()
 
-    ours = render(sdxl, loras=[(path, 1.0)])
+    ours = render(sdxl, (path, 1.0))
 
-    theirs.set_progress_bar_config(disable=True)
-    expected = theirs(
-        "a red circle",
-        width=64,
-        height=64,
-        num_inference_steps=10,
-        guidance_scale=6.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="np",
-    ).images[0]
-    assert np.array_equal(ours, (expected * 255).round())
+    assert np.array_equal(ours, through_diffusers(theirs))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +143,7 @@ def test_adapter_metadata_that_is_more_than_a_strength_is_refused(
     save_file(load_file(path), path, metadata={METADATA: json.dumps(header)})
 
     with pytest.raises(ModelLoadError, match=r"^config\.loras: odd "):
-        render(sdxl, loras=[(path, 1.0)])
+        render(sdxl, (path, 1.0))
 
 
 def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_path: Path) -> None:
@@ -170,31 +153,31 @@ def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_p
     with pytest.raises(
         ModelLoadError, match=r"^config\.loras: odd has a tensor with characters in its name"
     ):
-        render(sdxl, loras=[(path, 1.0)])
+        render(sdxl, (path, 1.0))
 
 
-def test_a_lora_is_gone_after_its_job(sdxl: Any, shelf: LoraShelf) -> None:
+def test_a_lora_is_gone_after_its_job(sdxl: Any, store: LoraStore) -> None:
     before = render(sdxl)
-    render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
+    render(sdxl, (store.path("bold", "ann"), 1.0))
 
     assert np.array_equal(render(sdxl), before)
 
 
-def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, shelf: LoraShelf) -> None:
+def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, store: LoraStore) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     before = render(sdxl)
     with pytest.raises(KeyboardInterrupt):
-        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)], step=stop)
+        render(sdxl, (store.path("bold", "ann"), 1.0), progress=RecordedProgress(on_step=stop))
 
     assert np.array_equal(render(sdxl), before)
 
 
 def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_remembered(
-    sdxl: Any, shelf: LoraShelf, monkeypatch: pytest.MonkeyPatch
+    sdxl: Any, store: LoraStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdxl, "loras", shelf)
+    monkeypatch.setattr(sdxl, "loras", store)
     stop = Stop()
     context = JobContext(stop, lambda progress: None, Bounds(60))
     config = {"num_images": 3, "loras": [{"name": "bold"}]}
@@ -207,18 +190,18 @@ def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_rememb
     with pytest.raises(Cancelled) as remembered:
         next(pictures)
 
-    assert sdxl._pipe.get_list_adapters() == {}
+    assert sdxl.networks.pipe.get_list_adapters() == {}
     assert remembered.traceback
 
 
 @pytest.mark.parametrize("name", ["other", "broken"])
 def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
-    sdxl: Any, shelf: LoraShelf, name: str
+    sdxl: Any, store: LoraStore, name: str
 ) -> None:
     before = render(sdxl)
 
     with pytest.raises(ModelLoadError, match=f"{name} is no LoRA of this model"):
-        render(sdxl, loras=[(shelf.path(name, "ann"), 1.0)])
+        render(sdxl, (store.path(name, "ann"), 1.0))
 
     assert np.array_equal(render(sdxl), before)
 
@@ -232,7 +215,7 @@ def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
 )
 def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
     sdxl: Any,
-    shelf: LoraShelf,
+    store: LoraStore,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     expected: type[Exception],
@@ -241,37 +224,37 @@ def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
         raise error
 
     # Where diffusers moves the LoRA's tensors to the device.
-    monkeypatch.setattr(sdxl._unet, "load_lora_adapter", fail)
+    monkeypatch.setattr(sdxl.networks.unet, "load_lora_adapter", fail)
 
     with pytest.raises(type(error)) as failed:
-        render(sdxl, loras=[(shelf.path("bold", "ann"), 1.0)])
+        render(sdxl, (store.path("bold", "ann"), 1.0))
 
     assert type(as_job_error(failed.value)) is expected
 
 
-def test_a_name_that_nothing_lies_under_is_refused(shelf: LoraShelf) -> None:
+def test_a_name_that_nothing_lies_under_is_refused(store: LoraStore) -> None:
     with pytest.raises(InvalidPrompt, match=r"config\.loras: there is no missing"):
-        shelf.path("missing", "ann")
+        store.path("missing", "ann")
 
 
 @pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
-def test_a_url_that_is_none_is_refused(shelf: LoraShelf, url: str) -> None:
+def test_a_url_that_is_none_is_refused(store: LoraStore, url: str) -> None:
     with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
-        shelf.fetch(url, "ann", NEVER)
+        store.fetch(url, "ann", NEVER)
 
 
 def test_without_a_folder_there_are_no_loras() -> None:
     with pytest.raises(InvalidPrompt, match="SDXL_LORA_DIR"):
-        LoraShelf(None).path("bold", "ann")
+        LoraStore(None).path("bold", "ann")
 
 
-def test_a_url_is_refused_unless_hosts_are_allowed(shelf: LoraShelf) -> None:
+def test_a_url_is_refused_unless_hosts_are_allowed(store: LoraStore) -> None:
     with pytest.raises(InvalidPrompt, match="LORA_HOSTS"):
-        shelf.fetch("https://loras.example/bold.safetensors", "ann", NEVER)
+        store.fetch("https://loras.example/bold.safetensors", "ann", NEVER)
 
 
-def test_a_url_of_another_host_is_refused(shelf: LoraShelf) -> None:
-    strict = LoraShelf(shelf.folder, Policy(frozenset({"loras.example"})))
+def test_a_url_of_another_host_is_refused(store: LoraStore) -> None:
+    strict = LoraStore(store.folder, Policy(frozenset({"loras.example"})))
 
     with pytest.raises(ModelLoadError, match="allow-list"):
         strict.fetch("https://elsewhere.example/bold.safetensors", "ann", NEVER)

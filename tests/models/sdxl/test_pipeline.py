@@ -1,6 +1,8 @@
 """SDXL on the pocket weights: our loop against diffusers' pipelines, and what it promises."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +19,30 @@ from PIL import Image
 from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
 from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
-from ourvidz_serverless.models.sdxl import pipeline as models
+from ourvidz_serverless.models.sdxl import loader
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_encoder import PromptEncoder, chunks
 from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
+from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
+from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
+from tests.fakes.small_jobs import distance, image_request, through_diffusers
 
-SMALL: dict[str, Any] = {
-    "width": 128,
-    "height": 64,
-    "num_inference_steps": 10,
-    "guidance_scale": 6.0,
-}
 #: One grey level: what a batched forward may differ by in its last bits.
 ROUNDING = 1
 
 
-def render(model: Any, prompt: str = "a red circle", **options: Any) -> list[np.ndarray]:
-    options = {"negative_prompt": None, "seeds": [3], **SMALL, **options}
-    return list(model.generate(prompt=plain(prompt), **options))
+def render(model: SdxlModel, prompt: str = "a red circle", **changes: Any) -> list[np.ndarray]:
+    return small_jobs.render(model, prompt, size=(128, 64), **changes)
 
 
-def distance(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.abs(one.astype(int) - other.astype(int)).max())
-
-
-def through_diffusers(pipe: Any, **options: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(generator=torch.Generator().manual_seed(3), output_type="np", **options).images
-    return (images[0] * 255).round().astype(np.uint8)
+def fresh(model: SdxlModel) -> SdxlModel:
+    """The same weights, without the memory of what fitted the device."""
+    return SdxlModel(model.networks, model.device)
 
 
 # --- the same pixels as diffusers ---
@@ -56,26 +53,28 @@ def through_diffusers(pipe: Any, **options: Any) -> np.ndarray:
 def test_text_to_image_equals_diffusers_pipeline(
     sdxl: Any, negative: str | None, guidance_scale: float
 ) -> None:
-    options = {**SMALL, "guidance_scale": guidance_scale}
-
-    ours = render(sdxl, negative_prompt=None if negative is None else plain(negative), **options)
-    theirs = through_diffusers(
-        sdxl._pipe, prompt="a red circle", negative_prompt=negative, **options
+    request = image_request(
+        size=(128, 64),
+        negative=None if negative is None else plain(negative),
+        guidance_scale=guidance_scale,
     )
 
-    assert distance(ours[0], theirs) == 0
+    (ours,) = sdxl.generate(request, NoProgress())
+    theirs = through_diffusers(sdxl.networks.pipe, request)
+
+    assert distance(ours, theirs) == 0
 
 
 def test_image_to_image_equals_diffusers_pipeline(sdxl: Any) -> None:
     reference = Image.new("RGB", (128, 64), "green")
-    options = {"num_inference_steps": 20, "guidance_scale": 6.0, "strength": 0.5}
+    request = image_request(size=(128, 64), steps=20, reference=StartImage(reference, 0.5))
 
-    (ours,) = render(sdxl, image=reference, **options)
+    (ours,) = sdxl.generate(request, NoProgress())
     theirs = through_diffusers(
-        StableDiffusionXLImg2ImgPipeline(**sdxl._pipe.components),
-        prompt="a red circle",
-        image=sdxl._encode(reference),
-        **options,
+        StableDiffusionXLImg2ImgPipeline(**sdxl.networks.pipe.components),
+        request,
+        image=sdxl.encode(reference, SdxlMemoryPlan(1)),
+        strength=0.5,
     )
 
     assert distance(ours, theirs) == 0
@@ -85,22 +84,21 @@ def test_a_unet_with_distilled_guidance_equals_diffusers_pipeline(
     sdxl: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(sdxl._unet.config, time_cond_proj_dim=16)
-    pipe = StableDiffusionXLPipeline(**{**sdxl._pipe.components, "unet": unet})
+    unet = UNet2DConditionModel.from_config(sdxl.networks.unet.config, time_cond_proj_dim=16)
+    pipe = StableDiffusionXLPipeline(**{**sdxl.networks.pipe.components, "unet": unet})
     pipe.save_pretrained(tmp_path)
-    distilled = models.load(Settings(sdxl_model=str(tmp_path)))
+    distilled = loader.load(Settings(sdxl_model=str(tmp_path)))
 
     strong, weak = (render(distilled, guidance_scale=scale)[0] for scale in (8.0, 2.0))
-    theirs = through_diffusers(
-        distilled._pipe, prompt="a red circle", **{**SMALL, "guidance_scale": 8.0}
-    )
+    request = image_request(size=(128, 64), guidance_scale=8.0)
+    theirs = through_diffusers(distilled.networks.pipe, request)
 
     assert distance(strong, theirs) == 0
     assert distance(strong, weak) > 0
 
 
 def test_every_keyword_that_the_unet_is_given_is_one_that_it_takes(sdxl: Any) -> None:
-    taken = inspect.signature(sdxl._unet.forward).parameters
+    taken = inspect.signature(sdxl.networks.unet.forward).parameters
 
     assert {"encoder_hidden_states", "added_cond_kwargs", "return_dict"} <= set(taken)
 
@@ -109,49 +107,55 @@ def test_every_keyword_that_the_unet_is_given_is_one_that_it_takes(sdxl: Any) ->
 
 
 def test_image_i_of_a_batch_is_the_single_image_of_its_seed(sdxl: Any) -> None:
-    batch = render(sdxl, seeds=[3, 4, 5, 6, 7, 8])
+    batch = render(sdxl, seeds=(3, 4, 5, 6, 7, 8))
 
     for seed, picture in zip(range(3, 9), batch, strict=True):
-        assert distance(picture, render(sdxl, seeds=[seed])[0]) <= ROUNDING
+        assert distance(picture, render(sdxl, seeds=(seed,))[0]) <= ROUNDING
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4])
 def test_no_pixel_depends_on_how_a_batch_is_split(sdxl: Any, max_batch: int) -> None:
-    split = models.Sdxl(sdxl._pipe, sdxl.device, max_batch)
+    split = SdxlModel(sdxl.networks, sdxl.device, plans=MemoryPlans(SdxlMemoryPlan(max_batch)))
 
     for one, other in zip(
-        render(split, seeds=[1, 2, 3, 4, 5, 6]), render(sdxl, seeds=[1, 2, 3, 4, 5, 6]), strict=True
+        render(split, seeds=(1, 2, 3, 4, 5, 6)), render(sdxl, seeds=(1, 2, 3, 4, 5, 6)), strict=True
     ):
         assert distance(one, other) <= ROUNDING
 
 
 def test_a_batch_is_split_in_equal_parts(sdxl: Any) -> None:
-    split = models.Sdxl(sdxl._pipe, sdxl.device, max_batch=4)
-    steps: list[int] = []
+    split = SdxlModel(sdxl.networks, sdxl.device, plans=MemoryPlans(SdxlMemoryPlan(4)))
+    progress = RecordedProgress()
 
-    render(split, seeds=[1, 2, 3, 4, 5, 6], step=lambda done, total: steps.append(done))
+    render(split, seeds=(1, 2, 3, 4, 5, 6), progress=progress)
 
-    assert steps == list(range(3, 61, 3))
+    assert progress.steps == [(done, 60) for done in range(3, 61, 3)]
 
 
 def test_pictures_leave_one_by_one(sdxl: Any) -> None:
-    pictures = sdxl.generate(prompt=plain("a"), negative_prompt=None, seeds=[1, 2, 3], **SMALL)
+    pictures = sdxl.generate(image_request(seeds=(1, 2, 3), size=(128, 64)), NoProgress())
 
     assert next(pictures).shape == (64, 128, 3)
     pictures.close()
 
 
-class ShortOfMemory(models.Sdxl):
-    """An SDXL whose device holds only so many pictures at once, and says so as torch does."""
+@contextmanager
+def room_for(sdxl: SdxlModel, images: int) -> Iterator[list[int]]:
+    """A device that holds so many images in one forward; gives the sizes of the batches tried."""
+    tried: list[int] = []
+    timesteps: list[float] = []
 
-    room = 6
-    tried: list[int]
-
-    def _denoise(self, seeds: Any, *rest: Any) -> torch.Tensor:
-        self.tried.append(len(seeds))
-        if len(seeds) > self.room:
+    def look(unet: Any, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        batch, timestep = len(given[0]) // 2, float(given[1])  # with guidance, two rows an image
+        # Timesteps fall within a batch.
+        if not timesteps or timestep >= timesteps[-1]:
+            tried.append(batch)
+        timesteps.append(timestep)
+        if batch > images:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._denoise(seeds, *rest)
+
+    with sdxl.networks.unet.register_forward_pre_hook(look):
+        yield tried
 
 
 @pytest.mark.parametrize(
@@ -160,56 +164,47 @@ class ShortOfMemory(models.Sdxl):
 def test_a_batch_that_does_not_fit_is_rendered_in_smaller_ones(
     sdxl: Any, room: int, tried: list[int]
 ) -> None:
-    short = ShortOfMemory(sdxl._pipe, sdxl.device)
-    short.room, short.tried = room, []
+    with room_for(sdxl, room) as batches:
+        pictures = render(fresh(sdxl), seeds=(1, 2, 3, 4, 5, 6))
 
-    pictures = render(short, seeds=[1, 2, 3, 4, 5, 6])
-
-    assert short.tried == tried
-    assert distance(pictures[5], render(sdxl, seeds=[6])[0]) <= ROUNDING
+    assert batches == tried
+    assert distance(pictures[5], render(sdxl, seeds=(6,))[0]) <= ROUNDING
 
 
 def test_a_single_picture_that_does_not_fit_is_out_of_memory(sdxl: Any) -> None:
-    short = ShortOfMemory(sdxl._pipe, sdxl.device)
-    short.room, short.tried = 0, []
-
-    with pytest.raises(OutOfMemory):
-        render(short)
-
-
-class CannotDecode(models.Sdxl):
-    """An SDXL whose decoder does not fit, which torch tells on a CPU in words only."""
-
-    def _decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with room_for(sdxl, 0), pytest.raises(OutOfMemory):
+        render(fresh(sdxl))
 
 
 def test_running_out_of_memory_anywhere_is_our_error(sdxl: Any) -> None:
-    with pytest.raises(OutOfMemory):
-        render(CannotDecode(sdxl._pipe, sdxl.device))
+    def fail(*given: Any) -> None:
+        # What torch raises on a CPU, where it has no class for it.
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    with (
+        sdxl.networks.vae.post_quant_conv.register_forward_pre_hook(fail),
+        pytest.raises(OutOfMemory),
+    ):
+        render(fresh(sdxl))
 
 
 # --- steps ---
 
 
-def test_every_step_is_told(sdxl: Any) -> None:
-    told: list[tuple[int, int]] = []
+def test_every_step_is_reported(sdxl: Any) -> None:
+    progress = RecordedProgress()
 
-    render(sdxl, step=lambda done, total: told.append((done, total)))
+    render(sdxl, progress=progress)
 
-    assert told == [(done, 10) for done in range(1, 11)]
+    assert progress.steps == [(done, 10) for done in range(1, 11)]
 
 
 def test_what_a_step_raises_ends_the_generation_and_leaves_the_model_as_good_as_new(
     sdxl: Any,
 ) -> None:
-    def stop_at_three(done: int, total: int) -> None:
-        if done == 3:
-            raise Cancelled("stop")
-
     before = render(sdxl)
     with pytest.raises(Cancelled):
-        render(sdxl, step=stop_at_three)
+        render(sdxl, progress=stop_at_step(3))
 
     assert distance(render(sdxl)[0], before[0]) == 0
 
@@ -221,9 +216,9 @@ def test_a_stop_ends_a_job_between_two_forwards_of_a_text_encoder(sdxl: Any) -> 
         if len(forwards) == 3:
             raise Cancelled("stop")
 
-    hook = sdxl._pipe.text_encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    hook = sdxl.networks.pipe.text_encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(Cancelled):
-        render(sdxl, negative_prompt=parse("a-- , " * 256), check=check)
+        render(sdxl, negative=parse("a-- , " * 256), progress=RecordedProgress(check))
     hook.remove()
 
     assert len(forwards) == 3
@@ -235,17 +230,12 @@ def test_a_stop_ends_a_job_between_two_forwards_of_a_text_encoder(sdxl: Any) -> 
 def test_image_to_image_runs_at_least_one_step(
     sdxl: Any, steps: int, strength: float, run: int
 ) -> None:
-    told: list[int] = []
+    progress = RecordedProgress()
+    reference = StartImage(Image.new("RGB", (128, 64), "red"), strength)
 
-    render(
-        sdxl,
-        image=Image.new("RGB", (128, 64), "red"),
-        strength=strength,
-        num_inference_steps=steps,
-        step=lambda done, total: told.append(total),
-    )
+    render(sdxl, reference=reference, steps=steps, progress=progress)
 
-    assert told == [run] * run
+    assert progress.steps == [(done, run) for done in range(1, run + 1)]
 
 
 # --- schedulers ---
@@ -259,10 +249,10 @@ def test_the_wire_knows_every_scheduler_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_renders_and_repeats_by_seed(sdxl: Any, name: str) -> None:
-    one, two = (render(sdxl, scheduler=name, seeds=[3, 4]) for _ in range(2))
+    one, two = (render(sdxl, scheduler=name, seeds=(3, 4)) for _ in range(2))
 
     assert distance(one[1], two[1]) == 0
-    assert distance(one[1], render(sdxl, scheduler=name, seeds=[4])[0]) <= 2 * ROUNDING
+    assert distance(one[1], render(sdxl, scheduler=name, seeds=(4,))[0]) <= 2 * ROUNDING
 
 
 def test_one_jobs_scheduler_leaves_the_next_ones_alone(sdxl: Any) -> None:
@@ -273,8 +263,8 @@ def test_one_jobs_scheduler_leaves_the_next_ones_alone(sdxl: Any) -> None:
 
 
 def test_a_few_step_checkpoint_may_want_its_timesteps_trailing() -> None:
-    model = models.load(Settings(sdxl_timestep_spacing="trailing"))
-    scheduler = make_scheduler(model._pipe.scheduler.config, "dpmpp_2m")
+    model = loader.load(Settings(sdxl_timestep_spacing="trailing"))
+    scheduler = make_scheduler(model.networks.pipe.scheduler.config, "dpmpp_2m")
 
     scheduler.set_timesteps(4)
 
@@ -285,8 +275,8 @@ def test_a_few_step_checkpoint_may_want_its_timesteps_trailing() -> None:
 
 
 def test_a_short_prompt_is_read_as_diffusers_reads_it(sdxl: Any) -> None:
-    ours = PromptEncoder(sdxl._pipe).encode(plain("a red circle"))
-    hidden, _, pooled, _ = sdxl._pipe.encode_prompt(
+    ours = PromptEncoder(sdxl.networks.pipe).encode(plain("a red circle"))
+    hidden, _, pooled, _ = sdxl.networks.pipe.encode_prompt(
         "a red circle", do_classifier_free_guidance=False
     )
 
@@ -296,7 +286,7 @@ def test_a_short_prompt_is_read_as_diffusers_reads_it(sdxl: Any) -> None:
 
 @pytest.mark.parametrize("words", [75, 76, 159, 400])
 def test_a_long_prompt_is_read_in_chunks_and_never_cut(sdxl: Any, words: int) -> None:
-    tokenizer = sdxl._pipe.tokenizer
+    tokenizer = sdxl.networks.pipe.tokenizer
     ids = tokenizer("red " * words, add_special_tokens=False).input_ids
 
     parts = chunks(tokenizer, ids)
@@ -312,13 +302,13 @@ def test_a_word_far_beyond_77_tokens_still_counts(sdxl: Any) -> None:
 
 
 def test_a_long_negative_prompt_meets_a_short_prompt(sdxl: Any) -> None:
-    (picture,) = render(sdxl, negative_prompt=plain("blurry, " * 60))
+    (picture,) = render(sdxl, negative=plain("blurry, " * 60))
 
     assert picture.shape == (64, 128, 3)
 
 
 def test_weights_change_the_hidden_states_and_not_the_pooled_ones(sdxl: Any) -> None:
-    encoder = PromptEncoder(sdxl._pipe)
+    encoder = PromptEncoder(sdxl.networks.pipe)
 
     weighted = encoder.encode(parse("a (red:1.5) circle"))
     unweighted = encoder.encode(plain("a red circle"))
@@ -328,7 +318,7 @@ def test_weights_change_the_hidden_states_and_not_the_pooled_ones(sdxl: Any) -> 
 
 
 def test_a_weight_of_one_changes_nothing(sdxl: Any) -> None:
-    encoder = PromptEncoder(sdxl._pipe)
+    encoder = PromptEncoder(sdxl.networks.pipe)
 
     assert torch.equal(
         encoder.encode(parse("a (red:1.0) circle")).hidden,
@@ -340,36 +330,36 @@ def test_a_weight_of_one_changes_nothing(sdxl: Any) -> None:
 
 
 def test_a_folder_and_a_single_file_are_the_same_model(sdxl: Any, tmp_path: Path) -> None:
-    sdxl._pipe.save_pretrained(tmp_path / "folder")
+    sdxl.networks.pipe.save_pretrained(tmp_path / "folder")
 
-    folder = models.load(Settings(sdxl_model=str(tmp_path / "folder")))
+    folder = loader.load(Settings(sdxl_model=str(tmp_path / "folder")))
 
     assert distance(render(folder)[0], render(sdxl)[0]) == 0
 
 
 def test_a_checkpoint_without_its_configuration_says_what_is_missing(tmp_path: Path) -> None:
     checkpoint = tmp_path / "alone.safetensors"
-    checkpoint.write_bytes(models.POCKET.read_bytes())
+    checkpoint.write_bytes(loader.POCKET.read_bytes())
 
     with pytest.raises(ModelLoadError, match="no configuration in alone, see SDXL_CONFIG"):
-        models.load(Settings(sdxl_model=str(checkpoint)))
+        loader.load(Settings(sdxl_model=str(checkpoint)))
 
 
 def test_a_configuration_may_lie_elsewhere(tmp_path: Path) -> None:
     checkpoint = tmp_path / "alone.safetensors"
-    checkpoint.write_bytes(models.POCKET.read_bytes())
-    settings = Settings(sdxl_model=str(checkpoint), sdxl_config=models.POCKET.with_suffix(""))
+    checkpoint.write_bytes(loader.POCKET.read_bytes())
+    settings = Settings(sdxl_model=str(checkpoint), sdxl_config=loader.POCKET.with_suffix(""))
 
-    assert models.load(settings).device.name.type == "cpu"
+    assert loader.load(settings).device.name.type == "cpu"
 
 
 def test_a_truncated_checkpoint_is_a_load_error(tmp_path: Path) -> None:
     checkpoint = tmp_path / "half.safetensors"
-    checkpoint.write_bytes(models.POCKET.read_bytes()[:100_000])
-    settings = Settings(sdxl_model=str(checkpoint), sdxl_config=models.POCKET.with_suffix(""))
+    checkpoint.write_bytes(loader.POCKET.read_bytes()[:100_000])
+    settings = Settings(sdxl_model=str(checkpoint), sdxl_config=loader.POCKET.with_suffix(""))
 
     with pytest.raises(ModelLoadError, match=r"half\.safetensors does not load as SDXL"):
-        models.load(settings)
+        loader.load(settings)
 
 
 def test_cuda_where_there_is_none_is_a_load_error() -> None:

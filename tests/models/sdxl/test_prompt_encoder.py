@@ -30,7 +30,7 @@ LONG = "a red circle, on a blue background. " * 12
 
 @pytest.fixture(params=["first", "second"])
 def encoder(request: pytest.FixtureRequest, sdxl: Any) -> Encoder:
-    pipe = sdxl._pipe
+    pipe = sdxl.networks.pipe
     if request.param == "first":
         return Encoder(pipe.tokenizer, pipe.text_encoder)
     return Encoder(pipe.tokenizer_2, pipe.text_encoder_2)
@@ -71,7 +71,7 @@ def test_a_prompt_is_read_as_compel_reads_it(encoder: Encoder, text: str) -> Non
 
 
 def test_no_word_is_parted_where_a_chunk_ends(sdxl: Any) -> None:
-    tokenizer = sdxl._pipe.tokenizer
+    tokenizer = sdxl.networks.pipe.tokenizer
     ids = tokenizer("xylophone " * 60, add_special_tokens=False).input_ids
 
     parts = chunks(tokenizer, ids)
@@ -84,7 +84,7 @@ def test_no_word_is_parted_where_a_chunk_ends(sdxl: Any) -> None:
 
 
 def test_a_chunk_ends_with_a_sentence_where_it_can(sdxl: Any) -> None:
-    tokenizer = sdxl._pipe.tokenizer
+    tokenizer = sdxl.networks.pipe.tokenizer
     parts = chunks(tokenizer, tokenizer(LONG, add_special_tokens=False).input_ids)
 
     assert len(parts) > 1
@@ -92,15 +92,15 @@ def test_a_chunk_ends_with_a_sentence_where_it_can(sdxl: Any) -> None:
 
 
 def test_the_pooled_embedding_is_diffusers_for_a_long_prompt_too(sdxl: Any) -> None:
-    ours = PromptEncoder(sdxl._pipe).encode(plain(LONG))
-    _, _, pooled, _ = sdxl._pipe.encode_prompt(LONG, do_classifier_free_guidance=False)
+    ours = PromptEncoder(sdxl.networks.pipe).encode(plain(LONG))
+    _, _, pooled, _ = sdxl.networks.pipe.encode_prompt(LONG, do_classifier_free_guidance=False)
 
     torch.testing.assert_close(ours.pooled, pooled, **ROUNDING)
 
 
 @pytest.mark.parametrize("text", ["(red:{}) " + LONG, "xylophone " * 30 + "(red:{})"])
 def test_a_weight_that_is_nearly_one_changes_nearly_nothing(sdxl: Any, text: str) -> None:
-    encoder = PromptEncoder(sdxl._pipe)
+    encoder = PromptEncoder(sdxl.networks.pipe)
 
     one, nearly = (encoder.encode(parse(text.format(weight))) for weight in (1, 1.0001))
 
@@ -146,16 +146,16 @@ def test_weights_act_as_compels_do(encoder: Encoder, prompt: Prompt) -> None:
     ],
 )
 def test_a_text_becomes_what_compel_makes_of_it(sdxl: Any, text: str) -> None:
-    ours = PromptEncoder(sdxl._pipe).encode(parse(text))
+    ours = PromptEncoder(sdxl.networks.pipe).encode(parse(text))
 
     with torch.inference_mode():
-        theirs = CompelForSDXL(sdxl._pipe)(text)
+        theirs = CompelForSDXL(sdxl.networks.pipe)(text)
 
     torch.testing.assert_close(ours.hidden, theirs.embeds, **ROUNDING)
 
 
 def test_a_word_that_is_also_the_filler_of_a_row_may_have_a_weight(sdxl: Any) -> None:
-    encoder = PromptEncoder(sdxl._pipe)
+    encoder = PromptEncoder(sdxl.networks.pipe)
 
     with_mark, without = (encoder.encode(parse(f"a circle (!:{w})")).hidden for w in (0.5, 1))
 

@@ -17,13 +17,16 @@ from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.oom_fallback import SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import pipeline as models
-from ourvidz_serverless.models.sdxl import tiled_vae
+from ourvidz_serverless.models.sdxl import loader, tiled_vae
 from ourvidz_serverless.models.sdxl import vae as decoders
-from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
+from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.settings import Settings
+from tests.fakes import small_jobs
 from tests.fakes.overflowing_vae import wide_settings
+from tests.fakes.recorded_progress import RecordedProgress
 from tests.fakes.small_jobs import narrow_vae
 from tests.files import ROOT
 
@@ -33,15 +36,15 @@ USUAL, TILED = SdxlMemoryPlan(6), SdxlMemoryPlan(6, tiled_decode=True)
 
 
 @pytest.fixture(scope="module")
-def equipped() -> models.Sdxl:
+def equipped() -> SdxlModel:
     """The pocket SDXL with its tiny VAE."""
-    return models.load(Settings(sdxl_tiny_vae="pocket"))
+    return loader.load(Settings(sdxl_tiny_vae="pocket"))
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> models.Sdxl:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> SdxlModel:
     """In fp16, with a VAE that is kept in fp32, and a tiny one."""
-    return models.load(wide_settings(tmp_path_factory.mktemp("wide")))
+    return loader.load(wide_settings(tmp_path_factory.mktemp("wide")))
 
 
 @pytest.fixture
@@ -56,19 +59,12 @@ def calls() -> Callable[[Any], list[Any]]:
     return watch
 
 
-def paint(model: models.Sdxl, **options: Any) -> list[np.ndarray]:
-    options = {"seeds": [3], "width": 128, "height": 64, **options}
-    pictures = model.generate(
-        prompt=plain("a red circle on a blue background"),
-        negative_prompt=None,
-        num_inference_steps=10,
-        guidance_scale=6.0,
-        **options,
-    )
-    return list(pictures)
+def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
+    prompt = "a red circle on a blue background"
+    return small_jobs.render(model, prompt, **{"size": (128, 64), **changes})
 
 
-def latent_of(model: models.Sdxl, seed: int = 3, side: int = 128) -> torch.Tensor:
+def latent_of(model: SdxlModel, seed: int = 3, side: int = 128) -> torch.Tensor:
     """What the UNet leaves of a picture (4, side / 8, side / 8)."""
     return presets.latent_of(model, seed, side, steps=10)
 
@@ -82,59 +78,61 @@ def counted() -> tuple[Device, CountedMemory]:
 
 
 def test_a_fast_job_is_decoded_by_the_tiny_vae_once_a_picture(
-    equipped: models.Sdxl, calls: Any
+    equipped: SdxlModel, calls: Any
 ) -> None:
-    told: list[Any] = []
-    tiny, own = calls(equipped._tiny.network), calls(equipped._vae.decoder)
+    progress = RecordedProgress()
+    tiny, own = calls(equipped.networks.tiny_vae.network), calls(equipped.networks.vae.decoder)
 
-    paint(equipped, seeds=[1, 2], speed="fast", sped=told.append)
+    paint(equipped, seeds=(1, 2), speed="fast", progress=progress)
 
     assert (len(tiny), len(own)) == (2, 0)
-    assert "tiny_vae" in told[0]["levers"]
-    assert "vae_bf16" not in told[0]["levers"]
+    assert "tiny_vae" in progress.speed_reports[0]["levers"]
+    assert "vae_bf16" not in progress.speed_reports[0]["levers"]
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_no_other_job_is_and_it_changes_none_of_their_bits(
-    equipped: models.Sdxl, sdxl: Any, calls: Any, preset: str
+    equipped: SdxlModel, sdxl: Any, calls: Any, preset: str
 ) -> None:
-    told: list[Any] = []
-    tiny = calls(equipped._tiny.network)
+    progress = RecordedProgress()
+    tiny = calls(equipped.networks.tiny_vae.network)
 
-    (picture,) = paint(equipped, speed=preset, sped=told.append)
+    (picture,) = paint(equipped, speed=preset, progress=progress)
 
     assert not tiny
     assert np.array_equal(picture, paint(sdxl, speed=preset)[0])
-    assert all("tiny_vae" not in report["levers"] for report in told)
+    assert all("tiny_vae" not in report["levers"] for report in progress.speed_reports)
 
 
 def test_without_one_a_fast_job_is_decoded_by_the_vae(sdxl: Any, calls: Any) -> None:
-    told: list[Any] = []
-    own = calls(sdxl._vae.decoder)
+    progress = RecordedProgress()
+    own = calls(sdxl.networks.vae.decoder)
 
-    paint(sdxl, speed="fast", sped=told.append)
+    paint(sdxl, speed="fast", progress=progress)
 
     assert len(own) == 1
-    assert "tiny_vae" not in told[0]["levers"]
+    assert "tiny_vae" not in progress.speed_reports[0]["levers"]
 
 
 # Measured: 28.4 and 33.6 dB, of latents that the UNet made.
 @pytest.mark.parametrize(("side", "least_db"), [(128, 27), (256, 32)])
 def test_its_picture_is_near_that_of_the_vae(
-    equipped: models.Sdxl, side: int, least_db: float
+    equipped: SdxlModel, side: int, least_db: float
 ) -> None:
-    own = decoders.in_bf16(equipped._vae, equipped.device)
+    own = decoders.in_bf16(equipped.networks.vae, equipped.device)
     likeness = []
 
     for seed in (1, 2, 3, 4):
         latent = latent_of(equipped, seed, side)
-        exact, tiny = (equipped._decode(by, latent, USUAL) for by in (own, equipped._tiny))
+        exact, tiny = (
+            equipped.decode(by, latent, USUAL) for by in (own, equipped.networks.tiny_vae)
+        )
         likeness.append(psnr(exact, tiny))
 
     assert np.mean(likeness) > least_db
 
 
-def test_it_decodes_as_diffusers_pipelines_do(equipped: models.Sdxl) -> None:
+def test_it_decodes_as_diffusers_pipelines_do(equipped: SdxlModel) -> None:
     latent = latent_of(equipped)
     theirs = AutoencoderTiny.from_pretrained(TINY, local_files_only=True, torch_dtype=torch.float32)
 
@@ -142,14 +140,14 @@ def test_it_decodes_as_diffusers_pipelines_do(equipped: models.Sdxl) -> None:
         decoded = theirs.decode(latent[None] / theirs.config.scaling_factor).sample
     expected = VaeImageProcessor().postprocess(decoded, "np")
 
-    ours = equipped._decode(equipped._tiny, latent, USUAL)
+    ours = equipped.decode(equipped.networks.tiny_vae, latent, USUAL)
     assert np.array_equal(ours, (expected[0] * 255).round().astype(np.uint8))
 
 
-def test_a_reference_is_still_encoded_by_the_vae(equipped: models.Sdxl, calls: Any) -> None:
-    encoded, tiny = calls(equipped._vae.encoder), calls(equipped._tiny.network)
+def test_a_reference_is_still_encoded_by_the_vae(equipped: SdxlModel, calls: Any) -> None:
+    encoded, tiny = calls(equipped.networks.vae.encoder), calls(equipped.networks.tiny_vae.network)
 
-    paint(equipped, image=Image.new("RGB", (128, 64), "green"), strength=0.5, speed="fast")
+    paint(equipped, reference=StartImage(Image.new("RGB", (128, 64), "green"), 0.5), speed="fast")
 
     assert (len(encoded), len(tiny)) == (1, 1)
 
@@ -185,42 +183,42 @@ def test_a_row_of_pixels_hangs_on_no_row_of_the_latent_that_a_strip_leaves_out()
     assert rows.max() <= 32 + reach
 
 
-def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: models.Sdxl) -> None:
-    told: list[Any] = []
-    card = models.load(Settings(sdxl_tiny_vae="pocket", low_vram=True, vram_budget_gb=0.2))
+def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: SdxlModel) -> None:
+    progress = RecordedProgress()
+    card = loader.load(Settings(sdxl_tiny_vae="pocket", low_vram=True, vram_budget_gb=0.2))
     there: list[Any] = []
 
     def look(*_: Any) -> None:
-        parts = card._parts._parts
+        parts = card.parts._parts
         there.append([name for name, part in parts.items() if part.device_bytes])
 
-    card._tiny.network.register_forward_pre_hook(look)
-    (picture,) = paint(card, speed="fast", height=256, planned=told.append)
+    card.networks.tiny_vae.network.register_forward_pre_hook(look)
+    (picture,) = paint(card, speed="fast", size=(128, 256), progress=progress)
 
     assert there == [["tiny"]] * tiled_vae.STRIPS
-    assert told[0]["tiled_decode"]
-    (usual,) = paint(equipped, speed="fast", height=256)
+    assert progress.memory_plans[0]["tiled_decode"]
+    (usual,) = paint(equipped, speed="fast", size=(128, 256))
     assert np.abs(picture.astype(int) - usual).max() <= 1
 
 
-def test_the_ledger_counts_it_and_brings_it_back(equipped: models.Sdxl, sdxl: Any) -> None:
-    model = models.load(Settings(sdxl_tiny_vae="pocket"))
-    parts = model._parts
-    tiny_bytes = sum(each.nbytes for each in model._tiny.network.parameters())
+def test_the_ledger_counts_it_and_brings_it_back(equipped: SdxlModel, sdxl: Any) -> None:
+    model = loader.load(Settings(sdxl_tiny_vae="pocket"))
+    parts = model.parts
+    tiny_bytes = sum(each.nbytes for each in model.networks.tiny_vae.network.parameters())
 
     parts.drop()
-    assert not any(each.numel() for each in model._tiny.network.parameters())
+    assert not any(each.numel() for each in model.networks.tiny_vae.network.parameters())
     parts.load()
     parts.to_device()
 
     # The VAE's own is a file of fp16, too, and both are fp32 on a CPU.
-    assert parts.num_bytes == sdxl._parts.num_bytes + tiny_bytes
+    assert parts.num_bytes == sdxl.parts.num_bytes + tiny_bytes
     assert np.array_equal(paint(model, speed="fast")[0], paint(equipped, speed="fast")[0])
 
 
 def test_what_a_job_needs_is_remembered_by_what_decodes_it() -> None:
     budget = 100 / 1024
-    model = models.load(Settings(sdxl_tiny_vae="pocket", vram_budget_gb=budget))
+    model = loader.load(Settings(sdxl_tiny_vae="pocket", vram_budget_gb=budget))
 
     for preset in ("exact", "fast"):
         paint(model, speed=preset)
@@ -268,41 +266,41 @@ def test_a_vae_that_is_no_tiny_one_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["balanced", "fast"])
 def test_a_vae_that_fp16_is_too_narrow_for_decodes_in_bf16(
-    wide: models.Sdxl, calls: Any, preset: str, monkeypatch: pytest.MonkeyPatch
+    wide: SdxlModel, calls: Any, preset: str
 ) -> None:
-    told: list[Any] = []
-    given = calls(wide._vae.decoder.conv_out)
-    monkeypatch.setattr(wide, "_tiny", None)
+    progress = RecordedProgress()
+    given = calls(wide.networks.vae.decoder.conv_out)
+    without_tiny = SdxlModel(SdxlNetworks(wide.networks.pipe), wide.device)
 
-    paint(wide, speed=preset, sped=told.append)
+    paint(without_tiny, speed=preset, progress=progress)
 
     assert [each.dtype for each in given] == [torch.bfloat16]
-    assert "vae_bf16" in told[0]["levers"]
+    assert "vae_bf16" in progress.speed_reports[0]["levers"]
 
 
-def test_an_exact_job_decodes_in_fp32_before_and_after(wide: models.Sdxl, calls: Any) -> None:
-    weights = [each.data_ptr() for each in wide._vae.parameters()]
+def test_an_exact_job_decodes_in_fp32_before_and_after(wide: SdxlModel, calls: Any) -> None:
+    weights = [each.data_ptr() for each in wide.networks.vae.parameters()]
     (before,) = paint(wide)
     paint(wide, speed="balanced")
 
-    given = calls(wide._vae.decoder.conv_out)
+    given = calls(wide.networks.vae.decoder.conv_out)
     (after,) = paint(wide)
 
     assert [each.dtype for each in given] == [torch.float32]
     assert np.array_equal(before, after)
-    assert [each.data_ptr() for each in wide._vae.parameters()] == weights
+    assert [each.data_ptr() for each in wide.networks.vae.parameters()] == weights
 
 
-def test_its_picture_is_within_a_grey_level_of_the_exact_one(wide: models.Sdxl) -> None:
-    exact = decoders.Vae(wide._vae, wide.device, torch.float32)
-    narrow = decoders.in_bf16(wide._vae, wide.device)
+def test_its_picture_is_within_a_grey_level_of_the_exact_one(wide: SdxlModel) -> None:
+    exact = decoders.Vae(wide.networks.vae, wide.device, torch.float32)
+    narrow = decoders.in_bf16(wide.networks.vae, wide.device)
 
     for seed in (1, 2, 3, 4):
         latent = latent_of(wide, seed)
-        usual = wide._decode(exact, latent, USUAL)
+        usual = wide.decode(exact, latent, USUAL)
         # An error of one grey level, as a root of the mean of squares, is 48.1 dB.
-        assert psnr(usual, wide._decode(narrow, latent, USUAL)) > 48.1
-        assert psnr(usual, wide._decode(narrow, latent, TILED)) > 48.1
+        assert psnr(usual, wide.decode(narrow, latent, USUAL)) > 48.1
+        assert psnr(usual, wide.decode(narrow, latent, TILED)) > 48.1
 
 
 def test_it_takes_little_more_than_half_the_memory() -> None:
@@ -338,16 +336,19 @@ def test_it_acts_only_where_the_vae_is_wider_than_the_model(
     assert chosen.dtype == (torch.bfloat16 if acts else network.dtype)
 
 
-def test_a_decode_that_fails_leaves_the_weights_as_they_were(wide: models.Sdxl) -> None:
-    narrow, latent = decoders.in_bf16(wide._vae, wide.device), latent_of(wide)
+def test_a_decode_that_fails_leaves_the_weights_as_they_were(wide: SdxlModel) -> None:
+    narrow, latent = decoders.in_bf16(wide.networks.vae, wide.device), latent_of(wide)
 
     def no_room(*_: Any) -> None:
         raise OutOfMemory("no room")
 
-    with wide._vae.decoder.conv_out.register_forward_pre_hook(no_room), pytest.raises(OutOfMemory):
-        wide._decode(narrow, latent, USUAL)
+    with (
+        wide.networks.vae.decoder.conv_out.register_forward_pre_hook(no_room),
+        pytest.raises(OutOfMemory),
+    ):
+        wide.decode(narrow, latent, USUAL)
 
-    assert {each.dtype for each in wide._vae.parameters()} == {torch.float32}
+    assert {each.dtype for each in wide.networks.vae.parameters()} == {torch.float32}
 
 
 def test_no_preset_of_exact_lets_anything_else_decode() -> None:

@@ -20,8 +20,11 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
-from ourvidz_serverless.models.sdxl import pipeline as sdxl_models
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.sdxl import loader as sdxl_models
+from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
+from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.models.speed import attention, presets
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
@@ -29,25 +32,21 @@ from ourvidz_serverless.models.wan import loader as wan_models
 from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
-from tests.fakes import tiny_wan
+from tests.fakes import small_jobs, tiny_wan
 from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 from tests.files import ROOT
 
 CPU = Device(torch.device("cpu"), torch.float32)
-SMALL: dict[str, Any] = {
-    "width": 128,
-    "height": 64,
-    "num_inference_steps": 10,
-    "guidance_scale": 6.0,
-}
+#: Of SDXL's jobs here.
+STEPS = 10
 PRESETS = ("balanced", "fast")
 SPEED = ROOT / "docs/speed.md"
 
 
-def paint(model: Any, prompt: str = "a red circle", **options: Any) -> np.ndarray:
-    options = {"negative_prompt": plain("blurry"), "seeds": [3], **SMALL, **options}
-    (picture,) = model.generate(prompt=plain(prompt), **options)
-    return np.asarray(picture)
+def paint(model: Any, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
+    small = {"negative": plain("blurry"), "size": (128, 64), "steps": STEPS}
+    (picture,) = small_jobs.render(model, prompt, **{**small, **changes})
+    return picture
 
 
 def film(model: Any, **options: Any) -> np.ndarray:
@@ -76,9 +75,9 @@ def counting(*modules: Any) -> Iterator[Counter[Any]]:
 
 
 def test_every_attention_of_every_network_heeds_the_choice(sdxl: Any, wan: WanModel) -> None:
-    attentions = sum(isinstance(each, Attention) for each in sdxl._unet.modules())
+    attentions = sum(isinstance(each, Attention) for each in sdxl.networks.unet.modules())
 
-    assert chosen(sdxl._unet) == attentions > 0
+    assert chosen(sdxl.networks.unet) == attentions > 0
     for network in wan.networks.values():
         blocks = [*network.transformer.blocks, *getattr(network.transformer, "vace_blocks", ())]
         assert chosen(network.transformer) == 2 * len(blocks)
@@ -107,7 +106,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ...]]:
 def test_the_kernel_that_is_chosen_is_the_one_that_computes(
     sdxl: Any, wan: WanModel, kernels: set[tuple[str, ...]], name: str, kernel: str
 ) -> None:
-    unet, transformer = sdxl._unet, wan.networks["t2v"].transformer
+    unet, transformer = sdxl.networks.unet, wan.networks["t2v"].transformer
     calls: list[tuple[Any, dict[str, Any]]] = [
         (unet, unet_call(unet)),
         (transformer, transformer_call(transformer)),
@@ -180,7 +179,7 @@ def remembered(unet: Any) -> list[Any]:
 def test_a_prompt_that_is_remembered_gives_the_bits_of_one_that_is_read_at_every_step(
     sdxl: Any,
 ) -> None:
-    unet, call = sdxl._unet, unet_call(sdxl._unet)
+    unet, call = sdxl.networks.unet, unet_call(sdxl.networks.unet)
     prompts = [call["encoder_hidden_states"], torch.randn(1, 77, unet.config.cross_attention_dim)]
     steps = [(900, prompts[0]), (600, prompts[0]), (300, prompts[1]), (0, prompts[1])]
 
@@ -198,51 +197,51 @@ def test_a_prompt_that_is_remembered_gives_the_bits_of_one_that_is_read_at_every
     assert calls.total() - plainly == len(prompts) * len(readers(unet))
 
 
-@pytest.mark.parametrize(("seeds", "batches"), [([3], 1), ([3, 4], 1), ([3, 4, 5], 2)])
+@pytest.mark.parametrize(("seeds", "batches"), [((3,), 1), ((3, 4), 1), ((3, 4, 5), 2)])
 def test_a_job_reads_its_prompt_once_for_each_batch(
-    sdxl: Any, seeds: list[int], batches: int
+    sdxl: Any, seeds: tuple[int, ...], batches: int
 ) -> None:
-    model = sdxl_models.Sdxl(sdxl._pipe, sdxl.device, max_batch=2)
+    model = SdxlModel(sdxl.networks, sdxl.device, plans=MemoryPlans(SdxlMemoryPlan(2)))
 
-    with counting(*readers(sdxl._unet)) as calls:
-        list(model.generate(prompt=plain("a"), negative_prompt=None, seeds=seeds, **SMALL))
+    with counting(*readers(sdxl.networks.unet)) as calls:
+        small_jobs.render(model, seeds=seeds)
 
-    assert {calls[each] for each in readers(sdxl._unet)} == {batches}
+    assert {calls[each] for each in readers(sdxl.networks.unet)} == {batches}
 
 
 def test_a_job_on_a_small_card_remembers_nothing(sdxl: Any) -> None:
     plans = sdxl_models.low_vram_plans()
-    model = sdxl_models.Sdxl(sdxl._pipe, sdxl.device, plans=plans)
+    model = SdxlModel(sdxl.networks, sdxl.device, plans=plans)
 
-    with counting(*readers(model._unet)) as calls:
+    with counting(*readers(model.networks.unet)) as calls:
         paint(model)
 
-    assert {calls[each] for each in readers(model._unet)} == {SMALL["num_inference_steps"]}
+    assert {calls[each] for each in readers(model.networks.unet)} == {STEPS}
 
 
 @pytest.mark.parametrize("error", [None, Cancelled("stopped"), torch.OutOfMemoryError("full")])
 def test_what_is_remembered_of_a_prompt_does_not_outlive_its_job(
     sdxl: Any, error: Exception | None
 ) -> None:
-    model = sdxl_models.Sdxl(sdxl._pipe, sdxl.device)
+    model = SdxlModel(sdxl.networks, sdxl.device)
     seen: list[int] = []
 
     def look(done: int, total: int) -> None:
-        seen.append(len(remembered(model._unet)))
+        seen.append(len(remembered(model.networks.unet)))
         if error and len(seen) == 3:
             raise error
 
     with suppress(Cancelled):
-        paint(model, step=look)
+        paint(model, progress=RecordedProgress(on_step=look))
 
-    assert set(seen[:3]) == {len(readers(model._unet))}
-    assert remembered(model._unet) == []
+    assert set(seen[:3]) == {len(readers(model.networks.unet))}
+    assert remembered(model.networks.unet) == []
     # One that ran out of memory has gone on in a lean way.
     assert error is None or set(seen[3:]) <= {0}
 
 
 def test_compiled_blocks_read_the_prompt_by_themselves(sdxl: Any) -> None:
-    block = sdxl._unet.mid_block.attentions[0].transformer_blocks[0]
+    block = sdxl.networks.unet.mid_block.attentions[0].transformer_blocks[0]
     graphs: list[Any] = []
 
     def keep_graph(graph: Any, given: Any) -> Any:
@@ -254,7 +253,7 @@ def test_compiled_blocks_read_the_prompt_by_themselves(sdxl: Any) -> None:
     first, second = (torch.randn(1, 77, block.attn2.to_k.in_features) for _ in range(2))
     prompts = (first, first, second)
 
-    with torch.inference_mode(), attention.cached_prompt_keys(sdxl._unet):
+    with torch.inference_mode(), attention.cached_prompt_keys(sdxl.networks.unet):
         eager = [block(hidden, encoder_hidden_states=each) for each in prompts]
         compiled = torch.compile(type(block).forward, backend=keep_graph, fullgraph=True)
         made = [compiled(block, hidden, encoder_hidden_states=each) for each in prompts]
@@ -283,7 +282,9 @@ def last() -> Any:
 
 def convolutions(model: Any) -> list[Any]:
     """Those of a model's UNet and VAE that see more than a pixel: of a 1x1 both formats are one."""
-    modules = (each for network in (model._unet, model._vae) for each in network.modules())
+    modules = (
+        each for network in (model.networks.unet, model.networks.vae) for each in network.modules()
+    )
     return [
         each for each in modules if isinstance(each, torch.nn.Conv2d) and each.kernel_size != (1, 1)
     ]
@@ -322,9 +323,9 @@ def test_channels_last_is_the_format_of_weights_and_of_what_convolutions_make(
 
 
 def test_channels_last_paints_the_same_within_rounding(sdxl: Any, last: Any) -> None:
-    reference = Image.new("RGB", (128, 64), "green")
+    reference = StartImage(Image.new("RGB", (128, 64), "green"), 0.5)
 
-    for options in ({}, {"image": reference, "strength": 0.5}):
+    for options in ({}, {"reference": reference}):
         assert distance(paint(last, **options), paint(sdxl, **options)) <= 1
 
 
@@ -340,7 +341,7 @@ def test_channels_last_is_so_again_after_the_weights_were_dropped_and_read_anew(
 
 def test_channels_last_decodes_in_strips_too(last: Any, sdxl: Any) -> None:
     plans = sdxl_models.low_vram_plans()
-    small = sdxl_models.Sdxl(last._pipe, last.device, plans=plans)
+    small = SdxlModel(last.networks, last.device, plans=plans)
 
     assert distance(paint(small), paint(sdxl)) <= 1
 
@@ -350,11 +351,11 @@ def test_channels_last_decodes_in_strips_too(last: Any, sdxl: Any) -> None:
 
 def test_a_prompt_that_comes_again_is_not_read_again_and_paints_the_same() -> None:
     model = sdxl_models.load(Settings())
-    encoders = (model._pipe.text_encoder, model._pipe.text_encoder_2)
+    encoders = (model.networks.pipe.text_encoder, model.networks.pipe.text_encoder_2)
 
     with counting(*encoders) as calls:
         first = paint(model)
-        again = paint(model, seeds=[3])
+        again = paint(model, seeds=(3,))
         paint(model, "a blue square")
 
     assert distance(first, again) == 0
@@ -365,10 +366,7 @@ def test_a_prompt_that_comes_again_is_not_read_again_and_paints_the_same() -> No
 def test_a_weighted_prompt_is_another_one_than_its_words(sdxl: Any) -> None:
     words, weighted = plain("a red circle"), parse("a (red:1.5) circle")
 
-    options = {"negative_prompt": None, "seeds": [3], **SMALL}
-    pictures = [next(sdxl.generate(prompt=each, **options)) for each in (words, weighted)]
-
-    assert distance(*pictures) > 0
+    assert distance(small_jobs.render(sdxl, words)[0], small_jobs.render(sdxl, weighted)[0]) > 0
 
 
 def test_what_is_kept_takes_no_more_than_it_may() -> None:
@@ -417,33 +415,33 @@ def test_one_text_read_in_two_ways_is_kept_twice() -> None:
 def test_a_preset_leaves_out_deep_blocks_of_the_unet_and_says_how_many_times(
     sdxl: Any, preset: str
 ) -> None:
-    told: list[Any] = []
-    unet, exact = sdxl._unet, paint(sdxl)
+    progress = RecordedProgress()
+    unet, exact = sdxl.networks.unet, paint(sdxl)
 
     # Inside of a block, since a block itself is called, and may answer from the cache.
     with counting(unet.conv_in, unet.mid_block.resnets[0]) as calls:
-        quick = paint(sdxl, speed=preset, sped=told.append)
+        quick = paint(sdxl, speed=preset, progress=progress)
 
-    (report,) = told
-    assert calls[unet.conv_in] == SMALL["num_inference_steps"]
-    assert calls[unet.mid_block.resnets[0]] < SMALL["num_inference_steps"]
+    (report,) = progress.speed_reports
+    assert calls[unet.conv_in] == STEPS
+    assert calls[unet.mid_block.resnets[0]] < STEPS
     assert report["preset"] == preset
-    assert report["plain_forwards"] == 2 * SMALL["num_inference_steps"]
+    assert report["plain_forwards"] == 2 * STEPS
     assert report["forwards"] + report["shallow_forwards"] <= report["plain_forwards"]
     assert "step_cache" in report["levers"]
     assert distance(quick, exact) > 0
 
 
 def test_what_is_reported_is_what_was_computed(sdxl: Any) -> None:
-    told: list[Any] = []
+    progress = RecordedProgress()
 
-    with counting(sdxl._unet.mid_block.resnets[0]) as calls:
-        paint(sdxl, speed="balanced", sped=told.append)
+    with counting(sdxl.networks.unet.mid_block.resnets[0]) as calls:
+        paint(sdxl, speed="balanced", progress=progress)
 
     # Ten guided steps of two forwards each, in one call; the first two are whole, and every second
     # one after them.
     assert calls.total() == 6
-    assert told == [
+    assert progress.speed_reports == [
         {
             "preset": "balanced",
             "levers": ["step_cache"],
@@ -459,11 +457,13 @@ def test_no_block_is_left_out_while_the_layout_is_decided(
     sdxl: Any, steps: int, whole: int
 ) -> None:
     deep: list[bool] = []
-    count = sdxl._unet.conv_in.register_forward_hook(lambda *_: deep.append(False))
-    mark = sdxl._unet.mid_block.resnets[0].register_forward_hook(lambda *_: deep.append(True))
+    count = sdxl.networks.unet.conv_in.register_forward_hook(lambda *_: deep.append(False))
+    mark = sdxl.networks.unet.mid_block.resnets[0].register_forward_hook(
+        lambda *_: deep.append(True)
+    )
 
     try:
-        paint(sdxl, num_inference_steps=steps, speed="fast")
+        paint(sdxl, steps=steps, speed="fast")
     finally:
         count.remove()
         mark.remove()
@@ -494,7 +494,7 @@ def test_a_job_that_is_stopped_amid_a_preset_leaves_the_model_as_good_as_new(
     picture, video = paint(sdxl), film(wan)
 
     with pytest.raises(Cancelled):
-        paint(sdxl, speed="fast", step=stop_at_step(3).step)
+        paint(sdxl, speed="fast", progress=stop_at_step(3))
     with pytest.raises(Cancelled):
         film(wan, speed="fast", progress=stop_at_step(3))
 
@@ -503,16 +503,15 @@ def test_a_job_that_is_stopped_amid_a_preset_leaves_the_model_as_good_as_new(
 
 
 def test_batches_and_image_to_image_take_presets_too(sdxl: Any) -> None:
-    told: list[Any] = []
-    options = {"negative_prompt": None, **SMALL, "speed": "fast", "sped": told.append}
-    reference = Image.new("RGB", (128, 64), "green")
+    progress = RecordedProgress()
+    reference = StartImage(Image.new("RGB", (128, 64), "green"), 0.5)
 
-    pictures = list(
-        sdxl.generate(prompt=plain("a"), seeds=[1, 2, 3], image=reference, strength=0.5, **options)
+    pictures = small_jobs.render(
+        sdxl, seeds=(1, 2, 3), reference=reference, size=(128, 64), speed="fast", progress=progress
     )
 
     assert len(pictures) == 3
-    assert told[-1]["plain_forwards"] == SMALL["num_inference_steps"]
+    assert progress.speed_reports[-1]["plain_forwards"] == STEPS
 
 
 @pytest.fixture

@@ -435,7 +435,7 @@ def test_a_job_that_arrives_twice_is_cancelled_as_one(tmp_path: Path) -> None:
 
         (*_, (name, last)) = events(service.get("/job/job-1/events?user_id=user-1"))
         assert (name, json.loads(last)["code"]) == ("error", "CANCELLED")
-    assert (len(small.fake_sdxl.calls), small.stored()) == (1, [])
+    assert (len(small.fake_sdxl.requests), small.stored()) == (1, [])
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_another_callers_job_of_the_same_id_is_another_job(
 
     assert answer.json()["status"] == "queued"
     assert events(stream)[-1][0] == "done"
-    assert len(small.fake_sdxl.calls) == 2
+    assert len(small.fake_sdxl.requests) == 2
 
 
 def test_a_job_is_seen_and_stopped_by_its_own_user_alone(

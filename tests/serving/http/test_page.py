@@ -452,7 +452,7 @@ def test_a_picture_is_asked_for_watched_and_seen(
     document = said(tab)
     assert document["status"] == "completed"
     assert [asset["metadata"]["seed"] for asset in document["assets"]] == [77, 78, 79]
-    (fragment,) = local.fake_sdxl.calls[0]["prompt"]
+    (fragment,) = local.fake_sdxl.requests[0].prompt
     assert fragment.text == "a grey square"
 
 
@@ -554,7 +554,7 @@ def test_a_payload_written_by_hand_is_what_is_sent(
     wait_for_state(tab, "completed in")
 
     assert said(tab)["job_id"] == "by-hand"
-    assert local.fake_sdxl.calls[0]["seeds"] == [9]
+    assert local.fake_sdxl.requests[0].seeds == (9,)
 
 
 REFUSED = chat_payload(

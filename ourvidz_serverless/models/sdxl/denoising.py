@@ -1,0 +1,156 @@
+"""SDXL's denoising loop.
+
+The loop is ours, so that an image can leave while the next one is decoded, a batch can be split
+without a change of pixels, and a stop or a deadline acts at the next step. Tests compare its pixels
+with those of diffusers' pipelines.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.schedulers import make_scheduler, set_steps
+from ourvidz_serverless.models.sdxl.request import ImageRequest
+from ourvidz_serverless.models.speed import attention
+from ourvidz_serverless.models.speed.presets import ForwardStats, SpeedPreset
+from ourvidz_serverless.models.speed.step_cache import DeepCache
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """The UNet's inputs that are the same for every image and step of a request.
+
+    `hidden` is (1 or 2, tokens, dim) and `pooled` (1 or 2, dim): with guidance there are two rows,
+    the negative first. `time_ids` (1, 6) is SDXL's size conditioning (arXiv:2307.01952).
+    `image_embeds` (1 or 2, 1, dim) are for an IP-Adapter, if there is one. `guidance_embed`
+    (1, dim) is for a UNet with distilled guidance.
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+    image_embeds: torch.Tensor | None = None
+    guidance_embed: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """The UNet's rows for one image."""
+        return self.hidden.shape[0]
+
+    @property
+    def is_guided(self) -> bool:
+        return self.rows == 2
+
+    def unet_inputs(self, batch: int) -> dict[str, Any]:
+        """The UNet's keyword arguments for a batch of images."""
+        hidden = self.hidden.repeat_interleave(batch, dim=0)
+        added: dict[str, Any] = {
+            "text_embeds": self.pooled.repeat_interleave(batch, dim=0),
+            "time_ids": self.time_ids.expand(hidden.shape[0], -1),
+        }
+        if self.image_embeds is not None:
+            added["image_embeds"] = [self.image_embeds.repeat_interleave(batch, dim=0)]
+        return {
+            "encoder_hidden_states": hidden,
+            "added_cond_kwargs": added,
+            "timestep_cond": self.guidance_embed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """The denoising loop of one request.
+
+    `latent_shape` is (4, height / 8, width / 8) of one image. `start` (1, 4, height / 8, width / 8)
+    is the latent of the request's start image; without one, the loop starts from noise.
+    """
+
+    unet: Any
+    scheduler_config: Any
+    device: Device
+    request: ImageRequest
+    conditioning: Conditioning
+    latent_shape: tuple[int, int, int]
+    start: torch.Tensor | None
+    preset: SpeedPreset
+
+    @property
+    def num_steps(self) -> int:
+        """How many of the scheduler's steps run: with a start image the last ones, at least one."""
+        steps, start = self.request.steps, self.request.start
+        return steps if start is None else min(max(int(steps * start.strength), 1), steps)
+
+    def denoise(
+        self,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None],
+        stats: ForwardStats,
+        is_lean: bool,
+    ) -> torch.Tensor:
+        """Latents (len(seeds), 4, h, w), each made from its own seed alone.
+
+        A `lean` loop takes less memory: it computes the prompt's keys and values in every step.
+        """
+        scheduler = make_scheduler(self.scheduler_config, self.request.scheduler)
+        set_steps(scheduler, self.request.steps, self.device.name)
+        skipped = (self.request.steps - self.num_steps) * scheduler.order
+        timesteps = scheduler.timesteps[skipped:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = self._first_latents(scheduler, timesteps[:1], generators)
+        inputs = self.conditioning.unet_inputs(len(seeds))
+        # As in diffusers' pipelines, the step adds no noise of its own; TCD's does by default.
+        options = _accepted(scheduler.step, generator=generators, eta=0.0)
+        warmup = self.preset.warmup_steps(len(timesteps))
+        cache, count = DeepCache(self.unet, self.preset.deep_cache_interval, warmup), ForwardStats()
+        remembering = nullcontext() if is_lean else attention.cached_prompt_keys(self.unet)
+        with remembering, cache.enabled():
+            for index, timestep in enumerate(timesteps):
+                cache.begin_forward(index)
+                predicted = self._predict(scheduler, latents, timestep, inputs)
+                latents = scheduler.step(
+                    predicted, timestep, latents, **options, return_dict=False
+                )[0]
+                count.count(self.conditioning.rows, cache.is_full)
+                on_step((index + 1) // scheduler.order)
+        stats.add(count)
+        return latents
+
+    def _first_latents(
+        self, scheduler: Any, timestep: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        # On the CPU and in fp32, so that a seed has the same noise on every device, and as nearly
+        # as possible in every dtype.
+        noise = torch.stack([torch.randn(self.latent_shape, generator=each) for each in generators])
+        noise = noise.to(self.device.name, self.device.dtype)
+        if self.start is None:
+            return noise * scheduler.init_noise_sigma
+        start = self.start.to(noise.dtype).expand_as(noise)
+        return scheduler.add_noise(start, noise, timestep.expand(len(generators)))
+
+    def _predict(
+        self, scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The UNet's prediction for one step, with classifier-free guidance (arXiv:2207.12598)."""
+        rows = torch.cat([latents] * self.conditioning.rows)
+        rows = scheduler.scale_model_input(rows, timestep)
+        predicted = self.unet(rows, timestep, **inputs, return_dict=False)[0]
+        if not self.conditioning.is_guided:
+            return predicted
+        negative, positive = predicted.chunk(2)
+        return negative + self.request.guidance_scale * (positive - negative)
+
+
+def _accepted(call: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """The options that a scheduler's step takes: only stochastic schedulers take a generator."""
+    parameters = inspect.signature(call).parameters
+    return {name: value for name, value in options.items() if name in parameters}
