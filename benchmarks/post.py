@@ -168,7 +168,7 @@ def uploads(scale: Scale, upload_s: float) -> report.Table:
         def ours() -> None:
             with pooled(pool, place) as delivery:
                 for index, picture in enumerate(pictures):
-                    delivery.send(Output(index, to_pixels(picture).numpy(), {}))
+                    delivery.submit(Output(index, to_pixels(picture).numpy(), {}))
                 delivery.assets(lambda: None)
 
         def elsewhere() -> None:

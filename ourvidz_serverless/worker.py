@@ -201,7 +201,7 @@ class Worker:
         with self._delivery(job, context) as delivery:
             with self._turn(self._computing, job, context), context.stage("generate"):
                 for output in jobs.run(job, model, images, context):
-                    delivery.send(output)
+                    delivery.submit(output)
             with context.stage("deliver"):
                 return delivery.assets(context.check)
 

@@ -1,9 +1,10 @@
-"""Assets on their way to storage, in however many threads there are."""
+"""Outputs are encoded and stored in any number of threads."""
 
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +26,21 @@ def deliver(upload: Callable[[str, bytes, str], None], threads: int, count: int 
         Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
     ):
         for index in range(count):
-            delivery.send(picture(index))
+            delivery.submit(picture(index))
         assets = delivery.assets(lambda: None)
     return [url for asset in assets for url in (asset.url, asset.thumbnail_url or "")]
+
+
+class RecordingPool(ThreadPoolExecutor):
+    """A pool that remembers the futures of what was submitted, in order."""
+
+    def __init__(self, max_workers: int) -> None:
+        super().__init__(max_workers)
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, *args: Any, **options: Any) -> Future[Any]:
+        self.futures.append(super().submit(*args, **options))
+        return self.futures[-1]
 
 
 def test_a_picture_and_its_thumbnail_are_stored_side_by_side() -> None:
@@ -48,7 +61,7 @@ def test_one_thread_is_enough_for_any_number_of_pictures() -> None:
 
 
 @pytest.mark.parametrize("failing", ["0.png", "0.thumb.webp"])
-def test_neither_is_dispensable(failing: str) -> None:
+def test_a_job_fails_if_its_picture_or_its_thumbnail_cannot_be_stored(failing: str) -> None:
     def upload(key: str, data: bytes, mime: str) -> None:
         if key.endswith(failing):
             raise UploadError("storage did not take an asset")
@@ -57,34 +70,35 @@ def test_neither_is_dispensable(failing: str) -> None:
         deliver(upload, threads=2)
 
 
-def test_what_has_begun_is_waited_for_when_a_job_ends_early() -> None:
+def test_a_job_that_ends_early_waits_for_the_uploads_that_have_begun() -> None:
     begun, go_on, stored = threading.Event(), threading.Event(), list[str]()
 
     def upload(key: str, data: bytes, mime: str) -> None:
         begun.set()
         go_on.wait(PATIENCE_S)
-        # Who did not wait for it would not see it stored.
+        # Code that does not wait for this upload would not see it stored.
         time.sleep(0.05)
         stored.append(key)
 
-    with ThreadPoolExecutor(1) as pool:
+    with RecordingPool(1) as pool:
         with Delivery(pool, "user/job", upload, url=lambda key: key) as delivery:
             for index in range(3):
-                delivery.send(picture(index))
+                delivery.submit(picture(index))
             assert begun.wait(PATIENCE_S)
-            # What has not begun is cancelled at the end, and this last of all.
-            delivery._thumbnails[-1].add_done_callback(lambda _: go_on.set())
+            # At the end the uploads that have not begun are cancelled, the last thumbnail last.
+            last_thumbnail, _ = pool.futures[-2:]
+            last_thumbnail.add_done_callback(lambda _: go_on.set())
 
         assert stored == ["user/job/0.thumb.webp"]
 
 
-def test_a_reply_waits_for_no_upload() -> None:
+def test_a_text_does_not_wait_for_a_thread() -> None:
     go_on, looks = threading.Event(), iter(range(20))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(go_on.wait, PATIENCE_S)
         try:
             with Delivery(pool, "user/job", lambda *file: None, url=lambda key: key) as delivery:
-                delivery.send(Text(0, "a reply", {}))
+                delivery.submit(Text(0, "a reply", {}))
                 (asset,) = delivery.assets(lambda: next(looks) and None)
         finally:
             go_on.set()
