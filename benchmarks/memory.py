@@ -190,7 +190,7 @@ def load_wan(place: str) -> Any:
 
 
 def load_chat(place: str) -> Any:
-    """A writer whose `device` counts; the pocket's where it was made, else the tests' tiny one."""
+    """A chat engine on a device that counts: the pocket model if it was built, else a tiny one."""
     settings = Settings(vram_budget_gb=AMPLE)
     device = Device.choose(settings, torch.bfloat16, open_ledger(settings).memory)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,11 +198,11 @@ def load_chat(place: str) -> Any:
             place = str(POCKET_FOLDER) if POCKET_FOLDER.exists() else tiny_folder(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype, disable_mmap=True)
     device.count_bytes(sum(each.numel() * each.element_size() for each in model.parameters()))
-    return Talker(device, Engine(model.to(device.name).eval(), device, eos_ids=[]))
+    return CountedChat(device, Engine(model.to(device.name).eval(), device, eos_ids=[]))
 
 
 @dataclass(frozen=True, slots=True)
-class Talker:
+class CountedChat:
     device: Device
     engine: Engine
 
@@ -230,7 +230,7 @@ def run_wan(model: Any, shape: Shape, progress: Progress) -> None:
     deque(model.generate(request, progress), maxlen=0)
 
 
-def run_chat(model: Talker, shape: Shape, progress: Progress) -> None:
+def run_chat(model: CountedChat, shape: Shape, progress: Progress) -> None:
     prompt, reply = shape.size
     asked = [
         Generation(

@@ -243,7 +243,7 @@ def test_full_size_videos_are_written_loaded_and_compared() -> None:
 
 
 @pytest.mark.usefixtures("shrunk")
-def test_a_full_size_writer_answers_and_one_stream_has_a_floor() -> None:
+def test_a_full_size_chat_model_answers_and_one_stream_has_a_floor() -> None:
     scale = chat.Scale(prompt=8, reply=2, alone=1, rounds=1)
 
     table = chat.full_table((1, 2), scale, 1e12, Settings(device="cpu"))
@@ -360,13 +360,13 @@ PARAMETERS = {
 def test_the_full_size_is_the_published_one() -> None:
     with architectures.made_on("meta", torch.float16):
         pictures, videos = architectures.sdxl(), architectures.wan()
-        writer = architectures.chat()
+        chat_network = architectures.chat()
 
     sizes = {name: parameters(getattr(pictures, name)) for name in PARAMETERS}
     assert sizes == PARAMETERS
     assert parameters(videos.transformer) == 1_418_996_800
     assert parameters(videos.text_encoder) == 5_680_910_336
-    assert parameters(writer) == 7_615_616_512
+    assert parameters(chat_network) == 7_615_616_512
     assert torch.get_default_dtype() == torch.float32
 
 
