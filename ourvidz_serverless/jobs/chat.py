@@ -39,11 +39,11 @@ from ourvidz_serverless.job import (
 )
 from ourvidz_serverless.jobs import enhancement, wan
 from ourvidz_serverless.models.chat.request import (
-    ChatGenerator,
     ChatRequest,
     ModelName,
     ReplyStats,
     SamplingParams,
+    TextModel,
 )
 from ourvidz_serverless.output import Text
 from ourvidz_serverless.settings import Settings
@@ -307,20 +307,20 @@ def _enhancement_prompt(path: Path) -> str:
         raise WorkerUnavailable("WAN_ENHANCEMENT_PROMPT: the text cannot be read") from None
 
 
-def choose_model(job: ChatJob, models: Mapping[str, Any]) -> ChatGenerator | None:
+def choose_model(job: ChatJob, models: Mapping[str, Any]) -> TextModel | None:
     """The chat model; for a call for WAN the enhancer of WAN's own jobs, if there is one."""
     if job.is_for_wan and "wan" in models:
         return models["wan"].enhancer or models.get("chat")
     return models.get("chat")
 
 
-def prepare(job: ChatJob, model: ChatGenerator, context: JobContext) -> None:
+def prepare(job: ChatJob, model: TextModel, context: JobContext) -> None:
     """Nothing to do: a conversation needs no preparation."""
 
 
 def run(
     job: ChatJob,
-    model: ChatGenerator,
+    model: TextModel,
     references: Mapping[str, Image.Image],
     context: JobContext,
 ) -> Iterator[Text]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import InternalError, InvalidPrompt, WorkerUnavailable
 from ourvidz_serverless.job import CheckedText
-from ourvidz_serverless.models.chat.request import ChatGenerator, ChatRequest, SamplingParams
+from ourvidz_serverless.models.chat.request import ChatRequest, SamplingParams, TextModel
 
 #: An enhanced prompt has about eighty words, as those of WAN's authors. The other values are those
 #: of Qwen2.5-7B-Instruct's generation_config.json.
@@ -17,7 +17,7 @@ SAMPLING = SamplingParams(
 
 
 def enhance(
-    enhancer: ChatGenerator | None, system: str, prompt: str, seed: int, context: JobContext
+    enhancer: TextModel | None, system: str, prompt: str, seed: int, context: JobContext
 ) -> str:
     """The prompt as the chat model expands it.
 

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from ourvidz_serverless.models.chat.request import ChatGenerator
+from ourvidz_serverless.models.chat.request import TextModel
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.wan.request import (
     References,
@@ -22,7 +22,7 @@ class FakeWan(VideoModel):
     enhancement_prompt = "Say more."
     sampling = SamplingDefaults(solver="unipc", flow_shift=3.0)
 
-    def __init__(self, enhancer: ChatGenerator | None = None) -> None:
+    def __init__(self, enhancer: TextModel | None = None) -> None:
         self.device = NoDevice()
         self.enhancer = enhancer
         self.calls: list[VideoRequest] = []

@@ -113,7 +113,7 @@ class Chat:
             deque(self.generate(hello), maxlen=0)
 
     def generate(self, request: ChatRequest, check: Check = lambda: None) -> EngineReply:
-        """The model's reply, which grows while it is iterated over. See `ChatGenerator.generate`.
+        """The model's reply, which grows while it is iterated over. See `TextModel.generate`.
 
         `truncate` removes the oldest messages, but no system prompt and not the last message.
         """

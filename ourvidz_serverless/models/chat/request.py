@@ -82,8 +82,8 @@ class ChatReply(Protocol):
         """Facts that are complete after the last piece."""
 
 
-class ChatGenerator(Protocol):
-    """The chat family's model, as jobs see it."""
+class TextModel(Protocol):
+    """The chat models of a worker, as jobs call them."""
 
     def generate(self, request: ChatRequest, check: Check) -> ChatReply:
         """Begin a reply. What `check` raises, at any token, ends the reply and the iteration.

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from ourvidz_serverless.models.chat.request import ChatGenerator
+from ourvidz_serverless.models.chat.request import TextModel
 from ourvidz_serverless.models.progress import Progress
 
 #: The network that serves a job: for text alone, for references, for a first frame, or for a
@@ -87,7 +87,7 @@ class VideoModel(Protocol):
     `enhancement_prompt` is the system prompt of enhanced jobs that bring none.
     """
 
-    enhancer: ChatGenerator | None
+    enhancer: TextModel | None
     enhancement_prompt: str
     sampling: SamplingDefaults
 
