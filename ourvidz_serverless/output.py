@@ -1,4 +1,4 @@
-"""What a model makes, on its way from the family that made it to the delivery."""
+"""What a model makes: pictures, texts and videos, before they are encoded and stored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ourvidz_serverless.errors import InternalError
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One thing a model made, before it is encoded.
+    """One picture that a model made, before it is encoded.
 
     `pixels` is uint8, shape (height, width, 3). `metadata` holds the asset's own facts (seed,
-    steps, ...), in the document's words.
+    steps, ...), under the keys of the document. `composite`: a picture from the caller is part of
+    this one.
     """
 
     index: int
@@ -31,7 +32,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One text a model wrote; `metadata` as in `Output`."""
+    """One text that a model wrote; `metadata` as in `Output`."""
 
     index: int
     text: str
@@ -39,63 +40,63 @@ class Text:
 
 
 class FrameQueue:
-    """Frames between the model that decodes them and the encoder that waits for them.
+    """A bounded queue of frames, from the model that decodes them to the encoder.
 
-    The model's side puts pieces in, uint8 (frames, height, width, 3), and waits while a few are
-    unread, so that memory stays flat however long the video is. The encoder's side iterates.
+    The model puts pieces, uint8 (frames, height, width, 3), and waits while `depth` pieces are
+    unread. So the memory does not grow with the length of the video. The encoder iterates.
     """
 
-    #: How soon a model's side that waits hears that its job was stopped.
+    #: How often a `put` that waits calls `check`, in seconds.
     POLL_S = 0.05
 
     def __init__(self, depth: int = 2) -> None:
         self._depth = depth
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._pieces: deque[np.ndarray] = deque()
-        self._is_whole = self._is_closed = False
+        self._has_ended = self._is_closed = False
 
     def put(self, piece: np.ndarray, check: Callable[[], None]) -> None:
-        """Hand over a piece; what `check` raises while there is no room ends the wait.
+        """Add a piece. While the queue is full, wait and call `check`, which may raise.
 
-        A queue that nobody reads any more takes everything.
+        A closed queue drops the piece.
         """
-        with self._news:
+        with self._changed:
             while len(self._pieces) == self._depth and not self._is_closed:
-                self._news.wait(self.POLL_S)
+                self._changed.wait(self.POLL_S)
                 check()
             if not self._is_closed:
                 self._pieces.append(piece)
-                self._news.notify_all()
+                self._changed.notify_all()
 
     def end(self) -> None:
-        """That was the last piece."""
-        with self._news:
-            self._is_whole = True
-            self._news.notify_all()
+        """Mark the end: no further piece will be put."""
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """One of the sides has gone: no further piece is put in or read."""
-        with self._news:
+        """Give up: a reader that waits gets InternalError, and further pieces are dropped."""
+        with self._changed:
             self._is_closed = True
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while (piece := self._next()) is not None:
             yield piece
 
     def _next(self) -> np.ndarray | None:
-        with self._news:
-            self._news.wait_for(lambda: self._pieces or self._is_whole or self._is_closed)
+        with self._changed:
+            self._changed.wait_for(lambda: self._pieces or self._has_ended or self._is_closed)
             if self._is_closed:
                 raise InternalError("the video ended before its last frame")
             piece = self._pieces.popleft() if self._pieces else None
-            self._news.notify_all()
+            self._changed.notify_all()
             return piece
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video on its way: sent before its first frame is there. `metadata` as in `Output`."""
+    """A video, submitted before its first frame is decoded. `metadata` as in `Output`."""
 
     index: int
     frames: FrameQueue

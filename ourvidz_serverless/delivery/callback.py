@@ -1,7 +1,7 @@
-"""Telling the application: sign the document, post it, keep trying, never follow.
+"""A document is signed and posted to the application, in several tries; no redirect is followed.
 
-Two signatures travel: the `X-Callback-Signature` that the edge function verifies, and the
-Standard Webhooks trio (https://www.standardwebhooks.com). Both are over the very bytes posted.
+There are two signatures: `X-Callback-Signature`, which the edge function verifies, and the three
+headers of Standard Webhooks (https://www.standardwebhooks.com). Both sign the posted bytes.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ourvidz_serverless.net.transport import Transport
 from ourvidz_serverless.setting_checks import webhook_key
 from ourvidz_serverless.settings import Settings
 
-#: The receiver marks the job before it inserts the assets, which takes its time.
+#: A try may take long: the receiver marks the job before it inserts the assets.
 RETRY = Retry(try_s=30.0)
 
-#: The URL that a payload may name. Its host comes from this group and is followed by nothing that
-#: another parser could read as the end of a user's name: behind "evil\\@allowed", `urlsplit` sees
-#: the one host, and what connects the other.
+#: The URL that a payload may name. The host is this group. No character after it may be one that
+#: another parser takes for the end of a user name: in "evil\\@allowed", `urlsplit` finds one host,
+#: and the library that connects finds the other.
 _URL = re.compile(
     r"https?://(?P<host>[a-z0-9.-]+)(?::\d{1,5})?(?:[/?][!-~]*)?", re.ASCII | re.IGNORECASE
 )
 
-#: All tries of one document together; what is not delivered by then is kept.
+#: How long all tries of one document may take together, in seconds.
 DELIVERY_S = 75.0
 
 
 class Callback:
-    """Where one worker's documents are posted; without a URL, nowhere."""
+    """Posts the documents of one worker to its URL. Without a URL it posts nothing."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Callback:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._url = url
-        # For our own URL in the project. A payload's URL never gets the key.
+        # Only for the worker's own URL in the project. A payload's URL never gets the key.
         self._key = project.headers if project and url and project.has(url) else {}
         self._secret = secret
         self._allowed_hosts = allowed_hosts
@@ -60,7 +60,7 @@ class Callback:
 
     @classmethod
     def of(cls, settings: Settings) -> Callback:
-        """The callback that the environment asks for."""
+        """The callback that the settings describe."""
         secret = settings.job_callback_secret
         return cls(
             settings.resolved_callback_url,
@@ -74,8 +74,8 @@ class Callback:
     ) -> None:
         """Deliver a document, in three tries within `DELIVERY_S`; do nothing if there is no URL.
 
-        `job_url` is the payload's own wish, which counts only when its host is allowed. Raises
-        Fault with the last try's status.
+        `job_url` is the payload's own URL. It is used only if its host is allowed. Raises Fault
+        with the status of the last try.
         """
         body = json.dumps(document.callback(), allow_nan=False).encode()
         self.deliver(body, document.job_id, document.status, job_url, deadline)
@@ -88,7 +88,7 @@ class Callback:
         job_url: str | None = None,
         deadline: Deadline = NEVER,
     ) -> None:
-        """The same for a document that is bytes already."""
+        """Deliver a document whose bytes are given, as `post` does."""
         url = self._target(job_url)
         if not url:
             return
@@ -120,17 +120,17 @@ class Callback:
 
 
 def webhook_id(job_id: str, status: str) -> str:
-    """The `webhook-id` of a job's document: one for each job and status, the same at every try.
+    """The `webhook-id` of a document: one for each job and status, the same at every try.
 
-    It is a digest, since a job id may hold a dot: then the signed text `id.timestamp.body` would
-    be ambiguous.
+    It is a digest, because a job id may hold a dot, and the signed text `id.timestamp.body` must
+    not be ambiguous.
     """
     digest = hashlib.sha256(f"{job_id}.{status}".encode()).hexdigest()
     return f"msg_{digest[:32]}"
 
 
 def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
-    """Both signatures of a body, as headers. `timestamp` is in seconds, and new at each try."""
+    """The headers with both signatures of a body. `timestamp` is in seconds, new at each try."""
     signed = f"{message_id}.{timestamp}.".encode() + body
     webhook = base64.b64encode(hmac.digest(webhook_key(secret), signed, "sha256")).decode()
     return {

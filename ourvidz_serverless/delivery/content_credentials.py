@@ -1,8 +1,8 @@
 """Content Credentials (C2PA, https://c2pa.org): a signed statement that a model made a file.
 
-An optional extra, beside the XMP mark that every file bears: it needs the package `c2pa-python`, a
-certificate chain and its key. The manifest says which generator made the file and from what kind
-of source; it holds no prompt, no user and no thumbnail, and no timestamp authority is asked.
+They are optional, beside the XMP mark that every file bears. They need the package `c2pa-python`, a
+certificate chain and its key. The manifest names the generator and the type of the source. It holds
+no prompt, no user and no thumbnail, and no request goes to a timestamp authority.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ourvidz_serverless.delivery.provenance import source_type
 from ourvidz_serverless.errors import InternalError, ModelLoadError
 from ourvidz_serverless.settings import Settings
 
-#: Algorithm by the name of the key's curve, or of its kind.
+#: Algorithm by the name of the key's curve, or by the kind of the key.
 ALGORITHMS = {
     "secp256r1": "es256",
     "secp384r1": "es384",
@@ -27,17 +27,17 @@ ALGORITHMS = {
 }
 
 
-#: What a document says of a file that could not be signed and need not be.
+#: The warning for a file that could not be signed, and the error if it must be.
 UNSIGNED = "content credentials: an asset could not be signed"
 
 
 class Credentials:
-    """Signs files with one key; where that is `required`, no file goes out without."""
+    """Signs files with one key. If signatures are `required`, no unsigned file is delivered."""
 
     def __init__(self, chain: str, key: str, required: bool = False) -> None:
         """`chain` and `key` are PEM, the signer's own certificate first.
 
-        Raises ModelLoadError where they do not hold or the package is missing.
+        Raises ModelLoadError if they are not valid, or if the package is missing.
         """
         try:
             import c2pa
@@ -51,12 +51,12 @@ class Credentials:
         settings = c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}})
         try:
             self._context: Any = c2pa.Context(settings, self._signer())
-        except Exception as exc:  # of a native library, which names no classes for this
+        except Exception as exc:  # the native library has no exception classes for this
             raise ModelLoadError("C2PA_CERT: no chain that C2PA can sign with") from exc
 
     @classmethod
     def of(cls, settings: Settings) -> Credentials | None:
-        """What the environment asks for; raises ModelLoadError where that is half of it."""
+        """The credentials of the settings, if any. Raises ModelLoadError if one is missing."""
         chain, key = settings.c2pa_cert, settings.c2pa_key
         if chain and key:
             pems = _pem("C2PA_CERT", chain), _pem("C2PA_KEY", key.get_secret_value())
@@ -68,7 +68,8 @@ class Credentials:
     def sign(self, data: bytes, mime: str, composite: bool, warnings: list[str]) -> bytes:
         """The file with its manifest.
 
-        Where that fails, the file as it is and a word in `warnings`, or InternalError.
+        If that fails, the file as it is, with an entry in `warnings`; or InternalError, if
+        signatures are required.
         """
         signed = io.BytesIO()
         try:
@@ -103,7 +104,7 @@ def _manifest(composite: bool) -> str:
 
 
 def _pem(name: str, value: str) -> str:
-    """The text of a PEM: a variable holds it, or the path of a file that does."""
+    """The text of a PEM. The setting holds the text, or the path of its file."""
     if "-----BEGIN" in value:
         return value.replace("\\n", "\n")
     try:

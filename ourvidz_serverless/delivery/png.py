@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 
 def up(left: Pixels, above: Pixels, corner: Pixels) -> Pixels:
-    """Filter 2: as above. Flat areas become runs of zeros."""
+    """Filter 2: the byte above. Flat areas become runs of zeros."""
     return above
 
 
@@ -30,11 +30,11 @@ def average(left: Pixels, above: Pixels, corner: Pixels) -> Pixels:
 
 
 def paeth(left: Pixels, above: Pixels, corner: Pixels) -> Pixels:
-    """Filter 4: whichever neighbour is nearest to left + above - corner. Best on sharp edges.
+    """Filter 4: the neighbour nearest to left + above - corner. Best on sharp edges.
 
-    That sum is nearest to the higher neighbour where the corner lies in the lower third between
-    the two, and the other way round, which is the same in bytes as the specification's three
-    distances. The idea is stb_image's; masks instead of branches are our own.
+    The sum is nearest to the higher of left and above if the corner lies in the lower third between
+    them, and nearest to the lower one if it lies in the upper third. This gives the same bytes as
+    the three distances of the specification. The idea is from stb_image, here without branches.
     """
     low, high = np.minimum(left, above), np.maximum(left, above)
     corner = np.maximum(np.minimum(corner, high), low)
@@ -43,12 +43,12 @@ def paeth(left: Pixels, above: Pixels, corner: Pixels) -> Pixels:
 
 
 def _where(mask: NDArray[np.bool_], yes: Pixels, no: Pixels) -> Pixels:
-    """`np.where` without its branch a byte, which costs most of the time on noise."""
+    """`np.where` without a branch for each byte, which is slow on noise."""
     return no ^ ((yes ^ no) & -mask.view(np.uint8))
 
 
 class Recipe(NamedTuple):
-    """One way to compress a picture: a filter for all rows, and how deflate treats the rest."""
+    """One way to compress a picture: a filter for all rows, and deflate's level and strategy."""
 
     filter: int
     predict: Callable[[Pixels, Pixels, Pixels], Pixels]
@@ -62,9 +62,9 @@ RECIPES = (
     Recipe(4, paeth, 1, zlib_ng.Z_HUFFMAN_ONLY),
     Recipe(2, up, 6, zlib_ng.Z_DEFAULT_STRATEGY),
 )
-#: A faster recipe is taken while it is no larger than the smallest by this factor.
+#: The fastest recipe is taken whose result is at most this many times the smallest.
 TOLERANCE = 1.05
-#: Rows are filtered in bands that stay in a core's cache.
+#: Rows are filtered in bands of this size, which fit the cache of a core.
 BAND_BYTES = 32 * 1024
 #: Every recipe is tried on this many bands.
 SAMPLES = 4
@@ -90,7 +90,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _deflate(pixels: Pixels) -> bytes:
-    """The pixels as one zlib stream of filtered rows, by the recipe that suits a sample of them.
+    """The pixels as one zlib stream of filtered rows, by the best recipe for a sample of them.
 
     Against Pillow's default, in one run of `python -m benchmarks.post` (1024x1024, one thread):
     clouds 20 times as fast and 0.96 of the size, with grain 9 times and 0.95, sharp edges 8 times

@@ -29,7 +29,7 @@ KEPT = re.compile(r"(?:.*/)?callback\.(?:completed|failed)\.json")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One undelivered document: the bytes to post, and what names them."""
+    """One undelivered document: the bytes to post, and what the post needs."""
 
     body: bytes
     job_id: str

@@ -1,7 +1,7 @@
-"""Frames become an MP4 that plays everywhere, while the next frames are still being decoded.
+"""Frames become an MP4 that plays everywhere, while the model decodes the next frames.
 
-H.264 in yuv420p, its index before its pictures so that a player can start at once, and the same
-machine-readable mark as our pictures.
+The file is H.264 in yuv420p. Its index stands before its frames, so that a player can start at
+once. It bears the same machine-readable mark as a picture.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ourvidz_serverless.delivery.provenance import xmp_box
 
 Frames = NDArray[np.uint8]
 
-#: Near the point at which nobody sees a difference. The preset is the one that keeps up with a
-#: decoder; what a slower one saves is a few per cent of a small file.
+#: At this quality hardly anybody sees a difference. The preset is as fast as a decoder. A slower
+#: one would save a few per cent of a small file.
 X264 = {"preset": "veryfast", "crf": "18"}
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedVideo:
-    """An MP4 file, how many frames it has, and the first of them."""
+    """An MP4 file, the number of its frames, and its first frame."""
 
     data: bytes
     num_frames: int
@@ -39,13 +39,13 @@ class EncodedVideo:
 def encode_video(
     pieces: Iterable[Frames], width: int, height: int, fps: int, composite: bool = False
 ) -> EncodedVideo:
-    """An MP4 of uint8 pieces (frames, height, width, 3), sRGB, each encoded as it comes.
+    """An MP4 of uint8 pieces (frames, height, width, 3), sRGB. Each is encoded when it arrives.
 
-    Sides are even, as yuv420p has it. `composite` says that a given picture is part of the video.
-    Raises ValueError for pieces of another shape, or none.
+    Width and height are even, as yuv420p needs. `composite`: a picture from the caller is part of
+    the video. Raises ValueError for pieces of another shape, or if there are none.
     """
     with tempfile.TemporaryDirectory(prefix="ourvidz-") as folder:
-        # A file and no buffer: the muxer reads back what it wrote, to put the index first.
+        # A file instead of a buffer: the muxer reads the file again to put the index first.
         path = Path(folder) / "video.mp4"
         with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
             num_frames, poster = _write(file, pieces, width, height, fps)
@@ -61,7 +61,7 @@ def _write(
     stream = file.add_stream("libx264", rate=fps, options=X264)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.codec_context.time_base = Fraction(1, fps)
-    _say_colours(stream.codec_context)
+    _set_colours(stream.codec_context)
     count, poster = 0, None
     for piece in pieces:
         _check(piece, width, height)
@@ -93,8 +93,8 @@ def _frame(pixels: Frames, index: int, fps: int) -> av.VideoFrame:
     return frame
 
 
-def _say_colours(codec: Any) -> None:
-    # Unsaid, players guess by the height of the picture, and some guess otherwise than we convert.
+def _set_colours(codec: Any) -> None:
+    # Without these, players guess from the height of the picture, and some guess wrong.
     codec.colorspace = Colorspace.ITU709
     codec.color_range = ColorRange.MPEG
     codec.color_primaries = ColorPrimaries.BT709
