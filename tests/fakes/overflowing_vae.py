@@ -8,7 +8,7 @@ from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 
 
-def wide_settings(folder: Path, device: str = "auto") -> Settings:
+def overflowing_vae_settings(folder: Path, device: str = "auto") -> Settings:
     """Settings of a model in fp16 whose VAE is kept in fp32."""
     config = folder / "sdxl"
     shutil.copytree(ROOT / "pocket/sdxl", config)

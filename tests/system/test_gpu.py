@@ -25,7 +25,7 @@ from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.settings import Settings
 from tests.fakes import small_jobs
-from tests.fakes.overflowing_vae import wide_settings
+from tests.fakes.overflowing_vae import overflowing_vae_settings
 from tests.fakes.tiny_chat import generate_text, new_generation, texts_of, tiny_folder
 
 pytestmark = [
@@ -94,7 +94,7 @@ def decode(model: SdxlModel, decoder: Any, latent: torch.Tensor) -> tuple[np.nda
 
 
 def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_path: Path) -> None:
-    model = models.load(wide_settings(tmp_path, "cuda"))
+    model = models.load(overflowing_vae_settings(tmp_path, "cuda"))
     with torch.inference_mode():
         latent = model.encode(Image.fromarray(render(model, side=1024)), SdxlMemoryPlan(1))[
             0
@@ -112,7 +112,7 @@ def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_p
 
 
 def test_a_tiny_vae_decodes_near_the_vae_in_fp16(tmp_path: Path) -> None:
-    model = models.load(wide_settings(tmp_path, "cuda"))
+    model = models.load(overflowing_vae_settings(tmp_path, "cuda"))
     with torch.inference_mode():
         latent = model.encode(Image.fromarray(render(model)), SdxlMemoryPlan(1))[0].half()
 

@@ -128,8 +128,9 @@ class MovableTensors:
 class MovableParts:
     """A model of several named parts. A job may have only some of them on the device.
 
-    With `stages`, which are groups of parts, a job has one group at a time. `num_bytes` is then
-    that of the largest group, and `to_device` moves nothing: the job calls `to_device_only`.
+    `parts` are the parts by name. With `stages`, which are groups of parts, a job has one group at
+    a time. `num_bytes` is then that of the largest group, and `to_device` moves nothing: the job
+    calls `to_device_only`.
     """
 
     def __init__(
@@ -139,18 +140,18 @@ class MovableParts:
         read: Callable[[], Mapping[str, Sequence[Any]]] | None = None,
         stages: Sequence[Sequence[str]] = (),
     ) -> None:
-        self._parts = {name: MovableTensors(modules, device) for name, modules in parts.items()}
+        self.parts = {name: MovableTensors(modules, device) for name, modules in parts.items()}
         self._read, self._stages = read, stages
 
     @property
     def num_bytes(self) -> int:
-        groups = self._stages or [list(self._parts)]
-        return max(sum(self._parts[name].num_bytes for name in group) for group in groups)
+        groups = self._stages or [list(self.parts)]
+        return max(sum(self.parts[name].num_bytes for name in group) for group in groups)
 
     @property
     def device_bytes(self) -> int:
         """The bytes that are on the device now."""
-        return sum(part.device_bytes for part in self._parts.values())
+        return sum(part.device_bytes for part in self.parts.values())
 
     @property
     def is_on_disk(self) -> bool:
@@ -160,34 +161,34 @@ class MovableParts:
         if self._read is None:
             raise ModelLoadError("its weights are in memory alone")
         fresh = self._read()
-        for name, part in self._parts.items():
+        for name, part in self.parts.items():
             part.assign_from(fresh[name])
 
     def to_device(self) -> None:
         if self._stages:
             return
         try:
-            for part in self._parts.values():
+            for part in self.parts.values():
                 part.to_device()
         except BaseException:
             self.to_host()
             raise
 
     def to_host(self) -> None:
-        for part in self._parts.values():
+        for part in self.parts.values():
             part.to_host()
 
     def drop(self) -> None:
-        for part in self._parts.values():
+        for part in self.parts.values():
             part.drop()
 
     def to_device_only(self, *names: str) -> None:
         """Move these parts to the device, and all others to the host."""
-        for name, part in self._parts.items():
+        for name, part in self.parts.items():
             if name not in names:
                 part.to_host()
         for name in names:
-            self._parts[name].to_device()
+            self.parts[name].to_device()
 
 
 def _parts(module: Any) -> Iterator[torch.Tensor]:

@@ -23,9 +23,6 @@ MAX_SHAPES = 64
 Stage = Literal["condition", "denoise", "decode"]
 Result = TypeVar("Result")
 
-#: Called with the plan of a job, if it is not the default plan.
-ReportPlan = Callable[[Mapping[str, Any]], None]
-
 
 @dataclass(frozen=True, slots=True)
 class SdxlMemoryPlan:
@@ -110,10 +107,17 @@ class MemoryPlans(Generic[MemoryPlan]):
 
 
 class OomFallback(Generic[MemoryPlan]):
-    """One job's memory plan, which becomes smaller whenever a stage does not fit."""
+    """One job's memory plan, which becomes smaller whenever a stage does not fit.
+
+    `report` is called with each plan that is not the default.
+    """
 
     def __init__(
-        self, plans: MemoryPlans[MemoryPlan], shape: Hashable, device: Device, report: ReportPlan
+        self,
+        plans: MemoryPlans[MemoryPlan],
+        shape: Hashable,
+        device: Device,
+        report: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.plan: MemoryPlan = plans.get(shape)
         self.retries, self.is_alone = 0, False

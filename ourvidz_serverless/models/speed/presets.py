@@ -8,7 +8,6 @@ values were chosen by their effect on the pocket models, see `docs/speed.md`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +49,6 @@ WAN = {
     "balanced": SpeedPreset(first_block_threshold=0.08),
     "fast": SpeedPreset(first_block_threshold=0.15),
 }
-
-#: Called with the report on a preset that is not `exact`.
-ReportSpeed = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(slots=True)

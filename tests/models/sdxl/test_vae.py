@@ -25,7 +25,7 @@ from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.settings import Settings
 from tests.fakes import small_jobs
-from tests.fakes.overflowing_vae import wide_settings
+from tests.fakes.overflowing_vae import overflowing_vae_settings
 from tests.fakes.recorded_progress import RecordedProgress
 from tests.fakes.small_jobs import narrow_vae
 from tests.files import ROOT
@@ -44,7 +44,7 @@ def equipped() -> SdxlModel:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> SdxlModel:
     """In fp16, with a VAE that is kept in fp32, and a tiny one."""
-    return loader.load(wide_settings(tmp_path_factory.mktemp("wide")))
+    return loader.load(overflowing_vae_settings(tmp_path_factory.mktemp("wide")))
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: Sdx
     there: list[Any] = []
 
     def look(*_: Any) -> None:
-        parts = card.parts._parts
+        parts = card.parts.parts
         there.append([name for name, part in parts.items() if part.device_bytes])
 
     card.networks.tiny_vae.network.register_forward_pre_hook(look)
