@@ -251,7 +251,7 @@ class WanJob(MediaJob):
 
     @property
     def mode(self) -> Mode:
-        """The reference mode: the one that the job names, else the one of its references."""
+        """The reference mode: the one that the job names, else the one for its references."""
         named = self.config.reference_mode or self.metadata.video_reference_mode
         of_frames = MODE_OF_FRAMES.get((bool(self._start), bool(self._end)))
         return named or of_frames or ("single" if self._single else "none")
@@ -317,7 +317,7 @@ def run(
 
 
 def _stream(video: Video, frames: Iterable[np.ndarray], context: JobContext) -> Iterator[Video]:
-    """The video at its first piece. Then its pieces, each as it is decoded."""
+    """Yield the video at its first piece, then put each piece into its queue as it is decoded."""
     num_frames = 0
     try:
         for piece in frames:
