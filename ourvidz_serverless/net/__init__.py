@@ -1,1 +1,1 @@
-"""HTTP requests that end, and only to hosts that they may reach."""
+"""HTTP requests that end by a deadline and reach only the hosts that they may."""

@@ -1,4 +1,4 @@
-"""Hosts: how their names are compared, which addresses they have, and which of these are public."""
+"""Hosts: comparing names, looking up addresses, and keeping requests from private addresses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 #: Whether a connection may be made to an address.
 Gate = Callable[[Address], bool]
 
-#: What is not the public internet, or is public and answers for a machine's own cloud. Of IPv6
-#: only 2000::/3 is open at all, so loopback, mapped, compatible, NAT64, link-local, unique-local
-#: and multicast addresses need no line here. A list of our own, because the standard library's
-#: `is_global` calls 6to4 and multicast global and changes from one Python to the next.
-CLOSED_NETWORKS = tuple(
+#: Networks that are not the public internet, or that are public and serve a cloud's own machines.
+#: Of IPv6 only 2000::/3 is public at all, so loopback, mapped, compatible, NAT64, link-local,
+#: unique-local and multicast addresses need no line here. The standard library's `is_global` does
+#: not suffice: for it 6to4 and multicast are global, and it changes from one Python to the next.
+PRIVATE_NETWORKS = tuple(
     ipaddress.ip_network(network)
     for network in (
         "0.0.0.0/8",  # this network
@@ -49,19 +49,19 @@ CLOSED_NETWORKS = tuple(
         "3fff::/20",  # documentation
     )
 )
-OPEN_IPV6 = ipaddress.IPv6Network("2000::/3")
+PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 
 
 NOT_PUBLIC = "the host's address is not public"
 
-#: The port of a URL that names none.
+#: The port of a URL without one.
 PORTS = {"http": 80, "https": 443}
 
 
 def host_name(text: str) -> str:
     """A host's canonical spelling, for comparison.
 
-    It has lower case, no brackets and no final dot; an address has its shortest form.
+    It is in lower case, without brackets and final dot; an address has its shortest form.
     """
     name = text.strip().removeprefix("[").removesuffix("]").removesuffix(".").lower()
     try:
@@ -71,7 +71,7 @@ def host_name(text: str) -> str:
 
 
 def is_listed(host: str, hosts: Iterable[str]) -> bool:
-    """Whether a host is one of `hosts`, whatever the spelling of each."""
+    """Whether a host is one of `hosts`, in any spelling."""
     return bool(host) and host_name(host) in map(host_name, hosts)
 
 
@@ -87,7 +87,7 @@ def is_loopback(host: str) -> bool:
 def origin(url: str) -> tuple[str, str, int | None]:
     """A URL's scheme, host and port: two URLs of one origin lead to the same server.
 
-    Raises ValueError for a port that is none.
+    Raises ValueError for an invalid port.
     """
     parts = urlsplit(url)
     return parts.scheme, host_name(parts.hostname or ""), parts.port or PORTS.get(parts.scheme)
@@ -98,9 +98,9 @@ def is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped and not address.scope_id:
             return is_public(address.ipv4_mapped)
-        if address.scope_id or address not in OPEN_IPV6:
+        if address.scope_id or address not in PUBLIC_IPV6:
             return False
-    return not any(address in network for network in CLOSED_NETWORKS)
+    return not any(address in network for network in PRIVATE_NETWORKS)
 
 
 def resolve(host: str) -> list[str]:
@@ -125,14 +125,14 @@ def look_up(
     def ask() -> None:
         try:
             answer.set_result(list(resolve(host)))
-        except Exception as exc:  # handed on, to be raised where the answer is awaited
+        except Exception as exc:  # raised below, where the answer is awaited
             answer.set_exception(exc)
 
     # In a thread, since the system's resolver takes no deadline.
     threading.Thread(target=ask, daemon=True, name="resolve").start()
     try:
         found = answer.result(deadline.timeout_s())
-    except UnicodeError:  # no name can be spelt like this
+    except UnicodeError:  # no host has such a name
         found = []
     if not found:
         raise socket.gaierror(socket.EAI_NONAME, "the host has no address")

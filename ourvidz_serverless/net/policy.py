@@ -1,4 +1,4 @@
-"""What a download may reach, and how large and how slow it may be."""
+"""Which hosts a download may come from, and how large and how slow it may be."""
 
 from __future__ import annotations
 

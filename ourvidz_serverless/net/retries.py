@@ -1,4 +1,4 @@
-"""Trying again: how often, and after how long. What is worth another try is the caller's to say."""
+"""Retries: how often a call is tried again, and after how long; the caller says which errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from ourvidz_serverless.deadline import Deadline
 
 T = TypeVar("T")
 
-On = (
-    type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
-)  # classes, or a predicate
+#: Which errors are tried again: of a class, of some classes, or those of which a function is true.
+On = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 
 
-#: HTTP statuses worth another try, beside every 5xx: the other side is busy, not unwilling.
+#: The HTTP statuses that another try may change, beside every 5xx: the server is busy.
 TRANSIENT = {408, 425, 429}
 
 
@@ -55,20 +54,20 @@ class Refused(Fault):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error says of itself that another try may go better."""
+    """Whether an error has an attribute `is_transient` that is true: another try may succeed."""
     return bool(getattr(error, "is_transient", False))
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often a call is made, and how its waits grow. Times are in seconds."""
+    """How often a call is made, and how long the waits between its tries are, in seconds."""
 
-    tries: int = 3  # calls in all, the first one included
+    tries: int = 3  # the first one included
     base_s: float = 0.5  # the first wait
     factor: float = 2.0  # each wait is this many times the one before
     jitter: float = 0.25  # a wait is drawn from within this share around its length
-    max_s: float = 10.0  # no wait is longer, whatever the other side asks for
-    try_s: float = 60.0  # no call is let take longer
+    max_s: float = 10.0  # no wait is longer, whatever the server asks for
+    try_s: float = 60.0  # no try takes longer
 
     def wait_s(
         self,
@@ -76,8 +75,8 @@ class Retry:
         asked_s: float | None = None,
         draw: Callable[[], float] = random.random,
     ) -> float:
-        """How long to wait after so many failures; not less than what the other side asked for."""
-        # After so many the wait is the longest anyway, and a float's powers end.
+        """How long to wait after so many failures: at least the `asked_s` of the server."""
+        # After so many failures a wait is the longest anyway, and a larger power overflows.
         backoff = self.base_s * self.factor ** min(failures - 1, 64)
         jittered = backoff * (1 + self.jitter * (2 * draw() - 1))
         return min(max(jittered, asked_s or 0.0), self.max_s)
@@ -110,7 +109,7 @@ def retry(
             is_last = failures >= policy.tries or wait >= deadline.remaining_s()
             if is_last or not _is_named(exc, on):
                 raise
-        # Outside the `except`: there the traceback would hold the try's memory while we wait.
+        # Outside the `except`: there the traceback would keep the try's memory during the wait.
         deadline.sleep(wait)
 
 

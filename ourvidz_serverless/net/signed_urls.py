@@ -1,14 +1,14 @@
-"""Signatures in URLs: what of a query stays the same from one signed URL of a file to the next.
+"""Signatures in URLs: two signed URLs of one file differ only in their signatures.
 
-Nothing else is imported here: the build of an image uses this module without the package.
+This module imports nothing of the package: the build of an image uses it alone.
 """
 
 from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
-#: What makes a query signed, and which other parameters belong to that signature: S3, Google,
-#: CloudFront, Azure, Supabase and Civitai. A name that ends with `-` stands for all that begin so.
+#: The parameter that marks a query as signed, and the other parameters of that signature: S3,
+#: Google, CloudFront, Azure, Supabase and Civitai. A name that ends with `-` is a prefix.
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "x-amz-signature": ("x-amz-",),
     "x-goog-signature": ("x-goog-",),
@@ -22,7 +22,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 
 
 def unsigned(query: str) -> tuple[list[tuple[str, str]], bool]:
-    """A query's parameters without those of a known signature, and whether there was one."""
+    """A query's parameters without those of a known signature, and whether it has a signature."""
     given = parse_qsl(query, keep_blank_values=True)
     names = {name.lower() for name, _ in given}
     signed = {each for marker in SIGNATURES.keys() & names for each in _parameters(marker)}

@@ -1,4 +1,4 @@
-"""The application's Supabase project: where its service key may go, and in which headers.
+"""The application's Supabase project: to which URLs its service key is sent, in which headers.
 
 https://supabase.com/docs/guides/functions/auth-headers says which key belongs in which header.
 """
@@ -11,7 +11,7 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.addresses import is_loopback, origin
 from ourvidz_serverless.settings import Settings
 
-#: How a new secret key begins. It is no JSON Web Token, so no gateway takes it for a bearer.
+#: How a new secret key begins. It is no JSON Web Token, so gateways refuse it as a bearer token.
 SECRET_KEY = "sb_secret_"
 
 
@@ -24,9 +24,9 @@ class Project:
 
     @classmethod
     def of(cls, settings: Settings) -> Project | None:
-        """The project that the environment names; None without its URL or its key.
+        """The project of the settings; None without its URL or its key.
 
-        Raises ModelLoadError for a URL over which the key would travel in the clear.
+        Raises ModelLoadError for a URL that would send the key without encryption.
         """
         url, key = settings.supabase_url, settings.supabase_service_key
         if not (url and key):
@@ -50,6 +50,6 @@ class Project:
 
 
 def key_headers(key: str) -> dict[str, str]:
-    """The headers of a service key: an old one, a JWT, is a bearer too; a new one is not."""
+    """The headers for a service key. An old key, which is a JWT, is a bearer token too."""
     bearer = {} if key.startswith(SECRET_KEY) else {"Authorization": f"Bearer {key}"}
     return {"apikey": key, **bearer}

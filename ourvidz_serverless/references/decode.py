@@ -30,22 +30,22 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: What `pad` fills with: the middle of a model's range, which asks for neither light nor dark.
+#: The colour that `pad` fills with: the middle of a model's range, neither light nor dark.
 GREY = (128, 128, 128)
 
 
 def decode(data: bytes, policy: ReferencePolicy) -> Image.Image:
-    """The picture in a PNG, JPEG or WebP file: upright, RGB in sRGB, nothing but pixels.
+    """The image in a PNG, JPEG or WebP file: upright, RGB in sRGB, nothing but pixels.
 
-    Raises ReferenceFrameError for what is none of the three, too large, too long and thin,
-    animated or damaged.
+    Raises ReferenceFrameError for another format, and for an image that is too large, too long
+    and thin, animated or damaged.
     """
     png = read_png(data) if data.startswith(PNG) else None
     try:
         image = Image.open(io.BytesIO(png.file if png else data), formats=("PNG", "JPEG", "WEBP"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise refused(f"more than {policy.max_pixels} pixels") from exc
-    except Exception as exc:  # whatever a malformed byte leads a decoder to
+    except Exception as exc:  # a decoder may raise anything for malformed bytes
         raise refused("not a PNG, JPEG or WebP image") from exc
     _check_shape(image, policy)
     scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
@@ -58,18 +58,18 @@ def decode(data: bytes, policy: ReferencePolicy) -> Image.Image:
 
 
 def _check_shape(image: Image.Image, policy: ReferencePolicy) -> None:
-    """Refuse by the header alone, before any pixel is decoded."""
+    """Raise ReferenceFrameError by the header alone, before any pixel is decoded."""
     if image.width * image.height > policy.max_pixels:
         raise refused(f"more than {policy.max_pixels} pixels")
     if max(image.size) > policy.max_aspect * min(image.size):
         raise refused(f"one side is more than {policy.max_aspect:g} times the other")
-    # A JPEG's further frames are a phone's depth and gain maps: its first one is the picture.
+    # A JPEG's further frames are a phone's depth and gain maps: the first one is the image.
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise refused("the image is animated")
 
 
 def _plain(image: Image.Image, png: Png | None) -> Image.Image:
-    """The picture over white, in sRGB, upright. XMP's orientation is ignored."""
+    """The image over white, in sRGB, upright. An orientation in XMP is ignored."""
     profile = png.profile if png else image.info.get("icc_profile")
     exif = png.exif if png else image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     image.load()
@@ -77,7 +77,7 @@ def _plain(image: Image.Image, png: Png | None) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    # A new picture, so that nothing of the file but its pixels goes on.
+    # A new image, so that it holds nothing of the file but its pixels.
     plain = Image.new("RGB", image.size, "white")
     plain.paste(_srgb(image, profile), mask=alpha)
     transposition = TRANSPOSITIONS.get(orientation(exif))
@@ -97,7 +97,7 @@ def _opaque(image: Image.Image, png: Png) -> Image.Image:
 
 
 def _low_bytes(png: Png) -> np.ndarray:
-    """The low bytes of 16-bit RGB; Pillow itself keeps only the high ones."""
+    """The low bytes of 16-bit RGB, of which Pillow keeps only the high bytes."""
     image = Image.open(io.BytesIO(png.file), formats=("PNG",))
     # Read with the other byte order, the low byte is the high one.
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
@@ -105,7 +105,7 @@ def _low_bytes(png: Png) -> np.ndarray:
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The colours of a picture as its profile means them, without its alpha."""
+    """The image's colours, converted to sRGB by its profile, without its alpha."""
     if image.mode == "I;16":
         image = image.point(lambda grey: grey * (1 / 256)).convert("L")  # `convert` alone clips
     elif image.mode not in ("RGB", "L", "CMYK"):
@@ -123,11 +123,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             ),
         )
     except (ImageCms.PyCMSError, OSError):
-        # Broken, or for another kind of pixels: browsers show such a picture as sRGB.
+        # The profile is broken, or for another kind of pixels: browsers ignore it too.
         return image.convert("RGB")
-
-
-# --- to the size of a model ---
 
 
 def fit(
@@ -139,8 +136,8 @@ def fit(
 ) -> Image.Image:
     """An image at exactly `width` x `height` pixels.
 
-    `crop` keeps the centre that fills the frame, `pad` the whole image on `background`, `stretch`
-    the whole image without its proportions.
+    `crop` keeps the largest centre of that shape, `pad` the whole image on `background`, and
+    `stretch` the whole image, distorted.
     """
     size = (width, height)
     if mode == "stretch":

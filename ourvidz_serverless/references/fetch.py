@@ -9,7 +9,7 @@ A reference is untrusted. It may be
 
 and becomes an upright sRGB image without alpha, profile or metadata, or a ReferenceFrameError.
 
-This module knows nothing of jobs; of storage it knows one callable.
+This module knows nothing of jobs, and of storage only a function that reads a key.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _from_storage(
             policy=policy.retry,
             deadline=deadline,
         )
-    except Exception as exc:  # the caller's own callable, whose errors have no names here
+    except Exception as exc:  # the caller's function may raise anything
         raise refused("storage could not read the path") from exc
     return _bounded(data, policy)
 

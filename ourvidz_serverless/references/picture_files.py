@@ -1,7 +1,7 @@
-"""A picture file's metadata, read as browsers read it.
+"""An image file's metadata, read as browsers read it.
 
 A browser ignores metadata that it cannot read, such as a damaged EXIF block or a comment of many
-megabytes. For some of these Pillow refuses the whole picture. So Pillow gets a PNG without its
+megabytes. Pillow refuses the whole image for some of these. So Pillow gets a PNG without its
 metadata, and a PNG's colour profile, transparent colour and EXIF are read here.
 """
 
@@ -17,25 +17,25 @@ PNG = b"\x89PNG\r\n\x1a\n"
 #: A longer profile in a PNG is ignored, as in Chromium.
 MAX_PROFILE_BYTES = 10 << 20
 
-#: How many samples the transparent colour has, by a PNG's colour type: grey, and RGB.
+#: The number of samples of the transparent colour, by a PNG's colour type: grey, and RGB.
 KEY_SAMPLES = {0: 1, 2: 3}
 PALETTE = 3
 
-#: The optional chunks that Pillow gets: the frames of an animation, which is then refused, and the
-#: alpha of a palette.
+#: The optional chunks that Pillow gets: the frames of an animation, which is then refused, and a
+#: palette's alpha.
 KEPT = (b"acTL", b"fcTL", b"fdAT")
 KEPT_OF_PALETTE = (*KEPT, b"tRNS")
 
 #: The chunks of a PNG that are read here, if they come before the pixels.
 READ = (b"tRNS", b"iCCP", b"eXIf")
 
-#: The EXIF tag of a picture's orientation, and the type of its value: a short number.
+#: The EXIF tag of an image's orientation, and the type of its value: an unsigned short.
 ORIENTATION, SHORT = 0x0112, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Png:
-    """A PNG: the file from which Pillow reads the pixels, and its metadata."""
+    """A PNG: the file from which Pillow reads the pixels, and the metadata that is read here."""
 
     file: bytes
     #: Bits of a sample.
@@ -47,7 +47,7 @@ class Png:
 
 
 def read_png(data: bytes) -> Png:
-    """The parts of a PNG; a damaged one is read as far as it goes. Never raises."""
+    """The parts of a PNG. A damaged file is read up to the damage. Never raises."""
     depth, colour = (data[24], data[25]) if len(data) > 25 else (8, PALETTE)
     kept = KEPT_OF_PALETTE if colour == PALETTE else KEPT
     file, found, is_before_pixels = bytearray(PNG), dict[bytes, bytes](), True
@@ -67,9 +67,9 @@ def read_png(data: bytes) -> Png:
 
 
 def _chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview, memoryview]]:
-    """Kind, body and whole of each chunk; of the optional ones, those whose checksum holds.
+    """Kind, body and bytes of each chunk, without optional chunks whose checksum is wrong.
 
-    The last one may be cut off; Pillow decides whether the pixels suffice.
+    The last chunk may be cut off; Pillow decides whether the pixels suffice.
     """
     at, kind = len(PNG), b""
     while kind != b"IEND" and at + 8 <= len(data):
@@ -86,7 +86,7 @@ def _is_optional(kind: bytes) -> bool:
 
 
 def _key(body: bytes, depth: int, num_samples: int | None) -> tuple[int, ...] | None:
-    """The samples in a tRNS chunk, without the bits beyond the picture's depth."""
+    """The samples in a tRNS chunk, without the bits beyond the image's depth."""
     if not num_samples or len(body) < 2 * num_samples:
         return None
     samples = struct.unpack_from(f">{num_samples}H", body)
@@ -105,7 +105,7 @@ def _inflated(body: bytes) -> bytes | None:
 
 
 def orientation(tiff: bytes) -> int:
-    """A picture's orientation by its EXIF, 1 to 8; 1, which is upright, if there is none.
+    """An image's orientation in its EXIF, 1 to 8; 1, which is upright, if there is none.
 
     Never raises, whatever the bytes are.
     """
@@ -120,5 +120,5 @@ def orientation(tiff: bytes) -> int:
             if (tag, kind) == (ORIENTATION, SHORT):
                 return value if 1 <= value <= 8 else 1
     except struct.error:
-        pass  # it ends before its entries do
+        pass  # the EXIF block ends before its entries
     return 1

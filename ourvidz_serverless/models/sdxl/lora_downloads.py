@@ -1,8 +1,9 @@
 """Downloaded LoRAs in one folder of a limited size, each named by its source.
 
-A source is a URL with its query, since the query may select the file. A signature in the query is
-left out, since each one is new. A user who sends a signature may have a right that others lack: a
-download by a signed URL is kept for that user alone. Other downloads are kept for everybody.
+A source is a URL with its query, since the query may select the file. The query's signature is
+left out, since each signed URL of a file has a new one. A user with a signed URL may have a right
+that others lack, so a download by a signed URL is used for that user only. Other downloads are
+used for all users.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.loading import checkpoints
 from ourvidz_serverless.net.signed_urls import unsigned
 
-#: A file that was used within so many seconds may be a running job's, and is not deleted.
+#: A file that was used within so many seconds is not deleted: a running job may use it.
 IN_USE_S = 3600.0
 
-#: Held while room is made and a file is written into it.
-_keeping = threading.Lock()
+#: Held while old files are deleted and a new one is written.
+_storing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Downloads:
 
     @staticmethod
     def use(path: Path) -> bool:
-        """Whether a download is there; if so, it stays for `IN_USE_S` from now on."""
+        """Whether a download is stored; if so, it is not deleted for `IN_USE_S` from now."""
         try:
             os.utime(path)
         except FileNotFoundError:
@@ -54,13 +55,13 @@ class Downloads:
         return True
 
     def keep(self, path: Path, data: bytes) -> None:
-        """Store a download, and make room for it.
+        """Store a download, and delete the files that were used least recently to make room.
 
         Raises ModelLoadError, and stores nothing, if it is not a safetensors file, or if the files
         in use leave no room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _keeping:
+        with _storing:
             self._make_room(len(data))
             with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
                 fresh = Path(file.name)
@@ -87,10 +88,10 @@ class Downloads:
             )
 
     def _files(self) -> list[tuple[Path, float, int]]:
-        """Each file with the time of its last use and its size."""
+        """Each file with the time of its last use and its size in bytes."""
         found = []
         for path in self.folder.iterdir():
-            # Another worker on the same volume may delete one meanwhile.
+            # Another worker on the same volume may delete a file meanwhile.
             with suppress(FileNotFoundError):
                 facts = path.stat()
                 found.append((path, facts.st_mtime, facts.st_size))
