@@ -1,4 +1,4 @@
-"""So many jobs a user, so many an endpoint, in a window; counted in memory or in a real Redis."""
+"""Jobs are limited for each user and each endpoint; they are counted in memory or in Redis."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def counter(request: pytest.FixtureRequest) -> Counter:
 
 
 def outcomes(limits: RateLimits, users: str) -> str:
-    """A letter a job: `.` for one that is let through, `x` for one that is over a limit."""
+    """A character for each job: `.` if it is accepted, `x` if it is over a limit."""
 
     def outcome(user: str) -> str:
         try:
@@ -75,7 +75,7 @@ def outcomes(limits: RateLimits, users: str) -> str:
     return "".join(map(outcome, users))
 
 
-# --- what is let through ---
+# --- which jobs are accepted ---
 
 
 def test_a_users_jobs_are_accepted_up_to_the_limit(counter: Counter) -> None:

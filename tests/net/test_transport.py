@@ -1,4 +1,4 @@
-"""A request that goes out comes to an end, and goes nowhere else."""
+"""A request ends by its deadline, and goes only to the host in its URL."""
 
 import base64
 import socket
@@ -23,7 +23,7 @@ Act = Callable[[socket.socket], None]
 
 
 class Echo(LocalServer):
-    """Answers with what it was sent."""
+    """Answers with the body of the request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def echo() -> Iterator[Echo]:
 
 @contextmanager
 def server(act: Act) -> Iterator[str]:
-    """A server that plays `act` to whoever comes, until nobody listens."""
+    """A server that calls `act` with each connection, after its request."""
 
     def accept() -> None:
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""A reference becomes plain pixels, and reaches nothing that it should not.
+"""A reference becomes plain pixels, and no request goes where it should not.
 
-The other side is a real HTTPS server on 127.0.0.1 with an authority of its own. It is reached as
-any host is, through the policy: a name server that knows it, its port, its authority.
+The host is a real HTTPS server on 127.0.0.1 with an authority of its own. The policy names the
+name server that knows the host, its port and its authority.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ URL = f"https://images.example/ada/portrait.png?token={SECRET}"
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
 
 
-#: A try that nothing cuts short but what a test means to.
+#: The deadline of a try that only the test itself ends.
 AGES_S = 3600.0
 
 
-# --- the other side ---
+# --- the host ---
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ class Fetch:
         )
 
     def refusal(self, reference: str = URL, **changes: object) -> str:
-        """The message that a fetch ends in, once it is seen to tell nothing."""
+        """The message of the error that a fetch ends in, without its prefix."""
         with pytest.raises(ReferenceFrameError) as refused:
             self(reference, **changes)
         return plain_words(refused.value)
@@ -685,7 +685,7 @@ DRIPS = {
 def test_a_try_ends_at_its_deadline_wherever_the_response_drips(
     fetch: Fetch, site: HttpsServer, drip: str
 ) -> None:
-    # Each drips for ever: only the clock ends it.
+    # Each sends bytes for ever: only the deadline ends it.
     site.script = [DRIPS[drip]]
 
     assert fetch.refusal(**ONCE) == "timed out"
@@ -717,7 +717,7 @@ def test_a_try_ends_at_its_deadline_while_the_host_is_looked_up(fetch: Fetch) ->
 def test_each_try_has_a_deadline_of_its_own(fetch: Fetch, site: HttpsServer) -> None:
     site.script = [DRIPS["body"], DRIPS["header"], answer(body=IMAGE)]
 
-    # Long enough for the third, which must succeed in it, on a slow machine.
+    # Long enough for the third try to succeed on a slow machine.
     assert fetch(deadline_s=2.0).size == (48, 32)
 
 

@@ -1,19 +1,19 @@
-"""A TCP proxy that misbehaves, connection by connection, as its script says.
+"""A TCP proxy that breaks each connection in the way that its script names.
 
     with BrokenProxy(receiver.url, ["reset", "pass"]) as proxy:
         post(proxy.url)
 
-    pass      everything goes through
-    refused   nobody listens
-    reset     the connection is broken before a byte is answered
-    timeout   the connection is taken, and never a byte is answered
-    drip      the head of an answer comes a byte at a time, and never ends
-    4xx, 5xx  403 and 503, without asking the other side
-    garbage   bytes that are no HTTP, and the end
-    lost      the other side gets the request and answers; the answer is lost
+    pass      the request and its response go through
+    refused   no connection is accepted
+    reset     the connection is reset before the response
+    timeout   the connection is accepted, and no response comes
+    drip      the head of the response comes a byte at a time, and never ends
+    4xx, 5xx  403 and 503, without a request to the server behind the proxy
+    garbage   bytes that are no HTTP, and the end of the connection
+    lost      the server gets the request and responds; the response is lost
 
-The last step of the script is played for ever. With a TLS context it is what the certificate says,
-and speaks plainly to the other side.
+The last step of the script is repeated for ever. With a TLS context the proxy's clients use TLS,
+and the proxy uses plain HTTP towards the server.
 """
 
 import socket
@@ -47,16 +47,17 @@ ANSWERS = {
     "garbage": b"\x00\xff\x17 this is no HTTP \r\n\r\n",
 }
 
-_knocks: list[Any] = []
+#: The addresses of all connections that this process has tried.
+_connects: list[Any] = []
 
 
-def _hear(event: str, args: tuple[Any, ...]) -> None:
+def _note_connect(event: str, args: tuple[Any, ...]) -> None:
     if event == "socket.connect":
-        _knocks.append(args[1])
+        _connects.append(args[1])
 
 
-# Where nobody listens nobody counts, except the interpreter itself.
-sys.addaudithook(_hear)
+# A port that refuses connections cannot count them, but the interpreter can.
+sys.addaudithook(_note_connect)
 
 
 class BrokenProxy:
@@ -71,11 +72,11 @@ class BrokenProxy:
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._before = len(_knocks)
+        self._before = len(_connects)
 
     @property
     def tries(self) -> int:
-        return sum(address[1] == self.port for address in _knocks[self._before :])
+        return sum(address[1] == self.port for address in _connects[self._before :])
 
     def __enter__(self) -> Self:
         if self._script != ["refused"]:
@@ -129,7 +130,7 @@ class BrokenProxy:
             client.sendall(b"x")
 
     def _forward(self, client: socket.socket, is_lost: bool) -> None:
-        """One request there, and one answer back, unless it is lost on the way."""
+        """Pass one request on, and its response back unless it is lost."""
         address = (self._upstream.hostname, self._upstream.port)
         with socket.create_connection(address) as upstream:
             upstream.sendall(_request(client))
@@ -142,19 +143,19 @@ class BrokenProxy:
 
 
 def _request(client: socket.socket) -> bytes:
-    """A whole request, which asks for the connection to be closed after it."""
+    """A complete request, changed to ask for the connection to be closed after it."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += client.recv(65536) or _gone()
+        data += client.recv(65536) or _closed()
     head, _, body = data.partition(b"\r\n\r\n")
     lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
     length = next((int(line[15:]) for line in lines if line.lower()[:15] == b"content-length:"), 0)
     while len(body) < length:
-        body += client.recv(65536) or _gone()
+        body += client.recv(65536) or _closed()
     return b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body
 
 
-def _gone() -> bytes:
+def _closed() -> bytes:
     raise ConnectionError
 
 

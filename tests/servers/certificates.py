@@ -1,4 +1,4 @@
-"""An authority that the hostile HTTPS servers of the tests have their certificates from."""
+"""A certificate authority for the HTTPS servers of the tests."""
 
 import datetime as dt
 from pathlib import Path
@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 
 def write_authority(folder: Path) -> Path:
-    """The folder with `ca.pem`, and `host.pem`: key and certificate of two names."""
+    """Write `ca.pem`, and `host.pem` with key and certificate of two hosts; return the folder."""
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     ca_name = x509.Name.from_rfc4514_string("CN=An authority for tests")
     names = [x509.DNSName(name) for name in ("images.example", "cdn.example")]

@@ -14,10 +14,10 @@ Act = bytes | Callable[[ssl.SSLSocket], None]
 
 
 class HttpsServer:
-    """An HTTPS server that does, connection by connection, what its script says."""
+    """An HTTPS server whose script has an act for each connection."""
 
     def __init__(self, authority: Path) -> None:
-        self.script: list[Act] = [b""]  # the last act is played for ever
+        self.script: list[Act] = [b""]  # the last act is repeated for ever
         self.before_tls: Callable[[socket.socket], None] = lambda raw: None
         self.heads: list[str] = []
         self.connections = 0
@@ -69,7 +69,7 @@ def reset(sock: ssl.SSLSocket) -> None:
 
 
 def endless(head: bytes, piece: bytes, pause_s: float = 0.0) -> Callable[[socket.socket], None]:
-    """Send `head`, then `piece` until nobody listens."""
+    """Send `head`, then `piece` until the client closes the connection."""
 
     def act(sock: socket.socket) -> None:
         sock.sendall(head)
@@ -81,7 +81,7 @@ def endless(head: bytes, piece: bytes, pause_s: float = 0.0) -> Callable[[socket
 
 
 class NameServer:
-    """Knows one name server's worth of names, and who asked for which."""
+    """Knows the addresses of some names, and the names that were looked up."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

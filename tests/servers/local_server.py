@@ -1,4 +1,4 @@
-"""A small threaded HTTP server whose answers can be scripted; the other sides are built on it."""
+"""A small threaded HTTP server with scripted answers, on which the tests' other servers build."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _MISBEHAVIOURS = ("reset", "slow", "cut")
 
 
 def free_port() -> int:
-    """A port on which nobody listens now, for a program that must be told one."""
+    """A port that is free now, for a program that needs a port number."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came off the wire; headers are found in any case."""
+    """One request as it arrived. Names of headers are found in any case."""
 
     method: str
     path: str
@@ -39,7 +39,7 @@ class Request:
     body: bytes
     at: float
     client: tuple[str, int]
-    """The address and the port of the other end: one connection's are its own."""
+    """The client's address and port, which differ for each connection."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Answer:
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_at: int | None = None
-    """After so many bytes of the body the connection is closed."""
+    """The connection is closed after so many bytes of the body."""
 
 
 Step = int | str | tuple[int, Mapping[str, str]] | Answer
@@ -62,8 +62,8 @@ def json_answer(document: Any, status: int = 200) -> Answer:
 class LocalServer:
     """An HTTP server on 127.0.0.1, for use in a `with` statement; its port is free unless given.
 
-    A subclass says in `answer` how the other side behaves. `changed` guards its state: mutate
-    under it and notify, and `wait_until` wakes up.
+    A subclass implements `answer`. `changed` guards its state: change the state under it and
+    notify, so that `wait_until` sees the change.
     """
 
     slow_seconds = 5.0
@@ -81,18 +81,18 @@ class LocalServer:
         raise NotImplementedError
 
     def note(self, request: Request, answer: Answer | None) -> None:
-        """Called with every request and its answer, None for a reset, before that is sent."""
+        """Called with each request and its answer (None for a reset) before the answer is sent."""
 
     def scripted(self, request: Request) -> bool:
-        """Whether this request uses up a step of the script."""
+        """Whether this request consumes a step of the script."""
         return True
 
     def script(self, steps: Iterable[Step]) -> None:
-        """Say what happens to the next requests, one step each; afterwards all is well again.
+        """Set what happens to the next requests, one step each; later ones are answered as usual.
 
-        200 behaves as usual, another status is answered as it stands (with headers as a pair:
-        `(429, {"Retry-After": "1"})`), "reset" breaks the connection and nothing is done, "slow"
-        acts at once and answers after `slow_seconds`, "cut" acts and sends half of the answer.
+        200 answers as usual, and another status as it is (with headers as a pair: `(429,
+        {"Retry-After": "1"})`). "reset" does nothing and breaks the connection. "slow" acts at once
+        and answers after `slow_seconds`. "cut" acts and sends half of the answer.
         """
         steps = list(steps)
         for step in steps:
@@ -103,7 +103,7 @@ class LocalServer:
 
     @property
     def script_left(self) -> list[Step]:
-        """The steps of the script that no request has used up yet."""
+        """The steps of the script that no request has consumed yet."""
         return list(self._steps)
 
     def wait_until(
@@ -113,7 +113,7 @@ class LocalServer:
         with self.changed:
             value = self.changed.wait_for(true, timeout)
         if not value:
-            raise TimeoutError(f"waited {timeout} s in vain for {what or 'a change'}")
+            raise TimeoutError(f"{what or 'a change'} did not come within {timeout} s")
         return value
 
     def __enter__(self) -> Self:
@@ -130,7 +130,7 @@ class LocalServer:
         self.stop()
 
     def stop(self) -> None:
-        """Stop listening and hang up on everyone, as a server that died would."""
+        """Close the server and all its connections, as if its process had died."""
         self.closing.set()
         with self.changed:
             self.changed.notify_all()
@@ -139,7 +139,7 @@ class LocalServer:
         self._http.hang_up()
 
     def respond(self, request: Request) -> Answer | None:
-        """The answer to a request after the script had its say; None means a reset."""
+        """The answer to a request by the script's next step; None means a reset."""
         with self.changed:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -200,7 +200,7 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
         timeout = None
 
         def handle_one_request(self) -> None:
-            # A client that hangs up is part of the game and no fault of ours.
+            # Some tests have clients that close the connection early.
             self.close_connection = True
             with suppress(OSError):
                 super().handle_one_request()

