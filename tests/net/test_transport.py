@@ -2,10 +2,12 @@
 
 import base64
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from ourvidz_serverless.net.connection import Connection
 from ourvidz_serverless.net.retries import Fault, Refused, is_transient
 from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Transport, parse_url
 from tests.servers.broken_proxy import BrokenProxy
+from tests.servers.https_server import HttpsServer
 from tests.servers.local_server import Answer as WebAnswer
 from tests.servers.local_server import LocalServer, Request
 
@@ -289,3 +292,33 @@ def test_an_idle_connection_with_bytes_of_no_response_is_dropped() -> None:
     with Connection(ours) as connection, theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         assert connection.is_dropped
+
+
+def test_a_connection_is_used_again_after_a_chunked_response() -> None:
+    connections = []
+
+    def act(client: socket.socket) -> None:
+        connections.append(client)
+        while True:
+            client.sendall(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b"2\r\nab\r\n1\r\nc\r\n0\r\nX-Trailer: y\r\n\r\n"
+            )
+            client.recv(65536)
+
+    transport = Transport()
+    with server(act) as url:
+        bodies = [transport.send("GET", url, within_s=AGES_S).body for _ in range(3)]
+
+    assert bodies == [b"abc"] * 3
+    assert len(connections) == 1
+
+
+def test_an_https_server_of_an_unknown_authority_gets_no_request(authority: Path) -> None:
+    https = HttpsServer(authority)
+
+    with closing(https), pytest.raises(Fault, match="no answer") as fault:
+        get(f"https://127.0.0.1:{https.port}/")
+
+    assert isinstance(fault.value.__cause__, ssl.SSLCertVerificationError)
+    assert https.heads == []
