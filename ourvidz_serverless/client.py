@@ -117,10 +117,11 @@ class Client:
         return {name: self._api(name).health() for name in self._endpoints(family)}
 
     def _choose(self, payload: Mapping[str, Any]) -> _Api:
-        apis = [self._api(name) for name in self._endpoints(self._family(payload))]
+        apis = [self._api(name) for name in self._endpoints(self.family_of(payload))]
         return apis[0] if len(apis) == 1 else min(apis, key=_load)
 
-    def _family(self, payload: Mapping[str, Any]) -> str:
+    def family_of(self, payload: Mapping[str, Any]) -> str:
+        """The family whose endpoint gets a job; raises ValueError for an unknown type."""
         name = job_type(payload)
         if name is None:
             asked = payload.get("type") or payload.get("job_type")

@@ -1,4 +1,4 @@
-"""A start that fails says why in one line, before any weight is read."""
+"""The start of a worker: one that fails says why in one line, before it reads any weights."""
 
 import re
 import socket
@@ -17,12 +17,12 @@ from tests.patience import PATIENCE_S
 from tests.servers.handler import HANDLER, POCKET, run_handler
 from tests.servers.worker_process import WorkerProcess
 
-#: Whoever looks for these weights tells of SDXL_MODEL, or of WAN_MODEL.
+#: Weights that do not exist: a start that looks for them fails with SDXL_MODEL or WAN_MODEL.
 NOWHERE: dict[str, Any] = {"sdxl_model": "/no/such/model", "wan_model": "/no/such/model"}
 
 
 def blocked(tmp_path: Path) -> Path:
-    """What cannot become a folder."""
+    """A path that cannot become a folder."""
     (tmp_path / "file").write_text("not a folder")
     return tmp_path / "file" / "folder"
 
@@ -49,33 +49,33 @@ def refusal(**settings: Any) -> str:
         ),
     ],
 )
-def test_a_setting_that_does_not_hold_is_told_before_weights_are_looked_for(
+def test_an_invalid_setting_is_reported_before_weights_are_looked_for(
     wrong: dict[str, Any], line: str
 ) -> None:
     assert refusal(**wrong).startswith(line)
 
 
 @pytest.mark.parametrize(
-    ("variable", "beside"), [("poison_dir", {}), ("compile_cache_dir", {"compile": "regional"})]
+    ("variable", "others"), [("poison_dir", {}), ("compile_cache_dir", {"compile": "regional"})]
 )
-def test_a_folder_that_cannot_be_had_is_told_before_weights_are_looked_for(
-    tmp_path: Path, variable: str, beside: dict[str, str]
+def test_a_folder_that_cannot_be_created_is_reported_before_weights_are_looked_for(
+    tmp_path: Path, variable: str, others: dict[str, str]
 ) -> None:
-    told = refusal(**{variable: blocked(tmp_path)}, **beside)
+    line = refusal(**{variable: blocked(tmp_path)}, **others)
 
-    assert told == f"{variable.upper()}: the folder cannot be used: Not a directory"
+    assert line == f"{variable.upper()}: the folder cannot be used: Not a directory"
 
 
-def test_a_folder_that_takes_no_file_is_told_before_weights_are_looked_for() -> None:
+def test_a_folder_that_is_not_writable_is_reported_before_weights_are_looked_for() -> None:
     assert refusal(poison_dir="/proc/self").startswith("POISON_DIR: the folder cannot be used: ")
 
 
-def test_an_endpoint_that_s3s_client_refuses_is_told_at_the_start() -> None:
+def test_an_invalid_s3_endpoint_is_reported_at_the_start() -> None:
     keys = {"bucket_access_key_id": "id", "bucket_secret_access_key": "secret"}
 
-    told = refusal(storage_url="s3://bucket", bucket_endpoint_url="http://-minio:9000", **keys)
+    line = refusal(storage_url="s3://bucket", bucket_endpoint_url="http://-minio:9000", **keys)
 
-    assert told == "BUCKET_ENDPOINT_URL: Input should be the URL of a host"
+    assert line == "BUCKET_ENDPOINT_URL: Input should be the URL of a host"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,9 @@ def test_an_endpoint_that_s3s_client_refuses_is_told_at_the_start() -> None:
         ({"SERVE": "http", "HOST": "no.such.host.invalid"}, "HOST, PORT: cannot listen at"),
     ],
 )
-def test_the_process_ends_with_the_line_and_no_traceback(env: dict[str, str], line: str) -> None:
+def test_a_start_that_fails_ends_with_one_line_and_no_traceback(
+    env: dict[str, str], line: str
+) -> None:
     run = run_handler(**env)
 
     assert run.returncode == 1
@@ -109,7 +111,7 @@ def test_a_host_of_two_colons_listens_at_ipv6_and_ipv4(tmp_path: Path) -> None:
             assert answer.status_code in (200, 204)
 
 
-def test_a_port_that_is_taken_is_told_in_one_line() -> None:
+def test_a_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ModelLoadError, match=f"cannot listen at 127.0.0.1, port {port}: "):

@@ -1,4 +1,4 @@
-"""What `make` does when a step fails, and when it is told to run several at once.
+"""`make` when a step fails, and with several jobs at once.
 
 The Makefile runs in an empty folder, with a stand-in for Python that makes an environment of
 shell scripts: what pip does is not this file's concern.
@@ -24,7 +24,7 @@ cp pip .venv/bin/pip
 chmod +x .venv/bin/*
 """
 
-#: Fails where another pip is at work; what it was asked for goes to the file `installed`.
+#: Fails while another pip runs; writes its arguments to the file `installed`.
 PIP = """#!/bin/sh
 mkdir busy || exit 1
 echo "$@" >> installed
@@ -51,7 +51,7 @@ def make(folder: Path, *arguments: str) -> int:
     return subprocess.run(command, cwd=folder, env=kept, capture_output=True).returncode
 
 
-def test_an_environment_that_failed_half_way_is_made_anew(folder: Path) -> None:
+def test_an_incomplete_environment_is_made_again(folder: Path) -> None:
     (folder / "broken").touch()
     assert make(folder, ".venv/run") != 0
     (folder / "broken").unlink()

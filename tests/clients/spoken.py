@@ -1,13 +1,13 @@
-"""A platform at which a reply was streamed already, and is told one piece for each question."""
+"""A platform that has a streamed reply, and sends one piece of it for each request."""
 
 import json
 from typing import Any
 
 from builder.contract import FOLDER
 from tests.servers.local_server import Answer, json_answer
-from tests.servers.runpod import Platform, _Job
+from tests.servers.runpod import Platform, PlatformJob
 
-#: What the job comes to, and the pieces that its reply was streamed in.
+#: The job's document, and the pieces of its streamed reply.
 DOCUMENT: dict[str, Any] = json.loads((FOLDER / "examples/result.chat.json").read_text())
 PIECES = ["Rain ", "is water ", "that falls."]
 
@@ -18,13 +18,10 @@ class Spoken(Platform):
     def done(self) -> str:
         id = self.submit({})
         deltas = [{"delta": piece} for piece in PIECES]
-        with self.changed:
-            self._queues["local"].clear()
-            self._jobs[id].stream = [*deltas, DOCUMENT]
-            self._jobs[id].apply({"output": [*deltas, DOCUMENT]})
+        self.end(id, [*deltas, DOCUMENT])
         return id
 
-    def _stream_on(self, job: _Job) -> Answer:
+    def next_items(self, job: PlatformJob) -> Answer:
         with self.changed:
             news = job.stream[job.num_streamed : job.num_streamed + 1]
             job.num_streamed += len(news)

@@ -1,4 +1,4 @@
-"""docs/integrate.md: its snippets are its files', and the files do what it says, in real Deno."""
+"""docs/integrate.md: its snippets equal their files, and the files run in real Deno."""
 
 import json
 import re
@@ -27,7 +27,7 @@ GUIDE = (ROOT / "docs/integrate.md").read_text()
 
 
 def snippets() -> Iterator[tuple[Path, str]]:
-    """Each snippet of TypeScript, with the example that the text last named before it."""
+    """Each snippet of TypeScript, with the example file that the text names before it."""
     for block in re.finditer(r"^```ts\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
         named = re.findall(r"/examples/([\w-]+\.ts)\)", GUIDE[: block.start()])
         yield EXAMPLES / named[-1], block[1]
@@ -37,7 +37,7 @@ SNIPPETS = list(snippets())
 
 
 @pytest.mark.parametrize(("file", "snippet"), SNIPPETS, ids=[file.stem for file, _ in SNIPPETS])
-def test_a_snippet_is_what_its_file_says(file: Path, snippet: str) -> None:
+def test_a_snippet_of_the_guide_equals_its_file(file: Path, snippet: str) -> None:
     lines, wanted = file.read_text().splitlines(), snippet.splitlines()
     windows = (lines[at : at + len(wanted)] for at in range(len(lines)))
 
@@ -51,7 +51,7 @@ def test_every_edge_function_is_in_the_guide() -> None:
     assert shown | {"lists.ts"} == {file.name for file in EXAMPLES.glob("*.ts")}
 
 
-def test_the_variables_that_the_bridge_is_given_are_its_own() -> None:
+def test_the_guides_variables_of_the_bridge_are_settings() -> None:
     (script,) = re.findall(r"^```sh\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 
     names = set(re.findall(r"\b[A-Z_]{6,}\b", script))
@@ -66,11 +66,11 @@ def test_every_link_in_the_guide_leads_somewhere() -> None:
             assert (ROOT / "docs" / link).resolve().exists(), link
 
 
-# --- who calls the worker ---
+# --- callers of the worker ---
 
 
 class Gateway(LocalServer):
-    """RunPod's gateway before a load-balancing endpoint, and what it lets through to the worker."""
+    """RunPod's gateway of a load-balancing endpoint; `passed` has the requests to the worker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Gateway(LocalServer):
 
 
 @pytest.mark.parametrize("key", ["worker-key", ""])
-def test_a_request_as_the_guide_writes_it_passes_the_gateway(key: str) -> None:
+def test_a_request_as_in_the_guide_passes_the_gateway(key: str) -> None:
     allowed = ["--no-prompt", "--allow-net=127.0.0.1", "--allow-env"]
     with Gateway() as gateway:
         done = subprocess.run(
@@ -100,13 +100,13 @@ def test_a_request_as_the_guide_writes_it_passes_the_gateway(key: str) -> None:
     assert request.headers.get("X-API-Key", "") == key
 
 
-def test_a_long_reply_of_the_playground_is_waited_for_as_the_guide_writes_it() -> None:
+def test_the_guides_token_counts_are_a_short_and_a_long_reply() -> None:
     ((long, short),) = re.findall(r"max_tokens: long_response \? (\d+) : (\d+)", GUIDE)
 
     assert int(short) <= LONG_REPLY_TOKENS < int(long)
 
 
-# --- the way over, and the way back ---
+# --- moving jobs to the endpoints, and back ---
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def listed(rest_server: RedisRestServer, queue: str) -> list[Any]:
 
 
 def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
-    """What `move-jobs.ts` says of rows of the application's table."""
+    """What `move-jobs.ts` prints for rows of the application's table."""
     allowed = ["--allow-net=127.0.0.1", "--allow-env", f"--allow-read={ROOT}"]
     done = subprocess.run(
         [DENO, "run", "--no-prompt", *allowed, EXAMPLES / "move-jobs.ts", direction],
@@ -143,7 +143,7 @@ def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
     return said
 
 
-def test_a_family_that_has_not_moved_goes_by_its_list_and_the_bridge(
+def test_a_job_of_a_family_that_has_not_moved_goes_through_its_list_and_the_bridge(
     shaky: Platform, rest_server: RedisRestServer
 ) -> None:
     env = env_of(shaky, rest(rest_server), MOVED_FAMILIES="chat")
@@ -178,7 +178,7 @@ def test_jobs_that_an_old_worker_left_behind_are_submitted_from_their_rows(
     assert {each.get("id") or each.get("job_id") for each in kept} - {None} <= submitted
 
 
-def test_jobs_that_no_worker_has_ended_are_given_back_to_the_lists_in_order(
+def test_jobs_that_have_not_ended_are_pushed_back_to_the_lists_in_order(
     shaky: Platform, rest_server: RedisRestServer
 ) -> None:
     payloads = [sdxl_payload(id=f"job-{number}") for number in range(3)]

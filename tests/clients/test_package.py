@@ -1,4 +1,4 @@
-"""The TypeScript client as npm packs it: its types on Node, and what npm's own linters say of it.
+"""The TypeScript client as npm packs it: its types on Node, and npm's linters.
 
 The tools are those of `tests/clients/npm/`, which `make test` installs into `.cache/npm`.
 """
@@ -17,7 +17,7 @@ from tests.servers.javascript import CLIENT, DENO, NPM, deno_environment, needed
 
 LOCKED = ROOT / "tests/clients/npm"
 
-#: A caller that uses each part of the client; the compiler has to refuse what is marked.
+#: A caller that uses each part of the client. The compiler must refuse the marked lines.
 USES = """
 import { Client, Face, familyOf, verifyCallback } from "@ourvidz/serverless";
 import type { Callback, Family, Result, Status, Untyped } from "@ourvidz/serverless";
@@ -63,7 +63,7 @@ def run(command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of somebody who has installed the package, and no other but Node's types."""
+    """A folder in which only the package is installed; the types of Node are elsewhere."""
     folder = tmp_path_factory.mktemp("application")
     home = folder / "node_modules/@ourvidz/serverless"
     home.parent.mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_the_package_has_its_types_on_node(application: Path, resolution: str, m
 
 
 def test_every_kind_of_import_of_the_package_finds_its_types() -> None:
-    # The package has ECMAScript modules alone, which `require` takes since Node 20.19.
+    # The package has only ECMAScript modules, which `require` accepts since Node 20.19.
     command = [*tool("attw"), str(packed()), "--ignore-rules", "cjs-resolves-to-esm"]
 
     done = run([*command, "--format", "json"], packed().parent)
@@ -98,7 +98,7 @@ def test_every_kind_of_import_of_the_package_finds_its_types() -> None:
     assert {each["kind"] for each in analysis["problems"]} <= {"CJSResolvesToESM"}
 
 
-def test_the_package_is_as_npm_wants_it() -> None:
+def test_publint_finds_no_fault_in_the_package() -> None:
     done = run([*tool("publint"), str(packed()), "--strict"], packed().parent)
 
     assert done.returncode == 0, done.stdout

@@ -16,7 +16,7 @@ from tests.fakes.local_worker import chat_payload, sdxl_payload
 from tests.servers.local_server import Answer
 from tests.servers.runpod import Platform
 
-#: Endpoints at which nobody works: what is submitted there stays in the queue.
+#: Endpoints without workers: jobs stay in the queue.
 EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
 QUICK = Retry(tries=4, base_s=0.01, max_s=0.05)
 
@@ -43,13 +43,13 @@ def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) 
     assert job.endpoint == platform.endpoint_of(job.id) == EMPTY.get(family, EMPTY["sdxl"])
 
 
-def test_an_administrators_job_goes_where_it_is_about(platform: Platform) -> None:
+def test_an_admin_job_goes_to_its_targets_endpoint(platform: Platform) -> None:
     payload = {"type": "admin_utilities", "config": {"target_worker": "wan_worker"}}
 
     assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "films"
 
 
-def test_an_administrators_job_may_name_what_it_is_about_beside_its_config(
+def test_an_admin_job_may_have_its_target_outside_its_config(
     platform: Platform,
 ) -> None:
     payload = {"job_type": "admin_utilities", "target_worker": "chat_worker"}
@@ -57,7 +57,7 @@ def test_an_administrators_job_may_name_what_it_is_about_beside_its_config(
     assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "talk"
 
 
-def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
+def test_an_admin_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
     endpoints = {"sdxl": "", "chat": "talk"}
 
     job = client(platform, endpoints=endpoints).submit({"type": "admin_utilities"})
@@ -68,7 +68,7 @@ def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: P
 @pytest.mark.parametrize(
     ("name", "says"), [("video_fast", "no endpoint serves wan"), ("poem", "poem is no job type")]
 )
-def test_what_has_no_endpoint_is_the_callers_mistake(
+def test_a_job_without_an_endpoint_raises_value_error(
     platform: Platform, name: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
@@ -83,12 +83,12 @@ def test_the_endpoint_with_the_shortest_queue_gets_the_job(platform: Platform) -
 
     chosen = [chooser.submit(sdxl_payload()).endpoint for _ in range(3)]
 
-    # After the first the queues are even, and the endpoint named first wins.
+    # After the first job the queues are equal, and the first endpoint gets the job.
     assert chosen == ["short", "long", "short"]
 
 
 @pytest.mark.usefixtures("worker")
-def test_an_endpoint_with_a_worker_is_preferred_to_one_whose_queue_nobody_reads(
+def test_an_endpoint_with_workers_is_preferred_to_one_without(
     platform: Platform,
 ) -> None:
     platform.submit(sdxl_payload(), endpoint="deserted")
@@ -112,7 +112,9 @@ def test_an_endpoint_that_does_not_answer_is_the_last_choice(platform: Platform)
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_picture_is_waited_for(platform: Platform, outputs: Path) -> None:
+def test_a_picture_is_submitted_and_its_document_returned(
+    platform: Platform, outputs: Path
+) -> None:
     document = client(platform).run(sdxl_payload(id="python-run"))
 
     assert (outputs / document["assets"][0]["url"]).exists()
@@ -137,7 +139,7 @@ def test_a_reply_is_streamed_and_ends_with_its_document(platform: Platform) -> N
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("way", ["run", "runsync"])
-def test_a_job_that_fails_raises_what_the_worker_raised(platform: Platform, way: str) -> None:
+def test_a_failed_job_raises_the_workers_error(platform: Platform, way: str) -> None:
     payload = sdxl_payload(config={"num_images": 2})
 
     with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
@@ -150,7 +152,7 @@ def test_a_wrong_key_of_the_workers_is_unauthorized(platform: Platform) -> None:
         client(platform, worker_key="another").run(chat_payload())
 
 
-def test_a_job_is_told_and_cancelled_by_its_endpoint_and_id(platform: Platform) -> None:
+def test_a_job_is_found_and_cancelled_by_its_endpoint_and_id(platform: Platform) -> None:
     submitted = client(platform, endpoints=EMPTY).submit(chat_payload())
     again = client(platform).job(submitted.endpoint, submitted.id)
 
@@ -163,7 +165,7 @@ def test_a_job_is_told_and_cancelled_by_its_endpoint_and_id(platform: Platform) 
         list(again.stream())
 
 
-def test_who_does_not_wait_long_enough_hears_that_it_goes_on(platform: Platform) -> None:
+def test_a_job_that_outlasts_its_callers_time_is_reported_as_under_way(platform: Platform) -> None:
     submitted = client(platform, endpoints=EMPTY).submit(chat_payload())
 
     with pytest.raises(errors.DeadlinePassed, match=r"still under way after 0\.5 seconds"):
@@ -171,17 +173,17 @@ def test_who_does_not_wait_long_enough_hears_that_it_goes_on(platform: Platform)
 
 
 @pytest.mark.usefixtures("worker")
-def test_health_is_told_by_endpoint(platform: Platform) -> None:
+def test_health_is_returned_by_endpoint(platform: Platform) -> None:
     assert client(platform).health("chat")["local"]["workers"]["idle"] == 1
 
 
-# --- trying again ---
+# --- tries ---
 
 
 @pytest.mark.parametrize(
     "steps", [[429], [503, 502], ["reset"], [(429, {"Retry-After": "1"}), 500]]
 )
-def test_what_may_pass_is_tried_again(shaky: Platform, steps: list[Any]) -> None:
+def test_a_transient_failure_is_tried_again(shaky: Platform, steps: list[Any]) -> None:
     shaky.script(steps)
 
     job = client(shaky).submit(chat_payload())
@@ -190,7 +192,9 @@ def test_what_may_pass_is_tried_again(shaky: Platform, steps: list[Any]) -> None
 
 
 @pytest.mark.parametrize(("status", "tries"), [(400, 1), (401, 1), (503, 4), (429, 4)])
-def test_what_does_not_pass_is_given_up(shaky: Platform, status: int, tries: int) -> None:
+def test_a_failure_that_does_not_end_is_raised_after_its_tries(
+    shaky: Platform, status: int, tries: int
+) -> None:
     shaky.script([status] * 4)
 
     with pytest.raises(Fault) as fault:
@@ -209,7 +213,7 @@ def test_a_job_without_an_id_gets_one_before_it_is_sent(shaky: Platform) -> None
     assert shaky.queued()[0]["input"]["id"]
 
 
-# --- asking for a job ---
+# --- polls ---
 
 
 @pytest.fixture
@@ -228,7 +232,7 @@ def told(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
             return pieces, end.value
 
 
-#: A proxy's answer that ends too soon, though its length is right.
+#: A proxy's answer that ends too soon, although its length is right.
 HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
 
 
@@ -237,7 +241,7 @@ HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application
     [["cut"], [HALF], [Answer(200, b"{}")], [Answer(200, b"[]")], [503] * 5],
     ids=["cut", "half a document", "empty", "a list", "an outage longer than a request's tries"],
 )
-def test_a_job_is_asked_for_again_after_an_answer_that_is_none(
+def test_a_job_is_polled_again_after_an_answer_that_failed(
     spoken: Spoken, steps: list[Any]
 ) -> None:
     job = client(spoken).job("local", spoken.done())
@@ -248,7 +252,7 @@ def test_a_job_is_asked_for_again_after_an_answer_that_is_none(
     assert spoken.script_left == []
 
 
-def test_a_job_that_nobody_may_ask_for_is_given_up(spoken: Spoken) -> None:
+def test_a_poll_that_is_refused_is_not_tried_again(spoken: Spoken) -> None:
     with pytest.raises(Fault, match="HTTP 404"):
         client(spoken).job("local", "forgotten").result()
 
@@ -262,7 +266,7 @@ def test_the_stream_of_a_job_that_waits_in_its_queue_ends_when_the_time_is_over(
         told(job, timeout_s=0.05)
 
 
-def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(spoken: Spoken) -> None:
+def test_a_platform_that_does_not_answer_until_the_time_is_over_is_reported(spoken: Spoken) -> None:
     job = client(spoken).job("local", spoken.done())
     spoken.script_path = "/status/"
     spoken.script([503] * 9)
@@ -271,13 +275,13 @@ def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(spoken: S
         job.result(timeout_s=0.05)
 
 
-def test_without_a_lost_answer_a_stream_is_told_as_it_was_spoken(spoken: Spoken) -> None:
+def test_without_a_lost_answer_a_stream_has_the_pieces_of_the_reply(spoken: Spoken) -> None:
     job = client(spoken).job("local", spoken.done())
 
     assert told(job) == (PIECES, DOCUMENT)
 
 
-def test_the_pieces_of_an_answer_that_was_cut_come_at_the_streams_end(spoken: Spoken) -> None:
+def test_the_pieces_of_a_lost_answer_come_at_the_end_of_the_stream(spoken: Spoken) -> None:
     job = client(spoken).job("local", spoken.done())
     spoken.script_path = "/stream/"
     spoken.script([200, "cut"])
@@ -286,9 +290,7 @@ def test_the_pieces_of_an_answer_that_was_cut_come_at_the_streams_end(spoken: Sp
 
 
 @pytest.mark.parametrize(("way", "wait"), [("run", "timeout_s"), ("runsync", "wait_s")])
-def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
-    shaky: Platform, way: str, wait: str
-) -> None:
+def test_a_jobs_own_bucket_is_sent_as_s3_config(shaky: Platform, way: str, wait: str) -> None:
     bucket = {
         "accessId": "a",
         "accessSecret": "s",
@@ -307,7 +309,7 @@ def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
 
 @pytest.mark.parametrize("name", ["completed", "chat"])
 @pytest.mark.parametrize("as_list", [True, False])
-def test_the_contracts_results_are_read(name: str, as_list: bool) -> None:
+def test_the_example_results_of_the_contract_are_read(name: str, as_list: bool) -> None:
     document = json.loads((FOLDER / f"examples/result.{name}.json").read_text())
     output = [{"delta": "Rain"}, document] if as_list else document
 
@@ -317,7 +319,7 @@ def test_the_contracts_results_are_read(name: str, as_list: bool) -> None:
 
 
 @pytest.mark.parametrize("error", errors.JobError.__subclasses__(), ids=lambda error: error.code)
-def test_every_code_comes_back_as_its_class(error: type[errors.JobError]) -> None:
+def test_every_error_code_becomes_its_class(error: type[errors.JobError]) -> None:
     text = json.dumps({"code": error.code, "message": "why", "retryable": error.retryable})
 
     outcome = read_outcome({"id": "a", "status": "FAILED", "error": text})
@@ -336,7 +338,7 @@ def test_every_code_comes_back_as_its_class(error: type[errors.JobError]) -> Non
         ({"status": "CANCELLED"}, errors.Cancelled),
     ],
 )
-def test_every_way_to_end_badly_is_an_error(
+def test_every_failed_status_of_the_platform_is_an_error(
     answer: dict[str, Any], error: type[errors.JobError]
 ) -> None:
     assert type(read_outcome(answer).error) is error

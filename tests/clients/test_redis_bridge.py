@@ -28,7 +28,7 @@ from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
-#: Endpoints at which nobody works: what is submitted there stays in the queue.
+#: Endpoints without workers: jobs stay in the queue.
 ENDPOINTS = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
 QUEUE = "sdxl_queue"
 
@@ -55,7 +55,7 @@ def rest_server(redis: RedisServer) -> Iterator[RedisRestServer]:
 def place(
     request: pytest.FixtureRequest, redis: RedisServer, rest_server: RedisRestServer
 ) -> dict[str, str]:
-    """The lists, as the environment names them."""
+    """The settings that name the Redis."""
     return plain(redis) if request.param == "plain" else rest(rest_server)
 
 
@@ -151,7 +151,7 @@ def test_jobs_leave_a_list_in_the_order_in_which_they_were_pushed(
     assert left(redis) == left(redis, "processing") == left(redis, "dead") == []
 
 
-def test_what_is_pushed_while_it_runs_is_handed_over_as_it_came(
+def test_jobs_that_are_pushed_while_the_bridge_runs_are_submitted_in_order(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     with bridged(shaky, place):
@@ -210,7 +210,7 @@ def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def test_what_queue_job_posts_is_handed_over_first_in_first_out(
+def test_items_as_queue_job_pushes_them_are_submitted_first_in_first_out(
     redis: RedisServer, rest_server: RedisRestServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     pushed = pictures(1, 2, 3)
@@ -241,7 +241,7 @@ def test_a_list_of_one_job_is_that_job(wrap: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     "steps", [[503, 502, 500], [(429, {"Retry-After": "0"}), 408], ["reset", "reset"], [401, 404]]
 )
-def test_an_outage_of_the_platform_is_waited_out(
+def test_the_bridge_waits_until_an_outage_of_the_platform_ends(
     redis: RedisServer, shaky: Platform, place: dict[str, str], steps: list[Any]
 ) -> None:
     push(redis, *pictures(1, 2, 3))
@@ -254,7 +254,7 @@ def test_an_outage_of_the_platform_is_waited_out(
     assert left(redis, "dead") == []
 
 
-def test_the_outage_of_one_endpoint_holds_up_no_other(
+def test_an_outage_of_one_endpoint_does_not_delay_another(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     shaky.script_path = "/pictures/run"
@@ -305,7 +305,7 @@ def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
     assert left(redis) == left(redis, "processing") == []
 
 
-#: How a real Redis comes to refuse what changes a list, and how it comes to take it again.
+#: Commands that make a real Redis refuse changes of a list, and commands that end that.
 FAILOVERS = {
     "READONLY": (["REPLICAOF", "127.0.0.1", "1"], ["REPLICAOF", "NO", "ONE"]),
     "OOM": (["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"]),
@@ -326,7 +326,7 @@ def wait_for_error(redis: RedisServer, kind: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", FAILOVERS)
-def test_a_redis_that_refuses_for_a_while_is_waited_for(
+def test_the_bridge_waits_while_redis_refuses_commands_for_a_time(
     redis: RedisServer,
     shaky: Platform,
     place: dict[str, str],
@@ -391,7 +391,7 @@ def test_a_failover_to_another_server_of_the_same_name_is_followed(
         ("NOPERM User default has no permissions to run the 'lmove' command", False),
     ],
 )
-def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
+def test_errors_of_redis_that_end_by_themselves_are_transient_and_others_are_not(
     rest_server: RedisRestServer, place: dict[str, str], said: str, passes: bool
 ) -> None:
     opened = redis_bridge.open_redis(
@@ -408,7 +408,7 @@ def test_an_error_of_redis_that_ends_by_itself_is_told_from_one_that_does_not(
     ("said", "passes"),
     [("ERR max daily request limit exceeded. Limit: 10000", True), ("ERR empty command", False)],
 )
-def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
+def test_an_error_of_upstash_for_the_request_is_read(
     rest_server: RedisRestServer, said: str, passes: bool
 ) -> None:
     rest_server.script([json_answer({"error": said}, 400)])
@@ -420,7 +420,7 @@ def test_an_error_that_upstash_answers_for_a_whole_request_is_read(
     assert refused.value.is_transient is passes
 
 
-def test_a_bridge_that_is_killed_after_the_platform_accepted_a_job_hands_it_over_again(
+def test_a_bridge_that_is_killed_after_the_platform_accepted_a_job_submits_it_again(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4))
@@ -434,13 +434,13 @@ def test_a_bridge_that_is_killed_after_the_platform_accepted_a_job_hands_it_over
     with bridged(shaky, place):
         wait_for(shaky, 5)
 
-    # Twice under one id: the worker does it once while it runs, later on it repeats itself.
+    # Twice under one id: the worker runs it once at a time, and a second run has the same files.
     assert held == named(2)
     assert accepted(shaky) == named(1, 2, 2, 3, 4)
     assert left(redis) == left(redis, "processing") == []
 
 
-def test_what_several_processes_left_claimed_goes_back_in_order(
+def test_jobs_that_several_processes_left_claimed_go_back_in_order(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4))
@@ -453,7 +453,7 @@ def test_what_several_processes_left_claimed_goes_back_in_order(
     assert accepted(shaky) == named(1, 2, 3, 4)
 
 
-def test_a_job_without_an_id_gets_the_same_at_every_try(
+def test_a_job_without_an_id_gets_the_same_id_at_every_try(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     nameless = {"type": "sdxl_image_fast", "prompt": "a red circle"}
@@ -466,7 +466,7 @@ def test_a_job_without_an_id_gets_the_same_at_every_try(
     assert one == other
 
 
-# --- what is no job ---
+# --- items that are no jobs ---
 
 POISON = {
     "{": "it is not JSON",
@@ -487,7 +487,7 @@ POISON = {
 
 
 @pytest.mark.parametrize("raw", POISON, ids=lambda raw: raw[:32] or "nothing")
-def test_what_is_no_job_is_put_aside_with_its_reason_and_blocks_nothing(
+def test_an_item_that_is_no_job_goes_to_the_dead_list_with_its_reason(
     redis: RedisServer, shaky: Platform, place: dict[str, str], raw: str
 ) -> None:
     push(redis, *pictures(1), raw, *pictures(2))
@@ -503,7 +503,7 @@ def test_what_is_no_job_is_put_aside_with_its_reason_and_blocks_nothing(
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_what_the_platform_will_never_take_is_put_aside(
+def test_a_job_that_the_platform_never_accepts_goes_to_the_dead_list(
     redis: RedisServer, shaky: Platform, place: dict[str, str], status: int
 ) -> None:
     push(redis, *pictures(1, 2))
@@ -517,7 +517,7 @@ def test_what_the_platform_will_never_take_is_put_aside(
     assert accepted(shaky) == named(2)
 
 
-def test_what_the_worker_will_refuse_is_handed_over_for_the_callback_to_tell(
+def test_a_job_that_the_worker_refuses_is_submitted_and_reported_by_callback(
     redis: RedisServer, shaky: Platform, place: dict[str, str]
 ) -> None:
     push(redis, sdxl_payload(id="job-1", config={"num_images": 2}))
@@ -537,7 +537,7 @@ TYPES = st.sampled_from([*jobs.FAMILY_OF, *jobs.SYNONYMS]) | JSON
 
 
 @given(st.text() | st.builds(json.dumps, JSON | st.fixed_dictionaries({"type": TYPES})))
-def test_any_text_is_a_job_with_an_id_or_none(raw: str) -> None:
+def test_every_text_is_either_a_job_with_an_id_or_no_job(raw: str) -> None:
     try:
         payload = redis_bridge.read(raw)
     except NotAJob:
@@ -548,22 +548,22 @@ def test_any_text_is_a_job_with_an_id_or_none(raw: str) -> None:
 
 
 @given(st.sampled_from([*jobs.FAMILY_OF]), JSON)
-def test_any_job_has_an_endpoint(name: str, config: Any) -> None:
+def test_every_job_has_an_endpoint(name: str, config: Any) -> None:
     from ourvidz_serverless.client import Client
 
     client = Client(ENDPOINTS, "rpa-key")
 
-    assert client._family({"type": name, "config": config}) in ENDPOINTS
+    assert client.family_of({"type": name, "config": config}) in ENDPOINTS
 
 
 # --- the process ---
 
 
-def test_sigterm_finishes_the_job_in_hand_and_leaves_the_rest(
+def test_sigterm_submits_the_claimed_job_and_leaves_the_others(
     redis: RedisServer, shaky: Platform
 ) -> None:
     push(redis, *pictures(1, 2, 3))
-    # Time for the signal to arrive in, on a slow machine too.
+    # Enough time for the signal to arrive on a slow machine.
     shaky.slow_seconds = 5
     shaky.script([200, "slow"])
 
@@ -577,7 +577,7 @@ def test_sigterm_finishes_the_job_in_hand_and_leaves_the_rest(
     assert left(redis, "processing") == []
 
 
-def test_the_log_has_one_line_a_job_and_no_word_of_it(redis: RedisServer, shaky: Platform) -> None:
+def test_the_log_has_one_line_a_job_and_no_prompt(redis: RedisServer, shaky: Platform) -> None:
     zebra = "an unmistakable zebra"
     push(redis, sdxl_payload(prompt=zebra), {"type": zebra}, '{"type": "unmistakable')
 
@@ -602,7 +602,7 @@ def test_the_log_has_one_line_a_job_and_no_word_of_it(redis: RedisServer, shaky:
         ({"REDIS_URL": "http://a-secret"}, "REDIS_URL: Input should be"),
     ],
 )
-def test_what_is_needed_and_missing_is_named_at_the_start(
+def test_a_missing_setting_of_the_bridge_is_named_at_the_start(
     redis: RedisServer, shaky: Platform, changes: dict[str, Any], says: str
 ) -> None:
     env = {**env_of(shaky, plain(redis)), **changes}
@@ -634,7 +634,9 @@ def test_a_redis_that_refuses_ends_the_process(
     assert "Traceback" not in running.log
 
 
-def test_a_list_that_is_none_is_a_refusal_too(redis: RedisServer, place: dict[str, str]) -> None:
+def test_a_key_that_is_no_list_is_a_permanent_fault(
+    redis: RedisServer, place: dict[str, str]
+) -> None:
     redis.call("SET", QUEUE, "a string")
     opened = redis_bridge.open_redis(
         Settings(**{name.lower(): value for name, value in place.items()})
@@ -647,7 +649,7 @@ def test_a_list_that_is_none_is_a_refusal_too(redis: RedisServer, place: dict[st
 
 
 @pytest.mark.parametrize("place", ["unix:///no/such/socket", "redis://127.0.0.1:1"])
-def test_a_redis_that_is_not_there_is_waited_for(place: str) -> None:
+def test_a_redis_that_cannot_be_reached_is_a_transient_fault(place: str) -> None:
     with pytest.raises(Fault) as absent:
         redis_bridge.open_redis(Settings(redis_url=place)).call("PING")
 
@@ -658,7 +660,7 @@ def test_a_redis_that_is_not_there_is_waited_for(place: str) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-def test_what_the_application_pushed_is_rendered_by_the_real_loop(
+def test_a_job_that_the_application_pushes_is_rendered_by_the_real_loop(
     redis: RedisServer,
     platform: Platform,
     place: dict[str, str],

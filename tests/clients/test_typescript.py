@@ -34,7 +34,7 @@ from tests.servers.local_server import Answer, LocalServer, Request
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
-#: Endpoints at which nobody works: what is submitted there stays in the queue.
+#: Endpoints without workers: jobs stay in the queue.
 EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
 SERVED = {"sdxl": "local", "chat": "local"}
 QUICK = {"tries": 4, "baseMs": 10, "maxMs": 50}
@@ -64,62 +64,64 @@ def caller(platform: Platform, **changes: Any) -> dict[str, Any]:
 def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) -> None:
     payload = json.loads((FOLDER / f"examples/jobs/{name}.json").read_text())
 
-    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=payload)
+    result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=payload)
 
     family = jobs.FAMILY_OF[name]
-    assert said["value"]["endpoint"] == EMPTY.get(family, EMPTY["sdxl"])
-    queued = platform.queued(said["value"]["endpoint"])[-1]
-    assert queued["id"] == said["value"]["id"]
+    assert result["value"]["endpoint"] == EMPTY.get(family, EMPTY["sdxl"])
+    queued = platform.queued(result["value"]["endpoint"])[-1]
+    assert queued["id"] == result["value"]["id"]
     assert queued["input"] == {**payload, "api_key": "worker-key"}
 
 
 @pytest.mark.parametrize("field", ["type", "job_type"])
 @pytest.mark.parametrize("name", jobs.SYNONYMS)
-def test_the_applications_own_names_are_known(platform: Platform, name: str, field: str) -> None:
+def test_the_applications_names_of_job_types_are_accepted(
+    platform: Platform, name: str, field: str
+) -> None:
     job = {"id": "named", field: name}
 
-    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+    result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert said["value"]["endpoint"] == "films"
+    assert result["value"]["endpoint"] == "films"
 
 
-def test_node_routes_likewise(platform: Platform) -> None:
+def test_a_job_type_goes_to_its_familys_endpoint_on_node(platform: Platform) -> None:
     job = chat_payload()
 
-    said = call("node", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+    result = call("node", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert said["value"]["endpoint"] == "talk"
+    assert result["value"]["endpoint"] == "talk"
 
 
-def test_an_administrators_job_goes_where_it_is_about(platform: Platform) -> None:
+def test_an_admin_job_goes_to_its_targets_endpoint(platform: Platform) -> None:
     job = {
         "type": "admin_utilities",
         "config": {"operation": "health", "target_worker": "wan_worker"},
     }
 
-    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+    result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert said["value"]["endpoint"] == "films"
+    assert result["value"]["endpoint"] == "films"
 
 
-def test_an_administrators_job_is_known_by_either_field_of_its_type(platform: Platform) -> None:
+def test_an_admin_job_is_recognized_by_either_field_of_its_type(platform: Platform) -> None:
     job = {"job_type": "admin_utilities", "target_worker": "chat_worker"}
 
-    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+    result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert said["value"]["endpoint"] == "talk"
+    assert result["value"]["endpoint"] == "talk"
 
 
-def test_an_empty_type_leaves_the_word_to_the_other_field(platform: Platform) -> None:
+def test_an_empty_type_is_read_from_the_other_field(platform: Platform) -> None:
     job = {"id": "", "job_id": "named", "type": "", "job_type": "video_fast"}
 
-    said = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
+    result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert said["value"]["endpoint"] == "films"
+    assert result["value"]["endpoint"] == "films"
     assert platform.queued("films")[-1]["input"]["id"] == "named"
 
 
-def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
+def test_an_admin_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
     job = {"type": "admin_utilities", "config": {"operation": "health"}}
 
     client = caller(platform, endpoints={"sdxl": "", "chat": "talk"})
@@ -127,54 +129,55 @@ def test_an_administrators_job_goes_to_a_family_that_has_an_endpoint(platform: P
     assert call("deno", "submit", client=client, job=job)["value"]["endpoint"] == "talk"
 
 
-def test_a_family_without_an_endpoint_is_the_callers_mistake(
+def test_a_job_of_a_family_without_an_endpoint_throws_an_error(
     platform: Platform, runtime: str
 ) -> None:
-    said = call(runtime, "submit", client=caller(platform), job={"type": "video_fast"})
+    result = call(runtime, "submit", client=caller(platform), job={"type": "video_fast"})
 
-    assert said["error"]["message"] == "no endpoint serves wan"
+    assert result["error"]["message"] == "no endpoint serves wan"
 
 
-def test_of_several_endpoints_the_one_with_the_least_to_do_is_chosen(
-    platform: Platform, runtime: str
-) -> None:
+def test_a_job_goes_to_the_endpoint_with_the_least_load(platform: Platform, runtime: str) -> None:
     busy, free = f"busy-{runtime}", f"free-{runtime}"
     for _ in range(3):
         platform.submit(sdxl_payload(), endpoint=busy)
     platform.submit(sdxl_payload(), endpoint=free)
 
     endpoints = {"sdxl": [busy, free]}
-    said = call(runtime, "submit", client=caller(platform, endpoints=endpoints), job=sdxl_payload())
+    client = caller(platform, endpoints=endpoints)
+    result = call(runtime, "submit", client=client, job=sdxl_payload())
 
-    assert said["value"]["endpoint"] == free
+    assert result["value"]["endpoint"] == free
 
 
 # --- from job to result, by the real loop ---
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_picture_is_waited_for(platform: Platform, runtime: str, outputs: Path) -> None:
-    said = call(runtime, "run", client=caller(platform), job=sdxl_payload(id=f"run-{runtime}"))
+def test_a_picture_is_submitted_and_its_document_returned(
+    platform: Platform, runtime: str, outputs: Path
+) -> None:
+    result = call(runtime, "run", client=caller(platform), job=sdxl_payload(id=f"run-{runtime}"))
 
-    (asset,) = said["value"]["assets"]
+    (asset,) = result["value"]["assets"]
     assert (outputs / asset["url"]).exists()
 
 
 @pytest.mark.usefixtures("worker")
 def test_a_reply_comes_in_one_request(platform: Platform, runtime: str) -> None:
-    said = call(runtime, "runsync", client=caller(platform), job=chat_payload())
+    result = call(runtime, "runsync", client=caller(platform), job=chat_payload())
 
-    assert said["value"]["usage"]["completion_tokens"] > 0
+    assert result["value"]["usage"]["completion_tokens"] > 0
 
 
 @pytest.mark.usefixtures("worker")
 def test_a_reply_is_streamed_and_ends_with_its_result(platform: Platform, runtime: str) -> None:
     job = chat_payload(id=f"stream-{runtime}", stream=True, max_tokens=400)
 
-    said = call(runtime, "stream", client=caller(platform), job=job)
+    result = call(runtime, "stream", client=caller(platform), job=job)
 
-    assert "".join(said["value"]["pieces"]) == said["value"]["result"]["response"]
-    assert len(said["value"]["pieces"]) > 0
+    assert "".join(result["value"]["pieces"]) == result["value"]["result"]["response"]
+    assert len(result["value"]["pieces"]) > 0
 
 
 @pytest.mark.usefixtures("worker")
@@ -204,7 +207,9 @@ def test_a_wrong_key_of_the_workers_is_a_failure_of_the_job(
 
 
 @pytest.mark.usefixtures("worker")
-def test_another_process_can_ask_on_and_cancel(platform: Platform, runtime: str) -> None:
+def test_another_process_can_read_a_jobs_status_and_cancel_it(
+    platform: Platform, runtime: str
+) -> None:
     job = platform.submit(chat_payload(id=f"cancel-{runtime}"), endpoint="nobody")
     name = {"endpoint": "nobody", "id": job}
 
@@ -217,17 +222,17 @@ def test_another_process_can_ask_on_and_cancel(platform: Platform, runtime: str)
 
 
 @pytest.mark.usefixtures("worker")
-def test_health_is_told_by_endpoint(platform: Platform, runtime: str) -> None:
-    said = call(runtime, "health", client=caller(platform), family="chat")
+def test_health_is_returned_by_endpoint(platform: Platform, runtime: str) -> None:
+    result = call(runtime, "health", client=caller(platform), family="chat")
 
-    assert said["value"]["local"]["workers"]["idle"] == 1
+    assert result["value"]["local"]["workers"]["idle"] == 1
 
 
-#: What the application may ask for, as the contract has it.
+#: The job types of the contract that the application uses.
 TYPES = {path.name.removesuffix(".schema.json") for path in FOLDER.glob("jobs/*.schema.json")}
 PAYLOADS = {"sdxl": sdxl_payload, "chat": chat_payload, "wan": wan_payload}
 
-#: What each comes to, by its name's first word.
+#: The assets of each, by the first word of its name.
 MAKES = {
     **{name: ["image"] for name in ("sdxl", "image", "image7b")},
     **{name: ["video"] for name in ("video", "video7b")},
@@ -237,7 +242,7 @@ MAKES = {
 
 
 def small_job(name: str) -> dict[str, Any]:
-    """A job of this type that a model of a few weights does in a moment."""
+    """A job of this type that a tiny model does at once."""
     if name == "admin_utilities":
         return {"id": name, "type": name, "config": {"operation": "health"}}
     return PAYLOADS[jobs.FAMILY_OF[name]](id=f"each-{name}", type=name)
@@ -251,9 +256,9 @@ def test_every_job_type_is_submitted_from_deno_and_done_by_the_real_loop(
     everywhere = caller(platform, endpoints={**SERVED, "wan": "local"})
     names = sorted(TYPES)
 
-    said = call("deno", "runAll", client=everywhere, jobs=[small_job(name) for name in names])
+    result = call("deno", "runAll", client=everywhere, jobs=[small_job(name) for name in names])
 
-    results = dict(zip(names, said["value"], strict=True))
+    results = dict(zip(names, result["value"], strict=True))
     assert set(results) == set(jobs.FAMILY_OF) and len(results) == 14
     for name, result in results.items():
         Validator(json.loads((FOLDER / "result.schema.json").read_text())).validate(result)
@@ -262,21 +267,23 @@ def test_every_job_type_is_submitted_from_deno_and_done_by_the_real_loop(
             assert asset["type"] == "text" or (outputs / asset["url"]).stat().st_size > 0
 
 
-# --- trying again ---
+# --- tries ---
 
 
 @pytest.mark.parametrize(
     "steps", [[429], [503, 502], ["reset"], [(429, {"Retry-After": "1"}), 500]]
 )
-def test_what_may_pass_is_tried_again(shaky: Platform, runtime: str, steps: list[Any]) -> None:
+def test_a_transient_failure_is_tried_again(
+    shaky: Platform, runtime: str, steps: list[Any]
+) -> None:
     shaky.script(steps)
 
-    said = call(runtime, "submit", client=caller(shaky), job=chat_payload())
+    result = call(runtime, "submit", client=caller(shaky), job=chat_payload())
 
-    assert [job["id"] for job in shaky.queued()] == [said["value"]["id"]]
+    assert [job["id"] for job in shaky.queued()] == [result["value"]["id"]]
 
 
-def test_retry_after_is_waited_for(shaky: Platform, runtime: str) -> None:
+def test_a_try_waits_for_retry_after(shaky: Platform, runtime: str) -> None:
     shaky.script([(429, {"Retry-After": "2"})])
     client = caller(shaky, retry={**QUICK, "maxMs": 10_000})
 
@@ -287,7 +294,7 @@ def test_retry_after_is_waited_for(shaky: Platform, runtime: str) -> None:
 
 
 @pytest.mark.parametrize(("status", "tries"), [(400, 1), (404, 1), (503, 4), (429, 4)])
-def test_what_does_not_pass_is_given_up(
+def test_a_failure_that_does_not_end_is_raised_after_its_tries(
     shaky: Platform, runtime: str, status: int, tries: int
 ) -> None:
     shaky.script([status] * 4)
@@ -319,11 +326,11 @@ def test_a_job_whose_answer_was_cut_is_sent_again_under_the_same_id(
     job = chat_payload()
     del job["id"]
 
-    said = call(runtime, "submit", client=caller(shaky), job=job)
+    result = call(runtime, "submit", client=caller(shaky), job=job)
 
     first, second = shaky.queued()
     assert first["input"]["id"] == second["input"]["id"]
-    assert said["value"]["id"] == second["id"]
+    assert result["value"]["id"] == second["id"]
 
 
 def test_a_refusal_whose_text_was_cut_is_still_a_refusal(shaky: Platform, runtime: str) -> None:
@@ -334,7 +341,7 @@ def test_a_refusal_whose_text_was_cut_is_still_a_refusal(shaky: Platform, runtim
     assert (error["name"], error["status"], shaky.queued()) == ("RequestFailed", 400, [])
 
 
-# --- asking for a job ---
+# --- polls ---
 
 
 @pytest.fixture
@@ -347,7 +354,7 @@ def name_of(job: str) -> dict[str, str]:
     return {"endpoint": "local", "id": job}
 
 
-#: A proxy's answer that ends too soon, though its length is right.
+#: A proxy's answer that ends too soon, although its length is right.
 HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
 
 
@@ -356,23 +363,23 @@ HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application
     [["cut"], [HALF], [Answer(200, b"{}")], [503] * 5],
     ids=["cut", "half a document", "an empty document", "an outage longer than a request's tries"],
 )
-def test_a_job_is_asked_for_again_after_an_answer_that_is_none(
+def test_a_job_is_polled_again_after_an_answer_that_failed(
     spoken: Spoken, runtime: str, steps: list[Any]
 ) -> None:
     job = spoken.done()
     spoken.script_path = "/status/"
     spoken.script(steps)
 
-    said = call(runtime, "result", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "result", client=caller(spoken), name=name_of(job))
 
-    assert said["value"] == DOCUMENT
+    assert result["value"] == DOCUMENT
     assert spoken.script_left == []
 
 
-def test_a_job_that_nobody_may_ask_for_is_given_up(spoken: Spoken, runtime: str) -> None:
-    said = call(runtime, "result", client=caller(spoken), name=name_of("forgotten"))
+def test_a_poll_that_is_refused_is_not_tried_again(spoken: Spoken, runtime: str) -> None:
+    result = call(runtime, "result", client=caller(spoken), name=name_of("forgotten"))
 
-    assert (said["error"]["name"], said["error"]["status"]) == ("RequestFailed", 404)
+    assert (result["error"]["name"], result["error"]["status"]) == ("RequestFailed", 404)
 
 
 @pytest.mark.parametrize("action", ["result", "streamOn"])
@@ -388,7 +395,7 @@ def test_a_job_that_waits_in_its_queue_is_under_way_when_the_time_is_over(
 
 
 @pytest.mark.parametrize("action", ["result", "streamOn"])
-def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(
+def test_a_platform_that_does_not_answer_until_the_time_is_over_is_reported(
     spoken: Spoken, action: str
 ) -> None:
     job = spoken.done()
@@ -401,28 +408,28 @@ def test_a_platform_that_does_not_answer_till_the_time_is_over_is_told(
 
 
 @pytest.mark.parametrize("step", [200, 429], ids=["none", "one that the platform refused"])
-def test_without_a_lost_answer_a_stream_is_told_as_it_was_spoken(
+def test_without_a_lost_answer_a_stream_has_the_pieces_of_the_reply(
     spoken: Spoken, runtime: str, step: int
 ) -> None:
     job = spoken.done()
     spoken.script_path = "/stream/"
     spoken.script([step])
 
-    said = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
 
-    assert said["value"] == {"pieces": PIECES, "result": DOCUMENT}
+    assert result["value"] == {"pieces": PIECES, "result": DOCUMENT}
 
 
-def test_the_pieces_of_an_answer_that_was_cut_come_at_the_streams_end(
+def test_the_pieces_of_a_lost_answer_come_at_the_end_of_the_stream(
     spoken: Spoken, runtime: str
 ) -> None:
     job = spoken.done()
     spoken.script_path = "/stream/"
     spoken.script([200, "cut"])
 
-    said = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
 
-    assert said["value"] == {
+    assert result["value"] == {
         "pieces": [PIECES[0], "".join(PIECES[1:])],
         "result": DOCUMENT,
     }
@@ -434,7 +441,7 @@ BUCKET = {"accessId": "a", "accessSecret": "s", "bucketName": "b", "endpointUrl"
 @pytest.mark.parametrize(
     ("action", "wait"), [("run", {"timeoutMs": 1}), ("runsync", {"waitMs": 1})]
 )
-def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
+def test_a_jobs_own_bucket_is_sent_as_s3_config(
     shaky: Platform, runtime: str, action: str, wait: dict[str, int]
 ) -> None:
     call(runtime, action, client=caller(shaky), job=chat_payload(), s3Config=BUCKET, **wait)
@@ -447,13 +454,15 @@ def test_a_bucket_of_the_jobs_own_goes_beside_its_input(
 
 @pytest.mark.parametrize("name", ["completed", "chat"])
 @pytest.mark.parametrize("as_list", [True, False])
-def test_the_contracts_results_are_read(runtime: str, name: str, as_list: bool) -> None:
+def test_the_example_results_of_the_contract_are_read(
+    runtime: str, name: str, as_list: bool
+) -> None:
     document = json.loads((FOLDER / f"examples/result.{name}.json").read_text())
     output = [{"delta": "Rain"}, document] if as_list else document
 
-    said = call(runtime, "parse", answer={"id": "a", "status": "COMPLETED", "output": output})
+    result = call(runtime, "parse", answer={"id": "a", "status": "COMPLETED", "output": output})
 
-    assert said["value"] == {"done": True, "ok": True, "result": document}
+    assert result["value"] == {"done": True, "ok": True, "result": document}
 
 
 @pytest.mark.parametrize(
@@ -474,7 +483,7 @@ def test_the_contracts_results_are_read(runtime: str, name: str, as_list: bool) 
         ({"status": "CANCELLED"}, "CANCELLED", False),
     ],
 )
-def test_every_way_to_end_badly_is_a_failure(
+def test_every_failed_status_of_the_platform_is_a_failure(
     answer: dict[str, Any], code: str, retryable: bool
 ) -> None:
     outcome = call("deno", "parse", answer={"id": "a", **answer})["value"]
@@ -483,12 +492,12 @@ def test_every_way_to_end_badly_is_a_failure(
     assert (outcome["failure"]["code"], outcome["failure"]["retryable"]) == (code, retryable)
 
 
-def test_progress_is_told(runtime: str) -> None:
+def test_progress_is_read_from_a_status(runtime: str) -> None:
     output = {"stage": "generate", "step": 3, "steps": 10, "progress": 0.3}
 
-    said = call(runtime, "parse", answer={"id": "a", "status": "IN_PROGRESS", "output": output})
+    result = call(runtime, "parse", answer={"id": "a", "status": "IN_PROGRESS", "output": output})
 
-    assert said["value"] == {"done": False, "status": "IN_PROGRESS", "progress": output}
+    assert result["value"] == {"done": False, "status": "IN_PROGRESS", "progress": output}
 
 
 # --- callbacks ---
@@ -515,10 +524,10 @@ Sign = Callable[[], dict[str, str]]
     [(signed, SECRET), (lambda: signed("plain"), "plain"), (lambda: signed("old"), ["new", "old"])],
     ids=["both", "plain secret", "rotated"],
 )
-def test_a_callback_that_is_signed_is_read(runtime: str, sign: Sign, secret: str) -> None:
-    said = call(runtime, "verify", headers=sign(), body=BODY, secret=secret)
+def test_a_signed_callback_is_read(runtime: str, sign: Sign, secret: str) -> None:
+    result = call(runtime, "verify", headers=sign(), body=BODY, secret=secret)
 
-    assert said["value"] == json.loads(BODY)
+    assert result["value"] == json.loads(BODY)
 
 
 @pytest.mark.parametrize(
@@ -538,27 +547,27 @@ def test_a_callback_that_is_signed_is_read(runtime: str, sign: Sign, secret: str
         (lambda: signed(age_s=301), BODY, SECRET),
     ],
 )
-def test_a_callback_that_is_not_is_thrown_out(sign: Sign, body: str, secret: str) -> None:
-    said = call("deno", "verify", headers=sign(), body=body, secret=secret)
+def test_a_callback_with_a_wrong_signature_is_refused(sign: Sign, body: str, secret: str) -> None:
+    result = call("deno", "verify", headers=sign(), body=body, secret=secret)
 
-    assert said["error"]["name"] == "BadSignature"
+    assert result["error"]["name"] == "BadSignature"
 
 
-def test_a_recorded_callback_without_its_webhook_headers_is_thrown_out(runtime: str) -> None:
-    said = call(runtime, "verify", headers=signed(**NO_TRIO), body=BODY, secret=SECRET)
+def test_a_recorded_callback_without_its_webhook_headers_is_refused(runtime: str) -> None:
+    result = call(runtime, "verify", headers=signed(**NO_TRIO), body=BODY, secret=SECRET)
 
-    assert said["error"]["name"] == "BadSignature"
+    assert result["error"]["name"] == "BadSignature"
 
 
 OLD_SENDERS = {"requireWebhook": False}
 
 
-def test_a_callback_of_an_old_sender_is_read_where_the_receiver_says_so(runtime: str) -> None:
-    said = call(
+def test_a_callback_without_webhook_headers_is_read_if_the_receiver_allows_it(runtime: str) -> None:
+    result = call(
         runtime, "verify", headers=signed(**NO_TRIO), body=BODY, secret=SECRET, options=OLD_SENDERS
     )
 
-    assert said["value"] == json.loads(BODY)
+    assert result["value"] == json.loads(BODY)
 
 
 @pytest.mark.parametrize(
@@ -570,10 +579,10 @@ def test_a_callback_of_an_old_sender_is_read_where_the_receiver_says_so(runtime:
     ],
     ids=["too old", "a part of the three", "not signed at all"],
 )
-def test_where_old_senders_are_taken_what_is_there_must_hold(sign: Sign) -> None:
-    said = call("deno", "verify", headers=sign(), body=BODY, secret=SECRET, options=OLD_SENDERS)
+def test_webhook_headers_are_checked_even_if_the_receiver_does_not_require_them(sign: Sign) -> None:
+    result = call("deno", "verify", headers=sign(), body=BODY, secret=SECRET, options=OLD_SENDERS)
 
-    assert said["error"]["name"] == "BadSignature"
+    assert result["error"]["name"] == "BadSignature"
 
 
 # --- the HTTP service ---
@@ -599,20 +608,20 @@ CALL = {"messages": [{"role": "user", "content": "What is rain?"}]}
 )
 def test_a_reply_over_http(tmp_path: Path, runtime: str, method: str, field: str) -> None:
     with chat_service(tmp_path, FakeChat("Water ", "that falls.")) as service:
-        said = call(runtime, "reply", service=at(service), method=method, call=CALL)
+        result = call(runtime, "reply", service=at(service), method=method, call=CALL)
 
-    assert said["value"][field] == "Water that falls."
+    assert result["value"][field] == "Water that falls."
 
 
 def test_a_streamed_reply_over_http(tmp_path: Path, runtime: str) -> None:
     with chat_service(tmp_path, FakeChat("Wätér ", "that falls.")) as service:
-        said = call(runtime, "streamReply", service=at(service), call=CALL)
+        result = call(runtime, "streamReply", service=at(service), call=CALL)
 
-    assert "".join(said["value"]["pieces"]) == "Wätér that falls."
-    assert said["value"]["result"]["response"] == "Wätér that falls."
+    assert "".join(result["value"]["pieces"]) == "Wätér that falls."
+    assert result["value"]["result"]["response"] == "Wätér that falls."
 
 
-def test_a_refusal_over_http_is_its_text(tmp_path: Path, runtime: str) -> None:
+def test_a_refusal_over_http_is_request_failed_with_its_text(tmp_path: Path, runtime: str) -> None:
     with chat_service(tmp_path, FakeChat()) as service:
         error = call(runtime, "reply", service=at(service, "wrong"), method="chat", call=CALL)[
             "error"
@@ -634,7 +643,7 @@ class Cutting(LocalServer):
     ("action", "message"),
     [("reply", "no whole answer"), ("streamReply", "the stream broke off")],
 )
-def test_a_reply_over_http_that_breaks_off_is_a_request_that_failed(
+def test_a_reply_over_http_that_breaks_off_is_request_failed(
     runtime: str, action: str, message: str
 ) -> None:
     with Cutting() as worker:
@@ -675,7 +684,9 @@ def test_an_edge_function_receives_what_the_real_loop_posts(
     [lambda: signed("a guess"), lambda: signed(**NO_TRIO)],
     ids=["forged", "recorded, and sent again without its time"],
 )
-def test_an_edge_function_turns_a_callback_away(receiver: WorkerProcess, sign: Sign) -> None:
+def test_an_edge_function_refuses_a_callback_with_a_wrong_signature(
+    receiver: WorkerProcess, sign: Sign
+) -> None:
     answer = requests.post(url_of(receiver), data=BODY, headers=sign(), timeout=PATIENCE_S)
 
     assert (answer.status_code, answer.json()["success"]) == (401, False)
@@ -714,7 +725,7 @@ def test_an_edge_function_answers_a_chat_and_streams_one(tmp_path: Path) -> None
     assert streamed.text == "Water that falls."
 
 
-def test_who_leaves_a_streaming_edge_function_stops_the_model(tmp_path: Path) -> None:
+def test_a_caller_who_leaves_a_streaming_edge_function_stops_the_model(tmp_path: Path) -> None:
     endless = EndlessChat()
     with chat_service(tmp_path, endless) as service:
         env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
@@ -740,7 +751,7 @@ def test_the_client_is_typed_formatted_and_linted(check: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-#: What `queue-job` of the application builds, as its compiler knows it.
+#: The payload that the application's `queue-job` builds, with its types.
 QUEUE_PAYLOAD = """
   const payload = {
     id: row.id,
@@ -763,7 +774,7 @@ REQUEST = (
 
 
 def type_errors(folder: Path, body: str) -> str:
-    """What Deno's compiler says of a function that has a client."""
+    """The messages of Deno's compiler for a function that uses a client."""
     file = folder / "caller.ts"
     client = ROOT / "clients/typescript/mod.ts"
     file.write_text(
@@ -780,7 +791,7 @@ def type_errors(folder: Path, body: str) -> str:
 @pytest.mark.parametrize(
     "use", ["await client.submit(payload);", "await client.run(payload);", "familyOf(payload);"]
 )
-def test_the_applications_payload_is_taken_without_a_cast(tmp_path: Path, use: str) -> None:
+def test_the_applications_payload_compiles_without_a_cast(tmp_path: Path, use: str) -> None:
     assert type_errors(tmp_path, f"{QUEUE_PAYLOAD}\n{use}") == ""
 
 
@@ -792,5 +803,5 @@ def test_the_applications_payload_is_taken_without_a_cast(tmp_path: Path, use: s
         '{ type: "sdxl_image_fast", prompt: "a red circle" }',
     ],
 )
-def test_a_job_whose_type_is_known_is_checked(tmp_path: Path, job: str) -> None:
+def test_a_wrong_job_whose_type_is_known_does_not_compile(tmp_path: Path, job: str) -> None:
     assert "TS2769" in type_errors(tmp_path, f"await client.submit({job});")

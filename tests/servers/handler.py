@@ -14,7 +14,7 @@ from tests.servers.worker_process import WorkerProcess
 
 HANDLER = ROOT / "handler.py"
 
-#: On RunPod the pocket models are served to those who ask for them by name.
+#: On RunPod the pocket models must be named.
 POCKET = {"SDXL_MODEL": "pocket", "CHAT_INSTRUCT_MODEL": "pocket", "WAN_MODEL": "pocket"}
 
 #: The SDK's own API, at a port that the system picks.
@@ -27,7 +27,7 @@ def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -
 
 
 def served_at(process: WorkerProcess) -> str:
-    """Where a handler that was started with `LOCAL_API` listens, once it does."""
+    """The URL of a handler that was started with `LOCAL_API`, when it listens."""
     log = process.wait_for_log("(Press CTRL+C to quit)")
     return log.split("Uvicorn running on ", 1)[1].split()[0]
 

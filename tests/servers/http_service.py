@@ -1,4 +1,4 @@
-"""The HTTP service on a real socket of this process, with whatever worker a test gives it."""
+"""The HTTP service on a real socket in this process, with the worker of a test."""
 
 import socket
 import threading
@@ -34,7 +34,7 @@ class ServedHttp:
         self._thread.join()
 
     def stop(self) -> None:
-        """What SIGTERM does to the process."""
+        """Do what SIGTERM does in the process."""
         self._server.handle_exit(15, None)
 
     def get(self, path: str, **options: Any) -> requests.Response:

@@ -1,4 +1,4 @@
-"""JavaScript's side: the client in real Deno and Node, and edge functions as Deno runs them."""
+"""The TypeScript client in real Deno and Node, and edge functions in Deno."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ RUNTIMES = ("deno", "node")
 #: The tools of `tests/clients/npm/`, which `make test` installs.
 NPM = ROOT / ".cache/npm/node_modules"
 
-#: What the worker signs with, and the edge function verifies by.
+#: The secret with which the worker signs callbacks and the edge function verifies them.
 SECRET = "whsec_YSBzZWNyZXQgb2Ygb3VyIG93bg=="
 
 #: Nothing is fetched from anywhere: the client has no dependencies.
@@ -33,7 +33,7 @@ DENO_ENV = {"DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 
 
 def call(runtime: str, action: str, **given: Any) -> dict[str, Any]:
-    """What an action of `caller.js` comes to: `{"value": ...}` or `{"error": ...}`."""
+    """The result of an action of `caller.js`: `{"value": ...}` or `{"error": ...}`."""
     done = subprocess.run(
         [*_command(runtime), str(CALLER), action, json.dumps(given)],
         capture_output=True,
@@ -42,8 +42,8 @@ def call(runtime: str, action: str, **given: Any) -> dict[str, Any]:
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def deno_environment(**env: str) -> dict[str, str]:
@@ -104,6 +104,6 @@ def edge_function(name: str, **env: str) -> WorkerProcess:
 
 
 def url_of(process: WorkerProcess) -> str:
-    """Where an edge function listens."""
+    """The URL of an edge function, when it listens."""
     log = process.wait_for_log("Listening on")
     return log.split("Listening on ", 1)[1].split()[0].rstrip("/")

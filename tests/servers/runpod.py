@@ -1,25 +1,26 @@
-"""RunPod's side of the job API, for the real SDK loop in a subprocess to talk to.
+"""RunPod's API, emulated for the real SDK loop in a subprocess and for clients.
 
     with Platform() as platform, WorkerProcess(platform, "handler.py"):
         job = platform.submit({"prompt": "a red square"})
         assert platform.result(job)["output"] == ...
         assert platform.status(job)["status"] == "COMPLETED"
 
-A caller with an HTTP client of its own finds RunPod's operations under `caller_url`, with
-`caller_key` for a bearer: run, runsync, status, stream, cancel and health of each endpoint.
+Callers find RunPod's operations at `caller_url`, with `caller_key` as the bearer: run, runsync,
+status, stream, cancel and health of each endpoint.
 
-It is as strict as RunPod's documentation, and as what was seen of the real one:
+It follows RunPod's documentation, and the observed behaviour of the real API:
 
-- `/run` takes 10 MB and `/runsync` 20 MB, and so large may a result be. A result that is too large
-  or is no JSON is refused, and gone.
-- A job ends as TIMED_OUT after its `policy.executionTimeout`, and its worker is told to stop it; so
-  does one that no worker takes within its `policy.ttl`.
-- A result is forgotten 30 minutes after its job's end, that of `/runsync` after one.
-- The jobs of a worker that no longer sends its heartbeat are given to another.
-- Polls are held, and a job is handed out though the worker may have hung up. A cancel is told to
-  the worker at once. The last post for a job decides what the caller sees.
+- `/run` accepts 10 MB and `/runsync` 20 MB, and a result may be as large. A result that is too
+large
+  or no JSON is refused and lost.
+- A job ends as TIMED_OUT after its `policy.executionTimeout`, and its worker gets a stop signal. So
+  does a job that no worker takes within its `policy.ttl`.
+- A result is deleted 30 minutes after its job's end, the result of `/runsync` after one minute.
+- The jobs of a worker that sends no heartbeat any more are given to another worker.
+- Polls are held, and a job is handed out even if the worker has disconnected. A cancel becomes a
+  stop signal at once. The last post for a job decides what the caller sees.
 
-`skip` lets a test pass the time.
+`skip` lets time pass in a test.
 """
 
 import json
@@ -37,19 +38,19 @@ from tests.servers.local_server import Answer, LocalServer, Request, json_answer
 RUN_LIMIT = 10 * 1000 * 1000
 RUNSYNC_LIMIT = 20 * 1000 * 1000
 
-#: A job's policy where it brings none, in milliseconds.
+#: The policy of a job without one, in milliseconds.
 EXECUTION_TIMEOUT_MS, TTL_MS = 600_000, 86_400_000
 
 #: How long a result is kept after its job's end, in seconds: of `/run`, and of `/runsync`.
 RUN_RETENTION_S, RUNSYNC_RETENTION_S = 30 * 60, 60
 
-#: What stands beside `input` in a request.
+#: The other fields of a request besides `input`.
 TOP = ("webhook", "policy", "s3Config")
 
-#: How often the time that passes is looked at, in seconds.
+#: How often the time limits are checked, in seconds.
 TICK_S = 0.1
 
-#: How long `/runsync` waits where the caller does not say, in milliseconds.
+#: How long `/runsync` waits by default, in milliseconds.
 RUNSYNC_WAIT_MS = 90_000
 
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
@@ -88,7 +89,7 @@ class Ping:
 
 
 @dataclass
-class _Job:
+class PlatformJob:
     given: dict[str, Any]
     endpoint: str
     is_sync: bool
@@ -129,7 +130,7 @@ class _Job:
         self.output, self.error = document.get("output"), None
         error = document.get("error")
         if document.get("status") == "IN_PROGRESS":
-            # Also after the result, which is how a late progress post hangs a finished job.
+            # Also after the result: late progress puts a finished job back in progress for ever.
             self.status = "IN_PROGRESS"
         elif error and isinstance(error, str):
             self.status, self.error = "FAILED", error
@@ -167,7 +168,7 @@ class Platform(LocalServer):
         self._home = tempfile.TemporaryDirectory(prefix="runpod-home-")
         self._queues: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, PlatformJob] = {}
         self._stops: defaultdict[str, list[str]] = defaultdict(list)
         self._seen: dict[str, float] = {}
         self._skipped = 0.0
@@ -177,7 +178,7 @@ class Platform(LocalServer):
         return super().__enter__()
 
     def skip(self, seconds: float) -> None:
-        """Let that much time pass for jobs and results; heartbeats are not missed in it."""
+        """Let time pass for jobs and results, but not for heartbeats."""
         with self.changed:
             self._skipped += seconds
             self._pass_time()
@@ -219,7 +220,7 @@ class Platform(LocalServer):
         id = id or str(uuid.uuid4())
         with self.changed:
             given = {"id": id, "input": input, **top}
-            job = self._jobs.setdefault(id, _Job(given, endpoint, sync, self._now()))
+            job = self._jobs.setdefault(id, PlatformJob(given, endpoint, sync, self._now()))
             job.given = given
             if job.status != "IN_PROGRESS":
                 job.status, job.submitted_at, job.ended_at = "IN_QUEUE", self._now(), None
@@ -228,7 +229,7 @@ class Platform(LocalServer):
         return id
 
     def result(self, id: str, timeout: float = PATIENCE_S, nth: int = 1) -> dict[str, Any]:
-        """Wait for a job's terminal document, the nth one where it was delivered several times."""
+        """Wait for a job's terminal document, or for the nth if the job was delivered n times."""
 
         def results() -> list[Update]:
             return [update for update in self._jobs[id].updates if update.terminal]
@@ -265,18 +266,26 @@ class Platform(LocalServer):
             return list(self._jobs[id].updates)
 
     def stream(self, id: str) -> list[Any]:
-        """What a generator handler has yielded so far."""
+        """The items that a generator handler has yielded so far."""
         with self.changed:
             return list(self._jobs[id].stream)
 
     def status(self, id: str) -> dict[str, Any]:
-        """What `GET /status/{id}` shows to the caller; raises LookupError for what is forgotten."""
+        """The body of `GET /status/{id}`; raises LookupError for a job that was deleted."""
         with self.changed:
-            if not self._knows(id):
+            if not self._has(id):
                 raise LookupError(f"there is no job {id}")
             job = self._jobs[id]
             shown = {"id": id, "status": job.status, "output": job.output, "error": job.error}
         return {name: value for name, value in shown.items() if value is not None}
+
+    def end(self, id: str, items: list[Any]) -> None:
+        """End a queued job without a worker, with these items as its stream and its output."""
+        with self.changed:
+            job = self._jobs[id]
+            self._unqueue(id, job)
+            job.stream = list(items)
+            job.apply({"output": list(items)})
 
     def endpoint_of(self, id: str) -> str:
         """The endpoint that a job was submitted to."""
@@ -288,7 +297,7 @@ class Platform(LocalServer):
             return list(self._queues[endpoint])
 
     def cancel(self, id: str) -> None:
-        """Take a queued job back, or have its worker told to stop a running one.
+        """Remove a queued job, or send a stop signal for a running one.
 
         Each call sends one stop signal, so a second call is a second signal.
         """
@@ -327,11 +336,11 @@ class Platform(LocalServer):
         match [request.method, *operation]:
             case ["POST", "run" | "runsync" as way]:
                 return self._submitted(request, endpoint, is_sync=way == "runsync")
-            case ["GET", "status", id] if self._knows(id):
+            case ["GET", "status", id] if self._has(id):
                 return json_answer(self.status(id))
-            case ["GET", "stream", id] if self._knows(id):
-                return self._stream_on(self._jobs[id])
-            case ["POST", "cancel", id] if self._knows(id):
+            case ["GET", "stream", id] if self._has(id):
+                return self.next_items(self._jobs[id])
+            case ["POST", "cancel", id] if self._has(id):
                 self.cancel(id)
                 return json_answer({"id": id, "status": self.status(id)["status"]})
             case ["GET", "health"]:
@@ -352,7 +361,7 @@ class Platform(LocalServer):
             case ["job-done", _, id] if id in self._jobs:
                 return self._done(self._jobs[id], request)
             case ["job-stream", _, id] if id in self._jobs:
-                return self._streamed(self._jobs[id], request)
+                return self._take_item(self._jobs[id], request)
             case ["ping", worker]:
                 return self._ping(worker, request)
         return Answer(404)
@@ -399,8 +408,8 @@ class Platform(LocalServer):
             self.changed.wait_for(lambda: self._jobs[id].ended or self.closing.is_set(), seconds)
         return json_answer(self.status(id))
 
-    def _stream_on(self, job: _Job) -> Answer:
-        """What the job has streamed since it was last asked; held while there is nothing."""
+    def next_items(self, job: PlatformJob) -> Answer:
+        """The items since the last call; waits while there are none."""
         with self.changed:
             self.changed.wait_for(
                 lambda: len(job.stream) > job.num_streamed or job.ended, self.hold
@@ -433,7 +442,7 @@ class Platform(LocalServer):
             self.changed.wait_for(lambda: self._stops[worker] or self.closing.is_set(), self.hold)
             return self._stops.pop(worker, [])
 
-    def _done(self, job: _Job, request: Request) -> Answer:
+    def _done(self, job: PlatformJob, request: Request) -> Answer:
         document, refused = _read(request.body, job.limit)
         is_stream = request.query.get("isStream") == "true"
         update = Update(request.at, document, len(request.body), is_stream, refused)
@@ -446,7 +455,7 @@ class Platform(LocalServer):
             self.changed.notify_all()
         return json_answer({"message": refused}, 400) if refused else json_answer({})
 
-    def _streamed(self, job: _Job, request: Request) -> Answer:
+    def _take_item(self, job: PlatformJob, request: Request) -> Answer:
         document, refused = _read(request.body, job.limit)
         if refused:
             return json_answer({"message": refused}, 400)
@@ -466,10 +475,10 @@ class Platform(LocalServer):
     def _now(self) -> float:
         return time.monotonic() + self._skipped
 
-    def _knows(self, id: str) -> bool:
+    def _has(self, id: str) -> bool:
         return id in self._jobs and not self._jobs[id].is_forgotten(self._now())
 
-    def _unqueue(self, id: str, job: _Job) -> None:
+    def _unqueue(self, id: str, job: PlatformJob) -> None:
         self._queues[job.endpoint] = deque(
             each for each in self._queues[job.endpoint] if each["id"] != id
         )
@@ -480,7 +489,7 @@ class Platform(LocalServer):
                 self._pass_time()
 
     def _pass_time(self) -> None:
-        """End the jobs whose time is up, and queue again those of dead workers."""
+        """End the jobs whose time is over, and queue the jobs of dead workers again."""
         for id, job in self._jobs.items():
             if job.is_overdue(self._now()):
                 if job.worker:
@@ -510,5 +519,5 @@ def _read(body: bytes, limit: int) -> tuple[dict[str, Any], str | None]:
 
 
 def _no_json(constant: str) -> None:
-    # Python's own encoder writes NaN and Infinity, and no other parser reads them.
+    # Python's encoder writes NaN and Infinity, which are not JSON.
     raise ValueError(f"{constant} is not JSON")

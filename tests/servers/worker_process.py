@@ -1,4 +1,4 @@
-"""A worker's process, run as the container would run it, against a `Platform`."""
+"""A worker's process, as the container runs it, against a `Platform`."""
 
 import os
 import signal
@@ -19,15 +19,15 @@ TAIL = 4000
 
 
 class WorkerDied(Exception):
-    """The worker's process ended, or did not get ready, when it should have been at work."""
+    """The worker's process ended or did not get ready."""
 
 
 class WorkerProcess:
     """`python handler.py` in a process group of its own, for use in a `with` statement.
 
-    Entering waits for the first poll for jobs; leaving kills whatever is still there. Without a
-    platform it runs as on a developer's machine (`--test_input`, `--rp_serve_api`) and nothing is
-    waited for.
+    Entering waits for the first poll for jobs; leaving kills the process if it still runs. Without
+    a platform it runs as on a developer's machine (`--test_input`, `--rp_serve_api`), and entering
+    does not wait.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class WorkerProcess:
 
     @property
     def log(self) -> str:
-        """All that was written to stdout and stderr so far."""
+        """The text on stdout and stderr so far."""
         with self._grew:
             return "".join(self._lines)
 
@@ -127,7 +127,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kill the process and its children at once."""
-        # The group and not the process: the SDK's ping process would outlive a killed worker.
+        # Kill the group: the SDK's ping process would outlive the worker.
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,4 +1,4 @@
-"""The HTTP service: the application's chat calls, jobs by id, and what a load balancer asks."""
+"""The HTTP service: the application's chat calls, jobs by id, health routes, and the process."""
 
 import asyncio
 import json
@@ -92,19 +92,19 @@ def service(local: LocalWorker) -> Iterator[ServedHttp]:
 
 
 def knock(service: ServedHttp) -> socket.socket:
-    """A connection, for what no client would do."""
+    """A connection, for requests that no client sends."""
     host, port = service.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
 
 
 def raw_post(path: str, body: Any) -> bytes:
-    """A request as it goes over the wire."""
+    """A request as bytes."""
     data = json.dumps(body).encode()
     return raw_head(path, len(data)) + data
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Look again and again until a condition holds."""
+    """Wait until a condition is true."""
     ends = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < ends
@@ -186,7 +186,7 @@ def test_a_refusal_is_a_status_and_a_text(
 
 
 @pytest.mark.parametrize("raw", [b"{", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_json_is_refused(service: ServedHttp, raw: bytes) -> None:
+def test_a_body_that_is_no_json_is_refused(service: ServedHttp, raw: bytes) -> None:
     answer = service.post("/chat", data=raw, headers={"Content-Type": "application/json"})
 
     assert (answer.status_code, answer.json()["success"]) == (400, False)
@@ -244,7 +244,9 @@ def test_a_streamed_reply_is_deltas_and_then_the_answer(service: ServedHttp) -> 
     assert (name, json.loads(last)["response"]) == ("done", "Water that falls.")
 
 
-def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: Path) -> None:
+def test_a_reply_that_ends_before_its_stream_begins_is_still_sent_as_a_stream(
+    tmp_path: Path,
+) -> None:
     silent = LocalWorker(tmp_path, models={"chat": FakeChat()})
     with ServedHttp(silent.settings, silent.worker) as service:
         answer = service.post("/chat", {**CALL, "stream": True})
@@ -255,7 +257,7 @@ def test_a_reply_that_ended_before_its_stream_began_is_a_stream_still(tmp_path: 
 
 
 @pytest.mark.parametrize("asked", ["true", "yes", 1])
-def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
+def test_only_the_value_true_asks_for_a_stream_over_http_as_on_the_queue(
     service: ServedHttp, asked: object
 ) -> None:
     call = {**CALL, "stream": asked}
@@ -271,7 +273,7 @@ def test_a_stream_is_asked_for_with_true_alone_over_http_as_on_the_queue(
     }
 
 
-def test_a_stream_that_cannot_begin_is_a_status(service: ServedHttp) -> None:
+def test_a_stream_that_cannot_begin_gets_an_error_status(service: ServedHttp) -> None:
     answer = service.post("/chat", {**CALL, "stream": True, "max_tokens": 0})
 
     assert answer.status_code == 400
@@ -291,7 +293,7 @@ def serve_endless(path: Path, endless: EndlessChat, **settings: Any) -> ServedHt
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_caller_who_hangs_up_stops_the_reply(
+def test_a_reply_is_stopped_when_its_caller_disconnects(
     tmp_path: Path, endless: EndlessChat, stream: bool
 ) -> None:
     with serve_endless(tmp_path, endless) as service:
@@ -302,14 +304,14 @@ def test_a_caller_who_hangs_up_stops_the_reply(
         assert endless.stopped.wait(PATIENCE_S)
 
 
-def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
+def test_a_reply_that_takes_too_long_is_a_timeout_before_its_caller_gives_up(
     tmp_path: Path, endless: EndlessChat
 ) -> None:
     with serve_endless(tmp_path, endless, http_reply_timeout_s=2.3) as service:
         answer = service.post("/chat", CALL)
 
     assert (answer.status_code, answer.json()["code"]) == (504, "TIMEOUT_ERROR")
-    # On a slow machine its time is over before it begins.
+    # On a slow machine the time is over before the reply begins.
     assert endless.stopped.is_set() or not endless.is_writing.is_set()
 
 
@@ -323,7 +325,7 @@ def test_a_reply_that_takes_too_long_is_answered_before_its_caller_gives_up(
         ({"max_tokens": None}, 43),
     ],
 )
-def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
+def test_a_long_reply_may_take_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
     job = jobs.parse({"input": chat_payload(**asked)}, Settings())
 
     assert routes.reply_timeout_s(Settings(), job) == seconds
@@ -332,7 +334,9 @@ def test_a_long_reply_is_waited_for_twice_as_long(asked: dict[str, Any], seconds
 # --- any job ---
 
 
-def test_a_job_is_taken_at_once_and_told_by_its_id(service: ServedHttp, local: LocalWorker) -> None:
+def test_a_job_is_accepted_at_once_and_found_by_its_id(
+    service: ServedHttp, local: LocalWorker
+) -> None:
     local.fake_sdxl.hold()
     taken = service.post("/jobs", {"input": sdxl_payload(id="picture")})
     assert local.fake_sdxl.at_step.wait(PATIENCE_S)
@@ -355,7 +359,7 @@ def test_a_job_can_be_waited_for(service: ServedHttp) -> None:
     assert answer.json()["status"] == "completed"
 
 
-def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
+def test_a_failed_job_is_an_error_status_for_wait_and_a_document_for_its_status_route(
     service: ServedHttp, local: LocalWorker
 ) -> None:
     local.fake_sdxl.fails = [errors.UploadError("storage is full")]
@@ -376,7 +380,7 @@ def test_a_job_that_fails_is_a_status_to_who_waits_and_a_document_to_who_asks(
         ({}, "input: Input should be an object"),
     ],
 )
-def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
+def test_an_invalid_payload_is_refused_before_the_job_is_accepted(
     service: ServedHttp, body: Any, says: str
 ) -> None:
     answer = service.post("/jobs", body)
@@ -386,7 +390,9 @@ def test_a_payload_that_does_not_hold_is_refused_before_it_is_taken(
     assert service.get("/job/job-1?user_id=user-1").status_code == 404
 
 
-def test_progress_and_end_are_events(service: ServedHttp, local: LocalWorker) -> None:
+def test_a_jobs_progress_and_end_are_sent_as_events(
+    service: ServedHttp, local: LocalWorker
+) -> None:
     local.fake_sdxl.hold()
     service.post("/jobs", {"input": sdxl_payload()})
     assert local.fake_sdxl.at_step.wait(PATIENCE_S)
@@ -401,7 +407,7 @@ def test_progress_and_end_are_events(service: ServedHttp, local: LocalWorker) ->
     assert (name, json.loads(last)["status"]) == ("done", "completed")
 
 
-def test_who_comes_later_is_told_where_the_job_stands() -> None:
+def test_the_first_event_of_a_late_reader_is_the_newest_progress() -> None:
     async def first_event() -> str:
         record = JobRecord("job-1")
         record.update(progress={"step": 3})
@@ -462,9 +468,7 @@ def test_another_callers_job_of_the_same_id_is_another_job(
     assert len(small.fake_sdxl.requests) == 2
 
 
-def test_a_job_is_seen_and_stopped_by_its_own_user_alone(
-    service: ServedHttp, local: LocalWorker
-) -> None:
+def test_only_its_own_user_sees_and_stops_a_job(service: ServedHttp, local: LocalWorker) -> None:
     local.fake_sdxl.hold()
     service.post("/jobs", {"input": sdxl_payload()})
     assert local.fake_sdxl.at_step.wait(PATIENCE_S)
@@ -479,7 +483,7 @@ def test_a_job_is_seen_and_stopped_by_its_own_user_alone(
     assert name == "done"
 
 
-def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
+def test_a_job_of_another_user_does_not_replace_a_running_job_with_its_id(
     service: ServedHttp, local: LocalWorker
 ) -> None:
     local.fake_sdxl.hold()
@@ -497,7 +501,7 @@ def test_a_job_of_another_user_takes_no_running_job_of_its_id_over(
     assert (json.loads(mine)["code"], json.loads(others)["status"]) == ("CANCELLED", "completed")
 
 
-def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedHttp) -> None:
+def test_a_job_is_found_only_with_the_key_that_submitted_it(locked: ServedHttp) -> None:
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     answers = [
@@ -509,14 +513,14 @@ def test_a_job_is_found_only_with_the_key_that_brought_it(locked: ServedHttp) ->
 
 
 def anonymous(**changes: Any) -> dict[str, Any]:
-    """A conversation of nobody in particular, with an id that others use too."""
+    """A chat without a user, with an id that other callers use too."""
     payload = chat_payload(id="hello", **changes)
     del payload["user_id"]
     return payload
 
 
 class HeldParrot(FakeChat):
-    """A `FakeChat` that says nothing until `go_on` is set."""
+    """A `FakeChat` that streams nothing until `go_on` is set."""
 
     def __init__(self) -> None:
         super().__init__("Water.")
@@ -531,7 +535,7 @@ class HeldParrot(FakeChat):
 
 @pytest.fixture
 def single(tmp_path: Path) -> Iterator[tuple[ServedHttp, HeldParrot]]:
-    """A service whose one thread for chats answers one until `go_on`; two more may wait."""
+    """A service with one thread for chats, busy until `go_on`, and two places in the backlog."""
     settings, fake_chat = Settings(families=("chat",), concurrency=1, http_backlog=2), HeldParrot()
     small = LocalWorker(tmp_path, settings=settings, models={"chat": fake_chat})
     with ServedHttp(small.settings, small.worker) as service:
@@ -542,7 +546,7 @@ def single(tmp_path: Path) -> Iterator[tuple[ServedHttp, HeldParrot]]:
 
 
 @pytest.mark.parametrize("named", [{}, {"user_id": "anonymous"}])
-def test_a_job_without_a_user_is_known_by_the_workers_own_id(
+def test_a_job_without_a_user_is_found_by_the_workers_own_id(
     single: tuple[ServedHttp, HeldParrot], named: dict[str, str]
 ) -> None:
     service, fake_chat = single
@@ -571,7 +575,7 @@ def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
         assert endless.is_writing.wait(PATIENCE_S), "the first reply was stopped too"
 
 
-def test_who_waits_and_hangs_up_leaves_the_job_running(
+def test_a_job_runs_on_when_a_waiting_caller_disconnects(
     service: ServedHttp, local: LocalWorker
 ) -> None:
     local.fake_sdxl.hold()
@@ -596,7 +600,7 @@ def test_who_waits_and_hangs_up_leaves_the_job_running(
         ("POST", "/jobs?wait=301", 400),
     ],
 )
-def test_whatever_fails_fails_in_the_same_form(
+def test_every_failure_has_the_same_form(
     service: ServedHttp, method: str, path: str, status: int
 ) -> None:
     answer = requests.request(method, service.url + path, json={}, timeout=PATIENCE_S)
@@ -606,7 +610,7 @@ def test_whatever_fails_fails_in_the_same_form(
     assert isinstance(answer.json()["error"], str)
 
 
-# --- what the worker says of itself ---
+# --- administration ---
 
 #: The keys that the specification shows for each.
 SAID = {
@@ -627,13 +631,13 @@ def test_the_specifications_routes_answer_with_its_keys(service: ServedHttp, pat
     assert set(SAID[path]) <= set(answer.json())
 
 
-def test_every_operation_with_a_route_is_the_administrators() -> None:
+def test_every_admin_operation_but_health_and_job_status_has_a_route() -> None:
     asked = {*routes.OPERATION_OF.values(), *openapi.EMERGENCIES}
 
     assert asked | {"health", "job_status"} == set(admin.ANSWERS)
 
 
-def test_a_full_row_does_not_keep_an_administrator_out(tmp_path: Path) -> None:
+def test_an_admin_request_is_answered_while_the_backlog_is_full(tmp_path: Path) -> None:
     small = LocalWorker(tmp_path, settings=Settings(concurrency=1, http_backlog=0))
     small.fake_sdxl.hold()
     with ServedHttp(small.settings, small.worker) as service:
@@ -644,14 +648,14 @@ def test_a_full_row_does_not_keep_an_administrator_out(tmp_path: Path) -> None:
     assert answer.json()["pressure_level"] == "low"
 
 
-def test_another_operation_is_refused_by_its_name(service: ServedHttp) -> None:
+def test_an_unknown_emergency_operation_is_refused(service: ServedHttp) -> None:
     answer = service.post("/emergency/operation", {"operation": "health"})
 
     assert answer.status_code == 400
     assert answer.json()["error"].startswith("operation: Input should be one of force_unload")
 
 
-def test_what_cannot_be_moved_is_a_conflict_with_its_reason(service: ServedHttp) -> None:
+def test_a_model_that_cannot_be_moved_is_a_conflict_with_its_reason(service: ServedHttp) -> None:
     answer = service.post("/memory/unload", {"target_worker": "chat_worker"})
 
     assert (answer.status_code, answer.json()["success"]) == (409, False)
@@ -682,13 +686,13 @@ def bearer(key: str) -> dict[str, str]:
         ({"Authorization": "Basic new-key"}, {}, 401),
         (bearer("new-key"), {}, 200),
         (bearer("old-key"), {"api_key": None}, 200),
-        # A gateway's own key in the usual header, the worker's beside it.
+        # The gateway's key in the usual header, the worker's key in the other.
         ({**bearer("of-the-gateway"), "X-API-Key": "new-key"}, {}, 200),
         (bearer("of-the-gateway"), {"api_key": "new-key"}, 200),
     ],
 )
 @pytest.mark.parametrize("path", ["/chat", "/jobs?wait=150"])
-def test_a_key_is_asked_for_where_the_worker_has_one(
+def test_a_worker_with_a_key_refuses_requests_without_it(
     locked: ServedHttp, path: str, headers: dict[str, str], changes: dict[str, Any], status: int
 ) -> None:
     call = chat_payload(**changes)
@@ -699,7 +703,7 @@ def test_a_key_is_asked_for_where_the_worker_has_one(
     assert answer.json()["success"] is (status == 200)
 
 
-def test_a_refusal_for_the_key_says_how_to_bring_it(locked: ServedHttp) -> None:
+def test_a_refusal_for_the_key_says_how_to_send_it(locked: ServedHttp) -> None:
     answer = locked.post("/chat", CALL)
 
     assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -712,12 +716,12 @@ def test_health_is_answered_without_a_key(locked: ServedHttp, path: str) -> None
 
 
 @pytest.mark.parametrize("path", SAID)
-def test_an_administrators_questions_need_the_key(locked: ServedHttp, path: str) -> None:
+def test_admin_routes_need_the_key(locked: ServedHttp, path: str) -> None:
     assert locked.get(path).status_code == 401
     assert locked.get(path, headers=bearer("new-key")).status_code == 200
 
 
-def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedHttp) -> None:
+def test_a_jobs_status_and_cancel_need_the_key(locked: ServedHttp) -> None:
     locked.post("/jobs?wait=150", {"input": chat_payload()}, headers=bearer("new-key"))
 
     for headers, status in ((bearer("wrong"), 401), (bearer("new-key"), 200)):
@@ -729,7 +733,7 @@ def test_a_job_is_told_and_cancelled_with_the_key_alone(locked: ServedHttp) -> N
 # --- limits ---
 
 
-def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
+def test_a_full_backlog_is_429_with_the_time_to_wait(tmp_path: Path) -> None:
     small = LocalWorker(tmp_path, settings=Settings(concurrency=1, http_backlog=1))
     small.fake_sdxl.hold()
     with ServedHttp(small.settings, small.worker) as service:
@@ -746,7 +750,7 @@ def test_a_row_that_is_full_is_429_with_the_time_to_wait(tmp_path: Path) -> None
     assert again.status_code == 200
 
 
-def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
+def test_a_caller_who_disconnects_frees_a_place_in_the_backlog(
     single: tuple[ServedHttp, HeldParrot],
 ) -> None:
     service, fake_chat = single
@@ -763,7 +767,7 @@ def test_a_caller_who_hangs_up_frees_a_place_in_the_backlog(
     assert len(fake_chat.calls) == 1, "only the chat that was answered all the while"
 
 
-def test_a_job_that_is_stopped_while_it_waits_ends_at_once_and_is_told_of(
+def test_a_job_that_is_stopped_while_it_waits_ends_at_once_with_a_callback(
     tmp_path: Path, receiver: CallbackReceiver
 ) -> None:
     from ourvidz_serverless.delivery.callback import Callback
@@ -797,7 +801,7 @@ class StuckLedger(Ledger):
         return super().report()
 
 
-def test_administrators_who_wait_do_not_delay_other_requests(
+def test_admin_requests_that_wait_do_not_delay_other_requests(
     tmp_path: Path, fake_chat: FakeChat
 ) -> None:
     ledger = StuckLedger()
@@ -817,7 +821,7 @@ def test_administrators_who_wait_do_not_delay_other_requests(
     assert answer.json()["response"] == "Water that falls."
 
 
-def test_administrators_requests_beyond_the_limit_are_refused(
+def test_admin_requests_beyond_the_limit_are_refused(
     tmp_path: Path, fake_chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_service, "ADMIN_THREADS", 1)
@@ -837,7 +841,7 @@ def test_administrators_requests_beyond_the_limit_are_refused(
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
 
 
-def test_the_last_jobs_are_remembered_and_no_more(
+def test_only_the_last_jobs_are_remembered(
     service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ourvidz_serverless.serving.http.job_store.MAX_ENDED", 2)
@@ -853,7 +857,7 @@ def test_the_last_jobs_are_remembered_and_no_more(
     ]
 
 
-def test_a_body_beyond_the_limit_is_refused(
+def test_a_body_that_is_too_long_is_refused(
     service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_checks, "MAX_BODY_BYTES", 1000)
@@ -863,7 +867,7 @@ def test_a_body_beyond_the_limit_is_refused(
     assert (answer.status_code, answer.json()["success"]) == (413, False)
 
 
-def test_a_body_that_does_not_arrive_is_given_up(
+def test_a_body_that_does_not_arrive_is_refused_after_a_time(
     service: ServedHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
@@ -875,7 +879,7 @@ def test_a_body_that_does_not_arrive_is_given_up(
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_who_hangs_up_while_sending_is_no_bug(
+def test_a_disconnect_during_a_body_is_not_logged_as_a_bug(
     local: LocalWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ServedHttp(local.settings, local.worker) as service, knock(service) as client:
@@ -886,14 +890,14 @@ def test_who_hangs_up_while_sending_is_no_bug(
     assert "met a bug" not in caplog.text
 
 
-# --- loading, ready, leaving ---
+# --- loading, ready, closing ---
 
 
 HEAD = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
-def test_a_head_without_end_is_cut(service: ServedHttp, piece: bytes) -> None:
+def test_a_head_without_end_is_refused(service: ServedHttp, piece: bytes) -> None:
     with knock(service) as client:
         client.sendall(HEAD)
 
@@ -903,7 +907,7 @@ def test_a_head_without_end_is_cut(service: ServedHttp, piece: bytes) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /ping HT", HEAD])
-def test_a_head_that_does_not_arrive_is_given_up(
+def test_a_connection_whose_head_does_not_arrive_is_closed(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
@@ -914,13 +918,13 @@ def test_a_head_that_does_not_arrive_is_given_up(
         assert client.recv(65536) == b""
 
 
-def test_a_head_that_drips_is_given_up(
+def test_a_connection_whose_head_arrives_too_slowly_is_closed(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp
 ) -> None:
     with knock(service) as client:
         client.sendall(HEAD + b"\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
-        # The clock of the next head begins with its first byte.
+        # The time of the next head begins with its first byte.
         monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
 
         with pytest.raises(ConnectionError):
@@ -929,10 +933,10 @@ def test_a_head_that_drips_is_given_up(
                 threading.Event().wait(0.02)
 
 
-def test_a_job_may_take_longer_than_a_head(
+def test_a_connection_stays_open_while_its_job_takes_longer_than_a_head_may(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp, local: LocalWorker
 ) -> None:
-    # As good as for ever for a head to arrive in, and over before the job ends.
+    # Longer than any head takes to arrive, and shorter than the job.
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 2)
     local.fake_sdxl.hold()
 
@@ -944,7 +948,7 @@ def test_a_job_may_take_longer_than_a_head(
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_while_models_are_loaded_the_balancer_hears_204_and_callers_503() -> None:
+def test_while_models_load_ping_answers_204_and_other_routes_503() -> None:
     with ServedHttp(Settings()) as service:
         ping, health = service.get("/ping"), service.get("/health")
         call = service.post("/chat", CALL)
@@ -963,7 +967,7 @@ def test_ping_and_health_of_a_ready_service_answer_200(service: ServedHttp) -> N
     assert {"model_loaded", "device", "jobs"} <= set(health)
 
 
-def test_who_leaves_finishes_what_runs(local: LocalWorker) -> None:
+def test_a_closing_service_finishes_running_jobs(local: LocalWorker) -> None:
     local.fake_sdxl.hold()
     with ServedHttp(local.settings, local.worker) as service:
         answers: list[requests.Response] = []
@@ -980,13 +984,15 @@ def test_who_leaves_finishes_what_runs(local: LocalWorker) -> None:
     assert answers[0].json()["status"] == "completed"
 
 
-def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(local: LocalWorker) -> None:
+def test_a_closing_service_answers_503_and_job_status_until_the_last_job_has_ended(
+    local: LocalWorker,
+) -> None:
     local.fake_sdxl.hold()
     with ServedHttp(local.settings, local.worker) as service:
         service.post("/jobs", {"input": sdxl_payload()})
         assert local.fake_sdxl.at_step.wait(PATIENCE_S)
         service.stop()
-        # Longer than the server goes on by itself.
+        # Longer than the server runs without a job.
         threading.Event().wait(0.5)
 
         ping, health = service.get("/ping"), service.get("/health")
@@ -998,7 +1004,7 @@ def test_who_leaves_says_so_and_how_a_job_ended_until_the_last_has(local: LocalW
     assert job.json()["status"] == "processing"
 
 
-def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> None:
+def test_a_job_that_runs_longer_than_the_grace_ends_as_worker_unavailable(tmp_path: Path) -> None:
     impatient = LocalWorker(tmp_path, settings=Settings(shutdown_grace_s=0.1))
     impatient.fake_sdxl.hold()
     with ServedHttp(impatient.settings, impatient.worker) as service:
@@ -1010,7 +1016,7 @@ def test_what_runs_longer_than_the_grace_ends_unavailable(tmp_path: Path) -> Non
     assert ended.document.failure.code == "WORKER_UNAVAILABLE"
 
 
-# --- what machines are told ---
+# --- OpenAPI ---
 
 
 def test_every_route_is_described_with_its_body_and_its_failures(service: ServedHttp) -> None:
@@ -1029,7 +1035,7 @@ def test_every_route_is_described_with_its_body_and_its_failures(service: Served
 def schemathesis(
     service: ServedHttp, folder: Path, *options: str
 ) -> subprocess.CompletedProcess[str]:
-    """Ask for whatever OpenAPI promises, and for what it rules out."""
+    """Send requests that the OpenAPI schema allows, and requests that it forbids."""
     return subprocess.run(
         [
             Path(sys.executable).parent / "schemathesis",
@@ -1045,7 +1051,7 @@ def schemathesis(
 
 @pytest.fixture
 def asked_all(tmp_path: Path, fake_chat: FakeChat) -> Iterator[ServedHttp]:
-    """A service whose worker has models to report of and to move."""
+    """A service whose worker has models that can be moved."""
     settings = Settings(families=("sdxl", "chat"))
     models = {"sdxl": FakeSdxl(), "chat": fake_chat}
     made = LocalWorker(tmp_path, settings=settings, models=models, ledger=Ledger(FakeMemory(10)))
@@ -1059,7 +1065,7 @@ def asked_all(tmp_path: Path, fake_chat: FakeChat) -> Iterator[ServedHttp]:
     "options",
     [
         ["--exclude-path=/jobs"],
-        # A payload's own rules stand in the contract, by job type.
+        # The contract has the rules of a payload, by job type.
         ["--include-path=/jobs", "--exclude-checks=positive_data_acceptance"],
     ],
     ids=["all-but-jobs", "jobs"],
@@ -1083,7 +1089,7 @@ def test_openapi_names_both_headers_for_the_key(service: ServedHttp, locked: Ser
 
 
 @pytest.mark.parametrize("path", ["/ping", "/health"])
-def test_a_health_check_may_ask_by_head(service: ServedHttp, path: str) -> None:
+def test_health_routes_answer_head_requests(service: ServedHttp, path: str) -> None:
     head = service.head(path)
 
     assert (head.status_code, head.content) == (200, b"")
@@ -1122,7 +1128,7 @@ def test_a_real_model_answers_the_applications_call(process: WorkerProcess) -> N
     assert answer.json()["usage"]["completion_tokens"] > 0
 
 
-def test_a_real_models_memory_is_moved_and_told(process: WorkerProcess) -> None:
+def test_a_real_model_is_unloaded_and_loaded_over_http(process: WorkerProcess) -> None:
     url, _ = ports(process)
 
     unloaded = requests.post(
@@ -1136,7 +1142,7 @@ def test_a_real_models_memory_is_moved_and_told(process: WorkerProcess) -> None:
     assert status["model_loaded"] is True
 
 
-def test_the_balancer_may_ask_on_a_port_of_its_own(process: WorkerProcess) -> None:
+def test_the_health_port_answers_pings_too(process: WorkerProcess) -> None:
     assert [
         requests.get(f"{url}/ping", timeout=PATIENCE_S).status_code for url in ports(process)
     ] == [
@@ -1163,7 +1169,7 @@ def test_many_callers_are_answered_at_once(process: WorkerProcess) -> None:
     assert answers == [True] * 20
 
 
-def test_a_hang_up_reaches_the_model_and_no_word_is_logged(process: WorkerProcess) -> None:
+def test_a_disconnect_stops_a_real_model_and_no_prompt_is_logged(process: WorkerProcess) -> None:
     url, _ = ports(process)
     messages = [{"role": "user", "content": "an unmistakable zebra"}]
     long = {"messages": messages, "max_tokens": 2048, "temperature": 0}

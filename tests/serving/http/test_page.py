@@ -1,4 +1,4 @@
-"""The page at `/`: who gets it, what it shows of the storage, its own logic, and a real browser."""
+"""The page at `/`: who gets it, which files it sends, its logic, and a real browser."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def local(tmp_path: Path, fake_chat: FakeChat) -> LocalWorker:
 
 
 def make_bench(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
-    """A worker for everything, whose storage the page can see."""
+    """A worker for all families, whose storage the page can read."""
     config = Settings(
         families=("sdxl", "chat", "wan"),
         host="127.0.0.1",
@@ -70,7 +70,7 @@ def service(local: LocalWorker) -> Iterator[ServedHttp]:
         yield served
 
 
-# --- who gets it ---
+# --- access ---
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def service(local: LocalWorker) -> Iterator[ServedHttp]:
         ({"host": "127.0.0.1", "page": False}, False),
     ],
 )
-def test_the_page_is_there_for_who_sits_at_the_machine_or_where_it_is_asked_for(
+def test_the_page_is_on_at_a_loopback_address_or_if_page_says_so(
     settings: dict[str, Any], wanted: bool
 ) -> None:
     assert page.is_wanted(Settings(**settings)) is wanted
 
 
 @pytest.mark.parametrize("path", ["/", "/page/page.js", "/assets/user-1/job-1/0.png"])
-def test_where_it_is_not_wanted_nothing_of_it_is_there(local: LocalWorker, path: str) -> None:
+def test_without_the_page_none_of_its_routes_exist(local: LocalWorker, path: str) -> None:
     local.run()
     hidden = local.settings.model_copy(update={"page": False})
     with ServedHttp(hidden, local.worker) as service:
@@ -102,7 +102,7 @@ def test_where_it_is_not_wanted_nothing_of_it_is_there(local: LocalWorker, path:
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in page.PARTS)])
-def test_a_browser_is_told_to_ask_nobody_else(service: ServedHttp, path: str) -> None:
+def test_the_pages_policy_forbids_requests_to_other_hosts(service: ServedHttp, path: str) -> None:
     answer = service.get(path)
 
     assert answer.status_code == 200
@@ -123,7 +123,7 @@ def test_the_page_names_no_host_and_has_all_its_parts() -> None:
     ("host", "status"),
     [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example", 403)],
 )
-def test_a_name_that_was_made_to_lead_here_opens_nothing(
+def test_a_foreign_name_that_resolves_to_this_machine_does_not_get_the_page(
     service: ServedHttp, local: LocalWorker, host: str, status: int
 ) -> None:
     url = local.run().assets[0].url
@@ -138,18 +138,18 @@ def test_the_page_is_no_part_of_the_api(service: ServedHttp) -> None:
     assert set(paths) == {route.path for route in routes.router.routes}  # type: ignore[attr-defined]
 
 
-# --- what it shows of the storage ---
+# --- assets ---
 
 
 def ask(service: ServedHttp, path: str) -> requests.Response:
-    """A request whose path goes out as it is written."""
+    """A request whose path is sent unchanged."""
     request = requests.Request("GET", service.url).prepare()
     request.url = service.url + path
     with requests.Session() as session:
         return session.send(request, timeout=PATIENCE_S)
 
 
-def test_an_asset_is_shown_as_what_it_is(service: ServedHttp, local: LocalWorker) -> None:
+def test_an_asset_is_sent_with_its_media_type(service: ServedHttp, local: LocalWorker) -> None:
     document = local.run()
 
     answer = service.get(f"/assets/{document.assets[0].url}")
@@ -191,7 +191,7 @@ ELSEWHERE = [
 ]
 
 
-def test_nothing_else_on_the_machine_is_shown(service: ServedHttp, local: LocalWorker) -> None:
+def test_no_other_file_of_the_machine_is_sent(service: ServedHttp, local: LocalWorker) -> None:
     local.run()
     (local.root.parent / "secret.png").write_text("secret")
     (local.root / "link.png").symlink_to(local.root.parent / "secret.png")
@@ -207,7 +207,7 @@ def test_nothing_else_on_the_machine_is_shown(service: ServedHttp, local: LocalW
 
 
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "stored"])).map("/".join))
-def test_no_key_leads_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
+def test_no_asset_key_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory, key: str) -> None:
     root = tmp_path_factory.getbasetemp() / "outer" / "stored"
     (root / "a").mkdir(parents=True, exist_ok=True)
     (root.parent / "a").write_text("outside")
@@ -217,7 +217,7 @@ def test_no_key_leads_out_of_the_folder(tmp_path_factory: pytest.TempPathFactory
     assert found is None
 
 
-def test_assets_ask_for_the_key_as_all_else_does(tmp_path: Path) -> None:
+def test_assets_need_the_key_of_the_worker(tmp_path: Path) -> None:
     locked = make_bench(tmp_path, FakeChat(), worker_api_key="a-key")
     key = locked.run(sdxl_payload(api_key="a-key")).assets[0].url
     with ServedHttp(locked.settings, locked.worker) as service:
@@ -230,7 +230,7 @@ def test_assets_ask_for_the_key_as_all_else_does(tmp_path: Path) -> None:
     assert (without, wrong, right, page_itself) == (401, 401, 200, 200)
 
 
-def test_what_lies_in_a_bucket_is_not_shown(local: LocalWorker) -> None:
+def test_assets_in_a_bucket_are_not_sent(local: LocalWorker) -> None:
     local.run()
     elsewhere = local.settings.model_copy(
         update={
@@ -247,7 +247,7 @@ def test_what_lies_in_a_bucket_is_not_shown(local: LocalWorker) -> None:
 
 
 def logic(action: str, **given: Any) -> Any:
-    """What an action of `pagejob.js` comes to."""
+    """The result of an action of `pagejob.js`."""
     script = ROOT / "tests/serving/http/pagejob.js"
     done = subprocess.run(
         [DENO, "run", "--no-prompt", f"--allow-read={ROOT}", script, action, json.dumps(given)],
@@ -266,7 +266,7 @@ def test_the_page_knows_the_family_of_every_job_type() -> None:
 
 
 def filled(field: dict[str, Any]) -> Any:
-    """Something that a person might enter."""
+    """A value that a person might enter."""
     if "choices" in field:
         return field["choices"][-1]
     if field.get("number"):
@@ -279,12 +279,12 @@ def parsed(payload: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str)))
 
 
-def test_every_field_of_every_form_is_one_that_the_job_reads() -> None:
+def test_every_field_of_every_form_is_a_field_of_the_job() -> None:
     fields = logic("fields")
     forms, whole = [], []
     for name, family in jobs.FAMILY_OF.items():
         values = {field["at"]: filled(field) for field in fields[family]}
-        # Without these a job is refused, which is as good a proof.
+        # Without these fields a job is refused, which proves that it reads them.
         needed = {"prompt", "words", "config.width", "config.height", "config.operation"}
         for without in set(values) - needed:
             forms.append({"type": name, "values": {**values, without: ""}})
@@ -295,7 +295,7 @@ def test_every_field_of_every_form_is_one_that_the_job_reads() -> None:
         assert parsed(payload) != parsed(complete[payload["type"]]), payload
 
 
-def test_an_empty_form_is_a_payload_of_the_workers_own_defaults() -> None:
+def test_an_empty_form_is_a_payload_with_the_workers_defaults() -> None:
     form = {"type": "sdxl_image_fast", "values": {"prompt": "", "config.seed": ""}}
 
     (payload,) = logic("payloads", forms=[form])
@@ -303,7 +303,7 @@ def test_an_empty_form_is_a_payload_of_the_workers_own_defaults() -> None:
     assert payload == {"type": "sdxl_image_fast", "user_id": "page"}
 
 
-def test_a_conversation_is_sent_with_what_was_said_before() -> None:
+def test_a_conversation_is_sent_with_its_earlier_messages() -> None:
     said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     form = {
         "type": "chat_conversation",
@@ -317,7 +317,7 @@ def test_a_conversation_is_sent_with_what_was_said_before() -> None:
     assert payload["messages"] == [system, *said, {**words, "content": "And now?"}]
 
 
-def test_events_are_read_wherever_the_network_cuts_them() -> None:
+def test_events_are_read_wherever_the_network_splits_them() -> None:
     text = ': still here\n\nevent: progress\ndata: {"step": 1}\n\ndata: {"delta": "Wätér 💧"}\n\n'
 
     read = logic("events", text=text)
@@ -330,7 +330,7 @@ def test_events_are_read_wherever_the_network_cuts_them() -> None:
     assert all(each == whole for each in read)
 
 
-def test_progress_and_ends_are_told_in_words() -> None:
+def test_progress_and_end_are_shown_in_words() -> None:
     progress = [
         {"stage": "generate", "step": 3, "steps": 12},
         {"stage": "generate", "step": 6, "steps": 12, "remaining_s": 7.2},
@@ -347,7 +347,7 @@ def test_progress_and_ends_are_told_in_words() -> None:
     assert logic("ending", documents=documents) == ["completed in 3.3 s", "OOM_ERROR: no room"]
 
 
-def test_only_what_the_worker_stores_itself_is_asked_for() -> None:
+def test_only_assets_that_the_worker_stores_itself_are_requested() -> None:
     assets = [
         {"type": "image", "url": "user 1/job#1/0.png"},
         {"type": "image", "url": "https://bucket.example/0.png"},
@@ -357,7 +357,7 @@ def test_only_what_the_worker_stores_itself_is_asked_for() -> None:
     assert logic("addresses", assets=assets) == ["assets/user%201/job%231/0.png", None, None]
 
 
-def test_long_data_in_a_document_is_told_by_its_length() -> None:
+def test_long_data_in_a_document_is_shown_by_its_length() -> None:
     text = logic("pretty", document={"url": "data:text/plain," + "x" * 1000, "response": "y" * 500})
 
     assert "… (1016 characters)" in text
@@ -399,7 +399,7 @@ def visit(chromium: Browser) -> Iterator[Visit]:
 
     yield open_page
     context.close()
-    # That a request was refused is the browser's to say; the page says it in words of its own.
+    # The browser logs refused requests by itself; the page shows them in its own words.
     assert not [each for each in complaints if "Failed to load resource" not in each]
     local = (*services, "data:", "blob:")
     assert not [url for url in asked if not url.startswith(local)]
@@ -433,7 +433,7 @@ MIDDLE = """() => {
 }"""
 
 
-def test_a_picture_is_asked_for_watched_and_seen(
+def test_a_picture_is_submitted_with_progress_and_shown(
     visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:
     local.fake_sdxl.hold()
@@ -467,7 +467,7 @@ def test_a_video_plays(visit: Visit, service: ServedHttp) -> None:
     assert "9 frames at 8 a second" in tab.inner_text("figcaption")
 
 
-def test_a_reply_grows_and_the_conversation_goes_on(
+def test_a_reply_is_streamed_and_the_conversation_goes_on(
     visit: Visit, service: ServedHttp, fake_chat: FakeChat
 ) -> None:
     tab = visit(service)
@@ -489,7 +489,7 @@ def test_a_reply_grows_and_the_conversation_goes_on(
     )
 
 
-def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
+def test_a_running_job_is_stopped_on_the_page(visit: Visit, tmp_path: Path) -> None:
     endless = EndlessChat()
     chatty = make_bench(tmp_path, endless)
     with ServedHttp(chatty.settings, chatty.worker) as service:
@@ -504,7 +504,7 @@ def test_what_runs_is_stopped(visit: Visit, tmp_path: Path) -> None:
         tab.wait_for_selector("#send:enabled")
 
 
-def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, service: ServedHttp) -> None:
+def test_a_job_cannot_be_stopped_before_it_is_accepted(visit: Visit, service: ServedHttp) -> None:
     tab = visit(service)
     shown: list[bool] = []
 
@@ -520,7 +520,7 @@ def test_nothing_can_be_stopped_before_it_is_taken(visit: Visit, service: Served
     assert shown == [False]
 
 
-def test_words_typed_during_a_reply_are_kept(
+def test_text_typed_during_a_reply_is_kept(
     visit: Visit, service: ServedHttp, fake_chat: FakeChat
 ) -> None:
     tab, go_on = visit(service), threading.Event()
@@ -543,7 +543,7 @@ def test_words_typed_during_a_reply_are_kept(
     assert said_by == ["user", "assistant", "user"]
 
 
-def test_a_payload_written_by_hand_is_what_is_sent(
+def test_a_payload_written_by_hand_is_sent(
     visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:
     tab = visit(service)
@@ -570,7 +570,7 @@ REFUSED = chat_payload(
         (json.dumps(REFUSED), "content policy"),
     ],
 )
-def test_a_refusal_is_said_in_the_workers_words(
+def test_a_refusal_is_shown_in_the_workers_words(
     visit: Visit, service: ServedHttp, payload: str, says: str
 ) -> None:
     tab = visit(service)
@@ -583,7 +583,7 @@ def test_a_refusal_is_said_in_the_workers_words(
     tab.wait_for_selector("#send:enabled")
 
 
-def test_a_key_is_asked_for_kept_in_memory_and_brought_everywhere(
+def test_the_key_is_asked_for_kept_in_memory_and_sent_with_every_request(
     visit: Visit, tmp_path: Path
 ) -> None:
     locked = make_bench(tmp_path, FakeChat("Rain."), worker_api_key="a-key")
@@ -607,7 +607,7 @@ def test_a_key_is_asked_for_kept_in_memory_and_brought_everywhere(
     assert "a-key" not in tab.url
 
 
-def test_who_comes_while_models_are_loaded_is_let_in_later(
+def test_a_visitor_during_loading_can_use_the_page_when_the_models_are_loaded(
     visit: Visit, local: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ServedHttp(local.settings) as service:
@@ -619,7 +619,7 @@ def test_who_comes_while_models_are_loaded_is_let_in_later(
         assert tab.locator("#type option").count() == len(jobs.FAMILY_OF)
 
 
-def test_on_a_narrow_screen_nothing_runs_off_its_edge(visit: Visit, service: ServedHttp) -> None:
+def test_on_a_narrow_screen_nothing_is_cut_off(visit: Visit, service: ServedHttp) -> None:
     tab = visit(service)
     tab.set_viewport_size({"width": 360, "height": 700})
     choose(tab, "sdxl_image_fast")

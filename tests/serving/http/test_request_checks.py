@@ -1,4 +1,4 @@
-"""What the HTTP service refuses before a route reads the body: hosts, origins, lengths, framing."""
+"""The checks before a route reads the body: hosts, origins, lengths, framing, room."""
 
 import socket
 from collections.abc import Iterator
@@ -51,14 +51,14 @@ def connect(service: ServedHttp) -> socket.socket:
 
 
 def exchange(service: ServedHttp, raw: bytes) -> bytes:
-    """Everything that comes back for these bytes until the worker closes the connection."""
+    """The response to these bytes, until the worker closes the connection."""
     with connect(service) as client:
         client.sendall(raw)
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def begin(service: ServedHttp, raw: bytes) -> bytes:
-    """The first bytes that come back for the beginning of a request."""
+    """The first bytes of the response to the beginning of a request."""
     with connect(service) as client:
         client.sendall(raw)
         return client.recv(65536)
@@ -91,7 +91,7 @@ def ask(service: ServedHttp, method: str, path: str, **headers: str) -> Any:
 
 
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
-def test_without_a_key_no_route_answers_to_a_foreign_host_name(
+def test_without_a_key_every_route_refuses_a_foreign_host_name(
     service: ServedHttp, method: str, path: str
 ) -> None:
     answer = ask(service, method, path, Host="evil.example")
@@ -102,7 +102,7 @@ def test_without_a_key_no_route_answers_to_a_foreign_host_name(
 
 @pytest.mark.parametrize(("method", "path"), EVERY_ROUTE)
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
-def test_without_a_key_no_route_answers_to_a_foreign_origin(
+def test_without_a_key_every_route_refuses_a_foreign_origin(
     service: ServedHttp, method: str, path: str, origin: str
 ) -> None:
     answer = ask(service, method, path, Origin=origin)
@@ -113,14 +113,16 @@ def test_without_a_key_no_route_answers_to_a_foreign_origin(
 
 @pytest.mark.parametrize("path", ["/chat", "/jobs", "/job/job-1/cancel", "/memory/unload"])
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_without_a_key_a_body_is_json_or_refused(service: ServedHttp, path: str, kind: str) -> None:
+def test_without_a_key_a_body_that_is_not_json_is_refused(
+    service: ServedHttp, path: str, kind: str
+) -> None:
     answer = ask(service, "POST", path, Content_Type=kind)
 
     assert answer.status_code == 415
     assert answer.json()["error"] == "Content-Type: Input should be application/json"
 
 
-def test_a_body_of_unknown_length_is_json_too(service: ServedHttp) -> None:
+def test_without_a_key_a_body_of_unknown_length_must_be_json_too(service: ServedHttp) -> None:
     answer = service.post("/jobs", data=iter([b"{}"]), headers={"Content-Type": "text/plain"})
 
     assert answer.status_code == 415
@@ -139,14 +141,14 @@ def test_without_a_key_every_loopback_name_is_answered(service: ServedHttp, host
 
 @pytest.mark.parametrize("host", ["worker.example", "WORKER.example.", "worker.example:8000"])
 @pytest.mark.parametrize("allowed", ["worker.example", "Worker.Example."])
-def test_an_allowed_host_is_known_however_it_is_spelled(host: str, allowed: str) -> None:
+def test_an_allowed_host_is_recognized_in_every_spelling(host: str, allowed: str) -> None:
     assert is_own_host(host, (allowed,))
 
 
 @pytest.mark.parametrize(
     "host", ["localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::2]", "[", "@", ""]
 )
-def test_no_other_name_passes_for_loopback(service: ServedHttp, host: str) -> None:
+def test_a_name_that_resembles_loopback_is_refused(service: ServedHttp, host: str) -> None:
     assert ask(service, "GET", "/status", Host=host).status_code == 403
 
 
@@ -176,7 +178,7 @@ def test_allowed_hosts_are_answered_without_a_key(
 
 
 @pytest.mark.parametrize("text", ["https://worker.example", "worker.example/", "a b", "box:80"])
-def test_an_allowed_host_that_is_no_name_ends_the_start(
+def test_an_invalid_allowed_host_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("ALLOWED_HOSTS", text)
@@ -201,7 +203,7 @@ def test_a_load_balancer_may_ping_by_address(service: ServedHttp) -> None:
     assert ask(service, "GET", "/ping", Host="10.1.2.3:8000").status_code == 200
 
 
-def test_with_a_key_the_key_alone_decides(locked: ServedHttp) -> None:
+def test_with_a_key_the_host_and_origin_do_not_matter(locked: ServedHttp) -> None:
     call = {"data": b'{"messages": [{"role": "user", "content": "Rain?"}]}'}
     headers = {**KEY, "Host": "worker.example", "Origin": "https://app.example"}
 
@@ -214,14 +216,14 @@ def test_with_a_key_the_key_alone_decides(locked: ServedHttp) -> None:
 
 
 def head(length: int, path: str = "/jobs", **headers: str) -> bytes:
-    """A request's head, whose body has yet to come."""
+    """The head of a request, without its body."""
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/chat", "/memory/load", "/job/x/cancel", "/nowhere"])
-def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(
+def test_a_content_length_beyond_the_limit_is_refused_before_the_body(
     service: ServedHttp, path: str
 ) -> None:
     answer = begin(service, head(30_000_001, path))
@@ -264,32 +266,32 @@ def test_with_a_key_in_a_header_a_large_body_is_read(
     assert locked.post("/chat", call, headers=headers).status_code == 200
 
 
-def test_a_small_body_may_bring_its_own_key(locked: ServedHttp) -> None:
+def test_a_small_body_may_have_the_key(locked: ServedHttp) -> None:
     assert locked.post("/chat", chat_payload(api_key="a-key")).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/memory/load", "/memory/unload", "/emergency/operation"])
-def test_where_only_a_header_can_hold_the_key_no_body_is_waited_for(
+def test_a_route_that_takes_the_key_only_in_a_header_refuses_before_the_body(
     locked: ServedHttp, path: str
 ) -> None:
     assert begin(locked, head(10, path)).startswith(b"HTTP/1.1 401 ")
 
 
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,", b'{"a":1},'])
-def test_json_of_so_many_values_that_parsing_would_stall_others_is_not_parsed(piece: bytes) -> None:
+def test_json_with_too_many_values_is_refused_before_it_is_parsed(piece: bytes) -> None:
     text = b"[" + piece * request_body.MAX_JSON_MARKS + b"1]"
 
     with pytest.raises(InvalidPrompt, match="body: Input should have at most 250000 commas"):
         request_body.parse_json(text)
 
 
-def test_a_large_text_of_few_values_is_parsed() -> None:
+def test_large_json_with_few_values_is_parsed() -> None:
     assert request_body.parse_json(b'{"a": "' + b"x" * 29_000_000 + b'"}') == {
         "a": "x" * 29_000_000
     }
 
 
-# --- where a request ends ---
+# --- framing ---
 
 SMUGGLED = b"GET /debug/env HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -307,7 +309,7 @@ SMUGGLED = b"GET /debug/env HTTP/1.1\r\nHost: localhost\r\n\r\n"
         b"Content-Length: +4\r\n",
     ],
 )
-def test_after_a_request_whose_end_is_ambiguous_nothing_is_answered(
+def test_a_connection_is_closed_after_a_request_whose_end_is_ambiguous(
     service: ServedHttp, framing: bytes
 ) -> None:
     start = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -327,7 +329,7 @@ def test_transfer_encoding_is_refused_in_http_1_0(service: ServedHttp) -> None:
     assert answer.split()[1] == b"400"
 
 
-def test_after_a_request_that_is_plain_the_next_one_is_answered(service: ServedHttp) -> None:
+def test_a_connection_stays_open_after_a_request_whose_end_is_clear(service: ServedHttp) -> None:
     closing = SMUGGLED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
     answer = exchange(service, SMUGGLED + closing)
@@ -335,13 +337,13 @@ def test_after_a_request_that_is_plain_the_next_one_is_answered(service: ServedH
     assert answer.count(b"HTTP/1.1 200 ") == 2
 
 
-# --- room for newcomers ---
+# --- room for new callers ---
 
 PING = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /ping HT", PING])
-def test_idle_connections_shut_no_newcomer_out(
+def test_idle_connections_do_not_keep_a_new_caller_out(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp, said: bytes
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
@@ -369,14 +371,14 @@ def test_the_connection_that_is_idle_longest_is_closed_first(
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
-def test_a_connection_with_a_request_under_way_is_not_closed_for_a_newcomer(
+def test_a_connection_with_a_running_request_is_not_closed_for_a_new_caller(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp
 ) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
     with connect(service) as busy:
         body = b'{"input": {}}'
         busy.sendall(head(len(body)) + body[:1])
-        # Answered on a later connection, so the head has been read by then.
+        # This is answered on a later connection, so the worker has read the head by then.
         for _ in range(3):
             assert begin(service, PING).startswith(b"HTTP/1.1 200 ")
         busy.sendall(body[1:])
@@ -384,7 +386,7 @@ def test_a_connection_with_a_request_under_way_is_not_closed_for_a_newcomer(
         assert busy.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
-def test_requests_beyond_the_limit_are_told_to_come_later_and_pings_are_answered(
+def test_requests_beyond_the_limit_are_503_and_pings_are_answered(
     monkeypatch: pytest.MonkeyPatch, locked: ServedHttp
 ) -> None:
     monkeypatch.setattr(request_checks, "MAX_REQUESTS_WITHOUT_KEY", 1)
