@@ -33,14 +33,14 @@ def callback(receiver: CallbackReceiver, **options: object) -> Callback:
     return Callback(receiver.callback_url, **options)  # type: ignore[arg-type]
 
 
-def test_both_signatures_hold_over_the_raw_bytes(receiver: CallbackReceiver) -> None:
+def test_both_signatures_of_a_callback_match_the_posted_bytes(receiver: CallbackReceiver) -> None:
     callback(receiver).post(DONE)
 
     (received,) = receiver.wait(1)
     assert (received.signature_ok, received.webhook_ok, received.status) == (True, True, 200)
 
 
-def test_a_secret_that_is_not_a_webhook_secret_signs_as_it_is() -> None:
+def test_a_secret_without_the_webhook_prefix_is_the_key_itself() -> None:
     headers = signatures("plain", b"body", "job-1.completed", 1700000000)
 
     assert headers["X-Callback-Signature"] == (
@@ -63,14 +63,14 @@ def test_the_document_arrives_as_the_edge_function_reads_it(receiver: CallbackRe
     }
 
 
-def test_the_service_key_travels_to_its_project(receiver: CallbackReceiver) -> None:
+def test_the_service_key_is_sent_to_its_own_project(receiver: CallbackReceiver) -> None:
     callback(receiver, project=Project(receiver.url, "service-key")).post(DONE)
 
     assert receiver.wait(1)[0].headers["Authorization"] == "Bearer service-key"
 
 
 @pytest.mark.parametrize("answers", [[503], ["reset", 500], [(429, {"Retry-After": "0"})], [408]])
-def test_a_receiver_that_is_unwell_is_tried_again(
+def test_a_callback_is_posted_again_after_a_transient_error(
     receiver: CallbackReceiver, answers: list[object]
 ) -> None:
     receiver.script(answers)
@@ -90,7 +90,7 @@ def test_the_webhook_id_is_the_same_at_every_try(receiver: CallbackReceiver) -> 
 
 
 @pytest.mark.parametrize("job_id", ["job-1", "a.b", "job.completed", "j" * 128])
-def test_the_webhook_id_has_no_character_of_the_callers(
+def test_the_webhook_id_is_a_digest_whatever_the_job_id(
     receiver: CallbackReceiver, job_id: str
 ) -> None:
     callback(receiver).post(replace(DONE, job_id=job_id))
@@ -101,11 +101,11 @@ def test_the_webhook_id_has_no_character_of_the_callers(
 
 
 @given(st.lists(st.tuples(KEYS, st.sampled_from(get_args(Status))), unique=True, max_size=20))
-def test_each_job_and_status_has_a_webhook_id_of_its_own(told: list[tuple[str, str]]) -> None:
+def test_each_job_and_status_has_its_own_webhook_id(told: list[tuple[str, str]]) -> None:
     assert len({webhook_id(job, status) for job, status in told}) == len(told)
 
 
-def test_it_gives_up_after_three_tries(receiver: CallbackReceiver) -> None:
+def test_a_callback_is_given_up_after_three_tries(receiver: CallbackReceiver) -> None:
     receiver.script([503] * 5)
 
     with pytest.raises(Fault, match="HTTP 503"):
@@ -115,7 +115,7 @@ def test_it_gives_up_after_three_tries(receiver: CallbackReceiver) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 410, 422])
-def test_a_refusal_is_not_tried_again(receiver: CallbackReceiver, status: int) -> None:
+def test_a_refused_callback_is_not_posted_again(receiver: CallbackReceiver, status: int) -> None:
     receiver.script([status])
 
     with pytest.raises(Fault, match=f"HTTP {status}"):
@@ -124,7 +124,7 @@ def test_a_refusal_is_not_tried_again(receiver: CallbackReceiver, status: int) -
     assert len(receiver.received) == 1
 
 
-def test_a_redirect_is_not_followed(receiver: CallbackReceiver) -> None:
+def test_a_callback_follows_no_redirect(receiver: CallbackReceiver) -> None:
     receiver.script([(302, {"Location": f"{receiver.url}/elsewhere"})])
 
     with pytest.raises(Fault, match="HTTP 302"):
@@ -133,11 +133,11 @@ def test_a_redirect_is_not_followed(receiver: CallbackReceiver) -> None:
     assert len(receiver.received) == 1
 
 
-def test_without_a_url_nothing_is_posted() -> None:
+def test_a_callback_without_a_url_posts_nothing() -> None:
     assert Callback(None).post(DONE) is None
 
 
-def test_a_jobs_own_url_counts_when_its_host_is_allowed(receiver: CallbackReceiver) -> None:
+def test_a_jobs_own_url_is_used_if_its_host_is_allowed(receiver: CallbackReceiver) -> None:
     own = Callback(None, receiver.secret, allowed_hosts=("127.0.0.1",))
 
     own.post(DONE, receiver.callback_url)
@@ -146,7 +146,9 @@ def test_a_jobs_own_url_counts_when_its_host_is_allowed(receiver: CallbackReceiv
 
 
 @pytest.mark.parametrize("listed", ["LOCALHOST", "LocalHost.", " localhost "])
-def test_a_host_is_allowed_however_it_is_spelled(receiver: CallbackReceiver, listed: str) -> None:
+def test_a_callback_host_is_allowed_in_every_spelling(
+    receiver: CallbackReceiver, listed: str
+) -> None:
     own = Callback(None, receiver.secret, allowed_hosts=(listed,))
 
     own.post(DONE, receiver.callback_url.replace("127.0.0.1", "LocalHost"))
@@ -154,7 +156,7 @@ def test_a_host_is_allowed_however_it_is_spelled(receiver: CallbackReceiver, lis
     assert receiver.wait(1)[0].signature_ok
 
 
-def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: CallbackReceiver) -> None:
+def test_a_jobs_own_url_is_ignored_if_its_host_is_not_allowed(receiver: CallbackReceiver) -> None:
     Callback(None, receiver.secret).post(DONE, receiver.callback_url)
 
     assert receiver.received == []
@@ -173,7 +175,7 @@ def test_a_jobs_own_url_is_ignored_when_its_host_is_not_allowed(receiver: Callba
         "https://[allowed.example]/",
     ],
 )
-def test_no_spelling_of_a_url_leads_past_the_list_of_hosts(
+def test_no_spelling_of_a_callback_url_evades_the_list_of_hosts(
     receiver: CallbackReceiver, spelling: str
 ) -> None:
     general = Callback(None, allowed_hosts=("allowed.example",))
@@ -183,7 +185,7 @@ def test_no_spelling_of_a_url_leads_past_the_list_of_hosts(
     assert receiver.received == []
 
 
-def test_the_default_url_lies_beside_supabase() -> None:
+def test_the_default_callback_url_is_in_the_supabase_project() -> None:
     settings = Settings(supabase_url="https://project.example/")
 
     assert settings.resolved_callback_url == "https://project.example/functions/v1/job-callback"
@@ -196,7 +198,7 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/callback"
 
 
-def test_a_receiver_that_hangs_ends_the_last_try_too(
+def test_a_receiver_that_never_answers_does_not_hold_a_callback(
     silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ourvidz_serverless.delivery.callback.DELIVERY_S", 1.0)

@@ -118,7 +118,7 @@ def picture() -> Any:
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("algorithm", MAKE_KEY)
-def test_the_reader_trusts_what_was_signed(
+def test_a_c2pa_reader_trusts_a_signed_picture(
     authority: Authority, algorithm: str, format: Any
 ) -> None:
     key = MAKE_KEY[algorithm]()
@@ -131,7 +131,7 @@ def test_the_reader_trusts_what_was_signed(
     assert reader.get_active_manifest()["signature_info"]["alg"] == algorithm
 
 
-def test_the_reader_trusts_a_signed_video(authority: Authority, pair: tuple[str, str]) -> None:
+def test_a_c2pa_reader_trusts_a_signed_video(authority: Authority, pair: tuple[str, str]) -> None:
     film = video.encode_video([np.stack([picture()] * 5)], 96, 64, 16, False)
 
     signed = Credentials(*pair).sign(film.data, "video/mp4", False, [])
@@ -140,7 +140,7 @@ def test_the_reader_trusts_a_signed_video(authority: Authority, pair: tuple[str,
     assert read(signed, "video/mp4", authority).get_validation_state() == "Trusted"
 
 
-def test_the_reader_sees_a_file_that_was_changed(
+def test_a_c2pa_reader_refuses_a_file_that_was_changed(
     authority: Authority, pair: tuple[str, str]
 ) -> None:
     file = images.encode_image(picture())
@@ -153,7 +153,7 @@ def test_the_reader_sees_a_file_that_was_changed(
 @pytest.mark.parametrize(
     ("composite", "source"), [(False, provenance.TRAINED), (True, provenance.COMPOSITE)]
 )
-def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
+def test_a_manifest_states_the_source_type_and_the_generator_only(
     authority: Authority, pair: tuple[str, str], composite: bool, source: str
 ) -> None:
     file = images.encode_image(picture())
@@ -173,7 +173,7 @@ def test_a_manifest_says_that_a_model_made_it_and_nothing_else(
 # --- a job ---
 
 
-def test_an_asset_is_signed_and_tells_the_bytes_it_has(
+def test_a_signed_asset_states_its_signed_size(
     local: MakeLocal, authority: Authority, pair: tuple[str, str]
 ) -> None:
     at = local(credentials=Credentials(*pair))
@@ -188,7 +188,7 @@ def test_an_asset_is_signed_and_tells_the_bytes_it_has(
     assert "user-1" not in reader.json()
 
 
-def test_an_asset_that_cannot_be_signed_goes_out_with_a_warning(
+def test_an_asset_that_cannot_be_signed_is_delivered_with_a_warning(
     local: MakeLocal, mismatched: tuple[str, str]
 ) -> None:
     at = local(credentials=Credentials(*mismatched))
@@ -199,7 +199,7 @@ def test_an_asset_that_cannot_be_signed_goes_out_with_a_warning(
     assert document.metadata["warnings"] == [UNSIGNED]
 
 
-def test_where_it_is_required_a_job_fails_instead(
+def test_a_job_fails_if_a_required_signature_fails(
     local: MakeLocal, mismatched: tuple[str, str]
 ) -> None:
     document = local(credentials=Credentials(*mismatched, required=True)).run()
@@ -212,7 +212,7 @@ def test_where_it_is_required_a_job_fails_instead(
 # --- the environment ---
 
 
-def test_the_variables_hold_pems_or_the_files_of_them(
+def test_the_c2pa_settings_hold_pem_texts_or_paths_of_pem_files(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
     for name, text in zip(("chain", "key"), pair, strict=True):
@@ -236,7 +236,7 @@ def test_the_variables_hold_pems_or_the_files_of_them(
         ({"c2pa_cert": "-----BEGIN", "c2pa_key": "-----BEGIN"}, "C2PA_KEY: Input should be a priv"),
     ],
 )
-def test_half_a_configuration_ends_the_start(env: dict[str, Any], why: str) -> None:
+def test_an_incomplete_c2pa_configuration_ends_the_start(env: dict[str, Any], why: str) -> None:
     with pytest.raises(ModelLoadError) as refused:
         Credentials.of(Settings(**env))
 
@@ -244,7 +244,7 @@ def test_half_a_configuration_ends_the_start(env: dict[str, Any], why: str) -> N
     assert "/no/such" not in refused.value.message
 
 
-def test_without_the_package_the_start_says_what_to_install(
+def test_a_start_without_the_c2pa_package_says_what_to_install(
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "c2pa", None)
@@ -253,7 +253,7 @@ def test_without_the_package_the_start_says_what_to_install(
         Credentials(*pair)
 
 
-def test_the_handler_signs_and_shows_no_key(
+def test_the_handler_signs_and_logs_no_key(
     pair: tuple[str, str], authority: Authority, tmp_path: Path
 ) -> None:
     run = run_handler(

@@ -59,7 +59,9 @@ def test_a_kept_document_is_delivered_by_a_second_process(
     assert last.document["assets"] == document.callback()["assets"]
 
 
-def test_it_bears_the_id_that_it_had(local: MakeLocal, receiver: CallbackReceiver) -> None:
+def test_a_replayed_document_keeps_its_webhook_id(
+    local: MakeLocal, receiver: CallbackReceiver
+) -> None:
     at = undelivered(local, receiver)
     at.run()
 
@@ -70,7 +72,7 @@ def test_it_bears_the_id_that_it_had(local: MakeLocal, receiver: CallbackReceive
     ] * 4
 
 
-def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(
+def test_replay_removes_the_delivered_document_and_leaves_the_assets(
     local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     at = undelivered(local, receiver)
@@ -81,7 +83,7 @@ def test_what_was_delivered_is_not_kept_any_longer_and_the_assets_stay(
     assert at.stored() == ["user-1/job-1/0.png", "user-1/job-1/0.thumb.webp"]
 
 
-def test_what_is_refused_again_stays_and_the_command_says_so(
+def test_a_document_that_is_refused_again_stays_and_replay_exits_with_1(
     local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     at = undelivered(local, receiver)
@@ -98,7 +100,7 @@ def test_what_is_refused_again_stays_and_the_command_says_so(
     assert "user-1/job-1/callback.completed.json" in at.stored()
 
 
-def test_a_failure_is_told_before_the_completion_that_came_after_it(
+def test_replay_posts_the_failure_of_a_job_before_its_completion(
     local: MakeLocal, receiver: CallbackReceiver
 ) -> None:
     at = undelivered(local, receiver)
@@ -112,7 +114,7 @@ def test_a_failure_is_told_before_the_completion_that_came_after_it(
     assert [each.document["status"] for each in receiver.received[-2:]] == ["failed", "completed"]
 
 
-def test_a_job_with_a_url_of_its_own_is_told_there(local: MakeLocal) -> None:
+def test_replay_posts_to_the_jobs_own_url(local: MakeLocal) -> None:
     with CallbackReceiver() as general, CallbackReceiver() as its_own:
         its_own.script([500, 500, 500])
         callback = Callback(general.callback_url, its_own.secret, None, ("127.0.0.1",), QUICK)
@@ -126,7 +128,7 @@ def test_a_job_with_a_url_of_its_own_is_told_there(local: MakeLocal) -> None:
         assert "callback_url" not in its_own.received[-1].document
 
 
-def test_a_bucket_is_replayed_too(local: MakeLocal, receiver: CallbackReceiver) -> None:
+def test_replay_reads_a_bucket(local: MakeLocal, receiver: CallbackReceiver) -> None:
     with SupabaseServer() as supabase:
         store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp", "assets")
         undelivered(local, receiver, storage=store).run()
@@ -139,7 +141,7 @@ def test_a_bucket_is_replayed_too(local: MakeLocal, receiver: CallbackReceiver) 
         assert not [key for _, key in supabase.objects if "callback" in key]
 
 
-def test_a_file_that_is_no_document_is_left_alone(
+def test_replay_leaves_a_file_that_holds_no_document(
     tmp_path: Path, receiver: CallbackReceiver
 ) -> None:
     for i, text in enumerate(["", "[]", "{}", "\udcff", json.dumps({"job_id": 1})]):
@@ -177,7 +179,7 @@ def test_replay_explains_itself() -> None:
     assert run.stdout.startswith("usage: python -m ourvidz_serverless replay [-h] place")
 
 
-def test_without_a_url_there_is_nobody_to_tell(tmp_path: Path, receiver: CallbackReceiver) -> None:
+def test_replay_needs_a_callback_url(tmp_path: Path, receiver: CallbackReceiver) -> None:
     run = replay(tmp_path, receiver, CALLBACK_URL="")
 
     assert run.stderr == "cannot replay: CALLBACK_URL: Field required\n"

@@ -53,13 +53,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return SupabaseStorage(server.url, server.service_key, "workspace-temp", "assets")
 
 
-def test_what_was_put_is_got(store: Storage) -> None:
+def test_a_stored_object_is_read_again(store: Storage) -> None:
     store.put("user/job/0.png", b"picture", "image/png")
 
     assert store.get("user/job/0.png") == b"picture"
 
 
-def test_every_key_is_found_and_a_deleted_one_is_gone(store: Storage) -> None:
+def test_every_key_is_listed_but_a_deleted_one(store: Storage) -> None:
     keys = {f"lister/job-{job}/{name}" for job in range(3) for name in ("0.png", "c.x.json")}
     for key in keys:
         store.put(key, b"x", "application/json")
@@ -70,7 +70,7 @@ def test_every_key_is_found_and_a_deleted_one_is_gone(store: Storage) -> None:
     assert left == keys - {"lister/job-1/0.png"}
 
 
-def test_a_folder_of_many_pages_is_found_whole(supabase: SupabaseServer) -> None:
+def test_a_supabase_folder_of_many_pages_is_listed_to_its_end(supabase: SupabaseServer) -> None:
     store = SupabaseStorage(supabase.url, supabase.service_key, "many")
     keys = {f"user/job-{i:03}/0.png" for i in range(2 * PAGE)}
     supabase.objects.update({("many", key): (b"", "image/png") for key in keys})
@@ -78,7 +78,9 @@ def test_a_folder_of_many_pages_is_found_whole(supabase: SupabaseServer) -> None
     assert set(store.keys()) == keys
 
 
-def test_a_library_is_another_bucket_of_the_same_store(supabase: SupabaseServer) -> None:
+def test_a_reference_is_read_from_another_bucket_of_the_same_store(
+    supabase: SupabaseServer,
+) -> None:
     supabase.objects["user-library", "user-1/face.png"] = (b"picture", "image/png")
     supabase.buckets["user-library"] = Bucket()
     store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp")
@@ -93,7 +95,7 @@ def test_a_second_put_overwrites_the_first(store: Storage) -> None:
     assert store.get("user/job/1.png") == b"second"
 
 
-def test_what_is_not_there_is_a_lasting_fault(store: Storage) -> None:
+def test_reading_a_missing_object_is_a_fault_that_is_not_transient(store: Storage) -> None:
     with pytest.raises(Fault) as fault:
         store.get("user/job/missing.png")
 
@@ -144,7 +146,7 @@ def test_a_public_s3_url_quotes_as_the_client_does(s3: SeaweedServer) -> None:
 @pytest.mark.parametrize(
     ("style", "prefix"), [("public", "our assets/what? 1+1"), ("presigned", "our assets/1+1")]
 )
-def test_a_supabase_url_is_one_whatever_the_prefix(
+def test_a_supabase_url_is_valid_whatever_the_prefix(
     supabase: SupabaseServer, style: str, prefix: str
 ) -> None:
     supabase.buckets["shown"] = Bucket(public=True)
@@ -167,7 +169,7 @@ def test_supabase_takes_a_new_secret_key_without_a_bearer(supabase: SupabaseServ
 
 
 @pytest.mark.parametrize("answers", [[503, 200], ["reset", 429, 200]])
-def test_an_upload_is_tried_again_while_the_store_is_unwell(
+def test_an_upload_is_tried_again_after_a_transient_error(
     supabase: SupabaseServer, answers: list[object]
 ) -> None:
     supabase.script(answers[:-1])
@@ -188,7 +190,7 @@ def test_an_upload_gives_up_after_three_tries(supabase: SupabaseServer) -> None:
     assert ("workspace-temp", "user/lost/0.png") not in supabase.objects
 
 
-def test_an_upload_that_is_refused_is_tried_once(supabase: SupabaseServer) -> None:
+def test_a_refused_upload_is_not_tried_again(supabase: SupabaseServer) -> None:
     store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp")
     before = len(supabase.requests)
 
@@ -205,7 +207,7 @@ def test_a_wrong_secret_is_an_upload_error_without_the_secret(s3: SeaweedServer)
     assert error.value.message == "storage did not take an asset (HTTP 403)"
 
 
-def test_a_store_that_nobody_answers_for_is_an_upload_error() -> None:
+def test_a_storage_that_does_not_answer_is_an_upload_error() -> None:
     store = SupabaseStorage("http://127.0.0.1:9", "key", "bucket")
 
     with pytest.raises(UploadError, match="no answer"):
@@ -221,7 +223,7 @@ def own_bucket(s3: SeaweedServer, endpoint: str | None = None) -> S3Config:
     )
 
 
-def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> None:
+def test_a_job_stores_in_the_bucket_of_its_s3_config(s3: SeaweedServer) -> None:
     store = job_storage(own_bucket(s3), "us-east-1", ("127.0.0.1",))
 
     store.put("own/bucket/0.png", b"picture", "image/png")
@@ -230,7 +232,9 @@ def test_a_jobs_own_bucket_is_where_its_s3_config_says(s3: SeaweedServer) -> Non
 
 
 @pytest.mark.parametrize("listed", ["LocalHost", "localhost."])
-def test_an_inner_host_is_listed_however_it_is_spelled(s3: SeaweedServer, listed: str) -> None:
+def test_an_inner_host_of_s3_config_is_listed_in_every_spelling(
+    s3: SeaweedServer, listed: str
+) -> None:
     endpoint = s3.endpoint.replace("127.0.0.1", "localhost")
 
     store = job_storage(own_bucket(s3, endpoint), "us-east-1", (listed,))
@@ -246,7 +250,7 @@ def test_an_inner_host_is_listed_however_it_is_spelled(s3: SeaweedServer, listed
         *("[::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "[fe80::1]", "[fd00::1]"),
     ],
 )
-def test_a_jobs_own_bucket_is_on_the_public_internet(s3: SeaweedServer, host: str) -> None:
+def test_a_jobs_own_bucket_must_be_on_the_public_internet(s3: SeaweedServer, host: str) -> None:
     config = own_bucket(s3, f"http://{host}:9000")
 
     with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
@@ -260,15 +264,17 @@ def test_a_jobs_own_bucket_is_on_the_public_internet(s3: SeaweedServer, host: st
         "https://store.example:99999",
     ],
 )
-def test_an_endpoint_that_is_no_url_is_refused_by_its_field(
+def test_an_s3_endpoint_that_is_no_url_is_refused_with_its_field_named(
     s3: SeaweedServer, endpoint: str
 ) -> None:
     with pytest.raises(InvalidPrompt, match=r"^s3Config\.endpointUrl: "):
         job_storage(own_bucket(s3, endpoint), "us-east-1")
 
 
-def test_a_name_that_comes_to_mean_an_inner_address_is_not_connected_to(s3: SeaweedServer) -> None:
-    # What `of_job` makes of a name that was public when it was asked for.
+def test_no_upload_connects_to_a_host_whose_name_later_means_an_inner_address(
+    s3: SeaweedServer,
+) -> None:
+    # As `job_storage` opens it for a name that was public at that time.
     config = own_bucket(s3)
     store = S3Storage(
         bucket=config.bucketName,
@@ -309,12 +315,12 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
 
 
 @pytest.mark.parametrize("url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b"])
-def test_a_storage_url_that_means_nothing_is_refused_at_start(url: str) -> None:
+def test_an_invalid_storage_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))
 
 
-def test_a_file_that_cannot_be_put_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_stored_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "user/job/0.png").mkdir(parents=True)
 
     with pytest.raises(Fault):

@@ -2,7 +2,6 @@
 
 import io
 import tempfile
-import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,6 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless.delivery import provenance
 from ourvidz_serverless.delivery.video import EncodedVideo, encode_video
-from ourvidz_serverless.errors import Cancelled, InternalError
-from ourvidz_serverless.output import FrameQueue
 
 WIDTH, HEIGHT = 96, 64
 
@@ -56,7 +53,7 @@ def test_a_video_is_h264_in_yuv420p_with_its_colours_named() -> None:
         assert {codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range} == {1}
 
 
-def test_its_index_stands_before_its_pictures() -> None:
+def test_the_index_of_a_video_stands_before_its_frames() -> None:
     kinds = [kind for kind, _ in provenance.mp4_boxes(encoded().data)]
 
     assert kinds.index(b"moov") < kinds.index(b"mdat")
@@ -64,7 +61,7 @@ def test_its_index_stands_before_its_pictures() -> None:
 
 @given(count=st.integers(1, 30), fps=st.integers(8, 24))
 @settings(max_examples=12, deadline=None)
-def test_frame_count_and_rate_are_exact(count: int, fps: int) -> None:
+def test_the_frame_count_and_the_rate_of_a_video_are_exact(count: int, fps: int) -> None:
     video = encode_video(pieces(count), WIDTH, HEIGHT, fps)
 
     with opened(video) as file:
@@ -90,7 +87,7 @@ def test_a_video_looks_like_its_frames() -> None:
 
 
 @pytest.mark.parametrize("colour", [(200, 30, 60), (20, 160, 40), (250, 250, 250), (5, 5, 5)])
-def test_a_flat_colour_stays_what_it_is(colour: tuple[int, int, int]) -> None:
+def test_a_video_of_one_colour_keeps_the_colour(colour: tuple[int, int, int]) -> None:
     flat = np.broadcast_to(np.array(colour, np.uint8), (5, HEIGHT, WIDTH, 3))
 
     with opened(encode_video([flat], WIDTH, HEIGHT, 16)) as file:
@@ -105,27 +102,22 @@ def test_a_flat_colour_stays_what_it_is(colour: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("composite", "source"), [(False, provenance.TRAINED), (True, provenance.COMPOSITE)]
 )
-def test_a_video_says_that_a_model_made_it(composite: bool, source: str) -> None:
+def test_a_video_bears_the_mark_of_generated_media(composite: bool, source: str) -> None:
     video = encode_video(pieces(5), WIDTH, HEIGHT, 16, composite)
 
     assert provenance.digital_source_type(video.data) == source
 
 
-def test_the_mark_stands_in_the_box_that_the_xmp_standard_names() -> None:
+def test_the_mark_of_a_video_stands_in_the_box_of_the_xmp_standard() -> None:
     kind, body = list(provenance.mp4_boxes(encoded().data))[-1]
 
     assert (kind, body[:16].hex()) == (b"uuid", "be7acfcb97a942e89c71999491e3afac")
 
 
-@given(st.binary(max_size=200))
-def test_any_bytes_behind_a_head_of_mp4_are_read_to_an_end(tail: bytes) -> None:
-    assert provenance.digital_source_type(b"\0\0\0\x08ftyp" + tail) is None
-
-
 # --- how it is made ---
 
 
-def test_the_poster_is_the_first_frame() -> None:
+def test_the_poster_of_a_video_is_its_first_frame() -> None:
     assert np.array_equal(encoded().poster, frame(0))
 
 
@@ -138,7 +130,7 @@ def test_the_poster_is_the_first_frame() -> None:
         np.zeros((1, HEIGHT, WIDTH, 3), np.float32),
     ],
 )
-def test_pieces_of_another_kind_are_a_value_error(piece: np.ndarray) -> None:
+def test_frames_of_another_type_or_shape_are_a_value_error(piece: np.ndarray) -> None:
     with pytest.raises(ValueError, match="frames must be uint8"):
         encode_video([piece], WIDTH, HEIGHT, 16)
 
@@ -148,7 +140,9 @@ def test_a_video_has_at_least_one_frame() -> None:
         encode_video([], WIDTH, HEIGHT, 16)
 
 
-def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_video_encoder_leaves_no_file_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     encoded()
@@ -167,59 +161,8 @@ def peak_bytes(count: int) -> int:
     return peak
 
 
-def test_memory_stays_flat_in_the_number_of_frames() -> None:
+def test_the_memory_of_the_video_encoder_does_not_grow_with_the_frames() -> None:
     few, many = peak_bytes(17), peak_bytes(17 * 8)
 
     # Beside the file itself, of some hundred kilobytes; the frames alone would be ten megabytes.
     assert many - few < 1_000_000
-
-
-# --- frames on their way ---
-
-
-def nothing() -> None:
-    """A check that lets everything go on."""
-
-
-def test_a_reel_gives_what_was_put_in_and_ends() -> None:
-    queue = FrameQueue(depth=2)
-    maker = threading.Thread(
-        target=lambda: ([queue.put(piece, nothing) for piece in pieces(33)], queue.end())
-    )
-    maker.start()
-
-    shown = np.concatenate(list(queue))
-    maker.join()
-
-    assert np.array_equal(shown, np.concatenate(list(pieces(33))))
-
-
-def test_whoever_puts_in_waits_while_a_few_are_unread() -> None:
-    queue = FrameQueue(depth=2)
-    for piece in list(pieces(5)):
-        queue.put(piece, nothing)
-
-    def stop() -> None:
-        raise Cancelled("stop")
-
-    with pytest.raises(Cancelled):
-        queue.put(frame(0)[None], stop)
-
-
-def test_a_frame_queue_that_is_closed_ends_its_reader_with_an_error() -> None:
-    queue = FrameQueue()
-    queue.put(frame(0)[None], nothing)
-    shown = iter(queue)
-    next(shown)
-    queue.close()
-
-    with pytest.raises(InternalError):
-        next(shown)
-
-
-def test_a_frame_queue_that_is_closed_keeps_nobody_waiting() -> None:
-    queue = FrameQueue(depth=1)
-    queue.put(frame(0)[None], nothing)
-    queue.close()
-
-    queue.put(frame(1)[None], nothing)
