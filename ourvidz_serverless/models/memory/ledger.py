@@ -225,25 +225,7 @@ class Ledger:
     def report(self) -> list[LedgerRow]:
         """A row for every model, the least recently used first."""
         with self._changed:
-            return [
-                LedgerRow(
-                    each.name,
-                    each.family,
-                    each.source,
-                    each.state,
-                    each.model.num_bytes,
-                    each.reserved_bytes,
-                    len(each.leases),
-                    each.is_pinned,
-                    each.loads,
-                    each.evictions,
-                    each.parked,
-                    each.drops,
-                    each.reads,
-                    {str(shape): size for shape, size in each.working.items()},
-                )
-                for each in self._entries.values()
-            ]
+            return [each.row() for each in self._entries.values()]
 
     def request_move(self, name: str, to: State, *, force: bool = False) -> MoveRequest:
         """Move a model, by its name, as soon as possible.

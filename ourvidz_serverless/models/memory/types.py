@@ -163,6 +163,24 @@ class LedgerEntry:
         leased = sum(lease.reserved_bytes for lease in self.leases)
         return leased + (self.size if is_counted else 0)
 
+    def row(self) -> LedgerRow:
+        return LedgerRow(
+            name=self.name,
+            family=self.family,
+            source=self.source,
+            state=self.state,
+            num_bytes=self.model.num_bytes,
+            reserved_bytes=self.reserved_bytes,
+            num_users=len(self.leases),
+            is_pinned=self.is_pinned,
+            num_loads=self.loads,
+            num_evictions=self.evictions,
+            num_parked=self.parked,
+            num_drops=self.drops,
+            num_reads=self.reads,
+            working_bytes={str(shape): size for shape, size in self.working.items()},
+        )
+
 
 #: A model, and where to move it.
 Move = tuple[LedgerEntry, State]
