@@ -71,13 +71,13 @@ def _buffered(path: Path, size: int) -> torch.Tensor:
     return content
 
 
-def names(weights: str, dtype: torch.dtype) -> tuple[str, ...]:
+def file_names(weights: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The names of a network's weights, in the order to try: fp16 first unless fp32 is wanted."""
     found = (weights, f"{weights}.fp16")
     return found if dtype == torch.float32 else found[::-1]
 
 
-def read_parts(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors:
+def read_first(folder: Path, names: tuple[str, ...], is_mapped: bool) -> Tensors:
     """The tensors under the first name that exists, in one file or in the shards of its index.
 
     Names are without `.safetensors`. Raises ValueError if there is no such file.
@@ -115,7 +115,7 @@ def build(make: Callable[[], Any], tensors: Mapping[str, torch.Tensor], dtype: t
         network = make()
     wanted = network.state_dict()
     # A conversion may give None for a tensor that it did not find.
-    check_names([name for name in wanted if tensors.get(name) is None], len(wanted))
+    check_missing([name for name in wanted if tensors.get(name) is None], len(wanted))
     for name, like in wanted.items():
         check_shape(name, tensors[name].shape, like.shape)
     placed = {name: _as(tensors[name], like, dtype) for name, like in wanted.items()}
@@ -129,12 +129,12 @@ def _as(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 def check_loading_info(info: Mapping[str, Any], wanted: int) -> None:
     """Raise ValueError for missing or mismatched tensors in a library's `output_loading_info`."""
-    check_names(sorted(info["missing_keys"]), wanted)
+    check_missing(sorted(info["missing_keys"]), wanted)
     for name, found, needed in info["mismatched_keys"]:
         check_shape(name, found, needed)
 
 
-def check_names(missing: list[str], wanted: int) -> None:
+def check_missing(missing: list[str], wanted: int) -> None:
     """Raise ValueError with a clear message if tensors are missing; `wanted` is their number."""
     if missing:
         raise ValueError(

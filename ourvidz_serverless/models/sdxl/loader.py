@@ -122,8 +122,8 @@ def _read_pipe(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
         config = _read_config(kind, folder / name)
         own_dtype = torch.float32 if name == "vae" and _overflows(config, dtype) else dtype
         if checkpoint is None:
-            files = weight_files.names(file, own_dtype)
-            tensors = weight_files.read_parts(folder / name, files, is_mapped)
+            files = weight_files.file_names(file, own_dtype)
+            tensors = weight_files.read_first(folder / name, files, is_mapped)
         else:
             tensors = single_file.convert(name, checkpoint, config)
         networks[name] = _build(kind, config, tensors, own_dtype)

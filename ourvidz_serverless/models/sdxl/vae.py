@@ -174,8 +174,8 @@ def read_tiny(settings: Settings, device: Device, like: Any) -> TinyVae | None:
         if path.is_dir():
             weight_files.check_configs(path, ["."])
             config = AutoencoderTiny.load_config(path, local_files_only=True)
-            names = weight_files.names("diffusion_pytorch_model", device.dtype)
-            tensors = weight_files.read_parts(path, names, is_mapped)
+            names = weight_files.file_names("diffusion_pytorch_model", device.dtype)
+            tensors = weight_files.read_first(path, names, is_mapped)
         else:
             config, tensors = {}, weight_files.read(path, is_mapped)
         return _tiny(config, tensors, device, like)
