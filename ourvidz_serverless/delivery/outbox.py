@@ -63,9 +63,9 @@ class Outbox:
     def post(
         self, document: Document, url: str | None, job: Job | None, context: JobContext
     ) -> Document:
-        """Post the document that ends a job, to the payload's own `url` where that is allowed.
+        """Post the document that ends a job, to the payload's own `url` if its host is allowed.
 
-        A document that cannot be delivered is stored, and says so in `metadata.callback`.
+        A document that cannot be delivered is stored, and `metadata.callback` says why and where.
         """
         if _has_no_key(document.failure and document.failure.code):
             url = job = None

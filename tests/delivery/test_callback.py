@@ -1,4 +1,4 @@
-"""A callback is signed twice, tried three times, and goes nowhere it was not told to."""
+"""A callback is signed twice, tried three times, and posted to no other host."""
 
 import base64
 import hashlib
@@ -101,8 +101,8 @@ def test_the_webhook_id_is_a_digest_whatever_the_job_id(
 
 
 @given(st.lists(st.tuples(KEYS, st.sampled_from(get_args(Status))), unique=True, max_size=20))
-def test_each_job_and_status_has_its_own_webhook_id(told: list[tuple[str, str]]) -> None:
-    assert len({webhook_id(job, status) for job, status in told}) == len(told)
+def test_each_job_and_status_has_its_own_webhook_id(ends: list[tuple[str, str]]) -> None:
+    assert len({webhook_id(job, status) for job, status in ends}) == len(ends)
 
 
 def test_a_callback_is_given_up_after_three_tries(receiver: CallbackReceiver) -> None:
@@ -193,7 +193,7 @@ def test_the_default_callback_url_is_in_the_supabase_project() -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """Where a connection is taken and nothing is ever said."""
+    """The URL of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/callback"
 

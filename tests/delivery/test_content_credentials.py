@@ -34,7 +34,7 @@ MAKE_KEY: dict[str, Callable[[], Any]] = {
 
 
 class Authority:
-    """A root that the reader is told to trust."""
+    """A root certificate that the reader trusts."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())

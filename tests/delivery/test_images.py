@@ -1,4 +1,4 @@
-"""What leaves the worker as a file: exact, small, marked as made by a model, and nothing more."""
+"""A picture file is exact, small, marked as made by a model, and holds nothing more."""
 
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""A document is posted, or it is stored where its job's payload may choose a place for it."""
+"""A document that cannot be posted is stored. A job without a key does not choose where."""
 
 from pathlib import Path
 

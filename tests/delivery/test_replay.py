@@ -1,4 +1,4 @@
-"""What could not be delivered is kept, and a second process delivers it."""
+"""A document that could not be delivered is stored, and a second process delivers it."""
 
 import json
 import os
@@ -24,19 +24,23 @@ MakeLocal = Callable[..., LocalWorker]
 def replay(
     place: object, receiver: CallbackReceiver, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    told = {"CALLBACK_URL": receiver.callback_url, "JOB_CALLBACK_SECRET": receiver.secret, **env}
+    settings = {
+        "CALLBACK_URL": receiver.callback_url,
+        "JOB_CALLBACK_SECRET": receiver.secret,
+        **env,
+    }
     return subprocess.run(
         [sys.executable, "-m", "ourvidz_serverless", "replay", str(place)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **told},
+        env={**os.environ, **settings, **env},
         timeout=PATIENCE_S,
     )
 
 
 def undelivered(local: MakeLocal, receiver: CallbackReceiver, **parts: Any) -> LocalWorker:
-    """A worker whose next job's document nobody takes."""
+    """A worker; the receiver refuses the document of its next job."""
     receiver.script([500, 500, 500])
     return local(callback=Callback(receiver.callback_url, receiver.secret, policy=QUICK), **parts)
 

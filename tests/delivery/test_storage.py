@@ -1,4 +1,4 @@
-"""Every storage takes an asset, overwrites it, finds it again, and says plainly when it cannot."""
+"""Every storage stores an asset, overwrites it, reads it again, and reports each failure."""
 
 import re
 from collections.abc import Iterator

@@ -82,7 +82,7 @@ def test_a_video_looks_like_its_frames() -> None:
         shown = [each.to_ndarray(format="rgb24") for each in file.decode(video=0)]
 
     errors = [luma(picture) - luma(frame(index)) for index, picture in enumerate(shown)]
-    # A peak signal-to-noise ratio of 42 dB: nobody sees a difference.
+    # A peak signal-to-noise ratio of 42 dB: no visible difference.
     assert max(float((error**2).mean()) for error in errors) < 255**2 / 10**4.2
 
 

@@ -139,7 +139,7 @@ TRANSPARENT = {
     "a key that is cut off": png(8, GREY, RAMP, chunk(b"tRNS", b"\x02")),
     "a key whose checksum fails": png(8, GREY, RAMP, chunk(b"tRNS", b"\0\x02", is_damaged=True)),
     "two keys": png(8, GREY, RAMP, samples(2), samples(3)),
-    "a key behind the pixels": png(8, GREY, RAMP, behind=samples(2)),
+    "a key behind the pixels": png(8, GREY, RAMP, after=samples(2)),
 }
 
 PASSED_OVER = {

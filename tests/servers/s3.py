@@ -26,8 +26,8 @@ from tests.patience import PATIENCE_S
 
 STARTS = 3
 
-# All that `weed mini` listens for and cannot be told to leave. Each has a gRPC twin 10,000 above;
-# for `admin` that distance is fixed.
+# The ports of `weed mini` that no option turns off. Each has a gRPC port 10,000 above it; for
+# `admin` that distance is fixed.
 SERVICES = ("s3", "master", "volume", "filer", "admin")
 GRPC_OFFSET = 10_000
 QUIET = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false")
@@ -41,14 +41,14 @@ class SeaweedServer:
 
     def __init__(self, bucket: str = "workspace-temp") -> None:
         self.bucket = bucket
-        # Random, so that a put which succeeds proves that this server answers and not another.
+        # Random, so that a put succeeds only at this server, and not at another on the same port.
         self.access_key = f"key-{secrets.token_hex(8)}"
         self.secret_key = secrets.token_hex(16)
         self.endpoint = ""
         self._process: subprocess.Popen[bytes] | None = None
 
     def client(self, access_key: str | None = None, secret_key: str | None = None) -> Any:
-        """A boto3 client that tries once and gives up soon; other keys may be given."""
+        """A boto3 client that tries once, with this server's keys or others."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
@@ -87,7 +87,7 @@ class SeaweedServer:
         """Stop the server and remove its files; it may be called twice."""
         if self._process is None:
             return
-        # The orderly shutdown takes a second; it removes the sockets that it made in /tmp.
+        # The orderly shutdown takes a second. It removes the server's sockets.
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
@@ -165,8 +165,8 @@ def _weed() -> str:
 
 
 def _free_ports() -> dict[str, int]:
-    # Below the range from which systems draw ports for outgoing connections, and at random: two
-    # sessions that start together hardly meet, and if they do the loser starts again.
+    # Below the range of ports for outgoing connections, and at random: two test runs that start
+    # together hardly ever choose the same port, and if they do, one of them starts again.
     candidates = random.SystemRandom().sample(range(10_000, 22_000), 500)
     free = (port for port in candidates if _is_free(port) and _is_free(port + GRPC_OFFSET))
     return dict(zip(SERVICES, free, strict=False))

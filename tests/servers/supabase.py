@@ -22,10 +22,10 @@ TRIO = ("webhook-id", "webhook-timestamp", "webhook-signature")
 
 @dataclass(frozen=True)
 class Received:
-    """One callback with the receiver's verdicts on it and what was answered.
+    """One callback, whether its signatures are valid, and the receiver's answer.
 
-    `webhook_ok` is None where no header of the Standard Webhooks trio was sent; `status` is None
-    where the connection was reset.
+    `webhook_ok` is None if no header of Standard Webhooks was sent. `status` is None if the
+    connection was reset.
     """
 
     headers: Message
@@ -41,9 +41,8 @@ class Received:
 class CallbackReceiver(LocalServer):
     """The edge function `job-callback`: checks the signatures, then the document, then the job.
 
-    Both signatures are demanded. It knows every job unless it is told which (`known={"job-1"}`);
-    `jobs` holds each one's status. A `service_key` makes it ask for that bearer token, as the
-    gateway before it does.
+    Both signatures are required. It knows every job, or those of `known` only; `jobs` holds the
+    status of each. With a `service_key` it requires that bearer token, as the gateway does.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class CallbackReceiver(LocalServer):
         return f"{self.url}/functions/v1/job-callback"
 
     def wait(self, count: int = 1, timeout: float = PATIENCE_S) -> list[Received]:
-        """Wait until that many callbacks came, good or bad, and return all of them."""
+        """Wait for this number of callbacks, valid or not, and return all of them."""
         what = f"{count} callbacks"
         self.wait_until(lambda: len(self.received) >= count, timeout, what)
         return list(self.received)
@@ -111,13 +110,13 @@ class CallbackReceiver(LocalServer):
 
 
 def signature_ok(secret: str, request: Request) -> bool:
-    """Whether `X-Callback-Signature` signs exactly these bytes."""
+    """Whether `X-Callback-Signature` is a signature of exactly these bytes."""
     expected = "sha256=" + hmac.digest(secret.encode(), request.body, "sha256").hex()
     return _same(request.headers.get("X-Callback-Signature", ""), expected)
 
 
 def webhook_ok(secret: str, request: Request) -> bool | None:
-    """Whether the Standard Webhooks headers sign these bytes now; None if there are none."""
+    """Whether the Standard Webhooks headers sign these bytes now; None if there are no headers."""
     id, timestamp, signatures = (request.headers.get(name, "") for name in TRIO)
     if not (id or timestamp or signatures):
         return None
@@ -157,7 +156,7 @@ def _acceptable(document: Any) -> bool:
 
 # --- Supabase Storage ---
 
-#: Supabase Storage takes these in a key, and no others (storage-api, `isValidKey`).
+#: The characters that Supabase Storage allows in a key (storage-api, `isValidKey`).
 _NAME = r"[\w!\-.*'() &$@=;:+,?]+"
 KEY = re.compile(rf"{_NAME}(/{_NAME})*", re.ASCII)
 MEDIA = ("image/png", "image/jpeg", "image/webp", "video/mp4", "application/json", "text/plain")
@@ -165,7 +164,7 @@ MEDIA = ("image/png", "image/jpeg", "image/webp", "video/mp4", "application/json
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket's rules; every MIME type is matched exactly, `allowed=None` takes any."""
+    """A bucket's rules. A MIME type must match exactly; `allowed=None` allows any."""
 
     public: bool = False
     allowed: tuple[str, ...] | None = MEDIA
@@ -173,12 +172,12 @@ class Bucket:
 
 
 class SupabaseStorage(LocalServer):
-    """Supabase Storage's REST API before which stands Supabase's gateway.
+    """The REST API of Supabase Storage, behind Supabase's gateway.
 
-    `url` is SUPABASE_URL. Two keys open it: `service_key`, a JWT, goes in `Authorization` and
-    `apikey`; `secret_key` (`sb_secret_...`) goes in `apikey` alone. `objects` holds what was
-    stored, `requests` every request with the HTTP status it got (None for a reset). Uploads are
-    raw bodies; multipart forms are not understood. `clock` lets a test expire a signed URL.
+    `url` is SUPABASE_URL. It accepts two keys: `service_key`, a JWT, in `Authorization` and
+    `apikey`; `secret_key` (`sb_secret_...`) in `apikey` alone. `objects` holds the stored objects,
+    `requests` every request with the HTTP status of its answer (None for a reset). Uploads are
+    raw bodies; there are no multipart forms. `clock` lets a test expire a signed URL.
     """
 
     def __init__(
@@ -269,15 +268,15 @@ class SupabaseStorage(LocalServer):
         return Answer(200, body, {"Content-Type": mime})
 
     def _list(self, bucket: str, request: Request) -> Answer:
-        """What lies in one folder: files with an id, folders without one."""
-        wish = _parse(request.body)
+        """The entries of one folder: files with an id, folders without one."""
+        query = _parse(request.body)
         found: dict[str, str | None] = {}
         for home, path in sorted(self.objects):
-            if home == bucket and path.startswith(wish["prefix"]):
-                name, _, below = path.removeprefix(wish["prefix"]).partition("/")
+            if home == bucket and path.startswith(query["prefix"]):
+                name, _, below = path.removeprefix(query["prefix"]).partition("/")
                 found[name] = None if below else str(uuid4())
         entries = [{"name": name, "id": id} for name, id in found.items()]
-        return json_answer(entries[wish["offset"] :][: wish["limit"]])
+        return json_answer(entries[query["offset"] :][: query["limit"]])
 
     def _delete(self, bucket: str, path: str) -> Answer:
         with self.changed:
@@ -317,7 +316,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _error(status: int, error: str, message: str) -> Answer:
-    # The HTTP status is 400 whatever happened; the true one is in the body, as a string.
+    # The HTTP status is always 400. The real one is in the body, as a string.
     return json_answer({"statusCode": str(status), "error": error, "message": message}, 400)
 
 
