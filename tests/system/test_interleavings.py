@@ -112,7 +112,7 @@ class Play:
         self.lock = threading.Lock()
         self.local = LocalWorker(
             self.root,
-            settings=Settings(job_timeout_s=1000),
+            settings=Settings(job_timeout_s=1),
             fake_sdxl=Brush(self.at),
             callback=Callback(self.receiver.callback_url, self.receiver.secret, policy=HASTE),
             storage=self.store,
@@ -147,7 +147,8 @@ class Play:
             case "stop":
                 self.stops[job][-1].set()
             case "deadline":
-                self.late_s[job] += 2000
+                # Longer than a job may take. Even three of them leave the post its `LAST_WORD_S`.
+                self.late_s[job] += 2
             case "shutdown":
                 self.closed = True
                 self.local.worker.close(grace_s=0)
