@@ -1,4 +1,4 @@
-"""`sdxl_image_fast` and `sdxl_image_high`: the wire's words on one side, diffusers' on the other.
+"""`sdxl_image_fast` and `sdxl_image_high`: from a payload to an `ImageRequest`, and to its outputs.
 
 {"id": "job_1", "type": "sdxl_image_fast", "user_id": "user_1",
  "prompt": "a red circle on a blue background", "negative_prompt": "blurry",
@@ -36,19 +36,19 @@ MAX_STEPS = 50
 
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 
-#: An exact copy is the reference, re-encoded by as little denoising as makes a step.
+#: An exact copy is the reference, re-encoded with one denoising step.
 COPY_STRENGTH = 0.05
 
-#: A denoise strength that a job sets, up to this value, keeps the reference's pixels, which an
-#: IP-Adapter does not do. The application's exact copy is such a job.
+#: A job that sets a denoise strength of at most this keeps the reference's pixels, which an
+#: IP-Adapter does not keep. The application's exact copy is such a job.
 NEAR_COPY_STRENGTH = 0.1
 
-#: How far a reference is changed when the job does not say: the more of it a type keeps, the
-#: less noise. Of a style only colours and mood should survive, of a character nearly all.
+#: The denoise strength by the type of the reference, if the job sets none. A style keeps only
+#: colours and mood, a character nearly everything.
 STRENGTHS = {None: 0.5, "style": 0.8, "composition": 0.65, "character": 0.45}
 
-#: The same for an IP-Adapter, where 1 is all of it: the scales that diffusers' documentation
-#: shows for InstantStyle's single blocks, and for all blocks beside a prompt.
+#: The scale of an IP-Adapter by the type of the reference, if the job sets none. diffusers'
+#: documentation has these scales: for InstantStyle's single blocks, and for all blocks.
 ADAPTER_SCALES = {"style": 1.0, "composition": 1.0, "character": 0.6}
 
 Scheduler = Literal[
@@ -97,16 +97,16 @@ class SdxlConfig(Wire):
 
     @field_validator("num_inference_steps")
     @classmethod
-    def _not_below_the_floor(cls, steps: int | None, info: ValidationInfo) -> int | None:
-        floor = info.context.sdxl_min_steps if info.context else 1
-        if steps is not None and steps < floor:
-            raise ValueError(f"Input should be greater than or equal to {floor}")
+    def _at_least_the_minimum(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        least = info.context.sdxl_min_steps if info.context else 1
+        if steps is not None and steps < least:
+            raise ValueError(f"Input should be greater than or equal to {least}")
         return steps
 
     @field_validator("scheduler", mode="before")
     @classmethod
     def _by_any_spelling(cls, name: object) -> object:
-        """`DPM++ 2M Karras`, `dpmpp-2m-karras` and `dpmpp_2m_karras` are one scheduler."""
+        """`DPM++ 2M Karras`, `dpmpp-2m-karras` and `dpmpp_2m_karras` are the same scheduler."""
         if not isinstance(name, str):
             return name
         return re.sub(r"[\W_]+", "_", name.lower().replace("++", "pp")).strip("_")
@@ -165,7 +165,7 @@ class SdxlJob(MediaJob):
             CheckedText(self.compel_weights or "", "compel_weights"),
         ]
         if self.compel_enabled:
-            # As the model reads it: without the syntax, which may split a word or join two.
+            # As the model reads it: without the syntax, which may split a word or join two words.
             parts = [part.text for part in self.weighted_prompt]
             texts += [CheckedText(between.join(parts), "prompt") for between in ("", " ")]
         return texts
@@ -184,7 +184,7 @@ class SdxlJob(MediaJob):
 
     @property
     def reference_required(self) -> bool:
-        # A copy of nothing is no copy, so there is nothing to fall back to.
+        # An exact copy cannot fall back to a job without its reference.
         return self.config.reference_required or self.is_exact_copy
 
     @property
@@ -219,7 +219,7 @@ class SdxlJob(MediaJob):
 
     @property
     def strength(self) -> float:
-        """How much of the reference is noised over, from 0.05 (a copy) to 1 (nothing is left)."""
+        """The denoise strength, from 0.05 (a copy) to 1 (nothing of the reference is left)."""
         if self.is_exact_copy:
             return COPY_STRENGTH
         asked = self.reference_strength
@@ -228,14 +228,14 @@ class SdxlJob(MediaJob):
 
     @property
     def adapter_scale(self) -> float:
-        """How much of a reference an IP-Adapter carries over, from 0 to 1."""
+        """The scale of the IP-Adapter, from 0 to 1."""
         asked = self.reference_strength
         default = ADAPTER_SCALES[self.metadata.reference_type or "character"]
         return 1 - asked.changed if asked else default
 
     @property
     def keeps_pixels(self) -> bool:
-        """Whether the job asks for the reference's own pixels, with hardly any change."""
+        """Whether the job asks for the reference's own pixels, nearly unchanged."""
         asked = self.reference_strength
         is_near_copy = asked and asked.is_denoise_strength and asked.changed <= NEAR_COPY_STRENGTH
         return self.is_exact_copy or bool(is_near_copy)
@@ -283,8 +283,8 @@ def run(
         speed=job.config.speed,
     )
     images = model.generate(request, JobProgress(context))
-    # Closed here, whatever ends the loop: the model releases its memory before the job's turn on
-    # the device ends.
+    # Closed here, however the loop ends: the model releases its memory before the next job has the
+    # device.
     with closing(images):
         for index, (seed, pixels) in enumerate(zip(request.seeds, images, strict=True)):
             context.check()
@@ -301,7 +301,7 @@ def run(
 def _reference(
     job: SdxlJob, image: Image.Image | None, has_ip_adapter: bool
 ) -> StartImage | IpAdapterImage | None:
-    """How a job uses its reference: for the IP-Adapter if it names a type, else as the start."""
+    """The reference as the model takes it: for the IP-Adapter, or as the start image."""
     if image is None:
         return None
     keeps = job.metadata.reference_type

@@ -57,12 +57,6 @@ class FakeModel:
         self.was_evicted.set()
 
 
-class LoadedHandle:
-    """The handle of a model that is always on the device."""
-
-    def prefetch(self) -> None: ...
-
-
 def fake_ledger(total_bytes: int) -> Ledger:
     return Ledger(FakeMemory(total_bytes))
 

@@ -1,4 +1,4 @@
-"""What a payload means, and how it is refused: by the field, in the caller's own words."""
+"""The fields of a payload, and the errors of invalid ones, which name the field."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_every_kept_payload_parses(path: Path) -> None:
     assert parse(payload).id == payload["id"]
 
 
-def test_the_newcomers_input_is_a_payload_that_parses() -> None:
+def test_the_first_example_input_is_a_payload_that_parses() -> None:
     event = json.loads((ROOT / "test_input.json").read_text())
 
     assert jobs.parse(event, Settings()).id == "first-picture"
@@ -104,7 +104,7 @@ def test_num_inference_steps_wins_over_the_specifications_steps() -> None:
         (None, None, None, None),
     ],
 )
-def test_the_negative_prompt_is_looked_for_in_three_places(
+def test_the_negative_prompt_is_the_first_one_of_three_fields(
     top: str | None, config: str | None, metadata: str | None, meant: str | None
 ) -> None:
     job = sdxl(
@@ -131,7 +131,7 @@ def test_the_negative_prompt_is_looked_for_in_three_places(
         ({}, {"reference_type": "character"}, 0.45),
     ],
 )
-def test_the_strength_comes_from_the_first_place_that_says_it(
+def test_the_strength_comes_from_the_first_field_that_is_given(
     config: dict[str, Any], metadata: dict[str, Any], strength: float
 ) -> None:
     job = sdxl(config=config, metadata={**REFERENCE, **metadata})
@@ -150,7 +150,7 @@ def test_an_exact_copy_needs_no_prompt() -> None:
     assert parse(payload).is_exact_copy
 
 
-def test_a_null_is_as_good_as_absent() -> None:
+def test_a_null_means_that_a_field_is_absent() -> None:
     payload = sdxl_payload(
         negative_prompt=None,
         config={"seed": None, "guidance_scale": None},
@@ -183,7 +183,7 @@ def test_the_id_is_the_callers_own_or_the_platforms(fields: Any, expected: str) 
 @pytest.mark.parametrize(
     "spelling", ["DPM++ 2M Karras", "dpmpp_2m_karras", "dpm++-2m-karras", " DPMPP 2M KARRAS "]
 )
-def test_a_scheduler_goes_by_any_spelling_of_its_name(spelling: str) -> None:
+def test_a_scheduler_may_have_any_spelling_of_its_name(spelling: str) -> None:
     assert sdxl(config={"scheduler": spelling}).config.scheduler == "dpmpp_2m_karras"
 
 
@@ -230,17 +230,17 @@ def test_a_missing_seed_is_one_that_a_job_may_ask_for_and_never_zero(name: str) 
 # --- weights ---
 
 
-def test_without_compel_a_prompt_means_its_characters() -> None:
+def test_without_compel_brackets_in_a_prompt_are_text() -> None:
     assert sdxl(prompt="(sharp:1.3)").weighted_prompt == plain("(sharp:1.3)")
 
 
-def test_with_compel_the_weights_come_after_the_prompt() -> None:
+def test_compel_weights_follow_the_prompt() -> None:
     job = sdxl(prompt="a cat", compel_enabled=True, compel_weights="(sharp:1.3)")
 
     assert job.weighted_prompt == (Fragment("a cat, "), Fragment("sharp", 1.3))
 
 
-def test_a_parenthesis_that_the_prompt_leaves_open_does_not_reach_the_weights_behind_it() -> None:
+def test_a_parenthesis_left_open_in_the_prompt_ends_before_compel_weights() -> None:
     job = sdxl(prompt="a (cat", compel_enabled=True, compel_weights="(sharp:1.3)")
 
     weighted = (Fragment("a "), Fragment("cat", 1.1), Fragment(", "), Fragment("sharp", 1.3))
@@ -343,7 +343,7 @@ def test_a_refusal_names_the_field(changes: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     "resolution", ["1024", "1024x", "100x100", "32x512", "512x4096", "512 x 512", 512, [512, 512]]
 )
-def test_a_resolution_is_sides_of_eights_within_bounds(resolution: Any) -> None:
+def test_a_resolution_has_sides_that_are_multiples_of_eight_within_bounds(resolution: Any) -> None:
     assert refusal(sdxl_payload(config={"resolution": resolution})) == (
         "config.resolution: Input should be WIDTHxHEIGHT, each a multiple of 8 from 64 to 2048"
     )
@@ -361,7 +361,7 @@ def test_a_resolution_is_sides_of_eights_within_bounds(resolution: Any) -> None:
         ("text", "s3Config"),
     ],
 )
-def test_an_s3_config_that_does_not_hold_is_refused_by_its_field(config: Any, field: str) -> None:
+def test_an_incomplete_s3_config_is_refused_by_its_field(config: Any, field: str) -> None:
     with pytest.raises(InvalidPrompt) as refused:
         jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
 
@@ -412,11 +412,11 @@ def test_every_bucket_that_is_taken_is_one_that_botocore_takes(name: str) -> Non
 
 
 @pytest.mark.parametrize("payload", [None, [], "text", 7])
-def test_an_input_that_is_no_object_is_refused(payload: Any) -> None:
+def test_an_input_that_is_not_an_object_is_refused(payload: Any) -> None:
     assert refusal(payload) == "input: Input should be an object"
 
 
-def test_a_few_step_checkpoint_lowers_the_floor_of_steps() -> None:
+def test_the_settings_may_lower_the_minimum_of_steps() -> None:
     payload = sdxl_payload(config={"num_inference_steps": 4})
 
     assert parse(payload, sdxl_min_steps=4).steps == 4
@@ -456,9 +456,7 @@ def test_any_payload_parses_or_is_refused_by_name(fields: Any, others: Any) -> N
         ("id", ""),
     ],
 )
-def test_a_name_or_key_that_is_no_such_text_is_refused_by_its_field(
-    field: str, value: object
-) -> None:
+def test_an_invalid_name_or_key_is_refused_by_its_field(field: str, value: object) -> None:
     with pytest.raises(InvalidPrompt, match=f"^{field}: "):
         jobs.parse({"id": "rp-1", "input": sdxl_payload(**{field: value})}, Settings())
 

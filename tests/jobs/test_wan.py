@@ -416,7 +416,7 @@ def test_a_job_that_is_stopped_while_its_frames_are_not_read_releases_its_models
     assert remembered.traceback
 
 
-def test_the_negative_prompt_is_looked_for_in_three_places() -> None:
+def test_the_negative_prompt_is_the_first_one_of_three_fields() -> None:
     places = {"config": {"negative_prompt": "c"}, "metadata": {"negative_prompt": "m"}}
 
     assert parse(negative_prompt="t", **places).negative == "t"

@@ -54,12 +54,10 @@ def test_a_lora_that_causes_overflow_fails_only_its_own_job(sdxl: Any, tmp_path:
     assert len(render(sdxl)) == 1
 
 
-@pytest.mark.parametrize("in_strips", [False, True])
-def test_a_picture_that_its_vae_cannot_decode_fails_its_job(in_strips: bool) -> None:
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_a_picture_that_its_vae_cannot_decode_fails_its_job(is_tiled: bool) -> None:
     networks, device = loader.load(Settings()).networks, Device(torch.device("cpu"), torch.float32)
-    model = SdxlModel(
-        networks, device, plans=MemoryPlans(SdxlMemoryPlan(1, tiled_decode=in_strips))
-    )
+    model = SdxlModel(networks, device, plans=MemoryPlans(SdxlMemoryPlan(1, tiled_decode=is_tiled)))
     # As SDXL's own VAE does in fp16.
     fill(networks.vae.decoder.conv_out.weight)
 

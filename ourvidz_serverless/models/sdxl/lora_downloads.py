@@ -57,8 +57,8 @@ class Downloads:
     def keep(self, path: Path, data: bytes) -> None:
         """Store a download, and delete the files that were used least recently to make room.
 
-        Raises ModelLoadError, and stores nothing, if it is not a safetensors file, or if the files
-        in use leave no room.
+        Raises ModelLoadError, and stores nothing, if the data is not a safetensors file, or if the
+        files in use leave too little room.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _storing:

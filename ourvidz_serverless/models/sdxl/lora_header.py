@@ -1,8 +1,8 @@
-"""The header of a LoRA's file, where diffusers keeps PEFT's settings: its strength among them.
+"""Checks the header of a LoRA's file, in which diffusers stores PEFT's settings.
 
-diffusers hands these settings to PEFT as they are. With some of them PEFT imports a module by its
-name, changes the checkpoint's own weights, or matches a regular expression against each layer's
-name. A job's file must not control that, so its header is checked first.
+diffusers passes these settings to PEFT unchanged. Some of them make PEFT import a module by its
+name, change the checkpoint's own weights, or match a regular expression against each layer's name.
+A job's file must not control that, so its header is checked before it is loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_RANK = 4096
 #: plain one.
 NAME = re.compile(r"\^?[\w.-]{1,256}", re.ASCII)
 
-#: Settings without effect here: notes for people, or for training.
+#: Settings without effect here: they describe the file, or its training.
 UNUSED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -47,17 +47,17 @@ def check(path: Path) -> None:
         raise ValueError("has adapter metadata that is not a table")
     defaults = LoraConfig().to_dict()
     for key, value in settings.items():
-        # Each setting's name stands behind its network's: `unet.r`.
+        # The name of a setting follows the name of its network: `unet.r`.
         name = key.partition(".")[2]
         if name not in defaults:
             raise ValueError("has adapter metadata that this version of PEFT does not know")
-        if name not in UNUSED and not _is_served(name, value, defaults[name]):
+        if name not in UNUSED and not _is_supported(name, value, defaults[name]):
             raise ValueError(f"has a value of {name} in its adapter metadata that is not supported")
 
 
-def _is_served(name: str, value: Any, default: Any) -> bool:
-    if name in SERVED:
-        return SERVED[name](value)
+def _is_supported(name: str, value: Any, default: Any) -> bool:
+    if name in SUPPORTED:
+        return SUPPORTED[name](value)
     return value == default or not value
 
 
@@ -83,7 +83,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _each(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The check of a table by layers' names."""
+    """The check of a table whose keys are names of layers."""
 
     def are_right(value: Any) -> bool:
         return isinstance(value, dict) and all(
@@ -93,8 +93,8 @@ def _each(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return are_right
 
 
-#: What a file may set, and the check of its value.
-SERVED: dict[str, Callable[[Any], bool]] = {
+#: The settings that a file may have, and the check of each value.
+SUPPORTED: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
     "rank_pattern": _each(_is_rank),
     "lora_alpha": _is_number,

@@ -1,7 +1,7 @@
-"""LoRAs (arXiv:2106.09685): small weights that one job adds to a checkpoint, and leaves behind.
+"""LoRAs (arXiv:2106.09685): small weights that a checkpoint has for the time of one job.
 
-Only safetensors are read, by name from one folder, or by URL from allowed hosts. Downloads are kept
-in that folder's `downloads/`.
+Only safetensors are read: by name from one folder, or by URL from allowed hosts. Downloads are
+stored in the folder's `downloads/`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.settings import Settings
 
-#: The largest SDXL LoRAs have about as many bytes.
+#: The largest SDXL LoRAs have about this many bytes.
 MAX_BYTES = 2_000_000_000
 DOWNLOAD_S = 300.0
 
@@ -50,7 +50,7 @@ class LoraStore:
 
         Raises InvalidPrompt for a name without a file, or an invalid URL.
         """
-        folder = self._place()
+        folder = self._existing_folder()
         if ":" in source:
             try:
                 return self._downloads().path(source, user_id)
@@ -62,9 +62,9 @@ class LoraStore:
         return path
 
     def fetch(self, source: str, user_id: str, deadline: Deadline) -> Path:
-        """The file of a name or a URL, downloaded where it must be.
+        """The file of a name or a URL, downloaded if necessary.
 
-        Raises InvalidPrompt when URLs are not allowed, ModelLoadError when one gives nothing.
+        Raises InvalidPrompt if URLs are not allowed, ModelLoadError if the download fails.
         """
         path, downloads = self.path(source, user_id), self._downloads()
         if ":" not in source or downloads.use(path):
@@ -78,20 +78,20 @@ class LoraStore:
         downloads.keep(path, data)
         return path
 
-    def _place(self) -> Path:
+    def _existing_folder(self) -> Path:
         if self.folder is None:
             raise InvalidPrompt("config.loras: this endpoint has none, see SDXL_LORA_DIR")
         return self.folder
 
     def _downloads(self) -> Downloads:
-        return Downloads(self._place() / "downloads", self.max_cached_bytes)
+        return Downloads(self._existing_folder() / "downloads", self.max_cached_bytes)
 
 
 @contextmanager
 def applied(pipe: Any, loras: Sequence[tuple[Path, float]]) -> Iterator[None]:
-    """The pipeline with LoRAs, each at its scale, for as long as the context lasts.
+    """Apply LoRAs to a pipeline, each at its scale, as long as the context lasts.
 
-    Raises ModelLoadError for a file that is no LoRA of this model.
+    Raises ModelLoadError for a file that is not a LoRA for this model.
     """
     if not loras:
         yield

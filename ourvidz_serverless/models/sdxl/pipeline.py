@@ -155,7 +155,7 @@ class SdxlModel:
         return None if peak is None else max(peak - others - self.parts.num_bytes, 0)
 
     def _decoder(self, preset: SpeedPreset) -> Decoder:
-        """The decoder of a job: the VAE as it is, unless the preset allow a smaller one."""
+        """The decoder of a job: the VAE as it is, unless the preset allows a smaller one."""
         if preset.tiny_vae and self.networks.tiny_vae:
             return self.networks.tiny_vae
         if preset.vae_bf16:
@@ -186,14 +186,14 @@ class SdxlModel:
         width, height = request.size
         factor, unet = self.networks.pipe.vae_scale_factor, self.networks.unet
         return Denoiser(
-            unet,
-            self.networks.pipe.scheduler.config,
-            self.device,
-            request,
-            conditioning,
-            (unet.config.in_channels, height // factor, width // factor),
-            start,
-            preset,
+            unet=unet,
+            scheduler_config=self.networks.pipe.scheduler.config,
+            device=self.device,
+            request=request,
+            conditioning=conditioning,
+            latent_shape=(unet.config.in_channels, height // factor, width // factor),
+            start=start,
+            preset=preset,
         )
 
     def _denoise(

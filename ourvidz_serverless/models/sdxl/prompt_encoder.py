@@ -1,9 +1,9 @@
-"""Prompts to SDXL's conditioning: both encoders, any length, any weights.
+"""SDXL's prompt encoder: prompts of any length, with weights, through both text encoders.
 
 CLIP reads 77 tokens. A longer text is read in chunks of at most 75, each with its own start and
 end token, and the chunks' hidden states are concatenated. As in Compel, a chunk ends after a
-sentence, else after a phrase, else after a word; nothing is left out. The pooled embedding is that
-of the first 75 tokens, as in diffusers, and is not weighted.
+sentence, else after a phrase, else after a word, and no token is left out. As in diffusers, the
+pooled embedding is that of the first 75 tokens, without weights.
 
 Weights are applied by Compel's arithmetic (https://github.com/damian0815/compel). A weight other
 than 1 scales the distance of a word's hidden states from those of an empty prompt. A weight below
@@ -24,10 +24,10 @@ import torch
 from ourvidz_serverless.models.memory.types import Check
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 
-#: Rows of 77 tokens in one forward: enough to fill a device, and few enough to stop soon.
+#: The most rows of 77 tokens in one forward: enough to fill a device, and a stop acts soon.
 MAX_ROWS = 16
 
-#: A weight of 0 would blend in the masked prompt alone, with a factor beyond all numbers.
+#: A weight of 0 would blend in the masked prompt with an infinite factor.
 MIN_WEIGHT = 1e-5
 
 #: Where a chunk may end, best first: after a sentence, a phrase, a word.
@@ -40,24 +40,24 @@ BOUNDARIES: tuple[Callable[[str], bool], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """What the UNet is conditioned on: `hidden` (1, 77 n, dim) and `pooled` (1, dim)."""
+    """A prompt's embedding for the UNet: `hidden` (1, 77 n, dim) and `pooled` (1, dim)."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor
 
     def zeros(self) -> Embedding:
-        """SDXL's unconditional embedding: what an absent negative prompt was trained to be."""
+        """SDXL's unconditional embedding, with which it was trained where a prompt is absent."""
         return Embedding(torch.zeros_like(self.hidden), torch.zeros_like(self.pooled))
 
     def extended(self, filler: torch.Tensor, tokens: int) -> Embedding:
-        """The same, made `tokens` long with chunks that say nothing."""
+        """The same embedding, extended to `tokens` with chunks of an empty prompt (`filler`)."""
         missing = (tokens - self.hidden.shape[1]) // filler.shape[1]
         return Embedding(torch.cat([self.hidden, *[filler] * missing], dim=1), self.pooled)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A prompt as one encoder's rows of 77 tokens, a row a chunk.
+    """A prompt as rows of 77 tokens for one encoder, one row for each chunk.
 
     `ids` and `weights` are (n, 77). `spans` are the fragments with a weight below 1: the weight,
     and the first and last position, counted over all rows.
@@ -72,7 +72,7 @@ class Rows:
         return bool((self.weights != 1).any())
 
     def masked(self, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The rows that a span touches: each one's index, and its mask (77,) without the span."""
+        """The rows that a span covers: the index of each, and its mask (77,) without the span."""
         width = self.ids.shape[1]
         for index in range(first // width, last // width + 1):
             mask = torch.ones_like(self.ids[0])
@@ -94,7 +94,8 @@ class Encoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (1, 77 n, dim) of a prompt's n chunks, and the first chunk's first output.
 
-        The hidden states are weighted where the prompt is. `check` is called before each forward.
+        The hidden states are weighted by the prompt's weights. `check` is called before each
+        forward.
         """
         rows = self._rows(prompt)
         hidden, first = self._forward(rows.ids, None, check)
@@ -106,10 +107,10 @@ class Encoder:
     def pool(self, prompt: Prompt, check: Check) -> torch.Tensor:
         """The first output (1, dim) for a prompt's first 75 tokens, without weights."""
         ids = [each for each, _ in self._tokens(prompt)]
-        return self._forward(self._row(ids[: self._room])[None], None, check)[1]
+        return self._forward(self._row(ids[: self._max_tokens])[None], None, check)[1]
 
     @property
-    def _room(self) -> int:
+    def _max_tokens(self) -> int:
         return int(self.tokenizer.model_max_length) - 2
 
     def _tokens(self, prompt: Prompt) -> list[tuple[int, int]]:
@@ -134,7 +135,7 @@ class Encoder:
     def _row(self, ids: list[int]) -> torch.Tensor:
         """Start, up to 75 tokens, end, and padding."""
         tokenizer = self.tokenizer
-        padding = [tokenizer.pad_token_id] * (self._room - len(ids))
+        padding = [tokenizer.pad_token_id] * (self._max_tokens - len(ids))
         row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *padding]
         return torch.tensor(row, device=self.model.device)
 
@@ -155,11 +156,11 @@ class Encoder:
     def _weigh(self, rows: Rows, hidden: torch.Tensor, check: Check) -> torch.Tensor:
         empty = self._forward(self._row([])[None], None, check)[0].float()
         base = _scaled(hidden.float(), empty, rows.weights)
-        pulls = [_pull(weight) for weight, _, _ in rows.spans]
-        total = 1 + sum(pulls)
+        mask_shares = [_mask_share(weight) for weight, _, _ in rows.spans]
+        total = 1 + sum(mask_shares)
         masked = [
-            (pull / total, index, mask)
-            for pull, (_, first, last) in zip(pulls, rows.spans, strict=True)
+            (share / total, index, mask)
+            for share, (_, first, last) in zip(mask_shares, rows.spans, strict=True)
             for index, mask in rows.masked(first, last)
         ]
         mixed = base.clone()
@@ -186,8 +187,8 @@ def _scaled(hidden: torch.Tensor, empty: torch.Tensor, weights: torch.Tensor) ->
     return torch.where(factors == 1, hidden, empty + (hidden - empty) * factors)
 
 
-def _pull(weight: float) -> float:
-    """How much of the masked prompt is blended in: none at 1, as much as of the whole at 0.5."""
+def _mask_share(weight: float) -> float:
+    """The masked prompt's share for one share of the prompt: 0 at a weight of 1, 1 at 0.5."""
     return math.tan((1 - max(weight, MIN_WEIGHT)) * math.pi / 2)
 
 
@@ -204,14 +205,14 @@ def same_length(embeddings: Sequence[Embedding], empty: Callable[[], Embedding])
 
 
 class PromptEncoder:
-    """SDXL's two encoders as one."""
+    """SDXL's two text encoders, whose outputs are joined."""
 
     def __init__(self, pipe: Any) -> None:
         self._first = Encoder(pipe.tokenizer, pipe.text_encoder)
         self._second = Encoder(pipe.tokenizer_2, pipe.text_encoder_2)
 
     def encode(self, prompt: Prompt, check: Check = lambda: None) -> Embedding:
-        """The embedding of a prompt; for a short plain one it equals `pipe.encode_prompt`'s.
+        """The embedding of a prompt. For a short one without weights it is diffusers' own.
 
         `check` is called between forwards; an error that it raises ends the encoding.
         """
@@ -233,18 +234,18 @@ class PromptEncoder:
 
 
 def chunks(tokenizer: Any, ids: list[int]) -> list[list[int]]:
-    """Token ids in parts of at most 75, each ending at the best boundary that it holds."""
-    room = tokenizer.model_max_length - 2
+    """Token ids in parts of at most 75. Each part ends at the best boundary in it."""
+    max_tokens = tokenizer.model_max_length - 2
     parts, start = [], 0
-    while len(ids) - start > room:
-        size = _size(tokenizer.convert_ids_to_tokens(ids[start : start + room]))
+    while len(ids) - start > max_tokens:
+        size = _size(tokenizer.convert_ids_to_tokens(ids[start : start + max_tokens]))
         parts.append(ids[start : start + size])
         start += size
     return [*parts, ids[start:]]
 
 
 def _size(tokens: Sequence[str]) -> int:
-    """How many of these tokens one chunk takes: all, if there is no boundary in them."""
+    """How many of these tokens one chunk takes; all of them if there is no boundary."""
     for is_boundary in BOUNDARIES:
         for index in reversed(range(len(tokens))):
             if is_boundary(tokens[index]):

@@ -1,10 +1,10 @@
 r"""Weighted prompts: a text becomes fragments, each with its weight.
 
-Brackets mean what they mean in A1111. A weight directly after a group, a quotation or a word means
-what it means in Compel.
+Brackets have A1111's meaning. A weight directly after a group, a quotation or a word has Compel's
+meaning.
 
     prompt    = { group | quotation | word | separator }
-    group     = "(" prompt ")"               1.1; likewise where it is never closed
+    group     = "(" prompt ")"               1.1; also if it is never closed
               | "(" prompt ":" number ")"    A1111: the number
               | "(" prompt ")" behind        Compel: the weight behind it
               | "[" prompt "]"               1 / 1.1
@@ -32,11 +32,11 @@ import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-#: Beyond this a weight makes noise of a picture, whatever the word.
+#: A larger weight turns an image into noise, whatever the word.
 MAX_WEIGHT = 3.0
 MAX_DEPTH = 16
 
-#: In one text. Each fragment with a weight below 1 is one more row for the text encoders.
+#: The most in one text. Each fragment with a weight below 1 is one more row for the text encoders.
 MAX_WEIGHTED = 256
 
 #: The most digits of the number before a colon, in a time or a ratio.
@@ -50,7 +50,7 @@ _NUMBER = r"(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
 _SIGNS = r"(?:\+++|-++)"
 _ESCAPED = re.compile(r'\\([()\[\]\\"+\-.,:=])')
 _ARGUMENT = re.compile(rf"\(\s*+({_SIGNS}|{_NUMBER})\s*+\)")
-# Only at the end of what is searched. Of a longer number this is a part, and so no whole one.
+# At the end of the searched text. The digits at the end of a longer number do not match.
 _WHOLE_NUMBER = re.compile(r"(?<![^\s()\[\],;:])[0-9]+\Z")
 _BEHIND = re.compile(
     rf"\.attend{_ARGUMENT.pattern}"
@@ -72,18 +72,18 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Words that share a weight; 1 is how a model reads them by itself."""
+    """Words that share a weight; 1 changes nothing."""
 
     text: str
     weight: float = 1.0
 
 
-#: A prompt as a model takes it.
+#: A prompt as the prompt encoder takes it.
 Prompt = tuple[Fragment, ...]
 
 
 def plain(text: str) -> Prompt:
-    """A prompt whose every character means itself."""
+    """A prompt without weights: every character is text."""
     return (Fragment(text),)
 
 
@@ -101,7 +101,7 @@ def parse(text: str) -> Prompt:
 
 
 def listed(prompts: Iterable[Prompt]) -> Prompt:
-    """Prompts one after the other, with commas between them."""
+    """One prompt of several, with commas between them."""
     pieces: list[tuple[str, float]] = []
     for prompt in prompts:
         pieces += [(", ", 1.0)] if pieces else []
@@ -110,7 +110,7 @@ def listed(prompts: Iterable[Prompt]) -> Prompt:
 
 
 class _Reader:
-    """One pass over a text: what was read so far, and where the open brackets began."""
+    """One pass over a text: the pieces so far, and where each open bracket began."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -1,7 +1,7 @@
-"""An SDXL checkpoint in one file, under the names it was published with, as diffusers' networks.
+"""An SDXL checkpoint in one file, with the names of the published file, as diffusers' networks.
 
-diffusers knows the names. What it copies on the way is left in place here: of OpenCLIP's joined
-projections it clones each third.
+diffusers converts the names. It also clones each third of OpenCLIP's joined projections; here they
+stay views of the file's own memory.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ PREFIXES = {
 }
 
 
-def convert(network: str, whole: Tensors, config: Any) -> Tensors:
-    """The tensors of one of SDXL's networks, under diffusers' names.
+def convert(network: str, checkpoint: Tensors, config: Any) -> Tensors:
+    """The tensors of one of SDXL's networks, with diffusers' names.
 
-    Raises ValueError in words where the file has none of them, or others.
+    Raises ValueError, with the reason, if the file does not have all tensors of the network.
     """
     try:
-        return CONVERSIONS[network](whole, config)
+        return CONVERSIONS[network](checkpoint, config)
     except (LookupError, AttributeError, TypeError) as exc:
         raise ValueError(f"its {network} has not all tensors of SDXL's") from exc
 
 
-def unet(whole: Tensors, config: Any) -> Tensors:
-    tensors: Tensors = convert_ldm_unet_checkpoint(_of(whole, "unet"), config)
+def unet(checkpoint: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_unet_checkpoint(_of(checkpoint, "unet"), config)
     return tensors
 
 
-def vae(whole: Tensors, config: Any) -> Tensors:
-    tensors: Tensors = convert_ldm_vae_checkpoint(_of(whole, "vae"), config)
+def vae(checkpoint: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_vae_checkpoint(_of(checkpoint, "vae"), config)
     return tensors
 
 
-def text_encoder(whole: Tensors, config: Any) -> Tensors:
-    tensors: Tensors = convert_ldm_clip_checkpoint(_of(whole, "text_encoder"))
+def text_encoder(checkpoint: Tensors, config: Any) -> Tensors:
+    tensors: Tensors = convert_ldm_clip_checkpoint(_of(checkpoint, "text_encoder"))
     return tensors
 
 
-def text_encoder_2(whole: Tensors, config: Any) -> Tensors:
-    mine, prefix = _of(whole, "text_encoder_2"), PREFIXES["text_encoder_2"]
+def text_encoder_2(checkpoint: Tensors, config: Any) -> Tensors:
+    mine, prefix = _of(checkpoint, "text_encoder_2"), PREFIXES["text_encoder_2"]
     plain = {name: each for name, each in mine.items() if ".in_proj_" not in name}
-    tensors: Tensors = convert_open_clip_checkpoint(_Sized(config), plain, prefix=prefix)
+    tensors: Tensors = convert_open_clip_checkpoint(_HasConfig(config), plain, prefix=prefix)
     for name, joined in mine.items():
         if match := re.search(r"resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", name):
             for letter, part in zip("qkv", joined.chunk(3), strict=True):
@@ -64,16 +64,16 @@ def text_encoder_2(whole: Tensors, config: Any) -> Tensors:
     return tensors
 
 
-class _Sized:
-    """All that diffusers asks of a model whose weights it converts."""
+class _HasConfig:
+    """The only attribute that diffusers reads of a model whose weights it converts."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
 
-def _of(whole: Tensors, network: str) -> Tensors:
+def _of(checkpoint: Tensors, network: str) -> Tensors:
     prefix = PREFIXES[network]
-    found = {name: each for name, each in whole.items() if name.startswith(prefix)}
+    found = {name: each for name, each in checkpoint.items() if name.startswith(prefix)}
     if not found:
         raise ValueError(f"no tensor of it begins with {prefix}, as SDXL's {network} does")
     return found

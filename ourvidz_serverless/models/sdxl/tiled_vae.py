@@ -1,10 +1,11 @@
-"""The VAE's decoder in strips of rows: the same arithmetic, in a fraction of the memory.
+"""Tiled VAE decoding: the same arithmetic as without tiles, in a fraction of the memory.
 
-diffusers' tiled decoding cuts a latent into tiles, normalises each by itself and blends the seams:
-another picture. Here every layer is computed over the whole picture before the next one begins.
-Its input and output lie in the host's memory, and the device sees one strip at a time, with as many
-rows of its neighbours as the kernel reads; group norms take their statistics over all strips. So
-the pixels are those of a whole decode within rounding, at the price of the way to the host.
+diffusers' tiled decoding normalises each tile of a latent by itself and blends the seams, which
+changes the image. Here a tile is a number of rows, and every layer is computed over the whole image
+before the next layer begins. A layer's input and output are in the host's memory. The device has
+one tile at a time, with as many rows of its neighbours as the kernel reads, and group norms take
+their statistics over all tiles. The pixels equal those of a decode without tiles within rounding.
+The price is the time to copy to the host and back.
 """
 
 from __future__ import annotations
@@ -18,72 +19,72 @@ import torch.nn.functional as F
 
 from ourvidz_serverless.models.memory.device import Device
 
-#: Into so many strips a picture is cut, and a strip has no fewer rows than that.
-STRIPS, FEWEST_ROWS = 8, 4
+#: An image has at most so many tiles, and a tile at least so many rows.
+MAX_TILES, MIN_ROWS = 8, 4
 
 
 def decode(vae: Any, latent: torch.Tensor, device: Device) -> torch.Tensor:
-    """The picture (1, 3, 8 h, 8 w) of one latent (1, 4, h, w), in the host's memory."""
-    strips, decoder = Strips(device), vae.decoder
+    """The image (1, 3, 8 h, 8 w) of one latent (1, 4, h, w), in the host's memory."""
+    layers, decoder = TiledLayers(device), vae.decoder
     if vae.post_quant_conv is not None:
         latent = vae.post_quant_conv(latent)
-    x = strips.conv(device.copy_to_host(latent), decoder.conv_in)
-    x = _middle(strips, x, decoder.mid_block)
+    x = layers.conv(device.copy_to_host(latent), decoder.conv_in)
+    x = _middle(layers, x, decoder.mid_block)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            x = _resnet(strips, x, resnet)
+            x = _resnet(layers, x, resnet)
         for upsampler in block.upsamplers or ():
-            x = strips.conv(x, upsampler.conv, is_doubled=True)
-    return strips.conv(x, decoder.conv_out, norm=decoder.conv_norm_out)
+            x = layers.conv(x, upsampler.conv, is_doubled=True)
+    return layers.conv(x, decoder.conv_out, norm=decoder.conv_norm_out)
 
 
 def decode_tiny(decoder: Any, latent: torch.Tensor, device: Device) -> torch.Tensor:
     """The same by the decoder of an AutoencoderTiny, which has no norms.
 
-    So a strip needs no more than the rows around it that its pixels hang on, and is decoded with
-    them from end to end: what is computed twice costs a tiny decoder less than the way to the host.
+    Without norms a tile depends only on the rows near it, so it is decoded through all layers
+    together with these rows. To compute some rows twice costs less than copies between the layers.
     """
     reach, made = _reach(decoder.layers), []
-    for start, end in _spans(latent.shape[2]):
+    for start, end in _tiles(latent.shape[2]):
         top = max(start - reach, 0)
         rows = latent[:, :, top : end + reach]
-        strip = decoder(rows)
-        scale = strip.shape[2] // rows.shape[2]
+        tile = decoder(rows)
+        scale = tile.shape[2] // rows.shape[2]
         made.append(
-            device.copy_to_host(strip[:, :, scale * (start - top) : scale * (end - top)].clone())
+            device.copy_to_host(tile[:, :, scale * (start - top) : scale * (end - top)].clone())
         )
     with device.uncounted():
         return torch.cat(made, 2)
 
 
 def _reach(layers: Any) -> int:
-    """How many rows of a latent, up and down, one row of pixels hangs on."""
+    """How many rows of a latent, up and down, a row of pixels depends on."""
     reach, scale = 0.0, 1.0
     for layer in layers:
         if isinstance(layer, torch.nn.Upsample):
-            # One row where it blends neighbours.
+            # It reads one more row if it interpolates.
             reach, scale = reach + 1 / scale, scale * float(layer.scale_factor)
         convolutions = (each for each in layer.modules() if isinstance(each, torch.nn.Conv2d))
         reach += sum(each.kernel_size[0] // 2 for each in convolutions) / scale
     return math.ceil(reach)
 
 
-def _middle(strips: Strips, x: torch.Tensor, block: Any) -> torch.Tensor:
-    x = _resnet(strips, x, block.resnets[0])
+def _middle(layers: TiledLayers, x: torch.Tensor, block: Any) -> torch.Tensor:
+    x = _resnet(layers, x, block.resnets[0])
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
-            x = strips.attend(x, attention)
-        x = _resnet(strips, x, resnet)
+            x = layers.attend(x, attention)
+        x = _resnet(layers, x, resnet)
     return x
 
 
-def _resnet(strips: Strips, x: torch.Tensor, block: Any) -> torch.Tensor:
-    inner = strips.conv(x, block.conv1, norm=block.norm1)
-    return strips.conv(inner, block.conv2, norm=block.norm2, beside=(x, block.conv_shortcut))
+def _resnet(layers: TiledLayers, x: torch.Tensor, block: Any) -> torch.Tensor:
+    inner = layers.conv(x, block.conv1, norm=block.norm1)
+    return layers.conv(inner, block.conv2, norm=block.norm2, residual=(x, block.conv_shortcut))
 
 
-class Strips:
-    """Layers over tensors (1, channels, rows, columns) that lie in the host's memory."""
+class TiledLayers:
+    """Layers over tensors (1, channels, rows, columns) in the host's memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -94,49 +95,49 @@ class Strips:
         layer: Any,
         norm: Any = None,
         is_doubled: bool = False,
-        beside: tuple[torch.Tensor, Any] | None = None,
+        residual: tuple[torch.Tensor, Any] | None = None,
     ) -> torch.Tensor:
-        """A convolution, of `x` as it is, or normalised and activated, or at twice the size.
+        """A convolution of `x`, which may be normalised and activated, or doubled in size, before.
 
-        `beside` is a residual and its own 1x1 convolution, if it has one, to be added.
+        `residual` is a tensor to add, and its own 1x1 convolution, if it has one.
         """
         reach, scale = layer.kernel_size[0] // 2, 2 if is_doubled else 1
         affine = None if norm is None else self._affine(x, norm)
         made = None
-        for start, end in _spans(x.shape[2]):
-            strip = self._up(x[:, :, max(start - reach, 0) : end + reach])
+        for start, end in _tiles(x.shape[2]):
+            tile = self._to_device(x[:, :, max(start - reach, 0) : end + reach])
             if affine is not None:
-                strip = F.silu(_scaled(strip, affine))
+                tile = F.silu(_normalised(tile, affine))
             if is_doubled:
-                strip = F.interpolate(strip, scale_factor=2.0, mode="nearest")
+                tile = F.interpolate(tile, scale_factor=2.0, mode="nearest")
             top = reach if start == 0 else -(scale - 1) * reach
             bottom = reach if end == x.shape[2] else -(scale - 1) * reach
-            strip = F.pad(strip, (reach, reach, top, bottom))
-            strip = F.conv2d(strip, layer.weight, layer.bias)
-            if beside is not None:
-                residual, shortcut = self._up(beside[0][:, :, start:end]), beside[1]
-                strip += residual if shortcut is None else shortcut(residual)
+            tile = F.pad(tile, (reach, reach, top, bottom))
+            tile = F.conv2d(tile, layer.weight, layer.bias)
+            if residual is not None:
+                added, shortcut = self._to_device(residual[0][:, :, start:end]), residual[1]
+                tile += added if shortcut is None else shortcut(added)
             if made is None:
-                made = self._room(strip, scale * x.shape[2])
-            made[:, :, scale * start : scale * end].copy_(strip)
+                made = self._host_buffer(tile, scale * x.shape[2])
+            made[:, :, scale * start : scale * end].copy_(tile)
         assert made is not None
         return made
 
     def attend(self, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        """Self-attention with its residual; keys and values whole, queries strip by strip."""
+        """Self-attention with its residual: keys and values at once, queries tile by tile."""
         affine, (_, channels, rows, columns) = self._affine(x, layer.group_norm), x.shape
-        whole = _scaled(self._up(x), affine).flatten(2).transpose(1, 2)
-        keys, values = (self._heads(each(whole), layer) for each in (layer.to_k, layer.to_v))
-        made = self._room(x, rows)
-        for start, end in _spans(rows):
-            strip = whole[:, start * columns : end * columns]
-            queries = self._heads(layer.to_q(strip), layer)
-            seen = F.scaled_dot_product_attention(queries, keys, values)
-            seen = layer.to_out[0](seen.transpose(1, 2).flatten(2)).transpose(1, 2)
-            seen = seen.reshape(1, channels, end - start, columns)
+        tokens = _normalised(self._to_device(x), affine).flatten(2).transpose(1, 2)
+        keys, values = (self._heads(each(tokens), layer) for each in (layer.to_k, layer.to_v))
+        made = self._host_buffer(x, rows)
+        for start, end in _tiles(rows):
+            tile = tokens[:, start * columns : end * columns]
+            queries = self._heads(layer.to_q(tile), layer)
+            attended = F.scaled_dot_product_attention(queries, keys, values)
+            attended = layer.to_out[0](attended.transpose(1, 2).flatten(2)).transpose(1, 2)
+            attended = attended.reshape(1, channels, end - start, columns)
             if layer.residual_connection:
-                seen += self._up(x[:, :, start:end])
-            made[:, :, start:end].copy_(seen / layer.rescale_output_factor)
+                attended += self._to_device(x[:, :, start:end])
+            made[:, :, start:end].copy_(attended / layer.rescale_output_factor)
         return made
 
     @staticmethod
@@ -144,10 +145,10 @@ class Strips:
         return tokens.unflatten(2, (layer.heads, -1)).transpose(1, 2)
 
     def _affine(self, x: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a group norm does to each channel of all of `x`: a factor and a summand."""
+        """The factor and the summand with which a group norm changes each channel of `x`."""
         total = torch.zeros(2, norm.num_groups, dtype=torch.float64, device=self._device.name)
-        for start, end in _spans(x.shape[2]):
-            groups = self._up(x[:, :, start:end]).float().reshape(norm.num_groups, -1)
+        for start, end in _tiles(x.shape[2]):
+            groups = self._to_device(x[:, :, start:end]).float().reshape(norm.num_groups, -1)
             total[0] += groups.sum(1, dtype=torch.float64)
             total[1] += groups.square().sum(1, dtype=torch.float64)
         mean, square = total / (x[0].numel() / norm.num_groups)
@@ -157,22 +158,22 @@ class Strips:
         summand = norm.bias - mean.repeat_interleave(each) * factor
         return factor.float()[:, None, None], summand.float()[:, None, None]
 
-    def _up(self, rows: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
         return self._device.copy_to_device(rows)
 
-    def _room(self, like: torch.Tensor, rows: int) -> torch.Tensor:
-        """An empty tensor in the host's memory, which no device counts."""
+    def _host_buffer(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        """An empty tensor in the host's memory, which is not counted as the device's."""
         shape = (1, like.shape[1], rows, like.shape[3])
         with self._device.uncounted():
             return torch.empty(shape, dtype=like.dtype)
 
 
-def _spans(rows: int) -> Iterator[tuple[int, int]]:
-    height = max(-(-rows // STRIPS), FEWEST_ROWS)
+def _tiles(rows: int) -> Iterator[tuple[int, int]]:
+    height = max(-(-rows // MAX_TILES), MIN_ROWS)
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 
 
-def _scaled(x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _normalised(x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     factor, summand = affine
     return (x * factor + summand).to(x.dtype)

@@ -1,16 +1,16 @@
-"""What makes a picture of an SDXL latent: its VAE, the same in bf16, or a tiny one.
+"""The decoders of SDXL's latents: its VAE, the same VAE in bf16, or a tiny VAE.
 
-The last two are approximations, so only presets of `config.speed` choose them.
+The last two are approximations, so only presets of `config.speed` use them.
 
-SDXL's own VAE overflows in fp16 and is kept in fp32. What it lacks in fp16 is range, not digits,
-and bf16 has fp32's range: half the memory of a decode, at the speed of a GPU's 16-bit units. The
-weights are cast, rather than the arithmetic by torch.autocast, which on CUDA takes every norm and
-all that lies between two convolutions back to fp32.
+SDXL's own VAE overflows in fp16, so it stays in fp32. bf16 has the range of fp32, which is what
+fp16 lacks: a decode in bf16 takes half the memory and runs on a GPU's 16-bit units. The weights are
+cast. torch.autocast would compute every norm, and all that lies between two convolutions, in fp32
+on CUDA.
 
-A tiny VAE is diffusers' AutoencoderTiny, of which TAESDXL is the public one for SDXL
-(https://github.com/madebyollin/taesd). It was distilled from the VAE's decoder, takes latents as
-the UNet makes them (its scaling factor is 1), and is plain convolutions without norms, so it has no
-range to overflow. Encoding a reference stays the VAE's own.
+A tiny VAE is diffusers' AutoencoderTiny. The public one for SDXL is TAESDXL
+(https://github.com/madebyollin/taesd), distilled from the VAE's decoder. It takes latents as the
+UNet makes them (its scaling factor is 1), and it cannot overflow, since it has convolutions and no
+norms. References are always encoded by the VAE itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ POCKET = Path(__file__).parents[3] / "pocket" / "sdxl_tiny_vae"
 
 
 class Decoder(Protocol):
-    """`part` is what it needs of the model, `lever` its name among those of a preset, if any."""
+    """Decodes latents. `part` is the part of the model that it needs on the device.
+
+    `lever` is its name in a job's report of `speed`, or None for the VAE as it is.
+    """
 
     @property
     def part(self) -> str: ...
@@ -42,10 +45,10 @@ class Decoder(Protocol):
     @property
     def lever(self) -> str | None: ...
 
-    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
-        """The picture (3, 8 h, 8 w), of about -1 to 1, of a UNet's latent (1, 4, h, w).
+    def decode(self, latent: torch.Tensor, is_tiled: bool) -> torch.Tensor:
+        """The image (3, 8 h, 8 w), of about -1 to 1, of a UNet's latent (1, 4, h, w).
 
-        In strips it needs less of the device, and the picture lies in the host's memory.
+        A tiled decode takes less of the device's memory. Its image is in the host's memory.
         """
 
 
@@ -82,7 +85,7 @@ def _statistics(like: torch.Tensor, config: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Vae:
-    """The checkpoint's own VAE, in the dtype it is kept in or, for a decode, in another."""
+    """The checkpoint's own VAE, which decodes in `dtype`."""
 
     vae: Any
     device: Device
@@ -96,11 +99,11 @@ class Vae:
     def lever(self) -> str | None:
         return None if self.dtype == self.vae.dtype else "vae_bf16"
 
-    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
+    def decode(self, latent: torch.Tensor, is_tiled: bool) -> torch.Tensor:
         latent = denormalised(latent.to(self.vae.dtype), self.vae.config).to(self.dtype)
         modules = (self.vae.post_quant_conv, self.vae.decoder)
         with cast(modules, self.dtype) if self.lever else nullcontext():
-            if in_strips:
+            if is_tiled:
                 return tiled_vae.decode(self.vae, latent, self.device)[0]
             return self.vae.decode(latent, return_dict=False)[0][0]
 
@@ -121,18 +124,18 @@ class TinyVae:
     def lever(self) -> str | None:
         return "tiny_vae"
 
-    def decode(self, latent: torch.Tensor, in_strips: bool) -> torch.Tensor:
+    def decode(self, latent: torch.Tensor, is_tiled: bool) -> torch.Tensor:
         latent = latent.to(self.device.dtype) / self.scaling_factor
-        if in_strips:
+        if is_tiled:
             return tiled_vae.decode_tiny(self.network, latent, self.device)[0]
         return self.network(latent)[0]
 
 
 def in_bf16(vae: Any, device: Device) -> Vae:
-    """A VAE that decodes in bf16 where that saves anything.
+    """A VAE that decodes in bf16 if that saves memory.
 
-    That is where it is kept in fp32 though the model is not, and the device computes in bf16. A
-    VAE in 16 bits is as small already, and whoever sets `DTYPE=float32` wants no fewer.
+    It does if the VAE is in fp32, the other networks are in fp16, and the device computes in bf16.
+    A VAE in 16 bits is as small already, and `DTYPE=float32` asks for fp32 everywhere.
     """
     is_wide = (vae.dtype, device.dtype) == (torch.float32, torch.float16)
     return Vae(vae, device, torch.bfloat16 if is_wide and device.has_bf16 else vae.dtype)
@@ -140,7 +143,7 @@ def in_bf16(vae: Any, device: Device) -> Vae:
 
 @contextmanager
 def cast(modules: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
-    """Let modules compute with their weights in another dtype, and then have their own again."""
+    """Modules with their weights in another dtype; they have their own weights again afterwards."""
     parts = [part for module in modules if module is not None for part in module.modules()]
     kept = [(part, dict(part._parameters)) for part in parts]
     try:
@@ -159,9 +162,9 @@ def _as(parameter: Any, dtype: torch.dtype) -> Any:
 
 
 def read_tiny(settings: Settings, device: Device, like: Any) -> TinyVae | None:
-    """The tiny VAE of `SDXL_TINY_VAE`, or None where there is none; `like` is the VAE it is for.
+    """The tiny VAE of `SDXL_TINY_VAE`, or None if it is not set; `like` is the VAE it replaces.
 
-    A folder has its own configuration; a file is of TAESDXL's size, AutoencoderTiny's default.
+    A folder has its own configuration. A file has TAESDXL's size, AutoencoderTiny's default.
     Raises ModelLoadError with one line when it is missing, corrupt, or another model's.
     """
     if settings.sdxl_tiny_vae is None:
@@ -185,21 +188,21 @@ def _tiny(config: Any, tensors: weight_files.Tensors, device: Device, like: Any)
     kind = config.get("_class_name", AutoencoderTiny.__name__)
     if kind != AutoencoderTiny.__name__:
         raise ValueError(f"it is an {kind}, where AutoencoderTiny is wanted")
-    # diffusers writes it, and warns of it when it reads it.
+    # diffusers writes this field, and warns of it when it reads it.
     config = {name: each for name, each in config.items() if name != "block_out_channels"}
     with init_empty_weights():
-        told = AutoencoderTiny.from_config(config).config
-    _check_latents(told, like.config)
+        read = AutoencoderTiny.from_config(config).config
+    _check_latents(read, like.config)
     decoder = weight_files.build(
         lambda: AutoencoderTiny.from_config(config).decoder,
         {name.removeprefix("decoder."): each for name, each in tensors.items()},
         device.dtype,
     )
-    return TinyVae(decoder, device, told.scaling_factor)
+    return TinyVae(decoder, device, read.scaling_factor)
 
 
 def _check_latents(tiny: Any, like: Any) -> None:
-    """Raise ValueError, with the reason, if a tiny VAE is for other latents than a VAE's."""
+    """Raise ValueError, with the reason, if a tiny VAE does not decode the latents of a VAE."""
     if has_statistics(like):
         raise ValueError(
             "SDXL_MODEL scales its latents by latents_mean and latents_std, which no tiny VAE knows"

@@ -1,4 +1,4 @@
-"""SDXL checkpoints that differ from SDXL's own: each is served as diffusers does, or refused."""
+"""SDXL checkpoints that differ from SDXL's own work as in diffusers, or are refused."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ PLAYGROUND = {
 
 
 def change(folder: Path, part: str, **values: Any) -> None:
-    """Have other values in the configuration of a part of a checkpoint."""
+    """Change values in the configuration of a part of a checkpoint."""
     (path,) = (folder / part).glob("*config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -52,7 +52,7 @@ def load(folder: Path) -> SdxlModel:
 
 @pytest.fixture
 def folder(sdxl: Any, tmp_path: Path) -> Path:
-    """The pocket model as a folder, of which a test may change something."""
+    """The pocket model as a folder that a test may change."""
     sdxl.networks.pipe.save_pretrained(tmp_path / "other")
     return tmp_path / "other"
 
@@ -83,7 +83,7 @@ def test_a_vae_with_latents_mean_and_std_decodes_as_in_diffusers(playground: Pat
     assert np.array_equal(ours, through_diffusers(theirs))
 
 
-def test_a_vae_with_latents_mean_and_std_decodes_in_strips_as_in_diffusers(
+def test_a_vae_with_latents_mean_and_std_decodes_in_tiles_as_in_diffusers(
     playground: Path,
 ) -> None:
     model = load(playground)
@@ -118,7 +118,7 @@ def test_a_tiny_vae_is_refused_beside_a_vae_with_latents_mean_and_std(playground
 
 # --- UNets of another kind ---
 
-#: What differs from the pocket SDXL's UNet, and what the line says.
+#: The differences from the pocket SDXL's UNet, and a part of the error message.
 OTHER_UNETS: dict[str, tuple[dict[str, Any], str]] = {
     "inpainting": ({"in_channels": 9}, "takes 9 channels, as one for inpainting or editing does"),
     "editing": ({"in_channels": 8}, "takes 8 channels"),
@@ -144,7 +144,7 @@ def test_a_unet_of_another_kind_ends_the_start(sdxl: Any, folder: Path, kind: st
     assert line in refused.value.message
 
 
-def test_networks_of_sdxls_published_sizes_are_of_its_kind() -> None:
+def test_networks_of_sdxls_published_sizes_are_accepted() -> None:
     with architectures.made_on("meta", torch.float16):
         pipe = architectures.sdxl()
 

@@ -1,4 +1,4 @@
-"""An IP-Adapter acts where its kind says, on jobs that bring a reference, and on no others."""
+"""An IP-Adapter acts in the blocks of the reference's type, and only in jobs with a reference."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_a_job_without_a_reference_is_rendered_as_if_there_were_no_adapter(
 
 
 @pytest.mark.parametrize("keeps", ["style", "composition", "character"])
-def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: Keeps) -> None:
+def test_an_ip_adapter_image_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: Keeps) -> None:
     without = render(sdxl)
 
     little, much = (
@@ -58,7 +58,9 @@ def test_a_reference_acts_by_its_scale(adapted: Any, sdxl: Any, keeps: Keeps) ->
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
-def test_a_reference_acts_as_in_diffusers_pipeline(adapted: Any, guidance_scale: float) -> None:
+def test_an_ip_adapter_image_acts_as_in_diffusers_pipeline(
+    adapted: Any, guidance_scale: float
+) -> None:
     request = image_request(
         guidance_scale=guidance_scale, reference=IpAdapterImage(RED, "character", 0.6)
     )
@@ -70,7 +72,7 @@ def test_a_reference_acts_as_in_diffusers_pipeline(adapted: Any, guidance_scale:
     assert np.array_equal(ours, theirs)
 
 
-def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
+def test_an_ip_adapter_acts_in_the_blocks_of_each_reference_type(adapted: Any) -> None:
     blocks: dict[str, set[str]] = {}
     kinds: tuple[Keeps, ...] = ("style", "composition", "character")
     for keeps in kinds:
@@ -87,7 +89,9 @@ def test_each_kind_acts_in_its_own_blocks(adapted: Any) -> None:
     assert blocks["character"] > blocks["style"] | blocks["composition"]
 
 
-def test_the_reference_of_one_job_leaves_the_next_one_alone(adapted: Any, sdxl: Any) -> None:
+def test_the_ip_adapter_does_not_act_in_the_next_job_without_a_reference(
+    adapted: Any, sdxl: Any
+) -> None:
     render(adapted, reference=IpAdapterImage(RED, "character"))
 
     assert np.array_equal(render(adapted), render(sdxl))
@@ -102,7 +106,7 @@ def run(model: Any, config: Mapping[str, Any] = MappingProxyType({}), **metadata
     return context.metadata
 
 
-def test_a_typed_reference_goes_by_the_adapter_where_there_is_one(adapted: Any) -> None:
+def test_a_reference_with_a_type_uses_the_ip_adapter_if_there_is_one(adapted: Any) -> None:
     metadata = run(adapted, reference_type="style", reference_strength=0.6)
 
     assert (metadata["reference_method"], metadata["reference_type"]) == ("ip_adapter", "style")
@@ -112,18 +116,20 @@ def test_a_typed_reference_goes_by_the_adapter_where_there_is_one(adapted: Any) 
 @pytest.mark.parametrize(
     ("keeps", "scale"), [("style", 1.0), ("composition", 1.0), ("character", 0.6)]
 )
-def test_each_kind_has_its_own_scale_unless_given(adapted: Any, keeps: str, scale: float) -> None:
+def test_each_reference_type_has_its_own_default_scale(
+    adapted: Any, keeps: str, scale: float
+) -> None:
     assert run(adapted, reference_type=keeps)["reference_scale"] == scale
 
 
-def test_a_typed_reference_goes_by_image_to_image_where_there_is_none(sdxl: Any) -> None:
+def test_a_reference_with_a_type_uses_image_to_image_without_an_ip_adapter(sdxl: Any) -> None:
     metadata = run(sdxl, reference_type="style")
 
     assert (metadata["reference_method"], metadata["denoise_strength"]) == ("img2img", 0.8)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"exact_copy_mode": True, "reference_type": "style"}])
-def test_an_untyped_reference_or_a_copy_never_goes_by_the_adapter(
+def test_a_reference_without_a_type_or_a_copy_never_uses_the_ip_adapter(
     adapted: Any, metadata: dict[str, Any]
 ) -> None:
     assert run(adapted, **metadata)["reference_method"] == "img2img"
@@ -144,13 +150,13 @@ def test_a_denoise_strength_of_at_most_a_tenth_is_image_to_image_whatever_the_ty
 
 
 @pytest.mark.parametrize("asked", [{"denoise_strength": 0.11}, {"reference_strength": 0.95}])
-def test_a_larger_denoise_strength_or_a_reference_strength_goes_by_the_adapter(
+def test_a_larger_denoise_strength_or_a_reference_strength_uses_the_ip_adapter(
     adapted: Any, asked: dict[str, float]
 ) -> None:
     assert run(adapted, reference_type="character", **asked)["reference_method"] == "ip_adapter"
 
 
-def test_an_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:
+def test_an_ip_adapter_that_does_not_load_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
 
     with pytest.raises(ModelLoadError, match=r"SDXL_IP_ADAPTER: broken\.safetensors does not load"):
@@ -163,7 +169,7 @@ def of_another_encoder(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def of_faces(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As IP-Adapter FaceID has it, which reads what another network says of a face."""
+    """The layout of IP-Adapter FaceID, which reads the embedding of a face recognition network."""
     dim = weights["image_proj.norm.weight"].shape[0]
     del weights["image_proj.proj.weight"], weights["image_proj.proj.bias"]
     wide = torch.zeros(2 * IMAGE_DIM, IMAGE_DIM)
@@ -183,7 +189,7 @@ def of_faces(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (of_faces, "IPAdapterFaceIDImageProjection does not read an image encoder's output"),
     ],
 )
-def test_an_adapter_that_would_fail_in_each_job_ends_the_start(
+def test_an_ip_adapter_that_would_fail_in_each_job_ends_the_start(
     sdxl: Any, tmp_path: Path, change: Any, line: str
 ) -> None:
     path = write_ip_adapter(tmp_path, sdxl.networks.unet)

@@ -1,4 +1,4 @@
-"""LoRAs: found by name or fetched from an allowed host, at work for one job, gone after it."""
+"""LoRAs are found by name or downloaded from an allowed host, and act in one job only."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_a_lora_with_adapter_metadata_equals_diffusers_loading_the_same_file(
     ],
     ids=str,
 )
-def test_adapter_metadata_that_is_more_than_a_strength_is_refused(
+def test_unsafe_or_unknown_adapter_metadata_of_a_lora_is_refused(
     sdxl: Any, tmp_path: Path, entry: dict[str, Any]
 ) -> None:
     path = tmp_path / "odd.safetensors"
@@ -174,7 +174,7 @@ def test_a_lora_is_gone_after_a_job_that_was_stopped(sdxl: Any, store: LoraStore
     assert np.array_equal(render(sdxl), before)
 
 
-def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_remembered(
+def test_a_lora_is_gone_after_a_stop_between_images_whose_error_is_kept(
     sdxl: Any, store: LoraStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sdxl, "loras", store)
@@ -195,7 +195,7 @@ def test_a_lora_is_gone_though_a_job_that_was_stopped_between_pictures_is_rememb
 
 
 @pytest.mark.parametrize("name", ["other", "broken"])
-def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
+def test_a_file_that_is_not_a_lora_is_refused_and_changes_nothing(
     sdxl: Any, store: LoraStore, name: str
 ) -> None:
     before = render(sdxl)
@@ -213,7 +213,7 @@ def test_a_file_that_is_no_lora_is_refused_and_leaves_nothing(
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceLost),
     ],
 )
-def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
+def test_a_device_that_fails_while_a_lora_loads_is_reported_as_the_devices_error(
     sdxl: Any,
     store: LoraStore,
     monkeypatch: pytest.MonkeyPatch,
@@ -232,13 +232,13 @@ def test_a_device_that_fails_while_a_lora_arrives_is_not_the_loras_fault(
     assert type(as_job_error(failed.value)) is expected
 
 
-def test_a_name_that_nothing_lies_under_is_refused(store: LoraStore) -> None:
+def test_a_lora_name_without_a_file_is_refused(store: LoraStore) -> None:
     with pytest.raises(InvalidPrompt, match=r"config\.loras: there is no missing"):
         store.path("missing", "ann")
 
 
 @pytest.mark.parametrize("url", ["https://[", "https://[loras.example]/bold"])
-def test_a_url_that_is_none_is_refused(store: LoraStore, url: str) -> None:
+def test_an_invalid_lora_url_is_refused(store: LoraStore, url: str) -> None:
     with pytest.raises(InvalidPrompt, match=r"^config\.loras: Input should be an https URL$"):
         store.fetch(url, "ann", NEVER)
 
@@ -248,12 +248,12 @@ def test_without_a_folder_there_are_no_loras() -> None:
         LoraStore(None).path("bold", "ann")
 
 
-def test_a_url_is_refused_unless_hosts_are_allowed(store: LoraStore) -> None:
+def test_a_lora_url_is_refused_unless_hosts_are_allowed(store: LoraStore) -> None:
     with pytest.raises(InvalidPrompt, match="LORA_HOSTS"):
         store.fetch("https://loras.example/bold.safetensors", "ann", NEVER)
 
 
-def test_a_url_of_another_host_is_refused(store: LoraStore) -> None:
+def test_a_lora_url_of_another_host_is_refused(store: LoraStore) -> None:
     strict = LoraStore(store.folder, Policy(frozenset({"loras.example"})))
 
     with pytest.raises(ModelLoadError, match="allow-list"):

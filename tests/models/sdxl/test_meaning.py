@@ -1,4 +1,4 @@
-"""Every SDXL field does visibly what it says: measured on the pocket model's pixels.
+"""Every SDXL field has a visible effect, measured on the pocket model's pixels.
 
 `builder.drawings.read` recovers shape, colours, size and place from a picture. The model obeys
 often, not always (its card says how often), so a test counts over a handful of seeds.
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def pictures(model: Any, reference: Image.Image | None = None, **payload: Any) -> list[np.ndarray]:
-    """What a job's payload is rendered as, at 128 pixels and six seeds unless it says otherwise."""
+    """The images of a job's payload, at 128 pixels and six seeds unless the payload sets others."""
     config = {"resolution": "128x128", "num_images": 6, "seed": 100, "guidance_scale": 6.0}
     payload["config"] = {**config, **payload.pop("config", {})}
     if reference:
@@ -54,7 +54,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def blue_square() -> Image.Image:
-    """A reference that the drawings know: a blue square in the middle of white."""
+    """A reference like the drawings: a blue square in the middle of a white background."""
     return painted(slice(40, 88), slice(40, 88))
 
 
@@ -82,7 +82,7 @@ def test_the_prompt_is_obeyed(sdxl: Any, shape: str, colour: str, background: st
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_every_colour_is_known(sdxl: Any, colour: str) -> None:
+def test_the_model_draws_every_colour_that_a_prompt_names(sdxl: Any, colour: str) -> None:
     ground = "black" if colour == "white" else "white"
 
     seen = drawings(sdxl, prompt=f"a large {colour} circle on a {ground} background")
@@ -91,7 +91,7 @@ def test_every_colour_is_known(sdxl: Any, colour: str) -> None:
 
 
 @pytest.mark.parametrize("place", POSITIONS)
-def test_the_place_asked_for_is_taken(sdxl: Any, place: str) -> None:
+def test_the_subject_is_in_the_place_that_the_prompt_names(sdxl: Any, place: str) -> None:
     words = POSITION_WORDS[place][0]
 
     seen = drawings(sdxl, prompt=f"a red circle {words} on a white background")
@@ -100,7 +100,7 @@ def test_the_place_asked_for_is_taken(sdxl: Any, place: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_the_size_asked_for_is_drawn(sdxl: Any, size: str) -> None:
+def test_the_subject_has_the_size_that_the_prompt_names(sdxl: Any, size: str) -> None:
     seen = drawings(sdxl, prompt=f"a {size} red square on a white background")
 
     assert share(seen, size=size) >= 5 / 6
@@ -109,7 +109,7 @@ def test_the_size_asked_for_is_drawn(sdxl: Any, size: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "other"), [("circle", "square"), ("square", "circle"), ("triangle", "circle")]
 )
-def test_the_shape_asked_for_comes_more_often_than_unasked(
+def test_a_shape_that_the_prompt_names_comes_more_often_than_without(
     sdxl: Any, shape: str, other: str
 ) -> None:
     def seen(asked: str) -> float:
@@ -192,7 +192,7 @@ def test_the_resolution_is_the_pictures_size_and_the_subject_fits_it(
 # --- image to image ---
 
 
-def test_low_strength_keeps_the_reference(sdxl: Any, blue_square: Image.Image) -> None:
+def test_a_low_denoise_strength_keeps_the_reference(sdxl: Any, blue_square: Image.Image) -> None:
     # Lower than a real checkpoint would want: the pocket's latents are quieter than SDXL's, so
     # the same noise hides more of them.
     seen = drawings(
@@ -205,7 +205,7 @@ def test_low_strength_keeps_the_reference(sdxl: Any, blue_square: Image.Image) -
     assert share(seen, shape="square", colour="blue", background="white") == 1
 
 
-def test_high_strength_changes_it(sdxl: Any, blue_square: Image.Image) -> None:
+def test_a_high_denoise_strength_changes_the_reference(sdxl: Any, blue_square: Image.Image) -> None:
     seen = drawings(
         sdxl,
         blue_square,
@@ -216,7 +216,7 @@ def test_high_strength_changes_it(sdxl: Any, blue_square: Image.Image) -> None:
     assert share(seen, colour="red", background="black") >= 5 / 6
 
 
-def test_the_further_the_strength_the_further_the_picture(
+def test_the_higher_the_denoise_strength_the_more_the_image_differs(
     sdxl: Any, blue_square: Image.Image
 ) -> None:
     reference = np.asarray(blue_square)
@@ -252,7 +252,7 @@ def test_an_exact_copy_is_the_reference(sdxl: Any, blue_square: Image.Image, ste
 # --- reference types, by image to image ---
 
 
-def test_style_keeps_the_palette_more_than_no_reference_does(
+def test_a_style_reference_keeps_the_palette_more_than_no_reference_does(
     sdxl: Any, blue_square: Image.Image
 ) -> None:
     ask = {"prompt": "a circle", "config": {"num_images": 6}}
@@ -262,7 +262,7 @@ def test_style_keeps_the_palette_more_than_no_reference_does(
     assert share(styled, background="white") > share(drawings(sdxl, **ask), background="white")
 
 
-def test_composition_keeps_the_place(sdxl: Any) -> None:
+def test_a_composition_reference_keeps_the_place(sdxl: Any) -> None:
     on_the_left = painted(slice(48, 80), slice(8, 40))
     ask: dict[str, Any] = {"prompt": "a red square on a white background"}
 
@@ -274,7 +274,9 @@ def test_composition_keeps_the_place(sdxl: Any) -> None:
     assert on_left(on_the_left, reference_type="composition") >= 2 * on_left(None)
 
 
-def test_character_keeps_place_and_ground(sdxl: Any, blue_square: Image.Image) -> None:
+def test_a_character_reference_keeps_place_and_background(
+    sdxl: Any, blue_square: Image.Image
+) -> None:
     seen = drawings(
         sdxl,
         blue_square,
@@ -286,7 +288,7 @@ def test_character_keeps_place_and_ground(sdxl: Any, blue_square: Image.Image) -
     assert share(seen, position="centre") >= 4 / 6
 
 
-def test_the_more_a_type_keeps_the_nearer_the_picture_stays(
+def test_the_more_a_reference_type_keeps_the_nearer_the_image_stays(
     sdxl: Any, blue_square: Image.Image
 ) -> None:
     def away(reference_type: str) -> float:
@@ -304,7 +306,7 @@ def test_the_more_a_type_keeps_the_nearer_the_picture_stays(
 # --- Compel ---
 
 
-def test_a_weight_moves_the_picture_toward_its_word(sdxl: Any) -> None:
+def test_a_weight_moves_the_image_toward_its_word(sdxl: Any) -> None:
     def reds(prompt: str) -> float:
         ask = {"prompt": prompt, "compel_enabled": True}
         return share(

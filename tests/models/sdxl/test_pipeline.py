@@ -1,4 +1,4 @@
-"""SDXL on the pocket weights: our loop against diffusers' pipelines, and what it promises."""
+"""SDXL on the pocket weights: its images equal those of diffusers' pipelines."""
 
 import inspect
 from collections.abc import Iterator
@@ -132,7 +132,7 @@ def test_a_batch_is_split_in_equal_parts(sdxl: Any) -> None:
     assert progress.steps == [(done, 60) for done in range(3, 61, 3)]
 
 
-def test_pictures_leave_one_by_one(sdxl: Any) -> None:
+def test_images_are_returned_one_by_one(sdxl: Any) -> None:
     pictures = sdxl.generate(image_request(seeds=(1, 2, 3), size=(128, 64)), NoProgress())
 
     assert next(pictures).shape == (64, 128, 3)
@@ -199,7 +199,7 @@ def test_every_step_is_reported(sdxl: Any) -> None:
     assert progress.steps == [(done, 10) for done in range(1, 11)]
 
 
-def test_what_a_step_raises_ends_the_generation_and_leaves_the_model_as_good_as_new(
+def test_an_error_in_a_step_ends_the_generation_and_leaves_the_model_unchanged(
     sdxl: Any,
 ) -> None:
     before = render(sdxl)
@@ -241,7 +241,7 @@ def test_image_to_image_runs_at_least_one_step(
 # --- schedulers ---
 
 
-def test_the_wire_knows_every_scheduler_and_no_other() -> None:
+def test_a_payload_may_name_every_scheduler_and_no_other() -> None:
     wire = SdxlConfig.model_json_schema()["properties"]["scheduler"]["anyOf"][0]["enum"]
 
     assert sorted(wire) == sorted(SCHEDULERS)
@@ -255,14 +255,14 @@ def test_every_scheduler_renders_and_repeats_by_seed(sdxl: Any, name: str) -> No
     assert distance(one[1], render(sdxl, scheduler=name, seeds=(4,))[0]) <= 2 * ROUNDING
 
 
-def test_one_jobs_scheduler_leaves_the_next_ones_alone(sdxl: Any) -> None:
+def test_one_jobs_scheduler_does_not_change_the_next_job(sdxl: Any) -> None:
     before = render(sdxl)
     render(sdxl, scheduler="ddim")
 
     assert distance(render(sdxl)[0], before[0]) == 0
 
 
-def test_a_few_step_checkpoint_may_want_its_timesteps_trailing() -> None:
+def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler() -> None:
     model = loader.load(Settings(sdxl_timestep_spacing="trailing"))
     scheduler = make_scheduler(model.networks.pipe.scheduler.config, "dpmpp_2m")
 
@@ -295,13 +295,13 @@ def test_a_long_prompt_is_read_in_chunks_and_never_cut(sdxl: Any, words: int) ->
     assert max(map(len, parts)) == 75
 
 
-def test_a_word_far_beyond_77_tokens_still_counts(sdxl: Any) -> None:
+def test_a_word_far_beyond_77_tokens_changes_the_image(sdxl: Any) -> None:
     filler = "photo " * 100
 
     assert distance(render(sdxl, filler + "red")[0], render(sdxl, filler + "blue")[0]) > 0
 
 
-def test_a_long_negative_prompt_meets_a_short_prompt(sdxl: Any) -> None:
+def test_a_long_negative_prompt_works_with_a_short_prompt(sdxl: Any) -> None:
     (picture,) = render(sdxl, negative=plain("blurry, " * 60))
 
     assert picture.shape == (64, 128, 3)
@@ -345,7 +345,7 @@ def test_a_checkpoint_without_its_configuration_says_what_is_missing(tmp_path: P
         loader.load(Settings(sdxl_model=str(checkpoint)))
 
 
-def test_a_configuration_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_a_configuration_may_be_in_another_folder(tmp_path: Path) -> None:
     checkpoint = tmp_path / "alone.safetensors"
     checkpoint.write_bytes(loader.POCKET.read_bytes())
     settings = Settings(sdxl_model=str(checkpoint), sdxl_config=loader.POCKET.with_suffix(""))

@@ -1,4 +1,4 @@
-"""Prompts as SDXL's conditioning, against Compel's own encoder on the pocket model."""
+"""The prompt encoder against Compel's own on the pocket model."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_prompt_is_read_as_compel_reads_it(encoder: Encoder, text: str) -> Non
     torch.testing.assert_close(hidden, compels(encoder, plain(text)), **ROUNDING)
 
 
-def test_no_word_is_parted_where_a_chunk_ends(sdxl: Any) -> None:
+def test_a_chunk_never_ends_within_a_word(sdxl: Any) -> None:
     tokenizer = sdxl.networks.pipe.tokenizer
     ids = tokenizer("xylophone " * 60, add_special_tokens=False).input_ids
 
@@ -145,7 +145,7 @@ def test_weights_act_as_compels_do(encoder: Encoder, prompt: Prompt) -> None:
         "(red circle)0.5 " + LONG,
     ],
 )
-def test_a_text_becomes_what_compel_makes_of_it(sdxl: Any, text: str) -> None:
+def test_a_weighted_text_has_compels_embedding(sdxl: Any, text: str) -> None:
     ours = PromptEncoder(sdxl.networks.pipe).encode(parse(text))
 
     with torch.inference_mode():
@@ -154,7 +154,7 @@ def test_a_text_becomes_what_compel_makes_of_it(sdxl: Any, text: str) -> None:
     torch.testing.assert_close(ours.hidden, theirs.embeds, **ROUNDING)
 
 
-def test_a_word_that_is_also_the_filler_of_a_row_may_have_a_weight(sdxl: Any) -> None:
+def test_the_padding_token_as_a_word_may_have_a_weight(sdxl: Any) -> None:
     encoder = PromptEncoder(sdxl.networks.pipe)
 
     with_mark, without = (encoder.encode(parse(f"a circle (!:{w})")).hidden for w in (0.5, 1))

@@ -146,7 +146,7 @@ def test_what_compel_reads_as_text_is_read_as_in_a1111(
     assert read(text) == ours
 
 
-def test_a_hyphen_behind_parentheses_is_no_weight_unlike_in_compel() -> None:
+def test_a_hyphen_after_parentheses_is_not_a_weight_unlike_in_compel() -> None:
     text = "(semi)-transparent"
     (prompt,) = PromptParser().parse_conjunction(text).prompts
 
@@ -185,7 +185,7 @@ def test_both_languages_give_words_their_weight(
 @pytest.mark.parametrize(
     "text", ["(time 10:30)", "(at 10:30:02)", "(aspect 16:9)", "(film 4:3)", "(T10:30)"]
 )
-def test_a_time_or_a_ratio_is_no_weight(text: str) -> None:
+def test_a_time_or_a_ratio_is_not_a_weight(text: str) -> None:
     assert read(text) == [(text[1:-1], 1.1)]
 
 
@@ -261,7 +261,7 @@ def test_any_number_of_minus_signs_is_a_weight() -> None:
 
 
 @pytest.mark.parametrize("bracket", ["(", "["])
-def test_parentheses_beyond_reason_are_refused(bracket: str) -> None:
+def test_too_many_levels_of_parentheses_are_refused(bracket: str) -> None:
     with pytest.raises(ValueError, match="at most 16 deep"):
         parse(bracket * 17)
 
@@ -345,12 +345,12 @@ def test_any_text_is_read_or_refused_in_words(text: str) -> None:
 
 
 @given(st.text(alphabet="abc de,.", max_size=60))
-def test_plain_text_is_left_as_it_is(text: str) -> None:
+def test_text_without_syntax_is_unchanged(text: str) -> None:
     assert "".join(fragment.text for fragment in parse(text)) == text
 
 
 @given(st.text(alphabet=string.punctuation + "a1 ", max_size=60))
-def test_a_text_whose_every_mark_is_escaped_is_left_as_it_is(text: str) -> None:
+def test_a_text_with_every_mark_escaped_is_unchanged(text: str) -> None:
     escaped = re.sub(r'([()\[\]\\"+\-.,:=])', r"\\\1", text)
 
     assert read(escaped) == [(text, 1.0)]

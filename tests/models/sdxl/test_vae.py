@@ -1,4 +1,4 @@
-"""What makes pictures of latents: SDXL's VAE, the same in bf16, or a tiny one, by presets."""
+"""The decoders of SDXL's latents: the VAE, the VAE in bf16, and a tiny VAE."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> SdxlModel:
 
 @pytest.fixture
 def calls() -> Callable[[Any], list[Any]]:
-    """What a module is given from now on."""
+    """Records the inputs of a module from now on."""
 
     def watch(module: Any) -> list[Any]:
         given: list[Any] = []
@@ -65,7 +65,7 @@ def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
 
 
 def latent_of(model: SdxlModel, seed: int = 3, side: int = 128) -> torch.Tensor:
-    """What the UNet leaves of a picture (4, side / 8, side / 8)."""
+    """The denoised latent (4, side / 8, side / 8) of an image."""
     return presets.latent_of(model, seed, side, steps=10)
 
 
@@ -77,7 +77,7 @@ def counted() -> tuple[Device, CountedMemory]:
 # --- a tiny VAE ---
 
 
-def test_a_fast_job_is_decoded_by_the_tiny_vae_once_a_picture(
+def test_a_fast_job_decodes_each_image_once_with_the_tiny_vae(
     equipped: SdxlModel, calls: Any
 ) -> None:
     progress = RecordedProgress()
@@ -91,7 +91,7 @@ def test_a_fast_job_is_decoded_by_the_tiny_vae_once_a_picture(
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
-def test_no_other_job_is_and_it_changes_none_of_their_bits(
+def test_only_fast_jobs_decode_with_the_tiny_vae_and_others_keep_their_bits(
     equipped: SdxlModel, sdxl: Any, calls: Any, preset: str
 ) -> None:
     progress = RecordedProgress()
@@ -104,7 +104,7 @@ def test_no_other_job_is_and_it_changes_none_of_their_bits(
     assert all("tiny_vae" not in report["levers"] for report in progress.speed_reports)
 
 
-def test_without_one_a_fast_job_is_decoded_by_the_vae(sdxl: Any, calls: Any) -> None:
+def test_without_a_tiny_vae_a_fast_job_decodes_with_the_vae(sdxl: Any, calls: Any) -> None:
     progress = RecordedProgress()
     own = calls(sdxl.networks.vae.decoder)
 
@@ -116,7 +116,7 @@ def test_without_one_a_fast_job_is_decoded_by_the_vae(sdxl: Any, calls: Any) -> 
 
 # Measured: 28.4 and 33.6 dB, of latents that the UNet made.
 @pytest.mark.parametrize(("side", "least_db"), [(128, 27), (256, 32)])
-def test_its_picture_is_near_that_of_the_vae(
+def test_an_image_of_the_tiny_vae_is_near_that_of_the_vae(
     equipped: SdxlModel, side: int, least_db: float
 ) -> None:
     own = decoders.in_bf16(equipped.networks.vae, equipped.device)
@@ -132,7 +132,7 @@ def test_its_picture_is_near_that_of_the_vae(
     assert np.mean(likeness) > least_db
 
 
-def test_it_decodes_as_diffusers_pipelines_do(equipped: SdxlModel) -> None:
+def test_the_tiny_vae_decodes_as_diffusers_pipelines_do(equipped: SdxlModel) -> None:
     latent = latent_of(equipped)
     theirs = AutoencoderTiny.from_pretrained(TINY, local_files_only=True, torch_dtype=torch.float32)
 
@@ -144,7 +144,7 @@ def test_it_decodes_as_diffusers_pipelines_do(equipped: SdxlModel) -> None:
     assert np.array_equal(ours, (expected[0] * 255).round().astype(np.uint8))
 
 
-def test_a_reference_is_still_encoded_by_the_vae(equipped: SdxlModel, calls: Any) -> None:
+def test_a_fast_job_encodes_its_reference_with_the_vae(equipped: SdxlModel, calls: Any) -> None:
     encoded, tiny = calls(equipped.networks.vae.encoder), calls(equipped.networks.tiny_vae.network)
 
     paint(equipped, reference=StartImage(Image.new("RGB", (128, 64), "green"), 0.5), speed="fast")
@@ -153,24 +153,24 @@ def test_a_reference_is_still_encoded_by_the_vae(equipped: SdxlModel, calls: Any
 
 
 @pytest.mark.parametrize("rows", [8, 63, 128])
-def test_in_strips_it_decodes_what_it_decodes_whole(rows: int) -> None:
+def test_the_tiny_vae_decodes_the_same_with_tiles_as_without(rows: int) -> None:
     torch.manual_seed(0)
     network = AutoencoderTiny(decoder_block_out_channels=(8,) * 4).eval().decoder
     latent = torch.randn(1, 4, rows, 6)
     whole_device, whole_memory = counted()
-    strip_device, strip_memory = counted()
+    tiled_device, tiled_memory = counted()
 
     with whole_device.computing():
         whole = network(latent)
-    with strip_device.computing():
-        in_strips = tiled_vae.decode_tiny(network, latent, strip_device)
+    with tiled_device.computing():
+        tiled = tiled_vae.decode_tiny(network, latent, tiled_device)
 
-    torch.testing.assert_close(in_strips, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
     if rows == 128:
-        assert strip_memory.peak_bytes < whole_memory.peak_bytes / 2
+        assert tiled_memory.peak_bytes < whole_memory.peak_bytes / 2
 
 
-def test_a_row_of_pixels_hangs_on_no_row_of_the_latent_that_a_strip_leaves_out() -> None:
+def test_a_tile_has_every_row_of_the_latent_that_its_pixels_depend_on() -> None:
     torch.manual_seed(0)
     network = AutoencoderTiny(decoder_block_out_channels=(8,) * 4).eval().decoder.double()
     latent = torch.randn(1, 4, 64, 1, dtype=torch.float64, requires_grad=True)
@@ -183,7 +183,9 @@ def test_a_row_of_pixels_hangs_on_no_row_of_the_latent_that_a_strip_leaves_out()
     assert rows.max() <= 32 + reach
 
 
-def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: SdxlModel) -> None:
+def test_low_vram_has_only_the_tiny_vae_on_the_device_and_decodes_in_tiles(
+    equipped: SdxlModel,
+) -> None:
     progress = RecordedProgress()
     card = loader.load(Settings(sdxl_tiny_vae="pocket", low_vram=True, vram_budget_gb=0.2))
     there: list[Any] = []
@@ -195,13 +197,13 @@ def test_low_vram_has_it_alone_on_the_device_and_decodes_in_strips(equipped: Sdx
     card.networks.tiny_vae.network.register_forward_pre_hook(look)
     (picture,) = paint(card, speed="fast", size=(128, 256), progress=progress)
 
-    assert there == [["tiny"]] * tiled_vae.STRIPS
+    assert there == [["tiny"]] * tiled_vae.MAX_TILES
     assert progress.memory_plans[0]["tiled_decode"]
     (usual,) = paint(equipped, speed="fast", size=(128, 256))
     assert np.abs(picture.astype(int) - usual).max() <= 1
 
 
-def test_the_ledger_counts_it_and_brings_it_back(equipped: SdxlModel, sdxl: Any) -> None:
+def test_the_ledger_counts_the_tiny_vae_and_loads_it_again(equipped: SdxlModel, sdxl: Any) -> None:
     model = loader.load(Settings(sdxl_tiny_vae="pocket"))
     parts = model.parts
     tiny_bytes = sum(each.nbytes for each in model.networks.tiny_vae.network.parameters())
@@ -216,7 +218,7 @@ def test_the_ledger_counts_it_and_brings_it_back(equipped: SdxlModel, sdxl: Any)
     assert np.array_equal(paint(model, speed="fast")[0], paint(equipped, speed="fast")[0])
 
 
-def test_what_a_job_needs_is_remembered_by_what_decodes_it() -> None:
+def test_the_ledger_knows_the_memory_of_a_job_by_its_decoder() -> None:
     budget = 100 / 1024
     model = loader.load(Settings(sdxl_tiny_vae="pocket", vram_budget_gb=budget))
 
@@ -227,7 +229,7 @@ def test_what_a_job_needs_is_remembered_by_what_decodes_it() -> None:
     assert set(row.working_bytes) == {"128x64 x1", "128x64 tiny_vae x1"}
 
 
-# --- that is none, or another's ---
+# --- files that are no tiny VAE, or that of another model ---
 
 
 def load_tiny(name: Path | str) -> Any:
@@ -236,7 +238,7 @@ def load_tiny(name: Path | str) -> Any:
     )
 
 
-def test_a_file_alone_is_of_taesdxls_size(tmp_path: Path) -> None:
+def test_a_tiny_vae_in_a_file_without_configuration_has_taesdxls_size(tmp_path: Path) -> None:
     published = AutoencoderTiny()
     published.save_pretrained(tmp_path)
 
@@ -244,17 +246,17 @@ def test_a_file_alone_is_of_taesdxls_size(tmp_path: Path) -> None:
 
     assert tiny.scaling_factor == 1.0
     latent = torch.randn(1, 4, 4, 4)
-    assert torch.equal(tiny.decode(latent, in_strips=False), published.decode(latent).sample[0])
+    assert torch.equal(tiny.decode(latent, is_tiled=False), published.decode(latent).sample[0])
 
 
-def test_one_for_other_latents_is_one_line(tmp_path: Path) -> None:
+def test_a_tiny_vae_for_other_latents_is_refused_in_one_line(tmp_path: Path) -> None:
     AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path)
 
     with pytest.raises(ModelLoadError, match=r"SDXL_TINY_VAE: .*16 channels and 1/8 .* 4"):
         load_tiny(tmp_path)
 
 
-def test_a_vae_that_is_no_tiny_one_is_one_line(tmp_path: Path) -> None:
+def test_a_vae_that_is_not_a_tiny_one_is_refused_in_one_line(tmp_path: Path) -> None:
     narrow_vae().save_pretrained(tmp_path)
 
     with pytest.raises(ModelLoadError, match="an AutoencoderKL, where AutoencoderTiny is wanted"):
@@ -265,7 +267,7 @@ def test_a_vae_that_is_no_tiny_one_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["balanced", "fast"])
-def test_a_vae_that_fp16_is_too_narrow_for_decodes_in_bf16(
+def test_a_vae_that_overflows_in_fp16_decodes_in_bf16(
     wide: SdxlModel, calls: Any, preset: str
 ) -> None:
     progress = RecordedProgress()
@@ -278,7 +280,9 @@ def test_a_vae_that_fp16_is_too_narrow_for_decodes_in_bf16(
     assert "vae_bf16" in progress.speed_reports[0]["levers"]
 
 
-def test_an_exact_job_decodes_in_fp32_before_and_after(wide: SdxlModel, calls: Any) -> None:
+def test_an_exact_job_decodes_in_fp32_before_and_after_a_job_in_bf16(
+    wide: SdxlModel, calls: Any
+) -> None:
     weights = [each.data_ptr() for each in wide.networks.vae.parameters()]
     (before,) = paint(wide)
     paint(wide, speed="balanced")
@@ -291,7 +295,7 @@ def test_an_exact_job_decodes_in_fp32_before_and_after(wide: SdxlModel, calls: A
     assert [each.data_ptr() for each in wide.networks.vae.parameters()] == weights
 
 
-def test_its_picture_is_within_a_grey_level_of_the_exact_one(wide: SdxlModel) -> None:
+def test_an_image_decoded_in_bf16_is_within_a_grey_level_of_the_exact_one(wide: SdxlModel) -> None:
     exact = decoders.Vae(wide.networks.vae, wide.device, torch.float32)
     narrow = decoders.in_bf16(wide.networks.vae, wide.device)
 
@@ -303,14 +307,14 @@ def test_its_picture_is_within_a_grey_level_of_the_exact_one(wide: SdxlModel) ->
         assert psnr(usual, wide.decode(narrow, latent, TILED)) > 48.1
 
 
-def test_it_takes_little_more_than_half_the_memory() -> None:
+def test_a_decode_in_bf16_takes_little_more_than_half_the_memory() -> None:
     network, latent = narrow_vae(), torch.randn(1, 4, 32, 32)
     peaks = {}
 
     for dtype in (torch.float32, torch.bfloat16):
         device, memory = counted()
         with device.computing():
-            decoders.Vae(network, device, dtype).decode(latent, in_strips=False)
+            decoders.Vae(network, device, dtype).decode(latent, is_tiled=False)
         peaks[dtype] = memory.peak_bytes
 
     assert peaks[torch.bfloat16] < 0.6 * peaks[torch.float32]
@@ -325,7 +329,7 @@ def test_it_takes_little_more_than_half_the_memory() -> None:
         ("bfloat16", "bfloat16", False),
     ],
 )
-def test_it_acts_only_where_the_vae_is_wider_than_the_model(
+def test_a_vae_decodes_in_bf16_only_if_it_is_wider_than_the_model(
     kept: str, model: str, acts: bool
 ) -> None:
     network = narrow_vae().to(getattr(torch, kept))
@@ -351,7 +355,7 @@ def test_a_decode_that_fails_leaves_the_weights_as_they_were(wide: SdxlModel) ->
     assert {each.dtype for each in wide.networks.vae.parameters()} == {torch.float32}
 
 
-def test_no_preset_of_exact_lets_anything_else_decode() -> None:
+def test_the_exact_preset_always_decodes_with_the_vae_as_it_is() -> None:
     assert not (speed.EXACT.vae_bf16 or speed.EXACT.tiny_vae)
     assert [name for name, levers in speed.SDXL.items() if levers.tiny_vae] == ["fast"]
     assert [name for name, each in speed.SDXL.items() if each.vae_bf16] == ["balanced", "fast"]
