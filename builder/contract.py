@@ -21,6 +21,8 @@ from typing import Any
 from builder import typescript
 from ourvidz_serverless import jobs
 from ourvidz_serverless.document import Asset, Document, Failure
+from ourvidz_serverless.jobs import envelope
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 
@@ -164,7 +166,7 @@ def types() -> str:
                 f"/** Which family serves which job type. */\nexport const FAMILY_OF = "
                 f"{json.dumps(jobs.FAMILY_OF, indent=2)} as const;",
                 "/** Other names of two of them, which the application's payloads use. */\n"
-                f"export const SYNONYMS = {json.dumps(jobs.SYNONYMS, indent=2)} as const;",
+                f"export const SYNONYMS = {json.dumps(envelope.SYNONYMS, indent=2)} as const;",
                 f"export const FAMILIES = [{names}] as const;",
                 "export type JobType = keyof typeof FAMILY_OF;",
                 "export type Family = (typeof FAMILIES)[number];",
@@ -187,7 +189,7 @@ def keep(name: str, files: list[Path]) -> None:
 
 def meaning(payload: Mapping[str, Any]) -> Any:
     """What a payload is read as: the job's fields, whatever names they came by."""
-    job = jobs.parse({"id": "rp-1", "input": payload}, Settings())
+    job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
     return json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str))
 
 

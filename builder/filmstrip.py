@@ -24,6 +24,7 @@ from builder.contact_sheet import IMAGES, payload
 from builder.drawings import Pixels
 from builder.moving_drawings import MovingDrawing
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
@@ -74,7 +75,8 @@ def rendered(worker: Worker, config: dict[str, Any], storage: Path) -> Pixels:
         "config": {**size, **config},
         "metadata": {"video_reference_mode": None},
     }
-    document = worker.run({"input": payload("video_fast", changes)}, Stop(), lambda progress: None)
+    envelope = Envelope.of({"input": payload("video_fast", changes)})
+    document = worker.run(envelope, Stop(), lambda progress: None)
     with av.open(str(storage / document.assets[0].url)) as file:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 

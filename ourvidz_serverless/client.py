@@ -21,7 +21,8 @@ import requests
 from runpod.endpoint import Endpoint
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, InternalError, JobError
-from ourvidz_serverless.jobs import FAMILY_OF, job_type
+from ourvidz_serverless.jobs import FAMILY_OF
+from ourvidz_serverless.jobs.envelope import job_type
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """The life of a job: what is posted and returned, in every way that it can end."""
 
 import base64
+import functools
 import gc
 import io
 import json
@@ -20,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ourvidz_serverless import errors, jobs
+from ourvidz_serverless import errors
 from ourvidz_serverless.context import Bounds, Stop
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document, check_result
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.net.retries import Retry
@@ -285,7 +287,7 @@ def test_any_event_ends_in_a_document_that_is_json(
 ) -> None:
     event = {**top, "input": payload}
 
-    document = any_bench.worker.run(event, Stop(), lambda progress: None)
+    document = any_bench.worker.run(Envelope.of(event), Stop(), lambda progress: None)
 
     assert document.status == "failed"
     assert json.loads(json.dumps(document.result(), allow_nan=False))["error"]
@@ -357,7 +359,7 @@ def test_a_deadline_acts_at_the_next_step(local: MakeLocal) -> None:
     ],
 )
 def test_a_job_ends_before_the_platform_ends_it(policy: object, seconds: float) -> None:
-    bounds = jobs.bounds({"policy": policy}, Settings())
+    bounds = Envelope.of({"policy": policy}).bounds(Settings())
 
     assert bounds == Bounds(work_s=seconds, wait_s=300, total_s=seconds)
 
@@ -373,7 +375,7 @@ def test_a_job_ends_before_the_platform_ends_it(policy: object, seconds: float) 
 def test_wait_and_work_have_a_bound_together_where_the_platform_has_one(
     settings: Settings, total_s: float
 ) -> None:
-    assert jobs.bounds({}, settings).total_s == total_s
+    assert Envelope.of({}).bounds(settings).total_s == total_s
 
 
 def test_the_jobs_own_timeout_is_the_one_that_counts(local: MakeLocal) -> None:
@@ -381,7 +383,7 @@ def test_the_jobs_own_timeout_is_the_one_that_counts(local: MakeLocal) -> None:
     at.fake_sdxl.hold()
     event = {"input": sdxl_payload(), "policy": {"executionTimeout": 200}}
 
-    document = at.worker.run(event, at.stop, at.progress.append)
+    document = at.worker.run(Envelope.of(event), at.stop, at.progress.append)
 
     assert code(document) == "TIMEOUT_ERROR"
     assert document.failure.message == "the job's 0.18 seconds are over"
@@ -393,9 +395,10 @@ def test_a_worker_that_leaves_takes_jobs_until_the_grace_is_over(local: MakeLoca
     within = at.run()
 
     at.worker.close_after(grace_s=0)
-    at.worker._closing.wait(PATIENCE_S)
+    while (after := at.run(sdxl_payload(id="job-2"))).status == "completed":
+        time.sleep(0.01)
 
-    assert (within.status, code(at.run())) == ("completed", "WORKER_UNAVAILABLE")
+    assert (within.status, code(after)) == ("completed", "WORKER_UNAVAILABLE")
 
 
 def test_a_closing_worker_takes_no_job(local: MakeLocal) -> None:
@@ -475,13 +478,14 @@ def test_a_job_is_told_of_once_where_any_of_its_deliveries_wants_it(
 ) -> None:
     caplog.set_level("INFO", "ourvidz")
     at = local(callback=Callback(receiver.callback_url, receiver.secret))
-    workers = {"s": at.worker.silent(), "l": at.worker}
-    event = {"id": "rp-1", "input": sdxl_payload()}
+    envelope = Envelope.of({"id": "rp-1", "input": sdxl_payload()})
+    silent = functools.partial(at.worker.run, announces=False)
+    runs = {"s": silent, "l": at.worker.run}
     at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         ends = []
         for count, kind in enumerate(deliveries):
-            ends.append(threads.submit(workers[kind].run, event, Stop(), at.progress.append))
+            ends.append(threads.submit(runs[kind], envelope, Stop(), at.progress.append))
             if count == 0:
                 assert at.fake_sdxl.at_step.wait(PATIENCE_S)
             while caplog.text.count("arrived again") < count:
@@ -500,12 +504,13 @@ def test_a_silent_jobs_end_that_cannot_be_told_is_kept(
     caplog.set_level("INFO", "ourvidz")
     receiver.script([410])
     at = local(callback=posting(receiver))
-    event = {"id": "rp-1", "input": sdxl_payload()}
+    envelope = Envelope.of({"id": "rp-1", "input": sdxl_payload()})
+    silent = functools.partial(at.worker.run, announces=False)
     at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
-        threads.submit(at.worker.silent().run, event, Stop(), at.progress.append)
+        threads.submit(silent, envelope, Stop(), at.progress.append)
         assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        loud = threads.submit(at.worker.run, event, Stop(), at.progress.append)
+        loud = threads.submit(at.worker.run, envelope, Stop(), at.progress.append)
         while "arrived again" not in caplog.text:
             time.sleep(0.01)
         at.fake_sdxl.go_on.set()
@@ -541,7 +546,9 @@ def test_anonymous_deliveries_are_joined_by_the_platforms_own_id_alone(
     stops = [Stop(), Stop()]
     with ThreadPoolExecutor() as threads:
         runs = [
-            threads.submit(at.worker.run, {"id": name, "input": payload}, stop, at.progress.append)
+            threads.submit(
+                at.worker.run, Envelope.of({"id": name, "input": payload}), stop, at.progress.append
+            )
             for name, stop in zip(ids, stops, strict=True)
         ]
         while endless.begun + caplog.text.count("arrived again") < 2:

@@ -1,12 +1,11 @@
-"""Poison pills: a job that takes its process with it is not swallowed for ever.
+"""Jobs that kill their process: a job that did so twice is refused.
 
-Each job in flight has a file in a folder that outlives the process, one byte for each time that
-it was begun and not ended. Whoever ends, however it ends, removes the file. So what is left was
-in flight when a process died; after the second death the job is refused.
+Each running job has a file in a folder that outlives the process, with one byte for each time that
+the job began. The worker removes the file when the job ends, however it ends. A file that is left
+belongs to a job that was running when its process died.
 
-It is refused as INVALID_PROMPT: the one code that says of the payload itself that sending it
-again will not help. Every code that stands for the worker's trouble asks for a retry, which is
-what made it a poison pill.
+The job is refused as INVALID_PROMPT, the one code that says that sending the same payload again
+does not help. All codes for a worker's own trouble ask for a retry.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ DEATHS = 2
 #: A mark's file name: a digest.
 MARK = re.compile("[0-9a-f]{64}")
 
-#: What is left of a job that nobody sent again is forgotten after a day.
+#: A mark is removed after a day, in seconds, if the job was not sent again.
 FORGET_S = 24 * 3600
 
 
-class Pills:
-    """The marks of the jobs in flight; without a folder, none."""
+class PoisonJobs:
+    """Marks the jobs that run; without a folder it marks none."""
 
     def __init__(self, folder: Path | None, clock: Callable[[], float] = time.time) -> None:
         """Raises ModelLoadError if the folder cannot be used."""
         self._folder, self._clock = folder, clock
-        self._swallowed: set[Path] = set()
+        self._started: set[Path] = set()
         try:
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +49,7 @@ class Pills:
             why = exc.strerror or type(exc).__name__
             raise ModelLoadError(f"POISON_DIR: the folder cannot be used: {why}") from exc
 
-    def swallow(self, identity: Identity) -> None:
+    def mark_started(self, identity: Identity) -> None:
         """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""
         mark = self._mark(identity)
         if mark is None:
@@ -62,15 +61,15 @@ class Pills:
                 )
             with mark.open("ab") as file:
                 file.write(b".")
-            self._swallowed.add(mark)
+            self._started.add(mark)
         except OSError as exc:
             log.warning("job %s could not be marked: %s", identity.job_id, type(exc).__name__)
 
-    def survived(self, identity: Identity) -> None:
-        """Say that a job has ended, well or not; one that was never swallowed keeps its mark."""
+    def mark_finished(self, identity: Identity) -> None:
+        """Remove the mark of a job that has ended, well or not. Other jobs keep their marks."""
         mark = self._mark(identity)
-        if mark in self._swallowed:
-            self._swallowed.discard(mark)
+        if mark in self._started:
+            self._started.discard(mark)
             with suppress(OSError):
                 mark.unlink()
 

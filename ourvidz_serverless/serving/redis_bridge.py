@@ -36,11 +36,12 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import SecretStr
 
-from ourvidz_serverless import jobs, logs, settings
+from ourvidz_serverless import logs, settings
 from ourvidz_serverless.client import Client
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.families import FAMILIES
+from ourvidz_serverless.jobs.envelope import Envelope, job_type
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.upstash import Upstash
@@ -243,7 +244,8 @@ class Drain:
             raise NotAJob(str(exc)) from None
         except Fault as exc:
             raise NotAJob(f"the platform refuses it: {exc}") from None
-        name, kind = jobs.job_id({"input": payload}), jobs.job_type(payload)
+        sent = Envelope.of({"input": payload})
+        kind, name = sent.job_type, sent.job_id
         log.info("%s → %s(%s) is %s at %s", self.name, kind, name, job.id, job.endpoint)
 
     def _call_redis(self, *command: str) -> None:
@@ -283,7 +285,7 @@ def read(raw: str) -> dict[str, Any]:
             payload = only
     if not isinstance(payload, dict):
         raise NotAJob("it is not an object")
-    if jobs.job_type(payload) is None:
+    if job_type(payload) is None:
         raise NotAJob("its type is none of the job types")
     if payload.get("id") or payload.get("job_id"):
         return payload

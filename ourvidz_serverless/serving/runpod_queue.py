@@ -27,9 +27,9 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules.rp_logger import RunPodLogger
 from tqdm import tqdm
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.serving import runpod_loop
 from ourvidz_serverless.serving.runpod_loop import Share
@@ -92,7 +92,11 @@ def share_of(settings: Settings) -> Share | None:
     """
     if not (settings.exclusive_places and settings.shared_places):
         return None
-    return Share(settings.exclusive_places + settings.resolved_backlog, jobs.event_is_exclusive)
+    return Share(settings.exclusive_places + settings.resolved_backlog, _is_exclusive)
+
+
+def _is_exclusive(event: Mapping[str, Any]) -> bool:
+    return Envelope.of(event).is_exclusive
 
 
 def make_fitness_check(
@@ -129,7 +133,8 @@ def make_handler(
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
         stop, reporter = Stop(), make_reporter(event)
         loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(threads, worker.run, event, stop, reporter.report)
+        envelope = Envelope.of(event)
+        running = loop.run_in_executor(threads, worker.run, envelope, stop, reporter.report)
         try:
             document = await asyncio.shield(running)
             reporter.show(document)
@@ -156,7 +161,7 @@ def make_stream_handler(
         stop, reporter, deltas = Stop(), make_reporter(event), Deltas()
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(
-            threads, worker.run, event, stop, reporter.report, deltas.emit
+            threads, worker.run, Envelope.of(event), stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
         _call_at_end_of_task(stop.set)

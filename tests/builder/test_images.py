@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.families import FAMILIES
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
@@ -329,7 +329,10 @@ def test_the_hubs_tests_are_jobs_that_are_taken() -> None:
     settings = settings_with(env)
 
     for test in HUB_TESTS["tests"]:
-        assert jobs.parse({"id": "rp", "input": test["input"]}, settings).id == test["input"]["id"]
+        assert (
+            Envelope.of({"id": "rp", "input": test["input"]}).job(settings).id
+            == test["input"]["id"]
+        )
     assert (
         HUB_TESTS["tests"][0]["input"]
         == json.loads((ROOT / "test_input.json").read_text())["input"]

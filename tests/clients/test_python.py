@@ -10,6 +10,7 @@ import pytest
 from builder.contract import FOLDER
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
+from ourvidz_serverless.jobs.envelope import SYNONYMS
 from ourvidz_serverless.net.retries import Fault, Retry
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.fakes.local_worker import chat_payload, sdxl_payload
@@ -35,11 +36,11 @@ def client(platform: Platform, **changes: Any) -> Client:
 # --- routing ---
 
 
-@pytest.mark.parametrize("name", [*jobs.FAMILY_OF, *jobs.SYNONYMS])
+@pytest.mark.parametrize("name", [*jobs.FAMILY_OF, *SYNONYMS])
 def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) -> None:
     job = client(platform, endpoints=EMPTY).submit(sdxl_payload(type=name))
 
-    family = jobs.FAMILY_OF[jobs.SYNONYMS.get(name, name)]
+    family = jobs.FAMILY_OF[SYNONYMS.get(name, name)]
     assert job.endpoint == platform.endpoint_of(job.id) == EMPTY.get(family, EMPTY["sdxl"])
 
 

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator as Validator
 from builder.contract import FOLDER
 from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.callback import signatures, webhook_id
+from ourvidz_serverless.jobs.envelope import SYNONYMS
 from ourvidz_serverless.settings import Settings
 from tests.clients.spoken import DOCUMENT, PIECES, Spoken
 from tests.fakes.fake_chat import EndlessChat, FakeChat
@@ -74,7 +75,7 @@ def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) 
 
 
 @pytest.mark.parametrize("field", ["type", "job_type"])
-@pytest.mark.parametrize("name", jobs.SYNONYMS)
+@pytest.mark.parametrize("name", SYNONYMS)
 def test_the_applications_names_of_job_types_are_accepted(
     platform: Platform, name: str, field: str
 ) -> None:

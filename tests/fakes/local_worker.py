@@ -12,12 +12,16 @@ from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.storage.base import Storage
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.document import Document
+from ourvidz_serverless.guard.admission import Admission
+from ourvidz_serverless.guard.poison_jobs import PoisonJobs
 from ourvidz_serverless.guard.rate_limits import RateLimits
+from ourvidz_serverless.job_files import JobFiles
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.worker import Worker
+from ourvidz_serverless.worker import Parts, Worker
 from tests.fakes.fake_sdxl import FakeSdxl
 
 QUICK = Retry(base_s=0.01)
@@ -96,23 +100,22 @@ class LocalWorker:
 
     def __post_init__(self) -> None:
         self.storage = self.storage or DirectoryStorage(self.root)
-        self.worker = Worker(
-            self.settings,
-            self.models or {"sdxl": self.fake_sdxl},
-            self.storage,
+        self.files = JobFiles(self.settings, self.storage, self.credentials, self.policy)
+        parts = Parts(
+            self.files,
             self.callback,
-            "worker-1",
-            ledger=self.ledger,
-            limits=self.limits,
-            policy=self.policy,
-            credentials=self.credentials,
-            clock=self.clock,
+            Admission(self.settings, self.limits or RateLimits.of(self.settings)),
+            PoisonJobs(self.settings.poison_dir),
         )
+        models = self.models or {"sdxl": self.fake_sdxl}
+        self.worker = Worker(self.settings, models, parts, "worker-1", self.ledger, self.clock)
 
     def run(self, payload: Any = None, stop: Stop | None = None, **top: Any) -> Document:
         """Run a payload, `sdxl_payload()` if none is given, as the platform's job `rp-1`."""
         event = {"id": "rp-1", "input": sdxl_payload() if payload is None else payload, **top}
-        return self.worker.run(event, stop or self.stop, self.progress.append, self.streamed.append)
+        return self.worker.run(
+            Envelope.of(event), stop or self.stop, self.progress.append, self.streamed.append
+        )
 
     def stored(self) -> list[str]:
         """The keys of all that lies in the folder."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.guard.poison_jobs import FORGET_S, Pills
+from ourvidz_serverless.guard.poison_jobs import FORGET_S, PoisonJobs
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
@@ -39,9 +39,9 @@ def code(document: Document) -> str | None:
 
 def die(at: LocalWorker, times: int) -> None:
     """What processes do that end with `job-1` in flight."""
-    identity = jobs.identity({"input": sdxl_payload()})
+    identity = Envelope.of({"input": sdxl_payload()}).identity
     for _ in range(times):
-        Pills(at.settings.poison_dir).swallow(identity)
+        PoisonJobs(at.settings.poison_dir).mark_started(identity)
 
 
 def test_a_job_in_flight_is_marked_and_one_that_ended_is_not(at: LocalWorker) -> None:
@@ -111,7 +111,7 @@ def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
         mark.write_bytes(b"..")
     os.utime(old, (0, 0))
 
-    Pills(tmp_path, clock=lambda: new.stat().st_mtime + FORGET_S - 1)
+    PoisonJobs(tmp_path, clock=lambda: new.stat().st_mtime + FORGET_S - 1)
 
     assert list(tmp_path.iterdir()) == [new]
 
@@ -120,7 +120,7 @@ def test_a_file_that_is_no_mark_is_left_alone_however_old(tmp_path: Path) -> Non
     (tmp_path / "checkpoint.safetensors").write_bytes(b"..")
     os.utime(tmp_path / "checkpoint.safetensors", (0, 0))
 
-    Pills(tmp_path)
+    PoisonJobs(tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 

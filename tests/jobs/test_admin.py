@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.jobs.admin import ANSWERS, CHANGING
+from ourvidz_serverless.jobs.admin import CHANGING, OPERATIONS
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import FakeMemory, FakeModel
@@ -77,7 +77,7 @@ def test_every_operation_answers_with_every_key_of_the_specification(
 
 
 def test_the_operations_are_those_of_the_specification() -> None:
-    assert list(ANSWERS) == list(SPECIFICATION["admin"])
+    assert list(OPERATIONS) == list(SPECIFICATION["admin"])
 
 
 def test_the_answer_is_a_document_without_assets(site: Site) -> None:
@@ -160,7 +160,7 @@ def test_the_environment_is_told_by_paths_and_versions_alone(
     }
     site = Site(local, **secrets)
 
-    for operation in ANSWERS:
+    for operation in OPERATIONS:
         told = json.dumps(site.answer(operation, key="key-of-the-house", job_id="job-1").result())
         assert not [secret for secret in secrets.values() if secret in told]
 
@@ -280,7 +280,7 @@ def test_the_emergency_operations_own_shape_is_understood(site: Site) -> None:
     assert site.at.run(payload).reply["result"]["models"] == {"sdxl": "disk"}
 
 
-@pytest.mark.parametrize("operation", ANSWERS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_where_a_key_is_required_changes_need_one(
     local: Callable[..., LocalWorker], operation: str
 ) -> None:

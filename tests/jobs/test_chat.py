@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import ContentRefused, InvalidPrompt
@@ -16,6 +15,7 @@ from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.job import CheckedText
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
@@ -31,7 +31,7 @@ MakeLocal = Callable[..., LocalWorker]
 
 
 def parse(payload: dict[str, Any]) -> ChatJob:
-    job = jobs.parse({"id": "rp-1", "input": payload}, Settings())
+    job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
     assert isinstance(job, ChatJob)
     return job
 
@@ -513,7 +513,7 @@ def test_a_job_that_fails_while_its_reply_grows_frees_the_engine_and_the_model(
         raise ContentRefused("content policy")
 
     event = {"id": "rp-1", "input": chat_payload(max_tokens=2000, temperature=0, stream=True)}
-    document = at.worker.run(event, Stop(), at.progress.append, refuse)
+    document = at.worker.run(Envelope.of(event), Stop(), at.progress.append, refuse)
 
     engine = chat.models["qwen_instruct"].engine
     until(lambda: engine.num_running == 0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.jobs.sdxl import SdxlJob
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment, plain
@@ -24,7 +25,7 @@ REFERENCE = {"reference_image_url": "https://images.example/a.png"}
 
 
 def parse(payload: Any, **settings: Any) -> Any:
-    return jobs.parse({"id": "rp-1", "input": payload}, Settings(**settings))
+    return Envelope.of({"id": "rp-1", "input": payload}).job(Settings(**settings))
 
 
 def sdxl(**changes: Any) -> SdxlJob:
@@ -77,7 +78,7 @@ def test_every_kept_payload_parses(path: Path) -> None:
 def test_the_first_example_input_is_a_payload_that_parses() -> None:
     event = json.loads((ROOT / "test_input.json").read_text())
 
-    assert jobs.parse(event, Settings()).id == "first-picture"
+    assert Envelope.of(event).job(Settings()).id == "first-picture"
 
 
 # --- one meaning, several places ---
@@ -363,7 +364,7 @@ def test_a_resolution_has_sides_that_are_multiples_of_eight_within_bounds(resolu
 )
 def test_an_incomplete_s3_config_is_refused_by_its_field(config: Any, field: str) -> None:
     with pytest.raises(InvalidPrompt) as refused:
-        jobs.parse({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}, Settings())
+        Envelope.of({"id": "rp-1", "input": sdxl_payload(), "s3Config": config}).job(Settings())
 
     assert refused.value.message.startswith(f"{field}: ")
 
@@ -390,10 +391,9 @@ def test_an_s3_config_that_no_store_could_take_is_refused_by_its_field(
     field: str, value: str
 ) -> None:
     with pytest.raises(InvalidPrompt, match=f"^s3Config.{field}: ") as refused:
-        jobs.parse(
-            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, field: value}},
-            Settings(),
-        )
+        Envelope.of(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, field: value}}
+        ).job(Settings())
 
     assert "secret" not in refused.value.message
 
@@ -401,10 +401,9 @@ def test_an_s3_config_that_no_store_could_take_is_refused_by_its_field(
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("ab0.-_/: \n"), max_size=300))
 def test_every_bucket_that_is_taken_is_one_that_botocore_takes(name: str) -> None:
     try:
-        jobs.parse(
-            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, "bucketName": name}},
-            Settings(),
-        )
+        Envelope.of(
+            {"id": "rp-1", "input": sdxl_payload(), "s3Config": {**S3_CONFIG, "bucketName": name}}
+        ).job(Settings())
     except InvalidPrompt:
         return
 
@@ -458,10 +457,10 @@ def test_any_payload_parses_or_is_refused_by_name(fields: Any, others: Any) -> N
 )
 def test_an_invalid_name_or_key_is_refused_by_its_field(field: str, value: object) -> None:
     with pytest.raises(InvalidPrompt, match=f"^{field}: "):
-        jobs.parse({"id": "rp-1", "input": sdxl_payload(**{field: value})}, Settings())
+        Envelope.of({"id": "rp-1", "input": sdxl_payload(**{field: value})}).job(Settings())
 
 
 def test_a_null_id_is_the_platforms_own() -> None:
-    job = jobs.parse({"id": "rp-1", "input": sdxl_payload(id=None)}, Settings())
+    job = Envelope.of({"id": "rp-1", "input": sdxl_payload(id=None)}).job(Settings())
 
     assert job.id == "rp-1"

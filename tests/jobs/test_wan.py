@@ -19,6 +19,7 @@ from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.delivery import provenance, video
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.jobs.video_size import MAX_AREA
 from ourvidz_serverless.jobs.wan import WanJob
 from ourvidz_serverless.models.wan import loader as models
@@ -39,7 +40,7 @@ TINY = {"width": 64, "height": 64, "frames": 5, "num_inference_steps": 2}
 
 
 def parse(**changes: Any) -> WanJob:
-    job = jobs.parse({"id": "rp-1", "input": wan_payload(**changes)}, Settings())
+    job = Envelope.of({"id": "rp-1", "input": wan_payload(**changes)}).job(Settings())
     assert isinstance(job, WanJob)
     return job
 
@@ -1045,7 +1046,7 @@ def test_any_payload_parses_or_is_refused_with_the_name_of_a_field(
 ) -> None:
     event = {"id": "rp-1", "input": {**wan_payload(config=config), **fields}}
     try:
-        job = jobs.parse(event, Settings())
+        job = Envelope.of(event).job(Settings())
     except InvalidPrompt as refused:
         assert refused.message.split(":")[0].split(".")[0] in {*fields, "config", "prompt"}
         words = refused.message.partition(":")[2]

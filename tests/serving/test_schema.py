@@ -9,6 +9,7 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder import contract as artefacts
 from ourvidz_serverless import errors, jobs
+from ourvidz_serverless.jobs.envelope import SYNONYMS, Envelope
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
@@ -65,7 +66,7 @@ def test_every_example_payload_is_valid_and_parses(path: Path) -> None:
 
     check(f"jobs/{payload['type']}", payload)
     check("event", {"input": payload})
-    assert jobs.parse({"id": "rp-1", "input": payload}, Settings()).type == path.stem
+    assert Envelope.of({"id": "rp-1", "input": payload}).job(Settings()).type == path.stem
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -86,7 +87,7 @@ def _only(found: Any, wanted: Any) -> Any:
 def test_a_payload_of_an_earlier_version_is_valid_today(name: str) -> None:
     payload = KEPT[name]["input"]
 
-    check(f"jobs/{jobs.SYNONYMS.get(payload['type'], payload['type'])}", payload)
+    check(f"jobs/{SYNONYMS.get(payload['type'], payload['type'])}", payload)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_payload_that_the_worker_refuses_is_invalid_in_the_schema(changes: Any
 
     assert refusal.absolute_path[0] == at
     with pytest.raises(errors.InvalidPrompt):
-        jobs.parse({"id": "rp-1", "input": payload}, Settings())
+        Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
 
 
 @pytest.mark.parametrize("field", ["model", "max_tokens", "temperature", "stop", "seed"])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
 from tests import files
@@ -149,7 +150,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
 
 
 def run(local: LocalWorker, event: Any) -> Document:
-    document = local.worker.run(event, Stop(), lambda progress: None)
+    document = local.worker.run(Envelope.of(event), Stop(), lambda progress: None)
     assert_valid(document)
     return document
 

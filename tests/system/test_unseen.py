@@ -21,6 +21,7 @@ from ourvidz_serverless import families, jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.prompt_weighting import Fragment
 from ourvidz_serverless.models.sdxl.request import ImageRequest
@@ -63,7 +64,9 @@ class Studio:
         """Every text that the models are told for a payload."""
         for model in self._heard_by:
             calls_of(model).clear()
-        self.local.worker.run({"id": "rp-1", "input": payload}, Stop(), lambda progress: None)
+        self.local.worker.run(
+            Envelope.of({"id": "rp-1", "input": payload}), Stop(), lambda progress: None
+        )
         told = [call for model in self._heard_by for call in calls_of(model)]
         return [
             text

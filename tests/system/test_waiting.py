@@ -11,6 +11,7 @@ import pytest
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard import fair_semaphore
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.settings import Settings
@@ -64,7 +65,7 @@ class Crowd:
         self.stops.append(stop)
         self.told.append(told)
         event = {"id": f"rp-{number}", "input": payload}
-        running = self._threads.submit(self.at.worker.run, event, stop, told.append)
+        running = self._threads.submit(self.at.worker.run, Envelope.of(event), stop, told.append)
         if number == 0:
             assert self.at.fake_sdxl.at_step.wait(PATIENCE_S)
         else:
@@ -158,7 +159,7 @@ def test_a_job_that_waits_does_not_outlast_its_own_execution_timeout(
     event = {"input": sdxl_payload(id="short"), "policy": {"executionTimeout": 60_000}}
     told: list[Any] = []
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(at.at.worker.run, event, Stop(), told.append)
+        running = threads.submit(at.at.worker.run, Envelope.of(event), Stop(), told.append)
         until(lambda: bool(told))
         at.clock.advance(54)
 
@@ -195,8 +196,8 @@ def test_a_job_that_waits_reports_how_many_go_first(crowd: Callable[..., Crowd])
 def test_what_waits_has_fetched_nothing_yet(crowd: Callable[..., Crowd]) -> None:
     at = crowd()
     fetched: list[str] = []
-    fetch = at.at.worker._fetch
-    at.at.worker._fetch = lambda job, context: (fetched.append(job.id), fetch(job, context))[1]
+    fetch = at.at.files.references
+    at.at.files.references = lambda job, context: (fetched.append(job.id), fetch(job, context))[1]
 
     running = at.pictures(6)
 

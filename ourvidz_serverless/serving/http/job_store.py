@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import JobError, RateLimited, WorkerUnavailable
 from ourvidz_serverless.job import Identity
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.worker import Worker
 
 #: How many ended jobs are remembered.
@@ -43,10 +43,10 @@ class JobRecord:
     Only the event loop changes it.
     """
 
-    def __init__(self, job_id: str, worker: Worker | None = None) -> None:
+    def __init__(self, job_id: str, announces: bool = True) -> None:
         self.job_id = job_id
-        #: The worker that runs the job: one that posts callbacks, or a silent one.
-        self.worker = worker
+        #: Whether the job's callbacks are posted.
+        self.announces = announces
         self.stop = Stop()
         self.status: Status = "queued"
         self.progress: Mapping[str, Any] = {}
@@ -150,28 +150,28 @@ class JobStore:
         self._others = JobThreads(max(shared_places, 1), backlog)
         self._records: OrderedDict[Identity, JobRecord] = OrderedDict()
 
-    def submit(self, worker: Worker, event: Mapping[str, Any]) -> JobRecord:
+    def submit(self, worker: Worker, envelope: Envelope, announces: bool = True) -> JobRecord:
         """Run a job as soon as a thread is free; raises RateLimited if the backlog is full.
 
         A job that is already under way is not started again: both callers get the same record, and
         a stop by either stops it.
         """
-        identity = jobs.identity(event)
+        identity = envelope.identity
         first = self._records.get(identity)
-        if first and not first.document and first.worker is worker:
+        if first and not first.document and first.announces == announces:
             return first
-        threads = self._exclusive if jobs.event_is_exclusive(event) else self._others
+        threads = self._exclusive if envelope.is_exclusive else self._others
         if threads.is_full:
             raise RateLimited(
                 f"{threads.num_open} jobs are under way here already", retry_after=RETRY_AFTER_S
             )
-        loop, record = asyncio.get_running_loop(), JobRecord(identity.job_id, worker)
+        loop, record = asyncio.get_running_loop(), JobRecord(identity.job_id, announces)
 
         def update(**changes: Any) -> None:
             loop.call_soon_threadsafe(functools.partial(record.update, **changes))
 
         self._remember(identity, record)
-        threads.add(record, functools.partial(_run, worker, event, record.stop, update))
+        threads.add(record, functools.partial(_run, worker, envelope, record, update))
         return record
 
     def stop(self, record: JobRecord, error: JobError | None = None) -> None:
@@ -246,7 +246,7 @@ class CallThreads:
 
 
 def _run(
-    worker: Worker, event: Mapping[str, Any], stop: Stop, update: Callable[..., None]
+    worker: Worker, envelope: Envelope, record: JobRecord, update: Callable[..., None]
 ) -> Document:
     """Run one job in its thread; each update of `text` is the whole text so far."""
     text = ""
@@ -257,4 +257,6 @@ def _run(
         update(text=text)
 
     update(status="processing")
-    return worker.run(event, stop, lambda progress: update(progress=progress), emit)
+    return worker.run(
+        envelope, record.stop, lambda progress: update(progress=progress), emit, record.announces
+    )

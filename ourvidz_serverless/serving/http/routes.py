@@ -23,12 +23,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Stop, to_nobody
 from ourvidz_serverless.errors import DeadlinePassed, InvalidPrompt, JobError
 from ourvidz_serverless.guard import access
 from ourvidz_serverless.job import Identity, Job
 from ourvidz_serverless.jobs.chat import ChatJob
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving.http.job_store import JobRecord
 from ourvidz_serverless.serving.http.openapi import EMERGENCIES
 from ourvidz_serverless.serving.http.request_body import read_json
@@ -143,10 +143,10 @@ async def submit(request: Request, service: Service, wait: Wait = 0) -> Response
 
     A payload that does not hold is refused before the job is taken.
     """
-    worker, event = service.worker, _event_of(request, **await _read_job(request, service))
-    _check_event_key(service, event)
-    await service.readers.run(jobs.parse, event, service.settings)
-    record = service.job_store.submit(worker, event)
+    envelope = _envelope_of(request, **await _read_job(request, service))
+    _check_key_of(envelope, service)
+    await service.readers.run(envelope.job, service.settings)
+    record = service.job_store.submit(service.worker, envelope)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(record.wait_for_end(), wait)
     if record.document:
@@ -216,8 +216,9 @@ async def _administer(
     request: Request, service: HttpService, config: Mapping[str, Any]
 ) -> Response:
     """The response to an `admin_utilities` job, which runs in a thread of its own kind."""
-    worker, event = service.worker.silent(), _event_of(request, {"type": ADMIN, "config": config})
-    document = await service.administrators.run(worker.run, event, Stop(), to_nobody, to_nobody)
+    envelope = _envelope_of(request, {"type": ADMIN, "config": config})
+    run = functools.partial(service.worker.run, announces=False)
+    document = await service.administrators.run(run, envelope, Stop(), to_nobody)
     if document.failure:
         return document_response(document)
     result = dict(document.reply["result"])
@@ -250,7 +251,7 @@ def _job_type_in(payload: Mapping[str, Any]) -> object:
     return payload.get("type") or payload.get("job_type") or in_config
 
 
-def _event_of(request: Request, payload: object, s3_config: object = None) -> dict[str, Any]:
+def _envelope_of(request: Request, payload: object, s3_config: object = None) -> Envelope:
     """The event that RunPod would give to the worker, with the caller's key in the payload."""
     event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
     if s3_config is not None:
@@ -259,12 +260,12 @@ def _event_of(request: Request, payload: object, s3_config: object = None) -> di
         own = payload.get("api_key")
         key = key_of(request.headers) if own in (None, "") else own
         event["input"] = {**payload, "api_key": key}
-    return event
+    return Envelope.of(event)
 
 
-def _check_event_key(service: HttpService, event: Mapping[str, Any]) -> None:
+def _check_key_of(envelope: Envelope, service: HttpService) -> None:
     # The worker checks the key too, but `/jobs` may answer before the worker runs the job.
-    access.check(jobs.api_key(event), service.settings.worker_api_key)
+    access.check(envelope.api_key, service.settings.worker_api_key)
 
 
 def _find(service: HttpService, request: Request, job_id: str, user_id: str | None) -> JobRecord:
@@ -283,10 +284,10 @@ async def _reply(request: Request, service: HttpService, payload: Mapping[str, A
 
     Raises DeadlinePassed shortly before the caller gives up.
     """
-    worker, event = service.worker.silent(), _event_of(request, payload)
-    _check_event_key(service, event)
-    job = await service.readers.run(jobs.parse, event, service.settings)
-    record = service.job_store.submit(worker, event)
+    envelope = _envelope_of(request, payload)
+    _check_key_of(envelope, service)
+    job = await service.readers.run(envelope.job, service.settings)
+    record = service.job_store.submit(service.worker, envelope, announces=False)
     streams = isinstance(job, ChatJob) and job.stream
     stop = functools.partial(service.job_store.stop, record)
     until = record.wait_for_text() if streams else record.wait_for_end()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
@@ -102,7 +103,7 @@ def run(model: Any, config: Mapping[str, Any] = MappingProxyType({}), **metadata
     context = JobContext(Stop(), lambda progress: None, Bounds(60))
     metadata = {"reference_image_url": "https://a.example/red.png", **metadata}
     event = {"input": sdxl_payload(config=dict(config), metadata=metadata)}
-    list(jobs.run(jobs.parse(event, Settings()), model, {"reference": RED}, context))
+    list(jobs.run(Envelope.of(event).job(Settings()), model, {"reference": RED}, context))
     return context.metadata
 
 

@@ -16,6 +16,7 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.sdxl.lora_downloads import IN_USE_S, Downloads
 from ourvidz_serverless.models.sdxl.loras import LoraStore
 from ourvidz_serverless.net.addresses import Address
@@ -220,7 +221,9 @@ def test_a_job_uses_the_lora_that_its_users_signed_url_gave(
     monkeypatch.setattr(sdxl, "loras", shelf)
     urls = [f"{HOST}/private/bold?token={token}" for token in ("right", "wrong")]
     anns, bens = (
-        jobs.parse({"input": sdxl_payload(user_id=user, config=CONFIG | lora(url))}, Settings())
+        Envelope.of({"input": sdxl_payload(user_id=user, config=CONFIG | lora(url))}).job(
+            Settings()
+        )
         for user, url in zip(("ann", "ben"), urls, strict=True)
     )
     context = JobContext(Stop(), lambda progress: None, Bounds(60))
@@ -231,7 +234,7 @@ def test_a_job_uses_the_lora_that_its_users_signed_url_gave(
         jobs.prepare(bens, sdxl, context)
 
     plainly = sdxl_payload(user_id="ann", config=CONFIG)
-    (plain,) = jobs.run(jobs.parse({"input": plainly}, Settings()), sdxl, {}, context)
+    (plain,) = jobs.run(Envelope.of({"input": plainly}).job(Settings()), sdxl, {}, context)
     assert (painted.pixels != plain.pixels).any()
 
 

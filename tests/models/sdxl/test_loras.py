@@ -23,6 +23,7 @@ from ourvidz_serverless.errors import (
     ModelLoadError,
     OutOfMemory,
 )
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.memory.device import as_job_error
 from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.loras import LoraStore, applied
@@ -182,7 +183,7 @@ def test_a_lora_is_gone_after_a_stop_between_images_whose_error_is_kept(
     context = JobContext(stop, lambda progress: None, Bounds(60))
     config = {"num_images": 3, "loras": [{"name": "bold"}]}
     pictures = jobs.run(
-        jobs.parse({"input": sdxl_payload(config=config)}, Settings()), sdxl, {}, context
+        Envelope.of({"input": sdxl_payload(config=config)}).job(Settings()), sdxl, {}, context
     )
     next(pictures)
     stop.set()

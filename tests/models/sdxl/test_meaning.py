@@ -14,6 +14,7 @@ from PIL import Image
 from builder.drawings import COLOURS, POSITION_WORDS, POSITIONS, Drawing, read
 from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds, JobContext, Stop
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ def pictures(model: Any, reference: Image.Image | None = None, **payload: Any) -
     }
     context = JobContext(Stop(), lambda progress: None, Bounds(600))
     references = {"reference": reference} if reference else {}
-    job = jobs.parse(event, Settings())
+    job = Envelope.of(event).job(Settings())
     return [output.pixels for output in jobs.run(job, model, references, context)]
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.errors import Cancelled, InvalidPrompt
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.models.speed import presets
 from ourvidz_serverless.models.wan import loader as wan_models
@@ -191,14 +192,14 @@ def test_an_unknown_preset_is_refused_by_its_field(name: str) -> None:
     payload = {"id": "1", "type": name, "prompt": "a", "user_id": "u", "config": {"speed": "warp"}}
 
     with pytest.raises(InvalidPrompt, match=r"config\.speed: .*exact.*balanced.*fast"):
-        jobs.parse({"input": payload}, Settings())
+        Envelope.of({"input": payload}).job(Settings())
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_job_without_a_preset_is_exact(name: str) -> None:
     payload = {"id": "1", "type": name, "prompt": "a", "user_id": "u"}
 
-    job: Any = jobs.parse({"input": payload}, Settings())
+    job: Any = Envelope.of({"input": payload}).job(Settings())
 
     assert job.config.speed == "exact"
 

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import requests
 
-from ourvidz_serverless import errors, jobs
+from ourvidz_serverless import errors
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.serving.http import (
@@ -326,7 +327,7 @@ def test_a_reply_that_takes_too_long_is_a_timeout_before_its_caller_gives_up(
     ],
 )
 def test_a_long_reply_may_take_twice_as_long(asked: dict[str, Any], seconds: float) -> None:
-    job = jobs.parse({"input": chat_payload(**asked)}, Settings())
+    job = Envelope.of({"input": chat_payload(**asked)}).job(Settings())
 
     assert routes.reply_timeout_s(Settings(), job) == seconds
 
@@ -634,7 +635,7 @@ def test_the_specifications_routes_answer_with_its_keys(service: ServedHttp, pat
 def test_every_admin_operation_but_health_and_job_status_has_a_route() -> None:
     asked = {*routes.OPERATION_OF.values(), *openapi.EMERGENCIES}
 
-    assert asked | {"health", "job_status"} == set(admin.ANSWERS)
+    assert asked | {"health", "job_status"} == set(admin.OPERATIONS)
 
 
 def test_an_admin_request_is_answered_while_the_backlog_is_full(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, Route
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.serving.http import page, routes
@@ -275,7 +276,7 @@ def filled(field: dict[str, Any]) -> Any:
 
 
 def parsed(payload: dict[str, Any]) -> dict[str, Any]:
-    job = jobs.parse({"id": "rp-1", "input": payload}, Settings())
+    job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
     return dict(json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str)))
 
 

@@ -1,0 +1,199 @@
+"""A raw event as RunPod hands it over: who sends it, which job it is, and its payload."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from ourvidz_serverless import jobs
+from ourvidz_serverless.context import Bounds
+from ourvidz_serverless.errors import InvalidPrompt, JobError
+from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
+from ourvidz_serverless.settings import Settings
+
+#: Fields that a payload may hold beside its job's own; each is a text.
+ALSO_TEXT = ("api_key", "job_id", "job_type")
+
+#: Other names of job types, which the application's older payloads use.
+SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
+
+#: How long before RunPod's timeout a job reports its own: seconds, or a share of RunPod's timeout
+#: if that is less.
+TIMEOUT_MARGIN_S, TIMEOUT_MARGIN = 30.0, 0.1
+
+#: RunPod's default timeout of an endpoint, in seconds.
+DEFAULT_TIMEOUT_S = 600.0
+
+#: RunPod's longest timeout, a week, in seconds.
+MAX_TIMEOUT_S = 604_800
+
+
+@dataclass(slots=True)
+class Envelope:
+    """One event, read once: its job's type, id, user, key and callback URL.
+
+    A payload may be broken, so a field that cannot be read is None. `job` parses the payload at
+    its first call.
+    """
+
+    event: Mapping[str, Any] = field(repr=False)
+    job_type: str | None
+    #: The id that the caller knows the job by, or a new one.
+    job_id: str
+    #: What the job is joined, found and stopped by. It holds user and key, so that a caller who
+    #: only knows the id gets nothing.
+    identity: Identity
+    api_key: str | None = field(repr=False)
+    callback_url: str | None = field(repr=False)
+    _job: Job | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> Envelope:
+        """The envelope of an event; never raises."""
+        payload, own_id = _mapping(event.get("input")), _text(event.get("id"))
+        named = _job_id(payload, own_id)
+        job_id = named or new_id()
+        key, user = _text(payload.get("api_key")), _text(payload.get("user_id"))
+        if user in (None, ANONYMOUS):
+            # Two anonymous callers may send the same id, by chance or on purpose. The platform's
+            # own id is unique.
+            identity = Identity.of(None, key, own_id or new_id())
+        else:
+            identity = Identity.of(user, key, named or own_id or job_id)
+        url = _text(payload.get("callback_url"))
+        url = url if url and len(url) <= MAX_CALLBACK_URL else None
+        return cls(event, job_type(payload), job_id, identity, key, url)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether the job needs the device alone; a broken one computes nothing."""
+        return jobs.is_exclusive(self.job_type)
+
+    def job(self, settings: Settings) -> Job:
+        """The job that the payload asks for.
+
+        Raises InvalidPrompt that names the first invalid field, in the caller's own words for it.
+        """
+        if self._job is None:
+            self._job = self._parse(settings)
+        return self._job
+
+    def job_or_none(self, settings: Settings) -> Job | None:
+        """The same; None if the payload is not valid."""
+        try:
+            return self.job(settings)
+        except JobError:
+            return None
+
+    def bounds(self, settings: Settings) -> Bounds:
+        """How long the job may work, and wait for the device.
+
+        On the queue both together end a margin before RunPod's own timeout, whose clock runs from
+        the moment in which it hands the job over: the job's `policy.executionTimeout`, in
+        milliseconds, or the endpoint's, which no worker is told of. It is taken to be RunPod's
+        default, or longer where `JOB_TIMEOUT_S` is.
+        """
+        own_s = self._own_timeout_s()
+        if own_s is not None:
+            return Bounds(own_s, settings.device_wait_s, own_s)
+        work_s = settings.job_timeout_s
+        is_queued = settings.serve == "queue"
+        total_s = max(work_s, _less_margin(DEFAULT_TIMEOUT_S)) if is_queued else math.inf
+        return Bounds(work_s, settings.device_wait_s, total_s)
+
+    def _own_timeout_s(self) -> float | None:
+        """What the job's `policy.executionTimeout` leaves it, where it has one."""
+        given_ms = _mapping(self.event.get("policy")).get("executionTimeout")
+        if isinstance(given_ms, bool) or not isinstance(given_ms, (int, float)):
+            return None
+        return _less_margin(given_ms / 1000) if 0 < given_ms <= MAX_TIMEOUT_S * 1000 else None
+
+    def _parse(self, settings: Settings) -> Job:
+        payload = self._payload()
+        try:
+            return jobs.parse(payload, settings)
+        except ValidationError as exc:
+            raise InvalidPrompt(_first(exc)) from None
+
+    def _payload(self) -> dict[str, Any]:
+        """The input without its nulls (a null means absent), with one id and one type."""
+        given = self.event.get("input")
+        if not isinstance(given, Mapping):
+            raise InvalidPrompt("input: Input should be an object")
+        payload = _without_nulls(given)
+        for name in ALSO_TEXT:
+            if not isinstance(payload.get(name, ""), str):
+                raise InvalidPrompt(f"{name}: Input should be a valid string")
+        if not _is_key(payload.get("job_id", "absent")):
+            raise InvalidPrompt(f"job_id: String should match pattern '{KEY_PATTERN}'")
+        payload["id"] = payload.get("id", payload.get("job_id", self.event.get("id")))
+        payload["type"] = job_type(payload)
+        if payload["type"] is None:
+            raise InvalidPrompt(f"type: Input should be one of {', '.join(jobs.FAMILY_OF)}")
+        if self.event.get("s3Config"):
+            payload["s3Config"] = self.event["s3Config"]
+        return payload
+
+
+def job_type(payload: Mapping[str, Any]) -> str | None:
+    """Which job type a payload asks for, by any of its fields and names; None for no known one.
+
+    The specification's chat payloads carry their type in `config` alone.
+    """
+    in_config = _mapping(payload.get("config")).get("job_type")
+    asked = payload.get("type") or payload.get("job_type") or in_config
+    name = SYNONYMS.get(asked, asked) if isinstance(asked, str) else None
+    return name if name in jobs.FAMILY_OF else None
+
+
+def new_id() -> str:
+    """An id for a job that has none, or none that can be read."""
+    return f"unnamed-{uuid.uuid4().hex}"
+
+
+def _job_id(payload: Mapping[str, Any], own_id: str | None) -> str | None:
+    candidates = (payload.get("id"), payload.get("job_id"), own_id)
+    return next((name for name in candidates if isinstance(name, str) and _is_key(name)), None)
+
+
+def _less_margin(timeout_s: float) -> float:
+    return timeout_s - min(TIMEOUT_MARGIN_S, timeout_s * TIMEOUT_MARGIN)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_key(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(KEY_PATTERN.strip("^$"), name) is not None
+
+
+def _without_nulls(payload: Mapping[Any, Any]) -> dict[str, Any]:
+    """The payload and its `config` and `metadata` without null values."""
+    found = _given(payload)
+    for key in ("config", "metadata"):
+        if isinstance(found.get(key), Mapping):
+            found[key] = _given(found[key])
+    return found
+
+
+def _given(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _first(exc: ValidationError) -> str:
+    """The first field that is invalid, and why."""
+    error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+    name = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
