@@ -24,11 +24,12 @@ from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.net.retries import Fault
 
-KEPT = re.compile(r"(?:.*/)?callback\.(?:completed|failed)\.json")
+#: The keys of stored documents.
+STORED = re.compile(r"(?:.*/)?callback\.(?:completed|failed)\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Undelivered:
     """One undelivered document: the bytes to post, and what the post needs."""
 
     body: bytes
@@ -41,10 +42,10 @@ def replay(storage: Storage, callback: Callback) -> tuple[int, int]:
     """Post every kept document of a storage; how many were delivered, and how many are left."""
     delivered = left = 0
     # A job may have failed first and completed later. Its completion is posted last.
-    for key in sorted(filter(KEPT.fullmatch, storage.keys()), reverse=True):
+    for key in sorted(filter(STORED.fullmatch, storage.keys()), reverse=True):
         try:
-            kept = read(storage.get(key))
-            callback.deliver(kept.body, kept.job_id, kept.status, kept.callback_url)
+            document = read(storage.get(key))
+            callback.deliver(document.body, document.job_id, document.status, document.callback_url)
             storage.delete(key)
         except (Fault, ValueError) as exc:
             print(f"{key}: left, {exc}")
@@ -55,13 +56,13 @@ def replay(storage: Storage, callback: Callback) -> tuple[int, int]:
     return delivered, left
 
 
-def read(data: bytes) -> Kept:
+def read(data: bytes) -> Undelivered:
     """A kept document; raises ValueError if the file holds no document."""
     try:
         document = json.loads(data)
         url = document.pop("callback_url", None)
         body = json.dumps(document).encode()
-        return Kept(
+        return Undelivered(
             body,
             str(document["job_id"]),
             str(document["status"]),
