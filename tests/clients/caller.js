@@ -1,4 +1,4 @@
-// Does one thing with the client, in Deno or in Node, and prints what came of it as JSON.
+// Runs one action of the client in Deno or in Node, and prints the result as JSON.
 //   deno run ... caller.js ACTION ARGUMENTS_AS_JSON
 
 const isDeno = typeof Deno !== "undefined";

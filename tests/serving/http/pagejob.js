@@ -1,4 +1,4 @@
-// Does one thing with the page's `job.js`, in Deno, and prints what came of it as JSON.
+// Runs one action of the page's `job.js` in Deno, and prints the result as JSON.
 //   deno run ... pagejob.js ACTION ARGUMENTS_AS_JSON
 
 import * as page from "../../../ourvidz_serverless/serving/http/static/job.js";
@@ -18,7 +18,7 @@ const ACTIONS = {
   fields: () => page.FIELDS,
   form: () => page.fieldsOf(given.type).map(({ at }) => at),
   families: () => Object.fromEntries(given.types.map((type) => [type, page.familyOf(type)])),
-  payloads: () => given.forms.map(({ type, values, turns }) => page.payloadOf(type, values, turns)),
+  payloads: () => given.forms.map(({ type, values, earlier }) => page.payloadOf(type, values, earlier)),
   events: () =>
     Promise.all([...cuts(given.text)].map((body) => Array.fromAsync(page.eventsOf(body)))),
   tell: () => given.progress.map(page.tell),

@@ -92,7 +92,7 @@ def service(local: LocalWorker) -> Iterator[ServedHttp]:
         yield served
 
 
-def knock(service: ServedHttp) -> socket.socket:
+def connect(service: ServedHttp) -> socket.socket:
     """A connection, for requests that no client sends."""
     host, port = service.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=PATIENCE_S)
@@ -298,7 +298,7 @@ def test_a_reply_is_stopped_when_its_caller_disconnects(
     tmp_path: Path, endless: EndlessChat, stream: bool
 ) -> None:
     with serve_endless(tmp_path, endless) as service:
-        with knock(service) as caller:
+        with connect(service) as caller:
             caller.sendall(raw_post("/chat", {**CALL, "stream": stream}))
             assert endless.is_writing.wait(PATIENCE_S)
 
@@ -565,7 +565,7 @@ def test_a_job_without_a_user_is_found_by_the_workers_own_id(
 def test_two_anonymous_chats_with_one_id_do_not_affect_each_other(
     tmp_path: Path, endless: EndlessChat
 ) -> None:
-    with serve_endless(tmp_path, endless, concurrency=2) as service, knock(service) as first:
+    with serve_endless(tmp_path, endless, concurrency=2) as service, connect(service) as first:
         first.sendall(raw_post("/chat", anonymous(stream=True)))
         assert endless.is_writing.wait(PATIENCE_S)
         with service.post("/chat", anonymous(stream=True), stream=True) as second:
@@ -580,7 +580,7 @@ def test_a_job_runs_on_when_a_waiting_caller_disconnects(
     service: ServedHttp, local: LocalWorker
 ) -> None:
     local.fake_sdxl.hold()
-    with knock(service) as caller:
+    with connect(service) as caller:
         caller.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
         assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
@@ -757,7 +757,7 @@ def test_a_caller_who_disconnects_frees_a_place_in_the_backlog(
     service, fake_chat = single
     with ExitStack() as stack:
         for _ in range(2):
-            stack.enter_context(knock(service)).sendall(raw_post("/chat", CALL))
+            stack.enter_context(connect(service)).sendall(raw_post("/chat", CALL))
         wait_until(lambda: service.service.job_store.counts["queued"] == 2)
         full = service.post("/jobs", {"input": chat_payload(id="next")})
     wait_until(lambda: service.service.job_store.counts["queued"] == 0)
@@ -811,7 +811,7 @@ def test_admin_requests_that_wait_do_not_delay_other_requests(
     )
     with ServedHttp(chatty.settings, chatty.worker) as service, ExitStack() as stack:
         for _ in range(2 * http_service.ADMIN_THREADS):
-            asks = stack.enter_context(knock(service))
+            asks = stack.enter_context(connect(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(http_service.ADMIN_THREADS):
             assert ledger.asked.acquire(timeout=PATIENCE_S)
@@ -832,7 +832,7 @@ def test_admin_requests_beyond_the_limit_are_refused(
     )
     with ServedHttp(chatty.settings, chatty.worker) as service, ExitStack() as stack:
         for _ in range(2):
-            asks = stack.enter_context(knock(service))
+            asks = stack.enter_context(connect(service))
             asks.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_until(lambda: service.service.administrators.is_full)
 
@@ -873,7 +873,7 @@ def test_a_body_that_does_not_arrive_is_refused_after_a_time(
 ) -> None:
     monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.2)
 
-    with knock(service) as slow:
+    with connect(service) as slow:
         slow.sendall(raw_head("/chat", 10) + b"{")
         answer = slow.recv(1000)
 
@@ -883,7 +883,7 @@ def test_a_body_that_does_not_arrive_is_refused_after_a_time(
 def test_a_disconnect_during_a_body_is_not_logged_as_a_bug(
     local: LocalWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ServedHttp(local.settings, local.worker) as service, knock(service) as client:
+    with ServedHttp(local.settings, local.worker) as service, connect(service) as client:
         client.sendall(raw_head("/jobs", 10, "Expect: 100-continue"))
         assert client.recv(65536).startswith(b"HTTP/1.1 100")
         client.sendall(b"{")
@@ -899,7 +899,7 @@ HEAD = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n"
 
 @pytest.mark.parametrize("piece", [b"X-Many: headers\r\n" * 1000, b"x" * 10_000])
 def test_a_head_without_end_is_refused(service: ServedHttp, piece: bytes) -> None:
-    with knock(service) as client:
+    with connect(service) as client:
         client.sendall(HEAD)
 
         with pytest.raises(ConnectionError):
@@ -913,7 +913,7 @@ def test_a_connection_whose_head_does_not_arrive_is_closed(
 ) -> None:
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 0.2)
 
-    with knock(service) as client:
+    with connect(service) as client:
         client.sendall(said)
 
         assert client.recv(65536) == b""
@@ -922,7 +922,7 @@ def test_a_connection_whose_head_does_not_arrive_is_closed(
 def test_a_connection_whose_head_arrives_too_slowly_is_closed(
     monkeypatch: pytest.MonkeyPatch, service: ServedHttp
 ) -> None:
-    with knock(service) as client:
+    with connect(service) as client:
         client.sendall(HEAD + b"\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         # The time of the next head begins with its first byte.
@@ -941,7 +941,7 @@ def test_a_connection_stays_open_while_its_job_takes_longer_than_a_head_may(
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 2)
     local.fake_sdxl.hold()
 
-    with knock(service) as client:
+    with connect(service) as client:
         client.sendall(raw_post("/jobs?wait=150", {"input": sdxl_payload()}))
         threading.Event().wait(2.5)
         local.fake_sdxl.go_on.set()

@@ -309,7 +309,7 @@ def test_a_conversation_is_sent_with_its_earlier_messages() -> None:
     form = {
         "type": "chat_conversation",
         "values": {"system": "Be brief.", "words": "And now?"},
-        "turns": said,
+        "earlier": said,
     }
 
     (payload,) = logic("payloads", forms=[form])
@@ -590,10 +590,10 @@ def test_the_key_is_asked_for_kept_in_memory_and_sent_with_every_request(
     locked = make_bench(tmp_path, FakeChat("Rain."), worker_api_key="a-key")
     with ServedHttp(locked.settings, locked.worker) as service:
         tab = visit(service)
-        tab.wait_for_selector("#door:visible")
+        tab.wait_for_selector("#key-form:visible")
         for key in ("wrong", "a-key"):
             tab.fill("#key", key)
-            tab.click("#door button")
+            tab.click("#key-form button")
             words = "does not know this key" if key == "wrong" else "serves"
             tab.wait_for_selector(f"#worker:has-text('{words}')")
         choose(tab, "sdxl_image_fast", seed="7")
@@ -602,7 +602,7 @@ def test_the_key_is_asked_for_kept_in_memory_and_sent_with_every_request(
         tab.wait_for_selector("figure img")
         kept = tab.evaluate("() => [{...localStorage}, {...sessionStorage}, document.cookie]")
         tab.reload()
-        tab.wait_for_selector("#door:visible")
+        tab.wait_for_selector("#key-form:visible")
 
     assert kept == [{}, {}, ""]
     assert "a-key" not in tab.url

@@ -1,4 +1,4 @@
-// A job as the page knows it: its fields, its payload, its events. Nothing here touches the page.
+// A job without the page: the fields of its form, its payload, its events, its document as text.
 
 const RESOLUTIONS = ["1024x1024", "1024x576", "576x1024", "512x512"];
 const OPERATIONS = [
@@ -6,7 +6,7 @@ const OPERATIONS = [
   ...["debug_env", "enhancement_info", "memory_load", "memory_unload"],
 ];
 
-/** What a person commonly sets, family by family: where it stands in the payload, and its choices. */
+/** The fields of each family's form: their place in the payload, their label and their choices. */
 export const FIELDS = {
   sdxl: [
     { at: "prompt", label: "Prompt", rows: 3, value: "a red circle on a blue background" },
@@ -45,13 +45,13 @@ export const FIELDS = {
   ],
 };
 
-/** The fields of a family that has no form of its own. */
+/** The fields of a family without a form of its own. */
 export const COMMON_FIELDS = [
   { at: "prompt", label: "Prompt", rows: 3, value: "a red circle on a blue background" },
   { at: "config.seed", label: "Seed", number: true, half: true, hint: "drawn" },
 ];
 
-/** Which family serves a job type. */
+/** The family of a job type. */
 export function familyOf(type) {
   const [first] = type.split("_");
   return /^(image|video)/.test(first) ? "wan" : first;
@@ -63,15 +63,15 @@ export function fieldsOf(type) {
 }
 
 /**
- * The payload of a form: `values` by the places of FIELDS, those left empty left out.
- * `turns` are what was said before in a conversation.
+ * The payload of a form: `values` at the places of FIELDS, without the empty ones.
+ * `earlier` are the earlier messages of a conversation.
  */
-export function payloadOf(type, values, turns = []) {
+export function payloadOf(type, values, earlier = []) {
   const payload = { type, user_id: "page" };
   const { system, words, ...rest } = values;
   if (familyOf(type) === "chat") {
     const begin = system ? [{ role: "system", content: system }] : [];
-    payload.messages = [...begin, ...turns, { role: "user", content: words ?? "" }];
+    payload.messages = [...begin, ...earlier, { role: "user", content: words ?? "" }];
   }
   for (const [place, value] of Object.entries(rest)) {
     if (value === "" || value === undefined || value === false) continue;
@@ -83,7 +83,7 @@ export function payloadOf(type, values, turns = []) {
   return payload;
 }
 
-/** The server-sent events of an answer's body, `{event, data}` one by one. */
+/** The server-sent events of a response's body, as `{event, data}`. */
 export async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
@@ -103,39 +103,39 @@ export async function* eventsOf(body) {
   }
 }
 
-/** What a progress says to a person, and how far along it is, 0 to 1. */
+/** Progress as text, and as a number from 0 to 1. */
 export function tell({ stage, step, steps, remaining_s: left }) {
   const rest = left === undefined ? "" : `, ${Math.ceil(left)} s left`;
   return { words: `${stage} ${step} of ${steps}${rest}`, share: steps ? step / steps : 0 };
 }
 
-/** How a job ended, in a few words. */
+/** The end of a job as text. */
 export function ending(document) {
   if (document.status === "failed") return `${document.code ?? "failed"}: ${document.error}`;
   const seconds = document.metadata?.processing_time;
   return seconds === undefined ? "completed" : `completed in ${Math.round(seconds * 10) / 10} s`;
 }
 
-/** What stands under a picture or a video. */
+/** The caption of a picture or a video. */
 export function caption({ width, height, seed, steps, frame_num: frames, fps }) {
   const parts = [`${width} × ${height}`, frames > 1 && `${frames} frames at ${fps} a second`];
   parts.push(seed !== undefined && `seed ${seed}`, steps !== undefined && `${steps} steps`);
   return parts.filter(Boolean).join(" · ");
 }
 
-/** Where the worker is asked for a job: of a job with a user, only for that user. */
+/** The path of a job at the worker. A job with a user is found only with that user. */
 export function pathOf({ id, user }, part) {
   const query = typeof user === "string" ? `?user_id=${encodeURIComponent(user)}` : "";
   return `job/${encodeURIComponent(id)}/${part}${query}`;
 }
 
-/** Where the worker shows an asset; undefined for what lies elsewhere. */
+/** The path of an asset at the worker; undefined for an asset that is stored elsewhere. */
 export function addressOf({ type, url }) {
   const isHere = type !== "text" && !/^[a-z][a-z0-9+.-]*:/i.test(url);
   return isHere ? `assets/${url.split("/").map(encodeURIComponent).join("/")}` : undefined;
 }
 
-/** A document as text; what is embedded in it as data is told by its length. */
+/** A document as text. Embedded data is replaced by its length. */
 export function pretty(document) {
   const short = (_, value) =>
     typeof value === "string" && value.startsWith("data:") && value.length > 120

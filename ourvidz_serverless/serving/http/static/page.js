@@ -1,4 +1,4 @@
-// The page: a form that makes a payload, a stage that shows what comes of it, and the document.
+// The page: a form for a payload, a stage for the job's progress and assets, and the document.
 
 import {
   addressOf,
@@ -17,18 +17,18 @@ const AGAIN_MS = 2000;
 const GROUPS = { sdxl: "SDXL", wan: "WAN", chat: "Chat", admin: "Administration" };
 
 const at = (id) => document.getElementById(id);
-/** WORKER_API_KEY, if one is asked for: in this variable and nowhere else. */
+/** WORKER_API_KEY, if the worker has one. It is stored only in this variable. */
 let key = "";
-/** Where the worker is asked for the job that runs: its id, and the user whose it is. */
+/** The running job: its id and its user. */
 let job = { id: "", user: undefined };
-let turns = [];
+let earlier = [];
 let shown = [];
 
 async function call(path, options = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   if (options.body) headers["Content-Type"] = "application/json";
   const answer = await fetch(path, { ...options, headers });
-  if (answer.status === 401) openDoor();
+  if (answer.status === 401) askForKey();
   return answer;
 }
 
@@ -40,7 +40,7 @@ async function meet() {
     at("worker").textContent = answer ? "the models are being loaded" : "no answer";
     setTimeout(meet, AGAIN_MS);
   } else if (answer.ok) {
-    at("door").hidden = true;
+    at("key-form").hidden = true;
     welcome(await answer.json());
   } else if (answer.status === 401) {
     at("worker").textContent = key
@@ -49,8 +49,8 @@ async function meet() {
   }
 }
 
-function openDoor() {
-  at("door").hidden = false;
+function askForKey() {
+  at("key-form").hidden = false;
   at("key").focus();
 }
 
@@ -69,7 +69,7 @@ function welcome({ families, job_types: types }) {
 // --- the form ---
 
 function draw() {
-  turns = [];
+  earlier = [];
   let pair;
   const rows = [];
   for (const field of fieldsOf(at("type").value)) {
@@ -115,7 +115,7 @@ function values() {
 }
 
 function write() {
-  at("payload").value = JSON.stringify(payloadOf(at("type").value, values(), turns), null, 2);
+  at("payload").value = JSON.stringify(payloadOf(at("type").value, values(), earlier), null, 2);
 }
 
 // --- a job ---
@@ -179,7 +179,7 @@ async function end(document, talk) {
   for (const asset of document.assets ?? []) if (asset.type !== "text") await show(asset);
 }
 
-/** A conversation on the stage: what was asked, and the reply as it grows. */
+/** A conversation on the stage: the user's message, and the streamed reply. */
 function converse({ messages = [], prompt }) {
   const box = make("div", { className: "talk" });
   const spoken = messages.filter(({ role }) => role !== "system");
@@ -198,17 +198,17 @@ function converse({ messages = [], prompt }) {
       reply.className = "";
       if (words === undefined) return;
       reply.textContent = words;
-      turns = [...spoken, { role: "assistant", content: words }];
+      earlier = [...spoken, { role: "assistant", content: words }];
       const asked = at("ask").elements.words;
       if (!asked) return;
-      // What was typed meanwhile is the next question.
+      // Text that was typed meanwhile is the next message.
       if (asked.value === spoken.at(-1)?.content) asked.value = "";
       write();
     },
   };
 }
 
-/** An asset on the stage, fetched with the key, which an image's own request would not bring. */
+/** An asset on the stage, fetched with the key: an image's own request has no key. */
 async function show(asset) {
   const address = addressOf(asset);
   const answer = address && await call(address);
@@ -237,7 +237,7 @@ function clear() {
   fill(0);
 }
 
-/** Stop is shown once there is something to stop. */
+/** Show Stop only while a job runs. */
 function busy(is) {
   at("send").disabled = is;
   at("stop").hidden = true;
@@ -267,7 +267,7 @@ at("stop").addEventListener(
   "click",
   () => call(pathOf(job, "cancel"), { method: "POST" }),
 );
-at("door").addEventListener("submit", (event) => {
+at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = at("key").value;
   meet();
