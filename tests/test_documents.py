@@ -1,0 +1,108 @@
+"""What the documents name exists: files, links, headings, commands, tests."""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ourvidz_serverless.__main__ import COMMANDS
+from tests.files import ROOT
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "NOTICE")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript")),
+    *sorted(ROOT.glob("pocket/*/README.md")),
+]
+
+#: A word with one of these endings is a file of the repository, even if it names no folder.
+ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
+
+#: Files of the application, and files that are built.
+ELSEWHERE = ("src/", ".cache/")
+
+MODULES = r"(?:ourvidz_serverless|builder|benchmarks|tests)"
+
+
+def each(pattern: str, is_checked: Callable[[Path, str], bool] = lambda *_: True) -> Any:
+    """A test for each word that a pattern finds in a document; its name has both."""
+    cases = [
+        pytest.param(document, word, id=f"{document.relative_to(ROOT)}: {word}")
+        for document in DOCUMENTS
+        for word in dict.fromkeys(re.findall(pattern, document.read_text(encoding="utf-8"), re.M))
+        if is_checked(document, word)
+    ]
+    assert cases, pattern
+    return pytest.mark.parametrize(("document", "word"), cases)
+
+
+def bases(document: Path) -> Iterator[Path]:
+    """The folders that the paths in a document may be relative to."""
+    yield from (ROOT, ROOT / "ourvidz_serverless", ROOT / "tests", document.parent)
+
+
+def looks_like_a_file(document: Path, word: str) -> bool:
+    first, slash, _ = word.partition("/")
+    is_in_a_folder = slash and first and any((base / first).is_dir() for base in bases(document))
+    return not word.startswith(ELSEWHERE) and bool(word.endswith(ENDINGS) or is_in_a_folder)
+
+
+@each(r"`([\w./{}-]+)`", looks_like_a_file)
+def test_a_file_that_a_document_names_exists(document: Path, word: str) -> None:
+    pattern = re.sub(r"\{\w+\}", "*", word.rstrip("/"))
+
+    assert any(next(base.glob(pattern), None) for base in bases(document))
+
+
+@each(r"\]\((?!\w+:)([^)\s]+)\)")
+def test_a_link_leads_to_a_file_and_to_a_heading_in_it(document: Path, word: str) -> None:
+    path, _, anchor = word.partition("#")
+    target = document.parent / path if path else document
+
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+@functools.cache
+def anchors(page: Path) -> list[str]:
+    """What links into a page may name: its headings as GitHub writes them, and its `<a id>`."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    return slugs + re.findall(r'<a id="([^"]+)">', text)
+
+
+@each(r"python -m ([a-z_]+(?:\.[a-z_]+)*)")
+def test_a_module_that_a_document_runs_exists(document: Path, word: str) -> None:
+    assert importlib.util.find_spec(word)
+
+
+@each(r"python -m ourvidz_serverless (\w+)")
+def test_a_command_that_a_document_runs_exists(document: Path, word: str) -> None:
+    assert word in COMMANDS
+
+
+@each(rf"`({MODULES}(?:\.\w+)+)`")
+def test_a_module_or_name_that_a_document_gives_in_full_exists(document: Path, word: str) -> None:
+    path = ROOT.joinpath(*word.split("."))
+    text = next((f.read_text() for f in (path.parent.with_suffix(".py"),) if f.exists()), "")
+
+    is_a_module = path.is_dir() or path.with_suffix(".py").exists()
+    assert is_a_module or re.search(rf"^(?:class |def )?{path.name}\b", text, re.M)
+
+
+@each(r"(?:^ *|`)make ([a-z]+)(?=`| +[A-Z#]|$)")
+def test_a_target_of_make_that_a_document_names_exists(document: Path, word: str) -> None:
+    assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tests_that_a_document_names_exist(document: Path) -> None:
+    named = re.findall(r"`(?:[\w/.]+::)?(test_\w+)`", document.read_text(encoding="utf-8"))
+    tests = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
+
+    assert [name for name in named if f"def {name}(" not in tests] == []
