@@ -44,7 +44,7 @@ def decode_tiny(decoder: Any, latent: torch.Tensor, device: Device) -> torch.Ten
     Without norms a tile depends only on the rows near it, so it is decoded through all layers
     together with these rows. To compute some rows twice costs less than copies between the layers.
     """
-    reach, made = _reach(decoder.layers), []
+    reach, made = receptive_field(decoder.layers), []
     for start, end in _tiles(latent.shape[2]):
         top = max(start - reach, 0)
         rows = latent[:, :, top : end + reach]
@@ -57,8 +57,8 @@ def decode_tiny(decoder: Any, latent: torch.Tensor, device: Device) -> torch.Ten
         return torch.cat(made, 2)
 
 
-def _reach(layers: Any) -> int:
-    """How many rows of a latent, up and down, a row of pixels depends on."""
+def receptive_field(layers: Any) -> int:
+    """How many rows of a latent, above and below, a row of pixels depends on."""
     reach, scale = 0.0, 1.0
     for layer in layers:
         if isinstance(layer, torch.nn.Upsample):

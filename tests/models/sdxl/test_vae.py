@@ -178,7 +178,7 @@ def test_a_tile_has_every_row_of_the_latent_that_its_pixels_depend_on() -> None:
     network(latent)[:, :, 256:264].sum().backward()
 
     rows = latent.grad.abs().sum((0, 1, 3)).nonzero().flatten()  # type: ignore[union-attr]
-    reach = tiled_vae._reach(network.layers)
+    reach = tiled_vae.receptive_field(network.layers)
     assert 32 - reach <= rows.min() <= 32 - reach + 2
     assert rows.max() <= 32 + reach
 
