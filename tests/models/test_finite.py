@@ -17,7 +17,7 @@ from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.wan import loader as wan_models
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
-from tests.fakes.small_jobs import render, write_lora
+from tests.fakes.tiny_sdxl import render, write_lora
 
 VIDEO = VideoRequest(
     prompt="a red circle", seed=1, size=(32, 32), num_frames=5, steps=2, guidance_scale=1.0

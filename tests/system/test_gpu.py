@@ -24,7 +24,7 @@ from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.overflowing_vae import overflowing_vae_settings
 from tests.fakes.tiny_chat import generate_text, new_generation, texts_of, tiny_folder
 
@@ -43,7 +43,7 @@ def load(device: str, dtype: str = "auto", **settings: Any) -> SdxlModel:
 
 def render(model: SdxlModel, side: int = 256, **changes: Any) -> np.ndarray:
     prompt = "a red circle on a blue background"
-    (picture,) = small_jobs.render(model, prompt, seeds=(2026,), size=(side, side), **changes)
+    (picture,) = tiny_sdxl.render(model, prompt, seeds=(2026,), size=(side, side), **changes)
     return picture
 
 

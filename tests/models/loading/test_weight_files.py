@@ -12,8 +12,8 @@ from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.models.loading import readahead
 from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
-from tests.fakes.small_jobs import render
 from tests.fakes.tiny_chat import tiny_folder
+from tests.fakes.tiny_sdxl import render
 
 REPOSITORY = "tiny/painter"
 NETWORKS = {

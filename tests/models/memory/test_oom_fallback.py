@@ -11,7 +11,7 @@ from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemor
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.recorded_progress import RecordedProgress
 from tests.patience import PATIENCE_S
 
@@ -49,7 +49,7 @@ def test_a_plan_that_succeeded_is_used_for_the_next_job_of_that_shape() -> None:
 
 
 def render(model: Any, progress: Progress | None = None) -> list[np.ndarray]:
-    return small_jobs.render(model, progress=progress, seeds=(1, 2, 3), size=(128, 128), steps=2)
+    return tiny_sdxl.render(model, progress=progress, seeds=(1, 2, 3), size=(128, 128), steps=2)
 
 
 def on_device_of(num_bytes: float) -> Any:
@@ -92,7 +92,7 @@ def test_a_job_that_fits_by_no_plan_fails_and_the_next_job_is_served() -> None:
     model = on_device_of(WEIGHTS + 0.6 * MIB)
 
     with pytest.raises(OutOfMemory):
-        small_jobs.render(model, size=(1024, 1024), steps=1)
+        tiny_sdxl.render(model, size=(1024, 1024), steps=1)
 
     assert len(render(model)) == 3
     assert [row.num_users for row in model.handle.ledger.report()] == [0]
@@ -113,7 +113,7 @@ def test_a_model_that_was_dropped_is_read_again_and_paints_the_same() -> None:
 def test_the_memory_that_a_job_took_is_remembered_by_its_shape() -> None:
     model = on_device_of(100 * MIB)
 
-    small_jobs.render(model, size=(64, 64), steps=1)
+    tiny_sdxl.render(model, size=(64, 64), steps=1)
 
     (row,) = model.handle.ledger.report()
     assert row.num_bytes == WEIGHTS

@@ -24,8 +24,8 @@ from ourvidz_serverless.models.sdxl.networks import check_networks
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
-from tests.fakes.small_jobs import distance, through_diffusers
+from tests.fakes import tiny_sdxl
+from tests.fakes.tiny_sdxl import distance, through_diffusers
 
 #: Of Playground v2.5's VAE.
 PLAYGROUND = {
@@ -42,7 +42,7 @@ def change(folder: Path, part: str, **values: Any) -> None:
 
 
 def render(model: SdxlModel, **changes: Any) -> np.ndarray:
-    (picture,) = small_jobs.render(model, **changes)
+    (picture,) = tiny_sdxl.render(model, **changes)
     return picture
 
 

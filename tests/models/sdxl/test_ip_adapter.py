@@ -20,10 +20,10 @@ from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.request import IpAdapterImage, Keeps
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.ip_adapter import IMAGE_DIM, write_ip_adapter
 from tests.fakes.local_worker import sdxl_payload
-from tests.fakes.small_jobs import image_request, through_diffusers
+from tests.fakes.tiny_sdxl import image_request, through_diffusers
 
 RED = Image.new("RGB", (80, 50), "red")
 
@@ -37,7 +37,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def render(model: SdxlModel, **changes: Any) -> np.ndarray:
-    return np.stack(small_jobs.render(model, **{"seeds": (3, 4), **changes})).astype(int)
+    return np.stack(tiny_sdxl.render(model, **{"seeds": (3, 4), **changes})).astype(int)
 
 
 def test_a_job_without_a_reference_is_rendered_as_if_there_were_no_adapter(

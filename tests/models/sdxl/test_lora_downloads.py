@@ -23,7 +23,7 @@ from ourvidz_serverless.net.addresses import Address
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import sdxl_payload
-from tests.fakes.small_jobs import write_lora
+from tests.fakes.tiny_sdxl import write_lora
 from tests.servers.local_server import Answer, LocalServer, Request
 
 HOST = "https://images.example"

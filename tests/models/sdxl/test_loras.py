@@ -30,10 +30,10 @@ from ourvidz_serverless.models.sdxl.loras import LoraStore, applied
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.local_worker import sdxl_payload
 from tests.fakes.recorded_progress import RecordedProgress
-from tests.fakes.small_jobs import through_diffusers, write_lora
+from tests.fakes.tiny_sdxl import through_diffusers, write_lora
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> LoraStore:
 
 
 def render(model: SdxlModel, *loras: tuple[Path, float], **changes: Any) -> np.ndarray:
-    (picture,) = small_jobs.render(model, loras=loras, **changes)
+    (picture,) = tiny_sdxl.render(model, loras=loras, **changes)
     return picture.astype(int)
 
 

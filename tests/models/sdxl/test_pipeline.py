@@ -28,16 +28,16 @@ from ourvidz_serverless.models.sdxl.prompt_encoder import PromptEncoder, chunks
 from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
-from tests.fakes.small_jobs import distance, image_request, through_diffusers
+from tests.fakes.tiny_sdxl import distance, image_request, through_diffusers
 
 #: One grey level: what a batched forward may differ by in its last bits.
 ROUNDING = 1
 
 
 def render(model: SdxlModel, prompt: str = "a red circle", **changes: Any) -> list[np.ndarray]:
-    return small_jobs.render(model, prompt, size=(128, 64), **changes)
+    return tiny_sdxl.render(model, prompt, size=(128, 64), **changes)
 
 
 def fresh(model: SdxlModel) -> SdxlModel:

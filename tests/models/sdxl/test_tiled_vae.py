@@ -6,7 +6,7 @@ import torch
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.sdxl import tiled_vae
-from tests.fakes.small_jobs import narrow_vae
+from tests.fakes.tiny_sdxl import narrow_vae
 
 CPU = torch.device("cpu")
 

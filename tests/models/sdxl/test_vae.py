@@ -24,10 +24,10 @@ from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.models.speed import presets as speed
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.overflowing_vae import overflowing_vae_settings
 from tests.fakes.recorded_progress import RecordedProgress
-from tests.fakes.small_jobs import narrow_vae
+from tests.fakes.tiny_sdxl import narrow_vae
 from tests.files import ROOT
 
 TINY = ROOT / "pocket/sdxl_tiny_vae"
@@ -61,7 +61,7 @@ def calls() -> Callable[[Any], list[Any]]:
 
 def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
     prompt = "a red circle on a blue background"
-    return small_jobs.render(model, prompt, **{"size": (128, 64), **changes})
+    return tiny_sdxl.render(model, prompt, **{"size": (128, 64), **changes})
 
 
 def latent_of(model: SdxlModel, seed: int = 3, side: int = 128) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
-from tests.fakes import small_jobs, tiny_wan
+from tests.fakes import tiny_sdxl, tiny_wan
 
 CPU = Device(torch.device("cpu"), torch.float32)
 #: The steps of SDXL's jobs here.
@@ -19,7 +19,7 @@ STEPS = 10
 
 def paint(model: Any, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
     small = {"negative": plain("blurry"), "size": (128, 64), "steps": STEPS}
-    (picture,) = small_jobs.render(model, prompt, **{**small, **changes})
+    (picture,) = tiny_sdxl.render(model, prompt, **{**small, **changes})
     return picture
 
 

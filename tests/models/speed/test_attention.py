@@ -17,7 +17,7 @@ from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.fakes.recorded_progress import RecordedProgress
 from tests.files import ROOT
 from tests.models.speed.rendering import CPU, STEPS, counting, paint, transformer_call, unet_call
@@ -128,7 +128,7 @@ def test_a_job_computes_its_prompts_keys_once_for_each_batch(
     model = SdxlModel(sdxl.networks, sdxl.device, plans=MemoryPlans(SdxlMemoryPlan(2)))
 
     with counting(*key_projections(sdxl.networks.unet)) as calls:
-        small_jobs.render(model, seeds=seeds)
+        tiny_sdxl.render(model, seeds=seeds)
 
     assert {calls[each] for each in key_projections(sdxl.networks.unet)} == {batches}
 

@@ -10,7 +10,7 @@ from ourvidz_serverless.models.sdxl import loader as sdxl_models
 from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs
+from tests.fakes import tiny_sdxl
 from tests.models.speed.rendering import CPU, counting, distance, paint
 
 
@@ -31,7 +31,7 @@ def test_a_repeated_prompt_is_not_encoded_again_and_paints_the_same() -> None:
 def test_a_weighted_prompt_paints_another_image_than_its_words_alone(sdxl: Any) -> None:
     words, weighted = plain("a red circle"), parse("a (red:1.5) circle")
 
-    assert distance(small_jobs.render(sdxl, words)[0], small_jobs.render(sdxl, weighted)[0]) > 0
+    assert distance(tiny_sdxl.render(sdxl, words)[0], tiny_sdxl.render(sdxl, weighted)[0]) > 0
 
 
 def test_the_cache_drops_the_least_recently_used_embedding_beyond_its_size() -> None:

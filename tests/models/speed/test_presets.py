@@ -14,7 +14,7 @@ from ourvidz_serverless.models.wan import loader as wan_models
 from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
-from tests.fakes import small_jobs, tiny_wan
+from tests.fakes import tiny_sdxl, tiny_wan
 from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 from tests.models.speed.rendering import STEPS, counting, distance, film, paint
 
@@ -114,7 +114,7 @@ def test_presets_work_with_batches_and_image_to_image(sdxl: Any) -> None:
     progress = RecordedProgress()
     reference = StartImage(Image.new("RGB", (128, 64), "green"), 0.5)
 
-    pictures = small_jobs.render(
+    pictures = tiny_sdxl.render(
         sdxl, seeds=(1, 2, 3), reference=reference, size=(128, 64), speed="fast", progress=progress
     )
 
