@@ -1,4 +1,4 @@
-"""What a running job knows of the world outside: its deadline, its stop, who hears progress."""
+"""One running job: its deadline, its stop signal, its progress, and the facts it collects."""
 
 from __future__ import annotations
 
@@ -15,53 +15,55 @@ from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
 from ourvidz_serverless.job import Signs
 
+#: Receives each report of progress.
 Report = Callable[[Mapping[str, Any]], None]
-Emit = Callable[[Mapping[str, Any]], None]
 
+#: Receives each part of a streamed reply.
+Emit = Callable[[Mapping[str, Any]], None]
 
 #: The next job's number in the order of arrival.
 _arrivals = itertools.count()
 
 
-def to_nobody(item: Mapping[str, Any]) -> None:
-    """Where a job's stream goes when nobody reads it."""
+def discard(item: Mapping[str, Any]) -> None:
+    """An `Emit` for a job whose stream nobody reads."""
 
 
 class Stop:
-    """A job's stop signal, which carries the error that the job ends with."""
+    """A job's stop signal, with the error that ends the job."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._error: JobError = Cancelled("the job was cancelled")
-        self._wakes: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] = []
 
     def set(self, error: JobError | None = None) -> None:
-        """Ask the job to stop; the first caller's error is the one that counts."""
+        """Stop the job at its next step. Only the first caller's error is used."""
         if error and not self._event.is_set():
             self._error = error
         self._event.set()
-        for wake in tuple(self._wakes):
-            wake()
+        for callback in tuple(self._callbacks):
+            callback()
 
     def wait(self, seconds: float) -> None:
-        """Wait so long, or until the signal is set."""
+        """Wait for this time, or until the signal is set."""
         self._event.wait(seconds)
 
     @contextmanager
-    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Call `wake` when the signal is set, as long as the block lasts.
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call `callback` if the signal is set during the block.
 
-        A signal that was set before is not told again: look at `error` once the block has begun.
+        A signal that was set earlier causes no call, so check `error` inside the block.
         """
-        self._wakes.append(wake)
+        self._callbacks.append(callback)
         try:
             yield
         finally:
-            self._wakes.remove(wake)
+            self._callbacks.remove(callback)
 
     @property
     def error(self) -> JobError | None:
-        """The error to end with, once the signal is set."""
+        """The error that ends the job; None until the signal is set."""
         return self._error if self._event.is_set() else None
 
 
@@ -69,8 +71,8 @@ class Stop:
 class Bounds:
     """How long a job may take, in seconds.
 
-    `work_s` bounds all that is not a wait for the device, `wait_s` that wait, and `total_s` both
-    together, since the platform's own clock does not stand still while a job waits.
+    `wait_s` limits the wait for the device, `work_s` everything else, and `total_s` the sum:
+    the platform's own timeout also counts the wait.
     """
 
     work_s: float
@@ -80,7 +82,7 @@ class Bounds:
 
 @dataclass(slots=True)
 class Pace:
-    """How fast a stage goes: from step `first`, at the time `since`, to `last`, of `total`."""
+    """A stage's speed: it did step `first` at the time `since`, and is at `last` of `total`."""
 
     first: int
     last: int
@@ -89,7 +91,7 @@ class Pace:
 
 
 class JobContext:
-    """Handed to the code that computes, which calls `step` as it goes and is stopped there."""
+    """One running job. The code that computes calls `step`, which raises if the job must stop."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class JobContext:
         report: Report,
         bounds: Bounds,
         clock: Callable[[], float] = time.monotonic,
-        emit: Emit = to_nobody,
+        emit: Emit = discard,
     ) -> None:
         self.arrival = next(_arrivals)
         self.stop = stop
@@ -106,21 +108,24 @@ class JobContext:
         self.metadata: dict[str, Any] = {}
         self.reply: dict[str, Any] = {}
         self.audit: dict[str, Any] = {}
-        self.asks_consent = False  # for a reference of this job, where its texts are sexual
-        self.signs: Signs | None = None  # in the job's texts, once the content floor read them
+        #: Whether a sexual text in this job needs consent, since the job has a reference.
+        self.needs_consent = False
+        #: What the content floor found in the job's texts; None until it has read them.
+        self.signs: Signs | None = None
         self.timings: dict[str, float] = {}
         self.progress: Mapping[str, Any] = {}
         self._report = report
         self._clock = clock
         self._started = clock()
         self._bounds = bounds
-        # Of waits for the device: the seconds of those that ended, and when one began that has not.
-        # They change together, since other threads read them.
+        # Waits for the device: the seconds of those that ended, and the start of the current one.
+        # One tuple, so that other threads read both from the same moment.
         self._waits: tuple[float, float | None] = (0.0, None)
         self._paces: dict[str, Pace] = {}
 
     @property
     def elapsed_s(self) -> float:
+        """The seconds since the job arrived."""
         return self._clock() - self._started
 
     @property
@@ -131,7 +136,7 @@ class JobContext:
 
     @property
     def remaining_s(self) -> float:
-        """The seconds that are left: none for a job that was told to stop."""
+        """The seconds that are left; 0 for a job that was stopped."""
         if self.stop.error:
             return 0.0
         elapsed_s, waited_s = self.elapsed_s, self.waited_s
@@ -140,12 +145,12 @@ class JobContext:
 
     @property
     def deadline(self) -> Deadline:
-        """The job's deadline: `remaining_s` are left, and a stop ends a sleep."""
+        """The job's deadline, `remaining_s` from now. A stop ends a sleep."""
         return Deadline(lambda: self.remaining_s, self.stop.wait)
 
     @property
-    def over(self) -> JobError | None:
-        """What the job was stopped with, or DeadlinePassed once its time is up."""
+    def stop_reason(self) -> JobError | None:
+        """The error of the job's stop, or DeadlinePassed if its time is over; else None."""
         if self.stop.error:
             return self.stop.error
         bounds, elapsed_s, waited_s = self._bounds, self.elapsed_s, self.waited_s
@@ -153,21 +158,21 @@ class JobContext:
             return DeadlinePassed(f"the job's {bounds.work_s:g} seconds are over")
         is_late, is_waiting = elapsed_s >= bounds.total_s, self._waits[1] is not None
         if is_late or (is_waiting and waited_s >= bounds.wait_s):
-            whole = f", and its {bounds.total_s:g} seconds are over" if is_late else ""
-            return DeadlinePassed(f"the job waited {waited_s:.0f} s for the device{whole}")
+            total = f", and its {bounds.total_s:g} seconds are over" if is_late else ""
+            return DeadlinePassed(f"the job waited {waited_s:.0f} s for the device{total}")
         return None
 
     def check(self) -> None:
-        """Raise what the job is `over` with, if it is."""
-        if error := self.over:
+        """Raise what is the job's `stop_reason`, if it has one."""
+        if error := self.stop_reason:
             raise error
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Report that `done` of `total` steps of a stage are behind, then `check`.
+        """Report that `done` of `total` steps of a stage are done, then `check`.
 
-        From the second step on the report tells how many seconds the stage will take yet, by the
-        pace since its first one. A stage that is tried again, in a smaller way, has a new first
-        step.
+        From the second step on, the report estimates the seconds that the stage still needs, from
+        its pace since its first step. A stage that starts again, after it ran out of memory, is
+        measured from its new first step.
         """
         progress: dict[str, Any] = {
             "stage": stage,
@@ -188,7 +193,7 @@ class JobContext:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage into `timings`, in seconds, and check at its door."""
+        """Check the job, then add the seconds that the block takes to `timings`."""
         self.check()
         self.progress = {"stage": name}
         started = self._clock()
@@ -202,21 +207,21 @@ class JobContext:
     def waiting(self) -> Iterator[Callable[[int], None]]:
         """The stage in which a job waits for the device; its time does not count as work.
 
-        It gives a function to call with the number of jobs that go first. The function reports a
-        number that has changed, as steps of the stage, and then does what `check` does.
+        Yields a function that takes the number of jobs ahead. It reports each new number as
+        progress of the stage, and raises what `check` raises.
         """
-        told = most = 0
+        reported = most = 0
 
-        def hear(ahead: int) -> None:
-            nonlocal told, most
-            if ahead == told:
+        def report(ahead: int) -> None:
+            nonlocal reported, most
+            if ahead == reported:
                 return self.check()
-            told, most = ahead, max(most, ahead)
+            reported, most = ahead, max(most, ahead)
             self.step("wait", most - ahead, most)
 
         with self.stage("wait"):
             self._waits = (self.waited_s, self._clock())
             try:
-                yield hear
+                yield report
             finally:
                 self._waits = (self.waited_s, None)

@@ -126,7 +126,7 @@ class Failure:
     retryable: bool
     retry_after: float | None = None
     #: Whether the worker can do no further job. No document holds it.
-    is_the_workers_end: SkipJsonSchema[bool] = False
+    ends_worker: SkipJsonSchema[bool] = False
 
     @classmethod
     def of(cls, error: JobError) -> Failure:
@@ -187,7 +187,7 @@ class Document:
         if self.failure:
             body["failure"] = body["error"]
             body["error"] = json.dumps(body["error"])
-            if self.failure.is_the_workers_end:
+            if self.failure.ends_worker:
                 body["refresh_worker"] = True
         return body
 

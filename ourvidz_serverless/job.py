@@ -198,6 +198,6 @@ class Job(Wire):
         return False
 
 
-def says_adult(*labels: str | None) -> bool:
+def has_adult_label(*labels: str | None) -> bool:
     """Whether a content label of the caller is `nsfw`, in whatever case."""
     return any(label is not None and label.strip().lower() == "nsfw" for label in labels)

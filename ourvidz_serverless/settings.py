@@ -30,7 +30,7 @@ from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.families import FAMILIES, Family
 
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
-RUNPOD_SETS = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
+RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 
 #: The names under which the specification and the application know `WORKER_API_KEY`.
 OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
@@ -282,12 +282,12 @@ class FixedSettings(BaseSettings):
         own = min(family.backlog for family in self.served if family.is_exclusive)
         return own if self.queue_backlog is None else self.queue_backlog
 
-    def of(self, variable: str) -> Any:
+    def value_of(self, variable: str) -> Any:
         """The value of a variable, by the name that it has in the environment."""
         return getattr(self, variable.lower())
 
     @property
-    def wan_asks_chat(self) -> bool:
+    def wan_uses_chat_model(self) -> bool:
         """Whether WAN's prompts are enhanced by the chat model that this worker serves anyway."""
         return "chat" in self.families and self.wan_enhancer_model in (
             None,
@@ -364,7 +364,7 @@ def storage_place(settings: Settings) -> tuple[str, str, str]:
 
 def is_on_runpod() -> bool:
     """Whether this process runs in one of RunPod's containers, an endpoint's or a pod's."""
-    return any(os.environ.get(name) for name in RUNPOD_SETS)
+    return any(os.environ.get(name) for name in RUNPOD_VARIABLES)
 
 
 def _unnamed_models(settings: Settings) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ourvidz_serverless import jobs, logs, models
 from ourvidz_serverless.administration import Administration, versions
-from ourvidz_serverless.context import Emit, JobContext, Report, Stop, to_nobody
+from ourvidz_serverless.context import Emit, JobContext, Report, Stop, discard
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.outbox import Outbox
 from ourvidz_serverless.document import Asset, Document, Failure, check_result
@@ -98,7 +98,7 @@ class Worker:
         envelope: Envelope,
         stop: Stop,
         report: Report,
-        emit: Emit = to_nobody,
+        emit: Emit = discard,
         announces: bool = True,
     ) -> Document:
         """The document that ends a job: posted, then returned. Never raises.
@@ -153,13 +153,13 @@ class Worker:
             except Exception as exc:
                 logs.bug(envelope.job_id, exc)
                 failure = Failure.of(models.as_job_error(exc))
-            if failure and failure.is_the_workers_end:
+            if failure and failure.ends_worker:
                 # Before the next job may begin.
                 self._state.lose_device()
         document = self._document(envelope.job_id, assets, failure, context)
         document = post(document) if post else document
         logs.ended(document, job, context.elapsed_s, context.audit)
-        if not (failure and failure.is_the_workers_end):
+        if not (failure and failure.ends_worker):
             self._poison_jobs.mark_finished(envelope.identity)
         self._jobs.ended(envelope.identity, document, context.elapsed_s)
         return document
@@ -209,12 +209,8 @@ class Worker:
         if not jobs.is_exclusive(job.type):
             yield
             return
-        with context.waiting() as report:
-            places.acquire(context.arrival, context.stop, report)
-        try:
+        with places.place(context):
             yield
-        finally:
-            places.release()
 
     def _document(
         self,
@@ -289,4 +285,4 @@ def _cause(error: JobError, context: JobContext) -> JobError:
 
     A lost device ends the worker, whoever stopped the job.
     """
-    return error if isinstance(error, DeviceLost) else context.over or error
+    return error if isinstance(error, DeviceLost) else context.stop_reason or error

@@ -22,7 +22,7 @@ from ourvidz_serverless.settings import Settings
 
 #: Characters that the texts of one job may have together, since the content floor reads each of
 #: them several times. A context of 32,768 tokens holds about 150,000 characters of English.
-MOST_CHARACTERS = 200_000
+MAX_CHARACTERS = 200_000
 
 
 class Admission:
@@ -43,7 +43,7 @@ class Admission:
         _check_length(job)
         if self._limits.rates and job.is_counted:
             self._check_rate(job, context)
-        context.asks_consent = self._settings.require_reference_consent and bool(job.references)
+        context.needs_consent = self._settings.require_reference_consent and bool(job.references)
         context.signs = _judge(job.texts, job, context)
 
     def _check_rate(self, job: Job, context: JobContext) -> None:
@@ -59,7 +59,7 @@ class Admission:
                 raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
 
 
-def check_made(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
+def check_generated(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
     """Raise ContentRefused if a model's texts, together with the job's own, are refused."""
     if context.signs is None:
         context.signs = _judge(job.texts, job, context)
@@ -87,7 +87,7 @@ def _judge(
     }
     if verdict.refused:
         raise content_floor.refusal(verdict)
-    if verdict.signs.sexual and context.asks_consent:
+    if verdict.signs.sexual and context.needs_consent:
         _check_consent(job, context)
     return verdict.signs
 
@@ -103,9 +103,9 @@ def _check_consent(job: Job, context: JobContext) -> None:
 
 def _check_length(job: Job) -> None:
     total = sum(len(each.text) for each in job.texts)
-    if total > MOST_CHARACTERS:
+    if total > MAX_CHARACTERS:
         longest = max(job.texts, key=lambda each: len(each.text))
         raise InvalidPrompt(
-            f"{longest.field}: the texts of a job should have at most {MOST_CHARACTERS} characters "
+            f"{longest.field}: the texts of a job should have at most {MAX_CHARACTERS} characters "
             f"together, and these have {total}"
         )

@@ -1,81 +1,96 @@
-"""A fair semaphore: places are given in the order of arrival, and whoever waits can be stopped."""
+"""A fair semaphore: it gives its places in order of arrival, and a stop ends a wait."""
 
 from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from ourvidz_serverless.context import Stop
+from ourvidz_serverless.context import JobContext, Stop
 
-#: How often a thread that waits looks at the time, in seconds. A place and a stop wake it at once.
+#: How often a waiting thread checks its deadline, in seconds. A free place or a stop wakes it at
+#: once.
 TICK_S = 1.0
 
-#: Called with the number of threads that have to go before the one that waits can; what it raises
-#: ends the wait.
-Hear = Callable[[int], None]
+#: Called with the number of threads ahead of the one that waits. An error that it raises ends the
+#: wait.
+OnWait = Callable[[int], None]
 
 
 class FairSemaphore:
-    """So many places. With one place it is a lock."""
+    """A number of places. With one place it is a lock."""
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._waiting: list[int] = []  # arrivals, the first to go first
-        self._news = threading.Condition()
+        self._waiting: list[int] = []  # numbers of arrival, in ascending order
+        self._changed = threading.Condition()
 
     @property
     def num_waiting(self) -> int:
-        """How many threads wait for a place now."""
-        with self._news:
+        """How many threads wait for a place."""
+        with self._changed:
             return len(self._waiting)
 
-    def acquire(self, arrival: int, stop: Stop, hear: Hear) -> None:
-        """Take a place, as soon as all that wait and have a lower `arrival` have had one.
+    @contextmanager
+    def place(self, context: JobContext) -> Iterator[None]:
+        """A place for the duration of the block; the job's wait for it is reported as progress.
 
-        No two that wait have the same. While there is no place `hear` is called: at the beginning
-        of the wait, whenever the number of those ahead changes, when `stop` is set, and every
+        Raises the job's error if the job must stop while it waits.
+        """
+        with context.waiting() as report:
+            self.acquire(context.arrival, context.stop, report)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def acquire(self, arrival: int, stop: Stop, on_wait: OnWait) -> None:
+        """Take a place, after every waiting thread with a lower `arrival` has taken one.
+
+        Each thread's `arrival` is unique. While no place is free, `on_wait` is called: at the start
+        of the wait, whenever the number of threads ahead changes, when `stop` is set, and every
         `TICK_S` seconds.
         """
-        with stop.waking(self._wake):
-            self._enter(arrival, stop, hear)
+        with stop.calling(self._wake):
+            self._enter(arrival, stop, on_wait)
 
     def release(self) -> None:
-        """Give a place back."""
-        with self._news:
+        """Return a place."""
+        with self._changed:
             self._free += 1
-            self._news.notify_all()
+            self._changed.notify_all()
 
-    def _enter(self, me: int, stop: Stop, hear: Hear) -> None:
-        with self._news:
-            bisect.insort(self._waiting, me)
-            self._news.notify_all()
+    def _enter(self, arrival: int, stop: Stop, on_wait: OnWait) -> None:
+        with self._changed:
+            bisect.insort(self._waiting, arrival)
+            self._changed.notify_all()
         try:
-            while ahead := self._take(me):
-                hear(ahead)
-                self._wait(me, ahead, stop)
+            while ahead := self._take(arrival):
+                on_wait(ahead)
+                self._wait(arrival, ahead, stop)
         except BaseException:
-            with self._news:
-                self._waiting.remove(me)
-                self._news.notify_all()
+            with self._changed:
+                self._waiting.remove(arrival)
+                self._changed.notify_all()
             raise
 
-    def _take(self, me: int) -> int:
-        """Take a place if it is this thread's turn; else how many go first."""
-        with self._news:
-            ahead = self._ahead(me)
+    def _take(self, arrival: int) -> int:
+        """Take a place unless other threads are ahead; the number of threads ahead."""
+        with self._changed:
+            ahead = self._ahead(arrival)
             if not ahead:
-                self._waiting.remove(me)
+                self._waiting.remove(arrival)
                 self._free -= 1
             return ahead
 
-    def _wait(self, me: int, ahead: int, stop: Stop) -> None:
-        with self._news:
-            self._news.wait_for(lambda: self._ahead(me) != ahead or stop.error, TICK_S)
+    def _wait(self, arrival: int, ahead: int, stop: Stop) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead(arrival) != ahead or stop.error, TICK_S)
 
-    def _ahead(self, me: int) -> int:
-        return max(self._waiting.index(me) + 1 - self._free, 0)
+    def _ahead(self, arrival: int) -> int:
+        return max(self._waiting.index(arrival) + 1 - self._free, 0)
 
     def _wake(self) -> None:
-        with self._news:
-            self._news.notify_all()
+        with self._changed:
+            self._changed.notify_all()

@@ -24,7 +24,7 @@ from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.logs import log
 
-DEATHS = 2
+MAX_DEATHS = 2
 
 #: A mark's file name: a digest.
 MARK = re.compile("[0-9a-f]{64}")
@@ -55,7 +55,7 @@ class PoisonJobs:
         if mark is None:
             return
         try:
-            if self._deaths(mark) >= DEATHS:
+            if self._deaths(mark) >= MAX_DEATHS:
                 raise InvalidPrompt(
                     "id: this job has ended its worker twice; it is not tried again"
                 )

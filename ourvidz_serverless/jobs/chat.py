@@ -24,7 +24,7 @@ from pydantic import AliasChoices, AliasPath, ConfigDict, Field, field_validator
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
-from ourvidz_serverless.guard.admission import check_made
+from ourvidz_serverless.guard.admission import check_generated
 from ourvidz_serverless.job import (
     ANONYMOUS,
     JSON_NUMBER,
@@ -35,7 +35,7 @@ from ourvidz_serverless.job import (
     JsonObject,
     Role,
     Wire,
-    says_adult,
+    has_adult_label,
 )
 from ourvidz_serverless.jobs import enhancement, wan
 from ourvidz_serverless.models.chat.request import (
@@ -255,7 +255,7 @@ class ChatJob(Job):
         return (
             self.type == "chat_unrestricted"
             or self.metadata.unrestricted_mode
-            or says_adult(self.content_tier, self.content_type)
+            or has_adult_label(self.content_tier, self.content_type)
         )
 
     @property
@@ -360,7 +360,7 @@ def _start_of_check(text: str, num_emitted: int) -> int:
 
 
 def _check_reply(text: str, job: ChatJob, context: JobContext) -> None:
-    check_made([CheckedText(text, "reply", "assistant")], job, context)
+    check_generated([CheckedText(text, "reply", "assistant")], job, context)
 
 
 def _join_words(pieces: Iterable[str]) -> Iterator[str]:

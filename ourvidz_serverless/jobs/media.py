@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.job import Job, says_adult
+from ourvidz_serverless.job import Job, has_adult_label
 from ourvidz_serverless.references import decode
 
 ResizeMode = Literal["crop", "pad", "stretch"]
@@ -106,7 +106,7 @@ class MediaJob(Job):
     @property
     def adult(self) -> bool:
         labels = self.content_type, self.metadata.content_type
-        return says_adult(*labels) or self.metadata.nsfw_optimization
+        return has_adult_label(*labels) or self.metadata.nsfw_optimization
 
     @property
     def reference_consent(self) -> bool:

@@ -31,7 +31,7 @@ from ourvidz_serverless.errors import (
     ReferenceFrameError,
     WorkerUnavailable,
 )
-from ourvidz_serverless.guard.admission import check_made
+from ourvidz_serverless.guard.admission import check_generated
 from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
 from ourvidz_serverless.jobs.enhancement import as_wan_reads, enhance
 from ourvidz_serverless.jobs.media import (
@@ -400,7 +400,7 @@ def _prompt(job: WanJob, model: VideoModel, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_made(as_wan_reads(enhanced, "enhanced_prompt"), job, context)
+    check_generated(as_wan_reads(enhanced, "enhanced_prompt"), job, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )

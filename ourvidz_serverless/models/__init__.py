@@ -1,12 +1,11 @@
-"""The families' models. torch, diffusers and transformers are imported below this floor only.
+"""Loads the models of the served families. Only the modules in this folder import torch.
 
-See `families` for what a family's module holds. A process imports the modules of the families that
-it serves, since each of them imports torch and more.
+`families` says what a family's module holds. A process imports only the modules of the families
+that it serves: each of them imports torch, and diffusers or transformers.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from typing import Any
@@ -19,19 +18,19 @@ from ourvidz_serverless.settings import Settings
 
 
 def open_ledger(settings: Settings) -> Ledger:
-    """The ledger of a worker's device, with nothing in it yet."""
-    memory = importlib.import_module("ourvidz_serverless.models.memory.device_memory")
-    ledger: Ledger = memory.open_ledger(settings)
-    return ledger
+    """The ledger of a worker's device, without models yet."""
+    from ourvidz_serverless.models.memory import device_memory  # imports torch
+
+    return device_memory.open_ledger(settings)
 
 
 def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
-    """The models of every family that `FAMILIES` asks for, as many on their device as fit.
+    """The models of the served families by name, as many of them on the device as fit.
 
-    Raises ModelLoadError with one line that names the setting which does not hold.
+    Raises ModelLoadError with one line that names the setting which is invalid.
     """
     if settings.chat_quantization == "none":
-        # transformers, diffusers and peft import it wherever they find it, which takes seconds.
+        # transformers, diffusers and peft import torchao if it is installed, which takes seconds.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     modules = {family.name: load_module(family.models_module) for family in settings.served}
     # Check every family before any of them reads its weights.
@@ -48,25 +47,25 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
 
 
 def _warm_up(family: str, model: Any) -> None:
-    """Have a model generate something before the first job; raises ModelLoadError if it cannot."""
-    began = time.monotonic()
+    """Make a model generate once before the first job; raises ModelLoadError if it fails."""
+    started = time.monotonic()
     try:
         model.warm_up()
     except OutOfMemory as exc:
-        # Smaller jobs than that may fit.
+        # Smaller jobs may still fit.
         log.warning("%s is not warm: %s", family, exc.message)
     except Exception as exc:
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
         name = FAMILIES[family].main_setting or family
         raise ModelLoadError(f"{name}: it loads, and does not generate ({why})") from exc
     else:
-        log.info("%s is warm after %.1f s", family, time.monotonic() - began)
+        log.info("%s is warm after %.1f s", family, time.monotonic() - started)
 
 
 def as_job_error(error: Exception) -> JobError:
-    """What an error that nobody foresaw is in our words: a lost device, or an internal error."""
+    """The JobError for an unforeseen error: DeviceLost if the device failed, else InternalError."""
     if "torch" not in sys.modules:
         return InternalError("an internal error; the worker's log says where")
-    device = importlib.import_module("ourvidz_serverless.models.memory.device")
-    named: JobError = device.as_job_error(error)
-    return named
+    from ourvidz_serverless.models.memory import device  # imports torch
+
+    return device.as_job_error(error)

@@ -1,4 +1,4 @@
-"""What a family's loop tells the running job, and what it asks the job."""
+"""The running job, as a family's generation loop sees it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """The running job, as a family's `generate(request, progress)` sees it."""
+    """What `generate(request, progress)` reports, and how a stop reaches it."""
 
     def check(self) -> None:
-        """Raise the job's error if the job was stopped or its time is over."""
+        """Raise the job's error if the job was stopped, or if its time is over."""
 
     def step(self, done: int, total: int) -> None:
         """Report that `done` of `total` denoising steps are done."""
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None:
-        """Report how the job was made to fit the device, if that is not the default way."""
+        """Report how the job was made to fit the device's memory, if not in the default way."""
 
     def speed(self, report: Mapping[str, Any]) -> None:
-        """Report what `speed` changed: forwards that were skipped, the decoder that was used."""
+        """Report what the `speed` preset changed: skipped forwards, the decoder that was used."""
 
 
 class NoProgress:
-    """The progress of a generation without a job: nothing is reported, nothing stops it."""
+    """For a generation without a job: it reports nothing, and nothing stops it."""
 
     def check(self) -> None: ...
 

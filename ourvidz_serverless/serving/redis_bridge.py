@@ -125,7 +125,7 @@ class Stopped(Exception):
 
 def endpoints(config: Settings) -> dict[str, tuple[str, ...]]:
     """The ids of the RunPod endpoints that the environment names, by family."""
-    named = {name: config.of(family.endpoint_setting) for name, family in FAMILIES.items()}
+    named = {name: config.value_of(family.endpoint_setting) for name, family in FAMILIES.items()}
     return {name: ids for name, ids in named.items() if ids}
 
 

@@ -1,4 +1,4 @@
-"""The fair semaphore: who gets a place, and how a wait ends."""
+"""The fair semaphore gives places in order of arrival, and a stop ends a wait."""
 
 import random
 import threading
@@ -16,141 +16,143 @@ from tests.fakes.tiny_chat import until
 from tests.patience import PATIENCE_S
 
 
-class Queue:
-    """Threads that wait for places of a semaphore, and what each was told while it waited."""
+class Waiters:
+    """Threads that wait for places of a semaphore, and what `on_wait` reported to each."""
 
     def __init__(self, places: int, threads: ThreadPoolExecutor) -> None:
         self.semaphore, self._threads = FairSemaphore(places), threads
         self.stops: dict[str, Stop] = {}
-        self.told: dict[str, list[int]] = {}
-        self.entered: list[str] = []
+        self.reported: dict[str, list[int]] = {}
+        self.served: list[str] = []
 
     def join(self, name: str, arrival: int | None = None) -> Future[None]:
-        """Have a thread wait for a place; it returns once it waits, or has one."""
+        """Start a thread that takes a place. Returns once the thread waits, or has a place."""
         number = 100 + len(self.stops) if arrival is None else arrival
-        stop, told = Stop(), list[int]()
-        self.stops[name], self.told[name] = stop, told
+        stop, reported = Stop(), list[int]()
+        self.stops[name], self.reported[name] = stop, reported
 
-        def hear(ahead: int) -> None:
-            told.append(ahead)
+        def on_wait(ahead: int) -> None:
+            reported.append(ahead)
             if stop.error:
                 raise stop.error
 
         def wait() -> None:
-            self.semaphore.acquire(number, stop, hear)
-            self.entered.append(name)
+            self.semaphore.acquire(number, stop, on_wait)
+            self.served.append(name)
 
         waiting = self._threads.submit(wait)
-        until(lambda: bool(told) or waiting.done())
+        until(lambda: bool(reported) or waiting.done())
         return waiting
 
 
 @pytest.fixture
-def queue() -> Callable[[int], Queue]:
+def make_waiters() -> Callable[[int], Waiters]:
     threads = ThreadPoolExecutor(16)
-    return lambda places: Queue(places, threads)
+    return lambda places: Waiters(places, threads)
 
 
 @pytest.fixture(autouse=True)
 def no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that nothing but an event ends a wait.
+    # So that only an event ends a wait.
     monkeypatch.setattr(fair_semaphore, "TICK_S", 10 * PATIENCE_S)
 
 
-def test_places_are_given_in_the_order_of_arrival(queue: Callable[[int], Queue]) -> None:
-    line = queue(1)
-    line.join("first").result(PATIENCE_S)
+def test_places_are_given_in_order_of_arrival(make_waiters: Callable[[int], Waiters]) -> None:
+    waiters = make_waiters(1)
+    waiters.join("first").result(PATIENCE_S)
     names = [f"waits {i}" for i in range(8)]
-    waiting = [line.join(name) for name in names]
+    waiting = [waiters.join(name) for name in names]
 
     for each in waiting:
-        line.semaphore.release()
+        waiters.semaphore.release()
         each.result(PATIENCE_S)
 
-    assert line.entered == ["first", *names]
+    assert waiters.served == ["first", *names]
 
 
-def test_who_arrived_earlier_goes_first_though_it_joined_later(
-    queue: Callable[[int], Queue],
+def test_an_earlier_arrival_gets_the_place_before_one_that_waited_longer(
+    make_waiters: Callable[[int], Waiters],
 ) -> None:
-    line = queue(1)
-    line.join("first").result(PATIENCE_S)
-    late, early = line.join("late", arrival=9), line.join("early", arrival=8)
+    waiters = make_waiters(1)
+    waiters.join("first").result(PATIENCE_S)
+    late, early = waiters.join("late", arrival=9), waiters.join("early", arrival=8)
 
     for each in (early, late):
-        line.semaphore.release()
+        waiters.semaphore.release()
         each.result(PATIENCE_S)
 
-    assert line.entered == ["first", "early", "late"]
+    assert waiters.served == ["first", "early", "late"]
 
 
-def test_who_waits_is_told_how_many_go_first_whenever_that_changes(
-    queue: Callable[[int], Queue],
+def test_a_waiting_thread_gets_each_new_number_of_threads_ahead(
+    make_waiters: Callable[[int], Waiters],
 ) -> None:
-    line = queue(2)
+    waiters = make_waiters(2)
     for name in ("a", "b"):
-        line.join(name).result(PATIENCE_S)
-    waiting = [line.join(name) for name in ("c", "d", "e")]
+        waiters.join(name).result(PATIENCE_S)
+    waiting = [waiters.join(name) for name in ("c", "d", "e")]
 
     for count, each in enumerate(waiting, 1):
-        line.semaphore.release()
+        waiters.semaphore.release()
         each.result(PATIENCE_S)
-        until(lambda count=count: len(line.told["e"]) == min(count + 1, 3))
+        until(lambda count=count: len(waiters.reported["e"]) == min(count + 1, 3))
 
-    assert line.told["e"] == [3, 2, 1]
+    assert waiters.reported["e"] == [3, 2, 1]
 
 
-def test_a_stop_ends_a_wait_at_once_and_moves_up_who_stands_behind(
-    queue: Callable[[int], Queue],
+def test_a_stop_ends_a_wait_at_once_and_moves_the_next_thread_up(
+    make_waiters: Callable[[int], Waiters],
 ) -> None:
-    line = queue(1)
-    line.join("first").result(PATIENCE_S)
-    stopped, behind = line.join("stopped"), line.join("behind")
+    waiters = make_waiters(1)
+    waiters.join("first").result(PATIENCE_S)
+    stopped, following = waiters.join("stopped"), waiters.join("next")
 
-    line.stops["stopped"].set()
+    waiters.stops["stopped"].set()
 
     with pytest.raises(Cancelled):
         stopped.result(PATIENCE_S)
-    until(lambda: line.told["behind"] == [2, 1])
-    line.semaphore.release()
-    behind.result(PATIENCE_S)
-    assert line.entered == ["first", "behind"]
+    until(lambda: waiters.reported["next"] == [2, 1])
+    waiters.semaphore.release()
+    following.result(PATIENCE_S)
+    assert waiters.served == ["first", "next"]
 
 
-def test_a_stop_that_came_before_the_wait_is_heard(queue: Callable[[int], Queue]) -> None:
-    line = queue(1)
-    line.join("first").result(PATIENCE_S)
+def test_a_stop_that_was_set_before_the_wait_ends_it(
+    make_waiters: Callable[[int], Waiters],
+) -> None:
+    waiters = make_waiters(1)
+    waiters.join("first").result(PATIENCE_S)
     stop = Stop()
     stop.set()
 
-    def hear(ahead: int) -> None:
+    def on_wait(ahead: int) -> None:
         assert stop.error
         raise stop.error
 
     with pytest.raises(Cancelled):
-        line.semaphore.acquire(200, stop, hear)
-    assert line.semaphore.num_waiting == 0
+        waiters.semaphore.acquire(200, stop, on_wait)
+    assert waiters.semaphore.num_waiting == 0
 
 
-def test_no_more_places_are_held_than_there_are_whoever_is_stopped_meanwhile() -> None:
+def test_stops_during_waits_neither_lose_nor_add_a_place() -> None:
     semaphore, inside = FairSemaphore(3), threading.Semaphore(3)
     stops = [Stop() for _ in range(300)]
 
     def visit(arrival: int, stop: Stop) -> bool:
-        def hear(ahead: int) -> None:
+        def on_wait(ahead: int) -> None:
             if stop.error:
                 raise stop.error
 
         try:
-            semaphore.acquire(arrival, stop, hear)
+            semaphore.acquire(arrival, stop, on_wait)
         except Cancelled:
             return True
-        has_room = inside.acquire(blocking=False)
-        time.sleep(0.0005)  # long enough for whoever should not be here
-        if has_room:
+        has_place = inside.acquire(blocking=False)
+        time.sleep(0.0005)  # long enough for a fourth thread to enter
+        if has_place:
             inside.release()
         semaphore.release()
-        return has_room
+        return has_place
 
     with ThreadPoolExecutor(16) as threads:
         visits = [threads.submit(visit, i, stop) for i, stop in enumerate(stops)]
@@ -159,7 +161,7 @@ def test_no_more_places_are_held_than_there_are_whoever_is_stopped_meanwhile() -
         assert all(each.result(PATIENCE_S) for each in visits)
 
     def refuse(ahead: int) -> None:
-        raise AssertionError(f"a place was lost: {ahead} go first")
+        raise AssertionError(f"a place was lost: {ahead} threads are ahead")
 
     for arrival in range(3):
         semaphore.acquire(arrival, Stop(), refuse)

@@ -41,7 +41,7 @@ def files(settings: Settings) -> list[Path]:
 def _files(settings: Settings) -> Iterator[Path]:
     is_half = wants_half_precision(settings)
     for weights in (each for family in settings.served for each in family.weights):
-        place = settings.of(weights.setting)
+        place = settings.value_of(weights.setting)
         if place is None or str(place) == "pocket":
             continue
         path = checkpoints.find(weights.setting, place, settings.model_dirs)

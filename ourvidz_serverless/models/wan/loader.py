@@ -83,7 +83,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> WanModel:
 
 def connect(models: Mapping[str, Any], settings: Settings) -> None:
     """Make the chat family's model WAN's enhancer, if the settings say so."""
-    if settings.wan_asks_chat:
+    if settings.wan_uses_chat_model:
         models["wan"].enhancer = models["chat"]
 
 
@@ -303,7 +303,7 @@ def read_enhancement_prompt(settings: Settings) -> str:
 def load_enhancer(settings: Settings, device: Device, ledger: Ledger) -> Chat | None:
     """The chat model of `WAN_ENHANCER_MODEL`; None where WAN has no chat model of its own."""
     place = settings.wan_enhancer_model
-    if settings.wan_asks_chat:
+    if settings.wan_uses_chat_model:
         return None
     if place is None and settings.wan_model == "pocket" and chat_loader.POCKET.exists():
         place = "pocket"

@@ -23,7 +23,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ourvidz_serverless.context import Stop, to_nobody
+from ourvidz_serverless.context import Stop, discard
 from ourvidz_serverless.errors import DeadlinePassed, InvalidPrompt, JobError
 from ourvidz_serverless.guard import access
 from ourvidz_serverless.job import Identity, Job
@@ -218,7 +218,7 @@ async def _administer(
     """The response to an `admin_utilities` job, which runs in a thread of its own kind."""
     envelope = _envelope_of(request, {"type": ADMIN, "config": config})
     run = functools.partial(service.worker.run, announces=False)
-    document = await service.administrators.run(run, envelope, Stop(), to_nobody)
+    document = await service.administrators.run(run, envelope, Stop(), discard)
     if document.failure:
         return document_response(document)
     result = dict(document.reply["result"])
