@@ -2,11 +2,15 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import ourvidz_serverless
 from tests.files import ROOT
+from tests.patience import PATIENCE_S
 
 PACKAGE = ROOT / "ourvidz_serverless"
 README = (ROOT / "README.md").read_text()
@@ -64,3 +68,76 @@ def test_importlib_is_used_once_for_the_table_of_families() -> None:
     ]
 
     assert users == [f"{ourvidz_serverless.__name__}.families"]
+
+
+# --- the recipes of docs/architecture.md, applied to a copy ---
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def applied(folder: Path, title: str) -> Path:
+    """A copy of the project with the diff of a recipe."""
+    section = ARCHITECTURE.split(f"## {title}\n")[1].split("\n## ")[0]
+    (diff,) = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    shutil.copytree(PACKAGE, folder / "ourvidz_serverless")
+    subprocess.run(
+        ["git", "apply", "--unsafe-paths", "-"], cwd=folder, input=diff, text=True, check=True
+    )
+    return folder
+
+
+def printed(folder: Path, code: str, **env: str) -> str:
+    """What a piece of code prints in a copy of the project."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), **env},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_storage_by_the_recipe_is_opened_by_its_scheme(tmp_path: Path) -> None:
+    code = """
+from ourvidz_serverless.delivery.storage.base import upload
+from ourvidz_serverless.delivery.storage.choose import open_storage
+from ourvidz_serverless.settings import Settings
+storage = open_storage(Settings())
+upload(storage, "user-1/job-1/0.png", b"pixels", "image/png")
+print(list(storage.keys()), storage.get("user-1/job-1/0.png"))
+"""
+    project = applied(tmp_path, "Add a storage")
+
+    assert printed(project, code, STORAGE_URL="memory:") == "['user-1/job-1/0.png'] b'pixels'"
+
+
+def test_a_scheduler_by_the_recipe_is_one_that_a_job_may_name(tmp_path: Path) -> None:
+    code = """
+from ourvidz_serverless.jobs.envelope import Envelope
+from ourvidz_serverless.models.schedulers import make_scheduler
+from ourvidz_serverless.settings import Settings
+config = {"scheduler": "Heun"}
+payload = {"type": "sdxl_image_fast", "user_id": "u", "prompt": "p", "config": config}
+job = Envelope.of({"id": "1", "input": payload}).job(Settings())
+print(job.config.scheduler, type(make_scheduler({}, job.config.scheduler)).__name__)
+"""
+    project = applied(tmp_path, "Add a scheduler")
+
+    assert printed(project, code) == "heun HeunDiscreteScheduler"
+
+
+def test_a_field_by_the_recipe_is_in_the_contract_and_acts(tmp_path: Path) -> None:
+    code = """
+from ourvidz_serverless.jobs.envelope import Envelope
+from ourvidz_serverless.serving.schema import family_schema
+from ourvidz_serverless.settings import Settings
+payload = {"type": "sdxl_image_fast", "user_id": "u", "prompt": "p", "config": {"label": "cover"}}
+job = Envelope.of({"id": "1", "input": payload}).job(Settings())
+print(job.config.label, "label" in family_schema("sdxl")["$defs"]["SdxlConfig"]["properties"])
+"""
+    project = applied(tmp_path, "Add a field")
+
+    assert printed(project, code) == "cover True"
