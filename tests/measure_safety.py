@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.guard import content_floor, content_lexicon
 
 CASES = Path(__file__).parent / "data" / "safety_cases.json"
 
@@ -127,7 +127,7 @@ def table(title: str, verdict: str, lines: list[tuple[str, int, int]]) -> str:
 def report() -> str:
     return "\n\n".join(
         [
-            f"List {content_floor.LIST_VERSION}.",
+            f"List {content_lexicon.LIST_VERSION}.",
             table("should be refused", "refused", list(rows(True))),
             table("disguise of a text to refuse", "refused", list(disguised())),
             table("should pass", "refused", list(rows(False))),

@@ -1,4 +1,4 @@
-"""The content floor refuses what it must, passes what it can, and cannot be talked out of it."""
+"""The content floor refuses what it must and passes what it can, in every disguise."""
 
 import ast
 import re
@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ourvidz_serverless.guard import content_floor
+from ourvidz_serverless.guard import content_floor, content_folding, content_lexicon
 from ourvidz_serverless.job import CheckedText, Signs
 from tests import measure_safety
 from tests.files import ROOT
 
+MODULES = (content_floor, content_folding, content_lexicon)
+
 DOCUMENT = ROOT / "docs/content-floor.md"
 
-UNHURRIED = settings(deadline=None)
+NO_DEADLINE = settings(deadline=None)
 
 REFUSED = "nude, 13 years old"
 KNOWN_DISGUISES = {"cut in two", "reversed"}
@@ -53,7 +55,8 @@ HOSTILE = {
 
 
 def is_table(value: object) -> bool:
-    return isinstance(value, dict | set | frozenset) and value is not content_floor._folds
+    # By type: the cache of folded characters is a dict of its own class, and no table.
+    return type(value) in (dict, set, frozenset)
 
 
 def groups(*, known: bool) -> list[Any]:
@@ -74,12 +77,12 @@ def judge(*texts: str, adult: bool = False) -> content_floor.Verdict:
 
 
 @pytest.mark.parametrize("group", groups(known=False))
-def test_the_floor_decides_each_case_as_it_should(group):
+def test_the_floor_decides_each_listed_case_correctly(group):
     assert decided(group, not group["refuse"]) == []
 
 
 @pytest.mark.parametrize("group", groups(known=True))
-def test_a_known_error_is_one_still(group):
+def test_the_floor_still_errs_on_each_known_error(group):
     assert decided(group, group["refuse"]) == []
 
 
@@ -94,28 +97,28 @@ def test_each_case_is_listed_once():
 
 
 @pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - KNOWN_DISGUISES))
-def test_a_disguise_does_not_help(disguise):
+def test_a_disguised_phrase_is_refused(disguise):
     disguised = map(measure_safety.DISGUISES[disguise], measure_safety.PHRASES)
 
     assert [text for text in disguised if not content_floor.check(text).refused] == []
 
 
-def test_only_the_known_disguises_help():
+def test_only_the_known_disguises_hide_a_phrase():
     caught = {name: n for name, _, n in measure_safety.disguised() if name in KNOWN_DISGUISES}
 
     assert caught == {"cut in two": 9, "reversed": 0}
 
 
-def test_a_minor_and_a_sexual_sign_are_refused_together_only():
-    version = content_floor.LIST_VERSION
+def test_only_a_minor_and_a_sexual_sign_together_are_refused():
+    version = content_lexicon.LIST_VERSION
     assert content_floor.check("nude child") == content_floor.Verdict(
-        True, "minor+sexual", version, content_floor.Signs(True, True)
+        True, "minor+sexual", version, Signs(True, True)
     )
     assert content_floor.check("child") == content_floor.Verdict(
-        False, None, version, content_floor.Signs(True, False)
+        False, None, version, Signs(True, False)
     )
     assert content_floor.check("nude") == content_floor.Verdict(
-        False, None, version, content_floor.Signs(False, True)
+        False, None, version, Signs(False, True)
     )
 
 
@@ -123,19 +126,19 @@ def test_in_adult_mode_the_sign_of_a_minor_is_enough():
     assert content_floor.check("child", adult=True).rule == "minor+adult-mode"
 
 
-def test_a_verdict_tells_whether_any_text_is_sexual():
+def test_a_verdict_says_whether_any_text_is_sexual():
     assert judge("a street", "a nude", "rain").signs.sexual
     assert judge("a street", adult=True).signs.sexual
     assert not judge("a street", "rain").signs.sexual
 
 
-def test_the_signs_of_a_job_add_up_over_its_texts():
+def test_the_signs_in_all_texts_of_a_job_count_together():
     assert judge("a child", "in a park", "nude").refused
     assert not judge("a child", "in a park").refused
     assert not judge().refused
 
 
-def test_the_refusal_says_content_policy_and_nothing_of_the_text():
+def test_a_refusal_says_content_policy_and_quotes_no_text():
     refusal = content_floor.refusal(content_floor.check("toddler, topless"))
 
     assert "content policy" in refusal.message
@@ -146,7 +149,7 @@ def audit_hash(*texts: str) -> str:
     return content_floor.audit_hash([CheckedText(text, "prompt") for text in texts])
 
 
-def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
+def test_the_audit_hash_depends_on_the_texts_and_where_each_ends():
     hashes = {audit_hash(*texts) for texts in (["ab", "c"], ["a", "bc"], ["abc"], [], ["", "abc"])}
 
     assert len(hashes) == 5
@@ -154,41 +157,41 @@ def test_the_audit_hash_tells_texts_apart_and_where_each_ends():
     assert audit_hash("\ud800") == audit_hash("\ud800")
 
 
-def test_a_number_too_long_for_python_is_no_way_out():
+def test_a_reference_with_too_many_digits_for_python_hides_no_sign():
     assert content_floor.check(f"&#{'9' * 5000}; {REFUSED}").refused
     assert content_floor.check(f"&#{'0' * 5000}110;ude child").refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.text(), st.text(), st.booleans())
-def test_a_refused_text_stays_refused_whatever_is_written_around_it(before, after, adult):
+def test_a_refused_text_is_refused_inside_any_other_text(before, after, adult):
     assert content_floor.check(f"{before}\n{REFUSED}\n{after}", adult=adult).refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.sampled_from(INVISIBLE), min_size=len(REFUSED), max_size=len(REFUSED)))
-def test_what_cannot_be_seen_changes_nothing(signs):
+def test_invisible_characters_hide_no_sign(signs):
     woven = "".join(f"{char}{sign}" for char, sign in zip(REFUSED, signs, strict=True))
 
     assert content_floor.check(woven).refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.sampled_from(EVERYDAY)))
 def test_everyday_words_pass_in_any_order_in_adult_mode(words):
     assert not content_floor.check(", ".join(words), adult=True).refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.text()), st.booleans())
-def test_a_job_is_never_safer_than_its_worst_text(texts, adult):
+def test_a_job_with_a_refused_text_is_refused(texts, adult):
     if any(content_floor.check(text, adult=adult).refused for text in texts):
         assert judge(*texts, adult=adult).refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.sampled_from(["a child", "nude", "rain", "a minor key"])), st.booleans())
-def test_texts_may_be_judged_one_after_the_other(texts, adult):
+def test_texts_judged_one_by_one_get_the_verdict_of_all_together(texts, adult):
     found = Signs()
     refused = []
     for text in texts:
@@ -204,7 +207,7 @@ def test_texts_may_be_judged_one_after_the_other(texts, adult):
 FORBIDS = "No school or minor context applies."
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.text(), st.text(), st.booleans())
 def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
     beside = f"{before}\n{FORBIDS} {REFUSED}\n{FORBIDS}\n{after}"
@@ -215,16 +218,20 @@ def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
 WORDS_OF_A_PROHIBITION = sorted(
     {
         word
-        for table in (content_floor.PROHIBITIONS, content_floor.PROHIBITED, content_floor.KINDS)
+        for table in (
+            content_lexicon.PROHIBITIONS,
+            content_lexicon.PROHIBITED,
+            content_lexicon.KINDS,
+        )
         for word in (*table.replace(",", " ").split(), "or", "and", "applies", "is", "allowed")
     }
 )
 OTHER_WORDS = ["a", "to", "rule", "child", "girl", "13", "not", "except", "refused", "nude"]
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, *OTHER_WORDS, ",", ".", "\n"])))
-def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
+def test_a_system_message_hides_only_the_nouns_that_it_forbids(words):
     text = " ".join(words)
     freed = re.sub(r"\b(?:minors?|underaged?)\b", "thing", text)
 
@@ -232,9 +239,9 @@ def test_a_system_message_loses_no_sign_but_the_nouns_that_it_forbids(words):
         assert content_floor.check(text, adult=True, role="system").refused
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, ",", ".", "\n"])))
-def test_a_system_message_is_refused_for_no_more_than_a_users(words):
+def test_a_system_message_is_refused_only_if_a_users_would_be(words):
     text = " ".join(words)
 
     if not content_floor.check(text, adult=True).refused:
@@ -250,11 +257,11 @@ def test_a_system_message_is_refused_for_no_more_than_a_users(words):
         f"never\n{FORBIDS}\na minor",
     ],
 )
-def test_the_texts_around_a_prohibition_do_not_become_a_harmless_phrase(text):
+def test_texts_around_a_prohibition_do_not_join_to_a_benign_phrase(text):
     assert content_floor.check(text, adult=True, role="system").refused
 
 
-def test_the_texts_around_a_prohibition_do_not_become_a_sign():
+def test_texts_around_a_prohibition_do_not_join_to_a_sign():
     text = f"a little\n{FORBIDS}\ngirl's\n{FORBIDS}\nnight"
 
     assert not content_floor.check(text, adult=True, role="system").refused
@@ -276,15 +283,16 @@ def test_only_a_system_message_can_forbid(role):
 
 
 def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
-    assert not content_floor.check(f"{content_floor.NEUTRAL}, nude", adult=True).refused
+    assert not content_floor.check(f"{content_lexicon.NEUTRAL}, nude", adult=True).refused
     assert all(
-        content_floor.NEUTRAL not in index
-        for index in vars(content_floor).values()
-        if is_table(index)
+        content_lexicon.NEUTRAL not in table
+        for module in MODULES
+        for table in vars(module).values()
+        if is_table(table)
     )
 
 
-@UNHURRIED
+@NO_DEADLINE
 @given(st.text(st.sampled_from("a1 .,-&#;x:()[]'13yo\n!@十歳ñ\u0301\ud800"), max_size=80))
 def test_any_text_gets_a_verdict(text):
     assert content_floor.check(text, adult=True).rule in (None, "minor+adult-mode")
@@ -293,11 +301,11 @@ def test_any_text_gets_a_verdict(text):
 # --- the cost ---
 
 
-class TimeIsUp(Exception):
+class StopRequested(Exception):
     pass
 
 
-def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
+def test_a_stop_ends_the_judgement_at_the_next_reading_of_a_text():
     read: list[CheckedText] = []
     readings = 0
 
@@ -310,16 +318,16 @@ def test_the_floor_can_be_stopped_at_each_reading_of_each_text():
         nonlocal readings
         readings += 1
         if readings == 12:
-            raise TimeIsUp
+            raise StopRequested
 
-    with pytest.raises(TimeIsUp):
+    with pytest.raises(StopRequested):
         content_floor.judge(texts(), check_stop=check_stop)
 
     assert readings == 12
     assert len(read) <= 12
 
 
-def test_the_floor_asks_to_be_stopped_at_least_once_a_text():
+def test_the_floor_checks_for_a_stop_at_least_once_a_text():
     asked: list[None] = []
 
     content_floor.judge([CheckedText("", "messages")] * 7, check_stop=lambda: asked.append(None))
@@ -334,7 +342,7 @@ def steps(text: str) -> int:
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal count
         count += event == "line"
-        return trace if frame.f_globals is vars(content_floor) else None
+        return trace if any(frame.f_globals is vars(each) for each in MODULES) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -347,7 +355,7 @@ def steps(text: str) -> int:
 
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
 def test_twice_the_text_takes_at_most_twice_the_steps(piece):
-    steps(piece * 500)  # remembers how its characters fold
+    steps(piece * 500)  # caches the folded characters
 
     assert steps(piece * 1000) <= 2.1 * steps(piece * 500) + 100
 
@@ -358,7 +366,7 @@ def test_a_word_that_is_repeated_is_looked_up_once(word, most):
 
 
 def unbounded(pattern: Any) -> list[Any]:
-    """What repeats without bound in a parsed pattern."""
+    """The parts of a parsed pattern that repeat without a bound."""
     found = []
     for op, argument in pattern:
         if op in (sre.MAX_REPEAT, sre.MIN_REPEAT) and argument[1] is sre.MAXREPEAT:
@@ -371,7 +379,12 @@ def unbounded(pattern: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     "pattern",
-    [value for value in vars(content_floor).values() if isinstance(value, re.Pattern)],
+    dict.fromkeys(
+        value
+        for module in MODULES
+        for value in vars(module).values()
+        if isinstance(value, re.Pattern)
+    ),
     ids=str,
 )
 def test_no_pattern_repeats_a_repetition(pattern):
@@ -382,17 +395,18 @@ def test_no_pattern_repeats_a_repetition(pattern):
 
 
 @pytest.mark.parametrize("piece", ["a", "9", "&#", "a\u0323\u0301", "\u200b", "十", "t e ", "ñ"])
-def test_half_a_megabyte_of_hostile_text_comes_to_an_end(piece):
+def test_half_a_megabyte_of_hostile_text_gets_a_verdict(piece):
     text = piece * (500_000 // len(piece))
 
     assert content_floor.check(f"{text}\n{REFUSED}").refused
 
 
 def test_the_floor_imports_nothing_that_reads_or_writes():
-    tree = ast.parse(Path(content_floor.__file__).read_text(encoding="utf-8"))
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in MODULES]
     imported = {
         module.split(".")[0]
-        for node in ast.walk(tree)
+        for source in sources
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for module in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
     }
@@ -401,5 +415,5 @@ def test_the_floor_imports_nothing_that_reads_or_writes():
     assert imported == {*allowed.split(), "unicodedata"}
 
 
-def test_the_document_holds_the_measured_numbers():
+def test_the_document_has_the_measured_numbers():
     assert measure_safety.report() in DOCUMENT.read_text(encoding="utf-8")

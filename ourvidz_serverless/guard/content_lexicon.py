@@ -1,0 +1,361 @@
+"""What the content floor knows: its words and phrases, and how they are looked up.
+
+In the tables a comma separates the entries, and `*` stands for an "s" that may follow. The tables
+are folded as the texts are, so they are written with accents and in their own scripts. Each phrase
+is also known as one word ("littlegirl").
+
+Change `LIST_VERSION` with every change of a table; `docs/content-floor.md` says how.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ourvidz_serverless.guard.content_folding import REPEATED, SAME_STROKE, fold
+
+LIST_VERSION = "2026-11-4"
+
+# Words that by themselves mean a person under 18. A claim of age does not clear them ("teen, 19").
+# Do not add girl, boy, young, petite, baby, babe, student, pupil, daughter, little sister: these
+# are everyday words for adults. Do not add stems: kidney, minority, teensy and childhood friends
+# would match.
+MINOR = """
+child*, children*, childlike, kid*, kiddie*, kiddo*, minor*, underage, underaged, under age girl*,
+under age boy*, juvenile*, youngster*, teen*, teenage, teenaged, teenager*, tween*, preteen*, pre
+teen*, adolescent*, pubescent, prepubescent, pre pubescent, prepub*, infant*, newborn*, toddler*,
+preschooler*, kindergartner*, kindergartener*, kindergarten, preschool, pre school, nursery school,
+elementary school, elementary schooler*, primary school, grade school, grade schooler*, middle
+school, middle schooler*, secondary school, junior high, high school, high schooler*, school girl*,
+school boy*, school child, school children, school kid*, school age, school aged, school uniform*,
+girl scout*, boy scout*, little girl*, little boy*, little child*, young girl*, young boy*, small
+girl*, small boy*, little daughter*, little son*, young daughter*, young son*, a baby girl, a baby
+boy, of a baby, sweet sixteen, sweet 16, under 18, under eighteen, below 18, below eighteen, not yet
+18, not yet eighteen, younger than 18, younger than eighteen, under the age of 18, under the age of
+eighteen, jailbait, jail bait, nymphet*, aged down, de aged, age regression, age regressed, age
+play, teen girl*, teen boy*, very young, nude baby, nude babies, naked baby, naked babies, not of
+legal age, below legal age, under the age of consent, below the age of consent,
+
+loli*, lolis, lolicon, lolita*, shota*, shotacon, toddlercon, rorikon, pedo*, pedophile*,
+pedophilia, paedophile*, paedophilia, csam, pthc,
+
+ninya*, ninyo*, ninyita*, ninyito*, menor de edad, menores de edad, colegiala*, adolescente*,
+quinceañera*, chiquilla*, pornografía infantil, enfant*, mineure*, fillette*, gamines, une gamine,
+petite gamine, petite fille, petites filles, petit garçon, petits garçons, écolière*, écolier*,
+collégienne*, collégien*, lycéenne*, lycéen*, nourrisson*, bambin*, ein kind, das kind, kleines
+kind, kleine kinder, kindern, kindes, kleinkind, kleinkinder, schulkind, schulkinder, kindlich,
+minderjährig, minderjährige*, minderjähriger, minderjährigen, minderjähriges, schülerin,
+schülerinnen, schulmädchen, kleines mädchen, kleine mädchen, junges mädchen, jugendliche,
+jugendlicher, jugendlichen, säugling*, kinderen, minderjarig, minderjarige*, criança*, menor de
+idade, menores de idade, menininha*, garotinha*, garotinho*, bambina, bambine, bambino, bambini,
+minorenne, minorenni, ragazzina, ragazzine, ragazzino, ragazzini, neonato, neonata, undicenne,
+dodicenne, tredicenne, quattordicenne, quindicenne, sedicenne, diciassettenne, dziecko, dzieci,
+nieletni, nieletnia, ребенок, ребенка, дети, детей, детская порнография, подросток, подростка,
+подростки, школьница, школьницы, школьник, школьницу, малолетка, малолетки, малолетняя, малолетний,
+несовершеннолетняя, несовершеннолетний, несовершеннолетние, маленькая девочка, маленький мальчик,
+
+未成年, 幼女, 女児, 男児, 児童, 小学生, 中学生, 高校生, 女子高生, 子供, 子ども, ロリ, ロリコン,
+ロリータ, ショタ, ショタコン, 萝莉, 蘿莉, 小正太, 正太控, 儿童, 兒童, 初中生, 高中生, 小女孩,
+小男孩, 小孩, 幼童, 미성년자, 초등학생, 중학생, 고등학생, 여고생, 여중생, 어린이
+"""
+
+# Words that make a text sexual, clinical and common ones. Do not add what children do and wear
+# (bath, swimsuit, bare feet, kiss, diaper), virgin and madonna, breast and nursing: a nativity
+# scene would be refused. Do not add what occurs inside other Chinese words (性的, 性交, 做爱).
+# Adult mode needs none of these words, so ambiguous ones can be left out.
+SEXUAL = """
+sex, sexy, sexier, sexual, sexually, sexuality, sexualize, sexualized, sexualised, sexting, nude*,
+nudity, naked, nekkid, nakedness, unclothed, undressed, undressing, undress, topless, bottomless,
+without clothes, no clothes, wearing nothing, nsfw, porn, porno, porns, pornographic, pornography,
+xxx, hentai, ecchi, rating explicit, explicit content, erotic, erotica, eroticism, erotically, lewd,
+lewds, lustful, lustfully, horny, aroused, arousing, arousal, seductive, seductively, seduce,
+seducing, sensual, sensually, kinky, fetish, fetishes, bdsm, bondage, intercourse, masturbate*,
+masturbating, masturbation, orgasm*, orgasmic, fellatio, cunnilingus, blowjob*, blow job*, handjob*,
+cum, cumshot*, creampie*, ejaculate*, ejaculation, anal, foreplay, orgy, orgies, threesome*,
+gangbang*, making love, make love, rape*, raped, raping, molest*, molested, grope*, groped, groping,
+fondle*, fondling, incest, prostitute*, prostitution, striptease, strip tease, stripper*, upskirt,
+cameltoe, camel toe, ahegao, futanari, genital*, genitalia, penis, penises, vagina*, vaginal,
+vulva*, clitoris, anus, scrotum, testicle*, pubic, breasts, bare breast, nipple*, areola*, buttock*,
+bare bottom, bare butt, bare ass, boob*, tit, tits, titties, ass, dick*, cock*, pussy, cunt*, cunny,
+fuck*, fucked, fucking, slut*, slutty, cleavage, lingerie, underwear, panties, panty, thong, bra,
+dildo*, vibrator*, spread legs, legs spread, onlyfans, csam, pthc,
+
+desnuda*, desnudo*, desnudez, sexo, erótica*, erótico*, pornografía, tetas, nue*, dénudée*,
+déshabillée*, sexe, sexuelle*, sexuel*, érotique*, seins, nackt, nackte*, nackter, nackten, nacktes,
+sexuell, sexuelle, erotisch, erotische, brüste, naakt, nua*, sem roupa, pornográfico*, nuda, nudo,
+nudi, sesso, sessuale, erotico, erotiche, голая, голый, голые, голую, голой, обнаженная, обнаженный,
+обнаженные, нагая, секс, порно, эротика, эротическая, эротический, сексуальная, сексуальный, детская
+порнография, 裸, ヌード, セックス, エロ, エッチ, ポルノ, 全裸, 性行為, 色情, 情色, 性感内衣, 淫,
+나체, 누드, 알몸, 섹스, 포르노
+"""
+
+# Set phrases that contain a sign and mean something else. Only spaces, hyphens and apostrophes may
+# stand between their words: "a minor, key light" is no "minor key". Never add a phrase that can
+# also describe a minor or a character who is one ("wild child", "in a minor", "Teen Titans"). Never
+# add an animal to the things that have an age ("a 12 year old cat girl").
+BENIGN = """
+minor key*, minor chord*, minor scale*, minor third*, minor sixth*, minor seventh*, minor detail*,
+minor change*, minor adjustment*, minor edit*, minor tweak*, minor fix, minor fixes, minor flaw*,
+minor imperfection*, minor skin imperfection*, minor blemish, minor blemishes, minor scratch, minor
+scratches, minor scuff*, minor scar*, minor wrinkle*, minor injury, minor injuries, minor issue*,
+minor problem*, minor role*, minor variation*, minor difference*, minor version*, minor release*,
+minor league*, minor arcana, minor surgery, minor planet*, minor deity, minor deities, minor film
+grain, minor damage, b minor, c minor, d minor, e minor, f minor, g minor, sharp minor, flat minor,
+ursa minor, canis minor, leo minor, asia minor, asie mineure, vinca minor, kid glove*, kid leather,
+kid skin, kid goat*, billy the kid, sundance kid, cisco kid, i kid you not, kid cudi, kid rock, kid
+icarus, new kids on the block, child s pose, childs pose, child bearing, childbearing, inner child,
+destiny s child, destinys child, child free, child process, child processes, child class, child
+node*, child element*, child support, teen vogue, teenage mutant ninja turtle*, mutant ninja
+turtle*, gothic lolita, lolita fashion, girl scout cookie*, high school teacher*, high school
+principal, high school reunion*, middle school teacher*, elementary school teacher*, primary school
+teacher*, secondary school teacher*, kindergarten teacher*, preschool teacher*, dragon age, ice age,
+stone age, bronze age, iron age, middle age, dix huit, dix neuf, infant formula, enfant terrible, 18
+minute*, 18 second*, 18 hour*, 18 day*, 18 degree*, 18 percent, 18 dollar*, 18 euro*, 18 inch, 18
+inches, 18 pound*, 18 kg, 18 cm, 18 mm, 18 miles, 18 km, sex ed, sex education, same sex, opposite
+sex, fair sex, biological sex, sex of the baby, nude color*, nude colour*, nude colored, nude
+coloured, nude tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette,
+nude nail*, nude shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude,
+kick ass, pussy willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a
+doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the city
+"""
+
+# A clause that forbids asks for nothing: "never depict minors", "no one under 18", "refuse sexual
+# content". After a negation and any of these fillers, the legal words in FORBIDDEN are no signs,
+# nor is "sexual" before "content". Do not add children, teens, ages, nude: an image model reads "no
+# child" as "child". A refusal that is denied forbids nothing: "never refuse minors".
+DENIALS = "no, not, never, without, cannot, dont, mustnt, nobody, t"
+REFUSALS = "refuse, refuses, decline, reject, avoid, exclude, forbid, prohibit"
+FILLERS = """
+a, about, age, an, and, any, anybody, anyone, anything, are, as, be, character, characters, contain,
+contains, content, create, depict, depicting, depicts, describe, describing, discuss, engage,
+eighteen, feature, featuring, for, generate, generating, if, in, include, including, involve,
+involves, involving, is, material, of, one, or, people, person, persons, portray, portraying,
+produce, provide, request, requests, roleplay, sexual, sexualize, sexualise, show, someone, than,
+that, the, themes, to, under, who, with, write, writing, years, old, younger, ever
+"""
+FORBIDDEN = "minor, minors, underage, underaged, 18, eighteen"
+MATERIAL = "content, material, themes, acts, activity"
+MAX_FILLERS = 10  # between a negation and what it forbids
+
+# A complete sentence of a system message that forbids: a negation, a list of these nouns, and
+# perhaps a verb ("No school settings or minor context applies."). In such a sentence the nouns that
+# are also in FORBIDDEN are no signs; nothing else changes. Every word of the sentence must be in
+# these tables, so that it cannot ask for anything: "No rules or minor context applies." and "No,
+# minor context applies." are not recognised. Do not add adult, rule, limit, restriction, or another
+# verb ("is refused").
+PROHIBITIONS = "no, never any, not any"
+PROHIBITED = """
+school, schools, college, colleges, classroom, classrooms, campus, minor, minors, underage,
+underaged
+"""
+KINDS = """
+context, contexts, setting, settings, content, scenario, scenarios, theme, themes, character,
+characters
+"""
+PROHIBITED_VERBS = "applies, apply, is allowed, are allowed"
+
+# What follows a number and by itself makes it an age. Do not add bare years, which are more often a
+# time ("15 years of experience", "hace 10 años"): those are in YEARS, and need a lead, which is a
+# phrase before the number.
+AGE_UNITS = """
+years old, year old, year olds, yrs old, yr old, yr olds, yo, yos, y o,
+세, years young, years of age, year of age, months old, month old, month olds, th birthday, st
+birthday, nd birthday, rd birthday, th grade, th grader*, st grade, st grader*, nd grade, nd
+grader*, rd grade, rd grader*, year girl*, year boy*, yr girl*, yr boy*, años de edad, anos de
+idade, añitos, aninhos, ans d âge, ans dâge, jahre alt, jahre jung, jährig, jährige, jähriger,
+jähriges, jährigen, jaehrige, jaehriger, jaehriges, jaar oud, anni di età, лет от роду, летняя,
+летний, летние, летней, летнюю, летнего
+"""
+AGED_THINGS = """
+whisky, whiskey, scotch, bourbon, rum, wine, cognac, brandy, cheese, car, truck, house, building,
+tree, company, tradition, mystery, yo, yos
+"""
+# What stands before a number and makes it an age, unless another measure follows.
+AGE_LEADS = """
+aged, age, ages, age of, age is, alter von, edad de, edad, idade de, idade, età di, возраст,
+возрасте
+"""
+NOT_AGES = """
+years in oak, years in cask*, years in barrel*, years in bottle, hour*, day*, week*, month*,
+minute*, percent
+"""
+# Years that are an age if a person or "has" stands just before the number, and no "de" follows:
+# that makes them a time ("tiene 10 años de experiencia").
+YEARS = "years, yrs, yr, años, ans, anni, jahre, jahren, jaar, лет, года"
+YEAR_LEADS = """
+tiene, tengo, tenía, cumple, tem, tenho, tinha, elle a, il a, j ai, jai, âgée de, âgé de, âgées de,
+ha, ho, ей, ему, мне
+"""
+OF_TIME = "de, di, d, of, ago, experience, later, назад, опыта"
+PERSON = """
+girl*, boy*, woman, women, man, men, female*, male*, lady, daughter*, son*, sister*, brother*,
+student*, chica*, chico*, niña*, niño*, muchacha*, muchacho*, mujer, hija, hijo, fille*, garçon*,
+femme, élève*, mädchen, junge, frau, tochter, sohn, meisje, jongen, menina*, menino*, garota*,
+garoto*, moça, mulher, filha, filho, ragazza, ragazze, ragazzo, donna, figlia, figlio, девочка,
+девочки, девушка, мальчик, дочь, сын
+"""
+LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
+# After these, a number alone is an age if its clause ends with it. Only digits and English words
+# count, from FIRST_BARE on: "elf" is eleven in German, and a common tag.
+BARE_LEADS = """
+she is, he is, she s, he s, shes, hes, i am, i m, im, who is, who s, they are, they re, both are,
+you are, you re, youre, turned, turning, turns, looks, looks like, look, appears, under, not even,
+not yet
+"""
+HEDGES = "only, just, about, around, almost, nearly, barely, still, maybe, like"
+FIRST_BARE = 4
+CLAUSE_ENDS = {",", "and", "but", "last", "this", "today", "yesterday", "now", "when", "so"}
+
+# Numbers below 18, in order from one, as an age can be written.
+NUMBERS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen",
+    "un dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis"
+    " diecisiete",
+    "une deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize"
+    " dixsept",
+    "eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn"
+    " sechzehn siebzehn",
+    "um dois três quatro cinco seis sete oito nove dez onze doze treze quatorze quinze dezesseis"
+    " dezessete",
+    "uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici"
+    " quindici sedici diciassette",
+    "один два три четыре пять шесть семь восемь девять десять одиннадцать двенадцать тринадцать"
+    " четырнадцать пятнадцать шестнадцать семнадцать",
+)
+SCHOOL_YEARS = """
+first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh, twelfth
+"""
+RUSSIAN_STEMS = """
+пяти, шести, семи, восьми, девяти, десяти, одиннадцати, двенадцати, тринадцати, четырнадцати,
+пятнадцати, шестнадцати, семнадцати
+"""
+# A number after one of these is a part of a larger number: "twenty-five years old".
+TENS = """
+twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety, hundred, thousand, million, veinte,
+treinta, cuarenta, cincuenta, sesenta, setenta, ochenta, noventa, cien, ciento, mil, vingt, trente,
+quarante, cinquante, soixante, cent, mille, vinte, trinta, quarenta, cinquenta, sessenta, oitenta,
+cento, двадцать, тридцать, сорок, пятьдесят, шестьдесят, семьдесят, восемьдесят, девяносто, сто
+"""
+AND = "and, y, e, et"
+RANGES = "to, or, and, a, bis, o, ou, y, e"
+HAN_DIGITS = "一二三四五六七八九"
+# A word that begins with one of these makes the number before it an age. Not 세: 15세기 is the 15th
+# century.
+AGE_MARKS = "歳, 才, 岁, 歲, 살, yearold, yearsold"
+
+Tokens = list[str]
+
+#: Phrases by their first word, or by their last one.
+Index = dict[str, set[tuple[str, ...]]]
+
+#: The token for a pause: a comma, an end of a sentence, a new line.
+PAUSE = ","
+
+#: A word that is in no table, and no part of an entry.
+NEUTRAL = "excluded"
+
+#: In letters: shorter words are not recognised in two parts. Nor are the words in NOT_CUT, whose
+#: parts occur in other texts: "5 min or less", "the pen is".
+MIN_CUT_LETTERS = 5
+NOT_CUT = {"minor", "minors", "underage", "penis", "porno", "bambino"}
+
+KATAKANA = re.compile("[ァ-ヺー]")
+
+
+def _entries(table: str) -> Iterator[Tokens]:
+    """The folded phrases of a table; a phrase with `*` occurs without and with its "s"."""
+    for entry in table.split(","):
+        words = fold(entry).replace("*", "").split()
+        yield words
+        if "*" in entry:
+            yield [*words[:-1], words[-1] + "s"]
+
+
+def _words(table: str) -> frozenset[str]:
+    return frozenset(" ".join(words) for words in _entries(table))
+
+
+def _index(table: str, key: int = 0) -> Index:
+    index: Index = {}
+    for words in _entries(table):
+        index.setdefault(words[key], set()).add(tuple(words))
+    return index
+
+
+def _prohibition() -> re.Pattern[str]:
+    """The sentences that `PROHIBITIONS` describes, in their plain spelling only."""
+    noun = rf"(?:{_either(PROHIBITED)})(?: (?:{_either(KINDS)}))?"
+    by_and = rf"(?: and {noun}){{1,6}}"
+    by_or = rf"(?:, {noun}){{0,6}}(?:,? n?or {noun}){{1,6}}"
+    start = r"(?:\A|(?<=\n)|(?<=\n- )|(?<=[.!?] ))"
+    end = r"(?=[.!](?:\s|\Z)|\n\n|\n- |\s*\Z)"
+    sentence = rf"(?:{_either(PROHIBITIONS)}) {noun}(?:{by_and}|{by_or})?"
+    return re.compile(
+        rf"{start}{sentence}(?: (?:{_either(PROHIBITED_VERBS)}))?{end}", re.ASCII | re.IGNORECASE
+    )
+
+
+def _either(table: str) -> str:
+    return "|".join(sorted(_words(table)))
+
+
+def _ages_in_a_word() -> str:
+    german = [f"{n}jährig{e}" for n in NUMBERS[3].split() for e in ("", "e", "er", "es", "en")]
+    russian = [
+        f"{n}летн{e}" for n in _words(RUSSIAN_STEMS) for e in ("яя", "ий", "ей", "юю", "его", "ие")
+    ]
+    grades = [f"{year} {grade}" for year in _words(SCHOOL_YEARS) for grade in ("grade", "grader*")]
+    infants = [f"{n} {month} old" for n in range(18, 37) for month in ("month", "months")]
+    schools = (("小学", "一二三四五六123456"), ("中学", "一二三123"), ("高校", "一二三123"))
+    japanese = [f"{school}{year}年" for school, years in schools for year in years]
+    return ", ".join([*german, *russian, *grades, *infants, *japanese])
+
+
+def _glued(table: str) -> str:
+    """The table, and each of its phrases as one word."""
+    return table + "".join(f", {''.join(words)}" for words in _entries(table) if len(words) > 1)
+
+
+# The tables as the floor reads them: words in sets, phrases by their first word.
+MINOR_PHRASES = _index(_glued(MINOR) + ", " + _ages_in_a_word())
+SEXUAL_PHRASES = _index(_glued(SEXUAL))
+BENIGN_PHRASES = _index(BENIGN)
+DENIAL_WORDS, REFUSAL_WORDS = map(_words, (DENIALS, REFUSALS))
+FILLER_WORDS, FORBIDDEN_WORDS = map(_words, (FILLERS, FORBIDDEN))
+NEGATION_WORDS = DENIAL_WORDS | REFUSAL_WORDS
+PROHIBITION_PATTERN = _prohibition()
+FORBIDDEN_NOUN_PATTERN = re.compile(rf"\b(?:{_either(FORBIDDEN)})\b", re.ASCII | re.IGNORECASE)
+HEDGE_WORDS = _words(HEDGES)
+MATERIAL_WORDS, AGED_THING_WORDS, YEAR_WORDS = map(_words, (MATERIAL, AGED_THINGS, YEARS))
+TIME_WORDS, PERSON_WORDS, TENS_WORDS = map(_words, (OF_TIME, PERSON, TENS))
+AND_WORDS, RANGE_WORDS = map(_words, (AND, RANGES))
+AGE_UNIT_PHRASES, NOT_AGE_PHRASES = map(_index, (AGE_UNITS, NOT_AGES))
+AGE_LEADS_BY_LAST, YEAR_LEADS_BY_LAST, BARE_LEADS_BY_LAST = (
+    _index(table, key=-1) for table in (AGE_LEADS, YEAR_LEADS, BARE_LEADS)
+)
+AGE_MARK_PREFIXES = tuple(_words(AGE_MARKS))
+MINOR_AGES = frozenset(
+    {f"{n:0{digits}}" for n in range(18) for digits in (1, 2)}
+    | {word for language in NUMBERS for word in fold(language).split()}
+)
+BARE_AGES = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
+
+_INDEXES = (MINOR_PHRASES, SEXUAL_PHRASES)
+_SINGLE_WORDS = sorted({word for index in _INDEXES for word in index if (word,) in index[word]})
+KNOWN_WORDS = [word for word in _SINGLE_WORDS if len(word) > 2]
+CUT_WORDS = {word for word in KNOWN_WORDS if len(word) >= MIN_CUT_LETTERS} - NOT_CUT
+GLUED_PARTS = {*KNOWN_WORDS, "girl", "girls", "boy", "boys"}
+GLUED_PREFIXES = {word[:3] for word in GLUED_PARTS}
+UNSPACED_WORDS = [
+    word for word in _SINGLE_WORDS if word[0] >= "\u1100" and not KATAKANA.match(word)
+]
+LEET_WORDS = {
+    word.translate(SAME_STROKE): word
+    for table in (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
+    for words in _entries(_glued(table))
+    for word in words
+    if len(word) > 2
+}
+# Reversed, so that the first table takes precedence: "teeeen" is teen, not ten.
+STRETCHED_WORDS = {REPEATED.sub(r"\1", drawn): word for drawn, word in reversed(LEET_WORDS.items())}
