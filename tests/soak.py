@@ -1,7 +1,7 @@
 """Thousands of small jobs with faults at random: `python -m tests.soak 10000`.
 
 Prints the table of docs/reliability.md. The store, the receiver, the model and the caller each
-misbehave now and then; afterwards no job may be lost or told of twice, and the process must be as
+fail now and then. Afterwards no job may be lost or called back twice, and the process must be as
 small as it was.
 """
 
@@ -215,7 +215,7 @@ def report(soak: Soak, count: int) -> str:
     rows = [
         ("jobs", count),
         ("lost", len(soak.lost)),
-        ("told of twice", len(soak.doubled)),
+        ("called back twice", len(soak.doubled)),
         ("undelivered, kept", soak.kept),
         *((f"ended as `{code}`", n) for code, n in soak.endings.most_common()),
         ("threads", f"{first.threads} → {last.threads}"),
