@@ -19,6 +19,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("pocket/*/README.md")),
 ]
 
+PACKAGE = ROOT / "ourvidz_serverless"
+
 #: A word with one of these endings is a file of the repository, even if it names no folder.
 ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
 
@@ -42,7 +44,7 @@ def each(pattern: str, is_checked: Callable[[Path, str], bool] = lambda *_: True
 
 def bases(document: Path) -> Iterator[Path]:
     """The folders that the paths in a document may be relative to."""
-    yield from (ROOT, ROOT / "ourvidz_serverless", ROOT / "tests", document.parent)
+    yield from (ROOT, PACKAGE, ROOT / "tests", document.parent)
 
 
 def looks_like_a_file(document: Path, word: str) -> bool:
@@ -54,8 +56,9 @@ def looks_like_a_file(document: Path, word: str) -> bool:
 @each(r"`([\w./{}-]+)`", looks_like_a_file)
 def test_a_file_that_a_document_names_exists(document: Path, word: str) -> None:
     pattern = re.sub(r"\{\w+\}", "*", word.rstrip("/"))
+    places = [*(base.glob(pattern) for base in bases(document)), PACKAGE.rglob(pattern)]
 
-    assert any(next(base.glob(pattern), None) for base in bases(document))
+    assert any(next(place, None) for place in places)
 
 
 @each(r"\]\((?!\w+:)([^)\s]+)\)")
