@@ -67,7 +67,7 @@ def _write(
         _check(piece, width, height)
         for pixels in piece:
             poster = pixels if poster is None else poster
-            file.mux(stream.encode(_frame(pixels, count, fps)))
+            file.mux(stream.encode(to_video_frame(pixels, count, fps)))
             count += 1
     file.mux(stream.encode(None))
     return count, poster
@@ -81,7 +81,8 @@ def _check(piece: Frames, width: int, height: int) -> None:
         )
 
 
-def _frame(pixels: Frames, index: int, fps: int) -> av.VideoFrame:
+def to_video_frame(pixels: Frames, index: int, fps: int) -> av.VideoFrame:
+    """The frame in the colours and the pixel format of the video, at its time."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     frame = frame.reformat(
         format="yuv420p",

@@ -1,8 +1,8 @@
-"""A clock that goes when it is told to."""
+"""A clock that moves only when a test advances it."""
 
 
 class Clock:
-    """Stands where `time.monotonic` stands."""
+    """Replaces `time.monotonic`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -29,7 +29,7 @@ class FakeMemory:
 
 
 class FakeModel:
-    """A `Movable` that is nothing but a size and a place."""
+    """A `Movable` that has only a size and a place."""
 
     is_on_disk = True
 
@@ -94,7 +94,7 @@ class TorchPinnedAllocator:
     """A model of torch's allocator of pinned memory (CachingHostAllocator.h, torch 2.13).
 
     A request is rounded up to a power of two, and a freed block is kept for the next one of that
-    size, for as long as `pinned_max_cached_size_mb` is not set.
+    size, unless `pinned_max_cached_size_mb` is set.
     """
 
     def __init__(self) -> None:
@@ -116,29 +116,29 @@ class TorchPinnedAllocator:
 class FakeGpu:
     """A GPU for `MovableTensors`, whose memory is a part of the host's.
 
-    It allocates at the lowest free address: like CUDA's allocator it uses freed memory again.
+    It allocates at the lowest free address. Like CUDA's allocator, it reuses freed memory.
     """
 
     is_cuda = True
 
     def __init__(self, num_bytes: int = 1 << 24, runtime: FakeCudaRuntime | None = None) -> None:
         self._memory = memoryview(bytearray(num_bytes))
-        self._taken: dict[int, int] = {}
+        self._allocated: dict[int, int] = {}
         self.runtime = runtime or FakeCudaRuntime()
 
     @property
     def used_bytes(self) -> int:
-        return sum(self._taken.values())
+        return sum(self._allocated.values())
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        start = self._room(tensor.nbytes)
-        there = torch.frombuffer(
+        start = self._free_address(tensor.nbytes)
+        copy = torch.frombuffer(
             self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=start
         )
-        self._taken[start] = tensor.nbytes
-        weakref.finalize(there.untyped_storage(), self._taken.pop, start)
+        self._allocated[start] = tensor.nbytes
+        weakref.finalize(copy.untyped_storage(), self._allocated.pop, start)
         strides = torch.empty_like(tensor).stride()
-        return there.as_strided(tensor.shape, strides).copy_(tensor)
+        return copy.as_strided(tensor.shape, strides).copy_(tensor)
 
     def has(self, tensor: torch.Tensor) -> bool:
         start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
@@ -162,10 +162,10 @@ class FakeGpu:
 
     def free_memory(self) -> None: ...
 
-    def _room(self, num_bytes: int) -> int:
+    def _free_address(self, num_bytes: int) -> int:
         start = 0
-        for taken, size in sorted(self._taken.items()):
-            if start + num_bytes <= taken:
+        for address, size in sorted(self._allocated.items()):
+            if start + num_bytes <= address:
                 break
-            start = -(-(taken + size) // 64) * 64
+            start = -(-(address + size) // 64) * 64
         return start

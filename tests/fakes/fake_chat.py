@@ -1,4 +1,4 @@
-"""Fakes of chat models: one replies with given texts, one never stops."""
+"""Fake chat models: one replies with the given texts, one never stops."""
 
 import threading
 import time

@@ -1,7 +1,8 @@
-"""CUDA graphs for a CPU: one kind behaves as CUDA's do, others fail in different ways.
+"""CUDA graphs for a CPU: one kind behaves as CUDA's graphs do, the others fail in different ways.
 
 A fake graph is a list of operations on tensors. A replay computes them again, into the same memory,
-and runs no line of the captured Python. What makes the host wait for the device cannot be captured.
+and runs no line of the captured Python. An operation that makes the host wait for the device cannot
+be captured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Compute = Callable[[], torch.Tensor]
 
 
 class OperationLog(TorchDispatchMode):
-    """The operations that run under it. `waits` are those for which a GPU's host would wait."""
+    """The operations that run under it. `waits` names those for which a GPU's host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class OperationLog(TorchDispatchMode):
 
 
 class FakeCudaGraphs:
-    """Captures as CUDA does, and counts."""
+    """Captures and replays as CUDA does, and counts both."""
 
     def __init__(self) -> None:
         self.num_captured = self.num_replayed = 0
@@ -59,9 +60,9 @@ class FakeCudaGraphs:
 
 def compute_again(func: Any, args: Any, kwargs: Any, made: Any) -> None:
     """Compute an operation again, into its old result; views and in-place results need no copy."""
-    given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
+    inputs = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
     for old, new in zip(tensors(made), tensors(func(*args, **kwargs)), strict=True):
-        if old.untyped_storage().data_ptr() not in given:
+        if old.untyped_storage().data_ptr() not in inputs:
             old.copy_(new)
 
 
@@ -88,7 +89,7 @@ def capture_result(compute: Compute) -> Compute:
 
 
 class FixedPositions:
-    """Captures the positions too: every replay writes to the same place in the cache."""
+    """Captures the positions too, so every replay writes to the same place in the cache."""
 
     def __init__(self) -> None:
         self.num_replayed = 0
@@ -109,8 +110,8 @@ class FixedPositions:
         return replay
 
 
-def failing(error: Exception, after: int = 0) -> Callable[[Compute], Compute]:
-    """A capture that raises an error, at once or after so many replays."""
+def failing_capture(error: Exception, after: int = 0) -> Callable[[Compute], Compute]:
+    """A capture that raises an error: at once, or after `after` replays."""
 
     def capture(compute: Compute) -> Compute:
         if not after:

@@ -1,10 +1,14 @@
 """`handler.py` with a fake model: the real worker and loop, ready in a second or two.
 
-Where `FAMILIES` names chat, a `FakeChat` answers chats; that takes torch's import longer.
+It runs as `python -m tests.fakes.fake_handler`. If `FAMILIES` names chat, a `FakeChat` answers
+chats; the start then takes longer, since it imports torch.
 
-It runs as `python -m tests.fakes.fake_handler`. While the file `HOLD` exists, no step ends. While
-`HOLD.pixels` exists, no picture can be read, so that its encoder waits; `HOLD.waits` says so.
-While `HOLD.later` exists, it is `LATER_S` later than it would be.
+The variable `HOLD` is a path. Files at that path hold a job at a stage:
+
+- While `HOLD` exists, no step ends.
+- While `HOLD.pixels` exists, the pixels of an image cannot be read, so its encoder waits. The
+  encoder creates `HOLD.waits` meanwhile.
+- While `HOLD.later` exists, the worker's clock is `LATER_S` ahead.
 """
 
 import os
@@ -15,30 +19,28 @@ from typing import Any
 import numpy as np
 
 from ourvidz_serverless import logs, settings
-from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.serving import runpod_queue
-from ourvidz_serverless.worker import Worker
+from ourvidz_serverless.worker import Parts, Worker
 
-#: More than a job may take, however long it is.
+#: Longer than any job may take.
 LATER_S = 100_000.0
 
 
-class WetPaint(np.ndarray):
-    """Pixels that whoever reads them has to wait for, as for a page of memory that is on a disk."""
+class BlockingPixels(np.ndarray):
+    """Pixels that block whoever reads them, as a memory page that is still on a disk does."""
 
-    def __array_finalize__(self, given: Any) -> None:
-        # Every way to read them begins with another view of them.
+    def __array_finalize__(self, source: Any) -> None:
+        # Every way to read the pixels starts with a new view of them.
         hold = f"{os.environ['HOLD']}.pixels"
-        while isinstance(given, WetPaint) and os.path.exists(hold):
+        while isinstance(source, BlockingPixels) and os.path.exists(hold):
             open(f"{os.environ['HOLD']}.waits", "w").close()
             time.sleep(0.02)
 
 
 class BlockingSdxl:
-    """Makes images slowly. It is not a FakeSdxl, whose LoraStore imports torch."""
+    """Makes images slowly. It is not a FakeSdxl, because FakeSdxl's LoraStore imports torch."""
 
     has_ip_adapter = False
     loras = None
@@ -66,7 +68,7 @@ class BlockingSdxl:
             progress.step(done + 1, request.steps)
         width, height = request.size
         for seed in request.seeds:
-            yield np.full((height, width, 3), seed % 256, dtype=np.uint8).view(WetPaint)
+            yield np.full((height, width, 3), seed % 256, dtype=np.uint8).view(BlockingPixels)
 
 
 def clock() -> float:
@@ -81,14 +83,7 @@ def main() -> None:
         from tests.fakes.fake_chat import FakeChat
 
         models["chat"] = FakeChat("Water.")
-    worker = Worker(
-        config,
-        models,
-        open_storage(config),
-        Callback.of(config),
-        "worker-1",
-        clock=clock,
-    )
+    worker = Worker(config, models, Parts.of(config), "worker-1", clock=clock)
     runpod_queue.serve(worker, config)
 
 

@@ -1,4 +1,4 @@
-"""An SDXL model without networks: each image has one flat colour, which says its seed."""
+"""A fake SDXL model: it has no networks, and each image has one flat colour, its seed."""
 
 import threading
 from collections.abc import Generator
@@ -11,7 +11,7 @@ from ourvidz_serverless.models.sdxl.request import ImageModel, ImageRequest
 
 
 class NoDevice:
-    """A device that has no memory to speak of."""
+    """A device without memory."""
 
     def check(self) -> None: ...
 
@@ -22,7 +22,7 @@ class NoDevice:
 
 
 class FakeSdxl(ImageModel):
-    """An SDXL model without networks. A test can hold it at a step, or have it raise `fails`."""
+    """An SDXL model without networks. A test can hold it at a step, or make it raise `fails`."""
 
     loras = LoraStore(None)
     has_ip_adapter = False
@@ -37,7 +37,7 @@ class FakeSdxl(ImageModel):
         self.most_at_once = self.at_once = 0
 
     def hold(self) -> None:
-        """Stop at the next first step until `go_on` is set."""
+        """Make the next generation wait at its first step until `go_on` is set."""
         self.at_step.clear()
         self.go_on.clear()
 

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 TOKENS = 4
 IMAGE_DIM = 24
-#: Of the encoder's hidden states, which an IP-Adapter Plus reads.
+#: The size of the encoder's hidden states, which an IP-Adapter Plus reads.
 HIDDEN_DIM = 32
 
 
@@ -43,7 +43,7 @@ def _projection(unet: Any) -> dict[str, torch.Tensor]:
 
 
 def _resampler(unet: Any) -> dict[str, torch.Tensor]:
-    """An IP-Adapter Plus's, of its usual four layers, under the names that it is published with."""
+    """The resampler of an IP-Adapter Plus: four layers, under the names of the published files."""
     dim, inner, wide = HIDDEN_DIM, 64, 4 * HIDDEN_DIM
     out = unet.config.cross_attention_dim
     sizes: dict[str, tuple[int, ...]] = {
@@ -73,7 +73,10 @@ def _resampler(unet: Any) -> dict[str, torch.Tensor]:
 
 
 def _attention(unet: Any) -> dict[str, torch.Tensor]:
-    """Keys and values of every cross-attention; the file counts processors, self ones included."""
+    """Keys and values of every cross-attention.
+
+    The file's indices count all attention processors, those of self-attention included.
+    """
     weights = {}
     for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):

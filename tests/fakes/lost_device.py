@@ -1,38 +1,42 @@
-"""`handler.py` on a device that fails as CUDA does, at jobs of 128x64 pixels and at any chat.
+"""`handler.py` on a device that fails as CUDA does: at jobs of 128x64 pixels and at every chat.
 
-With `DEAD_FROM_THE_START` it fails at whatever is multiplied, before the first job. What it raises
-is the class that torch raises, where torch raises it: in a network's forward.
+With `FAIL_FROM_START` the device fails at every matrix product, before the first job. The error is
+the class that torch raises, at the place where torch raises it: in a network's forward.
 """
 
 import os
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ourvidz_serverless import logs, settings
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.worker import Worker
 from tests.fakes import slow_handler
 
-#: In torch's words.
-WORDS = """\
+#: torch's own message.
+CUDA_MESSAGE = """\
 CUDA error: an illegal memory access was encountered
 Search for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/ for more information.
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below
 might be incorrect.
 """
 
-#: Of latents, where a job has 128x64 pixels.
-COLUMNS = 16
+#: The width of the latents of a job of 128x64 pixels.
+LATENT_WIDTH = 16
 
 
-def fail_at_a_size(module: Any, given: tuple[Any, ...]) -> None:
-    if given[0].shape[-1] == COLUMNS:
-        fail()
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise torch.AcceleratorError(CUDA_MESSAGE)
 
 
-def fail(*given: Any, **named: Any) -> None:
-    raise torch.AcceleratorError(WORDS)
+def fail_in_forward(module: Any, inputs: tuple[Any, ...]) -> None:
+    match type(module).__name__:
+        case "UNet2DConditionModel" if inputs[0].shape[-1] == LATENT_WIDTH:
+            fail()
+        case "Qwen2Model":
+            fail()
 
 
 def main() -> None:
@@ -40,12 +44,8 @@ def main() -> None:
     config = settings.read()
     logs.configure(config.log_level)
     worker = Worker.of(config)
-    if "sdxl" in config.families:
-        worker._models["sdxl"].networks.unet.register_forward_pre_hook(fail_at_a_size)
-    if "chat" in config.families:
-        for model in worker._models["chat"].models.values():
-            model.engine.decoder.register_forward_pre_hook(fail, with_kwargs=True)
-    if "DEAD_FROM_THE_START" in os.environ:
+    register_module_forward_pre_hook(fail_in_forward)
+    if "FAIL_FROM_START" in os.environ:
         torch.matmul = fail
     runpod_queue.serve(worker, config)
 

@@ -1,4 +1,4 @@
-"""PNG files made by hand: kinds that no library writes, and damaged files."""
+"""PNG files of kinds that no library writes, and damaged PNG files."""
 
 import struct
 import zlib

@@ -1,4 +1,4 @@
-"""The progress of a generation, as a list of what it reported; it can end the generation."""
+"""A `Progress` that keeps what a generation reports, and can stop the generation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from ourvidz_serverless.errors import Cancelled
 
 @dataclass
 class RecordedProgress:
-    """Keeps every report. `on_check` and `on_step` are called with each, and may raise."""
+    """Keeps every report. It calls `on_check` and `on_step`, which may raise."""
 
     on_check: Callable[[], None] = lambda: None
     on_step: Callable[[int, int], None] = lambda done, total: None
@@ -32,7 +32,7 @@ class RecordedProgress:
 
 
 def stop_at_step(step: int) -> RecordedProgress:
-    """The progress of a generation that is stopped at this step."""
+    """A progress that stops the generation at this step."""
 
     def stop(done: int, total: int) -> None:
         if done == step:

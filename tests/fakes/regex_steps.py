@@ -1,7 +1,7 @@
-"""The steps of a regular expression, counted: what a backtracking engine tries, one by one.
+"""Counts the steps that a backtracking engine takes to match a regular expression.
 
-Python's own engine does not tell them, and a stopwatch depends on the machine. The engine here
-walks the same parsed pattern in the same order and counts every character it looks at.
+Python's own engine does not report its steps, and a time depends on the machine. This engine
+walks the same parsed pattern in the same order and counts every node that it tries.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 Then = Callable[[int], bool]
 
 
-class Counted:
-    """A pattern that counts its steps; its answers are those of Python's own engine."""
+class CountedPattern:
+    """A pattern that counts its steps. Its results are those of Python's own engine."""
 
     def __init__(self, pattern: re.Pattern[str]) -> None:
         self._real, self.pattern, self.steps = pattern, pattern.pattern, 0
@@ -67,7 +67,7 @@ class Counted:
             return end is not None and then(end)
         if kind in (op.ASSERT, op.ASSERT_NOT):
             ahead, nodes = given
-            # Behind is looked one character far, which is all that these patterns do.
+            # The patterns under test look at most one character behind.
             start = at if ahead > 0 else at - 1
             holds = start >= 0 and self._end(list(nodes), start) is not None
             return holds is (kind is op.ASSERT) and then(at)

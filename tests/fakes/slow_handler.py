@@ -1,8 +1,8 @@
-"""`handler.py` with a slowdown: a job that a test has to meet at work is at work when it is met.
+"""`handler.py` with a slowdown, so that a job is still running when a test acts on it.
 
-It runs as `python -m tests.fakes.slow_handler`. While the file `BRAKE` exists, each forward of a
-network takes a quarter of a second longer, on a quick machine too; so a job of many steps outlasts
-whatever is done to it, and still hears of it at its next step.
+It runs as `python -m tests.fakes.slow_handler`. While the file that `SLOWDOWN` names exists, each
+forward of a network takes a quarter of a second longer, on a fast machine too. A job of many steps
+then outlasts what a test does to it, and still notices a stop at its next step.
 """
 
 import os
@@ -23,7 +23,7 @@ NETWORKS = ("UNet2DConditionModel", "WanTransformer3DModel", "Qwen2Model")
 
 
 class Slowdown:
-    """Slows one worker process down, in a `with` statement."""
+    """Slows one worker process down while its `on()` is entered."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,22 +38,22 @@ class Slowdown:
 
 
 def start(platform: Platform, slowdown: Slowdown, **env: str) -> WorkerProcess:
-    here = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BRAKE": str(slowdown.path)}
-    env = {**here, **POCKET, **env}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SLOWDOWN": str(slowdown.path)}
+    env = {**own, **POCKET, **env}
     return WorkerProcess(platform, "-m", args=[__name__], env=env, cwd=ROOT)
 
 
 def install() -> None:
-    """Have the networks of this process read the file of the slowdown."""
+    """Make the networks of this process slow while the file of the slowdown exists."""
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    slowdown = os.environ["BRAKE"]
+    slowdown = os.environ["SLOWDOWN"]
 
-    def take_time(module: Any, given: Any) -> None:
+    def pause(module: Any, inputs: Any) -> None:
         if type(module).__name__ in NETWORKS and os.path.exists(slowdown):
             time.sleep(PAUSE_S)
 
-    register_module_forward_pre_hook(take_time)
+    register_module_forward_pre_hook(pause)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A real Qwen2 with a few thousand random weights that writes letters, and ways to run it."""
+"""A real Qwen2 with a few thousand random weights that writes letters, and functions to run it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def tiny_network(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
-    """The same with the Llama architecture and the position scaling of Llama 3."""
+    """The same network with the Llama architecture and the position scaling of Llama 3."""
     torch.manual_seed(0)
     tokenizer = tokenizer or tiny_tokenizer()
     config = LlamaConfig(
@@ -131,7 +131,7 @@ def tiny_chat(context: int = 512, **limits: int) -> Chat:
 
 
 def tiny_pair(places: int) -> Chat:
-    """Two models with different weights, on a device that has room for so many of them."""
+    """Two models with different weights, on a device with memory for `places` of them."""
     models: dict[ModelName, ChatModel] = {
         "qwen_instruct": tiny_chat_model(),
         "qwen_base": tiny_chat_model(tiny_network(seed=1)),
@@ -154,7 +154,7 @@ class CancelCheck:
 
 
 class Gate(CancelCheck):
-    """A check that blocks the engine after so many steps, until `allow` allows more."""
+    """A check that blocks the engine after `steps` steps, until `allow` allows more."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def generate_text(model: ChatModel, prompt: str, **options: Any) -> str:
 
 
 def texts_of(engine: Engine, generations: list[Generation]) -> list[str]:
-    """The replies to requests that are submitted together, each read by a thread of its own."""
+    """The replies to requests that are submitted together. A thread of its own reads each."""
     for generation in generations:
         engine.submit(generation)
     with ThreadPoolExecutor(len(generations)) as threads:

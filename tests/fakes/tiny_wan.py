@@ -1,6 +1,6 @@
 """A WAN 2.1 of random weights, and diffusers' pipelines of the same weights.
 
-In the VACE every reference changes every pixel.
+With its VACE network every reference changes every pixel.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 
-#: Small enough for a fraction of a second.
+#: A request that takes a fraction of a second.
 SMALL = VideoRequest(
     prompt="a red circle", seed=3, size=(64, 48), num_frames=9, steps=4, guidance_scale=5.0
 )
-#: In bytes; a safetensors header grows by steps of 8.
+#: In bytes. A safetensors header grows in steps of 8.
 CACHE_LINE, HEADER_STEP = 64, 8
 VISION = CLIPVisionConfig(
     hidden_size=32,
@@ -50,13 +50,13 @@ VISION = CLIPVisionConfig(
 
 
 def write_wan(folder: Path, seed: int = 1) -> Settings:
-    """A text-to-video folder and a VACE one around its weights, and the settings that name them."""
+    """A text-to-video folder and a VACE folder with the same weights, and the settings for them."""
     pipe = pocket_wan.assemble(seed)
     pipe.save_pretrained(folder / "wan")
     vace = pocket_wan.with_references(pipe.transformer)
     torch.manual_seed(seed)
     for name, weight in vace.named_parameters():
-        # An untrained VACE adds nothing to the network. This one adds much.
+        # An untrained VACE adds nothing to the network. These weights make it add much.
         if name.startswith("vace_blocks") and ".proj_" in name:
             torch.nn.init.normal_(weight, std=0.3)
     vace.save_pretrained(folder / "vace" / "transformer")
@@ -114,7 +114,7 @@ def render(
 
 @contextmanager
 def out_of_memory(wan: WanModel, times: int) -> Iterator[None]:
-    """The text-to-video network fails so many times as torch does without memory, then works."""
+    """The text-to-video network raises out-of-memory errors for `times` forwards, then works."""
     left = times
 
     def fail(*call: Any) -> None:
@@ -172,7 +172,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:
-    """An image of coarse noise, another one for each seed."""
+    """An image of coarse noise that depends on the seed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 

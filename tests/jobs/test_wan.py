@@ -958,7 +958,7 @@ def test_frames_are_encoded_while_later_frames_are_decoded(
     local: MakeLocal, wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = local(models={"wan": wan})
-    decode, encode, encoded = wan.vae.decode, video._frame, threading.Semaphore(0)
+    decode, encode, encoded = wan.vae.decode, video.to_video_frame, threading.Semaphore(0)
 
     def counted(*frame: Any) -> Any:
         encoded.release()
@@ -975,7 +975,7 @@ def test_frames_are_encoded_while_later_frames_are_decoded(
         yield from pieces
 
     monkeypatch.setattr(wan.vae, "decode", held)
-    monkeypatch.setattr(video, "_frame", counted)
+    monkeypatch.setattr(video, "to_video_frame", counted)
 
     document = at.run(wan_payload(config={"frames": 33}))
 

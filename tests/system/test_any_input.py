@@ -1,6 +1,6 @@
-"""Whatever comes in, a valid document goes out: never an exception, nothing that is not JSON.
+"""Any input ends in a valid document: the worker raises no exception and returns valid JSON.
 
-Payloads are the kept ones, one of each type, with anything at all put into any place of them.
+The payloads are those of `tests/payloads`, one of each type, with any value at any place.
 """
 
 import asyncio
@@ -29,10 +29,11 @@ from tests.files import SPECIFICATION
 
 PAYLOADS = [json.loads(path.read_text()) for path in sorted(files.PAYLOADS.glob("*.json"))]
 
-#: A refusal tells a field and why, not the payload.
+#: In characters. A refusal names a field and the reason; it does not repeat the payload.
 LONGEST_MESSAGE = 600
 
-OWN_NAMES = r"num_inference_steps|'(?:enhancement_)?info'"
+#: Names that contain the letters "inf".
+NAMES_WITH_INF = r"num_inference_steps|'(?:enhancement_)?info'"
 
 
 def nested(depth: int, kind: type = list) -> Any:
@@ -89,7 +90,7 @@ JSON = st.recursive(
 
 
 def places(payload: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a payload, as the way to it."""
+    """The path to every place in a payload."""
     if path:
         yield path
     if isinstance(payload, dict):
@@ -112,32 +113,32 @@ FIELDS = sorted(
 
 @st.composite
 def payloads(draw: st.DrawFn) -> dict[str, Any]:
-    """A kept payload with a few of its places replaced, and a few fields put where they may be."""
+    """A payload with other values at a few of its places, and with a few more fields."""
     payload = copy.deepcopy(draw(st.sampled_from(PAYLOADS)))
     for path in draw(st.lists(st.sampled_from(list(places(payload))), max_size=3)):
         _put(payload, path, draw(JSON))
     for field, value in draw(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)).items():
-        home = draw(st.sampled_from(["", "config", "metadata"]))
-        where = payload if not home else payload.get(home)
-        if isinstance(where, dict):
-            where[field] = value
+        name = draw(st.sampled_from(["", "config", "metadata"]))
+        part = payload if not name else payload.get(name)
+        if isinstance(part, dict):
+            part[field] = value
     return payload
 
 
 def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
-    *way, last = path
-    for name in way:
+    *parents, last = path
+    for name in parents:
         try:
             payload = payload[name]
         except (KeyError, IndexError, TypeError):
-            return  # replaced by an earlier one
+            return  # An earlier value has replaced a parent.
     if isinstance(payload, dict) or (isinstance(payload, list) and last in range(len(payload))):
         payload[last] = value
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
-    """A worker for everything, which reaches no host but one that there is not."""
+    """A worker for every family. The only host that it may fetch from does not exist."""
     return LocalWorker(
         tmp_path_factory.mktemp("any"),
         settings=Settings(reference_hosts=("nowhere.invalid",)),
@@ -166,9 +167,9 @@ def assert_valid(document: Document) -> None:
         assert document.failure.code in SPECIFICATION["error_codes"]
         assert document.failure.code != "INTERNAL_ERROR"
         assert len(document.failure.message) <= LONGEST_MESSAGE
-        # The letters that the caller looks for; names of fields and operations are its own.
-        words = re.sub(OWN_NAMES, "", document.failure.message)
-        assert not re.search(r"inf|nan|Traceback|/home|\.py", words)
+        # The application searches error texts for "inf" and "nan".
+        message = re.sub(NAMES_WITH_INF, "", document.failure.message)
+        assert not re.search(r"inf|nan|Traceback|/home|\.py", message)
         assert len(body) < 10 * LONGEST_MESSAGE
 
 
@@ -191,22 +192,22 @@ def test_any_event_ends_in_a_valid_document(local: LocalWorker, event: dict[str,
     st.sampled_from(FIELDS),
     JSON,
 )
-def test_any_value_in_any_field_of_a_small_valid_job(
-    local: LocalWorker, family: str, home: str, field: str, value: Any
+def test_any_value_in_any_field_of_a_small_valid_job_ends_in_a_valid_document(
+    local: LocalWorker, family: str, part: str, field: str, value: Any
 ) -> None:
     payload = sdxl_payload() if family == "sdxl" else chat_payload()
-    if home:
-        payload[home] = {**payload.get(home, {}), field: value}
+    if part:
+        payload[part] = {**payload.get(part, {}), field: value}
     else:
         payload[field] = value
 
     run(local, {"id": "rp-1", "input": payload})
 
 
-# --- monsters: raw JSON, as it comes off the wire ---
+# --- extreme values: raw JSON, as a worker receives it ---
 
 MEGABYTE = "x" * 1_000_000
-MONSTERS = {
+EXTREME_VALUES = {
     "deep lists": "[" * 900 + "]" * 900,
     "deep objects": '{"a":' * 900 + "1" + "}" * 900,
     "a deep schema": '{"type": "json_schema", "json_schema": {"schema": '
@@ -236,46 +237,48 @@ PLACES = {
 }
 
 
-def with_monster(family: str, place: str, monster: str) -> dict[str, Any]:
+def with_extreme_value(family: str, place: str, value: str) -> dict[str, Any]:
     payload = sdxl_payload() if family == "sdxl" else chat_payload()
-    text = json.dumps({"id": "rp-1", "input": payload | {place: "MONSTER"}})
+    text = json.dumps({"id": "rp-1", "input": payload | {place: "VALUE"}})
     if place == "input":
-        text = '{"id": "rp-1", "input": "MONSTER"}'
-    event: dict[str, Any] = json.loads(text.replace('"MONSTER"', monster))
+        text = '{"id": "rp-1", "input": "VALUE"}'
+    event: dict[str, Any] = json.loads(text.replace('"VALUE"', value))
     return event
 
 
-@pytest.mark.parametrize("monster", MONSTERS)
+@pytest.mark.parametrize("name", EXTREME_VALUES)
 @pytest.mark.parametrize(("family", "place"), [(f, p) for f, ps in PLACES.items() for p in ps])
-def test_a_monster_in_any_place_ends_in_a_valid_document(
-    local: LocalWorker, family: str, place: str, monster: str
+def test_an_extreme_value_at_any_place_ends_in_a_valid_document(
+    local: LocalWorker, family: str, place: str, name: str
 ) -> None:
-    run(local, with_monster(family, place, MONSTERS[monster]))
+    run(local, with_extreme_value(family, place, EXTREME_VALUES[name]))
 
 
-@pytest.mark.parametrize("monster", MONSTERS)
-def test_the_handler_returns_a_document_for_a_monster(
-    local: LocalWorker, monster: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", EXTREME_VALUES)
+def test_the_handler_returns_a_document_for_an_extreme_value(
+    local: LocalWorker, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = runpod_queue.make_handler(local.worker, local.settings)
 
     for place in ("prompt", "config", "input"):
-        result = asyncio.run(_handled(handler, with_monster("sdxl", place, MONSTERS[monster])))
-        told = json.loads(json.dumps(result, allow_nan=False))
-        assert (told["status"] == "failed") == ("error" in told)
+        result = asyncio.run(
+            _handled(handler, with_extreme_value("sdxl", place, EXTREME_VALUES[name]))
+        )
+        document = json.loads(json.dumps(result, allow_nan=False))
+        assert (document["status"] == "failed") == ("error" in document)
 
 
 async def _handled(handler: Any, event: dict[str, Any]) -> Any:
     return await handler(event)
 
 
-@pytest.mark.parametrize("monster", ["a megabyte of text", "a hundred thousand keys", "deep lists"])
+@pytest.mark.parametrize("name", ["a megabyte of text", "a hundred thousand keys", "deep lists"])
 @pytest.mark.parametrize("place", ["prompt", "config", "metadata"])
-def test_a_monster_takes_no_more_memory_than_a_few_copies_of_it(
-    local: LocalWorker, place: str, monster: str
+def test_an_extreme_value_takes_no_more_memory_than_a_few_copies_of_it(
+    local: LocalWorker, place: str, name: str
 ) -> None:
-    event = with_monster("sdxl", place, MONSTERS[monster])
-    run(local, event)  # whatever is made once is made by now
+    event = with_extreme_value("sdxl", place, EXTREME_VALUES[name])
+    run(local, event)  # The first run fills the caches.
 
     tracemalloc.start()
     run(local, event)

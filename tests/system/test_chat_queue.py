@@ -25,7 +25,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: A long reply: greedy, this model never ends by itself. With the slowdown on it takes minutes.
+#: A long reply: the greedy model never ends it. It takes minutes with the slowdown on.
 LONG = {"max_tokens": 1200, "temperature": 0}
 
 
@@ -65,7 +65,7 @@ def document(platform: Platform, job: str) -> dict[str, Any]:
     return last
 
 
-def test_a_completed_job_has_its_reply(platform: Platform) -> None:
+def test_a_completed_chat_job_has_its_reply(platform: Platform) -> None:
     job = platform.submit(chat_payload(id="answered"))
 
     result = document(platform, job)
@@ -87,7 +87,7 @@ def test_a_stream_has_deltas_and_then_the_document(platform: Platform) -> None:
     assert [update.is_stream for update in platform.updates(job)] == [True]
 
 
-def test_a_stream_can_be_read_while_it_grows(platform: Platform, slowdown: Slowdown) -> None:
+def test_a_stream_can_be_read_while_its_job_runs(platform: Platform, slowdown: Slowdown) -> None:
     with slowdown.on():
         job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
 
@@ -97,7 +97,9 @@ def test_a_stream_can_be_read_while_it_grows(platform: Platform, slowdown: Slowd
     assert document(platform, job)["usage"]["completion_tokens"] > 0
 
 
-def test_the_callback_holds_the_document(platform: Platform, receiver: CallbackReceiver) -> None:
+def test_the_callback_of_a_streamed_job_holds_its_document(
+    platform: Platform, receiver: CallbackReceiver
+) -> None:
     job = platform.submit(chat_payload(id="called-back", stream=True))
 
     result = document(platform, job)
@@ -106,7 +108,7 @@ def test_the_callback_holds_the_document(platform: Platform, receiver: CallbackR
     assert callback.document == result
 
 
-def test_a_refused_job_fails_on_runpod_with_an_error_in_json(platform: Platform) -> None:
+def test_a_refused_chat_job_fails_on_runpod_with_an_error_in_json(platform: Platform) -> None:
     job = platform.submit(chat_payload(temperature=9))
 
     platform.result(job)
@@ -134,7 +136,7 @@ def test_fifty_jobs_at_once_get_the_replies_that_each_gets_alone(platform: Platf
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_cancelled_job_ends_and_the_next_one_is_answered(
+def test_a_cancelled_chat_job_ends_and_the_next_one_is_answered(
     platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path, stream: bool
 ) -> None:
     name = f"cancelled-{stream}"
@@ -156,7 +158,7 @@ def test_a_cancel_while_the_sdk_posts_a_delta_stops_the_job(tmp_path: Path) -> N
     worker = LocalWorker(tmp_path, settings=settings, models={"chat": endless}).worker
 
     async def cancel_in_a_post() -> bool:
-        # The SDK's own frames keep a reference too, so the generator is not closed by itself.
+        # The SDK keeps a reference to the generator, so Python does not close it.
         event = {"id": "rp-1", "input": chat_payload(stream=True)}
         items = make_stream_handler(worker, settings)(event)
         posting = asyncio.Event()
@@ -216,7 +218,7 @@ def test_one_worker_serves_images_and_chat(tmp_path: Path, model: str) -> None:
 # --- without RunPod ---
 
 
-def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
+def test_the_handler_runs_a_chat_as_its_test_input(tmp_path: Path, model: str) -> None:
     payload = json.dumps({"input": chat_payload()})
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
 
@@ -226,7 +228,7 @@ def test_the_handler_runs_a_test_input(tmp_path: Path, model: str) -> None:
     assert '"response": ' in run.stdout
 
 
-def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
+def test_the_local_api_streams_a_chat(tmp_path: Path, model: str) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": model, "STORAGE_URL": f"file:{tmp_path}"}
     with start(None, *LOCAL_API, **env) as process:
         url = served_at(process)
@@ -246,7 +248,7 @@ def test_the_local_api_streams(tmp_path: Path, model: str) -> None:
         ("tests", "CHAT_INSTRUCT_MODEL: tests does not load as chat"),
     ],
 )
-def test_a_failed_start_exits_with_one_line(place: str, line: str) -> None:
+def test_a_start_without_a_chat_model_exits_with_one_line(place: str, line: str) -> None:
     run = run_handler(FAMILIES="chat", CHAT_INSTRUCT_MODEL=place)
 
     assert run.returncode == 1

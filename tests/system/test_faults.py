@@ -1,6 +1,6 @@
-"""Each dependency in each kind of trouble: how often it is tried, and how the job ends.
+"""Each dependency with each kind of fault: how often it is tried, and how the job ends.
 
-The exact numbers of tries are those that docs/reliability.md promises.
+The numbers of tries are those that docs/reliability.md promises.
 """
 
 import re
@@ -18,20 +18,20 @@ from tests.servers.s3 import SeaweedServer
 
 PAGE = ROOT / "docs/reliability.md"
 
-#: Faults after which the very next try may go well, and does so at once.
+#: Faults that end quickly, so that the next try can succeed.
 PASSING: tuple[Fault, ...] = ("reset", "5xx", "garbage", "lost")
 
 STORES = [name for name in DEPENDENCIES if name.startswith("storage")]
 
 
 @pytest.fixture(scope="module")
-def these(tmp_path_factory: pytest.TempPathFactory, s3: SeaweedServer) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("world"), s3) as servers:
-        yield servers
+def servers(tmp_path_factory: pytest.TempPathFactory, s3: SeaweedServer) -> Iterator[World]:
+    with world(tmp_path_factory.mktemp("world"), s3) as running:
+        yield running
 
 
 def promised() -> dict[tuple[str, str], int]:
-    """The tries by dependency and fault, off the page."""
+    """The tries that the page promises, by dependency and fault."""
     rows = re.findall(r"^\| (.+?) \|((?: \d \|){8})$", PAGE.read_text(), re.MULTILINE)
     return {
         (name, fault): int(tries)
@@ -40,7 +40,7 @@ def promised() -> dict[tuple[str, str], int]:
     }
 
 
-def test_the_page_has_every_dependency_under_every_fault() -> None:
+def test_the_reliability_page_has_every_dependency_with_every_fault() -> None:
     assert set(promised()) == {(name, fault) for name in DEPENDENCIES for fault in FAULTS}
 
 
@@ -52,10 +52,10 @@ def code(outcome: Outcome) -> str | None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_reference_that_cannot_be_had_is_left_out_with_a_warning(
-    these: World, fault: Fault
+def test_a_reference_that_cannot_be_fetched_is_left_out_with_a_warning(
+    servers: World, fault: Fault
 ) -> None:
-    outcome = these.reference([fault], policy(fault))
+    outcome = servers.reference([fault], policy(fault))
 
     assert outcome.tries == promised()["reference host", fault]
     assert (code(outcome), outcome.document.metadata["reference_mode"]) == (None, "none")
@@ -63,8 +63,10 @@ def test_a_reference_that_cannot_be_had_is_left_out_with_a_warning(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_required_reference_that_cannot_be_had_ends_the_job(these: World, fault: Fault) -> None:
-    outcome = these.reference([fault], policy(fault), required=True)
+def test_a_required_reference_that_cannot_be_fetched_fails_the_job(
+    servers: World, fault: Fault
+) -> None:
+    outcome = servers.reference([fault], policy(fault), required=True)
 
     assert outcome.tries == promised()["reference host", fault]
     assert (code(outcome), outcome.document.assets) == ("REFERENCE_FRAME_ERROR", ())
@@ -72,10 +74,10 @@ def test_a_required_reference_that_cannot_be_had_ends_the_job(these: World, faul
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("store", STORES)
-def test_an_asset_that_cannot_be_stored_ends_the_job(
-    these: World, store: str, fault: Fault
+def test_an_asset_that_cannot_be_stored_fails_the_job(
+    servers: World, store: str, fault: Fault
 ) -> None:
-    outcome = DEPENDENCIES[store](these, [fault], policy(fault))
+    outcome = DEPENDENCIES[store](servers, [fault], policy(fault))
 
     assert outcome.tries == promised()[store, fault]
     assert (code(outcome), outcome.document.assets) == ("UPLOAD_ERROR", ())
@@ -84,10 +86,10 @@ def test_an_asset_that_cannot_be_stored_ends_the_job(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_document_that_cannot_be_delivered_is_kept_and_the_job_is_done(
-    these: World, fault: Fault
+def test_a_document_that_cannot_be_delivered_is_kept_and_the_job_completes(
+    servers: World, fault: Fault
 ) -> None:
-    outcome = these.receiver([fault], policy(fault))
+    outcome = servers.receiver([fault], policy(fault))
 
     assert outcome.tries == promised()["callback receiver", fault]
     assert (code(outcome), len(outcome.document.assets)) == (None, 1)
@@ -96,14 +98,14 @@ def test_a_document_that_cannot_be_delivered_is_kept_and_the_job_is_done(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("fail_open", "ends"), [(True, None), (False, "WORKER_UNAVAILABLE")])
-def test_a_job_that_cannot_be_counted_is_done_or_not_as_told(
-    these: World, fault: Fault, fail_open: bool, ends: str | None
+@pytest.mark.parametrize(("fail_open", "expected"), [(True, None), (False, "WORKER_UNAVAILABLE")])
+def test_a_job_that_cannot_be_counted_completes_only_if_the_limits_fail_open(
+    servers: World, fault: Fault, fail_open: bool, expected: str | None
 ) -> None:
-    outcome = these.limits([fault], policy(fault), fail_open=fail_open)
+    outcome = servers.limits([fault], policy(fault), fail_open=fail_open)
 
     assert outcome.tries == promised()["Redis", fault]
-    assert code(outcome) == ends
+    assert code(outcome) == expected
     assert outcome.audit["rate"].startswith("not counted: ")
 
 
@@ -111,8 +113,8 @@ def test_a_job_that_cannot_be_counted_is_done_or_not_as_told(
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_reference_is_had_at_the_second_try(these: World, fault: Fault) -> None:
-    outcome = these.reference([fault, "pass"], policy(fault))
+def test_a_reference_is_fetched_at_the_second_try(servers: World, fault: Fault) -> None:
+    outcome = servers.reference([fault, "pass"], policy(fault))
 
     assert (code(outcome), outcome.document.metadata["reference_mode"]) == (None, "modify")
     assert outcome.tries == 2
@@ -120,21 +122,21 @@ def test_a_reference_is_had_at_the_second_try(these: World, fault: Fault) -> Non
 
 @pytest.mark.parametrize("fault", PASSING)
 @pytest.mark.parametrize("store", STORES)
-def test_an_asset_is_stored_at_the_second_try_and_once(
-    these: World, store: str, fault: Fault
+def test_an_asset_is_stored_once_at_the_second_try(
+    servers: World, store: str, fault: Fault
 ) -> None:
-    outcome = DEPENDENCIES[store](these, [fault, "pass"], policy(fault))
+    outcome = DEPENDENCIES[store](servers, [fault, "pass"], policy(fault))
 
     assert code(outcome) is None
     assert sorted(outcome.seen) == ["user-1/job-1/0.png", "user-1/job-1/0.thumb.webp"]
-    assert outcome.tries == 3  # one for the thumbnail
+    assert outcome.tries == 3  # Two for the image, one for the thumbnail.
 
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_document_is_delivered_at_the_second_try_under_the_same_id(
-    these: World, fault: Fault
+    servers: World, fault: Fault
 ) -> None:
-    outcome = these.receiver([fault, "pass"], policy(fault))
+    outcome = servers.receiver([fault, "pass"], policy(fault))
 
     assert "callback" not in outcome.document.metadata
     assert {each.headers["webhook-id"] for each in outcome.seen} == {
@@ -145,11 +147,11 @@ def test_a_document_is_delivered_at_the_second_try_under_the_same_id(
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_job_is_counted_at_the_second_try(these: World, fault: Fault) -> None:
-    outcome = these.limits([fault, "pass"], policy(fault))
+def test_a_job_is_counted_at_the_second_try(servers: World, fault: Fault) -> None:
+    outcome = servers.limits([fault, "pass"], policy(fault))
 
     assert (code(outcome), outcome.audit["rate"]) == (None, "within")
-    # An answer that was lost leaves a job counted twice: early, never late.
+    # After a lost answer the job is counted twice, so a limit may apply too early, never too late.
     assert outcome.seen == (2 if fault == "lost" else 1)
 
 
@@ -157,10 +159,10 @@ def test_a_job_is_counted_at_the_second_try(these: World, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("run", DEPENDENCIES.values(), ids=DEPENDENCIES.keys())
-def test_a_host_that_drips_may_yet_be_asked_again(
-    these: World, run: Callable[..., Outcome]
+def test_a_host_that_answers_too_slowly_is_tried_again_within_its_time(
+    servers: World, run: Callable[..., Outcome]
 ) -> None:
-    outcome = run(these, ["drip", "pass"], policy("drip", patience_s=1.5))
+    outcome = run(servers, ["drip", "pass"], policy("drip", patience_s=1.5))
 
     assert (code(outcome), outcome.document.status) == (None, "completed")
     assert outcome.tries >= 2
@@ -170,5 +172,5 @@ def waits(tries: int, **changes: Any) -> list[float]:
     return [Retry(jitter=0, **changes).wait_s(n) for n in range(1, tries)]
 
 
-def test_waits_grow_from_half_a_second_and_double() -> None:
+def test_the_waits_between_tries_start_at_half_a_second_and_double() -> None:
     assert waits(4) == [0.5, 1.0, 2.0]

@@ -1,4 +1,4 @@
-"""What a CPU cannot show: `python -m pytest -m gpu`, on a machine with a GPU."""
+"""Tests that need a GPU: `python -m pytest -m gpu`."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler, sample
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
-from ourvidz_serverless.models.sdxl import loader as models
+from ourvidz_serverless.models.sdxl import loader as sdxl_loader
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.settings import Settings
@@ -33,12 +33,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-#: Grey levels, on average: what other kernels and fp16 may make of the same picture.
-ALIKE = {"float32": 1.0, "float16": 3.0}
+#: The largest mean difference that other kernels and fp16 may cause, in grey levels.
+MAX_DIFFERENCE = {"float32": 1.0, "float16": 3.0}
 
 
 def load(device: str, dtype: str = "auto", **settings: Any) -> SdxlModel:
-    return models.load(Settings(device=device, dtype=dtype, **settings))
+    return sdxl_loader.load(Settings(device=device, dtype=dtype, **settings))
 
 
 def render(model: SdxlModel, side: int = 256, **changes: Any) -> np.ndarray:
@@ -49,7 +49,7 @@ def render(model: SdxlModel, side: int = 256, **changes: Any) -> np.ndarray:
 
 @contextmanager
 def filled(left_mb: int) -> Iterator[None]:
-    """A device of which others hold everything but so many MiB."""
+    """Fill the memory of the device except for `left_mb` MiB."""
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] - (left_mb << 20)
     held = torch.empty(free, dtype=torch.uint8, device="cuda")
@@ -58,34 +58,34 @@ def filled(left_mb: int) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("dtype", ALIKE)
-def test_a_gpu_paints_what_a_cpu_paints(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", MAX_DIFFERENCE)
+def test_a_gpu_makes_the_picture_that_a_cpu_makes(dtype: str) -> None:
     on_cpu, on_gpu = render(load("cpu")), render(load("cuda", dtype))
 
-    assert np.abs(on_cpu.astype(int) - on_gpu).mean() < ALIKE[dtype]
+    assert np.abs(on_cpu.astype(int) - on_gpu).mean() < MAX_DIFFERENCE[dtype]
 
 
-def test_a_seed_is_the_same_picture_twice() -> None:
+def test_a_seed_gives_the_same_picture_twice_on_a_gpu() -> None:
     model = load("cuda")
 
     assert np.array_equal(render(model), render(model))
 
 
-def test_networks_run_in_the_dtype_they_were_loaded_in_without_autocast() -> None:
+def test_a_unet_runs_on_a_gpu_in_fp16_without_autocast() -> None:
     model = load("cuda")
     seen: set[tuple[torch.dtype, bool]] = set()
 
-    def look(network: Any, given: Any) -> None:
-        seen.add((given[0].dtype, torch.is_autocast_enabled("cuda")))
+    def record(network: Any, inputs: Any) -> None:
+        seen.add((inputs[0].dtype, torch.is_autocast_enabled("cuda")))
 
-    with model.networks.unet.register_forward_pre_hook(look):
+    with model.networks.unet.register_forward_pre_hook(record):
         render(model)
 
     assert seen == {(torch.float16, False)}
 
 
 def decode(model: SdxlModel, decoder: Any, latent: torch.Tensor) -> tuple[np.ndarray, int]:
-    """A picture, and what decoding it took at most beside what was there."""
+    """A picture, and the peak memory that its decoding needed, in bytes."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
@@ -93,8 +93,10 @@ def decode(model: SdxlModel, decoder: Any, latent: torch.Tensor) -> tuple[np.nda
     return picture, torch.cuda.max_memory_allocated() - before
 
 
-def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_path: Path) -> None:
-    model = models.load(overflowing_vae_settings(tmp_path, "cuda"))
+def test_a_vae_that_needs_fp32_decodes_almost_the_same_picture_in_bf16_in_less_memory(
+    tmp_path: Path,
+) -> None:
+    model = sdxl_loader.load(overflowing_vae_settings(tmp_path, "cuda"))
     with torch.inference_mode():
         latent = model.encode(Image.fromarray(render(model, side=1024)), SdxlMemoryPlan(1))[
             0
@@ -111,8 +113,8 @@ def test_a_vae_that_is_kept_in_fp32_decodes_in_bf16_near_it_in_less_memory(tmp_p
     assert took_less < 0.8 * took
 
 
-def test_a_tiny_vae_decodes_near_the_vae_in_fp16(tmp_path: Path) -> None:
-    model = models.load(overflowing_vae_settings(tmp_path, "cuda"))
+def test_a_tiny_vae_decodes_almost_the_picture_of_the_vae(tmp_path: Path) -> None:
+    model = sdxl_loader.load(overflowing_vae_settings(tmp_path, "cuda"))
     with torch.inference_mode():
         latent = model.encode(Image.fromarray(render(model)), SdxlMemoryPlan(1))[0].half()
 
@@ -123,7 +125,7 @@ def test_a_tiny_vae_decodes_near_the_vae_in_fp16(tmp_path: Path) -> None:
     assert psnr(usual, tiny) > 30
 
 
-def test_the_ledger_knows_the_memory_that_the_driver_tells() -> None:
+def test_the_device_memory_is_what_the_driver_reports() -> None:
     memory = open_memory(Settings(device="cuda"))
     assert isinstance(memory, CudaMemory)
     free, total = torch.cuda.mem_get_info()
@@ -136,7 +138,7 @@ def test_the_ledger_knows_the_memory_that_the_driver_tells() -> None:
     assert before - memory.free_bytes() == held.numel()
 
 
-def test_what_a_job_took_is_measured() -> None:
+def test_the_peak_memory_of_a_job_is_measured() -> None:
     model = load("cuda")
     model.device.reset_peak()
 
@@ -147,7 +149,7 @@ def test_what_a_job_took_is_measured() -> None:
     assert peak > model.device.allocated_bytes() > 0
 
 
-def test_after_a_job_that_did_not_fit_the_next_one_is_as_ever() -> None:
+def test_a_job_after_an_out_of_memory_error_makes_the_same_picture_as_before() -> None:
     model = load("cuda")
     expected = render(model)
 
@@ -157,7 +159,7 @@ def test_after_a_job_that_did_not_fit_the_next_one_is_as_ever() -> None:
     assert np.array_equal(render(model), expected)
 
 
-def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> None:
+def test_a_cached_prompt_embedding_gives_exactly_the_same_picture() -> None:
     model = load("cuda")
     lean = SdxlModel(
         model.networks,
@@ -169,12 +171,12 @@ def test_a_prompt_that_is_remembered_paints_the_bits_of_one_that_is_not() -> Non
     assert np.array_equal(render(model), render(lean))
 
 
-def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None:
+def test_channels_last_gives_the_same_picture_and_survives_a_move_to_the_host() -> None:
     expected, model = render(load("cuda")), load("cuda", memory_format="channels_last")
     layer = model.networks.unet.down_blocks[0].resnets[0].conv1
 
     for _ in range(2):
-        assert np.abs(render(model).astype(int) - expected).mean() < ALIKE["float16"]
+        assert np.abs(render(model).astype(int) - expected).mean() < MAX_DIFFERENCE["float16"]
         assert layer.weight.is_cuda
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
         model.handle.model.to_host()
@@ -183,10 +185,10 @@ def test_channels_last_paints_the_same_and_comes_back_so_from_the_host() -> None
         model.handle.model.to_device()
 
 
-def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() -> None:
+def test_a_model_moves_into_pinned_memory_each_time_and_dropping_it_frees_that_memory() -> None:
     model = load("cuda")
     parts, layer = model.handle.model, model.networks.unet.conv_in
-    torchs_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    torch_pinned_before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
 
     for _ in range(3):
         parts.to_host()
@@ -198,41 +200,41 @@ def test_a_model_leaves_each_time_into_pinned_memory_that_dropping_gives_back() 
     parts.drop()
 
     assert not weight.is_pinned()
-    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == torchs_before
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == torch_pinned_before
 
 
 # --- chat ---
 
 
-def load_tiny_chat(place: str, graphs: str = "auto", dtype: str = "float32") -> ChatModel:
-    """In float32, so that kernels that round differently choose the same tokens."""
+def load_tiny_chat(folder: str, graphs: str = "auto", dtype: str = "float32") -> ChatModel:
+    """A small chat model. In float32 kernels that round differently choose the same tokens."""
     settings = Settings(
         families=("chat",),
         device="cuda",
         dtype=dtype,
-        chat_instruct_model=place,
+        chat_instruct_model=folder,
         chat_graphs=graphs,
     )
     return chat_loader.load(settings).models["qwen_instruct"]
 
 
 def replies(model: ChatModel) -> list[str]:
-    """Greedy and seeded replies at once, which end one after another."""
-    rules = [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.1}]
-    asked = [
-        new_generation(model, f"question {at} ", max_tokens=20 + 9 * at, **rules[at % 3])
+    """Greedy and seeded replies that are generated together and end one after another."""
+    sampling = [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.1}]
+    generations = [
+        new_generation(model, f"question {at} ", max_tokens=20 + 9 * at, **sampling[at % 3])
         for at in range(7)
     ]
-    return texts_of(model.engine, asked)
+    return texts_of(model.engine, generations)
 
 
 @pytest.fixture(scope="module")
-def tiny_place(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
-def test_replayed_replies_are_the_same_as_computed_replies(tiny_place: str) -> None:
-    eager, replayed = load_tiny_chat(tiny_place, "off"), load_tiny_chat(tiny_place)
+def test_replies_from_cuda_graphs_are_the_same_as_without_them(tiny_weights: str) -> None:
+    eager, replayed = load_tiny_chat(tiny_weights, "off"), load_tiny_chat(tiny_weights)
 
     assert replies(replayed) == replies(eager)
     replay = replayed.engine.graphs
@@ -242,8 +244,8 @@ def test_replayed_replies_are_the_same_as_computed_replies(tiny_place: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_graph_is_trusted_in_half_precision_too(tiny_place: str, dtype: str) -> None:
-    model = load_tiny_chat(tiny_place, dtype=dtype)
+def test_cuda_graphs_are_used_in_half_precision(tiny_weights: str, dtype: str) -> None:
+    model = load_tiny_chat(tiny_weights, dtype=dtype)
 
     replies(model)
 
@@ -252,8 +254,8 @@ def test_a_graph_is_trusted_in_half_precision_too(tiny_place: str, dtype: str) -
     assert replay.num_replayed > 0
 
 
-def test_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_place: str) -> None:
-    model = load_tiny_chat(tiny_place)
+def test_cuda_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_weights: str) -> None:
+    model = load_tiny_chat(tiny_weights)
     replay = model.engine.graphs
     assert replay is not None
     first = generate_text(model, "hello", max_tokens=40)
@@ -270,26 +272,26 @@ def test_graphs_are_dropped_with_the_weights_and_free_their_memory(tiny_place: s
     assert not replay.is_off
 
 
-def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
+def test_a_failed_capture_leaves_the_stream_usable() -> None:
     numbers = torch.ones(4, device="cuda")
-    record, stream = CudaGraphs(numbers.device), torch.cuda.current_stream()
+    capture, stream = CudaGraphs(numbers.device), torch.cuda.current_stream()
 
     with pytest.raises(RuntimeError):
-        record(lambda: numbers * numbers.sum().item())
+        capture(lambda: numbers * numbers.sum().item())
 
     assert torch.cuda.current_stream() == stream
     torch.cuda.empty_cache()
-    double = record(lambda: numbers * 2)
+    double = capture(lambda: numbers * 2)
     numbers.fill_(21)
     assert double().tolist() == [42.0] * 4
 
 
-def test_the_host_waits_once_for_each_token() -> None:
+def test_sampling_a_token_waits_for_the_gpu_once() -> None:
     logits = torch.randn(3, 5000, device="cuda")
-    rules: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.1}, {"temperature": 0}]
+    params: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.1}, {"temperature": 0}]
     samplers = [
         Sampler(SamplingParams(max_tokens=9, **{"top_k": 40, "seed": 1, **each}), [1])
-        for each in rules
+        for each in params
     ]
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -1,7 +1,8 @@
-"""Jobs under everything at once: stops, deadlines, shutdown, second deliveries and faults.
+"""Random interleavings of jobs with stops, deadlines, shutdown, second deliveries and faults.
 
-Hypothesis draws what happens at which stage of which job; each thing happens exactly there, since
-the other side of the stage does it. Whatever was drawn, nothing is lost and nothing is doubled.
+Hypothesis draws which events happen at which stage of which job. Each event happens exactly there,
+because the fake or server that the stage uses triggers it. Whatever is drawn, every job has one
+callback, and its deliveries return the same document.
 """
 
 import itertools
@@ -36,35 +37,35 @@ from tests.servers.local_server import Answer, Request
 from tests.servers.supabase import CallbackReceiver
 
 STAGES = ("fetch", "generate", "deliver", "post")
-DEEDS = ("nothing", "stop", "deadline", "shutdown", "deliver again", "another job", "fault")
-HASTE = Retry(base_s=0.001)
+EVENTS = ("nothing", "stop", "deadline", "shutdown", "deliver again", "another job", "fault")
+FAST_RETRY = Retry(base_s=0.001)
 
 Plan = dict[tuple[str, str], list[str]]
 plans = st.dictionaries(
     st.tuples(st.sampled_from(["job-0", "job-1"]), st.sampled_from(STAGES)),
-    st.lists(st.sampled_from(DEEDS), min_size=1, max_size=3),
+    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=3),
     max_size=5,
 )
 
 
-class Heard(Stop):
-    """A stop that knows when the worker first looked at it: its delivery is under way then."""
+class ObservedStop(Stop):
+    """A stop that records when the worker first reads it: its delivery has then started."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_looked_at = threading.Event()
+        self.was_read = threading.Event()
 
     @property
     def error(self) -> Any:
-        self.is_looked_at.set()
+        self.was_read.set()
         return super().error
 
 
-class Store(DirectoryStorage):
-    """A folder that says when it is used."""
+class ReportingStorage(DirectoryStorage):
+    """A folder that reports each use, and refuses every reference."""
 
     def __init__(self, root: Path, at: Callable[[str, str], None]) -> None:
-        super().__init__(root, HASTE)
+        super().__init__(root, FAST_RETRY)
         self._at, self.put_at = at, dict[str, float]()
 
     def put(self, key: str, data: bytes, mime: str) -> None:
@@ -78,8 +79,8 @@ class Store(DirectoryStorage):
         raise Fault(404)
 
 
-class Brush(FakeSdxl):
-    """Its seed tells which job it paints for."""
+class ReportingSdxl(FakeSdxl):
+    """A FakeSdxl that reports each generation. The seed of a request is the number of its job."""
 
     def __init__(self, at: Callable[[str, str], None]) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Brush(FakeSdxl):
 
 
 @dataclass
-class Play:
+class Interleaving:
     """One run of a plan."""
 
     plan: Plan
@@ -104,31 +105,31 @@ class Play:
 
     def __post_init__(self) -> None:
         self.receiver.at = self.at  # type: ignore[attr-defined]
-        self.stops: dict[str, list[Heard]] = {"job-0": [], "job-1": []}
-        self.late_s = {"job-0": 0.0, "job-1": 0.0}
+        self.stops: dict[str, list[ObservedStop]] = {"job-0": [], "job-1": []}
+        self.clock_ahead_s = {"job-0": 0.0, "job-1": 0.0}
         self.thread = threading.local()
-        self.store = Store(self.root, self.at)
+        self.store = ReportingStorage(self.root, self.at)
         self.threads = ThreadPoolExecutor(16)
         self.lock = threading.Lock()
         self.local = LocalWorker(
             self.root,
             settings=Settings(job_timeout_s=1),
-            fake_sdxl=Brush(self.at),
-            callback=Callback(self.receiver.callback_url, self.receiver.secret, policy=HASTE),
+            fake_sdxl=ReportingSdxl(self.at),
+            callback=Callback(self.receiver.callback_url, self.receiver.secret, policy=FAST_RETRY),
             storage=self.store,
             clock=self.clock,
         )
 
     def clock(self) -> float:
-        """Seconds of the job whose thread asks: a deadline is one job's, and delays no other."""
-        return self.late_s.get(getattr(self.thread, "job", ""), 0.0)
+        """The time of the job whose thread asks. A passed deadline concerns that job only."""
+        return self.clock_ahead_s.get(getattr(self.thread, "job", ""), 0.0)
 
     def run_job(self, job: str, stop: Stop) -> Document:
         self.thread.job = job
         return self.local.run(payload(job), stop)
 
-    def deliver(self, job: str) -> Heard:
-        stop = Heard()
+    def deliver(self, job: str) -> ObservedStop:
+        stop = ObservedStop()
         with self.lock:
             self.stops[job].append(stop)
             future = self.threads.submit(self.run_job, job, stop)
@@ -136,24 +137,24 @@ class Play:
         return stop
 
     def at(self, job: str, stage: str) -> None:
-        """Do what is planned for this moment, once."""
+        """Trigger the events that are planned for this stage of this job, once."""
         with self.lock:
-            deeds = self.plan.pop((job, stage), [])
-        for deed in deeds:
-            self.do(deed, job, stage)
+            events = self.plan.pop((job, stage), [])
+        for event in events:
+            self.trigger(event, job, stage)
 
-    def do(self, deed: str, job: str, stage: str) -> None:
-        match deed:
+    def trigger(self, event: str, job: str, stage: str) -> None:
+        match event:
             case "stop":
                 self.stops[job][-1].set()
             case "deadline":
-                # Longer than a job may take. Even three of them leave the post its `LAST_WORD_S`.
-                self.late_s[job] += 2
+                # Longer than a job may take. Even three of these leave the post its `LAST_WORD_S`.
+                self.clock_ahead_s[job] += 2
             case "shutdown":
                 self.closed = True
                 self.local.worker.close(grace_s=0)
             case "deliver again":
-                assert self.deliver(job).is_looked_at.wait(PATIENCE_S)
+                assert self.deliver(job).was_read.wait(PATIENCE_S)
             case "another job":
                 other = "job-1" if job == "job-0" else "job-0"
                 if not self.stops[other]:
@@ -166,17 +167,17 @@ class Play:
                 raise Fault(400)
 
     def run(self) -> dict[str, list[Document]]:
-        """The documents of every delivery, by job."""
+        """The documents of all deliveries, by job."""
         self.deliver("job-0")
-        ended: dict[str, list[Document]] = {}
+        documents: dict[str, list[Document]] = {}
         for i in itertools.count():
             with self.lock:
                 if i == len(self.deliveries):
                     break
                 job, future = self.deliveries[i]
-            ended.setdefault(job, []).append(future.result(PATIENCE_S))
+            documents.setdefault(job, []).append(future.result(PATIENCE_S))
         self.threads.shutdown()
-        return ended
+        return documents
 
 
 def payload(job: str) -> dict[str, Any]:
@@ -184,8 +185,8 @@ def payload(job: str) -> dict[str, Any]:
     return sdxl_payload(id=job, config={"seed": int(job[-1])}, metadata=reference)
 
 
-class Receiver(CallbackReceiver):
-    """The edge function, which says when it is told of a job, and may refuse."""
+class ReportingReceiver(CallbackReceiver):
+    """The receiver of callbacks, which reports each callback and refuses those with a fault."""
 
     at: Callable[[str, str], None] = staticmethod(lambda job, stage: None)
 
@@ -198,43 +199,47 @@ class Receiver(CallbackReceiver):
 
 
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
+def receiver() -> Iterator[ReportingReceiver]:
+    with ReportingReceiver() as server:
         yield server
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plans)
-def test_nothing_is_lost_and_nothing_is_doubled(receiver: Receiver, plan: Plan) -> None:
+def test_every_job_has_one_callback_whatever_happens_at_its_stages(
+    receiver: ReportingReceiver, plan: Plan
+) -> None:
     receiver.received.clear()
     receiver.jobs.clear()
     with tempfile.TemporaryDirectory() as root:
-        play = Play(dict(plan), receiver, Path(root))
+        run = Interleaving(dict(plan), receiver, Path(root))
 
-        ended = play.run()
+        results = run.run()
 
-        told = Counter(each.document["job_id"] for each in receiver.received)
-        assert told == Counter(ended.keys()), "one terminal callback a job"
-        for job, documents in ended.items():
+        callbacks = Counter(each.document["job_id"] for each in receiver.received)
+        assert callbacks == Counter(results.keys()), "one terminal callback a job"
+        for job, documents in results.items():
             assert len({json.dumps(each.result()) for each in documents}) == 1
-            assert_whole(play, receiver, job, documents[0])
-        if not play.closed:
-            assert play.local.run(sdxl_payload(id="next")).status == "completed"
+            assert_consistent(run, receiver, job, documents[0])
+        if not run.closed:
+            assert run.local.run(sdxl_payload(id="next")).status == "completed"
 
 
-def assert_whole(play: Play, receiver: Receiver, job: str, document: Document) -> None:
-    """What was told, what was returned and what is stored are one and the same."""
+def assert_consistent(
+    run: Interleaving, receiver: ReportingReceiver, job: str, document: Document
+) -> None:
+    """The callback, the returned document and the stored files agree."""
     (callback,) = [each for each in receiver.received if each.document["job_id"] == job]
     returned = document.callback()
     undelivered = returned["metadata"].pop("callback", None)
     assert callback.document == returned
     assert (callback.status == 200) == (undelivered is None)
     if undelivered:
-        kept = json.loads((play.root / undelivered["kept"]).read_text())
+        kept = json.loads((run.root / undelivered["kept"]).read_text())
         assert kept == callback.document
-    stored = {key for key in play.local.stored() if "callback." not in key}
-    late = [key for key in stored if f"/{job}/" in key and play.store.put_at[key] > callback.at]
-    assert not late, "nothing is stored after the last word"
+    stored = {key for key in run.local.stored() if "callback." not in key}
+    late = [key for key in stored if f"/{job}/" in key and run.store.put_at[key] > callback.at]
+    assert not late, "nothing is stored after the callback"
     for asset in document.assets:
         assert {asset.url, asset.thumbnail_url} <= stored
     if document.status == "completed":

@@ -1,4 +1,4 @@
-"""A device that takes no more work from this process: the job may be retried, the worker goes."""
+"""A device that takes no more work from this process: its job may be retried, its worker ends."""
 
 import asyncio
 import threading
@@ -33,25 +33,26 @@ from tests.servers.http_service import ServedHttp
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerDied, WorkerProcess
 
-#: With the slowdown on, twelve seconds or more.
+#: Such a job takes twelve seconds or more with the slowdown on.
 MANY_STEPS = {"config": {"num_inference_steps": 50}}
-BREAKS = {"config": {"resolution": "128x64"}}
+#: The device fails at a job of this size.
+LOSES_DEVICE = {"config": {"resolution": "128x64"}}
 
 
 def start(platform: Platform, tmp_path: Path, **env: str) -> WorkerProcess:
     env = {
         "OMP_NUM_THREADS": "1",
         "STORAGE_URL": f"file:{tmp_path / 'assets'}",
-        "POISON_DIR": str(tmp_path / "pills"),
-        "BRAKE": str(tmp_path / "slowdown"),
+        "POISON_DIR": str(tmp_path / "poison"),
+        "SLOWDOWN": str(tmp_path / "slowdown"),
         **env,
     }
     return WorkerProcess(platform, "-m", args=[lost_device.__name__], env=env, cwd=ROOT)
 
 
-def lost(code: int | None = None, words: str = lost_device.WORDS) -> Exception:
-    """As torch raises it; the number is there where the driver gave one."""
-    error = torch.AcceleratorError(words)
+def cuda_error(code: int | None = None, message: str = lost_device.CUDA_MESSAGE) -> Exception:
+    """The error that torch raises. It has a code if the driver gave one."""
+    error = torch.AcceleratorError(message)
     if code is not None:
         error.error_code = code
     return error
@@ -61,44 +62,46 @@ def lost(code: int | None = None, words: str = lost_device.WORDS) -> Exception:
 
 
 @pytest.mark.slow
-def test_the_worker_is_replaced_after_the_job_and_others_in_flight_end_well(tmp_path: Path) -> None:
+def test_a_worker_is_replaced_after_it_lost_its_device_and_its_other_jobs_complete(
+    tmp_path: Path,
+) -> None:
     with Platform() as platform, start(platform, tmp_path, CONCURRENCY="3") as process:
         with Slowdown(tmp_path / "slowdown").on():
             long = platform.submit(sdxl_payload(id="long", **MANY_STEPS))
             platform.wait_for_updates(long)
-            breaks, waits = (
+            loses_device, waits = (
                 platform.submit(sdxl_payload(id=name, **changes))
-                for name, changes in (("breaks", BREAKS), ("waits", {}))
+                for name, changes in (("loses-device", LOSES_DEVICE), ("waits", {}))
             )
-            # While the first computes; once the device is lost no further one begins.
-            for name in ("breaks", "waits"):
+            # Both arrive while the first job computes. After the device is lost no job starts.
+            for name in ("loses-device", "waits"):
                 process.wait_for_log(f"({name})")
 
-        told = platform.result(breaks)
-        ends = [platform.result(job) for job in (long, waits)]
+        result = platform.result(loses_device)
+        others = [platform.result(job) for job in (long, waits)]
 
         assert process.wait() == 0
-    assert told["stopPod"] is True
-    assert failure(platform.status(breaks)) == {
+    assert result["stopPod"] is True
+    assert failure(platform.status(loses_device)) == {
         "code": "INTERNAL_ERROR",
         "message": "the device failed, and with it this worker; another one can do the job",
         "retryable": True,
     }
-    assert [end["output"]["status"] for end in ends] == ["completed", "completed"]
-    # A job that has ended its worker is counted as one.
-    assert len(list((tmp_path / "pills").iterdir())) == 1
+    assert [other["output"]["status"] for other in others] == ["completed", "completed"]
+    # The job that ended its worker is recorded as a poison job.
+    assert len(list((tmp_path / "poison").iterdir())) == 1
 
 
 @pytest.mark.slow
-def test_a_streaming_endpoints_worker_is_replaced_too(tmp_path: Path) -> None:
+def test_a_chat_worker_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
     env = {"FAMILIES": "chat", "CHAT_INSTRUCT_MODEL": tiny_folder(tmp_path / "chat")}
     with Platform() as platform, start(platform, tmp_path, **env) as process:
         job = platform.submit(chat_payload())
 
-        told = platform.result(job)
+        result = platform.result(job)
 
         assert process.wait() == 0
-    assert told["stopPod"] is True
+    assert result["stopPod"] is True
     assert failure(platform.status(job))["code"] == "INTERNAL_ERROR"
 
 
@@ -110,7 +113,7 @@ def test_a_device_that_does_not_compute_ends_the_worker_before_it_takes_a_job(
         job = platform.submit(sdxl_payload())
         with (
             pytest.raises(WorkerDied, match="exit 1"),
-            start(platform, tmp_path, DEAD_FROM_THE_START="1"),
+            start(platform, tmp_path, FAIL_FROM_START="1"),
         ):
             pass
 
@@ -135,7 +138,7 @@ def test_a_device_that_computes_wrong_numbers_fails_the_check(
 
 
 def test_a_device_that_does_not_answer_fails_the_check() -> None:
-    class Hung:
+    class HungWorker:
         answer = threading.Event()
 
         def check_device(self) -> None:
@@ -147,22 +150,22 @@ def test_a_device_that_does_not_answer_fails_the_check() -> None:
         finally:
             worker.answer.set()
 
-    worker: Any = Hung()
+    worker: Any = HungWorker()
     with pytest.raises(RuntimeError, match=r"does not answer within 0\.1 seconds"):
         asyncio.run(ask())
 
 
-# --- what is one, and what is none ---
+# --- which errors mean a lost device ---
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        lost(),
-        lost(719, "CUDA error: something new"),
-        lost(None, "CUDA error: device-side assert triggered\nCUDA kernel errors might be"),
-        lost(None, "CUDA error: unspecified launch failure"),
-        lost(None, "CUDA error: uncorrectable ECC error encountered"),
+        cuda_error(),
+        cuda_error(719, "CUDA error: something new"),
+        cuda_error(None, "CUDA error: device-side assert triggered\nCUDA kernel errors might be"),
+        cuda_error(None, "CUDA error: unspecified launch failure"),
+        cuda_error(None, "CUDA error: uncorrectable ECC error encountered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
         RuntimeError("CUDA error: misaligned address"),
@@ -179,8 +182,8 @@ def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Ex
 @pytest.mark.parametrize(
     "error",
     [
-        lost(1, "CUDA error: invalid argument"),
-        lost(98, "CUDA error: invalid device function"),
+        cuda_error(1, "CUDA error: invalid argument"),
+        cuda_error(98, "CUDA error: invalid device function"),
         RuntimeError("CUDA driver error: invalid argument"),
         RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
@@ -188,7 +191,7 @@ def test_an_error_after_which_cuda_takes_no_more_work_is_a_lost_device(error: Ex
     ],
     ids=str,
 )
-def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
+def test_an_error_that_concerns_one_job_only_is_no_lost_device(error: Exception) -> None:
     assert type(as_job_error(error)) is InternalError
     assert not is_out_of_memory(error)
 
@@ -197,9 +200,9 @@ def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        lost(2, "CUDA error: out of memory\nCUDA kernel errors might be"),
-        lost(None, "CUDA error: out of memory"),
-        lost(None, "HIP error: out of memory"),
+        cuda_error(2, "CUDA error: out of memory\nCUDA kernel errors might be"),
+        cuda_error(None, "CUDA error: out of memory"),
+        cuda_error(None, "HIP error: out of memory"),
         RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -211,21 +214,21 @@ def test_an_error_of_one_job_alone_is_none(error: Exception) -> None:
     ],
     ids=str,
 )
-def test_an_allocation_that_did_not_fit_is_out_of_memory_in_whichever_words(
+def test_a_failed_allocation_is_out_of_memory_whatever_its_message(
     error: Exception,
 ) -> None:
     assert is_out_of_memory(error)
     assert type(as_job_error(error)) is OutOfMemory
 
 
-def test_it_is_seen_below_whatever_was_made_of_it() -> None:
+def test_a_lost_device_is_recognized_as_the_cause_of_another_error() -> None:
     wrapped = KeyError("weights")
-    wrapped.__context__ = lost()
+    wrapped.__context__ = cuda_error()
 
     assert type(as_job_error(wrapped)) is DeviceLost
 
 
-def test_the_chat_engine_fails_its_requests_with_device_lost() -> None:
+def test_the_chat_engine_fails_its_requests_with_device_cuda_error() -> None:
     model = tiny_chat_model()
     model.engine.decoder.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
 
@@ -234,13 +237,13 @@ def test_the_chat_engine_fails_its_requests_with_device_lost() -> None:
 
 
 def test_requests_get_device_lost_even_if_the_device_refuses_to_free_memory() -> None:
-    class Dead(Device):
+    class CannotFree(Device):
         def free_memory(self) -> None:
-            raise lost()
+            raise cuda_error()
 
     model, network = tiny_chat_model(), tiny_network()
     network.base_model.register_forward_pre_hook(lost_device.fail, with_kwargs=True)
-    engine = Engine(network, Dead(torch.device("cpu"), torch.float32), eos_ids=[])
+    engine = Engine(network, CannotFree(torch.device("cpu"), torch.float32), eos_ids=[])
     generation = new_generation(model, "a")
     engine.submit(generation)
 
@@ -249,61 +252,73 @@ def test_requests_get_device_lost_even_if_the_device_refuses_to_free_memory() ->
         list(generation)
 
 
-# --- afterwards ---
+# --- after the loss ---
 
 
-def broken(local: Callable[..., LocalWorker], **settings: object) -> LocalWorker:
-    """A worker whose last job has lost the device."""
-    box = local(settings=Settings(**settings))
-    box.fake_sdxl.fails.append(lost())
-    document = box.run()
+def without_device(local: Callable[..., LocalWorker]) -> LocalWorker:
+    """A worker whose last job lost the device."""
+    worker = local()
+    worker.fake_sdxl.fails.append(cuda_error())
+    document = worker.run()
     assert document.result()["refresh_worker"] is True
-    return box
+    return worker
 
 
-def test_no_further_job_is_taken_and_each_may_be_retried(local: Callable[..., LocalWorker]) -> None:
-    document = broken(local).run(sdxl_payload(id="next"))
+def test_a_worker_without_its_device_refuses_jobs_with_a_retryable_error(
+    local: Callable[..., LocalWorker],
+) -> None:
+    document = without_device(local).run(sdxl_payload(id="next"))
 
     assert document.failure
     assert (document.failure.code, document.failure.retryable) == ("WORKER_UNAVAILABLE", True)
     assert "refresh_worker" not in document.result()
 
 
-def test_an_administrator_is_still_answered(local: Callable[..., LocalWorker]) -> None:
+def test_a_worker_without_its_device_answers_admin_jobs(local: Callable[..., LocalWorker]) -> None:
     question = {"type": "admin_utilities", "config": {"operation": "health"}}
 
-    answer = broken(local).run({"id": "health", **question})
+    answer = without_device(local).run({"id": "health", **question})
 
     assert answer.reply["result"]["status"] == "unhealthy"
 
 
-def test_plain_http_says_that_it_is_unhealthy(local: Callable[..., LocalWorker]) -> None:
-    box = broken(local)
+def test_a_worker_without_its_device_is_unhealthy_over_http(
+    local: Callable[..., LocalWorker],
+) -> None:
+    lost = without_device(local)
 
-    with ServedHttp(box.settings, box.worker) as service:
+    with ServedHttp(lost.settings, lost.worker) as service:
         ping, health = service.get("/ping"), service.get("/health")
 
     assert (ping.status_code, health.status_code) == (503, 503)
     assert health.json()["status"] == "unhealthy"
 
 
-@pytest.mark.parametrize("error", [DeviceLost("the device failed"), lost()], ids=["chat", "sdxl"])
-def test_it_is_seen_though_the_job_was_stopped_meanwhile(tmp_path: Path, error: Exception) -> None:
-    class Hung(FakeChat):
+@pytest.mark.parametrize(
+    "error", [DeviceLost("the device failed"), cuda_error()], ids=["chat", "sdxl"]
+)
+def test_a_lost_device_is_recognized_even_if_its_job_was_stopped(
+    tmp_path: Path, error: Exception
+) -> None:
+    class StoppedThenLost(FakeChat):
         def generate(self, *call: Any) -> Any:
             local.stop.set()
             raise error
 
-    local = LocalWorker(tmp_path, settings=Settings(families=("chat",)), models={"chat": Hung()})
+    local = LocalWorker(
+        tmp_path, settings=Settings(families=("chat",)), models={"chat": StoppedThenLost()}
+    )
 
     local.run(chat_payload())
 
     assert local.worker.is_lost
 
 
-def test_any_other_bug_leaves_the_worker_as_it_was(local: Callable[..., LocalWorker]) -> None:
-    box = local()
-    box.fake_sdxl.fails.append(RuntimeError("a shape does not fit"))
+def test_a_worker_takes_jobs_after_an_error_that_is_no_lost_device(
+    local: Callable[..., LocalWorker],
+) -> None:
+    worker = local()
+    worker.fake_sdxl.fails.append(RuntimeError("a shape does not fit"))
 
-    assert "refresh_worker" not in box.run().result()
-    assert box.run(sdxl_payload(id="next")).status == "completed"
+    assert "refresh_worker" not in worker.run().result()
+    assert worker.run(sdxl_payload(id="next")).status == "completed"

@@ -14,8 +14,8 @@ from tests.servers.http_service import ServedHttp
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
-#: Pictures that the worker holds: two at work, and three that wait.
-HELD = 5
+#: The number of pictures that the worker takes: two that are prepared or computed, three that wait.
+MAX_TAKEN = 5
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """While this file exists, no picture is finished."""
+    """The path of a file. While it exists, no step of a picture ends."""
     return tmp_path_factory.mktemp("hold") / "hold"
 
 
@@ -51,39 +51,39 @@ def held(hold: Path) -> Iterator[None]:
 
 
 def submit_pictures(platform: Platform, name: str, count: int) -> list[str]:
-    """Pictures, each behind the one before, which the worker has by then or will not take."""
+    """Submit pictures one by one. The worker has taken each, up to its limit, before the next."""
     jobs: list[str] = []
     for number in range(count):
         payload = sdxl_payload(id=f"{name}-{number}")
         jobs.append(platform.submit(payload, id=payload["id"]))
-        if number < HELD:
+        if number < MAX_TAKEN:
             platform.wait_for_updates(jobs[-1])
     return jobs
 
 
 def finish(platform: Platform, hold: Path, jobs: list[str]) -> list[str]:
-    """Let the pictures be painted; how each ended."""
+    """Let the pictures complete, and return their statuses."""
     hold.unlink()
     return [platform.result(job)["output"][-1]["status"] for job in jobs]
 
 
 def stage(platform: Platform, job: str) -> object:
-    """The stage that a job last reported, or how it ended."""
+    """The last reported stage of a job, or its document if it has ended."""
     document = platform.updates(job)[-1].document
     return document["output"]["stage"] if document.get("status") == "IN_PROGRESS" else document
 
 
-def test_a_chat_behind_pictures_is_answered_while_they_wait(platform: Platform, hold: Path) -> None:
-    pictures = submit_pictures(platform, "ahead", HELD - 1)
+def test_a_chat_is_answered_while_earlier_pictures_wait(platform: Platform, hold: Path) -> None:
+    pictures = submit_pictures(platform, "earlier", MAX_TAKEN - 1)
 
-    asked = platform.submit(chat_payload(id="asked"))
+    chat = platform.submit(chat_payload(id="chat"))
 
-    assert platform.result(asked)["output"][-1]["response"] == "Water."
+    assert platform.result(chat)["output"][-1]["response"] == "Water."
     assert [stage(platform, job) for job in pictures] == ["generate", *["wait"] * 3]
-    assert finish(platform, hold, pictures) == ["completed"] * (HELD - 1)
+    assert finish(platform, hold, pictures) == ["completed"] * (MAX_TAKEN - 1)
 
 
-def test_a_picture_that_waits_is_cancelled_while_another_computes(
+def test_a_waiting_picture_is_cancelled_while_another_computes(
     platform: Platform, hold: Path, worker: WorkerProcess
 ) -> None:
     pictures = submit_pictures(platform, "waits", 4)
@@ -95,17 +95,17 @@ def test_a_picture_that_waits_is_cancelled_while_another_computes(
     assert finish(platform, hold, pictures[:3]) == ["completed"] * 3
 
 
-def test_pictures_that_the_worker_may_not_hold_stay_in_the_platforms_queue(
+def test_pictures_beyond_the_workers_backlog_stay_in_the_platforms_queue(
     platform: Platform, hold: Path
 ) -> None:
-    pictures = submit_pictures(platform, "many", HELD + 2)
+    pictures = submit_pictures(platform, "many", MAX_TAKEN + 2)
     states = [platform.status(job)["status"] for job in pictures]
-    assert states == ["IN_PROGRESS"] * HELD + ["IN_QUEUE"] * 2
+    assert states == ["IN_PROGRESS"] * MAX_TAKEN + ["IN_QUEUE"] * 2
 
     platform.cancel(pictures[3])
 
-    platform.wait_for_updates(pictures[HELD])
-    assert platform.status(pictures[HELD + 1])["status"] == "IN_QUEUE"
+    platform.wait_for_updates(pictures[MAX_TAKEN])
+    assert platform.status(pictures[MAX_TAKEN + 1])["status"] == "IN_QUEUE"
     del pictures[3]
     assert finish(platform, hold, pictures) == ["completed"] * len(pictures)
 
@@ -113,7 +113,7 @@ def test_pictures_that_the_worker_may_not_hold_stay_in_the_platforms_queue(
 # --- over HTTP ---
 
 
-def test_a_chat_over_http_has_a_thread_though_every_place_for_pictures_is_taken(
+def test_a_chat_over_http_is_answered_though_every_place_for_pictures_is_taken(
     tmp_path: Path,
 ) -> None:
     settings = Settings(families=("sdxl", "chat"), concurrency=1, http_backlog=2)
@@ -125,7 +125,7 @@ def test_a_chat_over_http_has_a_thread_though_every_place_for_pictures_is_taken(
         taken = [service.post("/jobs", picture).status_code for picture in pictures]
         assert local.fake_sdxl.at_step.wait(PATIENCE_S)
 
-        answer = service.post("/chat", chat_payload(id="asked"))
+        answer = service.post("/chat", chat_payload(id="chat"))
 
         assert taken == [202, 202, 202, 429]
         assert (answer.status_code, answer.json()["response"]) == (200, "Water.")

@@ -1,4 +1,4 @@
-"""Hundreds of jobs with faults at random: none is lost, none told twice, nothing grows."""
+"""Hundreds of jobs with random faults: each has one end, and the process does not grow."""
 
 import tempfile
 from pathlib import Path
@@ -24,23 +24,23 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
 
 
 @pytest.mark.slow
-def test_no_job_is_lost_and_none_is_told_of_twice(soaked: Soak) -> None:
+def test_no_job_is_lost_and_none_has_two_callbacks_in_a_soak(soaked: Soak) -> None:
     assert (soaked.lost, soaked.doubled) == ([], [])
     assert sum(soaked.endings.values()) == JOBS
 
 
 @pytest.mark.slow
-def test_everything_that_can_go_wrong_did(soaked: Soak) -> None:
+def test_every_kind_of_fault_happens_in_a_soak(soaked: Soak) -> None:
     assert set(soaked.wishes) == {*ODDS, "nothing"}
     assert soaked.kept > 0
     assert {"completed", "UPLOAD_ERROR", "CANCELLED", "TIMEOUT_ERROR"} <= set(soaked.endings)
 
 
 @pytest.mark.slow
-def test_the_process_stays_as_it_was_after_its_first_jobs(soaked: Soak) -> None:
+def test_the_process_does_not_grow_in_a_soak(soaked: Soak) -> None:
     first, last = soaked.sizes[0], soaked.sizes[-1]
 
-    assert last.threads <= first.threads + 8  # the pool of deliveries fills as it is needed
+    assert last.threads <= first.threads + 8  # The pool of delivery threads grows on demand.
     assert last.files <= first.files + 4
     assert last.temporary == first.temporary
     assert last.objects <= first.objects + 3000
@@ -48,5 +48,5 @@ def test_the_process_stays_as_it_was_after_its_first_jobs(soaked: Soak) -> None:
 
 
 @pytest.mark.slow
-def test_no_mark_of_a_job_in_flight_is_left(soaked: Soak) -> None:
+def test_no_poison_mark_is_left_after_a_soak(soaked: Soak) -> None:
     assert list(Path(soaked.root / "pills").iterdir()) == []

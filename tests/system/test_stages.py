@@ -1,8 +1,8 @@
-"""Stop, deadline, SIGTERM and a second delivery at every stage of a job, through the real loop.
+"""Stop, deadline, SIGTERM and a second delivery at every stage of a job, with the real loop.
 
-A job is held at a stage by the other side: the store that gives its reference, the job before it,
-its own steps, the pixels that its encoder waits for, the store that takes its picture, the receiver
-of its callback.
+Each stage is held by what the job waits for there: the store that has its reference, the job before
+it, its own steps, the pixels that its encoder reads, the store that takes its picture, or the
+receiver of its callback.
 """
 
 import io
@@ -35,74 +35,75 @@ def png() -> bytes:
     return file.getvalue()
 
 
-#: From the first stage to the last, and whether the job can still be stopped there: at once, as
-#: soon as its picture is encoded, which nothing interrupts, or not any more.
+#: The stages in order, and when a job stops that is stopped there. Nothing interrupts an encoder.
 STAGES = {
     "fetch": "at once",
     "wait": "at once",
     "generate": "at once",
-    "encode": "then",
+    "encode": "after the stage",
     "deliver": "at once",
-    "post": "no",
+    "post": "never",
 }
 
 
 class Gate:
-    """Holds the requests that it is shut for."""
+    """Holds requests while it is closed."""
 
     def __init__(self) -> None:
-        self.shut, self.held = threading.Event(), threading.Event()
+        self.closed, self.held = threading.Event(), threading.Event()
         self._open = threading.Event()
 
     def close(self) -> None:
         self._open.clear()
         self.held.clear()
-        self.shut.set()
+        self.closed.set()
 
     def open(self) -> None:
-        self.shut.clear()
+        self.closed.clear()
         self._open.set()
 
-    def passed(self) -> None:
-        if self.shut.is_set():
+    def wait(self) -> None:
+        if self.closed.is_set():
             self.held.set()
             self._open.wait(PATIENCE_S)
 
 
-class Store(SupabaseServer):
+class GatedStore(SupabaseServer):
     def __init__(self) -> None:
         super().__init__()
         self.reads, self.writes = Gate(), Gate()
 
     def answer(self, request: Request) -> Answer:
-        (self.reads if request.method == "GET" else self.writes).passed()
+        (self.reads if request.method == "GET" else self.writes).wait()
         return super().answer(request)
 
 
-class Receiver(CallbackReceiver):
+class GatedReceiver(CallbackReceiver):
     def __init__(self) -> None:
         super().__init__()
         self.posts = Gate()
 
     def answer(self, request: Request) -> Answer:
-        self.posts.passed()
+        self.posts.wait()
         return super().answer(request)
 
     def terminal(self, job: str) -> list[str]:
-        """The statuses that were told of a job, but for the tries of one and the same message."""
-        told = [each for each in self.received if each.document["job_id"] == job]
-        return list({each.headers["webhook-id"]: each.document["status"] for each in told}.values())
+        """The statuses of the callbacks of a job. Repeated tries of one callback count once."""
+        tries = [each for each in self.received if each.document["job_id"] == job]
+        return list(
+            {each.headers["webhook-id"]: each.document["status"] for each in tries}.values()
+        )
 
 
 @dataclass
-class Stage:
-    """A worker process, and everything around it that can be held."""
+class HeldWorker:
+    """A worker process whose jobs can be held at every stage."""
 
     platform: Platform
-    store: Store
-    receiver: Receiver
+    store: GatedStore
+    receiver: GatedReceiver
     process: WorkerProcess
-    blocking_sdxl: Path
+    hold_file: Path
     count: int = 0
     busy: list[str] = field(default_factory=list)
     gates: dict[str, Gate] = field(init=False)
@@ -113,23 +114,23 @@ class Stage:
         self.gates = {"fetch": store.reads, "deliver": store.writes, "post": self.receiver.posts}
 
     def hold(self, stage: str) -> str:
-        """The id of a new job that is held at a stage."""
+        """Submit a job, and return its id once it is held at this stage."""
         self.count += 1
         job = f"{stage}-{self.count}"
         if stage == "wait":
             self.busy.append(self.hold("generate"))
-            # A job whose reference is fetched has been let in; all that it can do next is wait.
+            # A job that fetches its reference has its place. Its next stage is to wait.
             self.hold_at("fetch", job)
             self.gates["fetch"].open()
         elif stage == "encode":
-            # An encoder that was let go in its last look may have said it once more.
+            # An earlier encoder may have created the file again when it was released.
             self.encoder_waits.unlink(missing_ok=True)
             self.pixels.touch()
             self.submit(job)
             while not self.encoder_waits.exists():
                 time.sleep(0.02)
         elif stage == "generate":
-            self.blocking_sdxl.touch()
+            self.hold_file.touch()
             self.submit(job)
             self.platform.wait_for_updates(job, 1, PATIENCE_S)
         else:
@@ -137,7 +138,7 @@ class Stage:
         return job
 
     def hold_at(self, gate: str, job: str) -> None:
-        """Submit a job that is held by what it asks for, or tells, at a stage."""
+        """Submit a job that is held at this gate."""
         self.gates[gate].close()
         reference = {"reference_image_url": "user-1/face.png"} if gate == "fetch" else {}
         self.submit(job, metadata=reference)
@@ -148,19 +149,19 @@ class Stage:
 
     @property
     def pixels(self) -> Path:
-        return self.blocking_sdxl.with_suffix(".pixels")
+        return self.hold_file.with_suffix(".pixels")
 
     @property
     def encoder_waits(self) -> Path:
-        return self.blocking_sdxl.with_suffix(".waits")
+        return self.hold_file.with_suffix(".waits")
 
     @property
     def later(self) -> Path:
-        """While it exists, every job's deadline has passed."""
-        return self.blocking_sdxl.with_suffix(".later")
+        """The path of a file. While it exists, every job's deadline has passed."""
+        return self.hold_file.with_suffix(".later")
 
     def release(self) -> None:
-        for file in (self.blocking_sdxl, self.pixels, self.encoder_waits):
+        for file in (self.hold_file, self.pixels, self.encoder_waits):
             file.unlink(missing_ok=True)
         for gate in self.gates.values():
             gate.open()
@@ -174,155 +175,161 @@ class Stage:
 
 
 @contextmanager
-def stage_of(**env: str) -> Iterator[Stage]:
+def held_worker(**env: str) -> Iterator[HeldWorker]:
     with (
         Platform() as platform,
-        Store() as store,
-        Receiver() as receiver,
+        GatedStore() as store,
+        GatedReceiver() as receiver,
         tempfile.TemporaryDirectory() as folder,
     ):
-        blocking_sdxl = Path(folder) / "hold"
-        told = {
+        hold_file = Path(folder) / "hold"
+        settings = {
             "STORAGE_URL": "supabase://workspace-temp",
             "SUPABASE_URL": store.url,
             "SUPABASE_SERVICE_KEY": store.service_key,
             "CALLBACK_URL": receiver.callback_url,
             "JOB_CALLBACK_SECRET": receiver.secret,
-            "HOLD": str(blocking_sdxl),
+            "HOLD": str(hold_file),
             "CONCURRENCY": "4",
             **env,
         }
-        fake_handler = ["tests.fakes.fake_handler"]
-        with WorkerProcess(platform, "-m", args=fake_handler, env=told, cwd=ROOT) as process:
-            stage = Stage(platform, store, receiver, process, blocking_sdxl)
+        module = ["tests.fakes.fake_handler"]
+        with WorkerProcess(platform, "-m", args=module, env=settings, cwd=ROOT) as process:
+            worker = HeldWorker(platform, store, receiver, process, hold_file)
             try:
-                yield stage
+                yield worker
             finally:
-                stage.release()
+                worker.release()
 
 
 @pytest.fixture(scope="module")
-def patient() -> Iterator[Stage]:
-    with stage_of() as stage:
-        yield stage
+def worker() -> Iterator[HeldWorker]:
+    with held_worker() as worker:
+        yield worker
 
 
 @pytest.fixture
-def late(patient: Stage) -> Iterator[Stage]:
-    """The same, whose deadlines a test lets pass."""
-    yield patient
-    patient.release()
-    patient.later.unlink(missing_ok=True)
+def late_worker(worker: HeldWorker) -> Iterator[HeldWorker]:
+    """The same worker. A test makes its deadlines pass."""
+    yield worker
+    worker.release()
+    worker.later.unlink(missing_ok=True)
 
 
-pytestmark = pytest.mark.slow  # a worker process or two, and ten more for SIGTERM
+pytestmark = pytest.mark.slow  # Two worker processes, and ten more for SIGTERM.
 
 
 # --- stop ---
 
 
 @pytest.mark.parametrize("at", [at for at, stops in STAGES.items() if stops == "at once"])
-def test_a_stopped_job_ends_though_the_other_side_does_not(patient: Stage, at: str) -> None:
-    job = patient.hold(at)
+def test_a_stopped_job_ends_though_it_waits_for_a_held_stage(worker: HeldWorker, at: str) -> None:
+    job = worker.hold(at)
 
-    patient.platform.cancel(job)
+    worker.platform.cancel(job)
 
-    patient.receiver.wait_until(lambda: patient.receiver.terminal(job), PATIENCE_S)
-    patient.release()
-    assert patient.receiver.terminal(job) == ["failed"]
-    last = next(each for each in patient.receiver.received if each.document["job_id"] == job)
+    worker.receiver.wait_until(lambda: worker.receiver.terminal(job), PATIENCE_S)
+    worker.release()
+    assert worker.receiver.terminal(job) == ["failed"]
+    last = next(each for each in worker.receiver.received if each.document["job_id"] == job)
     assert last.document["error"]["code"] == "CANCELLED"
-    assert patient.platform.status(job)["status"] == "CANCELLED"
+    assert worker.platform.status(job)["status"] == "CANCELLED"
 
 
-def test_a_stop_while_the_callback_is_out_comes_too_late(patient: Stage) -> None:
-    job = patient.hold("post")
+def test_a_stop_during_the_callback_comes_too_late(worker: HeldWorker) -> None:
+    job = worker.hold("post")
 
-    patient.platform.cancel(job)
-    patient.release()
+    worker.platform.cancel(job)
+    worker.release()
 
-    patient.receiver.wait_until(lambda: patient.receiver.terminal(job), PATIENCE_S)
-    assert patient.receiver.terminal(job) == ["completed"]
+    worker.receiver.wait_until(lambda: worker.receiver.terminal(job), PATIENCE_S)
+    assert worker.receiver.terminal(job) == ["completed"]
 
 
 @pytest.mark.parametrize("at", STAGES)
-def test_a_stopped_job_leaves_its_slot_to_the_next(patient: Stage, at: str) -> None:
-    job = patient.hold(at)
-    patient.platform.cancel(job)
-    patient.release()
+def test_a_stopped_job_frees_its_slot(worker: HeldWorker, at: str) -> None:
+    job = worker.hold(at)
+    worker.platform.cancel(job)
+    worker.release()
 
-    patient.submit(f"after-{job}")
+    worker.submit(f"after-{job}")
 
-    assert patient.code(f"after-{job}") is None
+    assert worker.code(f"after-{job}") is None
 
 
-def test_a_job_that_is_stopped_while_its_picture_is_encoded_stores_none(patient: Stage) -> None:
-    job, witness = patient.hold("encode"), patient.hold("generate")
+def test_a_job_that_is_stopped_while_its_picture_is_encoded_stores_no_picture(
+    worker: HeldWorker,
+) -> None:
+    job, witness = worker.hold("encode"), worker.hold("generate")
 
-    # Whoever is stopped after it and has ended has seen that it was.
-    patient.platform.cancel(job)
-    patient.platform.cancel(witness)
-    patient.receiver.wait_until(lambda: patient.receiver.terminal(witness), PATIENCE_S)
-    patient.release()
+    # The worker handles stops in order: once the witness has ended, the job is stopped too.
+    worker.platform.cancel(job)
+    worker.platform.cancel(witness)
+    worker.receiver.wait_until(lambda: worker.receiver.terminal(witness), PATIENCE_S)
+    worker.release()
 
-    patient.receiver.wait_until(lambda: patient.receiver.terminal(job), PATIENCE_S)
-    assert patient.receiver.terminal(job) == ["failed"]
-    assert not [key for _, key in patient.store.objects if f"/{job}/0.png" in key]
+    worker.receiver.wait_until(lambda: worker.receiver.terminal(job), PATIENCE_S)
+    assert worker.receiver.terminal(job) == ["failed"]
+    assert not [key for _, key in worker.store.objects if f"/{job}/0.png" in key]
 
 
 # --- deadline ---
 
 
 @pytest.mark.parametrize("at", [at for at, stops in STAGES.items() if stops == "at once"])
-def test_a_job_ends_at_its_deadline_though_the_other_side_does_not(late: Stage, at: str) -> None:
-    job = late.hold(at)
+def test_a_job_ends_at_its_deadline_though_it_waits_for_a_held_stage(
+    late_worker: HeldWorker, at: str
+) -> None:
+    job = late_worker.hold(at)
 
-    late.later.touch()
+    late_worker.later.touch()
 
-    assert late.code(job) == "TIMEOUT_ERROR"
-    late.release()
-    assert late.receiver.terminal(job) == ["failed"]
+    assert late_worker.code(job) == "TIMEOUT_ERROR"
+    late_worker.release()
+    assert late_worker.receiver.terminal(job) == ["failed"]
 
 
 def test_a_deadline_that_passes_while_a_picture_is_encoded_ends_the_job_after_it(
-    late: Stage,
+    late_worker: HeldWorker,
 ) -> None:
-    job, witness = late.hold("encode"), late.hold("generate")
+    job, witness = late_worker.hold("encode"), late_worker.hold("generate")
 
-    late.later.touch()
-    assert late.code(witness) == "TIMEOUT_ERROR"
-    late.release()
+    late_worker.later.touch()
+    assert late_worker.code(witness) == "TIMEOUT_ERROR"
+    late_worker.release()
 
-    assert late.code(job) == "TIMEOUT_ERROR"
-    assert late.receiver.terminal(job) == ["failed"]
-    assert not [key for _, key in late.store.objects if f"/{job}/0.png" in key]
+    assert late_worker.code(job) == "TIMEOUT_ERROR"
+    assert late_worker.receiver.terminal(job) == ["failed"]
+    assert not [key for _, key in late_worker.store.objects if f"/{job}/0.png" in key]
 
 
-def test_a_job_that_was_done_in_time_is_done_however_long_its_callback_takes(late: Stage) -> None:
-    job = late.hold("post")
+def test_a_job_that_finished_in_time_completes_however_long_its_callback_takes(
+    late_worker: HeldWorker,
+) -> None:
+    job = late_worker.hold("post")
 
-    late.later.touch()
-    late.release()
+    late_worker.later.touch()
+    late_worker.release()
 
-    assert late.code(job) is None
-    assert late.receiver.terminal(job) == ["completed"]
+    assert late_worker.code(job) is None
+    assert late_worker.receiver.terminal(job) == ["completed"]
 
 
 # --- a second delivery ---
 
 
 @pytest.mark.parametrize("at", STAGES)
-def test_a_second_delivery_hears_the_end_of_the_first(patient: Stage, at: str) -> None:
-    job = patient.hold(at)
+def test_a_second_delivery_gets_the_document_of_the_first(worker: HeldWorker, at: str) -> None:
+    job = worker.hold(at)
 
-    patient.submit(job)
-    patient.process.wait_for_log(f"{job} arrived again", PATIENCE_S)
-    patient.release()
+    worker.submit(job)
+    worker.process.wait_for_log(f"{job} arrived again", PATIENCE_S)
+    worker.release()
 
-    first = patient.platform.result(job, PATIENCE_S)
-    second = patient.platform.result(job, PATIENCE_S, nth=2)
+    first = worker.platform.result(job, PATIENCE_S)
+    second = worker.platform.result(job, PATIENCE_S, nth=2)
     assert first == second
-    assert patient.receiver.terminal(job) == ["completed"]
+    assert worker.receiver.terminal(job) == ["completed"]
 
 
 # --- SIGTERM ---
@@ -330,20 +337,20 @@ def test_a_second_delivery_hears_the_end_of_the_first(patient: Stage, at: str) -
 
 @pytest.mark.parametrize("at", STAGES)
 @pytest.mark.parametrize("grace", ["0", "600"])
-def test_a_job_is_told_of_once_when_its_worker_is_shut_down(at: str, grace: str) -> None:
-    with stage_of(SHUTDOWN_GRACE_S=grace) as stage:
-        job = stage.hold(at)
-        witness = stage.hold("generate") if STAGES[at] == "then" else None
+def test_a_job_has_one_callback_when_its_worker_is_shut_down(at: str, grace: str) -> None:
+    with held_worker(SHUTDOWN_GRACE_S=grace) as worker:
+        job = worker.hold(at)
+        witness = worker.hold("generate") if STAGES[at] == "after the stage" else None
 
-        stage.process.terminate()
-        stage.process.wait_for_log("shutting down", PATIENCE_S)
+        worker.process.terminate()
+        worker.process.wait_for_log("shutting down", PATIENCE_S)
         if witness and grace == "0":
-            # Its stop comes after the other's.
-            stage.receiver.wait_until(lambda: stage.receiver.terminal(witness), PATIENCE_S)
+            # The witness is stopped after the job.
+            worker.receiver.wait_until(lambda: worker.receiver.terminal(witness), PATIENCE_S)
         if grace != "0" or STAGES[at] != "at once":
-            stage.release()
+            worker.release()
 
-        is_done = grace != "0" or STAGES[at] == "no"
-        assert stage.code(job) == (None if is_done else "WORKER_UNAVAILABLE")
-        assert stage.process.wait(PATIENCE_S) == 0
-        assert stage.receiver.terminal(job) == ["completed" if is_done else "failed"]
+        completes = grace != "0" or STAGES[at] == "never"
+        assert worker.code(job) == (None if completes else "WORKER_UNAVAILABLE")
+        assert worker.process.wait(PATIENCE_S) == 0
+        assert worker.receiver.terminal(job) == ["completed" if completes else "failed"]

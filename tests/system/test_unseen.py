@@ -1,7 +1,8 @@
-"""No text reaches a model that the content floor has not seen.
+"""No text reaches a model unless the content floor has checked it.
 
-A text that the floor refuses is put into every place of every kept payload, and into every field
-that any of them has. Either the job is refused, or its models never hear of that text.
+These tests put a text that the floor refuses into every place of every payload of `tests/payloads`,
+and into every field that any payload has. Either the job is refused, or its models do not get that
+text.
 """
 
 import base64
@@ -34,57 +35,57 @@ from tests.system.test_any_input import FIELDS, PAYLOADS, places
 
 FORBIDDEN = "nude child"
 
-#: What a model is told and the floor leaves alone: what to keep away from, and what to end with.
-#: A schema bounds the reply, and the reply is read whatever it was bounded by.
+#: Fields that reach a model and that the floor does not check: what to avoid, and where to stop.
+#: A schema only limits the reply, and the floor checks every reply.
 EXEMPT = ("negative", "negative_prompt", "stop", "schema")
 
 
-class Brush(FakeSdxl):
-    """Stands where an SDXL stands, and paints nothing."""
+class RecordingSdxl(FakeSdxl):
+    """Records its requests and makes no pictures."""
 
     def generate(
         self, request: ImageRequest, progress: Progress
     ) -> Generator[np.ndarray, None, None]:
         self.requests.append(request)
-        raise OutOfMemory("what was told is remembered")
+        raise OutOfMemory("the request is recorded")
 
 
-class Studio:
-    """A worker whose models remember what they were told."""
+class RecordingWorker:
+    """A worker whose models record the texts that they get."""
 
     def __init__(self, root: Path) -> None:
         fake_wan = FakeWan(FakeChat("More is said of ", "a red circle."))
-        self.models = {"sdxl": Brush(), "chat": FakeChat("A reply."), "wan": fake_wan}
-        self._heard_by = [*self.models.values(), fake_wan.enhancer]
-        # References point nowhere; nobody is asked for one.
+        self.models = {"sdxl": RecordingSdxl(), "chat": FakeChat("A reply."), "wan": fake_wan}
+        self._recording = [*self.models.values(), fake_wan.enhancer]
+        # The only host of references does not exist, and no job needs consent for its references.
         settings = Settings(reference_hosts=("nowhere.invalid",), require_reference_consent=False)
         self.local = LocalWorker(root, settings=settings, models=self.models)
 
-    def heard(self, payload: Any) -> list[str]:
-        """Every text that the models are told for a payload."""
-        for model in self._heard_by:
+    def texts(self, payload: Any) -> list[str]:
+        """Every text that reaches a model when this payload runs."""
+        for model in self._recording:
             calls_of(model).clear()
         self.local.worker.run(
             Envelope.of({"id": "rp-1", "input": payload}), Stop(), lambda progress: None
         )
-        told = [call for model in self._heard_by for call in calls_of(model)]
+        calls = [call for model in self._recording for call in calls_of(model)]
         return [
             text
-            for call in told
+            for call in calls
             for name, value in fields_of(call)
             if name not in EXEMPT
-            for text in texts(value)
+            for text in texts_in(value)
         ]
 
 
 def calls_of(model: Any) -> list[Any]:
-    """The requests that a fake model had."""
+    """The requests that a fake model recorded."""
     calls: list[Any] = model.requests if hasattr(model, "requests") else model.calls
     return calls
 
 
 def fields_of(call: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of a call: its keywords, or the fields of a request and of its records."""
+    """The names and values of the fields of a request, and of the records in it."""
     if isinstance(call, dict):
         yield from call.items()
         return
@@ -96,7 +97,7 @@ def fields_of(call: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
-def texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     match value:
         case str():
             yield value
@@ -104,10 +105,10 @@ def texts(value: Any) -> Iterator[str]:
             yield "".join(fragment.text for fragment in value)
         case dict():
             for part in value.values():
-                yield from texts(part)
+                yield from texts_in(part)
         case list() | tuple():
             for part in value:
-                yield from texts(part)
+                yield from texts_in(part)
 
 
 def with_pictures(value: Any) -> Any:
@@ -124,56 +125,58 @@ def data_uri() -> str:
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio(tmp_path_factory.mktemp("unseen"))
+def worker(tmp_path_factory: pytest.TempPathFactory) -> RecordingWorker:
+    return RecordingWorker(tmp_path_factory.mktemp("unseen"))
 
 
-def served(payload: dict[str, Any]) -> bool:
+def is_served(payload: dict[str, Any]) -> bool:
     return (payload.get("type") or payload.get("job_type", "")) in families.FAMILY_OF
 
 
-SERVED = [with_pictures(payload) for payload in PAYLOADS if served(payload)]
+SERVED = [with_pictures(payload) for payload in PAYLOADS if is_served(payload)]
 ONE_EACH = {jobs.FAMILY_OF[payload["type"]]: payload for payload in SERVED}.values()
 
 
-def test_the_floor_refuses_what_is_put_everywhere() -> None:
+def test_the_floor_refuses_the_text_that_these_tests_use() -> None:
     assert content_floor.check(FORBIDDEN).refused
 
 
-def test_every_family_has_a_model_here_that_remembers(studio: Studio) -> None:
-    assert set(families.FAMILIES) <= set(studio.models)
+def test_every_family_has_a_model_that_records_its_texts(worker: RecordingWorker) -> None:
+    assert set(families.FAMILIES) <= set(worker.models)
 
 
 @pytest.mark.parametrize("payload", SERVED, ids=lambda payload: payload["id"])
-def test_what_a_model_hears_is_heard_here(studio: Studio, payload: dict[str, Any]) -> None:
-    assert studio.heard(payload)
+def test_every_payload_has_a_text_that_reaches_a_model(
+    worker: RecordingWorker, payload: dict[str, Any]
+) -> None:
+    assert worker.texts(payload)
 
 
 @pytest.mark.parametrize("payload", SERVED, ids=lambda payload: payload["id"])
 def test_a_refused_text_reaches_no_model_from_any_place(
-    studio: Studio, payload: dict[str, Any]
+    worker: RecordingWorker, payload: dict[str, Any]
 ) -> None:
     for place in places(payload):
         changed = copy.deepcopy(payload)
-        home: Any = changed
+        parent: Any = changed
         for name in place[:-1]:
-            home = home[name]
-        home[place[-1]] = FORBIDDEN
-        assert not any(FORBIDDEN in text for text in studio.heard(changed)), place
+            parent = parent[name]
+        parent[place[-1]] = FORBIDDEN
+        assert not any(FORBIDDEN in text for text in worker.texts(changed)), place
 
 
 @pytest.mark.parametrize("payload", ONE_EACH, ids=lambda payload: payload["type"])
-@pytest.mark.parametrize("home", ["", "config", "metadata"])
+@pytest.mark.parametrize("part", ["", "config", "metadata"])
 def test_a_refused_text_reaches_no_model_from_any_field(
-    studio: Studio, payload: dict[str, Any], home: str
+    worker: RecordingWorker, payload: dict[str, Any], part: str
 ) -> None:
     for field in FIELDS:
         changed = copy.deepcopy(payload)
-        (changed.setdefault(home, {}) if home else changed)[field] = FORBIDDEN
-        assert not any(FORBIDDEN in text for text in studio.heard(changed)), field
+        (changed.setdefault(part, {}) if part else changed)[field] = FORBIDDEN
+        assert not any(FORBIDDEN in text for text in worker.texts(changed)), field
 
 
-def test_a_refused_text_in_two_halves_reaches_no_model(studio: Studio) -> None:
+def test_a_refused_text_in_two_halves_reaches_no_model(worker: RecordingWorker) -> None:
     for payload in SERVED:
         halves = copy.deepcopy(payload)
         if "messages" in halves:
@@ -184,24 +187,24 @@ def test_a_refused_text_in_two_halves_reaches_no_model(studio: Studio) -> None:
         else:
             halves |= {"prompt": "nude", "compel_enabled": True, "compel_weights": "(child:1.2)"}
             halves["config"] = {**halves["config"], "enhancement_system_prompt": "a child"}
-        heard = json.dumps(studio.heard(halves))
-        assert not ("nude" in heard and "child" in heard)
+        texts = json.dumps(worker.texts(halves))
+        assert not ("nude" in texts and "child" in texts)
 
 
-@pytest.mark.parametrize("parted", ["te()()en", "te(())(en:1.2)"])
-def test_a_word_that_compel_puts_together_is_read_as_a_word(studio: Studio, parted: str) -> None:
+@pytest.mark.parametrize("split", ["te()()en", "te(())(en:1.2)"])
+def test_the_floor_checks_a_word_as_compel_joins_it(worker: RecordingWorker, split: str) -> None:
     adult = {"compel_enabled": True, "content_type": "nsfw"}
 
-    assert studio.heard(sdxl_payload(prompt=parted, **adult)) == []
-    assert "a river" in studio.heard(sdxl_payload(prompt="a ri()()ver", **adult))
+    assert worker.texts(sdxl_payload(prompt=split, **adult)) == []
+    assert "a river" in worker.texts(sdxl_payload(prompt="a ri()()ver", **adult))
 
 
-def test_words_that_weights_join_are_read_as_words(studio: Studio) -> None:
+def test_the_floor_checks_words_between_compel_weights(worker: RecordingWorker) -> None:
     adult = {"compel_enabled": True, "content_type": "nsfw"}
     joined, harmless = "(little)1.1(girl)1.2(dressed)1.1", "(little)1.1(river)1.2(frozen)1.1"
 
-    assert studio.heard(sdxl_payload(prompt=joined, **adult)) == []
-    assert studio.heard(sdxl_payload(prompt=harmless, **adult))
+    assert worker.texts(sdxl_payload(prompt=joined, **adult)) == []
+    assert worker.texts(sdxl_payload(prompt=harmless, **adult))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +212,9 @@ def test_words_that_weights_join_are_read_as_words(studio: Studio) -> None:
     ["ｔｅｅｎ".encode().decode("cp1252"), "te\x1b[0men"],
     ids=["misencoded", "escapes"],
 )
-def test_a_word_that_wan_mends_is_read_as_it_is_mended(studio: Studio, written: str) -> None:
+def test_the_floor_checks_a_prompt_as_wan_cleans_it(worker: RecordingWorker, written: str) -> None:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     assert prompt_clean(written) == "teen"
-    assert studio.heard(wan_payload(prompt=written, content_type="nsfw")) == []
-    assert studio.heard(wan_payload(prompt="a river", content_type="nsfw"))
+    assert worker.texts(wan_payload(prompt=written, content_type="nsfw")) == []
+    assert worker.texts(wan_payload(prompt="a river", content_type="nsfw"))

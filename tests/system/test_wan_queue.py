@@ -1,4 +1,4 @@
-"""WAN on RunPod's queue, and from a terminal: a worker process with the real SDK."""
+"""WAN on RunPod's queue and from a terminal: a worker process with the real SDK."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.servers.runpod import Platform
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.worker_process import WorkerProcess
 
-#: These take twelve seconds or more with the slowdown on.
+#: Such a job takes twelve seconds or more with the slowdown on.
 MANY_STEPS = {"config": {"num_inference_steps": 60}}
 
 
@@ -57,10 +57,10 @@ def worker(
         yield process
 
 
-def test_a_completed_job_has_a_stored_video_and_one_callback(
+def test_a_completed_video_job_has_a_stored_video_and_one_callback(
     platform: Platform, receiver: CallbackReceiver, outputs: Path
 ) -> None:
-    job = platform.submit(wan_payload(id="ends-well"))
+    job = platform.submit(wan_payload(id="completes"))
 
     output = platform.result(job)["output"]
 
@@ -69,11 +69,11 @@ def test_a_completed_job_has_a_stored_video_and_one_callback(
     with av.open(io.BytesIO(data)) as file:
         assert file.streams.video[0].frames == output["assets"][0]["metadata"]["frame_num"] == 9
     assert provenance.digital_source_type(data) == provenance.TRAINED
-    (callback,) = [each for each in receiver.received if each.document["job_id"] == "ends-well"]
+    (callback,) = [each for each in receiver.received if each.document["job_id"] == "completes"]
     assert callback.document == output
 
 
-def test_an_enhanced_job_reports_its_enhanced_prompt(platform: Platform) -> None:
+def test_an_enhanced_video_job_reports_its_enhanced_prompt(platform: Platform) -> None:
     job = platform.submit(wan_payload(id="enhanced", type="image7b_fast_enhanced"))
 
     output = platform.result(job)["output"]
@@ -82,7 +82,7 @@ def test_an_enhanced_job_reports_its_enhanced_prompt(platform: Platform) -> None
     assert output["metadata"]["enhanced_prompt"]
 
 
-def test_progress_updates_come_in_order_with_the_remaining_seconds(
+def test_progress_updates_of_a_video_come_in_order_with_the_remaining_seconds(
     platform: Platform, slowdown: Slowdown
 ) -> None:
     with slowdown.on():
@@ -98,7 +98,7 @@ def test_progress_updates_come_in_order_with_the_remaining_seconds(
     assert updates[-1]["remaining_s"] >= 0
 
 
-def test_a_cancelled_job_frees_its_slot_at_the_next_step(
+def test_a_cancelled_video_job_frees_its_slot_at_the_next_step(
     platform: Platform, worker: WorkerProcess, slowdown: Slowdown, outputs: Path
 ) -> None:
     with slowdown.on():
@@ -135,7 +135,7 @@ def test_prompts_of_video_jobs_are_not_logged(platform: Platform, worker: Worker
 
 
 @pytest.mark.slow
-def test_the_example_payload_makes_a_video_with_the_pocket_model(tmp_path: Path) -> None:
+def test_the_example_payload_of_wan_makes_a_video_with_the_pocket_model(tmp_path: Path) -> None:
     payload = (ROOT / "test_input.wan.json").read_text()
 
     run = run_handler("--test_input", payload, FAMILIES="wan", STORAGE_URL=f"file:{tmp_path}")

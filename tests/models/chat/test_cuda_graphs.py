@@ -23,7 +23,7 @@ from tests.fakes.fake_cuda_graph import (
     FixedPositions,
     OperationLog,
     capture_result,
-    failing,
+    failing_capture,
     num_computed,
 )
 from tests.fakes.tiny_chat import (
@@ -283,9 +283,9 @@ def test_the_least_recently_used_graph_is_dropped(
     [
         (capture_result, "it computed something else"),
         (FixedPositions(), "it computed something else"),
-        (failing(torch.OutOfMemoryError("full")), "OutOfMemoryError"),
-        (failing(RuntimeError("secret")), "RuntimeError"),
-        (failing(RuntimeError("secret"), after=9), "RuntimeError"),
+        (failing_capture(torch.OutOfMemoryError("full")), "OutOfMemoryError"),
+        (failing_capture(RuntimeError("secret")), "RuntimeError"),
+        (failing_capture(RuntimeError("secret"), after=9), "RuntimeError"),
     ],
     ids=["fixed result", "fixed positions", "out of memory", "refused", "later"],
 )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.models.sdxl.prompt_weighting import MAX_WEIGHTED, parse
-from tests.fakes.regex_steps import Counted
+from tests.fakes.regex_steps import CountedPattern
 from tests.files import ROOT
 
 CALLING = ROOT / "docs/calling.md"
@@ -378,7 +378,7 @@ def steps_of(text: str) -> int:
 @contextmanager
 def counted_steps() -> Iterator[Callable[[], int]]:
     patterns = {
-        name: Counted(value)
+        name: CountedPattern(value)
         for name, value in vars(prompt_weighting).items()
         if isinstance(value, re.Pattern)
     }
