@@ -6,8 +6,6 @@ The answer stands in the document's `result`, in the words of the specification'
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.document import versions
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import Identity
@@ -30,21 +29,6 @@ PACKAGE = Path(__file__).parent
 
 #: What is done within this time is reported as done, the rest as pending.
 WAIT_S = 0.4
-
-#: The packages whose versions a document reports.
-VERSIONED = ("runpod", "torch", "diffusers", "transformers")
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """The versions of what computed, by package; those that are not installed are left out."""
-    found = {"worker": __version__}
-    for package in VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Administration:

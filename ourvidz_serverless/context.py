@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ourvidz_serverless.deadline import Deadline
-from ourvidz_serverless.errors import Cancelled, DeadlinePassed, JobError
+from ourvidz_serverless.document import Asset, Document, Failure, check_result, versions
+from ourvidz_serverless.errors import Cancelled, DeadlinePassed, InternalError, JobError
 from ourvidz_serverless.job import Signs
 
 #: Receives each report of progress.
@@ -225,3 +226,27 @@ class JobContext:
                 yield report
             finally:
                 self._waits = (self.waited_s, None)
+
+    def document(
+        self, job_id: str, worker_id: str, outcome: tuple[Asset, ...] | Failure
+    ) -> Document:
+        """The document that ends the job, with the facts that were collected here.
+
+        A result that the platform would lose becomes a failure.
+        """
+        metadata = {
+            **self.metadata,
+            "processing_time": round(self.elapsed_s, 3),
+            "timings": self.timings,
+            "versions": versions(),
+        }
+        if self.warnings:
+            metadata["warnings"] = self.warnings
+        if isinstance(outcome, Failure):
+            return Document(job_id, worker_id, "failed", (), metadata, outcome)
+        document = Document(job_id, worker_id, "completed", outcome, metadata, reply=self.reply)
+        try:
+            check_result(document)
+        except InternalError as exc:
+            return Document(job_id, worker_id, "failed", failure=Failure.of(exc))
+        return document

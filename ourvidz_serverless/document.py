@@ -6,6 +6,8 @@ Specification, "Callback Payload Format". The application's edge function reads 
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,10 +17,14 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
 
+from ourvidz_serverless import __version__
 from ourvidz_serverless.errors import Code, DeviceLost, InternalError, JobError
 
 #: RunPod drops a larger result of `/run` without an error (10 MB; `/runsync` allows 20).
 MAX_RESULT_BYTES = 10_000_000
+
+#: The packages whose versions a document reports.
+VERSIONED = ("runpod", "torch", "diffusers", "transformers")
 
 Status = Literal["processing", "completed", "failed"]
 
@@ -207,3 +213,15 @@ def check_result(document: Document) -> None:
         raise InternalError("the result could not be written as JSON") from exc
     if size > MAX_RESULT_BYTES:
         raise InternalError(f"the result has {size} bytes; the platform takes {MAX_RESULT_BYTES}")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of the worker and of the `VERSIONED` packages that are installed, by name."""
+    found = {"worker": __version__}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

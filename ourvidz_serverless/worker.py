@@ -6,18 +6,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from ourvidz_serverless import jobs, logs, models
-from ourvidz_serverless.administration import Administration, versions
+from ourvidz_serverless.administration import Administration
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, discard
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.outbox import Outbox
-from ourvidz_serverless.document import Asset, Document, Failure, check_result
-from ourvidz_serverless.errors import DeviceLost, InternalError, JobError, WorkerUnavailable
+from ourvidz_serverless.document import Asset, Document, Failure
+from ourvidz_serverless.errors import DeviceLost, JobError, WorkerUnavailable
 from ourvidz_serverless.guard.admission import Admission
 from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from ourvidz_serverless.guard.poison_jobs import PoisonJobs
@@ -45,7 +45,7 @@ class Parts:
 
     @classmethod
     def of(cls, settings: Settings) -> Parts:
-        """The parts that the environment asks for; raises ModelLoadError for what is invalid."""
+        """The parts that the settings ask for; raises ModelLoadError if a setting is invalid."""
         endpoint = os.environ.get("RUNPOD_ENDPOINT_ID") or "local"
         return cls(
             JobFiles.of(settings),
@@ -56,7 +56,7 @@ class Parts:
 
 
 class Worker:
-    """Runs jobs on the models it was given, and reports truthfully what became of each."""
+    """Runs jobs on its models; each job ends in one document, posted and returned."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class Worker:
         self._files, self._admission = parts.files, parts.admission
         self._poison_jobs, self._clock = parts.poison_jobs, clock
         self._outbox = Outbox(parts.callback, parts.files.storage, clock)
-        # Jobs that need the device alone: those that are prepared, computed or delivered, and the
-        # one of them that computes. Until a job has its place it holds nothing but its payload.
-        self._at_work = FairSemaphore(max(settings.exclusive_places, 1))
-        self._computing = FairSemaphore(1)
+        # Places for jobs that need the device alone: for those between preparation and delivery,
+        # and for the one that computes. A job without a place holds nothing but its payload.
+        self._active = FairSemaphore(max(settings.exclusive_places, 1))
+        self._device = FairSemaphore(1)
         self._jobs, self._state = JobTable(), WorkerState()
         self._administration = Administration(
             settings, worker_id, tuple(models), self._jobs, self._state, ledger
@@ -82,11 +82,11 @@ class Worker:
 
     @classmethod
     def of(cls, settings: Settings, reading: ReadAhead | None = None) -> Worker:
-        """The worker that the environment asks for, with its models loaded.
+        """The worker that the settings ask for, with its models loaded.
 
-        `reading` is what has been reading their files meanwhile.
+        `reading` reads the models' files in the meantime.
         """
-        # Before the models, which take minutes, so that an error shows at once.
+        # Before the models, which take minutes to load, so that an invalid setting shows at once.
         parts, ledger = Parts.of(settings), models.open_ledger(settings)
         if reading:
             ledger.wait_for_files = reading.wait
@@ -103,9 +103,9 @@ class Worker:
     ) -> Document:
         """The document that ends a job: posted, then returned. Never raises.
 
-        `stop` ends the job at its next step. `report` is called with its progress, and `emit`
-        with what the job streams. With `announces` false no callback is posted. A second delivery
-        of a job that is under way returns the first one's document.
+        `stop` ends the job at its next step. `report` receives its progress, and `emit` the parts
+        of its reply. No callback is posted if `announces` is false. A second delivery of a running
+        job returns the document of the first.
         """
         bounds = envelope.bounds(self._settings)
         context = JobContext(stop, report, bounds, self._clock, emit)
@@ -129,8 +129,7 @@ class Worker:
         post: Callable[[Document], Document] | None,
     ) -> Document:
         job: Job | None = None
-        assets: tuple[Asset, ...] = ()
-        failure: Failure | None = None
+        outcome: tuple[Asset, ...] | Failure = ()
         with ExitStack() as places:
             try:
                 self._admission.check_key(envelope.api_key, context)
@@ -141,36 +140,27 @@ class Worker:
                     self._administer(job, envelope, context)
                 else:
                     model = self._admit(job, context)
-                    places.enter_context(self._place(self._at_work, job, context))
+                    places.enter_context(self._place(self._active, job, context))
                     self._begin(job, envelope, context, announces=post is not None)
-                    assets = self._compute(job, model, context)
-            except JobError as exc:
-                # The failure alone: an exception that lives on pins the tensors of its frames.
-                failure = Failure.of(_cause(exc, context))
-                # The Stop keeps this exception alive. Drop its traceback, or the job's tensors
-                # stay in memory.
-                exc.__traceback__ = None
+                    outcome = self._compute(job, model, context)
             except Exception as exc:
-                logs.bug(envelope.job_id, exc)
-                failure = Failure.of(models.as_job_error(exc))
-            if failure and failure.ends_worker:
-                # Before the next job may begin.
+                outcome = _failure(exc, envelope.job_id, context)
+            is_last = isinstance(outcome, Failure) and outcome.ends_worker
+            if is_last:
+                # While this job still has its place, so that no other job begins.
                 self._state.lose_device()
-        document = self._document(envelope.job_id, assets, failure, context)
+        document = context.document(envelope.job_id, self._worker_id, outcome)
         document = post(document) if post else document
         logs.ended(document, job, context.elapsed_s, context.audit)
-        if not (failure and failure.ends_worker):
+        if not is_last:
             self._poison_jobs.mark_finished(envelope.identity)
         self._jobs.ended(envelope.identity, document, context.elapsed_s)
         return document
 
     def _admit(self, job: Job, context: JobContext) -> Any:
-        """The model that serves a job, once every check has passed."""
+        """The model that serves a job, after every check that may refuse the job."""
         self._state.check_open()
         model = jobs.model_of(job, self._models)
-        if model is None:
-            served = ", ".join(self._models)
-            raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
         self._state.check_device()
         self._admission.check(job, context)
         return model
@@ -189,65 +179,34 @@ class Worker:
             images = self._files.references(job, context)
             jobs.prepare(job, model, context)
         with self._files.delivery(job, context) as delivery:
-            with self._place(self._computing, job, context), context.stage("generate"):
+            with self._place(self._device, job, context), context.stage("generate"):
                 for output in jobs.run(job, model, images, context):
                     delivery.submit(output)
             with context.stage("deliver"):
                 return delivery.assets(context.check)
 
     def _administer(self, job: AdminJob, envelope: Envelope, context: JobContext) -> None:
-        """Answer an administrator; the answer stands in the document's `result`."""
+        """Answer an administrator; the document has the answer as its `result`."""
         self._state.check_open()
         self._admission.check(job, context)
         with context.stage("generate"):
             answer = self._administration.answer(job, envelope.api_key, context)
         context.reply["result"] = answer
 
-    @contextmanager
-    def _place(self, places: FairSemaphore, job: Job, context: JobContext) -> Iterator[None]:
-        """A place for a job that needs the device alone, in order of arrival; others need none."""
-        if not jobs.is_exclusive(job.type):
-            yield
-            return
-        with places.place(context):
-            yield
-
-    def _document(
-        self,
-        job_id: str,
-        assets: tuple[Asset, ...],
-        failure: Failure | None,
-        context: JobContext,
-    ) -> Document:
-        metadata = {
-            **context.metadata,
-            "processing_time": round(context.elapsed_s, 3),
-            "timings": context.timings,
-            "versions": versions(),
-        }
-        if context.warnings:
-            metadata["warnings"] = context.warnings
-        if failure:
-            return Document(job_id, self._worker_id, "failed", (), metadata, failure)
-        document = Document(
-            job_id, self._worker_id, "completed", assets, metadata, reply=context.reply
-        )
-        try:
-            check_result(document)
-        except InternalError as exc:
-            return Document(job_id, self._worker_id, "failed", failure=Failure.of(exc))
-        return document
+    def _place(
+        self, places: FairSemaphore, job: Job, context: JobContext
+    ) -> AbstractContextManager[None]:
+        """A place for a job that needs the device alone; other jobs need none."""
+        return places.place(context) if jobs.is_exclusive(job.type) else nullcontext()
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
-        """Store a job's result, which the platform did not take, beside its assets; its key."""
+        """Store a result that the platform refused beside the job's assets; the key of the file."""
         envelope = Envelope.of(event)
         job = envelope.job_or_none(self._settings)
         return self._outbox.keep_result(result, envelope.job_id, job)
 
-    # --- its state ---
-
     def health(self) -> dict[str, Any]:
-        """What `admin_utilities` answers to `health`; it needs no key."""
+        """The answer of `admin_utilities` to `health`; it needs no key."""
         return self._administration.health()
 
     def check_device(self) -> None:
@@ -257,16 +216,16 @@ class Worker:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its device failed, so that it can do no further job."""
+        """Whether the device failed, so that the worker can do no further job."""
         return self._state.is_lost
 
     def close(self, grace_s: float) -> None:
-        """Take no further job, and stop after `grace_s` seconds those that still run."""
+        """Refuse further jobs, and stop those that still run after `grace_s` seconds."""
         self._state.reach(Phase.CLOSED)
         self.close_after(grace_s)
 
     def close_after(self, grace_s: float) -> None:
-        """Take and run jobs for `grace_s` seconds more; then take none, and stop those that run."""
+        """Run jobs for `grace_s` more seconds; then refuse new ones, and stop those that run."""
         self._state.reach(Phase.LEAVING)
         log.info("shutting down; what runs has %g s to finish", grace_s)
         timer = threading.Timer(grace_s, self._end_grace)
@@ -280,9 +239,13 @@ class Worker:
         self._jobs.stop_all(lambda stop: stop.set(shutdown))
 
 
-def _cause(error: JobError, context: JobContext) -> JobError:
-    """What ended a job. For a stopped job that is the stop, whatever failed because of it.
-
-    A lost device ends the worker, whoever stopped the job.
-    """
-    return error if isinstance(error, DeviceLost) else context.stop_reason or error
+def _failure(error: Exception, job_id: str, context: JobContext) -> Failure:
+    """How an error ends its job. The Failure does not hold the error, and so none of its frames."""
+    if not isinstance(error, JobError):
+        logs.bug(job_id, error)
+        return Failure.of(models.as_job_error(error))
+    # The job's Stop keeps this exception. Drop its traceback, or the job's tensors stay in memory.
+    error.__traceback__ = None
+    # A stopped job ends with its stop, whatever failed after it. A lost device is always reported.
+    is_lost = isinstance(error, DeviceLost)
+    return Failure.of(error if is_lost else context.stop_reason or error)

@@ -1,4 +1,4 @@
-"""Job types: how a payload becomes a Job, and how a Job is run, by its family's own module."""
+"""The job types: how a payload becomes a Job, and how its family's module runs that job."""
 
 from __future__ import annotations
 
@@ -10,64 +10,67 @@ from PIL import Image
 
 from ourvidz_serverless import families
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.job import Job
 from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
-#: What serves the jobs about the worker itself; it is no family.
+#: Stands for the jobs about the worker itself, which no family serves.
 ADMIN = "admin"
 
-#: The specification's fourteen job types, and what serves each.
+#: The specification's fourteen job types, with the family of each, or `ADMIN`.
 FAMILY_OF = {name: family.name for name, family in families.FAMILY_OF.items()} | {
     "admin_utilities": ADMIN
 }
 
 
 def module(family: str) -> ModuleType:
-    """The module with a family's `parse`, `prepare` and `run`; for `ADMIN` with `parse` alone."""
+    """The module with a family's `parse`, `prepare` and `run`; for `ADMIN` with `parse` only."""
     if family == ADMIN:
         return families.load_module("ourvidz_serverless.jobs.admin")
     return families.load_module(families.FAMILIES[family].jobs_module)
 
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> Job:
-    """The job of a payload whose `type` is known; raises pydantic's ValidationError."""
+    """The job of a payload with a known `type`; raises pydantic's ValidationError."""
     job: Job = module(FAMILY_OF[payload["type"]]).parse(payload, settings)
     return job
 
 
 def is_exclusive(job_type: str | None) -> bool:
-    """Whether a job of this type needs the device alone while it computes.
-
-    False for no type: such a job computes nothing.
-    """
+    """Whether a job of this type needs the device alone while it computes; False without a type."""
     family = families.FAMILY_OF.get(job_type) if job_type else None
     return family is not None and family.is_exclusive
 
 
-def model_of(job: Job, models: Mapping[str, Any]) -> Any | None:
-    """The model that serves a job, from the models by family; None if there is none.
+def model_of(job: Job, models: Mapping[str, Any]) -> Any:
+    """The model that serves a job, from the models by family.
 
-    That is the family's own, unless the family's module has a `choose_model(job, models)`.
+    It is the family's own model, unless the family's module has a `choose_model(job, models)`.
+    Raises WorkerUnavailable if there is none.
     """
     family = FAMILY_OF[job.type]
     choose = getattr(module(family), "choose_model", None)
-    return choose(job, models) if choose else models.get(family)
+    model = choose(job, models) if choose else models.get(family)
+    if model is None:
+        served = ", ".join(models)
+        raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
+    return model
 
 
 def prepare(job: Job, model: Any, context: JobContext) -> None:
-    """Have ready what the job's family needs before the device is taken."""
+    """Do what the job's family does before the job has the device."""
     module(FAMILY_OF[job.type]).prepare(job, model, context)
 
 
 def run(
     job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output | Text | Video]:
-    """The job's outputs, one by one, each as soon as it is there.
+    """The job's outputs, each as soon as it is finished.
 
-    The peak of the device's memory is in `context.metadata`.
+    Adds the device's peak memory to `context.metadata`, in MB.
     """
-    # A job that shares the device would reset the peak of another one.
+    # A job that shares the device must not reset the peak of another job.
     if is_exclusive(job.type):
         model.device.reset_peak()
     yield from module(FAMILY_OF[job.type]).run(job, model, references, context)
