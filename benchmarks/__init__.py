@@ -1,12 +1,12 @@
-"""What docs/benchmarks.md reports, runnable by anyone: `python -m benchmarks.<name>`."""
+"""The benchmarks of docs/benchmarks.md: `python -m benchmarks.<name>`."""
 
 import os
 import sys
 
-# Before torch is imported. On a shared machine two threads are slower than one.
+# Set before torch is imported. On a shared machine two threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# transformers and diffusers import it wherever they find it, which takes seconds.
+# transformers and diffusers import torchao if it is installed, which takes seconds.
 sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]

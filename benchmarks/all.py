@@ -1,10 +1,10 @@
-"""Every benchmark, one after another, each in a process of its own; all tables last.
+"""Run every benchmark, one after another, each in its own process, and print all tables last.
 
-    python -m benchmarks.all --quick             fewer rounds, for two quiet cores
-    python -m benchmarks.all --quick --docs      the same, and docs/benchmarks.md holds its tables
+    python -m benchmarks.all --quick             fewer rounds, for two idle cores
+    python -m benchmarks.all --quick --docs      and write the tables to docs/benchmarks.md
 
-`--json FILE` writes what each has measured, `--only overhead,post` runs some. A benchmark that
-fails is told at the end, and the exit code is 1; the document is then left as it is.
+`--json FILE` writes all results, `--only overhead,delivery` runs only these. If a benchmark fails,
+its name is printed at the end, the exit code is 1, and the document stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks import report
 NAMES = (
     "overhead",
     "cold_start",
-    "post",
+    "delivery",
     "sdxl",
     "presets",
     "wan",
@@ -39,7 +39,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--only", help="names, comma-separated")
+    parser.add_argument("--only", help="names, separated by commas")
     parser.add_argument("--docs", action="store_true", help="write the tables into the document")
     options = parser.parse_args(argv)
     began, load = time.monotonic(), os.getloadavg()[0]
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"failed: {', '.join(failed)}")
     if options.docs:
         command = " ".join(["python -m benchmarks.all", *(f"--{each}" for each in size)])
-        machine = report.in_words(documents[0]["machine"])
+        machine = report.machine_line(documents[0]["machine"])
         head = f"By `{command}`, on {machine}; the load before it began was {load:.1f}."
         write(DOCUMENT, f"{head}\n\n{tables_of(documents)}")
 
 
 def run(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
-    """What one benchmark has written; None where it failed."""
+    """The JSON that one benchmark wrote; None if it failed."""
     print(f"\n=== {name}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
@@ -74,7 +74,7 @@ def run(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
 
 
 def tables_of(documents: Sequence[dict[str, Any]]) -> str:
-    """All tables, each benchmark's under its name."""
+    """All tables as Markdown, each benchmark's under its name."""
     parts = []
     for document in documents:
         parts.append(f"### `python -m benchmarks.{document['benchmark']}`\n")
@@ -83,7 +83,7 @@ def tables_of(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def write(path: Path, tables: str) -> None:
-    """Put the tables between the document's markers."""
+    """Put the tables between the document's markers. Raises ValueError if it has none."""
     text = path.read_text(encoding="utf-8")
     section = f"{BEGIN}\n\n{tables}\n{END}"
     marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)

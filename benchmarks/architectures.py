@@ -1,8 +1,8 @@
-"""The full-size networks with random weights, and what they cost by count.
+"""The full-size networks with random weights, and their counted FLOPs.
 
-They have the speed and the memory of the published ones, and no hub is asked for them. The
-configurations are the public ones of stabilityai/stable-diffusion-xl-base-1.0,
-Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Qwen/Qwen2.5-7B-Instruct; tokenizers are the pocket models'.
+They have the speed and the memory of the published ones and need no download. The configurations
+are the public ones of stabilityai/stable-diffusion-xl-base-1.0, Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+and Qwen/Qwen2.5-7B-Instruct. The tokenizers are the pocket models'.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ WAN_TRANSFORMER: dict[str, Any] = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
 }
-#: WAN 2.1's are the class's own defaults.
+#: The defaults of the class are WAN 2.1's values.
 WAN_VAE: dict[str, Any] = {}
 WAN_TEXT: dict[str, Any] = {
     "vocab_size": 256384,
@@ -117,8 +117,8 @@ QWEN_7B: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
 }
 
-#: Dense FLOP/s in bf16 and fp16 by the cards' data sheets, and bytes/s of their memory.
-CARDS = {
+#: By GPU: dense FLOP/s in bf16 and fp16, and bytes/s of memory, both from the data sheet.
+GPUS = {
     "H200": (989e12, 4.8e12),
     "H100": (989e12, 3.35e12),
     "A100": (312e12, 2.0e12),
@@ -147,7 +147,7 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 def wan() -> WanPipeline:
-    """WAN 2.1 T2V-1.3B with random weights, likewise."""
+    """WAN 2.1 T2V-1.3B with random weights, on torch's default device and in its default dtype."""
     folder = POCKET / "wan"
     with torch.device("cpu"):
         scheduler = UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
@@ -161,13 +161,13 @@ def wan() -> WanPipeline:
 
 
 def chat() -> Qwen2ForCausalLM:
-    """Qwen2.5-7B with random weights, likewise."""
+    """Qwen2.5-7B with random weights, on torch's default device and in its default dtype."""
     return Qwen2ForCausalLM(Qwen2Config(**QWEN_7B))
 
 
 @contextmanager
 def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """A context in which networks are made on a device and in a dtype."""
+    """Within this context networks are constructed on this device and in this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -179,7 +179,7 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def written(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Iterator[Path]:
-    """A folder with what `make` makes, as a checkpoint lies on a disk, while it is needed."""
+    """A temporary folder with the checkpoint of the model that `make` returns."""
     with tempfile.TemporaryDirectory() as folder:
         with made_on(device, dtype):
             make().save_pretrained(folder)
@@ -188,14 +188,14 @@ def written(make: Callable[[], Any], device: str, dtype: torch.dtype) -> Iterato
 
 
 def count_flops(compute: Callable[[], object]) -> int:
-    """The floating-point operations of a computation, which may be on the meta device."""
+    """The floating-point operations of a computation, which may run on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         compute()
     return counter.get_total_flops()
 
 
 def sdxl_flops(side: int, steps: int) -> int:
-    """A square picture's: guided steps of two rows, and the decoding."""
+    """FLOPs of one square picture: guided steps, each with a batch of two, and the decoding."""
     with made_on("meta", torch.float32):
         unet, vae = UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE)
         latent = torch.empty(2, 4, side // 8, side // 8)
@@ -210,7 +210,7 @@ def sdxl_flops(side: int, steps: int) -> int:
 
 
 def wan_flops(width: int, height: int, frames: int, steps: int) -> int:
-    """A video's: guided steps of two forwards, without the text and the decoding."""
+    """FLOPs of one video: guided steps of two forwards, without text encoding and decoding."""
     with made_on("meta", torch.float32):
         transformer = WanTransformer3DModel(**WAN_TRANSFORMER)
         latent = torch.empty(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
@@ -219,21 +219,21 @@ def wan_flops(width: int, height: int, frames: int, steps: int) -> int:
     return 2 * steps * forward
 
 
-def card() -> tuple[float, float] | None:
-    """FLOP/s and bytes/s of this machine's card; None for one that is not in the table."""
+def gpu() -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of this machine's GPU; None for one that is not in `GPUS`."""
     name = torch.cuda.get_device_name()
-    return next((facts for known, facts in CARDS.items() if known in name), None)
+    return next((facts for known, facts in GPUS.items() if known in name), None)
 
 
 def peak(tflops: float | None) -> float | None:
-    """FLOP/s of this machine's card: what was told of it, or the table's."""
+    """Peak FLOP/s of this machine's GPU: `tflops` if given, else by `GPUS`; None if unknown."""
     if tflops:
         return tflops * 1e12
-    found = card()
+    found = gpu()
     return found and found[0]
 
 
-def peak_in_words(tflops: float | None) -> str:
-    """What the floors of a table were computed with."""
+def peak_note(tflops: float | None) -> str:
+    """The note below a table with floors: the peak that they assume."""
     found = peak(tflops)
     return f"Floors at {found / 1e12:.0f} TFLOP/s, by the data sheet." if found else ""

@@ -4,13 +4,13 @@
     python -m benchmarks.chat --size full      Qwen2.5-7B's architecture, random weights, on a GPU
     python -m benchmarks.chat --model FOLDER
 
-Greedy, so that the arms' tokens can be compared; the same prompts in both, no two of which begin
-alike, so that both arms read every token of them. `with kept beginnings` is the engine on prompts
-whose first half is the same and was kept from an earlier request; `generate` keeps nothing, so this
-pace is compared with none. On CUDA the engine replays captured steps, and a second one, in the same
-turns, does not. `decoding` is the pace of one reply after its first token, `late` the time to the
-first token of a request that comes when all others are being answered. The floor of one stream's
-decoding is the weights' way from memory, once a token.
+Decoding is greedy, so that the tokens can be compared. Both get the same prompts. No two prompts
+begin alike, so both compute every token of them. `with cached prefixes` is the engine on prompts
+with one common first half, which is cached from an earlier request. `generate` has no prefix cache,
+so this figure is compared with nothing. On CUDA the engine replays CUDA graphs; a second engine
+without graphs is timed between its runs. `decoding` is the tokens a second of one reply after its
+first token, `late` the time to the first token of a request that comes while all others run. The
+floor of one stream's decoding is the time to read the weights from memory, once a token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ POCKET, FULL = TITLES = (
 HEADERS = (
     "requests at once",
     "tokens/s, engine",
-    "with kept beginnings",
+    "with cached prefixes",
     "without graphs",
     "tokens/s, one by one",
     "times as fast",
@@ -60,11 +60,11 @@ AT_ONCE = (1, 16, 64)
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Tokens of a prompt and of a reply, how many are asked one by one, and rounds of turns."""
+    """Tokens of a prompt and of a reply, requests one by one, and rounds of interleaved timing."""
 
     prompt: int = 100
     reply: int = 64
-    alone: int = 4
+    one_by_one: int = 4
     rounds: int = 3
 
 
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     scale, at_once = Scale(), AT_ONCE
     if options.quick:
-        scale = Scale(prompt=48, reply=12, alone=2, rounds=1)
+        scale = Scale(prompt=48, reply=12, one_by_one=2, rounds=1)
     if options.tiny:
-        scale, at_once = Scale(prompt=8, reply=2, alone=1, rounds=1), (1, 2)
+        scale, at_once = Scale(prompt=8, reply=2, one_by_one=1, rounds=1), (1, 2)
     tables = []
     if options.size != "full":
         tables.append(pocket(options.model, options.tiny, at_once, scale))
@@ -91,20 +91,20 @@ def pocket(
 ) -> report.Table:
     device = Device.choose(Settings(), on_gpu=torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
-        # The pocket model is converted once, which takes a package; the tests' tiny one is made.
+        # Without the pocket model, which must be downloaded, take the tests' tiny one.
         is_tiny = is_tiny or not (folder or POCKET_FOLDER).exists()
         place = tiny_folder(Path(scratch)) if is_tiny else folder or POCKET_FOLDER
         model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype)
-        rows = arms(model.to(device.name).eval(), device, scale).rows(at_once)
+        rows = comparison(model.to(device.name).eval(), device, scale).rows(at_once)
     note = f"{scale.prompt} tokens of a prompt, {scale.reply} of a reply, {device.dtype}"
     return report.table(POCKET, HEADERS, rows, f"{note}{', random weights' if is_tiny else ''}.")
 
 
 def full(at_once: Sequence[int], scale: Scale) -> report.Table:
-    """The published architecture's table, where there is a GPU to measure it on."""
+    """The published architecture's table; without a GPU its rows are not measured."""
     if torch.cuda.is_available():
-        card = architectures.card()
-        return full_table(at_once, scale, card and card[1], Settings())
+        gpu = architectures.gpu()
+        return full_table(at_once, scale, gpu and gpu[1], Settings())
     print("chat at full size needs a GPU")
     return report.table(FULL, FULL_HEADERS, [report.unmeasured(n, FULL_HEADERS) for n in at_once])
 
@@ -112,14 +112,14 @@ def full(at_once: Sequence[int], scale: Scale) -> report.Table:
 def full_table(
     at_once: Sequence[int], scale: Scale, bandwidth: float | None, settings: Settings
 ) -> report.Table:
-    """The same on the device of some settings, whose memory gives so many bytes a second."""
+    """The full-size table on the device of these settings. `bandwidth` is in bytes a second."""
     device = Device.choose(settings, on_gpu=torch.bfloat16)
     with architectures.made_on(str(device.name), device.dtype):
         model = architectures.chat().eval()
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
     rows = []
-    for row in arms(model, device, scale).rows(at_once):
-        # More than one stream shares the weights' way from memory.
+    for row in comparison(model, device, scale).rows(at_once):
+        # Streams of one batch share each read of the weights, so only one stream has this floor.
         floor = bandwidth / weights if bandwidth and row[0] == 1 else None
         decoding = float(str(row[HEADERS.index("decoding, tokens/s")]))
         share = floor and f"{100 * decoding / floor:.0f} %"
@@ -128,58 +128,64 @@ def full_table(
     return report.table(FULL, FULL_HEADERS, rows, note)
 
 
-def arms(model: Any, device: Device, scale: Scale) -> Arms:
-    return Arms(model, device, scale, choose_capture("auto", device, model.config))
+def comparison(model: Any, device: Device, scale: Scale) -> Comparison:
+    return Comparison(model, device, scale, choose_capture("auto", device, model.config))
 
 
-class Arms:
-    """Both ways to answer the same prompts with one model; with `capture`, ours with graphs too."""
+class Comparison:
+    """The engine and `generate` on the same prompts and model.
+
+    With `capture` the engine uses CUDA graphs, and an engine without graphs is compared too.
+    """
 
     def __init__(
         self, model: Any, device: Device, scale: Scale, capture: Capture | None = None
     ) -> None:
         self.model, self.device, self.scale, self.capture = model, device, scale, capture
         size = (model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
-        self.prompts, self.alike = make_prompts(*size), begin_alike(make_prompts(*size))
+        self.prompts = make_prompts(*size)
+        self.prefixed = with_common_prefix(self.prompts)
 
     def rows(self, at_once: Sequence[int]) -> list[list[object]]:
         return [self.row(count) for count in at_once]
 
     def row(self, count: int) -> list[object]:
-        """So many at once against one by one, in turns."""
+        """The table's row for `count` requests at once against one by one, interleaved."""
         engine = self.engine(count, self.capture)
-        prompts, alone = self.prompts[:count], self.prompts[: min(count, self.scale.alone)]
+        prompts = self.prompts[:count]
+        one_by_one = self.prompts[: min(count, self.scale.one_by_one)]
         self.answer_all(engine, prompts if self.capture else prompts[:2])  # warms up, and captures
         uncaptured = self.engine(count, None) if self.capture else None
         if uncaptured:
             self.answer_all(uncaptured, prompts)
-        self.answer_all(engine, self.alike[:count], keep=True)
-        ours: list[float] = []
-        kept: list[float] = []
+        self.answer_all(engine, self.prefixed[:count], caches_prefix=True)
+        batched: list[float] = []
+        cached: list[float] = []
         eager: list[float] = []
-        theirs: list[float] = []
+        sequential: list[float] = []
         controls: list[float] = []
         for _ in range(self.scale.rounds):
             together = self.answer_all(engine, prompts)
-            singly = [self.generate(alone) for _ in range(2)]
+            singly = [self.generate(one_by_one) for _ in range(2)]
             if uncaptured:
-                eager += [self.answer_all(uncaptured, prompts).pace for _ in range(2)]
-            kept.append(self.answer_all(engine, self.alike[:count], keep=True).pace)
+                eager += [self.answer_all(uncaptured, prompts).tokens_s for _ in range(2)]
+            prefixed = self.answer_all(engine, self.prefixed[:count], caches_prefix=True)
+            cached.append(prefixed.tokens_s)
             again = self.answer_all(engine, prompts)
-            ours += [together.pace, again.pace]
-            theirs += [each.pace for each in singly]
-            controls.append(singly[0].pace / singly[1].pace)
+            batched += [together.tokens_s, again.tokens_s]
+            sequential += [each.tokens_s for each in singly]
+            controls.append(singly[0].tokens_s / singly[1].tokens_s)
         equal = sum(map(list.__eq__, together.replies, singly[0].replies))
         control = median(controls)
         return [
             count,
-            median(ours),
-            median(kept),
+            median(batched),
+            median(cached),
             median(eager) if eager else None,
-            median(theirs),
-            report.trusted(median(ours) / median(theirs), control),
+            median(sequential),
+            report.trusted(median(batched) / median(sequential), control),
             control,
-            f"{equal} of {len(alone)}",
+            f"{equal} of {len(one_by_one)}",
             median(together.decoding),
             1000 * median(together.first_s),
             1000 * self.late_s(engine, count),
@@ -190,7 +196,7 @@ class Arms:
         return Engine(self.model, self.device, eos_ids=[], limits=limits, capture=capture)
 
     def generate(self, prompts: Sequence[list[int]]) -> Answers:
-        """transformers' own, one after another."""
+        """The replies of transformers' `generate`, one after another."""
         began, replies, tokens = time.monotonic(), [], self.scale.reply
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         for prompt in prompts:
@@ -200,11 +206,11 @@ class Arms:
         return Answers(replies, time.monotonic() - began)
 
     def answer_all(
-        self, engine: Engine, prompts: Sequence[list[int]], keep: bool = False
+        self, engine: Engine, prompts: Sequence[list[int]], caches_prefix: bool = False
     ) -> Answers:
-        """The engine's, all at once; with `keep` the prompts' first halves are kept for others."""
+        """The engine's replies to all prompts at once."""
         began = time.monotonic()
-        asked = [self.ask(engine, prompt, keep) for prompt in prompts]
+        asked = [self.ask(engine, prompt, caches_prefix) for prompt in prompts]
         with ThreadPoolExecutor(len(asked)) as threads:
             list(threads.map("".join, asked))
         first_s = [each.time_to_first_token_s for each in asked]
@@ -213,18 +219,20 @@ class Arms:
         return Answers(replies, seconds, first_s, [each.tokens_per_second or 0 for each in asked])
 
     def late_s(self, engine: Engine, count: int) -> float:
-        """The wait for the first token of one that comes while so many are being answered."""
+        """Seconds to the first token of a request that comes while `count` others run."""
         with ThreadPoolExecutor(count + 1) as threads:
             asked = [self.ask(engine, prompt) for prompt in self.prompts[:count]]
             pieces = [iter(each) for each in asked]
-            list(threads.map(next, pieces))  # all have begun
+            list(threads.map(next, pieces))  # each has its first token
             late = self.ask(engine, self.prompts[-1])
             list(threads.map("".join, [*pieces, iter(late)]))
         return late.time_to_first_token_s
 
-    def ask(self, engine: Engine, prompt: list[int], keep: bool = False) -> Generation:
+    def ask(self, engine: Engine, prompt: list[int], caches_prefix: bool = False) -> Generation:
+        """Submit a prompt. With `caches_prefix` its first half is taken from the prefix cache, or
+        stored there."""
         sampling = SamplingParams(max_tokens=self.scale.reply, temperature=0)
-        num_shared = len(prompt) // 2 if keep else 0
+        num_shared = len(prompt) // 2 if caches_prefix else 0
         generation = Generation(
             prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=num_shared
         )
@@ -234,8 +242,10 @@ class Arms:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Replies as tokens, the seconds that all took, those to the first token of each, and each
-    one's own tokens a second after it.
+    """Replies as tokens, and the seconds that all of them took together.
+
+    For each reply `first_s` has the seconds to its first token, and `decoding` its tokens a second
+    after that.
     """
 
     replies: list[list[int]]
@@ -244,21 +254,21 @@ class Answers:
     decoding: Sequence[float] = ()
 
     @property
-    def pace(self) -> float:
-        """Tokens a second."""
+    def tokens_s(self) -> float:
+        """Tokens a second of all replies together."""
         return sum(map(len, self.replies)) / self.seconds
 
 
 def make_prompts(vocabulary: int, requests: int, length: int) -> list[list[int]]:
-    """Prompts no two of which begin alike."""
+    """Random prompts of `length` tokens; no two have the same first token."""
     random = torch.Generator().manual_seed(0)
     rows = torch.randint(100, vocabulary, (requests, length), generator=random)
     rows[:, 0] = 100 + torch.arange(requests)
     return rows.tolist()
 
 
-def begin_alike(prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The prompts with one first half in the place of their own, which is none of theirs."""
+def with_common_prefix(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts with one common first half, which none of them had before."""
     half = len(prompts[0]) // 2
     return [prompts[0][-half:] + each[half:] for each in prompts]
 

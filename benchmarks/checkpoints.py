@@ -1,7 +1,7 @@
-"""Checkpoints to load: an SDXL of random weights, as one file and as a folder, of either size.
+"""SDXL checkpoints with random weights, as a single file and as a folder, pocket or full size.
 
-Random weights have the size, the shapes and the names of trained ones, and need no hub. The single
-file lies beside the folder, which is its configuration too.
+Random weights have the sizes, shapes and names of trained ones, and need no download. The single
+file is beside the folder, which also holds its configuration.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from builder import pocket_sdxl
 
 Size = Literal["pocket", "full"]
 
-#: As those who serve it in fp16 take it (madebyollin/sdxl-vae-fp16-fix).
-VAE_IN_HALF = {**SDXL_VAE, "force_upcast": False}
+#: The VAE that runs in fp16 (madebyollin/sdxl-vae-fp16-fix).
+VAE_FP16 = {**SDXL_VAE, "force_upcast": False}
 
-#: How many random numbers are drawn; tensors repeat them.
-DRAWN = 1 << 20
+#: How many random numbers are drawn. All tensors repeat these.
+NUM_RANDOM = 1 << 20
 
 
 def write_sdxl(folder: Path, size: Size) -> Path:
-    """Write `sdxl.safetensors` and `sdxl/` into a folder, in fp16, once; returns the file's path.
+    """The path of `sdxl.safetensors` in a folder, in fp16, with `sdxl/` beside it.
 
-    6.9 GB each at full size.
+    Both are written unless they are there already. At full size each has 6.9 GB.
     """
     path = folder / "sdxl.safetensors"
     if not path.exists():
@@ -57,13 +57,14 @@ def _full() -> Any:
     with init_empty_weights():
         networks = {
             "unet": UNet2DConditionModel(**SDXL_UNET),
-            "vae": AutoencoderKL(**VAE_IN_HALF),
+            "vae": AutoencoderKL(**VAE_FP16),
             "text_encoder": CLIPTextModel(_text_config(SDXL_TEXT, tokenizers[0])),
             "text_encoder_2": CLIPTextModelWithProjection(_text_config(SDXL_TEXT_2, tokenizers[1])),
         }
-    drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(NUM_RANDOM, generator=generator).mul_(0.02).half()
     for network in networks.values():
-        _fill(network, drawn)
+        _fill(network, values)
     return StableDiffusionXLPipeline(
         **networks,
         tokenizer=tokenizers[0],
@@ -73,16 +74,16 @@ def _full() -> Any:
     )
 
 
-def _text_config(width: dict[str, Any], tokenizer: Any) -> CLIPTextConfig:
-    # The vocabulary's size is CLIP's, of which the little tokenizer knows a part.
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return CLIPTextConfig(**width, **ends, vocab_size=49408, max_position_embeddings=77)
+def _text_config(sizes: dict[str, Any], tokenizer: Any) -> CLIPTextConfig:
+    # The vocabulary has CLIP's size. The pocket tokenizer has only a part of these tokens.
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return CLIPTextConfig(**sizes, **ids, vocab_size=49408, max_position_embeddings=77)
 
 
-def _fill(network: Any, drawn: torch.Tensor) -> None:
+def _fill(network: Any, values: torch.Tensor) -> None:
+    """Replace each parameter by the values, repeated in its shape."""
     for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                count = parameter.numel()
-                values = drawn.repeat(-(-count // DRAWN))[:count].view(parameter.shape)
-                module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            count = parameter.numel()
+            filled = values.repeat(-(-count // NUM_RANDOM))[:count].view(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))

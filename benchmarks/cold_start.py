@@ -1,22 +1,22 @@
-"""From nothing to ready: a worker's start, stage by stage, against what cannot be avoided.
+"""A worker's start, stage by stage, against a floor: what no start can do without.
 
     python -m benchmarks.cold_start --size full     SDXL's own size, 14 GB on the disk
     python -m benchmarks.cold_start --quick         the pocket model, files in memory, two rounds
 
-The floor is the larger of two: the imports that every arm makes, torch's and diffusers' alone, and
-one plain read of the weights. The peers are handlers around diffusers' two loaders, which import
-RunPod's SDK as the worker does. Every arm is a process of its own, one at a time, in fp16; `cold`
-is after the kernel was told to forget the weights (not the libraries). `ready` is when a job could
-be taken; the worker's has its file in memory then, the peers' map it and pay with the first job:
-`first picture` is the sum.
+The floor is the larger of two: the imports of torch and diffusers that every variant with a model
+needs, and one plain read of the weights. The baselines are handlers around diffusers' two loaders.
+They import RunPod's SDK as the worker does. Each variant is a process, one at a time, in fp16.
+`cold` means that the kernel has dropped the weights (not the libraries) from the page cache.
+`ready` is when a job could be taken. By then the worker has read its file. The baselines map the
+file and read it in the first job, so compare `first picture`, which is the sum.
 
 A virtual machine hands memory that has been free for a second or two back to its host, and waits
-when it touches it again. Right after the kernel forgot 7 GB a read of 7 GB took 5 s, ten seconds
-later 16 s: an arm that reads at once would win against one that reads a little later. So every cold
-arm starts after a rest.
+when it touches that memory again. Right after the kernel dropped 7 GB a read of 7 GB took 5 s; ten
+seconds later it took 16 s. A variant that reads at once would win against one that reads a little
+later. So every cold start comes after a rest.
 
-Memory is the highest: `peak` with the pages of mapped files, which the kernel takes back when it
-wants, `anonymous` without: what is held twice stands there.
+Memory figures are peaks. `peak` includes the pages of mapped files, which the kernel may drop.
+`anonymous` does not: weights that are held twice show there.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import report
-from benchmarks.cold_arms import ARMS
-from benchmarks.turns import control_of
+from benchmarks.cold_start_variants import VARIANTS
+from benchmarks.interleaved_timing import control_ratio
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "pocket" / "sdxl.safetensors"
 
-#: What shows that it runs.
+#: The variants of `--tiny`.
 FEWEST = ("read", "worker, file")
 
-#: What no start of an arm that paints can do without.
+#: The floor is the slower one of these.
 FLOOR = ("read", "libraries")
 STAGES = ("interpreter", "imports", "read", "build", "wait")
 HEADERS = [
-    "arm",
+    "variant",
     *STAGES,
     "ready",
     "control",
@@ -58,10 +58,10 @@ HEADERS = [
     "anonymous MiB",
 ]
 
-#: How often memory is looked at, in seconds.
-LOOK_S = 0.02
+#: Seconds from one reading of a process's memory to the next.
+SAMPLE_S = 0.02
 
-#: Until a virtual machine has handed back what was forgotten, in seconds.
+#: Seconds until a virtual machine has handed dropped pages back to its host.
 REST_S = 12.0
 
 Run = Mapping[str, float]
@@ -70,8 +70,8 @@ Run = Mapping[str, float]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--size", choices=("pocket", "full"), default="pocket")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written, once")
-    parser.add_argument("--rounds", type=int, default=3, help="each arm once in each")
+    parser.add_argument("--folder", type=Path, help="a folder that keeps the checkpoint")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each variant")
     options = parser.parse_args(argv)
     is_short = options.quick or options.tiny
     with _folder(options.folder) as folder:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _table(
                 cache,
                 file,
-                arms=FEWEST if options.tiny else tuple(ARMS),
+                variants=FEWEST if options.tiny else tuple(VARIANTS),
                 rounds=1 if options.tiny else 2 if is_short else options.rounds,
             )
             for cache in (["warm"] if is_short else ["warm", "cold"])
@@ -99,7 +99,7 @@ def _folder(asked: Path | None) -> Iterator[Path]:
 
 
 def _write(folder: Path, size: str) -> Path:
-    """The checkpoint, written by a process that goes with all that it took."""
+    """The path of the checkpoint. Another process writes it, so that its memory is freed."""
     code = (
         "import sys; from pathlib import Path; from benchmarks.checkpoints import write_sdxl;"
         "write_sdxl(Path(sys.argv[1]), sys.argv[2])"
@@ -110,15 +110,14 @@ def _write(folder: Path, size: str) -> Path:
     return folder / "sdxl.safetensors"
 
 
-def _table(cache: str, file: Path, arms: Sequence[str], rounds: int) -> report.Table:
-    runs: dict[str, list[Run]] = {arm: [] for arm in arms}
-    order = list(arms)
-    for turn in range(rounds):
-        for arm in order if turn % 2 == 0 else order[::-1]:
-            prepare(cache, files(arm, file))
-            runs[arm].append(start(arm, file))
-    floor = max((runs[arm] for arm in FLOOR if arm in runs), key=_ready_s)
-    rows = [[arm, *_row(each, floor)] for arm, each in runs.items()]
+def _table(cache: str, file: Path, variants: Sequence[str], rounds: int) -> report.Table:
+    runs: dict[str, list[Run]] = {variant: [] for variant in variants}
+    for index in range(rounds):
+        for variant in variants if index % 2 == 0 else variants[::-1]:
+            prepare(cache, files(variant, file))
+            runs[variant].append(start(variant, file))
+    floor = max((runs[variant] for variant in FLOOR if variant in runs), key=_ready_s)
+    rows = [[variant, *_row(each, floor)] for variant, each in runs.items()]
     size = file.stat().st_size
     note = f"Seconds, of the files' {size / 1e9:.2f} GB; {rounds} rounds. "
     note += f"Floor: {_ready_s(floor):.2f} s."
@@ -126,10 +125,11 @@ def _table(cache: str, file: Path, arms: Sequence[str], rounds: int) -> report.T
 
 
 def _row(runs: list[Run], floor: list[Run]) -> list[object]:
-    ready, controls = _ready_s(runs), [_control(each) for each in (runs, floor)]
-    stages = [_middle(runs, stage) for stage in STAGES]
-    first = _middle(runs, "first job")
-    memory = [round(_middle(runs, name)) for name in ("peak", "anonymous")]
+    ready = _ready_s(runs)
+    controls = [control_ratio([run["ready"] for run in each]) for each in (runs, floor)]
+    stages = [_median(runs, stage) for stage in STAGES]
+    first = _median(runs, "first job")
+    memory = [round(_median(runs, name)) for name in ("peak", "anonymous")]
     return [
         *(stage or None for stage in stages),
         ready,
@@ -137,25 +137,21 @@ def _row(runs: list[Run], floor: list[Run]) -> list[object]:
         report.trusted(ready / _ready_s(floor), *controls),
         first or None,
         ready + first if first else None,
-        _middle(runs, "cpu"),
+        _median(runs, "cpu"),
         *memory,
     ]
 
 
 def _ready_s(runs: list[Run]) -> float:
-    return _middle(runs, "ready")
+    return _median(runs, "ready")
 
 
-def _control(runs: list[Run]) -> float | None:
-    return control_of([run["ready"] for run in runs])
-
-
-def _middle(runs: list[Run], name: str) -> float:
+def _median(runs: list[Run], name: str) -> float:
     return median(run.get(name, 0.0) for run in runs)
 
 
-def start(arm: str, file: Path) -> Run:
-    """The stages of one start in seconds, its memory in MiB."""
+def start(variant: str, file: Path) -> Run:
+    """The stages of one start in seconds, and its memory in MiB."""
     env = {
         **{name: value for name, value in os.environ.items() if "RUNPOD" not in name},
         "OMP_NUM_THREADS": "1",
@@ -163,7 +159,7 @@ def start(arm: str, file: Path) -> Run:
         "TRANSFORMERS_VERBOSITY": "error",
         "BENCHMARK_BEGAN": str(time.time()),
     }
-    command = [sys.executable, "-m", "benchmarks.cold_arms", arm, str(file)]
+    command = [sys.executable, "-m", "benchmarks.cold_start_variants", variant, str(file)]
     with tempfile.TemporaryFile() as log:
         with subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
@@ -172,24 +168,19 @@ def start(arm: str, file: Path) -> Run:
             while process.poll() is None:
                 now = _memory(process.pid)
                 peak, anonymous = max(peak, now[0]), max(anonymous, now[1])
-                time.sleep(LOOK_S)
+                time.sleep(SAMPLE_S)
             assert process.stdout
-            told = process.stdout.read().strip()
+            output = process.stdout.read().strip()
         if process.returncode:
             log.seek(0)
-            sys.exit(f"{arm} failed:\n{log.read()[-2000:].decode(errors='replace')}")
-    stages = _parse(told)
+            sys.exit(f"{variant} failed:\n{log.read()[-2000:].decode(errors='replace')}")
+    stages: dict[str, float] = json.loads(output.splitlines()[-1])
     ready = sum(stages.get(stage, 0.0) for stage in STAGES)
     return {**stages, "ready": ready, "peak": peak / 1024, "anonymous": anonymous / 1024}
 
 
-def _parse(told: str) -> dict[str, float]:
-    stages: dict[str, float] = json.loads(told.splitlines()[-1])
-    return stages
-
-
 def _memory(pid: int) -> tuple[int, int]:
-    """What a process has held at most, and holds without files now, in KiB."""
+    """A process's peak memory so far, and its memory now without mapped files, in KiB."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -199,35 +190,25 @@ def _memory(pid: int) -> tuple[int, int]:
     return int(peak), int(anonymous)
 
 
-def files(arm: str, file: Path) -> list[Path]:
-    """What an arm reads: the one file, or the folder's."""
-    is_folder = arm in ("from_pretrained", "worker, folder")
+def files(variant: str, file: Path) -> list[Path]:
+    """The files that a variant reads: the single file, or those of the folder."""
+    is_folder = variant in ("from_pretrained", "worker, folder")
     return sorted(file.with_suffix("").rglob("*.safetensors")) if is_folder else [file]
 
 
 def prepare(cache: str, paths: list[Path]) -> None:
-    """Files in the page cache, or forgotten for a while."""
+    """With a `warm` cache read the files into the page cache, else drop them and rest."""
     if cache == "warm":
-        warm(paths)
-    else:
-        forget(paths)
-        time.sleep(REST_S)
-
-
-def forget(paths: list[Path]) -> None:
-    """Have the kernel drop files' pages."""
+        for path in paths:
+            with path.open("rb", buffering=0) as opened:
+                while opened.read(8 << 20):
+                    pass
+        return
     os.sync()
     for path in paths:
         with path.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def warm(paths: list[Path]) -> None:
-    """Have the kernel hold files' pages."""
-    for path in paths:
-        with path.open("rb", buffering=0) as opened:
-            while opened.read(8 << 20):
-                pass
+    time.sleep(REST_S)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Peak memory by family and shape, against the weights' own size.
+"""Peak memory by family and shape, beside the size of the weights.
 
     python -m benchmarks.memory
 
-Each row is a process of its own, which loads the pocket model (or with `--size full`, on a GPU,
-the full-size one with random weights) and runs one job of one step, or some conversations at once.
-`tensors` is counted: on a GPU by torch's allocator, on a CPU by the worker's own count of what a
-card of `VRAM_BUDGET_GB` would hold, which has no noise. Until the last step it is what `computing`
-took, afterwards `decoding`. `process` is what the process grew by while the job ran (VmHWM).
+Each row is measured in its own process. It loads the pocket model, or with `--size full` on a GPU
+the full-size one with random weights, and runs one job of one step, or some conversations at once.
+`tensors` is counted: on a GPU by torch's allocator, on a CPU by the worker itself, as if the device
+had a memory of `VRAM_BUDGET_GB`. That count has no noise. The peak up to the last step is in
+`computing`, the peak after it in `decoding`. `process` is how much the process's peak (VmHWM) grew
+while the job ran.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ HEADERS = (
     "process, MiB",
 )
 
-#: GiB. So much that nothing has to leave.
+#: GiB. Enough for all weights, so that none are evicted.
 AMPLE = 64.0
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A job: so many pictures, frames or conversations, of which size.
+    """A job: `count` pictures, frames or conversations of a size.
 
-    A conversation's is the tokens of its prompt and of its reply.
+    A conversation's size is the tokens of its prompt and of its reply.
     """
 
     family: str
@@ -88,7 +89,7 @@ QUICK = (
     Shape("chat", (100, 4), 1),
     Shape("chat", (100, 4), 16),
 )
-WHOLE = (*QUICK, Shape("sdxl", (1024, 1024), 4), Shape("wan", (416, 240), 81))
+POCKET_SIZE = (*QUICK, Shape("sdxl", (1024, 1024), 4), Shape("wan", (416, 240), 81))
 FULL_SIZE = (
     Shape("sdxl", (1024, 1024), 1),
     Shape("sdxl", (1024, 1024), 4),
@@ -102,7 +103,7 @@ FULL_SIZE = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
-    parser.add_argument("--one", help="a shape as JSON, in this process")
+    parser.add_argument("--one", help="measure only this shape (JSON), in this process")
     options = parser.parse_args(argv)
     if options.one:
         family, size, count = json.loads(options.one)
@@ -110,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     tables = []
     if options.size != "full":
-        shapes = TINY if options.tiny else QUICK if options.quick else WHOLE
-        tables.append(report.table(POCKET, HEADERS, [apart(each) for each in shapes]))
+        shapes = TINY if options.tiny else QUICK if options.quick else POCKET_SIZE
+        tables.append(report.table(POCKET, HEADERS, [row_of_process(each) for each in shapes]))
     if options.size != "pocket":
         tables.append(full())
     report.finish("memory", tables, options.json)
@@ -122,11 +123,11 @@ def full() -> report.Table:
         print("memory at full size needs a GPU")
         rows = [[each.family, *report.unmeasured(each, HEADERS[1:])] for each in FULL_SIZE]
         return report.table(FULL, HEADERS, rows)
-    return report.table(FULL, HEADERS, [apart(each, "full") for each in FULL_SIZE])
+    return report.table(FULL, HEADERS, [row_of_process(each, "full") for each in FULL_SIZE])
 
 
-def apart(shape: Shape, size: str = "pocket") -> list[object]:
-    """A shape's row, from a process of its own."""
+def row_of_process(shape: Shape, size: str = "pocket") -> list[object]:
+    """A shape's row, measured in another process. Raises RuntimeError if that fails."""
     fields = json.dumps(astuple(shape))
     command = [sys.executable, "-m", "benchmarks.memory", "--size", size, "--one", fields]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -138,12 +139,12 @@ def apart(shape: Shape, size: str = "pocket") -> list[object]:
 
 
 def row(shape: Shape, is_full: bool) -> list[object]:
-    """A shape's row, measured here."""
+    """A shape's row, measured in this process."""
     with checkpoint(shape.family, is_full) as place:
         model = LOAD[shape.family](place)
         weights = model.device.allocated_bytes()
         peaks = Peaks(model.device, weights)
-        begin_high_water()
+        reset_peak()
         before = memory("VmRSS")
         JOBS[shape.family](model, shape, peaks)
         grown = memory("VmHWM") - before
@@ -152,7 +153,7 @@ def row(shape: Shape, is_full: bool) -> list[object]:
 
 
 class Peaks(NoProgress):
-    """The most that tensors took beside the weights, until the last step and from then on."""
+    """Peak bytes of tensors beside the weights, up to the last step and after it."""
 
     def __init__(self, device: Any, weights: int) -> None:
         self._device, self._weights = device, weights
@@ -165,7 +166,7 @@ class Peaks(NoProgress):
             self._device.reset_peak()
 
     def end(self) -> tuple[int, int | None]:
-        """Bytes while it computed, and while it decoded; None for what has no steps."""
+        """Peak bytes of computing and of decoding. A job without steps has no second one."""
         last = self._device.peak_bytes() - self._weights
         return (last, None) if self._computing is None else (self._computing, last)
 
@@ -190,7 +191,10 @@ def load_wan(place: str) -> Any:
 
 
 def load_chat(place: str) -> Any:
-    """A chat engine on a device that counts: the pocket model if it was built, else a tiny one."""
+    """A chat engine, and the device that counts its tensors.
+
+    The model is the pocket one if it was built, else the tests' tiny one.
+    """
     settings = Settings(vram_budget_gb=AMPLE)
     device = Device.choose(settings, torch.bfloat16, open_ledger(settings).memory)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,11 +202,11 @@ def load_chat(place: str) -> Any:
             place = str(POCKET_FOLDER) if POCKET_FOLDER.exists() else tiny_folder(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=device.dtype, disable_mmap=True)
     device.count_bytes(sum(each.numel() * each.element_size() for each in model.parameters()))
-    return CountedChat(device, Engine(model.to(device.name).eval(), device, eos_ids=[]))
+    return ChatEngine(device, Engine(model.to(device.name).eval(), device, eos_ids=[]))
 
 
 @dataclass(frozen=True, slots=True)
-class CountedChat:
+class ChatEngine:
     device: Device
     engine: Engine
 
@@ -230,7 +234,7 @@ def run_wan(model: Any, shape: Shape, progress: Progress) -> None:
     deque(model.generate(request, progress), maxlen=0)
 
 
-def run_chat(model: CountedChat, shape: Shape, progress: Progress) -> None:
+def run_chat(model: ChatEngine, shape: Shape, progress: Progress) -> None:
     prompt, reply = shape.size
     asked = [
         Generation(
@@ -251,13 +255,13 @@ JOBS = {"sdxl": run_sdxl, "wan": run_wan, "chat": run_chat}
 
 
 def memory(name: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    """Bytes of this process: `VmRSS` is its memory now, `VmHWM` its peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) << 10
 
 
-def begin_high_water() -> None:
-    """Count `VmHWM` from now on (proc_pid_clear_refs(5))."""
+def reset_peak() -> None:
+    """Let `VmHWM` begin at the memory of now (proc_pid_clear_refs(5))."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,11 +1,12 @@
-"""A day of mixed jobs on a card that is too small for all models: does anything grow?
+"""Mixed jobs on a device that is too small for all models: does anything leak?
 
     python -m benchmarks.mixed --jobs 2000
 
-The real loop in a process of its own serves SDXL, chat and WAN with pocket models and a budget that
-does not hold them all. Every job must end well. The tables tell the process's memory, open files,
-threads and temporary files as the jobs go by, and at the end how often the ledger moved each model:
-to the device and off it, to the host's memory, away, and back from the disk.
+RunPod's real loop, in another process, serves SDXL, chat and WAN with pocket models and a memory
+budget that does not hold them all. Every job must complete. One table has the process's memory,
+open files, threads and temporary files after each twentieth of the jobs. The other one has the
+moves of each model by the ledger: onto the device and off it, to the host's memory, dropped, and
+read again from the disk.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from tests.servers.handler import start
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
-#: Of forty jobs. A picture takes some hundred times as long as an answer of the tiny chat model.
+#: Of forty jobs. A picture takes about a hundred times as long as a reply of the tiny chat model.
 SHARES = {"sdxl": 2, "wan": 1, "chat": 25, "admin": 12}
 
-#: GiB. SDXL's pocket takes 10.6 MiB and WAN's parts about as much, beside what their jobs need:
-#: either drives the other out.
+#: GiB. The pocket SDXL takes 10.6 MiB, the pocket WAN about as much, and their jobs need memory
+#: too: each evicts the other.
 BUDGET = 0.022
 
 AT_ONCE = 8
 
-#: What the ledger tells of a model, by `memory_report`'s words.
+#: The columns of the ledger's table: keys of a model in `memory_report`.
 FACTS = (
     "name",
     "memory",
@@ -58,24 +59,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     jobs = options.jobs or (len(SHARES) if options.tiny else 200 if options.quick else 2000)
     sizes: list[list[object]] = []
-    with Day(options.budget) as day:
+    with MixedJobs(options.budget) as mixed:
         step = max(jobs // 20, 1)
-        for done in day.run(jobs):
+        for done in mixed.run(jobs):
             if done % step == 0 or done == jobs:
-                sizes.append([done, *day.size().values()])
+                sizes.append([done, *mixed.size().values()])
                 print(*sizes[-1], flush=True)
-        models = [[model[key] for key in FACTS] for model in day.report()["models"]]
+        models = [[model[key] for key in FACTS] for model in mixed.report()["models"]]
     headers = ["jobs", "memory MiB", "open files", "threads", "temporary files"]
     tables = [report.table(GROWTH, headers, sizes), report.table(LEDGER, FACTS, models)]
     report.finish("mixed", tables, options.json)
 
 
-class Day:
-    """A worker for everything, behind RunPod's loop, for use in a `with` statement."""
+class MixedJobs:
+    """A worker for all families behind RunPod's loop, and random jobs for it: a context manager."""
 
     def __init__(self, budget: float, seed: int = 0) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mixed-")
-        self.root, self._chance = Path(self._folder.name), random.Random(seed)
+        self.root, self._rng = Path(self._folder.name), random.Random(seed)
         (self.root / "tmp").mkdir()
         self._env = {
             "FAMILIES": "sdxl,chat,wan",
@@ -90,7 +91,7 @@ class Day:
         }
         self._count = 0
 
-    def __enter__(self) -> Day:
+    def __enter__(self) -> MixedJobs:
         self.platform = Platform()
         self.platform.__enter__()
         self.worker: WorkerProcess = start(self.platform, **self._env)
@@ -104,18 +105,15 @@ class Day:
         self._folder.cleanup()
 
     def run(self, count: int, timeout: float = 600) -> Iterator[int]:
-        """Run so many jobs, some at once, and give after each how many are done.
+        """Run `count` random jobs, some at once, and yield after each how many are done.
 
-        Raises AssertionError for one that does not end well.
+        Raises AssertionError for a job that does not complete.
         """
-
-        def drawn() -> str:
-            return self._chance.choices(list(SHARES), weights=list(SHARES.values()))[0]
-
-        yield from self._run([drawn() for _ in range(count)], timeout)
+        families = self._rng.choices(list(SHARES), weights=list(SHARES.values()), k=count)
+        yield from self._run(families, timeout)
 
     def each_kind(self, timeout: float = 300) -> Iterator[int]:
-        """The same for a few jobs of every kind, in turns."""
+        """The same for a few jobs of every family, alternately."""
         yield from self._run([*SHARES, *SHARES, "sdxl"], timeout)
 
     def _run(self, families: list[str], timeout: float) -> Iterator[int]:
@@ -132,14 +130,14 @@ class Day:
             yield done
 
     def report(self) -> dict[str, Any]:
-        """What the worker says of its memory."""
+        """The worker's `memory_report`."""
         question = {"type": "admin_utilities", "config": {"operation": "memory_report"}}
         job = self.platform.submit({"id": f"report-{time.time_ns()}", **question})
         document: dict[str, Any] = self.platform.result(job, 120)["output"][-1]
         return dict(document["result"])
 
     def size(self) -> dict[str, int]:
-        """What the worker's process holds now."""
+        """The worker process's memory in MiB, open files, threads and temporary files, now."""
         process = Path(f"/proc/{self.worker.pid}")
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         return {
@@ -154,14 +152,14 @@ class Day:
         return self.platform.submit(self._payload(family, f"{family}-{self._count}"))
 
     def _payload(self, family: str, name: str) -> dict[str, Any]:
-        seed = self._chance.randrange(1, 1000)
+        seed = self._rng.randrange(1, 1000)
         if family == "sdxl":
             return sdxl_payload(id=name, config={"seed": seed})
         if family == "wan":
             return wan_payload(id=name, config={"seed": seed})
         if family == "chat":
             return chat_payload(id=name, seed=seed, max_tokens=12)
-        operation = self._chance.choice(OPERATIONS)
+        operation = self._rng.choice(OPERATIONS)
         config = {"operation": operation, "job_id": f"sdxl-{seed}", "user_id": "user-1"}
         return {"id": name, "type": "admin_utilities", "config": config}
 

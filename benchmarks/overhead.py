@@ -1,22 +1,23 @@
-"""What a job costs beside its model: seconds lost under a backlog, for jobs of several lengths.
+"""What a job costs besides its model: seconds lost under a backlog, for jobs of several lengths.
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --lengths 1,8 --side 1024
 
-Three arms take turns, each with the pocket SDXL, the same prompt, seeds, size and steps:
+Three variants run alternately, each with the pocket SDXL, the same prompt, seeds, size and steps:
 
-    pipeline    diffusers' pipeline called in a loop, nothing delivered: the floor
-    worker      handler.py behind RunPod's real loop: storage, thumbnails, signed callbacks
-    straight    a handler as RunPod's public workers write it (`benchmarks/straight.py`)
+    pipeline            diffusers' pipeline called in a loop, nothing delivered: the floor
+    worker              handler.py behind RunPod's real loop: storage, thumbnails, signed callbacks
+    baseline handler    written as RunPod's public workers are (`benchmarks/baseline_handler.py`)
 
-Lost is what an arm takes for a job over what the pipeline takes. It is no ratio on purpose: while
-a job is running RunPod's SDK looks for the next one once a second, so what a handler with one job
-at a time loses depends on where in that second its job ends, and not on how long it took.
+A variant loses the difference between its seconds a job and the pipeline's. This is a difference
+and not a ratio: while a job runs, RunPod's SDK asks for the next one once a second. A handler with
+one job at a time therefore loses time by where in that second its job ends, not by how long the
+job took.
 
-The platform, the store (whose uploads take as long as `--upload-ms` says) and the callback's
-receiver are HTTP servers in this process, which tells when each request came and was answered.
-A job's lane is held for what its document calls `generate`; it was let go `deliver` seconds before
-the store had taken the job's last file.
+The platform, the storage (each upload takes `--upload-ms`) and the callback's receiver are HTTP
+servers in this process, which record when each request came and was answered. The worker uses the
+device for the seconds that the job's document calls `generate`. It released the device `deliver`
+seconds before the storage had taken the job's last file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import mean, median
 from typing import Any
@@ -34,9 +36,9 @@ import torch
 from PIL import Image
 
 from benchmarks import report
-from benchmarks.arms import PROMPT, plain_picture, plain_pipeline
-from benchmarks.store import BUCKET, Store, union_s
-from benchmarks.turns import control_of, timed
+from benchmarks.baselines import PROMPT, baseline_picture, load_baseline_pipeline
+from benchmarks.interleaved_timing import control_ratio, timed
+from benchmarks.slow_storage import BUCKET, SlowStorage, union_s
 from tests.files import ROOT
 from tests.servers.handler import HANDLER, POCKET
 from tests.servers.runpod import Platform
@@ -49,33 +51,32 @@ BACKLOG, TAIL = TITLES = (
 )
 
 
-#: Grey levels: what the arms' pictures may differ by in fp32.
+#: The largest difference between the variants' pictures in fp32, in grey levels.
 ROUNDING = 1
 
-#: Seconds of the pipeline that the jobs are to take; none of them a whole number, and each ends
-#: elsewhere in the SDK's second.
+#: Seconds that the pipeline should take for a job. Each ends in another part of the SDK's second.
 LENGTHS = (0.8, 1.3, 1.9, 2.6, 3.4)
-HEADERS = ("s a job, pipeline", "arm", "s a job", "s lost a job", "control", "the lane is busy")
+HEADERS = ("s a job, pipeline", "variant", "s a job", "s lost a job", "control", "device in use")
 
-#: The steps that a job may have.
+#: The fewest and the most steps that a job may have.
 STEPS = (10, 50)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--jobs", type=int, help="in a backlog")
-    parser.add_argument("--rounds", type=int, help="each is two backlogs of each arm")
+    parser.add_argument("--rounds", type=int, help="each is two backlogs of each variant")
     parser.add_argument("--side", type=int, default=384, help="of the pictures, in pixels")
     parser.add_argument("--lengths", type=_seconds, help="of the jobs: 0.8,1.3,... seconds, about")
-    parser.add_argument("--upload-ms", type=float, default=80, help="what the store takes a file")
+    parser.add_argument("--upload-ms", type=float, default=80, help="time of an upload")
     options = parser.parse_args(argv)
     jobs, rounds, lengths = (5, 1, LENGTHS[:3]) if options.quick else (12, 3, LENGTHS)
     side = options.side
     if options.tiny:
         jobs, rounds, lengths, side = 2, 1, (0.0, 60.0), 64
-    with Site(side, options.lengths or lengths, options.upload_ms / 1000) as site:
-        found = site.run(options.jobs or jobs, options.rounds or rounds)
-    report.finish("overhead", tables(site, found), options.json)
+    with OverheadBenchmark(side, options.lengths or lengths, options.upload_ms / 1000) as benchmark:
+        found = benchmark.run(options.jobs or jobs, options.rounds or rounds)
+    report.finish("overhead", tables(benchmark, found), options.json)
 
 
 def _seconds(text: str) -> tuple[float, ...]:
@@ -84,7 +85,7 @@ def _seconds(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Jobs of one length: denoising steps, and the first of their seeds, which no others have."""
+    """Jobs of one length: their denoising steps, and the first of their seeds, used only here."""
 
     steps: int
     seed: int
@@ -92,37 +93,39 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """One arm's run: seconds a job from end to end, shares of a busy lane, tails in seconds."""
+    """One variant's run: seconds a job, the share of time in which the device was in use, and the
+    seconds of each job after its last decoded picture (`WorkerJob.tail_s`).
+    """
 
     seconds: float
-    busy: float
+    in_use: float
     tails: tuple[float, ...] = ()
 
 
-#: Each arm's runs with jobs of one length.
+#: Each variant's runs with jobs of one length.
 Backlogs = dict[str, list[Backlog]]
-Arm = Callable[[Length, int], Backlog]
+Variant = Callable[[Length, int], Backlog]
 
 
-class Site:
-    """Both workers and all that they talk to, for use in a `with` statement."""
+class OverheadBenchmark:
+    """Both handlers and the servers that they use, as a context manager."""
 
     def __init__(self, side: int, lengths: Sequence[float], upload_s: float) -> None:
         self.side, self.upload_s = side, upload_s
-        self.pipe = plain_pipeline()
+        self.pipe = load_baseline_pipeline()
         self.lengths = [
             Length(steps, 1 + 1000 * index) for index, steps in enumerate(self._steps(lengths))
         ]
         self._num_jobs = 0
 
-    def __enter__(self) -> Site:
+    def __enter__(self) -> OverheadBenchmark:
         with ExitStack() as stack:
             self.platform = stack.enter_context(Platform())
-            self.store = stack.enter_context(Store(self.upload_s))
+            self.store = stack.enter_context(SlowStorage(self.upload_s))
             self.receiver = stack.enter_context(CallbackReceiver())
-            stack.enter_context(self._process("worker", str(HANDLER), env=self._ours()))
-            straight = ("-m", "benchmarks.straight")
-            stack.enter_context(self._process("straight", *straight, env=self._theirs()))
+            stack.enter_context(self._process("worker", str(HANDLER), env=self._worker_env()))
+            baseline = ("-m", "benchmarks.baseline_handler")
+            stack.enter_context(self._process("baseline", *baseline, env=self._baseline_env()))
             self._stack = stack.pop_all()
         return self
 
@@ -130,64 +133,62 @@ class Site:
         self._stack.__exit__(*error)
 
     def run(self, jobs: int, rounds: int) -> list[Backlogs]:
-        """For each length, backlogs of so many jobs by arm, the arms in turns: a, b, c, c, b, a."""
-        arms: dict[str, Arm] = {
+        """Backlogs of `jobs` jobs for each length, by variant. A round runs a, b, c, c, b, a."""
+        variants: dict[str, Variant] = {
             "pipeline": self.pipeline,
             "worker": self.worker,
-            "straight": self.straight,
+            "baseline handler": self.baseline_handler,
         }
-        for arm in arms.values():
-            arm(self.lengths[0], 2)  # warms up
+        for variant in variants.values():
+            variant(self.lengths[0], 2)  # warms up
         found: list[Backlogs] = []
         for length in self.lengths:
-            runs: Backlogs = {name: [] for name in arms}
-            for name in rounds * (*arms, *reversed(arms)):
-                runs[name].append(arms[name](length, jobs))
-                told = f"{length.steps} steps {runs[name][-1].seconds:8.3f} s a job"
-                print(f"{name:10}{told}", flush=True)
+            runs: Backlogs = {name: [] for name in variants}
+            for name in rounds * (*variants, *reversed(variants)):
+                run = variants[name](length, jobs)
+                runs[name].append(run)
+                print(f"{name:18}{length.steps} steps {run.seconds:8.3f} s a job", flush=True)
             self.check_pictures(length)
             found.append(runs)
         return found
 
     def pipeline(self, length: Length, jobs: int) -> Backlog:
-
         def generate() -> None:
             for number in range(jobs):
-                plain_picture(self.pipe, **self._wish(length, number))
+                baseline_picture(self.pipe, **self._picture(length, number))
 
         return Backlog(timed(generate) / jobs, 1.0)
 
-    def straight(self, length: Length, jobs: int) -> Backlog:
-        wishes = [self._wish(length, number) for number in range(jobs)]
-        ids = [self.platform.submit(wish, endpoint="straight") for wish in wishes]
+    def baseline_handler(self, length: Length, jobs: int) -> Backlog:
+        inputs = [self._picture(length, number) for number in range(jobs)]
+        ids = [self.platform.submit(each, endpoint="baseline") for each in inputs]
         outputs = [self.platform.result(id, 600)["output"] for id in ids]
         ends = sorted(self._posted(id) for id in ids)
-        held = [output["generate"] for output in outputs]
-        return Backlog(pace(ends), sum(held[1:]) / (ends[-1] - ends[0]))
+        generating_s = [output["generate"] for output in outputs]
+        return Backlog(mean_interval(ends), sum(generating_s[1:]) / (ends[-1] - ends[0]))
 
     def worker(self, length: Length, jobs: int) -> Backlog:
         payloads = [self._payload(length, number) for number in range(jobs)]
         ids = [self.platform.submit(payload, endpoint="worker") for payload in payloads]
         documents = [self.platform.result(id, 600)["output"] for id in ids]
         ends = [self._posted(id) for id in ids]
-        runs = [Run.of(*each, self.store) for each in zip(documents, ends, strict=True)]
-        runs.sort(key=lambda run: run.lane_left)
-        lane = [run.lane_left for run in runs]
-        held = sum(run.lane_held_s for run in runs[1:])
+        ended = [WorkerJob.of(*each, self.store) for each in zip(documents, ends, strict=True)]
+        ended.sort(key=lambda job: job.device_released)
+        generating_s = sum(job.generating_s for job in ended[1:])
         return Backlog(
-            pace([run.posted for run in runs]),
-            held / (lane[-1] - lane[0]),
-            tuple(run.tail_s for run in runs),
+            mean_interval([job.posted for job in ended]),
+            generating_s / (ended[-1].device_released - ended[0].device_released),
+            tuple(job.tail_s for job in ended),
         )
 
     def _posted(self, id: str) -> float:
         return next(update.at for update in self.platform.updates(id) if update.terminal)
 
     def check_pictures(self, length: Length) -> None:
-        """Raise AssertionError if the arms have not painted the same, in fp32."""
+        """Raise AssertionError if the variants' pictures differ, in fp32."""
         if self.pipe.dtype != torch.float32:
             return
-        expected = np.asarray(plain_picture(self.pipe, **self._wish(length, 0)), int)
+        expected = np.asarray(baseline_picture(self.pipe, **self._picture(length, 0)), int)
         objects = self.store.objects.items()
         stored = [data for (_, key), (data, _) in objects if is_of_seed(key, length.seed)]
         assert len(stored) > 1
@@ -195,7 +196,7 @@ class Site:
             with Image.open(io.BytesIO(data)) as picture:
                 assert np.abs(np.asarray(picture) - expected).max() <= ROUNDING
 
-    def _wish(self, length: Length, number: int) -> dict[str, Any]:
+    def _picture(self, length: Length, number: int) -> dict[str, Any]:
         return {"side": self.side, "steps": length.steps, "seed": length.seed + number}
 
     def _payload(self, length: Length, number: int) -> dict[str, Any]:
@@ -215,18 +216,18 @@ class Site:
         }
 
     def _steps(self, lengths: Sequence[float]) -> list[int]:
-        """The numbers of steps that make jobs last about so many seconds, each once."""
-        few = {"side": self.side, "seed": 0}
-        plain_picture(self.pipe, **few, steps=1)  # warms up
+        """The numbers of steps, without repeats, for jobs of about these lengths in seconds."""
+        options = {"side": self.side, "seed": 0}
+        baseline_picture(self.pipe, **options, steps=1)  # warms up
         short, long = (
-            min(timed(lambda n=n: plain_picture(self.pipe, **few, steps=n)) for _ in range(2))
+            min(timed(partial(baseline_picture, self.pipe, **options, steps=n)) for _ in range(2))
             for n in (2, 12)
         )
         step_s = max((long - short) / 10, 1e-6)
         wanted = [round((seconds - short) / step_s) + 2 for seconds in lengths]
         return sorted({min(max(STEPS[0], steps), STEPS[1]) for steps in wanted})
 
-    def _ours(self) -> dict[str, str]:
+    def _worker_env(self) -> dict[str, str]:
         return {
             "FAMILIES": "sdxl",
             "STORAGE_URL": f"supabase://{BUCKET}",
@@ -236,7 +237,7 @@ class Site:
             "JOB_CALLBACK_SECRET": self.receiver.secret,
         }
 
-    def _theirs(self) -> dict[str, str]:
+    def _baseline_env(self) -> dict[str, str]:
         return {"STORE_URL": self.store.objects_url, "STORE_KEY": self.store.service_key}
 
     def _process(self, name: str, script: str, *args: str, env: dict[str, str]) -> WorkerProcess:
@@ -253,16 +254,20 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One job of the worker's, in seconds of the one clock that all servers here share."""
+class WorkerJob:
+    """One job of the worker. Points in time are of the one clock that all servers here share.
 
-    lane_held_s: float
-    lane_left: float
+    `generating_s` is for how long it used the device, `uploading_s` for how long at least one of
+    its uploads was running.
+    """
+
+    generating_s: float
+    device_released: float
     uploading_s: float
     posted: float
 
     @classmethod
-    def of(cls, document: dict[str, Any], posted: float, store: Store) -> Run:
+    def of(cls, document: dict[str, Any], posted: float, store: SlowStorage) -> WorkerJob:
         timings = document["metadata"]["timings"]
         uploads = store.uploads_of(document["job_id"])
         stored = max(upload.answered for upload in uploads)
@@ -270,9 +275,9 @@ class Run:
 
     @property
     def tail_s(self) -> float:
-        """From the lane, which is let go after the last decoded picture, to the posted result,
-        without the time in which the store took a file."""
-        return self.posted - self.lane_left - self.uploading_s
+        """Seconds from the last decoded picture, when the worker releases the device, to the posted
+        result, without the time of the uploads."""
+        return self.posted - self.device_released - self.uploading_s
 
 
 def is_of_seed(key: str, seed: int) -> bool:
@@ -280,22 +285,23 @@ def is_of_seed(key: str, seed: int) -> bool:
     return key.endswith((f"-seed-{seed}/0.png", f"-seed-{seed}.png"))
 
 
-def pace(ends: Sequence[float]) -> float:
-    """Seconds from one end to the next, on average."""
+def mean_interval(ends: Sequence[float]) -> float:
+    """The mean of the seconds from one end to the next."""
     return mean(later - sooner for sooner, later in pairwise(ends))
 
 
-def tables(site: Site, found: Sequence[Backlogs]) -> list[report.Table]:
+def tables(benchmark: OverheadBenchmark, found: Sequence[Backlogs]) -> list[report.Table]:
     rows = [row for backlogs in found for row in rows_of(backlogs)]
     tails = sorted(tail for backlogs in found for run in backlogs["worker"] for tail in run.tails)
-    steps = ", ".join(str(length.steps) for length in site.lengths)
+    steps = ", ".join(str(length.steps) for length in benchmark.lengths)
     return [
         report.table(
             BACKLOG,
             HEADERS,
             rows,
-            f"{site.side}x{site.side}, {steps} steps, {1000 * site.upload_s:.0f} ms an upload. "
-            "The control is each arm's first half against its second.",
+            f"{benchmark.side}x{benchmark.side}, {steps} steps, "
+            f"{1000 * benchmark.upload_s:.0f} ms an upload. "
+            "The control is each variant's first half against its second.",
         ),
         report.table(
             TAIL,
@@ -306,17 +312,20 @@ def tables(site: Site, found: Sequence[Backlogs]) -> list[report.Table]:
 
 
 def rows_of(backlogs: Backlogs) -> list[list[object]]:
-    """The arms with jobs of one length. What is lost is told if both arms' controls are near 1."""
+    """The variants' rows for jobs of one length.
+
+    What a variant loses is given only if its control and the pipeline's are near 1.
+    """
     seconds = {name: [run.seconds for run in runs] for name, runs in backlogs.items()}
-    controls = {name: control_of(each) for name, each in seconds.items()}
+    controls = {name: control_ratio(each) for name, each in seconds.items()}
     floor = median(seconds["pipeline"])
     rows: list[list[object]] = [[floor, "pipeline", floor, None, controls["pipeline"], None]]
     for name, runs in backlogs.items():
         if name != "pipeline":
             took = median(seconds[name])
             lost = report.trusted(took - floor, controls[name], controls["pipeline"])
-            busy = f"{100 * median(run.busy for run in runs):.1f} %"
-            rows.append([floor, name, took, lost, controls[name], busy])
+            in_use = f"{100 * median(run.in_use for run in runs):.1f} %"
+            rows.append([floor, name, took, lost, controls[name], in_use])
     return rows
 
 

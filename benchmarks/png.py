@@ -1,7 +1,6 @@
-"""Our PNG against Pillow's default, and the pictures that both are given.
+"""The worker's PNG encoder, Pillow's, and the test pictures for both.
 
-The pictures are made here: three as a photograph might be, and a drawing. `benchmarks.post`
-measures the two encoders on them.
+Three pictures are like photographs, one is a drawing. `benchmarks.delivery` compares the encoders.
 """
 
 import io
@@ -16,11 +15,11 @@ from ourvidz_serverless.delivery.png import Pixels
 Plane = NDArray[np.float64]
 
 
-def ours(pixels: Pixels) -> bytes:
+def worker_png(pixels: Pixels) -> bytes:
     return encode_image(pixels).data
 
 
-def pillow(pixels: Pixels) -> bytes:
+def pillow_png(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -32,12 +31,12 @@ def soft(side: int) -> Pixels:
 
 
 def grainy(side: int) -> Pixels:
-    """The same with the grain of a film."""
+    """Clouds of colour with the grain of a photographic film."""
     return clouds(side, grain=3)
 
 
 def clouds(side: int, grain: float) -> Pixels:
-    """Noise that falls off with frequency as photographs do, on a gradient of colours."""
+    """Noise with the spectrum of photographs, on a gradient of colours."""
     rng = np.random.default_rng(7)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
     frequency[0, 0] = np.inf
@@ -56,10 +55,10 @@ def clouds(side: int, grain: float) -> Pixels:
 
 
 def sharp(side: int) -> Pixels:
-    """Clouds over thousands of overlapping discs ("dead leaves"): edges as in photographs.
+    """Clouds over thousands of overlapping discs ("dead leaves"), which have edges as photographs.
 
-    The sizes' law and the idea: Lee, Mumford and Huang, "Occlusion models for natural images",
-    IJCV 2001.
+    The idea and the distribution of sizes: Lee, Mumford and Huang, "Occlusion models for natural
+    images", IJCV 2001.
     """
     rng = np.random.default_rng(7)
     image = Image.new("RGB", (2 * side, 2 * side))

@@ -1,9 +1,9 @@
-"""What the presets of `config.speed` leave out and change: `python -m benchmarks.presets`.
+"""What the presets of `config.speed` skip and change: `python -m benchmarks.presets`.
 
-Counts and likeness, on the pocket models: forwards of the denoising network against those of
-`exact`, and PSNR against its very output, the mean over some seeds and the worst. Neither has any
-noise, so one run is enough; how long a job takes is not asked here. `--grid` tries SDXL's levers
-one by one and together, which is how the presets' values were chosen.
+On the pocket models it counts the denoising network's forwards, and measures the PSNR against the
+output of `exact`: the mean over some seeds and the worst. Neither has any noise, so one run is
+enough. It does not measure time. `--grid` tries other values of SDXL's step cache. The presets'
+values were chosen from that table.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ PROMPT = "a red circle on a blue background"
 Render = Callable[..., np.ndarray]
 
 TITLES = (
-    "What a preset leaves out, and how near the result is, pocket models",
-    "The same latents decoded otherwise, pocket SDXL",
+    "Forwards that each preset skips, and similarity to exact, pocket models",
+    "The same latents from other decoders, pocket SDXL",
 )
-GRID_TITLE = "SDXL's levers, one by one and together, pocket model"
+GRID_TITLE = "SDXL's step cache with other values, pocket model"
 COUNTS = ("forwards", "shallow_forwards", "plain_forwards")
-FIGURES = ("whole forwards", "shallow", "of", "PSNR against exact, dB", "the worst seed's")
+FIGURES = ("full forwards", "shallow", "of", "PSNR against exact, dB", "the worst seed's")
 HEADERS = ("family", "preset", *FIGURES)
 DECODER_HEADERS = ("decoder", "against", *FIGURES[-2:])
-GRID_HEADERS = ("deep blocks at every", "first steps whole", *FIGURES)
+GRID_HEADERS = ("deep blocks every", "full first steps", *FIGURES)
 STEPS = 25
 
 GRID = (
@@ -62,7 +62,7 @@ GRID = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=4, help="how many, from 1 on")
-    parser.add_argument("--grid", action="store_true", help="try SDXL's levers instead")
+    parser.add_argument("--grid", action="store_true", help="try values of SDXL's step cache")
     options = parser.parse_args(argv)
     seeds = range(1, 1 + (1 if options.tiny else options.seeds))
     tables = [grid(seeds)] if options.grid else [presets(seeds), decodings(seeds)]
@@ -70,16 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def preset(name: str, levers: SpeedPreset) -> Iterator[None]:
-    """One more preset, of both families, for as long as the context lasts."""
-    tables = (speed.SDXL, speed.WAN)
-    for each in tables:
-        each[name] = levers
+def preset(name: str, values: SpeedPreset) -> Iterator[None]:
+    """Within this context SDXL has one more preset."""
+    speed.SDXL[name] = values
     try:
         yield
     finally:
-        for each in tables:
-            del each[name]
+        del speed.SDXL[name]
 
 
 def presets(seeds: range) -> report.Table:
@@ -91,41 +88,41 @@ def presets(seeds: range) -> report.Table:
         ("WAN", videos(), ("balanced", "fast")),
     ):
         exact = [render(seed) for seed in seeds]
-        rows += [[family, preset, *figures(render, seeds, preset, exact)] for preset in names]
+        rows += [[family, name, *figures(render, seeds, name, exact)] for name in names]
     note = f"SDXL 256x256, WAN 9 frames of 128x96, {STEPS} steps, the mean of {len(seeds)} seeds."
     return report.table(TITLES[0], HEADERS, rows, note)
 
 
-def figures(render: Render, seeds: range, preset: str, exact: Sequence[np.ndarray]) -> list[object]:
-    """What a preset leaves out, and how near it is to `exact`."""
+def figures(render: Render, seeds: range, name: str, exact: Sequence[np.ndarray]) -> list[object]:
+    """The cells of a preset below `FIGURES`."""
     progress = RecordedProgress()
-    made = [render(seed, speed=preset, progress=progress) for seed in seeds]
+    made = [render(seed, speed=name, progress=progress) for seed in seeds]
     counted = [round(mean(each[name] for each in progress.speed_reports), 1) for name in COUNTS]
-    return [*counted, *decibels(exact, made)]
+    return [*counted, *psnrs(exact, made)]
 
 
-def decibels(exact: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> list[object]:
-    likeness = [psnr(one, other) for one, other in zip(exact, made, strict=True)]
-    return [round(mean(likeness), 1), round(min(likeness), 1)]
+def psnrs(exact: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> list[object]:
+    """The mean PSNR and the worst one, in dB."""
+    found = [psnr(one, other) for one, other in zip(exact, made, strict=True)]
+    return [round(mean(found), 1), round(min(found), 1)]
 
 
 def grid(seeds: range) -> report.Table:
-    """SDXL's levers, one by one and together."""
+    """SDXL with each preset of `GRID`."""
     render, rows = pictures(), []
     exact = [render(seed) for seed in seeds]
-    for levers in GRID:
-        with preset("tried", levers):
-            found = figures(render, seeds, "tried", exact)
-        pulled = [levers.deep_cache_interval, levers.warmup_steps(STEPS)]
-        rows.append([*pulled, *found])
+    for values in GRID:
+        with preset("grid", values):
+            found = figures(render, seeds, "grid", exact)
+        rows.append([values.deep_cache_interval, values.warmup_steps(STEPS), *found])
     note = f"256x256, {STEPS} steps, the mean of {len(seeds)} seeds."
     return report.table(GRID_TITLE, GRID_HEADERS, rows, note)
 
 
 def decodings(seeds: range) -> report.Table:
-    """How near the decoders of presets are to the VAE, on the latents of exact jobs."""
+    """How similar the presets' decoders are to the VAE, on the latents of `exact` jobs."""
     model = sdxl.load(Settings(sdxl_tiny_vae="pocket"))
-    ways: Mapping[str, Any] = {
+    others: Mapping[str, Any] = {
         "VAE in bf16": decoders.Vae(model.networks.vae, model.device, torch.bfloat16),
         "tiny VAE": model.networks.tiny_vae,
     }
@@ -133,26 +130,27 @@ def decodings(seeds: range) -> report.Table:
     latents = [latent_of(model, seed) for seed in seeds]
     exact = [model.decode(exact_vae, each, SdxlMemoryPlan(1)) for each in latents]
     rows = []
-    for name, way in ways.items():
-        made = [model.decode(way, each, SdxlMemoryPlan(1)) for each in latents]
-        rows.append([name, "VAE in fp32", *decibels(exact, made)])
+    for name, decoder in others.items():
+        made = [model.decode(decoder, each, SdxlMemoryPlan(1)) for each in latents]
+        rows.append([name, "VAE in fp32", *psnrs(exact, made)])
     return report.table(TITLES[1], DECODER_HEADERS, rows)
 
 
 def latent_of(model: SdxlModel, seed: int, side: int = 256, steps: int = STEPS) -> torch.Tensor:
-    """What the UNet leaves of a picture (4, side / 8, side / 8)."""
-    left: list[torch.Tensor] = []
+    """The denoised latent of a picture, before decoding: (4, side / 8, side / 8)."""
+    latents: list[torch.Tensor] = []
 
-    class KeepsLatents(SdxlModel):
+    class LatentRecorder(SdxlModel):
         def decode(self, decoder: Any, latent: torch.Tensor, plan: Any) -> np.ndarray:
-            left.append(latent)
+            latents.append(latent)
             return np.empty(0)
 
-    picture(KeepsLatents(model.networks, model.device), seed, side=side, steps=steps)
-    return left[0]
+    picture(LatentRecorder(model.networks, model.device), seed, side=side, steps=steps)
+    return latents[0]
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of bytes, in dB; infinite if they are equal."""
     error = float(((one.astype(float) - other) ** 2).mean())
     return 10 * float(np.log10(255**2 / error)) if error else float("inf")
 

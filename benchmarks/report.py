@@ -1,4 +1,4 @@
-"""How every benchmark ends: the machine it ran on, its tables, and the same as JSON.
+"""What every benchmark reports: the machine, its tables, and the same as JSON.
 
 A benchmark is a module with a `main(argv)`:
 
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: What stands in a cell that needs a machine which was not at hand.
+#: The text of a cell that needs another machine, such as one with a GPU.
 NOT_MEASURED = "not measured yet"
 
-#: An arm against itself may differ from 1 by this factor, or nothing is told of it and another.
+#: A control ratio may differ from 1 by this factor. Beyond it the report has no figure.
 CONTROL = 1.1
 
-#: What stands where the control is further from 1, or where there is none.
+#: The text instead of a figure whose control is further from 1, or is missing.
 UNSTEADY = "control off, no figure"
 
 PACKAGES = ("torch", "diffusers", "transformers", "runpod")
@@ -35,7 +35,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "runpod")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of figures; as a string it is Markdown. `note` is a sentence below it."""
+    """A table of figures; `str` gives it as Markdown. `note` is a sentence below it."""
 
     title: str
     headers: Sequence[str]
@@ -51,7 +51,7 @@ class Table:
 def table(
     title: str, headers: Sequence[str], rows: Sequence[Sequence[object]], note: str = ""
 ) -> Table:
-    """A table; raises ValueError for a row that has not one cell a header."""
+    """A table. Raises ValueError if a row does not have one cell for each header."""
     for row in rows:
         if len(row) != len(headers):
             raise ValueError(f"{title}: {len(row)} cells under {len(headers)} headers")
@@ -59,18 +59,18 @@ def table(
 
 
 def unmeasured(what: object, headers: Sequence[str]) -> list[object]:
-    """The row of something that this machine could not measure."""
+    """The row of something that this machine cannot measure."""
     return [str(what), NOT_MEASURED, *[None] * (len(headers) - 2)]
 
 
 def trusted(figure: float, *controls: float | None) -> float | str:
-    """A figure that compares arms, or words where a control says that it cannot be trusted."""
+    """The figure if all its controls are near 1, else `UNSTEADY`."""
     is_steady = all(each is not None and 1 / CONTROL <= each <= CONTROL for each in controls)
     return figure if is_steady else UNSTEADY
 
 
 def cell(value: object) -> str:
-    """A value as it is read: three digits of a number that is not whole, nothing for None."""
+    """The text of a cell: a float has three digits, None is empty."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -79,7 +79,7 @@ def cell(value: object) -> str:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """The options of all benchmarks."""
     options = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,17 +87,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     options.add_argument(
         "--tiny",
         action="store_true",
-        help="smallest sizes: it runs, no figure counts",
+        help="smallest sizes, to test that it runs; the figures mean nothing",
     )
-    options.add_argument("--json", type=Path, help="a file that gets the tables as JSON")
+    options.add_argument("--json", type=Path, help="a file to write the tables to, as JSON")
     return options
 
 
 def finish(
     name: str, tables: Sequence[Table], json_path: Path | None = None, **facts: object
 ) -> None:
-    """Print the machine and the tables, and write both, with `facts`, as JSON where wanted."""
-    print(f"\n{name}, on {in_words(machine())}\n", flush=True)
+    """Print the machine and the tables; if `json_path` is given, write both and `facts` there."""
+    print(f"\n{name}, on {machine_line(machine())}\n", flush=True)
     for each in tables:
         print(each, flush=True)
     if json_path:
@@ -125,7 +125,7 @@ def from_dict(fields: Mapping[str, Any]) -> Table:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What the figures hold for."""
+    """The hardware and the versions that the figures are valid for."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -139,8 +139,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_words(machine: Mapping[str, Any]) -> str:
-    """One line that names a machine."""
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """A machine in one line."""
     gpu = machine["gpu"] or "no GPU"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
     cores, threads = machine["cores"], machine["threads"]

@@ -1,12 +1,12 @@
-"""Pictures a second: the worker's SDXL against diffusers' plain pipeline on the same weights.
+"""Pictures a second: the worker's SDXL against diffusers' pipeline on the same weights.
 
-    python -m benchmarks.sdxl                    the pocket model, on what there is
+    python -m benchmarks.sdxl                    the pocket model, on a GPU if there is one
     python -m benchmarks.sdxl --size full        SDXL's architecture, random weights, on a GPU
 
-Both arms have the same prompt, seeds, steps and scheduler; their pixels are compared. Forwards are
-counted by hooks. The floor of the full size is its counted FLOPs over the card's peak.
+Both have the same prompt, seeds, steps and scheduler, and their pixels are compared. Hooks count
+the forwards. The floor of the full size is its counted FLOPs over the GPU's peak.
 
-A third table has the worker against itself, with a lever and without it.
+A third table compares the worker with a lever and without it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks import architectures, report
-from benchmarks.arms import PROMPT, plain_pipeline
-from benchmarks.turns import take_turns
+from benchmarks.baselines import PROMPT, load_baseline_pipeline
+from benchmarks.interleaved_timing import time_interleaved
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.sdxl import loader as sdxl
@@ -38,13 +38,13 @@ POCKET, FULL, LEVERS = TITLES = (
     "SDXL with a lever against SDXL without it",
 )
 
-#: Grey levels: what a batched forward may differ by in its last bits, in fp32.
+#: The largest difference in fp32, in grey levels. A batched forward differs in its last bits.
 ROUNDING = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """So many pictures at once, of which size, in how many steps."""
+    """`count` pictures of side x side pixels at once, in so many steps."""
 
     count: int
     side: int
@@ -57,8 +57,8 @@ class Shape:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
-    parser.add_argument("--rounds", type=int, help="each is two pairs")
-    parser.add_argument("--peak-tflops", type=float, help="of a card that is not in the table")
+    parser.add_argument("--rounds", type=int, help="of a, b, b, a")
+    parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not in the table")
     options = parser.parse_args(argv)
     rounds = options.rounds or (1 if options.tiny else 2 if options.quick else 10)
     tables, levers = [], []
@@ -86,22 +86,22 @@ HEADERS = (
 
 
 def pocket_rows(shapes: Sequence[Shape], rounds: int) -> list[list[object]]:
-    model, pipe = sdxl.load(Settings(sdxl_model="pocket")), plain_pipeline()
+    model, pipe = sdxl.load(Settings(sdxl_model="pocket")), load_baseline_pipeline()
     return [measure(model, pipe, shape, rounds) for shape in shapes]
 
 
 def measure(model: SdxlModel, pipe: Any, shape: Shape, rounds: int) -> list[object]:
     """One shape's row of the table. Raises AssertionError if pictures of fp32 are not the same."""
-    with counted(model.networks.pipe) as ours, counted(pipe) as theirs:
-        made, expected = generate(model, shape), generate_plainly(pipe, shape)
+    with counted(model.networks.pipe) as worker_counts, counted(pipe) as baseline_counts:
+        made, expected = generate(model, shape), generate_baseline(pipe, shape)
     difference = int(np.abs(made.astype(int) - expected).max())
     is_exact = model.device.dtype == torch.float32
     assert difference <= ROUNDING or not is_exact, f"{shape}: pixels differ by {difference}"
-    turns = take_turns(
-        partial(generate, model, shape), partial(generate_plainly, pipe, shape), rounds
+    timing = time_interleaved(
+        partial(generate, model, shape), partial(generate_baseline, pipe, shape), rounds
     )
-    pace = shape.count / turns.a_s
-    return [str(shape), pace, turns.told, turns.control, difference, said(ours), said(theirs)]
+    facts = [str(shape), shape.count / timing.a_s, timing.trusted_ratio, timing.control, difference]
+    return [*facts, in_one_cell(worker_counts), in_one_cell(baseline_counts)]
 
 
 def generate(model: SdxlModel, shape: Shape) -> Any:
@@ -116,8 +116,8 @@ def generate(model: SdxlModel, shape: Shape) -> Any:
     return np.stack(list(model.generate(request, NoProgress())))
 
 
-def generate_plainly(pipe: Any, shape: Shape) -> Any:
-    """The pipeline's, as its documentation says."""
+def generate_baseline(pipe: Any, shape: Shape) -> Any:
+    """The pipeline's pictures, called as its documentation says: the same shape and type."""
     images = pipe(
         prompt=PROMPT,
         num_images_per_prompt=shape.count,
@@ -155,7 +155,7 @@ def counted(pipe: Any) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def said(counts: dict[str, int]) -> str:
+def in_one_cell(counts: dict[str, int]) -> str:
     return ", ".join(map(str, counts.values()))
 
 
@@ -165,11 +165,11 @@ FULL_HEADERS = (*HEADERS, "floor, ms a picture", "share of the floor")
 
 
 def full(rounds: int, peak_tflops: float | None) -> report.Table:
-    """The published architecture's table, where there is a GPU to measure it on."""
+    """The published architecture's table; without a GPU its rows are not measured."""
     shapes = [Shape(1, 1024, 30), Shape(4, 1024, 30)]
     if torch.cuda.is_available():
         rows = full_rows(shapes, rounds, peak_tflops, "cuda", torch.float16)
-        return report.table(FULL, FULL_HEADERS, rows, architectures.peak_in_words(peak_tflops))
+        return report.table(FULL, FULL_HEADERS, rows, architectures.peak_note(peak_tflops))
     print("SDXL at full size needs a GPU")
     return report.table(FULL, FULL_HEADERS, [report.unmeasured(s, FULL_HEADERS) for s in shapes])
 
@@ -208,22 +208,19 @@ LEVER_HEADERS = (
     "control",
     "greatest difference",
 )
-ARMS = ("a prompt's keys and values once", "channels-last")
+LEVERS_MEASURED = ("a prompt's keys and values once", "channels-last")
 
 
 def lever_rows(settings: Settings, shape: Shape, rounds: int) -> list[list[object]]:
     usual = sdxl.load(settings)
-    lean = like(usual, MemoryPlans(SdxlMemoryPlan(settings.sdxl_max_batch, lean=True)))
+    # A lean plan computes a prompt's keys and values at every step.
+    plans = MemoryPlans(SdxlMemoryPlan(settings.sdxl_max_batch, lean=True))
+    lean = SdxlModel(usual.networks, usual.device, handle=usual.handle, plans=plans)
     last = sdxl.load(settings.model_copy(update={"memory_format": "channels_last"}))
     return [
-        lever_row(ARMS[0], usual, lean, shape, rounds),
-        lever_row(ARMS[1], last, usual, shape, rounds),
+        lever_row(LEVERS_MEASURED[0], usual, lean, shape, rounds),
+        lever_row(LEVERS_MEASURED[1], last, usual, shape, rounds),
     ]
-
-
-def like(model: SdxlModel, plans: MemoryPlans[SdxlMemoryPlan] | None = None) -> SdxlModel:
-    """The same weights, for jobs that are computed otherwise."""
-    return SdxlModel(model.networks, model.device, handle=model.handle, plans=plans)
 
 
 def lever_row(
@@ -233,18 +230,18 @@ def lever_row(
     shape: Shape,
     rounds: int,
 ) -> list[object]:
-    arms = [partial(generate, each, shape) for each in (model, without)]
-    made, expected = (arm() for arm in arms)
-    difference = int(np.abs(made.astype(int) - expected).max())
-    turns = take_turns(*arms, rounds)
-    pace = shape.count / turns.a_s
-    return [name, str(shape), pace, turns.told, turns.control, difference]
+    run, run_without = (partial(generate, each, shape) for each in (model, without))
+    difference = int(np.abs(run().astype(int) - run_without()).max())
+    timing = time_interleaved(run, run_without, rounds)
+    pictures_s = shape.count / timing.a_s
+    return [name, str(shape), pictures_s, timing.trusted_ratio, timing.control, difference]
 
 
 def full_lever_rows(rounds: int) -> list[list[object]]:
-    """The published architecture's, where there is a GPU to measure them on."""
+    """The published architecture's rows; without a GPU they are not measured."""
     if not torch.cuda.is_available():
-        return [report.unmeasured(f"{name}, full size", LEVER_HEADERS) for name in ARMS]
+        names = LEVERS_MEASURED
+        return [report.unmeasured(f"{name}, full size", LEVER_HEADERS) for name in names]
     with architectures.written(architectures.sdxl, "cuda", torch.float16) as folder:
         settings = Settings(sdxl_model=str(folder), device="cuda")
         return lever_rows(settings, Shape(1, 1024, 30), rounds)

@@ -1,10 +1,10 @@
-"""Seconds a video: the worker's WAN against diffusers' plain pipeline on the same weights.
+"""Seconds a video: the worker's WAN against diffusers' pipeline on the same weights.
 
-    python -m benchmarks.wan                     the pocket model, on what there is
+    python -m benchmarks.wan                     the pocket model, on a GPU if there is one
     python -m benchmarks.wan --size full         T2V-1.3B's architecture, random weights, on a GPU
 
-Both arms have the same prompt, seed, steps and scheduler; their frames are compared. Forwards are
-counted by hooks. The floor of the full size is its counted FLOPs over the card's peak.
+Both have the same prompt, seed, steps and scheduler, and their frames are compared. Hooks count the
+forwards. The floor of the full size is its counted FLOPs over the GPU's peak.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from benchmarks import architectures, report
-from benchmarks.turns import take_turns
+from benchmarks.interleaved_timing import time_interleaved
 from ourvidz_serverless.models.progress import NoProgress
 from ourvidz_serverless.models.wan import loader as wan
 from ourvidz_serverless.models.wan.loader import POCKET as POCKET_FOLDER
@@ -35,13 +35,13 @@ POCKET, FULL = TITLES = (
 )
 PROMPT = "a red circle moving right on a blue background"
 
-#: Grey levels: what frames may differ by in fp32.
+#: The largest difference between frames in fp32, in grey levels.
 ROUNDING = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A video of so many frames, in how many steps."""
+    """A video of `frames` frames of width x height pixels, in so many steps."""
 
     width: int
     height: int
@@ -55,8 +55,8 @@ class Shape:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--size", choices=("pocket", "full", "both"), default="both")
-    parser.add_argument("--rounds", type=int, help="each is two pairs")
-    parser.add_argument("--peak-tflops", type=float, help="of a card that is not in the table")
+    parser.add_argument("--rounds", type=int, help="of a, b, b, a")
+    parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not in the table")
     options = parser.parse_args(argv)
     rounds = options.rounds or (1 if options.tiny else 2 if options.quick else 10)
     tables = []
@@ -88,12 +88,12 @@ def rows_of(
     settings: Settings, folder: Path, shapes: Sequence[Shape], rounds: int
 ) -> list[list[object]]:
     model = wan.load(settings)
-    pipe = plain_pipeline(folder, model.device.dtype, model.device.name)
+    pipe = load_baseline_pipeline(folder, model.device.dtype, model.device.name)
     return [measure(model, pipe, shape, rounds) for shape in shapes]
 
 
-def plain_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """As its documentation says: the VAE in fp32, the rest in the run's dtype."""
+def load_baseline_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """diffusers' pipeline as its documentation says: the VAE in fp32, the rest in `dtype`."""
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     pipe = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -103,18 +103,18 @@ def plain_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> An
 def measure(model: WanModel, pipe: Any, shape: Shape, rounds: int) -> list[object]:
     """One shape's row of the table. Raises AssertionError if frames of fp32 are not the same."""
     networks = (model.networks["t2v"].transformer, model.text_encoder.model, model.vae.model)
-    with counted(*networks) as ours:
+    with counted(*networks) as worker_counts:
         made = generate(model, shape)
-    with counted(pipe.transformer, pipe.text_encoder, pipe.vae) as theirs:
-        expected = generate_plainly(pipe, shape)
+    with counted(pipe.transformer, pipe.text_encoder, pipe.vae) as baseline_counts:
+        expected = generate_baseline(pipe, shape)
     difference = int(np.abs(made.astype(int) - expected).max())
     is_exact = model.device.dtype == torch.float32
     assert difference <= ROUNDING or not is_exact, f"{shape}: frames differ by {difference}"
-    turns = take_turns(
-        partial(generate, model, shape), partial(generate_plainly, pipe, shape), rounds
+    timing = time_interleaved(
+        partial(generate, model, shape), partial(generate_baseline, pipe, shape), rounds
     )
-    facts = [str(shape), turns.a_s, turns.told, turns.control, difference]
-    return [*facts, said(ours), said(theirs)]
+    facts = [str(shape), timing.a_s, timing.trusted_ratio, timing.control, difference]
+    return [*facts, in_one_cell(worker_counts), in_one_cell(baseline_counts)]
 
 
 def generate(model: WanModel, shape: Shape) -> Any:
@@ -130,8 +130,8 @@ def generate(model: WanModel, shape: Shape) -> Any:
     return np.concatenate(list(model.generate(request, NoProgress())))
 
 
-def generate_plainly(pipe: Any, shape: Shape) -> Any:
-    """The pipeline's, as its documentation says."""
+def generate_baseline(pipe: Any, shape: Shape) -> Any:
+    """The pipeline's frames, called as its documentation says: the same shape and type."""
     frames = pipe(
         prompt=PROMPT,
         generator=torch.Generator().manual_seed(7),
@@ -162,7 +162,7 @@ def counted(transformer: Any, text: Any, vae: Any) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def said(counts: dict[str, int]) -> str:
+def in_one_cell(counts: dict[str, int]) -> str:
     return ", ".join(map(str, counts.values()))
 
 
@@ -172,11 +172,11 @@ FULL_HEADERS = (*HEADERS, "floor of the denoising, s", "share of the floor")
 
 
 def full(rounds: int, peak_tflops: float | None) -> report.Table:
-    """The published architecture's table, where there is a GPU to measure it on."""
+    """The published architecture's table; without a GPU its rows are not measured."""
     shapes = [Shape(832, 480, 33, 10), Shape(832, 480, 81, 10)]
     if torch.cuda.is_available():
         rows = full_rows(shapes, rounds, peak_tflops, "cuda", torch.bfloat16)
-        return report.table(FULL, FULL_HEADERS, rows, architectures.peak_in_words(peak_tflops))
+        return report.table(FULL, FULL_HEADERS, rows, architectures.peak_note(peak_tflops))
     print("WAN at full size needs a GPU")
     return report.table(FULL, FULL_HEADERS, [report.unmeasured(s, FULL_HEADERS) for s in shapes])
 

@@ -205,7 +205,7 @@ def original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
     for key, value in pipe.vae.state_dict().items():
         # Attention was made of convolutions of one pixel.
         is_conv = re.search(r"attentions.*(to_\w+)\.(0\.)?weight", key)
-        tensors["first_stage_model." + _vae_key(key)] = value[..., None, None] if is_conv else value
+        tensors["first_stage_model." + vae_key(key)] = value[..., None, None] if is_conv else value
     for key, value in pipe.text_encoder.state_dict().items():
         name = key.removeprefix("text_model.")
         tensors["conditioner.embedders.0.transformer.text_model." + name] = value
@@ -265,7 +265,7 @@ def _unet_key(key: str, depth: int) -> str:
     return key
 
 
-def _vae_key(key: str) -> str:
+def vae_key(key: str) -> str:
     """One VAE key in the original's naming, which numbers the decoder's levels from below."""
     top = len(VAE["block_out_channels"]) - 1  # type: ignore[arg-type]
     key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)

@@ -1,4 +1,7 @@
-"""The benchmarks run at their smallest, and the document holds their tables. No figure counts."""
+"""Every benchmark runs at its smallest size, and docs/benchmarks.md has its tables.
+
+No figure is checked.
+"""
 
 import importlib
 import json
@@ -12,20 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import all as every
+from benchmarks import all as all_benchmarks
 from benchmarks import (
     architectures,
     chat,
-    cold_arms,
     cold_start,
+    cold_start_variants,
     memory,
     overhead,
     report,
     sdxl,
     wan,
 )
-from benchmarks.store import Upload, union_s
-from benchmarks.turns import Turns, control_of, take_turns
+from benchmarks.interleaved_timing import InterleavedTiming, control_ratio, time_interleaved
+from benchmarks.slow_storage import Upload, union_s
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import FakeCudaGraphs
 from tests.fakes.tiny_chat import CPU, tiny_network
@@ -33,9 +36,9 @@ from tests.fakes.tiny_chat import CPU, tiny_network
 # --- the document ---
 
 
-@pytest.mark.parametrize("name", every.NAMES)
-def test_the_document_holds_every_table(name: str) -> None:
-    text = every.DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", all_benchmarks.NAMES)
+def test_the_document_has_every_table_of_a_benchmark(name: str) -> None:
+    text = all_benchmarks.DOCUMENT.read_text(encoding="utf-8")
 
     module = importlib.import_module(f"benchmarks.{name}")
 
@@ -44,21 +47,26 @@ def test_the_document_holds_every_table(name: str) -> None:
         assert f"**{title}**" in text
 
 
-def test_the_tables_are_written_between_the_marks_and_nowhere_else(tmp_path: Path) -> None:
+def test_the_tables_are_written_between_the_documents_markers_and_nowhere_else(
+    tmp_path: Path,
+) -> None:
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"before\n{every.BEGIN}\nold\n{every.END}\nafter\n")
+    document.write_text(f"before\n{all_benchmarks.BEGIN}\nold\n{all_benchmarks.END}\nafter\n")
 
-    every.write(document, "new \\1")
+    all_benchmarks.write(document, "new \\1")
 
-    assert document.read_text() == f"before\n{every.BEGIN}\n\nnew \\1\n{every.END}\nafter\n"
+    assert (
+        document.read_text()
+        == f"before\n{all_benchmarks.BEGIN}\n\nnew \\1\n{all_benchmarks.END}\nafter\n"
+    )
 
 
-def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
+def test_a_document_without_markers_is_not_changed(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
     document.write_text("nothing")
 
     with pytest.raises(ValueError, match="has no"):
-        every.write(document, "new")
+        all_benchmarks.write(document, "new")
 
     assert document.read_text() == "nothing"
 
@@ -68,13 +76,13 @@ def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_all_runs_them_apart_and_gathers_what_they_write(tmp_path: Path) -> None:
+def test_all_runs_each_benchmark_and_collects_its_json(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
 
-    every.main(["--tiny", "--only", "post,wan", "--json", str(path)])
+    all_benchmarks.main(["--tiny", "--only", "delivery,wan", "--json", str(path)])
 
     found = json.loads(path.read_text())
-    assert [each["benchmark"] for each in found] == ["post", "wan"]
+    assert [each["benchmark"] for each in found] == ["delivery", "wan"]
     assert found[0]["machine"]["threads"] == 1
     for document in found:
         titles = [table["title"] for table in document["tables"]]
@@ -82,18 +90,20 @@ def test_all_runs_them_apart_and_gathers_what_they_write(tmp_path: Path) -> None
         assert all(table["rows"] for table in document["tables"])
 
 
-def test_all_ends_badly_where_one_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    before = every.DOCUMENT.read_text(encoding="utf-8")
+def test_all_exits_with_an_error_and_keeps_the_document_if_a_benchmark_fails(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = all_benchmarks.DOCUMENT.read_text(encoding="utf-8")
 
     with pytest.raises(SystemExit, match="failed: missing"):
-        every.main(["--only", "missing", "--docs"])
+        all_benchmarks.main(["--only", "missing", "--docs"])
 
-    assert every.DOCUMENT.read_text(encoding="utf-8") == before
+    assert all_benchmarks.DOCUMENT.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_worker_is_measured_beside_its_pipeline_and_a_straight_line_handler(
+def test_overhead_measures_the_pipeline_the_worker_and_the_baseline_handler(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "found.json"
@@ -101,8 +111,8 @@ def test_the_worker_is_measured_beside_its_pipeline_and_a_straight_line_handler(
     overhead.main(["--tiny", "--upload-ms", "5", "--json", str(path)])
 
     backlog, tail = json.loads(path.read_text())["tables"]
-    arms = ["pipeline", "worker", "straight"]
-    assert [row[1] for row in backlog["rows"]] == 2 * arms  # with jobs of two lengths
+    variants = ["pipeline", "worker", "baseline handler"]
+    assert [row[1] for row in backlog["rows"]] == 2 * variants  # with jobs of two lengths
     assert all(row[2] > 0 for row in backlog["rows"])
     assert "64x64, 10, 50 steps" in backlog["note"]
     ((jobs, median_ms, worst_ms),) = tail["rows"]
@@ -110,8 +120,8 @@ def test_the_worker_is_measured_beside_its_pipeline_and_a_straight_line_handler(
     assert 0 < median_ms <= worst_ms
 
 
-def test_what_an_arm_loses_is_seconds_over_the_pipeline() -> None:
-    took = {"pipeline": [1.0, 1.0], "worker": [0.9, 0.9], "straight": [2.0, 2.0]}
+def test_a_variant_loses_its_seconds_beyond_those_of_the_pipeline() -> None:
+    took = {"pipeline": [1.0, 1.0], "worker": [0.9, 0.9], "baseline handler": [2.0, 2.0]}
     backlogs = {name: [overhead.Backlog(each, 0.5) for each in took[name]] for name in took}
 
     rows = [dict(zip(overhead.HEADERS, row, strict=True)) for row in overhead.rows_of(backlogs)]
@@ -120,19 +130,19 @@ def test_what_an_arm_loses_is_seconds_over_the_pipeline() -> None:
     assert not [header for header in overhead.HEADERS if "against" in header]
 
 
-@pytest.mark.parametrize("restless", ["pipeline", "straight"])
-def test_nothing_is_lost_or_won_where_one_of_both_controls_is_off(restless: str) -> None:
-    took = {"pipeline": [1.0, 1.0], "straight": [2.0, 2.0]}
-    took[restless] = [1.0, 3.0]
+@pytest.mark.parametrize("unsteady", ["pipeline", "baseline handler"])
+def test_no_loss_is_reported_if_one_of_both_controls_is_off(unsteady: str) -> None:
+    took = {"pipeline": [1.0, 1.0], "baseline handler": [2.0, 2.0]}
+    took[unsteady] = [1.0, 3.0]
     backlogs = {name: [overhead.Backlog(each, 0.5) for each in took[name]] for name in took}
 
-    _, straight = overhead.rows_of(backlogs)
+    _, baseline = overhead.rows_of(backlogs)
 
-    assert straight[overhead.HEADERS.index("s lost a job")] == report.UNSTEADY
+    assert baseline[overhead.HEADERS.index("s lost a job")] == report.UNSTEADY
 
 
 @pytest.mark.parametrize("name", ["sdxl", "chat"])
-def test_both_arms_make_the_same(name: str, tmp_path: Path) -> None:
+def test_the_worker_and_its_baseline_give_the_same_results(name: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     module = importlib.import_module(f"benchmarks.{name}")
 
@@ -150,7 +160,7 @@ def test_both_arms_make_the_same(name: str, tmp_path: Path) -> None:
         assert {cell for row in full["rows"] for cell in row[2:]} == {None}
 
 
-# --- what a GPU would run, on networks of the same kinds and a thousandth of the size ---
+# --- the code for a GPU, on networks of the same classes and a thousandth of the size ---
 
 
 @pytest.fixture
@@ -212,14 +222,14 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exact_levers_change_no_pixel_by_more_than_one_grey_level() -> None:
     rows = sdxl.lever_rows(Settings(), sdxl.Shape(1, 64, 2), rounds=1)
 
-    assert [row[0] for row in rows] == list(sdxl.ARMS)
+    assert [row[0] for row in rows] == list(sdxl.LEVERS_MEASURED)
     once, last = (row[-1] for row in rows)
     assert once == 0
     assert int(str(last)) <= 1
 
 
 @pytest.mark.usefixtures("shrunk")
-def test_full_size_pictures_are_written_loaded_and_compared() -> None:
+def test_a_full_size_sdxl_is_written_loaded_and_compared() -> None:
     shapes = [sdxl.Shape(1, 64, 2)]
 
     ((name, pace, *_, floor_ms, share),) = sdxl.full_rows(shapes, 1, 1.0, "cpu", torch.float32)
@@ -231,7 +241,7 @@ def test_full_size_pictures_are_written_loaded_and_compared() -> None:
 
 
 @pytest.mark.usefixtures("shrunk")
-def test_full_size_videos_are_written_loaded_and_compared() -> None:
+def test_a_full_size_wan_is_written_loaded_and_compared() -> None:
     shapes = [wan.Shape(64, 48, 5, 2)]
 
     ((name, seconds, *_, floor_s, share),) = wan.full_rows(shapes, 1, 1.0, "cpu", torch.float32)
@@ -243,8 +253,8 @@ def test_full_size_videos_are_written_loaded_and_compared() -> None:
 
 
 @pytest.mark.usefixtures("shrunk")
-def test_a_full_size_chat_model_answers_and_one_stream_has_a_floor() -> None:
-    scale = chat.Scale(prompt=8, reply=2, alone=1, rounds=1)
+def test_a_full_size_chat_model_replies_and_only_a_single_stream_has_a_floor() -> None:
+    scale = chat.Scale(prompt=8, reply=2, one_by_one=1, rounds=1)
 
     table = chat.full_table((1, 2), scale, 1e12, Settings(device="cpu"))
 
@@ -253,11 +263,11 @@ def test_a_full_size_chat_model_answers_and_one_stream_has_a_floor() -> None:
     assert two[-2:] == [None, None]
 
 
-def test_an_engine_that_replays_is_compared_with_one_that_does_not() -> None:
-    scale, fake_graphs = chat.Scale(prompt=8, reply=8, alone=1, rounds=1), FakeCudaGraphs()
+def test_an_engine_with_cuda_graphs_is_compared_with_one_without() -> None:
+    scale, fake_graphs = chat.Scale(prompt=8, reply=8, one_by_one=1, rounds=1), FakeCudaGraphs()
 
-    replayed = chat.Arms(tiny_network(), CPU, scale, fake_graphs).row(2)
-    eager = chat.Arms(tiny_network(), CPU, scale).row(2)
+    replayed = chat.Comparison(tiny_network(), CPU, scale, fake_graphs).row(2)
+    eager = chat.Comparison(tiny_network(), CPU, scale).row(2)
 
     column = chat.HEADERS.index("without graphs")
     assert isinstance(replayed[column], float)
@@ -265,51 +275,52 @@ def test_an_engine_that_replays_is_compared_with_one_that_does_not() -> None:
     assert fake_graphs.num_replayed > 0
 
 
-def test_engine_and_generate_read_the_same_tokens() -> None:
-    arms = chat.Arms(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
+def test_engine_and_generate_compute_the_same_number_of_tokens() -> None:
+    comparison = chat.Comparison(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
     read: list[int] = []
-    arms.model.get_input_embeddings().register_forward_hook(
+    comparison.model.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: read.append(inputs[0].numel())
     )
-    engine, prompts = arms.engine(1, None), arms.prompts[:1]
-    arms.answer_all(engine, prompts)
-    arms.answer_all(engine, arms.alike[:1], keep=True)
+    engine, prompts = comparison.engine(1, None), comparison.prompts[:1]
+    comparison.answer_all(engine, prompts)
+    comparison.answer_all(engine, comparison.prefixed[:1], caches_prefix=True)
     read.clear()
 
-    arms.answer_all(engine, prompts)
-    ours = sum(read)
+    comparison.answer_all(engine, prompts)
+    by_engine = sum(read)
     read.clear()
-    arms.generate(prompts)
+    comparison.generate(prompts)
 
-    assert ours == sum(read) == 64 + 3 - 1
+    assert by_engine == sum(read) == 64 + 3 - 1
 
 
-def test_what_is_kept_is_measured_apart() -> None:
-    arms = chat.Arms(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
-    engine = arms.engine(1, None)
-    arms.answer_all(engine, arms.alike[:1], keep=True)
+def test_only_requests_with_a_cached_prefix_reuse_tokens() -> None:
+    comparison = chat.Comparison(tiny_network(), CPU, chat.Scale(prompt=64, reply=3))
+    engine = comparison.engine(1, None)
+    comparison.answer_all(engine, comparison.prefixed[:1], caches_prefix=True)
 
-    plain, kept = arms.ask(engine, arms.prompts[1]), arms.ask(engine, arms.alike[1], keep=True)
-    for each in (plain, kept):
+    plain = comparison.ask(engine, comparison.prompts[1])
+    cached = comparison.ask(engine, comparison.prefixed[1], caches_prefix=True)
+    for each in (plain, cached):
         "".join(each)
 
-    assert (plain.num_reused, kept.num_reused) == (0, 32)
+    assert (plain.num_reused, cached.num_reused) == (0, 32)
 
 
-#: Runs one arm, then tells which modules it has imported.
+#: Runs one variant, then prints the modules that it has imported.
 IMPORTED = """
 import json, sys
-from benchmarks import cold_arms
-cold_arms.main()
+from benchmarks import cold_start_variants
+cold_start_variants.main()
 print(json.dumps([name for name in sys.modules if sys.modules[name]]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_floor_of_a_start_imports_nothing_that_an_arm_spares() -> None:
-    def imported(arm: str) -> set[str]:
-        command = [sys.executable, "-c", IMPORTED, arm, str(cold_start.POCKET)]
+def test_each_variant_of_a_cold_start_imports_all_that_the_floor_imports() -> None:
+    def imported(variant: str) -> set[str]:
+        command = [sys.executable, "-c", IMPORTED, variant, str(cold_start.POCKET)]
         env = {**os.environ, "BENCHMARK_BEGAN": "0", "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(command, cwd=cold_start.ROOT, env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
@@ -317,19 +328,19 @@ def test_the_floor_of_a_start_imports_nothing_that_an_arm_spares() -> None:
 
     floor = imported("libraries")
     others = ("libraries and SDK", "from_single_file", "worker, file")
-    assert {*others, *cold_start.FLOOR} < set(cold_arms.ARMS)
-    arms = {arm: imported(arm) for arm in others}
+    assert {*others, *cold_start.FLOOR} < set(cold_start_variants.VARIANTS)
+    variants = {variant: imported(variant) for variant in others}
 
     assert "runpod" not in floor
-    for arm, modules in arms.items():
-        assert floor <= modules, arm
-        assert "runpod.serverless" in modules, arm  # each of them could be a worker
+    for variant, modules in variants.items():
+        assert floor <= modules, variant
+        assert "runpod.serverless" in modules, variant  # each of them could be a worker
 
 
-# --- what is counted ---
+# --- counted figures ---
 
 
-def test_decoding_a_longer_video_takes_no_more_memory_than_its_latents() -> None:
+def test_decoding_a_longer_video_takes_only_the_memory_of_its_longer_latents() -> None:
     peaks = []
     for frames in (9, 33):
         *_, decoding, _ = memory.row(memory.Shape("wan", (96, 64), frames), is_full=False)
@@ -339,7 +350,7 @@ def test_decoding_a_longer_video_takes_no_more_memory_than_its_latents() -> None
     assert 0 <= peaks[1] - peaks[0] < 0.5
 
 
-def test_pictures_are_decoded_one_at_a_time() -> None:
+def test_four_pictures_are_decoded_in_the_memory_of_one() -> None:
     peaks = []
     for count in (1, 4):
         *_, decoding, _ = memory.row(memory.Shape("sdxl", (128, 128), count), is_full=False)
@@ -348,7 +359,7 @@ def test_pictures_are_decoded_one_at_a_time() -> None:
     assert 0 <= peaks[1] - peaks[0] < 0.5
 
 
-#: As their authors' pages and files have them.
+#: By the authors' pages and files.
 PARAMETERS = {
     "unet": 2_567_463_684,
     "vae": 83_653_863,
@@ -357,7 +368,7 @@ PARAMETERS = {
 }
 
 
-def test_the_full_size_is_the_published_one() -> None:
+def test_the_full_size_networks_have_the_published_number_of_parameters() -> None:
     with architectures.made_on("meta", torch.float16):
         pictures, videos = architectures.sdxl(), architectures.wan()
         chat_network = architectures.chat()
@@ -375,39 +386,42 @@ def parameters(network: Any) -> int:
 
 
 @pytest.mark.slow
-def test_the_floor_in_the_document_is_counted() -> None:
-    text = every.DOCUMENT.read_text(encoding="utf-8")
+def test_the_document_has_the_counted_floor_of_sdxl() -> None:
+    text = all_benchmarks.DOCUMENT.read_text(encoding="utf-8")
 
     tera = architectures.sdxl_flops(1024, 30) / 1e12
 
     assert f"| SDXL, 30 guided steps and the decoding | {tera:.0f} T | {tera / 989:.2f} s |" in text
 
 
-# --- their parts ---
+# --- parts of the benchmarks ---
 
 
-def test_a_control_is_the_earlier_runs_over_the_later_ones() -> None:
-    assert control_of([1.0, 3.0, 9.0, 4.0, 4.0]) == 0.5
-    assert control_of([1.0]) is None
+def test_a_control_ratio_is_the_earlier_runs_over_the_later_ones() -> None:
+    assert control_ratio([1.0, 3.0, 9.0, 4.0, 4.0]) == 0.5
+    assert control_ratio([1.0]) is None
 
 
 @pytest.mark.parametrize("control", [0.92, 1.0, 1.08])
-def test_a_ratio_is_told_where_the_control_is_near_one(control: float) -> None:
+def test_a_ratio_is_reported_if_the_control_is_near_one(control: float) -> None:
     assert report.trusted(1.63, control) == 1.63
 
 
 @pytest.mark.parametrize("control", [2.7, 0.4, None])
-def test_no_ratio_is_told_where_the_control_is_off_or_missing(control: float | None) -> None:
+def test_no_ratio_is_reported_if_the_control_is_off_or_missing(control: float | None) -> None:
     assert report.trusted(1.63, 1.0, control) == report.UNSTEADY
 
 
-def test_arms_that_took_turns_tell_no_ratio_where_the_control_is_off() -> None:
-    assert Turns(a=[1.0, 1.0], b_first=[2.0], b_second=[2.0]).told == 2.0
-    assert Turns(a=[1.0, 1.0], b_first=[2.7], b_second=[1.0]).told == report.UNSTEADY
+def test_interleaved_timing_has_no_trusted_ratio_if_the_control_is_off() -> None:
+    steady = InterleavedTiming(a=[1.0, 1.0], b_first=[2.0], b_second=[2.0])
+    unsteady = InterleavedTiming(a=[1.0, 1.0], b_first=[2.7], b_second=[1.0])
+
+    assert steady.trusted_ratio == 2.0
+    assert unsteady.trusted_ratio == report.UNSTEADY
 
 
-def test_no_figure_in_the_document_stands_beside_a_control_that_is_off() -> None:
-    rows = list(controlled_rows(every.DOCUMENT.read_text(encoding="utf-8")))
+def test_the_document_has_no_ratio_in_a_row_whose_control_is_off() -> None:
+    rows = list(controlled_rows(all_benchmarks.DOCUMENT.read_text(encoding="utf-8")))
 
     assert rows
     for row in rows:
@@ -416,7 +430,7 @@ def test_no_figure_in_the_document_stands_beside_a_control_that_is_off() -> None
 
 
 def controlled_rows(text: str) -> Iterator[dict[str, str]]:
-    """The rows of a document's tables that have a column `control`, by header."""
+    """The rows, by header, of a document's tables with a column `control`."""
     headers: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -428,28 +442,28 @@ def controlled_rows(text: str) -> Iterator[dict[str, str]]:
             yield dict(zip(headers, cells, strict=True))
 
 
-def test_arms_take_turns() -> None:
+def test_interleaved_timing_runs_a_b_b_a_in_each_round() -> None:
     order: list[str] = []
 
-    turns = take_turns(lambda: order.append("a"), lambda: order.append("b"), rounds=2)
+    timing = time_interleaved(lambda: order.append("a"), lambda: order.append("b"), rounds=2)
 
     assert "".join(order) == "abbaabba"
-    assert [len(each) for each in (turns.a, turns.b_first, turns.b_second)] == [4, 2, 2]
+    assert [len(each) for each in (timing.a, timing.b_first, timing.b_second)] == [4, 2, 2]
 
 
-def test_a_ratio_is_of_medians() -> None:
-    turns = Turns(a=[1, 1, 9], b_first=[2, 3], b_second=[3, 30])
+def test_a_ratio_is_one_of_medians() -> None:
+    timing = InterleavedTiming(a=[1, 1, 9], b_first=[2, 3], b_second=[3, 30])
 
-    assert (turns.ratio, turns.control) == (3, 2.5 / 16.5)
+    assert (timing.ratio, timing.control) == (3, 2.5 / 16.5)
 
 
-def test_uploads_at_once_count_once() -> None:
+def test_the_seconds_of_concurrent_uploads_count_once() -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (5.0, 6.0)]
 
     assert union_s([Upload("key", *span) for span in spans]) == 4.0
 
 
-def test_a_table_is_the_same_after_its_way_through_json() -> None:
+def test_a_table_survives_a_round_trip_through_json() -> None:
     table = report.table("title", ["a", "b"], [["x", 1.25], [None, 1234.5]], "A note.")
 
     read = report.from_dict(json.loads(json.dumps(report.as_dict(table))))
@@ -458,6 +472,6 @@ def test_a_table_is_the_same_after_its_way_through_json() -> None:
     assert "| x | 1.25 |\n|  | 1234 |\n\nA note." in str(table)
 
 
-def test_a_row_has_a_cell_for_each_header() -> None:
+def test_a_row_without_a_cell_for_each_header_is_refused() -> None:
     with pytest.raises(ValueError, match="1 cells under 2 headers"):
         report.table("title", ["a", "b"], [["x"]])

@@ -1,4 +1,4 @@
-"""The benchmark of a start: it runs to its end, and its parts do what they say."""
+"""The benchmark of a cold start."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from ourvidz_serverless.settings import Settings
 
 
 @pytest.mark.slow
-def test_a_start_is_told_stage_by_stage(tmp_path: Path) -> None:
+def test_cold_start_reports_the_seconds_of_each_stage(tmp_path: Path) -> None:
     cold_start.main(["--tiny", "--json", str(tmp_path / "found.json")])
 
     (table,) = json.loads((tmp_path / "found.json").read_text())["tables"]
@@ -25,27 +25,27 @@ def test_a_start_is_told_stage_by_stage(tmp_path: Path) -> None:
     assert rows["read"]["ready"] <= worker["ready"]
 
 
-def test_a_checkpoint_of_random_weights_is_the_same_as_a_file_and_as_a_folder(
+def test_the_single_file_of_random_weights_equals_the_folder(
     tmp_path: Path,
 ) -> None:
     file = checkpoints.write_sdxl(tmp_path, "pocket")
 
-    one = models.load(Settings(sdxl_model=str(file), dtype="float16")).networks.pipe
-    other = models.load(
+    single = models.load(Settings(sdxl_model=str(file), dtype="float16")).networks.pipe
+    folder = models.load(
         Settings(sdxl_model=str(file.with_suffix("")), dtype="float16")
     ).networks.pipe
 
-    for name in models.NETWORKS:
-        mine, theirs = (getattr(pipe, name).state_dict() for pipe in (one, other))
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    for name in models.CLASSES:
+        expected, found = (getattr(pipe, name).state_dict() for pipe in (single, folder))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_the_full_sizes_names_are_those_it_was_published_with() -> None:
+def test_the_full_size_checkpoint_has_the_published_names_of_weights() -> None:
     with torch.device("meta"):
-        vae = checkpoints.AutoencoderKL(**checkpoints.VAE_IN_HALF)
+        vae = checkpoints.AutoencoderKL(**checkpoints.VAE_FP16)
 
-    names = {pocket_sdxl._vae_key(name) for name in vae.state_dict()}
+    names = {pocket_sdxl.vae_key(name) for name in vae.state_dict()}
 
     assert {"decoder.mid.attn_1.q.weight", "encoder.mid.attn_1.proj_out.bias"} <= names
     assert not [name for name in names if "attentions" in name]

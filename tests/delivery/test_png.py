@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.png import drawing, grainy, pillow, sharp, soft
+from benchmarks.png import drawing, grainy, pillow_png, sharp, soft
 from ourvidz_serverless.delivery import png
 from ourvidz_serverless.delivery.images import encode_image
 from ourvidz_serverless.delivery.png import Pixels
@@ -85,7 +85,7 @@ def test_a_png_is_exact_and_at_most_a_tenth_larger_than_pillows(subject: Any) ->
     png = encode_image(pixels).data
 
     assert np.array_equal(seen(png), pixels)
-    assert len(png) < 1.1 * len(pillow(pixels))
+    assert len(png) < 1.1 * len(pillow_png(pixels))
 
 
 def test_every_recipe_is_the_best_for_some_picture() -> None:

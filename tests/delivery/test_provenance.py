@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from benchmarks.png import pillow
+from benchmarks.png import pillow_png
 from ourvidz_serverless.delivery.provenance import COMPOSITE, TRAINED, digital_source_type
 from tests.delivery.pictures import noise
 
@@ -20,7 +20,7 @@ def test_the_marks_are_the_uris_of_iptc() -> None:
 
 
 def test_an_unmarked_picture_has_no_source_type() -> None:
-    assert digital_source_type(pillow(noise(4, 4))) is None
+    assert digital_source_type(pillow_png(noise(4, 4))) is None
 
 
 @pytest.mark.parametrize(

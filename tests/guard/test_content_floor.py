@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ourvidz_serverless.guard import content_floor, content_folding, content_lexicon
 from ourvidz_serverless.job import CheckedText, Signs
-from tests import measure_safety
+from tests import measure_content_floor
 from tests.files import ROOT
 
 MODULES = (content_floor, content_folding, content_lexicon)
@@ -62,13 +62,13 @@ def is_table(value: object) -> bool:
 def groups(*, known: bool) -> list[Any]:
     return [
         pytest.param(group, id=group["name"])
-        for group in measure_safety.groups()
+        for group in measure_content_floor.groups()
         if group.get("known", False) is known
     ]
 
 
 def decided(group: dict[str, Any], refused: bool) -> list[str]:
-    verdicts = dict(zip(group["texts"], measure_safety.verdicts(group), strict=True))
+    verdicts = dict(zip(group["texts"], measure_content_floor.verdicts(group), strict=True))
     return [text for text, verdict in verdicts.items() if verdict.refused is refused]
 
 
@@ -89,22 +89,26 @@ def test_the_floor_still_errs_on_each_known_error(group):
 def test_each_case_is_listed_once():
     listed = [
         (text, group["adult"], group.get("role"))
-        for group in measure_safety.groups()
+        for group in measure_content_floor.groups()
         for text in group["texts"]
     ]
 
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - KNOWN_DISGUISES))
+@pytest.mark.parametrize(
+    "disguise", sorted(measure_content_floor.DISGUISES.keys() - KNOWN_DISGUISES)
+)
 def test_a_disguised_phrase_is_refused(disguise):
-    disguised = map(measure_safety.DISGUISES[disguise], measure_safety.PHRASES)
+    disguised = map(measure_content_floor.DISGUISES[disguise], measure_content_floor.PHRASES)
 
     assert [text for text in disguised if not content_floor.check(text).refused] == []
 
 
 def test_only_the_known_disguises_hide_a_phrase():
-    caught = {name: n for name, _, n in measure_safety.disguised() if name in KNOWN_DISGUISES}
+    caught = {
+        name: n for name, _, n in measure_content_floor.disguised() if name in KNOWN_DISGUISES
+    }
 
     assert caught == {"cut in two": 9, "reversed": 0}
 
@@ -267,9 +271,9 @@ def test_texts_around_a_prohibition_do_not_join_to_a_sign():
     assert not content_floor.check(text, adult=True, role="system").refused
 
 
-@pytest.mark.parametrize("disguise", sorted(measure_safety.DISGUISES.keys() - UNCHANGED))
+@pytest.mark.parametrize("disguise", sorted(measure_content_floor.DISGUISES.keys() - UNCHANGED))
 def test_a_disguised_prohibition_is_not_recognised(disguise):
-    disguised = measure_safety.DISGUISES[disguise](FORBIDS)
+    disguised = measure_content_floor.DISGUISES[disguise](FORBIDS)
 
     user, system = (content_floor.check(disguised, adult=True, role=r) for r in ("user", "system"))
 
@@ -416,4 +420,4 @@ def test_the_floor_imports_nothing_that_reads_or_writes():
 
 
 def test_the_document_has_the_measured_numbers():
-    assert measure_safety.report() in DOCUMENT.read_text(encoding="utf-8")
+    assert measure_content_floor.report() in DOCUMENT.read_text(encoding="utf-8")

@@ -2,21 +2,21 @@
 
 import pytest
 
-from benchmarks.mixed import Day
+from benchmarks.mixed import MixedJobs
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_mixed_jobs_complete_though_their_models_evict_each_other() -> None:
-    with Day(budget=0.022) as day:
-        for _ in day.each_kind():
+    with MixedJobs(budget=0.022) as mixed:
+        for _ in mixed.each_kind():
             pass
-        before = day.size()
-        for _ in day.each_kind():
+        before = mixed.size()
+        for _ in mixed.each_kind():
             pass
 
-        rows = {row["name"]: row for row in day.report()["models"]}
-        after = day.size()
+        rows = {row["name"]: row for row in mixed.report()["models"]}
+        after = mixed.size()
 
     # Each model evicted the other, and both were loaded again.
     assert rows["sdxl"]["loads"] > 1 and rows["wan_t2v"]["loads"] > 1

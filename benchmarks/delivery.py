@@ -1,10 +1,10 @@
-"""From the decoder's tensor to the stored file: ours, and as it is done elsewhere.
+"""From the decoder's tensor to the stored file: the worker against the usual libraries.
 
-    python -m benchmarks.post
+    python -m benchmarks.delivery
 
-Each pair of arms takes turns, with the same pixels; what they make is compared. `elsewhere` is
-diffusers' own way to a `PIL.Image`, Pillow's default PNG, one upload after another, and
-`export_to_video` (or, where imageio is missing, PyAV with the settings that it gives to x264).
+Each pair is timed alternately on the same pixels, and the results are compared. The baselines are
+diffusers' conversion to a `PIL.Image`, Pillow's default PNG, one upload after another, and
+`export_to_video` (or, if imageio is missing, PyAV with the settings that it gives to x264).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from benchmarks import png, report
-from benchmarks.store import BUCKET, Store
-from benchmarks.turns import control_of, take_turns
-from ourvidz_serverless.delivery.storage.base import Storage, locate, upload
+from benchmarks.interleaved_timing import control_ratio, time_interleaved
+from benchmarks.slow_storage import BUCKET, SlowStorage
+from ourvidz_serverless.delivery.storage.base import locate, upload
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
@@ -46,22 +46,22 @@ from ourvidz_serverless.output import FrameQueue, Output
 PICTURES = 4
 FPS = 16
 
-#: What imageio makes of `export_to_video`'s quality of 5: 51 * (1 - 5 / 10), x264's own preset.
+#: imageio's options for `export_to_video`'s quality of 5: 51 * (1 - 5 / 10), x264's own preset.
 IMAGEIO = {"crf": "25"}
 
-CONVERSION, PNG, UPLOADS, FILM = TITLES = (
+CONVERSION, PNG, UPLOADS, VIDEO = TITLES = (
     "From the decoder to bytes",
     "PNG against Pillow's default",
-    "Four pictures, decoded to stored",
+    "Four pictures, from the decoder to storage",
     "A video's frames to an MP4",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--upload-ms", type=float, default=80, help="what the store takes a file")
+    parser.add_argument("--upload-ms", type=float, default=80, help="time of an upload")
     parser.add_argument(
-        "--piece-ms", type=float, default=50, help="what the decoder takes four frames"
+        "--chunk-ms", type=float, default=50, help="time in which four frames are decoded"
     )
     options = parser.parse_args(argv)
     scale = scale_of(options)
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         conversion(scale),
         pngs(scale),
         uploads(scale, options.upload_ms / 1000),
-        film(scale, options.piece_ms / 1000),
+        videos(scale, options.chunk_ms / 1000),
     ]
     report.finish("post", tables, options.json)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large the pictures are, and how often each pair of arms takes turns."""
+    """The sizes of pictures and videos, and the rounds of interleaved timing."""
 
     side: int = 1024
     frames: int = 81
@@ -94,28 +94,28 @@ def scale_of(options: argparse.Namespace) -> Scale:
 
 
 def conversion(scale: Scale) -> report.Table:
-    """A picture and a video, from the decoder's floats to what an encoder reads."""
+    """A picture and a video, from the decoder's floats to the encoder's bytes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width, height = scale.size
     picture = decoded(png.grainy(scale.side)).to(device)
     video = decoded(moving(scale.frames, width, height)).to(device)
-    images, videos = VaeImageProcessor(), VideoProcessor()
+    image_processor, video_processor = VaeImageProcessor(), VideoProcessor()
 
     def pil() -> Any:
-        return np.asarray(images.postprocess(picture[None], output_type="pil")[0])
+        return np.asarray(image_processor.postprocess(picture[None], output_type="pil")[0])
 
     def frames() -> Any:
-        made = videos.postprocess_video(video[None], output_type="np")[0]
-        return (made * 255).round().astype(np.uint8)  # export_to_video would cut, not round
+        made = video_processor.postprocess_video(video[None], output_type="np")[0]
+        return (made * 255).round().astype(np.uint8)  # export_to_video would truncate
 
     rows = []
-    for what, ours, theirs in (
+    for what, worker, baseline in (
         ("picture", lambda: to_pixels(picture).cpu().numpy(), pil),
         ("video", lambda: as_uint8(video), frames),
     ):
-        assert np.array_equal(ours(), theirs())
-        turns = take_turns(ours, theirs, scale.rounds)
-        rows.append([what, device, turns.told, turns.control, "equal"])
+        assert np.array_equal(worker(), baseline())
+        timing = time_interleaved(worker, baseline, scale.rounds)
+        rows.append([what, device, timing.trusted_ratio, timing.control, "equal"])
     note = f"A picture of {scale.side}x{scale.side}, {scale.frames} frames of {width}x{height}."
     return report.table(
         CONVERSION, ["what", "device", "times as fast", "control", "pixels"], rows, note
@@ -123,7 +123,7 @@ def conversion(scale: Scale) -> report.Table:
 
 
 def decoded(pixels: Any) -> torch.Tensor:
-    """Bytes (..., height, width, 3) as a VAE decodes them: (3, ..., height, width), -1 to 1."""
+    """Bytes (..., height, width, 3) as a VAE's output: (3, ..., height, width), from -1 to 1."""
     return torch.from_numpy(pixels).movedim(-1, 0).float().div(127.5).sub(1)
 
 
@@ -134,16 +134,18 @@ def pngs(scale: Scale) -> report.Table:
     rows = []
     for picture in (png.soft, png.grainy, png.sharp, png.drawing):
         pixels = picture(scale.side)
-        with Image.open(io.BytesIO(png.ours(pixels))) as read:
+        with Image.open(io.BytesIO(png.worker_png(pixels))) as read:
             assert np.array_equal(np.asarray(read), pixels)
-        turns = take_turns(partial(png.ours, pixels), partial(png.pillow, pixels), scale.rounds)
-        size = len(png.ours(pixels)) / len(png.pillow(pixels))
+        timing = time_interleaved(
+            partial(png.worker_png, pixels), partial(png.pillow_png, pixels), scale.rounds
+        )
+        size = len(png.worker_png(pixels)) / len(png.pillow_png(pixels))
         rows.append(
             [
                 picture.__name__,
-                turns.told,
-                turns.control,
-                round(1000 * turns.a_s, 1),
+                timing.trusted_ratio,
+                timing.control,
+                round(1000 * timing.a_s, 1),
                 round(size, 3),
             ]
         )
@@ -156,52 +158,48 @@ def pngs(scale: Scale) -> report.Table:
 
 
 def uploads(scale: Scale, upload_s: float) -> report.Table:
-    """Ours with thumbnails, in threads, against Pillow's PNG and one upload after another.
+    """The worker's threads, with thumbnails, against Pillow's PNG and one upload after another.
 
-    Ours stores twice as many files: the thumbnails are part of what the worker does.
+    The worker stores twice as many files: each picture has a thumbnail.
     """
     pictures = [decoded(png.grainy(scale.side)) for _ in range(PICTURES)]
     rounds = max(1, scale.rounds // 2)
-    with Store(upload_s) as store, ThreadPoolExecutor(DELIVERY_THREADS) as pool:
-        place = SupabaseStorage(store.url, store.service_key, BUCKET)
+    with SlowStorage(upload_s) as store, ThreadPoolExecutor(DELIVERY_THREADS) as pool:
+        storage = SupabaseStorage(store.url, store.service_key, BUCKET)
 
-        def ours() -> None:
-            with pooled(pool, place) as delivery:
+        def worker() -> None:
+            with Delivery(
+                pool,
+                "user/job",
+                upload=lambda key, data, mime: upload(storage, key, data, mime),
+                url=lambda key: locate(storage, key, "path", 60),
+            ) as delivery:
                 for index, picture in enumerate(pictures):
                     delivery.submit(Output(index, to_pixels(picture).numpy(), {}))
                 delivery.assets(lambda: None)
 
-        def elsewhere() -> None:
+        def baseline() -> None:
             for index, picture in enumerate(pictures):
                 image = VaeImageProcessor().postprocess(picture[None], output_type="pil")[0]
                 file = io.BytesIO()
                 image.save(file, "PNG")
-                post(store, f"theirs/{index}.png", file.getvalue())
+                post(store, f"baseline/{index}.png", file.getvalue())
 
-        ours()
-        turns = take_turns(ours, elsewhere, rounds)
-        num_ours = sum(path.startswith("user") for _, path in store.objects)
+        worker()
+        timing = time_interleaved(worker, baseline, rounds)
+        num_files = sum(path.startswith("user") for _, path in store.objects)
     rows = [
-        ["ours with thumbnails, pooled", num_ours, 1000 * turns.a_s, turns.told],
-        ["Pillow's PNG, one by one", PICTURES, 1000 * turns.b_s, None],
+        ["worker, in threads, with thumbnails", num_files, 1000 * timing.a_s, timing.trusted_ratio],
+        ["Pillow's PNG, one by one", PICTURES, 1000 * timing.b_s, None],
     ]
     note = (
         f"{PICTURES} of {scale.side}x{scale.side}, {1000 * upload_s:.0f} ms an upload; "
-        f"control {report.cell(turns.control)}."
+        f"control {report.cell(timing.control)}."
     )
-    return report.table(UPLOADS, ["arm", "files", "ms", "times as fast"], rows, note)
+    return report.table(UPLOADS, ["variant", "files", "ms", "times as fast"], rows, note)
 
 
-def pooled(pool: ThreadPoolExecutor, place: Storage) -> Delivery:
-    return Delivery(
-        pool,
-        "user/job",
-        upload=lambda key, data, mime: upload(place, key, data, mime),
-        url=lambda key: locate(place, key, "path", 60),
-    )
-
-
-def post(store: Store, key: str, data: bytes) -> None:
+def post(store: SlowStorage, key: str, data: bytes) -> None:
     headers = {
         "apikey": store.service_key,
         "Authorization": f"Bearer {store.service_key}",
@@ -216,69 +214,69 @@ def post(store: Store, key: str, data: bytes) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Film:
-    """An MP4, the seconds that it took in all, and those of them after the last frame came."""
+class Encoded:
+    """An MP4, the seconds of encoding it, and those of them after the last frame came."""
 
     data: bytes
     seconds: float
     after_s: float
 
 
-def film(scale: Scale, piece_s: float) -> report.Table:
-    """Encoding while frames arrive at a decoder's pace, or once they are all there."""
+def videos(scale: Scale, chunk_s: float) -> report.Table:
+    """Encoding while frames arrive from a decoder, or once they are all there."""
     width, height = scale.size
     pixels = moving(scale.frames, width, height)
-    pieces = [pixels[:1], *np.split(pixels[1:], (scale.frames - 1) // 4)]
-    films: dict[str, list[Film]] = {"streamed": [], "afterwards": []}
+    chunks = [pixels[:1], *np.split(pixels[1:], (scale.frames - 1) // 4)]
+    runs: dict[str, list[Encoded]] = {"streamed": [], "afterwards": []}
     for _ in range(max(1, scale.rounds // 3)):
         for make in (streamed, afterwards, afterwards, streamed):
-            films[make.__name__].append(make(arriving(pieces, piece_s), width, height))
+            runs[make.__name__].append(make(arriving(chunks, chunk_s), width, height))
     rows = []
-    for name, made in films.items():
+    for name, made in runs.items():
         frames = read_back(made[0].data)
         assert len(frames) == len(pixels)
         seconds = [each.seconds for each in made]
-        control = control_of(seconds)
+        control = control_ratio(seconds)
         after_ms = report.trusted(1000 * median(each.after_s for each in made), control)
-        told = report.trusted(median(seconds), control)
+        total_s = report.trusted(median(seconds), control)
         kib = len(made[0].data) >> 10
         psnr_db = round(psnr(frames, pixels), 1)
-        rows.append([name, told, after_ms, control, len(frames), psnr_db, kib])
-    headers = ["arm", "s in all", "ms after the last frame", "control"]
+        rows.append([name, total_s, after_ms, control, len(frames), psnr_db, kib])
+    headers = ["variant", "s in all", "ms after the last frame", "control"]
     headers += ["frames", "PSNR, dB", "KiB"]
-    peer = "export_to_video" if has_imageio() else "PyAV with x264's own preset and crf 25"
+    baseline = "export_to_video" if has_imageio() else "PyAV with x264's own preset and crf 25"
     note = (
-        f"{scale.frames} frames of {width}x{height}, four in {1000 * piece_s:.0f} ms. "
-        f"Afterwards: {peer}."
+        f"{scale.frames} frames of {width}x{height}, four in {1000 * chunk_s:.0f} ms. "
+        f"Afterwards: {baseline}."
     )
-    return report.table(FILM, headers, rows, note)
+    return report.table(VIDEO, headers, rows, note)
 
 
-def streamed(arriving: Iterator[Any], width: int, height: int) -> Film:
-    """As the worker does it: the encoder in a thread, behind a queue."""
+def streamed(chunks: Iterator[Any], width: int, height: int) -> Encoded:
+    """The worker's way: the encoder runs in a thread and takes frames from a queue."""
     began, queue = time.perf_counter(), FrameQueue()
     with ThreadPoolExecutor(1) as pool:
         encoding = pool.submit(encode_video, queue, width, height, FPS)
-        for piece in arriving:
+        for chunk in chunks:
             last = time.perf_counter()
-            queue.put(piece, lambda: None)
+            queue.put(chunk, lambda: None)
         queue.end()
         data = encoding.result().data
     ended = time.perf_counter()
-    return Film(data, ended - began, ended - last)
+    return Encoded(data, ended - began, ended - last)
 
 
-def afterwards(arriving: Iterator[Any], width: int, height: int) -> Film:
-    """As diffusers' examples do it: the frames as floats, then a file."""
+def afterwards(chunks: Iterator[Any], width: int, height: int) -> Encoded:
+    """The way of diffusers' examples: all frames as floats, then a file."""
     began = time.perf_counter()
-    frames = [piece.astype(np.float32) / 255 for piece in arriving]
+    frames = [chunk.astype(np.float32) / 255 for chunk in chunks]
     last = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        export([frame for piece in frames for frame in piece], path, width, height)
+        export([frame for chunk in frames for frame in chunk], path, width, height)
         data = path.read_bytes()
     ended = time.perf_counter()
-    return Film(data, ended - began, ended - last)
+    return Encoded(data, ended - began, ended - last)
 
 
 def has_imageio() -> bool:
@@ -286,7 +284,7 @@ def has_imageio() -> bool:
 
 
 def export(frames: list[Any], path: Path, width: int, height: int) -> None:
-    """`export_to_video`, or what it does, without imageio."""
+    """Write the frames by `export_to_video`, or, without imageio, by PyAV in the same way."""
     if has_imageio():
         export_to_video(frames, str(path), fps=FPS)
         return
@@ -305,15 +303,15 @@ def moving(frames: int, width: int, height: int) -> Any:
     return np.stack([np.roll(still, 2 * frame, axis=1) for frame in range(frames)])
 
 
-def arriving(pieces: Sequence[Any], piece_s: float) -> Iterator[Any]:
-    """Pieces at a decoder's pace, which begins the next when one is taken."""
-    for piece in pieces:
-        time.sleep(piece_s)
-        yield piece
+def arriving(chunks: Sequence[Any], chunk_s: float) -> Iterator[Any]:
+    """Yield chunks as a decoder does: each takes `chunk_s` seconds, from when it is asked for."""
+    for chunk in chunks:
+        time.sleep(chunk_s)
+        yield chunk
 
 
 def read_back(data: bytes) -> Any:
-    """All frames of a file, uint8 (frames, height, width, 3)."""
+    """All frames of an MP4, uint8 (frames, height, width, 3)."""
     with av.open(io.BytesIO(data)) as file:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 

@@ -1,4 +1,4 @@
-"""The peers: diffusers' own pipelines on the worker's weights, called as documented."""
+"""The SDXL baseline: diffusers' own pipeline on the worker's weights, called as documented."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ourvidz_serverless.models.sdxl.loader import POCKET
 PROMPT = "a red circle on a blue background"
 
 
-def plain_pipeline() -> Any:
-    """The pocket SDXL as diffusers loads it, in its own dtype, on the GPU if there is one."""
+def load_baseline_pipeline() -> Any:
+    """The pocket SDXL as diffusers loads it: in fp16 on a GPU, without one in fp32 on the CPU."""
     has_gpu = torch.cuda.is_available()
     pipe = StableDiffusionXLPipeline.from_single_file(
         str(POCKET),
@@ -27,8 +27,8 @@ def plain_pipeline() -> Any:
     return pipe.to("cuda" if has_gpu else "cpu")
 
 
-def plain_picture(pipe: Any, *, side: int, steps: int, seed: int) -> Image.Image:
-    """One picture by the pipeline's `__call__`, from the noise that the worker draws for a seed."""
+def baseline_picture(pipe: Any, *, side: int, steps: int, seed: int) -> Image.Image:
+    """One square picture by the pipeline's `__call__`, from the same noise as the worker's."""
     return pipe(
         prompt=PROMPT,
         width=side,

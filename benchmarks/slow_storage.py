@@ -1,4 +1,4 @@
-"""A store for benchmarks: Supabase's, each of whose uploads takes as long as it is told."""
+"""Supabase's storage for benchmarks: each upload takes a given time, and its times are recorded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ BUCKET = "workspace-temp"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file that was taken; the times are the clock's, in seconds."""
+    """One stored file. Times are `time.time()`, in seconds."""
 
     path: str
     arrived: float
     answered: float
 
 
-class Store(SupabaseStorage):
-    """Storage that takes its time for each file, and notes when."""
+class SlowStorage(SupabaseStorage):
+    """Storage that answers each request after `upload_s` seconds and records when."""
 
     def __init__(self, upload_s: float) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Store(SupabaseStorage):
         return answer
 
     def uploads_of(self, job: str) -> list[Upload]:
-        """The files of a job, in the order of their arrival."""
+        """The files of a job, in the order in which they arrived."""
         with self.changed:
             found = [upload for upload in self._uploads if f"/{job}/" in upload.path]
         return sorted(found, key=lambda upload: upload.arrived)
 
 
 def union_s(uploads: Sequence[Upload]) -> float:
-    """The seconds in which at least one of them was under way."""
+    """The seconds during which at least one upload was running. They are sorted by arrival."""
     total, until = 0.0, 0.0
     for upload in uploads:
         total += max(0.0, upload.answered - max(upload.arrived, until))

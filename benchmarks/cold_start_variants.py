@@ -1,6 +1,8 @@
-"""One start of one arm, in a process of its own: `python -m benchmarks.cold_arms ARM FILE`.
+"""The variants of a cold start. `benchmarks.cold_start` starts each in its own process:
 
-Writes its stages as JSON. At the top there is nothing that takes time to import.
+    python -m benchmarks.cold_start_variants VARIANT FILE
+
+It prints the seconds of each stage as JSON. The module itself imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -20,91 +22,93 @@ PAYLOAD = {
     "config": {"resolution": "64x64", "num_inference_steps": 1, "guidance_scale": 6.0, "seed": 1},
 }
 
-#: Bytes of a plain read at once, as much as the worker's.
+#: Bytes of one read, the same as the worker's.
 CHUNK = 8 << 20
 
 
 class Stages:
-    """Seconds of each stage, from the moment at which the process was asked for."""
+    """Seconds of each stage. The first one begins when the parent process starts this one."""
 
     def __init__(self) -> None:
         self._last = float(os.environ["BENCHMARK_BEGAN"])
-        self.told: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self.end("interpreter")
 
     def end(self, stage: str) -> None:
         now = time.time()
-        self.told[stage] = now - self._last
+        self.seconds[stage] = now - self._last
         self._last = now
 
     def write(self) -> None:
-        self.told["cpu"] = time.process_time()
-        print(json.dumps(self.told), flush=True)
+        self.seconds["cpu"] = time.process_time()
+        print(json.dumps(self.seconds), flush=True)
 
 
 def main() -> None:
     stages = Stages()
-    # Where it is installed it costs every arm the same seconds, for nothing that is used here.
+    # diffusers imports torchao if it is installed. That takes seconds, and nothing here uses it.
     sys.modules["torchao"] = None  # type: ignore[assignment]
-    arm, file = sys.argv[1:]
-    ARMS[arm](file, stages)
+    variant, file = sys.argv[1:]
+    VARIANTS[variant](file, stages)
     stages.write()
 
 
 def read(file: str, stages: Stages) -> None:
-    """The bytes, front to back."""
-    room = bytearray(CHUNK)
+    """One plain read of the file."""
+    buffer = bytearray(CHUNK)
     with open(file, "rb", buffering=0) as weights:
-        while weights.readinto(room):
+        while weights.readinto(buffer):
             pass
     stages.end("read")
 
 
 def libraries(file: str, stages: Stages) -> None:
-    """The libraries that every arm which paints imports, and nothing else."""
+    """The imports that every variant with a model needs, and nothing else."""
     _pipeline()
     stages.end("imports")
 
 
 def libraries_and_sdk(file: str, stages: Stages) -> None:
     """The same and RunPod's SDK, as a handler imports both."""
-    _peer()
+    _pipeline_and_sdk()
     stages.end("imports")
 
 
 def single_file(file: str, stages: Stages) -> None:
-    """diffusers on the one file."""
-    pipeline = _peer()
+    """A baseline: diffusers' `from_single_file`."""
+    pipeline = _pipeline_and_sdk()
     stages.end("imports")
     config = file.removesuffix(".safetensors")
-    _paint(pipeline.from_single_file(file, config=config, **_options()), stages)
+    _run_pipeline(pipeline.from_single_file(file, config=config, **_options()), stages)
 
 
 def pretrained(file: str, stages: Stages) -> None:
-    """diffusers on the folder."""
-    pipeline = _peer()
+    """A baseline: diffusers' `from_pretrained` on the folder beside the file."""
+    pipeline = _pipeline_and_sdk()
     stages.end("imports")
-    _paint(pipeline.from_pretrained(file.removesuffix(".safetensors"), **_options()), stages)
+    folder = file.removesuffix(".safetensors")
+    _run_pipeline(pipeline.from_pretrained(folder, **_options()), stages)
 
 
-def worker_on_the_file(file: str, stages: Stages) -> None:
-    """The worker on the one file, by handler.py's own steps."""
-    _work(file, stages)
+def worker_with_file(file: str, stages: Stages) -> None:
+    """The worker with the single file, by the steps of handler.py."""
+    _run_worker(file, stages)
 
 
-def worker_on_the_folder(file: str, stages: Stages) -> None:
-    """The same on the folder."""
-    _work(file.removesuffix(".safetensors"), stages)
+def worker_with_folder(file: str, stages: Stages) -> None:
+    """The worker with the folder beside the file."""
+    _run_worker(file.removesuffix(".safetensors"), stages)
 
 
-def _peer() -> Any:
-    """What a RunPod handler around diffusers' pipeline imports; the pipeline's class."""
+def _pipeline_and_sdk() -> Any:
+    """Import RunPod's SDK as a handler does; the pipeline's class."""
     import runpod.serverless  # noqa: F401
 
     return _pipeline()
 
 
 def _pipeline() -> Any:
+    """The pipeline's class, and the imports that loading it needs."""
     import torch  # noqa: F401
     from diffusers import (  # noqa: F401
         AutoencoderKL,
@@ -122,7 +126,7 @@ def _options() -> dict[str, Any]:
     return {"torch_dtype": torch.float16, "local_files_only": True, "add_watermarker": False}
 
 
-def _paint(pipe: Any, stages: Stages) -> None:
+def _run_pipeline(pipe: Any, stages: Stages) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -136,12 +140,12 @@ def _paint(pipe: Any, stages: Stages) -> None:
     stages.end("first job")
 
 
-def _work(model: str, stages: Stages) -> None:
+def _run_worker(model: str, stages: Stages) -> None:
     from ourvidz_serverless import settings
-    from ourvidz_serverless.models.loading.readahead import ReadAhead
+    from ourvidz_serverless.models.loading import readahead
 
-    class Timed(ReadAhead):
-        """One that knows for how long it was waited for."""
+    class TimedReadAhead(readahead.ReadAhead):
+        """A read-ahead that measures how long the worker waits for it."""
 
         waited_s = 0.0
 
@@ -154,13 +158,14 @@ def _work(model: str, stages: Stages) -> None:
         config = settings.Settings(
             sdxl_model=model, dtype="float16", sdxl_min_steps=1, storage_url=f"file:{assets}"
         )
-        reading = Timed(ReadAhead.of(config)._paths)
+        reading = TimedReadAhead(readahead.files(config))
         reading.start()
         from ourvidz_serverless.serving import runpod_sdk
 
         runpod_sdk.load()
         from ourvidz_serverless import models  # noqa: F401
         from ourvidz_serverless.context import Stop
+        from ourvidz_serverless.jobs.envelope import Envelope
         from ourvidz_serverless.models.sdxl import loader as sdxl  # noqa: F401
         from ourvidz_serverless.serving import runpod_queue  # noqa: F401
         from ourvidz_serverless.worker import Worker
@@ -168,22 +173,22 @@ def _work(model: str, stages: Stages) -> None:
         stages.end("imports")
         worker = Worker.of(config, reading)
         stages.end("build")
-        # While it is built the file is still being read, and then it is waited for.
-        stages.told["wait"] = reading.waited_s
-        stages.told["build"] -= reading.waited_s
-        document = worker.run({"input": PAYLOAD}, Stop(), lambda progress: None)
+        # The wait for the rest of the file is a part of building.
+        stages.seconds["wait"] = reading.waited_s
+        stages.seconds["build"] -= reading.waited_s
+        document = worker.run(Envelope.of({"input": PAYLOAD}), Stop(), lambda progress: None)
         assert document.status == "completed", document.failure
         stages.end("first job")
 
 
-ARMS = {
+VARIANTS = {
     "read": read,
     "libraries": libraries,
     "libraries and SDK": libraries_and_sdk,
     "from_single_file": single_file,
     "from_pretrained": pretrained,
-    "worker, file": worker_on_the_file,
-    "worker, folder": worker_on_the_folder,
+    "worker, file": worker_with_file,
+    "worker, folder": worker_with_folder,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the content floor catches and where it errs: `python -m tests.measure_safety`.
+"""What the content floor catches and where it errs: `python -m tests.measure_content_floor`.
 
 Prints the tables of docs/content-floor.md. The disguises are made here, from plain phrases, so
 that the repository need not hold them.
