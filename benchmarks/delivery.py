@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         uploads(scale, options.upload_ms / 1000),
         videos(scale, options.chunk_ms / 1000),
     ]
-    report.finish("post", tables, options.json)
+    report.finish("delivery", tables, options.json)
 
 
 @dataclass(frozen=True, slots=True)
