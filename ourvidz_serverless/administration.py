@@ -1,6 +1,6 @@
-"""What a worker says of itself and of its memory: the answers to `admin_utilities`.
+"""The answers to `admin_utilities`: the state of a worker and of its memory.
 
-The answer stands in the document's `result`, in the words of the specification's endpoints:
+An answer is the document's `result`, with the keys of the specification's endpoints:
 `health` is `GET /health`, `memory_report` is `GET /memory/report`, and so on.
 """
 
@@ -27,7 +27,7 @@ from ourvidz_serverless.worker_state import WorkerState
 
 PACKAGE = Path(__file__).parent
 
-#: What is done within this time is reported as done, the rest as pending.
+#: Moves that end within this time are reported as done, the others as pending. In seconds.
 WAIT_S = 0.4
 
 
@@ -51,7 +51,7 @@ class Administration:
         """The answer to a job that brings this key.
 
         Raises Unauthorized for a change that needs a key, InvalidPrompt for a target that no worker
-        has, and WorkerUnavailable for a target that this worker has not.
+        has, and WorkerUnavailable for a target that this worker does not serve.
         """
         needs_key = self._settings.admin_requires_key and job.operation in CHANGING
         if needs_key and context.audit.get("key") != "accepted":
@@ -63,7 +63,7 @@ class Administration:
         return {"operation": job.operation, **self._answers()[job.operation](job)}
 
     def health(self) -> dict[str, Any]:
-        """What `health` answers; it needs no key."""
+        """The answer to `health`; it needs no key."""
         return self._health(AdminJob(id="health", type="admin_utilities", operation="health"))
 
     def _answers(self) -> dict[str, Callable[[AdminJob], dict[str, Any]]]:
@@ -83,7 +83,7 @@ class Administration:
         }
 
     @property
-    def _holdings(self) -> list[LedgerRow]:
+    def _rows(self) -> list[LedgerRow]:
         return self._ledger.report() if self._ledger else []
 
     @property
@@ -91,14 +91,14 @@ class Administration:
         return self._ledger.memory.name if self._ledger else "none"
 
     def _chosen(self, job: AdminJob) -> list[LedgerRow]:
-        """The models that a job is about, the family's main one first; all, where it names none.
+        """The models of a job's target, the family's main model first; all models without a target.
 
-        Raises InvalidPrompt for a name that no worker has, WorkerUnavailable for one that this
-        worker has not.
+        Raises InvalidPrompt for a target that no worker has, and WorkerUnavailable for one that
+        this worker does not serve.
         """
-        chosen = [row for row in self._holdings if job.target in (None, row.family, row.name)]
+        chosen = [row for row in self._rows if job.target in (None, row.family, row.name)]
         if job.target is not None and not chosen and job.target not in self._families:
-            known = sorted({*FAMILIES, *(row.name for row in self._holdings)})
+            known = sorted({*FAMILIES, *(row.name for row in self._rows)})
             if job.target not in FAMILIES:
                 raise InvalidPrompt(
                     f"config.target_worker: Input should be one of {', '.join(known)}"
@@ -112,7 +112,7 @@ class Administration:
 
     def _health(self, job: AdminJob) -> dict[str, Any]:
         rows = self._chosen(job)
-        lost = [row.name for row in self._holdings if row.state == "absent"]
+        lost = [row.name for row in self._rows if row.state == "absent"]
         status = "degraded" if lost else "healthy"
         answer = {
             "status": self._state.unavailable_reason or status,
@@ -163,14 +163,14 @@ class Administration:
             "qwen_base": settings.chat_base_model,
         }
         sources = {name: Path(place).name for name, place in places.items() if place and has_chat}
-        enhances = has_chat or any(row.name == "wan_enhancer" for row in self._holdings)
+        enhances = has_chat or any(row.name == "wan_enhancer" for row in self._rows)
         return {
             "worker_type": "pure_inference_engine",
             "models_available": list(sources),
             "capabilities": {
                 "chat_conversation": has_chat,
                 "prompt_enhancement": enhances,
-                # WAN's enhanced jobs may come without a system prompt, and have one for that case.
+                # WAN has a system prompt, for enhanced jobs that bring none.
                 "no_hardcoded_prompts": "wan" not in self._families,
                 "pure_inference": True,
             },
@@ -209,7 +209,7 @@ class Administration:
             "model_loaded": _is_loaded(rows),
             "memory_usage": _gigabytes(sum(map(_on_device, rows))),
             "device": self._device_name,
-            # Nothing is compiled ahead of a job.
+            # Nothing is compiled before a job needs it.
             "compilation_status": "not compiled",
             "vram_usage": self._vram(),
             "workers": {f"{family}_worker": self._state_of(family) for family in FAMILIES},
@@ -242,32 +242,32 @@ class Administration:
         }
 
     def _load(self, job: AdminJob) -> dict[str, Any]:
-        # To make room for all of a family may be to drive out the first of it again.
-        return self._moved(job, "device", lambda index: job.force and index == 0)
+        # Force only the first: to make room for the next could evict it again.
+        return self._move(job, "device", lambda index: job.force and index == 0)
 
     def _predict(self, job: AdminJob) -> dict[str, Any]:
         assert self._ledger
         if not job.force and self._ledger.pressure in ("high", "critical"):
             return {**_refusal(job), "reason": f"the pressure is {self._ledger.pressure}"}
-        return self._moved(job, "device", lambda index: index == 0)
+        return self._move(job, "device", lambda index: index == 0)
 
     def _unload(self, job: AdminJob) -> dict[str, Any]:
-        return self._moved(job, "host", lambda index: job.force)
+        return self._move(job, "host", lambda index: job.force)
 
     def _force_unload(self, job: AdminJob) -> dict[str, Any]:
-        return self._moved(job, "disk", lambda index: True)
+        return self._move(job, "disk", lambda index: True)
 
-    def _moved(self, job: AdminJob, to: State, may_force: Callable[[int], bool]) -> dict[str, Any]:
-        """Ask the ledger to move the models that are meant, and say how far that came."""
+    def _move(self, job: AdminJob, to: State, may_force: Callable[[int], bool]) -> dict[str, Any]:
+        """Request moves of the chosen models, and report which ended within `WAIT_S`."""
         ledger, rows = self._ledger, self._chosen(job)
         if ledger is None or not rows:
             return {**_refusal(job), "reason": "there is nothing to move"}
         requests: dict[str, MoveRequest] = {}
         for index, row in enumerate(rows):
             requests[row.name] = ledger.request_move(row.name, to, force=may_force(index))
-        until = time.monotonic() + WAIT_S
+        ends_at = time.monotonic() + WAIT_S
         for request in requests.values():
-            request.is_done.wait(max(until - time.monotonic(), 0))
+            request.is_done.wait(max(ends_at - time.monotonic(), 0))
         refused = {name: request.error for name, request in requests.items() if request.error}
         return {
             "target_worker": job.target_worker,
@@ -279,7 +279,7 @@ class Administration:
         }
 
     def _recommendations(self) -> list[str]:
-        """What would help: which family to unload for which, and whether to watch the pressure."""
+        """Which family to unload so that another one fits, and whether to watch the pressure."""
         if self._ledger is None:
             return []
         families, free = self._by_family(), self._ledger.free_bytes()
@@ -298,7 +298,7 @@ class Administration:
         return swaps + (["monitor_pressure"] if self._ledger.pressure != "low" else [])
 
     def _vram(self) -> dict[str, Any]:
-        """In MiB, as the device itself tells."""
+        """The device's own numbers, in MiB."""
         if self._ledger is None:
             return {"total": 0, "used": 0, "free": 0, "pressure": "low"}
         total, free = self._ledger.memory.total_bytes, self._ledger.memory.free_bytes()
@@ -314,7 +314,7 @@ class Administration:
         return [family for family in self._families if family in named]
 
     def _by_family(self) -> dict[str, list[LedgerRow]]:
-        rows = self._holdings
+        rows = self._rows
         return {
             family: [row for row in rows if row.family == family]
             for family in FAMILIES

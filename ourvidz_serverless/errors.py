@@ -1,4 +1,4 @@
-"""Every way a job can fail, one class for each wire code.
+"""Every way in which a job can fail: one class for each code on the wire.
 
     JobError
     ├── InvalidPrompt          INVALID_PROMPT
@@ -15,10 +15,10 @@
     └── InternalError          INTERNAL_ERROR         retryable
         └── DeviceLost         INTERNAL_ERROR         retryable; the worker's last job
 
-The message of a JobError travels to the caller as it is. So it names a field, a stage or a
-count, never a path, a secret or a prompt; and since the caller searches error texts for the
-letters `inf` and `nan`, no message may contain them in its own words ("generation", never
-"inference"). What an error was `raised from` stays in the worker.
+The caller receives the message of a JobError as it is. So a message names a field, a stage or a
+count, never a path, a secret or a prompt. The caller searches error texts for the letters `inf` and
+`nan`, so no message may contain them ("generation", never "inference"). The cause of an error stays
+in the worker.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Code = Literal[
 
 
 class JobError(Exception):
-    """A job that ends as a failure document instead of assets."""
+    """The failure of a job: its document has an error instead of assets."""
 
     code: ClassVar[Code]
     retryable: ClassVar[bool] = False
@@ -66,13 +66,13 @@ class ContentRefused(JobError):
 
 
 class Unauthorized(JobError):
-    """Raised when the worker wants a key and the job brings none, or a wrong one."""
+    """Raised when the worker has keys, and the job has none of them."""
 
     code = "UNAUTHORIZED"
 
 
 class RateLimited(JobError):
-    """Raised when a user or the endpoint is over its limit; `retry_after` is in seconds."""
+    """Raised when a user or the endpoint is over its limit. `retry_after` is in seconds."""
 
     code = "RATE_LIMITED"
     retryable = True
@@ -93,7 +93,7 @@ class ModelLoadError(JobError):
 
 
 class OutOfMemory(JobError):
-    """Raised when the device ran out of memory and the smaller way did not fit either."""
+    """Raised when the device ran out of memory, also with every plan that needs less."""
 
     code = "OOM_ERROR"
     retryable = True
@@ -119,18 +119,18 @@ class Cancelled(JobError):
 
 
 class UploadError(JobError):
-    """Raised when storage refused an asset, or failed at every try."""
+    """Raised when the storage refused an asset, or failed at every try."""
 
     code = "UPLOAD_ERROR"
     retryable = True
 
 
 class InternalError(JobError):
-    """Raised for whatever nobody foresaw; the log has the traceback, the caller has not."""
+    """Raised for an unforeseen error. The log has its place, the caller gets no detail."""
 
     code = "INTERNAL_ERROR"
     retryable = True
 
 
 class DeviceLost(InternalError):
-    """Raised when the device takes no more work from this process, which must be replaced."""
+    """Raised when the device failed for this process, which must be replaced."""

@@ -1,4 +1,4 @@
-"""The families: one record for each, with all that the rest of the package needs to know of it.
+"""The families: one record for each, with everything that the rest of the package knows of it.
 
 Nothing here imports torch: every worker knows every family, so that a job on the wrong endpoint is
 refused as WORKER_UNAVAILABLE. To add a family, write two modules and one row in `FAMILIES`:
@@ -23,9 +23,10 @@ from types import ModuleType
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A setting that names weights, what they are in an error's words, and where their files lie.
+    """A setting that names weights.
 
-    `folders` are the parts of a checkpoint that hold weights; with none the setting names a file.
+    `what` is the name of the weights in an error. `folders` are the parts of a checkpoint that
+    hold weights; without any, the setting names a file.
     """
 
     setting: str
@@ -35,29 +36,29 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What one kind of model serves, loads and needs."""
+    """What one family of models serves, loads and needs."""
 
     name: str
     job_types: tuple[str, ...]
-    #: The modules, by name: to import the second one imports torch.
+    #: The names of its modules. The second one imports torch.
     jobs_module: str
     models_module: str
     #: The first one is the family's main model.
     weights: tuple[Weights, ...] = ()
-    #: The main model's name in the ledger, and how long its weights stay, in the specification's
-    #: words.
+    #: The main model's name in the ledger, and the specification's words for how long its weights
+    #: stay loaded.
     main_model: str = ""
     memory_policy: str = "load on demand"
-    #: Whether a job needs the device alone while it computes. Chat batches what runs at once.
+    #: Whether a job needs the device alone while it computes. Chat computes its jobs in one batch.
     is_exclusive: bool = True
-    #: Jobs that a worker does at once.
+    #: Jobs that a worker runs at once.
     concurrency: int = 1
-    #: Jobs that may wait for the device in a worker that serves a family without turns too.
+    #: Jobs that may wait for the device, in a worker that also serves a family that shares it.
     backlog: int = 1
-    #: What `status` reports: pictures in a job, and the qualities of its types.
+    #: What `status` reports: the numbers of pictures in a job, and the qualities of its types.
     batch_sizes: tuple[int, ...] = (1,)
     quality_tiers: tuple[str, ...] = ()
-    #: The application's function that takes the address of a family's worker.
+    #: The application's function that receives the address of the family's worker.
     registers_at: str = "update-worker-url"
 
     @property
@@ -83,7 +84,7 @@ WAN_TYPES = (
 )
 
 ROWS = (
-    # One job computes while the next one prepares and the last one delivers.
+    # One job computes while another prepares or delivers.
     Family(
         name="sdxl",
         job_types=("sdxl_image_fast", "sdxl_image_high"),
@@ -116,7 +117,7 @@ ROWS = (
         concurrency=64,
         registers_at="register-chat-worker",
     ),
-    # A job is minutes long, so nothing is gained by beginning a second one early.
+    # A job takes minutes, so an early start of a second one gains nothing.
     Family(
         name="wan",
         job_types=WAN_TYPES,

@@ -1,4 +1,4 @@
-"""A job as its payload describes it: what all types have in common, and the types of its fields."""
+"""A job, parsed from its payload: what all job types share, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 #: Seeds are below this.
 SEEDS = 2**31
 
-#: The most pictures of one job, whose seeds follow one another.
+#: The most pictures of one job. Their seeds are consecutive.
 MAX_PICTURES = 6
 
 Role = Literal["system", "user", "assistant"]
@@ -39,13 +39,13 @@ Role = Literal["system", "user", "assistant"]
 KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
 Key = Field(pattern=KEY_PATTERN)
 
-#: The user of a job that needs none and names none.
+#: The user of a job that needs no user and has none.
 ANONYMOUS = "anonymous"
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a job is known by. Two jobs are one only where user, key and id are the same."""
+    """What identifies a job: two deliveries with the same user, key and id are one job."""
 
     user_id: str | None
     api_key: str | None = field(repr=False)
@@ -53,13 +53,13 @@ class Identity:
 
     @classmethod
     def of(cls, user_id: str | None, api_key: str | None, job_id: str) -> Identity:
-        """The identity of a job; one of `anonymous` has no user."""
+        """The identity of a job; a job of `anonymous` has no user."""
         return cls(None if user_id == ANONYMOUS else user_id, api_key or None, job_id)
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
-    """The value itself. Raises ValueError for values that other parsers of JSON refuse."""
-    # No recursion: the value may be nested deeper than Python's own stack.
+    """The same value; raises ValueError if other JSON parsers would refuse it."""
+    # No recursion: the value may be nested deeper than Python's stack.
     level: list[object] = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [part for each in level for part in _parts(each)]
@@ -69,7 +69,7 @@ def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(value: object) -> Iterable[object]:
-    """The parts of a list or an object. A text or a number has none, and is checked here."""
+    """The parts of a list or an object. A text or a number has none; it is checked here."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     if isinstance(value, list):
@@ -90,14 +90,14 @@ def _no_text_nor_flag(value: object) -> object:
 #: Numbers: "7" and true are refused. 7.0 is a whole number.
 JSON_NUMBER = BeforeValidator(_no_text_nor_flag)
 
-#: Booleans: 1 and "true" are refused, as by the contract's `boolean`.
+#: Booleans: 1 and "true" are refused, as the contract's `boolean` says.
 Flag = Annotated[bool, Field(strict=True)]
 
 #: A JSON object that another parser of JSON will read.
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 
 
-#: A picture that a job brings, as its URL, its path or a data URI. Plain HTTP takes 30 MB.
+#: A reference picture: its URL, its path in a bucket, or a data URI. Plain HTTP accepts 30 MB.
 Reference = Field(
     None,
     max_length=30_000_000,
@@ -117,7 +117,7 @@ class S3Config(Wire):
     What no store could take is refused here, before anything is computed for it.
     """
 
-    # The widest rule that S3 has had. No ARN: it names a host beside `endpointUrl`.
+    # The widest rule that S3 has had. No ARN, which would name a second host beside `endpointUrl`.
     bucketName: str = Field(pattern=r"^[A-Za-z0-9._-]{3,255}$")
     endpointUrl: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+/?$")
     accessId: SecretStr = Field(min_length=1, json_schema_extra={"pattern": "^[!-~]+$"})
@@ -133,7 +133,7 @@ class S3Config(Wire):
 
 @dataclass(frozen=True, slots=True)
 class CheckedText:
-    """A text that the content floor reads, its field, and the role of its speaker."""
+    """A text for the content floor, the field that it is from, and the role of its author."""
 
     text: str
     field: str
@@ -142,7 +142,7 @@ class CheckedText:
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What the content floor found in texts; in adult mode every text counts as sexual."""
+    """The signs that the content floor found in texts; in adult mode every text is sexual."""
 
     minor: bool = False
     sexual: bool = False
@@ -159,17 +159,17 @@ class Job(Wire):
 
     @property
     def own_seed(self) -> int:
-        """The seed of a job that names none: the same at each delivery of the job.
+        """The seed of a job without one: the same at each delivery of the job.
 
         A second delivery overwrites the files of the first, which the application may already use.
-        The seed is never 0: the callback's receiver reads 0 as "none".
+        The seed is never 0, which the callback's receiver reads as "none".
         """
         digest = hashlib.sha256(f"{self.user_id}/{self.id}".encode()).digest()
         return 1 + int.from_bytes(digest) % (SEEDS - MAX_PICTURES)
 
     @property
     def texts(self) -> list[CheckedText]:
-        """Every text that may reach a model, negative prompts excepted: what the floor reads."""
+        """The texts for the content floor: all that may reach a model, except negative prompts."""
         return []
 
     @property
@@ -184,20 +184,20 @@ class Job(Wire):
 
     @property
     def references(self) -> dict[str, str]:
-        """Reference images to fetch before the device is taken: role -> URL, data URI or path."""
+        """The reference images to fetch before the job computes: role -> URL, data URI or path."""
         return {}
 
     @property
     def reference_consent(self) -> bool:
-        """Whether the caller vouches that the person in a reference agreed to this use of it."""
+        """Whether the caller declares that the person in a reference agreed to this use."""
         return False
 
     @property
     def reference_required(self) -> bool:
-        """Whether a reference that fails ends the job instead of falling back."""
+        """Whether a reference that cannot be fetched ends the job; otherwise it runs without it."""
         return False
 
 
 def has_adult_label(*labels: str | None) -> bool:
-    """Whether a content label of the caller is `nsfw`, in whatever case."""
+    """Whether one of the caller's content labels is `nsfw`, in any case."""
     return any(label is not None and label.strip().lower() == "nsfw" for label in labels)

@@ -1,4 +1,4 @@
-"""Where a job's references come from, and where its assets go."""
+"""The files of jobs: references that are fetched, and assets that are stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ourvidz_serverless.references import fetch
 from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
 
-#: Encoders and uploads at once: a batch of six pictures with their thumbnails, and the first two
-#: of the next job with theirs.
+#: Threads that encode and upload: enough for six pictures with their thumbnails, and the first two
+#: pictures of the next job with theirs.
 DELIVERY_THREADS = 16
 
 
 class JobFiles:
-    """The files of a worker's jobs: references on their way in, assets on their way out."""
+    """Fetches the references of a worker's jobs, and stores their assets."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class JobFiles:
 
     @classmethod
     def of(cls, settings: Settings) -> JobFiles:
-        """The files of a worker, as the environment says; raises ModelLoadError if it cannot."""
+        """The files as the settings say; raises ModelLoadError if the storage cannot be used."""
         return cls(settings, open_storage(settings), Credentials.of(settings))
 
     def storage(self, job: Job | None) -> Storage:
@@ -52,7 +52,7 @@ class JobFiles:
         return self._assets
 
     def references(self, job: Job, context: JobContext) -> dict[str, Image.Image]:
-        """The job's references by role; a warning stands for each that could not be fetched.
+        """The job's references by role, with a warning in the context for each that failed.
 
         Raises the reference's error if the job requires its references.
         """

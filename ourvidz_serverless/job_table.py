@@ -1,4 +1,4 @@
-"""The jobs of one worker by user, key and id: those under way, and the last that ended."""
+"""The jobs of one worker by user, key and id: those that run, and the last that ended."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ourvidz_serverless.context import JobContext, Stop
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.job import Identity
 
-#: Ended jobs that are remembered; those under way always are.
+#: The most ended jobs that are remembered.
 MAX_ENDED = 1000
 
-#: How soon the cancellation of a joined delivery reaches the first one.
+#: How soon a stop of a joined delivery reaches the running job, in seconds.
 POLL_S = 0.05
 
 
 @dataclass
 class RunningJob:
-    """A job that is under way."""
+    """A job that runs, and what is known of it."""
 
     stop: Stop
     end: Future[Document] = field(default_factory=Future)
-    #: Whether one of the job's deliveries posts its end.
+    #: Whether one of the job's deliveries posts its document.
     is_posted: bool = False
-    #: Set once the payload is read.
+    #: These two are set once the payload is parsed.
     job_type: str | None = None
     context: JobContext | None = None
 
 
 class JobTable:
-    """Runs an id once, however often it is delivered, and remembers each job's state.
+    """Runs a job once, however often it is delivered, and remembers the state of each job.
 
-    It keeps no payload and no document. Any thread may read it; no reader waits for a job.
+    It keeps no payload and no document. Any thread may read it, without waiting for a job.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,11 @@ class JobTable:
         on_join: Callable[[], None] = lambda: None,
         post: Callable[[Document], Document] | None = None,
     ) -> Document:
-        """What `call` returns; for a job that is under way, what its first call returns.
+        """The result of `call`, or for a job that already runs, the result of its first `call`.
 
-        A delivery with `post` is one whose end is posted. Exactly one of them posts it: the first
-        job's `call`, or the `post` of the first such delivery that joins a job that posts nothing.
+        Exactly one delivery posts the document, if any has a `post`. If the first one has it, its
+        `call` posts the document itself. Otherwise the first delivery with a `post` that joins the
+        job calls that. `on_join` is called if the job already runs.
         """
         with self._lock:
             job = self._running.get(identity)
@@ -72,13 +73,13 @@ class JobTable:
         return post(document) if post and posts else document
 
     def began(self, identity: Identity, job_type: str, context: JobContext) -> None:
-        """Note what a running job is, and where its progress stands."""
+        """Record a running job's type, and the context that has its progress."""
         with self._lock:
             job = self._running[identity]
             job.job_type, job.context = job_type, context
 
     def ended(self, identity: Identity, document: Document, seconds: float) -> None:
-        """Note how a job ended. A job that never began, since it was refused, is not counted."""
+        """Record how a job ended. A job that was refused before it began is not counted."""
         with self._lock:
             job = self._running[identity]
             if job.job_type is None:
@@ -95,7 +96,7 @@ class JobTable:
                 self._ended.popitem(last=False)
 
     def find(self, identity: Identity) -> Mapping[str, Any] | None:
-        """What is known of a job; None if this worker has not had it, or has forgotten it."""
+        """The state of a job, as `job_status` reports it; None for an unknown or forgotten job."""
         with self._lock:
             job = self._running.get(identity)
             context = job.context if job else None
@@ -105,7 +106,7 @@ class JobTable:
         return {**facts, "processing_time": round(context.elapsed_s, 3)}
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are under way, and how many ended in which way."""
+        """The number of jobs that run, that completed and that failed."""
         with self._lock:
             return {
                 "processing": sum(job.context is not None for job in self._running.values()),
@@ -114,7 +115,7 @@ class JobTable:
             }
 
     def stop_all(self, stop: Callable[[Stop], None]) -> None:
-        """Call `stop` with the stop signal of every job that is under way."""
+        """Call `stop` with the stop signal of every job that runs."""
         with self._lock:
             signals = [job.stop for job in self._running.values()]
         for signal in signals:
@@ -132,9 +133,9 @@ class JobTable:
 
 
 def _join(job: RunningJob, stop: Stop) -> Document:
-    """The end of a job that is under way; a stop of this delivery stops the job."""
+    """The document of a job that runs; a stop of this delivery stops the job."""
     while not wait([job.end], timeout=POLL_S).done:
-        # The platform knows one id, so it cancels whichever delivery it saw last.
+        # The platform has one id for all deliveries, and cancels the latest one.
         if stop.error:
             job.stop.set(stop.error)
     return job.end.result()

@@ -1,6 +1,6 @@
-"""One line when a job starts, one when it ends, one for anything odd between.
+"""The log: one line when a job starts, one when it ends, one for anything unusual in between.
 
-No payload, no prompt, no secret: what is logged is the type, the verdict and the time.
+A line has the type, the verdict and the time; never a payload, a prompt or a secret.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ log = logging.getLogger("ourvidz")
 audit_trail = logging.getLogger("ourvidz.audit")
 
 
-#: What begins a new line, here or in whatever shows a log.
+#: Characters that begin a new line in some viewer of logs.
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _OneLine(logging.Formatter):
-    """A record is one line, so that no path or name that it quotes can forge another."""
+    """Writes a record as one line, so that no path or name in it can forge a second line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _BREAKS.sub(lambda char: ascii(char[0])[1:-1], super().format(record))
 
 
 def configure(level: str) -> None:
-    """Send our lines to stderr at `level`, and let no library print a prompt."""
+    """Send our lines to stderr at `level`, and keep libraries from printing prompts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(level)
-    # The audit trail is not a matter of taste.
+    # The audit trail is complete at every level.
     audit_trail.setLevel(logging.INFO)
-    # diffusers warns with the very words of a prompt that CLIP's 77 tokens would cut off.
+    # diffusers warns about prompts longer than CLIP's 77 tokens, and quotes them.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -55,9 +55,9 @@ def joined(job_id: str) -> None:
 
 
 def ended(document: Document, job: Job | None, seconds: float, audit: Mapping[str, Any]) -> None:
-    """Say how the job ended, and write its line of the audit trail.
+    """Log how the job ended, and write its line of the audit trail.
 
-    `audit` holds the verdicts and hashes that came together on the way: facts, never a text.
+    `audit` has the verdicts and hashes that the job collected, and no text.
     """
     failure = document.failure
     what = f"{job.type if job else 'payload'}({document.job_id})"
@@ -78,7 +78,7 @@ def ended(document: Document, job: Job | None, seconds: float, audit: Mapping[st
 
 
 def bug(job_id: str, error: Exception) -> None:
-    """Say where an unforeseen error came from, not what it says: that may quote a prompt."""
+    """Log the place of an unforeseen error, without its message, which may quote a prompt."""
     frames = reversed(traceback.extract_tb(error.__traceback__)[-6:])
     way = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
     log.error("job %s met a bug: %s at %s", job_id, type(error).__name__, way)

@@ -15,13 +15,13 @@ from pydantic import HttpUrl, SecretStr, TypeAdapter
 #: Standard Webhooks writes a secret's bytes in base64 after this prefix.
 WEBHOOK_PREFIX = "whsec_"
 
-#: What a header carries unchanged: visible ASCII, without a space (RFC 9110, 5.5).
+#: The characters of a header's value: visible ASCII, without a space (RFC 9110, 5.5).
 _HEADER = re.compile(r"[!-~]+")
 
 _URL = re.compile(r"https?://[^\s\\]+", re.IGNORECASE)
 _HTTP_URL = TypeAdapter(HttpUrl)
 
-#: The names that S3 clients take for a bucket (botocore, `VALID_BUCKET`).
+#: The bucket names that S3 clients accept (botocore, `VALID_BUCKET`).
 _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -41,7 +41,7 @@ def http_url(text: str) -> str:
 
 
 def header_secret(secret: SecretStr) -> SecretStr:
-    """A secret that travels in a header."""
+    """A secret that is sent in a header."""
     if not _HEADER.fullmatch(secret.get_secret_value()):
         raise ValueError("Input should be visible ASCII characters without spaces")
     return secret
@@ -75,7 +75,7 @@ def is_bucket(text: str) -> bool:
 
 
 def region(text: str) -> str:
-    """A region of S3, which becomes a part of host names."""
+    """A region of S3, which becomes part of a host name."""
     if not _REGION.fullmatch(text):
         raise ValueError("Input should be a region's name, such as us-east-1")
     return text

@@ -32,7 +32,7 @@ from ourvidz_serverless.families import FAMILIES, Family
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 
-#: The names under which the specification and the application know `WORKER_API_KEY`.
+#: The names of `WORKER_API_KEY` in the specification and in the application.
 OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
 KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
 
@@ -67,13 +67,14 @@ def _falling(value: tuple[int, ...]) -> tuple[int, ...]:
 
 def _keys(value: object) -> object:
     if isinstance(value, str) and not _words(value):
-        raise ValueError("Input should hold a key")  # rather than let everybody in
+        # Without a key the worker would accept everybody.
+        raise ValueError("Input should hold a key")
     return _words(value)
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many jobs in so many seconds, as a setting says it: `60/minute`."""
+    """A number of jobs in a window of seconds; `text` is the setting: `60/minute`."""
 
     jobs: int
     window_s: int
@@ -102,8 +103,7 @@ Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterV
 
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_words)]
 
-#: Where weights are looked for, in this order: baked into the image, RunPod's cached model, a
-#: network volume.
+#: The folders with weights, in order: in the image, RunPod's cached models, a network volume.
 MODEL_DIRS = (
     Path("models"),
     Path("/runpod-volume/huggingface-cache/hub"),
@@ -112,7 +112,7 @@ MODEL_DIRS = (
 
 
 class FixedSettings(BaseSettings):
-    """What one worker is told by its environment; the names are the variables' in lower case."""
+    """The settings of one process: a field for each variable, with its name in lower case."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
@@ -144,7 +144,7 @@ class FixedSettings(BaseSettings):
     worker_url: Url | None = None
     page: bool | None = None
 
-    # Memory, and who may ask about it.
+    # Memory, and who may change it.
     low_vram: bool = False
     vram_budget_gb: float | None = Field(None, gt=0)
     pressure_medium: float = Field(0.7, gt=0, lt=1)
@@ -152,7 +152,7 @@ class FixedSettings(BaseSettings):
     pressure_critical: float = Field(0.95, gt=0, lt=1)
     admin_requires_key: bool = False
 
-    # Where weights lie.
+    # Where weights are.
     model_dirs: Folders = MODEL_DIRS
     mmap_weights: Literal["auto", "always", "never"] = "auto"
     warm_up: Literal["auto", "always", "never"] = "auto"
@@ -203,12 +203,12 @@ class FixedSettings(BaseSettings):
     supabase_url: Url | None = None
     supabase_service_key: HeaderSecret | None = None
 
-    # Content Credentials in them.
+    # Content Credentials in assets.
     c2pa_cert: str | None = None
     c2pa_key: SecretStr | None = None
     require_c2pa: bool = False
 
-    # Whom to tell.
+    # Callbacks.
     callback_url: Url | None = None
     callback_hosts: Words = ()
     callback_processing: bool = False
@@ -216,7 +216,7 @@ class FixedSettings(BaseSettings):
         Annotated[SecretStr, AfterValidator(setting_checks.signing_secret)] | None
     ) = None
 
-    # Who and what comes in.
+    # Keys, limits and references.
     worker_api_key: Keys = ()
     wan_worker_api_key: Keys = ()
     chat_worker_api_key: Keys = ()
@@ -229,7 +229,7 @@ class FixedSettings(BaseSettings):
     reference_buckets: Words = ("user-library",)
     require_reference_consent: bool = True
 
-    # The bridge from the application's Redis lists, which is a process of its own.
+    # The bridge from the application's Redis lists, which runs as its own process.
     redis_url: SecretStr | None = None
     bridge_queues: Words = ("sdxl_queue", "chat_queue", "wan_queue")
     bridge_take_from: Literal["left", "right"] = "left"
@@ -256,9 +256,9 @@ class FixedSettings(BaseSettings):
 
     @property
     def exclusive_places(self) -> int:
-        """How many jobs that need the device alone are prepared, computed and delivered at once.
+        """How many jobs that need the device alone run at once, from preparation to delivery.
 
-        `CONCURRENCY`, or the families' own number; 0 if no such family is served.
+        It is `CONCURRENCY`, or the families' own number; 0 if no such family is served.
         """
         own = [family.concurrency for family in self.served if family.is_exclusive]
         return (self.concurrency or max(own)) if own else 0
@@ -271,24 +271,27 @@ class FixedSettings(BaseSettings):
 
     @property
     def resolved_concurrency(self) -> int:
-        """How many jobs this worker does at once, of all kinds."""
+        """How many jobs of all kinds this worker runs at once."""
         return self.exclusive_places + self.shared_places
 
     @property
     def resolved_backlog(self) -> int:
-        """How many more jobs may wait for the device; 0 if no other job could be behind them."""
+        """How many more jobs may wait for the device.
+
+        0 unless the worker serves jobs of both kinds: only then can waiting jobs block others.
+        """
         if not (self.exclusive_places and self.shared_places):
             return 0
         own = min(family.backlog for family in self.served if family.is_exclusive)
         return own if self.queue_backlog is None else self.queue_backlog
 
     def value_of(self, variable: str) -> Any:
-        """The value of a variable, by the name that it has in the environment."""
+        """The value of a variable, by its name in the environment."""
         return getattr(self, variable.lower())
 
     @property
     def wan_uses_chat_model(self) -> bool:
-        """Whether WAN's prompts are enhanced by the chat model that this worker serves anyway."""
+        """Whether the chat model of this worker also enhances WAN's prompts."""
         return "chat" in self.families and self.wan_enhancer_model in (
             None,
             self.chat_instruct_model,
@@ -296,7 +299,7 @@ class FixedSettings(BaseSettings):
 
     @property
     def resolved_callback_url(self) -> str | None:
-        """Where callbacks go: `CALLBACK_URL`, or the function beside `SUPABASE_URL`, or nowhere."""
+        """`CALLBACK_URL`, or the function at `SUPABASE_URL`; None if neither is set."""
         if self.callback_url or not self.supabase_url:
             return self.callback_url
         return f"{self.supabase_url.rstrip('/')}/functions/v1/job-callback"
@@ -321,8 +324,8 @@ else:
 def read() -> Settings:
     """The settings of this process.
 
-    Raises ModelLoadError with one line that names each variable that does not hold; values are
-    left out, since a secret may stand in the wrong variable.
+    Raises ModelLoadError with one line that names each invalid variable. It shows no value, since
+    a secret may be in the wrong variable.
     """
     try:
         settings = Settings()
@@ -333,7 +336,7 @@ def read() -> Settings:
 
 
 def read_for_worker() -> Settings:
-    """The same for a process that serves jobs: what it needs is set, and valid."""
+    """The same for a process that serves jobs; it also checks what such a process needs."""
     settings = read()
     problems = _unnamed_models(settings), storage_problems(settings), _half_of_upstash(settings)
     _refuse(itertools.chain(*problems))
@@ -368,7 +371,7 @@ def is_on_runpod() -> bool:
 
 
 def _unnamed_models(settings: Settings) -> Iterator[str]:
-    """On RunPod, the families without a named model: a paid worker needs one by name."""
+    """On RunPod, one line for each family without a named model, since a worker costs money."""
     if not is_on_runpod():
         return
     for family in settings.served:

@@ -1,4 +1,4 @@
-"""Whether a worker takes jobs: it may have been told to end, or its device may have failed."""
+"""Whether a worker accepts jobs: it may be shutting down, or its device may have failed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Literal
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.logs import log
 
-#: Why a worker takes no jobs, as `health` reports it.
+#: Why a worker accepts no jobs, as `health` reports it.
 UnavailableReason = Literal["shutting_down", "unhealthy"]
 
 
 class Phase(IntEnum):
-    """How far a worker has come on its way to its end."""
+    """The phases of a worker, in order."""
 
     OPEN = 0
-    #: It was told to end. It still takes and runs jobs.
+    #: It is shutting down, and still accepts and runs jobs.
     LEAVING = 1
-    #: It takes no further job.
+    #: It accepts no further job.
     CLOSED = 2
 
 
 class WorkerState:
-    """The phase of a worker, which never goes back, and whether its device still works."""
+    """A worker's phase, which only moves forward, and whether its device still works."""
 
     def __init__(self) -> None:
         self._phase = Phase.OPEN
@@ -37,23 +37,23 @@ class WorkerState:
 
     @property
     def unavailable_reason(self) -> UnavailableReason | None:
-        """What keeps the worker from taking jobs, if anything does."""
+        """Why the worker accepts no jobs; None while it does."""
         if self.is_lost:
             return "unhealthy"
         return "shutting_down" if self._phase >= Phase.LEAVING else None
 
     def reach(self, phase: Phase) -> None:
-        """Come at least as far as this phase."""
+        """Enter this phase, unless the worker is already past it."""
         self._phase = max(self._phase, phase)
 
     def lose_device(self) -> None:
-        """Note that the device takes no more work from this process."""
+        """Record that the device failed: this process can do no further job."""
         if not self.is_lost:
             log.error("the device takes no more work from this process, which must be replaced")
         self._is_lost.set()
 
     def check_open(self) -> None:
-        """Raise WorkerUnavailable if the worker takes no further job."""
+        """Raise WorkerUnavailable if the worker accepts no further job."""
         if self._phase >= Phase.CLOSED:
             raise WorkerUnavailable("the worker is shutting down")
 

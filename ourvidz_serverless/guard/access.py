@@ -1,4 +1,4 @@
-"""Who may have jobs done: whoever brings one of the worker's own keys."""
+"""Who may use the worker: callers that send one of its keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ourvidz_serverless.errors import Unauthorized
 
 
 def check(given: str | None, keys: Collection[SecretStr]) -> None:
-    """Raise Unauthorized unless `given` is one of the keys; without keys everybody may.
+    """Raise Unauthorized unless `given` is one of the keys. Without keys everybody is accepted.
 
-    Every key is compared, each in constant time, so that no answer's time tells how near it was.
+    Every key is compared, each in constant time, so that the time of an answer reveals nothing.
     """
     matches = [_is_same(given or "", key.get_secret_value()) for key in keys]
     if keys and not any(matches):
@@ -26,5 +26,6 @@ def _is_same(given: str, key: str) -> bool:
 
 
 def _digest(text: str) -> bytes:
-    # Of one length, which tells nothing; and a payload may hold half a surrogate pair.
+    # Digests have one length, so the comparison does not reveal a key's length. A payload may hold
+    # half a surrogate pair.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,6 +1,6 @@
-"""Whether a job may be done: what speaks against it, before anything is fetched or computed.
+"""Whether a job is accepted, checked before anything is fetched or computed.
 
-Each check leaves its verdict in `context.audit`, which becomes the job's line of the audit trail.
+Each check writes its verdict to `context.audit`, which becomes the job's line of the audit trail.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from ourvidz_serverless.job import CheckedText, Job, Signs
 from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.settings import Settings
 
-#: Characters that the texts of one job may have together, since the content floor reads each of
-#: them several times. A context of 32,768 tokens holds about 150,000 characters of English.
+#: The most characters in all texts of one job, since the content floor reads each text several
+#: times. A context of 32,768 tokens holds about 150,000 characters of English.
 MAX_CHARACTERS = 200_000
 
 
 class Admission:
-    """The door of one worker."""
+    """The checks that a job must pass before a worker runs it."""
 
     def __init__(self, settings: Settings, limits: RateLimits) -> None:
         self._settings, self._limits = settings, limits
 
     def check_key(self, api_key: str | None, context: JobContext) -> None:
-        """Raise Unauthorized unless the job brings a key, where the worker wants one."""
+        """Raise Unauthorized if the worker has keys and the job has none of them."""
         keys = self._settings.worker_api_key
         access.check(api_key, keys)
         if keys:
             context.audit["key"] = "accepted"
 
     def check(self, job: Job, context: JobContext) -> None:
-        """Raise InvalidPrompt, RateLimited or ContentRefused where the job must not be done."""
+        """Raise InvalidPrompt, RateLimited or ContentRefused if the job must be refused.
+
+        Raises WorkerUnavailable if it cannot be counted, and `RATE_LIMIT_FAIL_OPEN` is off.
+        """
         _check_length(job)
         if self._limits.rates and job.is_counted:
             self._check_rate(job, context)
@@ -60,7 +63,7 @@ class Admission:
 
 
 def check_generated(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
-    """Raise ContentRefused if a model's texts, together with the job's own, are refused."""
+    """Raise ContentRefused if texts from a model, together with the job's own, are refused."""
     if context.signs is None:
         context.signs = _judge(job.texts, job, context)
     _judge([*job.texts, *texts], job, context, num_judged=len(job.texts))

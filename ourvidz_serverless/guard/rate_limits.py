@@ -1,7 +1,7 @@
-"""Rate limits: at most so many jobs a user, and so many an endpoint, in a window of time.
+"""Rate limits: the most jobs of a user, and of an endpoint, in a window of time.
 
-Windows are fixed: one opens with its first job and closes after its length, however many jobs
-come. A job over a limit is refused with the seconds until the window closes. The jobs are counted
+Windows are fixed: a window opens with its first job and closes after its length, however many jobs
+arrive. A job over a limit is refused with the seconds until the window closes. The jobs are counted
 in this worker's memory or, if several workers share the limits, in Upstash Redis.
 """
 

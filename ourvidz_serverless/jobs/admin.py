@@ -1,10 +1,10 @@
-"""`admin_utilities`: what a worker is asked about itself, or told to do with its memory.
+"""`admin_utilities`: questions to a worker about itself, and changes of its memory.
 
 {"id": "job_1", "type": "admin_utilities",
  "config": {"operation": "memory_unload", "target_worker": "chat_worker", "force": false}}
 
-Every worker serves it, whatever its families are; `administration` has the answers. `operation`,
-`target_worker` and `force` may also stand at the top level, where the specification's emergency
+Every worker serves it, whatever its families are; `administration` answers. `operation`,
+`target_worker` and `force` may also be at the top level, where the specification's emergency
 operations have them.
 """
 
@@ -46,14 +46,14 @@ def _either(name: str) -> Any:
 
 class AdminJob(Job):
     type: Literal["admin_utilities"]
-    # An administrator need not be a user of the application.
+    # An administrator may be no user of the application.
     user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     operation: Operation = Field(validation_alias=_either("operation"))
     target_worker: str | None = Field(
         None, max_length=128, validation_alias=_either("target_worker")
     )
     force: Flag = Field(False, validation_alias=_either("force"))
-    # Whose job, and which one, `job_status` is about.
+    # The job that `job_status` is about, and its user.
     of_job: str | None = Field(
         None, pattern=KEY_PATTERN, validation_alias=AliasPath("config", "job_id")
     )
@@ -62,7 +62,7 @@ class AdminJob(Job):
     )
 
     @model_validator(mode="after")
-    def _a_job_to_ask_for(self) -> AdminJob:
+    def _check_of_job(self) -> AdminJob:
         if self.operation == "job_status" and self.of_job is None:
             raise ValueError("config.job_id: Field required for job_status")
         return self
@@ -73,7 +73,7 @@ class AdminJob(Job):
 
     @property
     def target(self) -> str | None:
-        """The family or the model that is meant: `chat_worker` and `chat` are the same."""
+        """The name of a family or a model: `chat_worker` and `chat` are the same."""
         return self.target_worker and self.target_worker.removesuffix("_worker")
 
 

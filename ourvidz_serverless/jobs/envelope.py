@@ -1,4 +1,4 @@
-"""A raw event as RunPod hands it over: who sends it, which job it is, and its payload."""
+"""A raw event as RunPod delivers it: its sender, its job and its payload."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ourvidz_serverless.errors import InvalidPrompt, JobError
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
 from ourvidz_serverless.settings import Settings
 
-#: Fields that a payload may hold beside its job's own; each is a text.
+#: Fields of any payload beside those of its job type. Each must be a text.
 ALSO_TEXT = ("api_key", "job_id", "job_type")
 
-#: Other names of job types, which the application's older payloads use.
+#: Other names of job types, in the application's older payloads.
 SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
-#: How long before RunPod's timeout a job reports its own: seconds, or a share of RunPod's timeout
-#: if that is less.
+#: A job ends this long before RunPod's timeout: these seconds, or this share of the timeout if that
+#: is less.
 TIMEOUT_MARGIN_S, TIMEOUT_MARGIN = 30.0, 0.1
 
 #: RunPod's default timeout of an endpoint, in seconds.
@@ -38,16 +38,15 @@ MAX_TIMEOUT_S = 604_800
 class Envelope:
     """One event, read once: its job's type, id, user, key and callback URL.
 
-    A payload may be broken, so a field that cannot be read is None. `job` parses the payload at
-    its first call.
+    An invalid field is None. `job` parses the payload at its first call.
     """
 
     event: Mapping[str, Any] = field(repr=False)
     job_type: str | None
-    #: The id that the caller knows the job by, or a new one.
+    #: The caller's id of the job, or a new one.
     job_id: str
-    #: What the job is joined, found and stopped by. It holds user and key, so that a caller who
-    #: only knows the id gets nothing.
+    #: Identifies the job to join, find or stop it. It includes user and key: the id alone gives
+    #: a caller no access.
     identity: Identity
     api_key: str | None = field(repr=False)
     callback_url: str | None = field(repr=False)
@@ -62,7 +61,7 @@ class Envelope:
         key, user = _text(payload.get("api_key")), _text(payload.get("user_id"))
         if user in (None, ANONYMOUS):
             # Two anonymous callers may send the same id, by chance or on purpose. The platform's
-            # own id is unique.
+            # id is unique.
             identity = Identity.of(None, key, own_id or new_id())
         else:
             identity = Identity.of(user, key, named or own_id or job_id)
@@ -72,13 +71,13 @@ class Envelope:
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether the job needs the device alone; a broken one computes nothing."""
+        """Whether the job needs the device alone; False for a payload without a valid type."""
         return jobs.is_exclusive(self.job_type)
 
     def job(self, settings: Settings) -> Job:
         """The job that the payload asks for.
 
-        Raises InvalidPrompt that names the first invalid field, in the caller's own words for it.
+        Raises InvalidPrompt, with the first invalid field by the caller's name for it.
         """
         if self._job is None:
             self._job = self._parse(settings)
@@ -94,10 +93,10 @@ class Envelope:
     def bounds(self, settings: Settings) -> Bounds:
         """How long the job may work, and wait for the device.
 
-        On the queue both together end a margin before RunPod's own timeout, whose clock runs from
-        the moment in which it hands the job over: the job's `policy.executionTimeout`, in
-        milliseconds, or the endpoint's, which no worker is told of. It is taken to be RunPod's
-        default, or longer where `JOB_TIMEOUT_S` is.
+        On the queue the sum ends a margin before RunPod's timeout, which starts when RunPod
+        delivers the job. That timeout is the job's `policy.executionTimeout`, in milliseconds, or
+        the endpoint's. No worker can read the endpoint's, so RunPod's default is assumed, or
+        `JOB_TIMEOUT_S` if that is longer.
         """
         own_s = self._own_timeout_s()
         if own_s is not None:
@@ -108,7 +107,7 @@ class Envelope:
         return Bounds(work_s, settings.device_wait_s, total_s)
 
     def _own_timeout_s(self) -> float | None:
-        """What the job's `policy.executionTimeout` leaves it, where it has one."""
+        """The job's `policy.executionTimeout` less the margin, in seconds; None if it has none."""
         given_ms = _mapping(self.event.get("policy")).get("executionTimeout")
         if isinstance(given_ms, bool) or not isinstance(given_ms, (int, float)):
             return None
@@ -142,9 +141,9 @@ class Envelope:
 
 
 def job_type(payload: Mapping[str, Any]) -> str | None:
-    """Which job type a payload asks for, by any of its fields and names; None for no known one.
+    """The job type of a payload, from any of its fields; None if it has no known type.
 
-    The specification's chat payloads carry their type in `config` alone.
+    The specification's chat payloads have their type only in `config`.
     """
     in_config = _mapping(payload.get("config")).get("job_type")
     asked = payload.get("type") or payload.get("job_type") or in_config
@@ -153,7 +152,7 @@ def job_type(payload: Mapping[str, Any]) -> str | None:
 
 
 def new_id() -> str:
-    """An id for a job that has none, or none that can be read."""
+    """A new id, for a job without a valid one."""
     return f"unnamed-{uuid.uuid4().hex}"
 
 
@@ -192,7 +191,7 @@ def _given(fields: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _first(exc: ValidationError) -> str:
-    """The first field that is invalid, and why."""
+    """The first invalid field, and why it is invalid."""
     error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
     name = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")

@@ -10,7 +10,7 @@ import pytest
 
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.guard.poison_jobs import FORGET_S, PoisonJobs
+from ourvidz_serverless.guard.poison_jobs import MAX_MARK_AGE_S, PoisonJobs
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
@@ -111,7 +111,7 @@ def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
         mark.write_bytes(b"..")
     os.utime(old, (0, 0))
 
-    PoisonJobs(tmp_path, clock=lambda: new.stat().st_mtime + FORGET_S - 1)
+    PoisonJobs(tmp_path, clock=lambda: new.stat().st_mtime + MAX_MARK_AGE_S - 1)
 
     assert list(tmp_path.iterdir()) == [new]
 
