@@ -1,23 +1,23 @@
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 ARG FAMILY=sdxl
 
-# One image a family, by the same lines. Built by `make image FAMILY=sdxl`, `docker buildx bake`, or
+# Builds the image of one family. Run `make image FAMILY=sdxl`, `docker buildx bake`, or
 #
 #   docker build --build-arg FAMILY=sdxl --tag ourvidz-sdxl .
 #
 #   BASE_IMAGE   a Debian or Ubuntu whose python3 is 3.11 or 3.12
-#   FAMILY       what the image serves unless FAMILIES says otherwise: sdxl, chat, wan
+#   FAMILY       what the image serves unless FAMILIES is set: sdxl, chat, wan
 #   BAKE         1 bakes the family's default weights into the image (builder/models.json)
-#   TORCH_INDEX  where to find another build of torch, such as https://download.pytorch.org/whl/cpu;
-#                that one wheel is then taken by its version, since the lock knows only PyPI's
+#   TORCH_INDEX  an index with another build of torch, such as https://download.pytorch.org/whl/cpu;
+#                that wheel is then chosen by version, since the lock has hashes of PyPI's only
 #   COMPILER     1 adds gcc and Python's headers, which Triton needs for COMPILE=regional
 #   VERSION, REVISION, SOURCE   for the labels
 #
-# Why this base. torch 2.13.0's wheel is built for CUDA 13.0, which knows Blackwell (12.8 was the
-# first that did), and brings cuBLAS, cuDNN and the rest as wheels of its own. So the base is the
-# smallest of NVIDIA's: a `runtime` or `cudnn` image, or one with torch in it, would hold the same
-# gigabytes twice. What it adds to a bare Ubuntu is NVIDIA_REQUIRE_CUDA, which makes a host whose
-# driver is too old refuse the container in one line, and libraries for forward compatibility.
+# Why this base. torch 2.13.0's wheel is built for CUDA 13.0, which supports Blackwell (from 12.8
+# on). It requires cuBLAS, cuDNN and the other libraries as wheels. So the base is NVIDIA's smallest
+# image: a `runtime` or `cudnn` image, or one with torch, would have the same gigabytes twice. To a
+# plain Ubuntu it adds NVIDIA_REQUIRE_CUDA, by which a host with too old a driver refuses the
+# container in one line, and libraries for forward compatibility.
 
 
 FROM ${BASE_IMAGE} AS system
@@ -26,7 +26,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home worker
 # Triton compiles a small launcher in C for each kernel, against Python.h. Most workers compile
-# nothing, so they do without.
+# nothing and need no compiler.
 ARG COMPILER=0
 RUN if [ "$COMPILER" = 1 ]; then \
         apt-get update \
@@ -35,16 +35,16 @@ RUN if [ "$COMPILER" = 1 ]; then \
     fi
 
 
-# Whatever installs is left behind here. torch stands for itself, gigabytes that no change of
-# another requirement moves; and every family has the same two layers of packages, on a builder, in
-# a registry and on a host.
+# The stages `torch` and `packages` install; their tools stay out of the image. torch has a layer of
+# its own: gigabytes that a change of another requirement leaves as they are. All families share
+# these two layers, on a builder, in a registry and on a host.
 #
-# Nothing is installed that the lock files do not name with its hashes: wheels alone, since a source
-# distribution would fetch what builds it, and `--no-deps`, since the locks hold what each requires.
+# The lock files name everything that is installed, with its hashes. Only wheels are installed, since
+# a source distribution would download its build tools. `--no-deps`, since the locks are complete.
 #
-# Byte code is marked as never stale: by default Python compares times, which registries and
-# snapshots may change, and then compiles everything anew at each cold start. (`|| true`: a wheel
-# may hold a file that is written for a newer Python.)
+# Byte code is marked as never stale. By default Python compares times, which registries and
+# snapshots may change, and then compiles all modules again at each cold start. (`|| true`: a wheel
+# may have a file for a newer Python.)
 FROM system AS torch
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -115,8 +115,8 @@ RUN python -m builder.sbom --name "ourvidz-$FAMILY" --version "$VERSION" \
         --weights /models pocket --dest /sbom.cdx.json
 
 
-# No HEALTHCHECK, since nobody would look at it: RunPod knows a queue's worker by its polls and
-# heartbeats, and asks a load-balancing one for `/ping` by itself.
+# No HEALTHCHECK, since nothing would read it: RunPod checks a worker of a queue by its polls and
+# heartbeats, and asks a load-balancing worker for `/ping`.
 FROM runtime AS worker
 ARG FAMILY
 WORKDIR /worker
@@ -139,5 +139,5 @@ LABEL org.opencontainers.image.title="ourvidz-serverless $FAMILY" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.source="$SOURCE"
 USER 10001
-# Python is PID 1 and hears SIGTERM itself.
+# Python is PID 1 and receives SIGTERM itself.
 ENTRYPOINT ["/opt/venv/bin/python", "handler.py"]

@@ -2,20 +2,20 @@
 # docker buildx bake sdxl --load      one of them, for this machine
 # REGISTRY=ghcr.io/me VERSION=0.1.0 docker buildx bake --push
 #
-# A variable is set in the environment; `--set sdxl.args.BASE_IMAGE=...` reaches every other
-# argument of the Dockerfile.
+# Set a variable in the environment. `--set sdxl.args.BASE_IMAGE=...` sets any other argument of the
+# Dockerfile.
 
-# Where images are pushed to, such as ghcr.io/me.
+# The registry for images, such as ghcr.io/me.
 variable "REGISTRY" {
   default = ""
 }
 
-# The images' tag and label.
+# The tag and the label of the images.
 variable "VERSION" {
   default = "dev"
 }
 
-# 1 bakes each family's default weights in; HF_TOKEN, where it is set, is a secret.
+# 1 adds each family's default weights. HF_TOKEN, if it is set, is passed as a secret.
 variable "BAKE" {
   default = "0"
 }
@@ -25,12 +25,12 @@ variable "COMPILER" {
   default = "0"
 }
 
-# 1 adds what signs assets with Content Credentials.
+# 1 adds the packages that sign assets with Content Credentials.
 variable "C2PA" {
   default = "0"
 }
 
-# Where to find another build of torch: https://download.pytorch.org/whl/cpu.
+# An index with another build of torch, such as https://download.pytorch.org/whl/cpu.
 variable "TORCH_INDEX" {
   default = ""
 }

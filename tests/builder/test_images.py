@@ -1,4 +1,4 @@
-"""What builds and publishes the images, as it reads; `tests.prove_image` tries what was built."""
+"""The files that build and publish images. `tests.prove_image` checks an image that was built."""
 
 import json
 import re
@@ -47,7 +47,9 @@ def stage(name: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("linter", [("hadolint", "Dockerfile"), ("zizmor", "--offline", ".github")])
-def test_the_linters_have_nothing_to_say(linter: tuple[str, ...]) -> None:
+def test_the_linters_of_the_dockerfile_and_the_workflows_report_nothing(
+    linter: tuple[str, ...],
+) -> None:
     run = subprocess.run(
         [BIN / linter[0], *linter[1:]], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S
     )
@@ -55,17 +57,17 @@ def test_the_linters_have_nothing_to_say(linter: tuple[str, ...]) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_base_and_the_family_can_be_chosen() -> None:
+def test_the_base_image_and_the_family_are_build_arguments() -> None:
     assert [words[1].partition("=")[0] for words in instructions()[:2]] == ["BASE_IMAGE", "FAMILY"]
 
 
-def test_torch_is_the_one_of_the_requirements() -> None:
+def test_an_image_has_the_version_of_torch_that_requirements_txt_pins() -> None:
     pinned = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 
     assert ["ARG", f"TORCH={pinned[1] if pinned else None}"] in stage("torch")
 
 
-def test_everything_is_installed_by_its_hash_but_another_build_of_torch() -> None:
+def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() -> None:
     installs = re.findall(r"pip install[^;&]+", DOCKERFILE.replace("\\\n", " "))
     by_hash = [each for each in installs if "--require-hashes" in each]
     (other,) = set(installs) - set(by_hash)
@@ -82,33 +84,33 @@ def test_everything_is_installed_by_its_hash_but_another_build_of_torch() -> Non
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
 
 
-def test_what_changes_most_comes_last() -> None:
+def test_weights_are_copied_first_and_the_workers_code_last() -> None:
     copied = [words[-2] for words in stage("worker") if words[0] == "COPY"]
 
     assert copied[0] == "/models"
     assert copied[-1] == "ourvidz_serverless"
 
 
-def test_nothing_is_installed_above_the_runtime() -> None:
+def test_the_runtime_and_worker_stages_install_nothing() -> None:
     later = [word for name in ("runtime", "worker") for words in stage(name) for word in words]
 
     assert not [word for word in later if "pip" in word or "apt-get" in word]
 
 
-def test_the_families_share_every_layer_but_their_own() -> None:
-    shared = [name for name in ("system", "torch", "packages", "runtime")]
+def test_the_images_of_all_families_share_the_layers_below_the_weights() -> None:
+    shared = ("system", "torch", "packages", "runtime")
 
     assert not [name for name in shared if "FAMILY" in str(stage(name))]
 
 
-def test_python_is_pid_1_and_not_root() -> None:
+def test_a_container_runs_python_as_pid_1_and_not_as_root() -> None:
     *_, user, entrypoint = stage("worker")
 
     assert user == ["USER", "10001"]
     assert json.loads(" ".join(entrypoint[1:])) == ["/opt/venv/bin/python", "handler.py"]
 
 
-def test_the_environment_is_what_the_platform_needs() -> None:
+def test_the_environment_of_an_image_is_that_of_the_platform() -> None:
     (env,) = [words[1:] for words in stage("worker") if words[0] == "ENV"]
 
     assert env == ["FAMILIES=$FAMILY", "HF_HUB_OFFLINE=1", "RUNPOD_LOG_LEVEL=INFO"]
@@ -118,7 +120,7 @@ def test_the_environment_is_what_the_platform_needs() -> None:
 
 
 def context() -> list[str]:
-    """The repository's files that are sent to a builder, by the last pattern that fits each."""
+    """The repository's files that are sent to a builder. The last pattern that matches decides."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     lines = (ROOT / ".dockerignore").read_text().splitlines()
@@ -131,14 +133,14 @@ def is_sent(name: str, patterns: list[str]) -> bool:
     for pattern in patterns:
         plain = pattern.removeprefix("!")
         places = [name, *map(str, Path(name).parents)]
-        # `**/` also means no folder at all, which fnmatch does not know.
+        # `**/` also matches no folder at all, but not in fnmatch.
         shapes = {plain, plain.replace("**/", ""), plain.replace("**/", "*/")}
         if any(fnmatchcase(place, shape) for place in places for shape in shapes):
             sent = pattern.startswith("!")
     return sent
 
 
-def test_only_what_an_image_is_made_of_is_sent_to_the_builder() -> None:
+def test_only_the_files_of_an_image_are_sent_to_the_builder() -> None:
     code = {"NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
     locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
@@ -150,7 +152,7 @@ def test_only_what_an_image_is_made_of_is_sent_to_the_builder() -> None:
     assert all(re.fullmatch(r"test_input[.\w]*\.json", name) for name in strange), strange
 
 
-def test_everything_that_is_copied_is_sent_to_the_builder() -> None:
+def test_every_file_that_the_dockerfile_copies_is_sent_to_the_builder() -> None:
     sent = context()
     sources = [
         source
@@ -164,25 +166,75 @@ def test_everything_that_is_copied_is_sent_to_the_builder() -> None:
         assert [name for name in sent if fnmatchcase(name, source) or name.startswith(f"{source}/")]
 
 
-def test_no_byte_code_of_ours_is_sent() -> None:
+def test_no_byte_code_is_sent_to_the_builder() -> None:
     assert not is_sent("ourvidz_serverless/__pycache__/x.cpython-311.pyc", ["**/__pycache__"])
     assert "**/__pycache__" in (ROOT / ".dockerignore").read_text()
 
 
-# --- bake and workflows ---
+# --- families ---
 
 BAKE = (ROOT / "docker-bake.hcl").read_text()
 
 
-def test_there_is_a_target_for_every_family_and_one_for_all() -> None:
+def lines_for(family: str) -> dict[str, list[str]]:
+    """The lines that each file needs to build a family's image, without their indentation."""
+    names = ", ".join(FAMILIES)
+    quoted = json.dumps(list(FAMILIES))
+    return {
+        "Dockerfile": [f"#   FAMILY       what the image serves unless FAMILIES is set: {names}"],
+        "docker-bake.hcl": [
+            f"targets = {quoted}",
+            f'target "{family}" {{',
+            f'args     = {{ FAMILY = "{family}" }}',
+            f'tags     = tags("{family}")',
+        ],
+        ".github/workflows/images.yml": [f"family: [{names}]"],
+        ".ci/images": [f"[ $# -gt 0 ] || set -- {' '.join(FAMILIES)}"],
+    }
+
+
+def test_every_family_has_its_lines_in_the_files_that_build_images() -> None:
+    missing = {
+        f"{name}: {line}": None
+        for family in FAMILIES
+        for name, lines in lines_for(family).items()
+        for line in lines
+        if line not in map(str.strip, (ROOT / name).read_text().splitlines())
+    }
+
+    assert not missing, "these lines are missing:\n" + "\n".join(missing)
+
+
+def test_every_bake_target_is_a_family() -> None:
     targets = dict(re.findall(r'target "(\w+)" \{[^}]*FAMILY = "(\w+)"', BAKE))
-    (group,) = re.findall(r'group "all" \{\s*targets = (\[.*\])', BAKE)
 
     assert targets == {family: family for family in FAMILIES}
-    assert json.loads(group) == list(FAMILIES)
 
 
-def test_bakes_arguments_are_the_dockerfiles() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_first_job_for_its_image(family: str) -> None:
+    default = re.search(r"^ARG FAMILY=(\w+)", DOCKERFILE, re.MULTILINE)
+    is_default = default and default[1] == family
+    name = "test_input.json" if is_default else f"test_input.{family}.json"
+    assert (ROOT / name).exists(), f"{name} is missing: the job that a container of {family} runs"
+
+    payload = json.loads((ROOT / name).read_text())["input"]
+
+    assert payload["type"] in FAMILIES[family].job_types, f"{name} is a job of another family"
+
+
+def test_the_dockerfile_copies_every_first_job_and_keeps_the_one_of_its_family() -> None:
+    copied = [words for words in stage("worker") if words[0] == "COPY"]
+    (build,) = [" ".join(words) for words in stage("worker") if words[0] == "RUN"]
+
+    assert [words for words in copied if "test_input*.json" in words]
+    assert 'mv "test_input.$FAMILY.json" test_input.json' in build
+
+
+# --- bake and workflows ---
+
+
+def test_every_argument_that_bake_sets_is_one_of_the_dockerfile() -> None:
     (args,) = re.findall(r'target "image" \{\s*args = \{(.*?)\}', BAKE, re.DOTALL)
     known = {words[1].partition("=")[0] for words in instructions() if words[0] == "ARG"}
 
@@ -190,7 +242,7 @@ def test_bakes_arguments_are_the_dockerfiles() -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_that_builds_images_builds_all(workflow: Path) -> None:
+def test_every_matrix_of_families_in_a_workflow_has_all_families(workflow: Path) -> None:
     for families in re.findall(r"family: \[(.*)\]", workflow.read_text()):
         assert families.split(", ") == list(FAMILIES)
 
@@ -205,11 +257,11 @@ def test_images_are_published_only_after_the_whole_suite_has_passed() -> None:
 
     assert jobs["tests"]["uses"] == "./.github/workflows/tests.yml"
     assert set(jobs["push"]["needs"]) == {"prove", "tests"}
-    # A job that was skipped fails nobody's `needs`: the suite runs whenever images are pushed.
+    # A skipped job satisfies `needs`, so the suite must run whenever images are pushed.
     assert jobs["tests"]["if"] == jobs["push"]["if"]
 
 
-def test_workflows_run_no_npm_package_without_its_hash() -> None:
+def test_workflows_run_npm_packages_only_by_their_hash() -> None:
     runs = [
         step.get("run", "")
         for path in WORKFLOWS
@@ -225,7 +277,7 @@ def test_workflows_run_no_npm_package_without_its_hash() -> None:
     assert all("integrity" in each for name, each in lock["packages"].items() if name)
 
 
-def test_what_is_pushed_is_attested_with_its_provenance_and_its_bill_of_materials() -> None:
+def test_a_pushed_image_is_attested_with_its_provenance_and_its_bill_of_materials() -> None:
     (step,) = re.findall(
         r"uses: docker/bake-action@.*?env:",
         (ROOT / ".github/workflows/images.yml").read_text(),
@@ -240,8 +292,8 @@ def test_what_is_pushed_is_attested_with_its_provenance_and_its_bill_of_material
 
 KEYS = {each["key"]: each["input"] for each in HUB["config"]["env"]}
 
-#: What a deployer need not see: the image's own, the HTTP service's, or for those who run several
-#: families on one card.
+#: Settings that the Hub does not show: the image sets them, they belong to the HTTP service or the
+#: bridge, or they are for several families on one GPU.
 NOT_ON_THE_HUB = {
     *("CALLBACK_HOSTS", "CALLBACK_PROCESSING", "CONCURRENCY", "DEVICE", "DTYPE", "MMAP_WEIGHTS"),
     *("CHAT_KV_TOKENS", "CHAT_MAX_BATCH", "CHAT_PREFIX_TOKENS", "MODEL_DIRS", "SDXL_CONFIG"),
@@ -262,13 +314,13 @@ NOT_ON_THE_HUB = {
 
 
 def settings_with(values: dict[str, Any]) -> Settings:
-    """The settings that these variables make."""
+    """The settings with these environment variables."""
     return Settings.model_validate(
         {name.lower(): value for name, value in values.items() if value != ""}
     )
 
 
-def test_every_setting_is_on_the_hub_or_left_out_on_purpose() -> None:
+def test_every_setting_is_on_the_hub_or_listed_as_not_on_the_hub() -> None:
     names = {name.upper() for name in Settings.model_fields}
 
     assert set(KEYS) <= names
@@ -276,7 +328,7 @@ def test_every_setting_is_on_the_hub_or_left_out_on_purpose() -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_default_on_the_hub_is_a_value_that_the_setting_takes(key: str) -> None:
+def test_a_default_on_the_hub_is_a_valid_value_of_its_setting(key: str) -> None:
     shown = KEYS[key]
     values = [shown.get("default", ""), *(each["value"] for each in shown.get("options", []))]
 
@@ -285,7 +337,7 @@ def test_a_default_on_the_hub_is_a_value_that_the_setting_takes(key: str) -> Non
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] == "number"])
-def test_a_number_has_the_settings_bounds(key: str) -> None:
+def test_a_number_on_the_hub_has_bounds_that_its_setting_accepts(key: str) -> None:
     shown = KEYS[key]
 
     settings_with({key: shown["min"]})
@@ -294,16 +346,16 @@ def test_a_number_has_the_settings_bounds(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] != "huggingface"])
-def test_a_default_on_the_hub_is_the_settings_own_unless_it_must_be_chosen(key: str) -> None:
-    chosen = {"STORAGE_URL"}
+def test_a_default_on_the_hub_is_the_default_of_its_setting(key: str) -> None:
+    different = {"STORAGE_URL"}
     default = KEYS[key].get("default", "")
-    if key in chosen or default == "":
+    if key in different or default == "":
         return
 
     assert getattr(settings_with({key: default}), key.lower()) == getattr(Settings(), key.lower())
 
 
-def test_presets_set_what_exists_to_what_is_taken() -> None:
+def test_a_preset_on_the_hub_sets_existing_settings_to_valid_values() -> None:
     for preset in HUB["config"]["presets"]:
         settings_with(preset["defaults"])
         assert set(preset["defaults"]) <= {name.upper() for name in Settings.model_fields}
@@ -317,14 +369,14 @@ def test_the_hub_names_the_model_of_each_family_that_it_starts() -> None:
         assert {family.main_setting for family in settings_with(env).served} <= env.keys()
 
 
-def test_secrets_have_no_default() -> None:
+def test_secrets_on_the_hub_have_no_default() -> None:
     secrets = [key for key in KEYS if re.search("KEY|SECRET|TOKEN$", key)]
 
     assert secrets
     assert not [key for key in secrets if "default" in KEYS[key]]
 
 
-def test_the_hubs_tests_are_jobs_that_are_taken() -> None:
+def test_the_hubs_tests_are_jobs_that_the_worker_accepts() -> None:
     env = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
     settings = settings_with(env)
 
@@ -339,6 +391,6 @@ def test_the_hubs_tests_are_jobs_that_are_taken() -> None:
     )
 
 
-def test_the_wrong_setting_would_be_seen() -> None:
+def test_settings_with_an_invalid_value_are_refused() -> None:
     with pytest.raises(ValidationError):
         settings_with({"SDXL_MAX_BATCH": 7})
