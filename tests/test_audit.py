@@ -1,4 +1,4 @@
-"""The audit trail: one line a job, which tells who, what and how it ended, and holds no text."""
+"""The audit trail: one line a job, which says who, what and how it ended, and has no text."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def trail(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]
 Trail = Callable[[], list[dict[str, Any]]]
 
 
-def test_a_job_leaves_one_line_that_tells_who_what_and_how_it_ended(
+def test_a_job_writes_one_line_with_who_what_and_how_it_ended(
     local: MakeLocal, trail: Trail
 ) -> None:
     at = local()
@@ -50,7 +50,7 @@ def test_a_job_leaves_one_line_that_tells_who_what_and_how_it_ended(
     assert set(line["timings"]) == {"fetch", "wait", "generate", "deliver"}
 
 
-def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
+def test_the_line_has_the_hashes_of_the_texts_and_of_the_stored_files(
     local: MakeLocal, trail: Trail
 ) -> None:
     at = local()
@@ -68,7 +68,7 @@ def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
 
 
 @pytest.mark.parametrize(
-    ("payload", "options", "told"),
+    ("payload", "options", "expected"),
     [
         ({"prompt": "nude child"}, {}, {"code": "CONTENT_REFUSED", "content": "minor+sexual"}),
         ({"prompt": None}, {}, {"code": "INVALID_PROMPT", "job_id": "job-1"}),
@@ -83,16 +83,16 @@ def test_the_line_holds_the_hashes_of_what_was_asked_and_of_what_was_stored(
         ),
     ],
 )
-def test_a_job_that_ends_early_leaves_one_line_too(
-    local: MakeLocal, trail: Trail, payload: Any, options: Any, told: dict[str, Any]
+def test_a_job_that_ends_early_writes_one_line(
+    local: MakeLocal, trail: Trail, payload: Any, options: Any, expected: dict[str, Any]
 ) -> None:
     local(settings=Settings(**options)).run(sdxl_payload(**payload))
 
     (line,) = trail()
-    assert told.items() <= line.items()
+    assert expected.items() <= line.items()
 
 
-def test_a_job_that_the_model_fails_leaves_one_line_too(local: MakeLocal, trail: Trail) -> None:
+def test_a_job_whose_model_fails_writes_one_line(local: MakeLocal, trail: Trail) -> None:
     at = local()
     at.fake_sdxl.fails = [OutOfMemory("does not fit")]
 
@@ -102,7 +102,7 @@ def test_a_job_that_the_model_fails_leaves_one_line_too(local: MakeLocal, trail:
     assert (line["status"], line["code"], line["stored_sha256"]) == ("failed", "OOM_ERROR", {})
 
 
-def test_a_reply_that_the_floor_refuses_is_told_by_its_rule(local: MakeLocal, trail: Trail) -> None:
+def test_the_line_of_a_refused_reply_has_the_rule(local: MakeLocal, trail: Trail) -> None:
     local(models={"chat": FakeChat("a nude ", "child")}).run(chat_payload())
 
     (line,) = trail()
@@ -119,7 +119,7 @@ def test_a_reply_that_the_floor_refuses_is_told_by_its_rule(local: MakeLocal, tr
         sdxl_payload(type="zebra"),
     ],
 )
-def test_no_line_holds_a_word_of_a_text(
+def test_no_line_has_a_word_of_a_text(
     local: MakeLocal, caplog: pytest.LogCaptureFixture, payload: Any
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -131,7 +131,7 @@ def test_no_line_holds_a_word_of_a_text(
 
 
 @pytest.mark.parametrize("breaks", ["\n", "\r", "\x85", "\u2028", "\x1b[2K"])
-def test_a_record_is_one_line_whatever_it_quotes(breaks: str) -> None:
+def test_a_record_with_line_breaks_is_one_line(breaks: str) -> None:
     code = "import sys; from ourvidz_serverless import logs; logs.configure('INFO')\n"
     code += "logs.bug(f'/job/{sys.argv[1]}00:00:00 INFO forged', ValueError())"
 

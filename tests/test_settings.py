@@ -1,4 +1,4 @@
-"""The environment, and the page that describes it."""
+"""The settings, and the document that describes them."""
 
 import re
 
@@ -10,7 +10,7 @@ from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 
 
-def test_every_setting_is_in_the_documented_table_and_no_other() -> None:
+def test_the_documented_table_has_exactly_the_settings() -> None:
     page = (ROOT / "docs/settings.md").read_text()
 
     documented = re.findall(r"^\| `([A-Z0-9_]+)` \|", page, re.MULTILINE)
@@ -24,13 +24,13 @@ def test_families_are_a_comma_separated_choice(monkeypatch: pytest.MonkeyPatch) 
     assert settings.read().families == ("sdxl", "wan")
 
 
-def test_an_empty_variable_is_as_good_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_TIMEOUT_S", "")
 
     assert settings.read().job_timeout_s == 570
 
 
-def test_all_wrong_variables_are_named_at_once_and_no_value_is(
+def test_an_error_names_every_invalid_variable_and_shows_no_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CONCURRENCY", "a-secret")
@@ -44,12 +44,12 @@ def test_all_wrong_variables_are_named_at_once_and_no_value_is(
     assert "a-secret" not in wrong.value.message
 
 
-def test_printing_the_settings_prints_no_secret() -> None:
+def test_printed_settings_show_no_secret() -> None:
     assert "hush" not in repr(Settings(job_callback_secret="hush", supabase_service_key="hush"))
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\t\r\n"])
-def test_a_variable_of_whitespace_is_as_good_as_unset(
+def test_a_variable_of_whitespace_counts_as_unset(
     monkeypatch: pytest.MonkeyPatch, blank: str
 ) -> None:
     monkeypatch.setenv("CALLBACK_URL", blank)
@@ -65,7 +65,7 @@ def test_a_variable_of_whitespace_is_as_good_as_unset(
         ("UPSTASH_REDIS_REST_TOKEN", " token"),
     ],
 )
-def test_a_secret_has_no_whitespace_around_it(
+def test_whitespace_around_a_secret_is_removed(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -75,7 +75,7 @@ def test_a_secret_has_no_whitespace_around_it(
 
 @pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "WORKER_API_KEY", "RUNPOD_API_KEY"])
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "two words", "a\r\nX-Injected: b", "\u4f60"])
-def test_a_key_that_no_header_carries_ends_the_start(
+def test_a_key_that_no_header_can_hold_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -112,7 +112,7 @@ def test_an_invalid_url_ends_the_start(
 @pytest.mark.parametrize(
     "value", ["http://minio:9000", "https://a.example/path?x=1", "http://[::1]:80", "HTTP://h"]
 )
-def test_a_url_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_valid_url_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("BUCKET_ENDPOINT_URL", value)
 
     assert settings.read().bucket_endpoint_url == value
@@ -134,7 +134,7 @@ def test_a_webhook_secret_that_is_not_base64_ends_the_start(
 
 
 @pytest.mark.parametrize("name", ["WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"])
-def test_the_key_has_the_specifications_and_the_applications_names(
+def test_the_key_is_read_under_each_of_its_names(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "older, newer")
@@ -144,7 +144,7 @@ def test_the_key_has_the_specifications_and_the_applications_names(
     assert [key.get_secret_value() for key in keys] == ["older", "newer"]
 
 
-def test_one_key_may_stand_under_all_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_key_may_be_set_under_all_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORKER_API_KEY", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"):
         monkeypatch.setenv(name, "the-key")
 
@@ -199,14 +199,14 @@ def worker_settings(monkeypatch: pytest.MonkeyPatch, **env: str) -> Settings:
     ("family", "model"),
     [("sdxl", "SDXL_MODEL"), ("chat", "CHAT_INSTRUCT_MODEL"), ("wan", "WAN_MODEL")],
 )
-def test_on_runpod_a_familys_model_is_named(
+def test_on_runpod_a_family_without_a_named_model_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, variable: str, family: str, model: str
 ) -> None:
     with pytest.raises(ModelLoadError, match=f"^{model}: Field required on RunPod"):
         worker_settings(monkeypatch, FAMILIES=family, **{variable: "something"})
 
 
-def test_on_runpod_the_pocket_model_is_served_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_runpod_the_pocket_model_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"RUNPOD_POD_ID": "pod", "SDXL_MODEL": "pocket"}
 
     assert worker_settings(monkeypatch, **env).sdxl_model == "pocket"
@@ -216,7 +216,9 @@ def test_outside_of_runpod_the_pocket_model_is_the_default(monkeypatch: pytest.M
     assert worker_settings(monkeypatch).sdxl_model == "pocket"
 
 
-def test_a_process_that_serves_no_jobs_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_serves_no_jobs_needs_no_named_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RUNPOD_POD_ID", "pod")
     monkeypatch.setenv("STORAGE_URL", "s3://bucket")
 
@@ -234,19 +236,21 @@ def test_an_s3_bucket_needs_both_of_its_keys(
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3://two words", "s3://a%20b/prefix", "s3:///prefix"])
-def test_an_s3_bucket_has_a_name_that_s3_takes(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_an_s3_bucket_needs_a_name_that_s3_accepts(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
     with pytest.raises(ModelLoadError, match=r"^STORAGE_URL: Input should name a bucket"):
         worker_settings(monkeypatch, STORAGE_URL=url, **S3_KEYS)
 
 
-def test_half_of_upstash_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upstash_url_without_its_token_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ModelLoadError, match=r"^UPSTASH_REDIS_REST_URL: needs UPSTASH_REDIS_REST_T"
     ):
         worker_settings(monkeypatch, UPSTASH_REDIS_REST_URL="https://u.example")
 
 
-def test_all_that_a_worker_lacks_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_names_everything_that_a_worker_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelLoadError) as wrong:
         worker_settings(monkeypatch, RUNPOD_POD_ID="pod", STORAGE_URL="supabase://assets")
 
@@ -262,7 +266,7 @@ def test_an_invalid_device_name_ends_the_start(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("name", ["us east", "-us", "7", "a" * 64])
-def test_a_region_that_no_host_can_have_ends_the_start(
+def test_a_region_that_fits_no_host_name_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     with pytest.raises(ModelLoadError, match=r"^BUCKET_REGION: Input should be a region"):
@@ -273,7 +277,7 @@ def test_a_region_that_no_host_can_have_ends_the_start(
 
 
 @pytest.mark.parametrize(
-    ("families", "in_turn", "chats", "backlog"),
+    ("families", "exclusive", "shared", "backlog"),
     [
         (("sdxl",), 2, 0, 0),
         (("wan",), 1, 0, 0),
@@ -284,24 +288,24 @@ def test_a_region_that_no_host_can_have_ends_the_start(
         (("sdxl", "chat", "wan"), 2, 64, 1),
     ],
 )
-def test_each_family_has_places_of_its_own(
-    families: tuple[str, ...], in_turn: int, chats: int, backlog: int
+def test_concurrency_and_backlog_follow_from_the_families(
+    families: tuple[str, ...], exclusive: int, shared: int, backlog: int
 ) -> None:
     settings = Settings(families=families)
 
-    assert (settings.exclusive_places, settings.shared_places) == (in_turn, chats)
-    assert settings.resolved_concurrency == in_turn + chats
+    assert (settings.exclusive_places, settings.shared_places) == (exclusive, shared)
+    assert settings.resolved_concurrency == exclusive + shared
     assert settings.resolved_backlog == backlog
 
 
 @pytest.mark.parametrize(
-    ("families", "in_turn", "chats", "backlog"),
+    ("families", "exclusive", "shared", "backlog"),
     [(("sdxl",), 5, 0, 0), (("chat",), 0, 5, 0), (("sdxl", "chat"), 5, 5, 7)],
 )
-def test_concurrency_and_backlog_are_what_they_are_set_to(
-    families: tuple[str, ...], in_turn: int, chats: int, backlog: int
+def test_settings_override_concurrency_and_backlog(
+    families: tuple[str, ...], exclusive: int, shared: int, backlog: int
 ) -> None:
     settings = Settings(families=families, concurrency=5, queue_backlog=7)
 
-    assert (settings.exclusive_places, settings.shared_places) == (in_turn, chats)
+    assert (settings.exclusive_places, settings.shared_places) == (exclusive, shared)
     assert settings.resolved_backlog == backlog

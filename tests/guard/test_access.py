@@ -1,4 +1,4 @@
-"""A worker with keys works for those who bring one, and tells nobody what they brought."""
+"""A worker with keys accepts only jobs that have one, and shows no key in answers or logs."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ KEY = "a-key-of-ours-5f0e"
 KEYS = (SecretStr("the-older-key"), SecretStr(KEY))
 
 
-def locked(local: MakeLocal, **parts: Any) -> LocalWorker:
+def with_keys(local: MakeLocal, **parts: Any) -> LocalWorker:
     return local(settings=Settings(worker_api_key=KEYS), **parts)
 
 
@@ -31,32 +31,32 @@ def locked(local: MakeLocal, **parts: Any) -> LocalWorker:
 
 
 @pytest.mark.parametrize("given", ["the-older-key", KEY])
-def test_each_of_the_keys_opens(given: str) -> None:
+def test_each_of_the_keys_is_accepted(given: str) -> None:
     access.check(given, KEYS)
 
 
 @pytest.mark.parametrize("given", [None, "", KEY[:-1], KEY + "x", KEY.upper(), f" {KEY}", "\ud800"])
-def test_nothing_else_does(given: str | None) -> None:
+def test_anything_but_a_key_of_the_worker_is_refused(given: str | None) -> None:
     with pytest.raises(Unauthorized, match=r"^api_key: Input should be a key of this worker$"):
         access.check(given, KEYS)
 
 
 @pytest.mark.parametrize("given", [None, "anything"])
-def test_a_worker_without_keys_asks_for_none(given: str | None) -> None:
+def test_a_worker_without_keys_accepts_every_key_and_none(given: str | None) -> None:
     access.check(given, ())
 
 
 # --- the setting ---
 
 
-def test_several_keys_are_parted_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commas_separate_several_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_API_KEY", f"the-older-key, {KEY}")
 
     assert settings.read().worker_api_key == KEYS
 
 
 @pytest.mark.parametrize("value", [",", " , ", " "])
-def test_a_key_that_is_none_ends_the_start_instead_of_opening_the_door(
+def test_a_setting_without_any_key_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("WORKER_API_KEY", value)
@@ -65,22 +65,22 @@ def test_a_key_that_is_none_ends_the_start_instead_of_opening_the_door(
         settings.read()
 
 
-def test_printing_the_settings_prints_no_key() -> None:
+def test_printed_settings_show_no_key() -> None:
     assert KEY not in repr(Settings(worker_api_key=KEYS))
 
 
 # --- a job ---
 
 
-def test_a_job_with_a_key_is_done(local: MakeLocal) -> None:
-    assert locked(local).run(sdxl_payload(api_key=KEY)).status == "completed"
+def test_a_job_with_a_key_completes(local: MakeLocal) -> None:
+    assert with_keys(local).run(sdxl_payload(api_key=KEY)).status == "completed"
 
 
 @pytest.mark.parametrize("key", [None, "wrong", 7, [KEY], {"key": KEY}, True])
-def test_a_job_without_one_is_refused_before_its_payload_is_read(
+def test_a_job_without_a_key_is_refused_before_its_payload_is_parsed(
     local: MakeLocal, key: Any
 ) -> None:
-    at = locked(local)
+    at = with_keys(local)
 
     document = at.run(sdxl_payload(api_key=key, prompt=None))
 
@@ -89,8 +89,8 @@ def test_a_job_without_one_is_refused_before_its_payload_is_read(
     assert (at.fake_sdxl.requests, at.stored()) == ([], [])
 
 
-def test_nobody_without_the_key_hears_how_a_job_ends_by_its_id(local: MakeLocal) -> None:
-    at = locked(local)
+def test_a_caller_without_the_key_does_not_join_a_job_by_its_id(local: MakeLocal) -> None:
+    at = with_keys(local)
     at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(at.run, sdxl_payload(api_key=KEY))
@@ -111,12 +111,12 @@ def test_a_key_is_in_no_log_and_in_no_answer(
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    document = locked(local).run(payload)
+    document = with_keys(local).run(payload)
 
     assert KEY not in json.dumps(document.result()) + caplog.text
 
 
-def test_the_handler_refuses_a_wrong_key_and_shows_neither(tmp_path: Path) -> None:
+def test_the_handler_refuses_a_wrong_key_and_shows_no_key(tmp_path: Path) -> None:
     payload = json.dumps({"input": sdxl_payload(api_key="brought-along")})
 
     run = run_handler(

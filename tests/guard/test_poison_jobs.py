@@ -1,4 +1,4 @@
-"""A job that killed its worker twice is refused, whoever it is sent to."""
+"""A job that killed its worker twice is refused by every worker that shares the folder."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ LONG = {"config": {"num_inference_steps": 50, "num_images": 6, "resolution": "25
 
 @pytest.fixture
 def at(local: MakeLocal, tmp_path: Path) -> LocalWorker:
-    return local(settings=Settings(poison_dir=tmp_path / "pills"))
+    return local(settings=Settings(poison_dir=tmp_path / "poison"))
 
 
 def marks(at: LocalWorker) -> dict[str, int]:
@@ -38,26 +38,26 @@ def code(document: Document) -> str | None:
 
 
 def die(at: LocalWorker, times: int) -> None:
-    """What processes do that end with `job-1` in flight."""
+    """Leave the marks of processes that died while `job-1` ran."""
     identity = Envelope.of({"input": sdxl_payload()}).identity
     for _ in range(times):
         PoisonJobs(at.settings.poison_dir).mark_started(identity)
 
 
-def test_a_job_in_flight_is_marked_and_one_that_ended_is_not(at: LocalWorker) -> None:
+def test_only_a_running_job_has_a_mark(at: LocalWorker) -> None:
     at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
         running = threads.submit(at.run)
         assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        in_flight = marks(at)
+        running_marks = marks(at)
         at.fake_sdxl.go_on.set()
         running.result(PATIENCE_S)
 
-    assert list(in_flight.values()) == [1]
+    assert list(running_marks.values()) == [1]
     assert marks(at) == {}
 
 
-def test_a_job_that_failed_has_ended_too(at: LocalWorker) -> None:
+def test_a_failed_job_leaves_no_mark(at: LocalWorker) -> None:
     at.fake_sdxl.fails = [OutOfMemory("does not fit")]
 
     at.run()
@@ -65,21 +65,21 @@ def test_a_job_that_failed_has_ended_too(at: LocalWorker) -> None:
     assert marks(at) == {}
 
 
-def test_another_users_job_of_the_same_id_is_not_refused(at: LocalWorker) -> None:
+def test_a_job_of_the_same_id_and_another_user_or_key_is_not_refused(at: LocalWorker) -> None:
     die(at, times=2)
 
     assert code(at.run(sdxl_payload(user_id="user-2"))) is None
     assert code(at.run(sdxl_payload(api_key="another"))) is None
 
 
-def test_one_death_is_forgiven(at: LocalWorker) -> None:
+def test_a_job_that_killed_one_process_runs_again(at: LocalWorker) -> None:
     die(at, times=1)
 
     assert code(at.run()) is None
     assert marks(at) == {}
 
 
-def test_after_two_a_job_is_refused_and_stays_so(at: LocalWorker) -> None:
+def test_a_job_that_killed_two_processes_is_refused_from_then_on(at: LocalWorker) -> None:
     die(at, times=2)
 
     documents = [at.run() for _ in range(2)]
@@ -90,14 +90,14 @@ def test_after_two_a_job_is_refused_and_stays_so(at: LocalWorker) -> None:
     assert documents[0].failure.message.startswith("id: this job has ended its worker twice")
 
 
-def test_another_job_and_another_users_job_of_that_name_are_done(at: LocalWorker) -> None:
+def test_other_jobs_and_other_users_jobs_run_after_two_deaths(at: LocalWorker) -> None:
     die(at, times=2)
 
     assert code(at.run(sdxl_payload(id="job-2"))) is None
     assert code(at.run(sdxl_payload(user_id="user-2"))) is None
 
 
-def test_a_refusal_for_another_reason_forgives_nothing(at: LocalWorker) -> None:
+def test_a_refusal_for_another_reason_keeps_the_mark(at: LocalWorker) -> None:
     die(at, times=1)
 
     at.run(sdxl_payload(prompt="nude child"))
@@ -105,7 +105,7 @@ def test_a_refusal_for_another_reason_forgives_nothing(at: LocalWorker) -> None:
     assert list(marks(at).values()) == [1]
 
 
-def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
+def test_old_marks_are_removed_at_the_start(tmp_path: Path) -> None:
     old, new = (tmp_path / (digit * 64) for digit in "01")
     for mark in (old, new):
         mark.write_bytes(b"..")
@@ -116,7 +116,7 @@ def test_old_marks_are_forgotten_at_the_start(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [new]
 
 
-def test_a_file_that_is_no_mark_is_left_alone_however_old(tmp_path: Path) -> None:
+def test_a_file_that_is_no_mark_is_never_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(b"..")
     os.utime(tmp_path / "checkpoint.safetensors", (0, 0))
 
@@ -125,47 +125,47 @@ def test_a_file_that_is_no_mark_is_left_alone_however_old(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_an_old_mark_counts_no_more_though_its_worker_started_before(
+def test_a_mark_that_became_old_since_the_start_does_not_count(
     at: LocalWorker, tmp_path: Path
 ) -> None:
     die(at, times=2)
-    for mark in (tmp_path / "pills").iterdir():
+    for mark in (tmp_path / "poison").iterdir():
         os.utime(mark, (0, 0))
 
     assert code(at.run()) is None
     assert marks(at) == {}
 
 
-def test_a_folder_that_takes_no_marks_stops_no_job(at: LocalWorker, tmp_path: Path) -> None:
-    (tmp_path / "pills").rmdir()
-    (tmp_path / "pills").write_text("a file")
+def test_a_job_runs_if_its_mark_cannot_be_written(at: LocalWorker, tmp_path: Path) -> None:
+    (tmp_path / "poison").rmdir()
+    (tmp_path / "poison").write_text("a file")
 
     assert code(at.run()) is None
 
 
 @pytest.mark.slow
-def test_a_job_that_killed_two_processes_is_refused_by_the_third(tmp_path: Path) -> None:
+def test_a_third_process_refuses_a_job_that_killed_two(tmp_path: Path) -> None:
     with Platform() as platform, CallbackReceiver() as receiver:
         env = {
             "STORAGE_URL": f"file:{tmp_path}/assets",
-            "POISON_DIR": f"{tmp_path}/pills",
+            "POISON_DIR": f"{tmp_path}/poison",
             "CALLBACK_URL": receiver.callback_url,
             "JOB_CALLBACK_SECRET": receiver.secret,
         }
         for _ in range(2):
             with start(platform, **env) as process:
-                platform.submit(sdxl_payload(**LONG), id="pill")
-                before = len(platform.updates("pill"))
-                platform.wait_for_updates("pill", before + 1)
+                platform.submit(sdxl_payload(**LONG), id="poison")
+                before = len(platform.updates("poison"))
+                platform.wait_for_updates("poison", before + 1)
                 os.kill(process.pid, signal.SIGKILL)
                 assert process.wait() == -signal.SIGKILL
 
         with start(platform, **env):
-            platform.submit(sdxl_payload(**LONG), id="pill")
-            platform.result("pill")
+            platform.submit(sdxl_payload(**LONG), id="poison")
+            platform.result("poison")
             after = platform.submit(sdxl_payload(id="job-2"))
 
             assert platform.result(after)["output"]["status"] == "completed"
-        assert failure(platform.status("pill"))["code"] == "INVALID_PROMPT"
-        told = [each.document["status"] for each in receiver.received]
-        assert told == ["failed", "completed"]
+        assert failure(platform.status("poison"))["code"] == "INVALID_PROMPT"
+        statuses = [each.document["status"] for each in receiver.received]
+        assert statuses == ["failed", "completed"]

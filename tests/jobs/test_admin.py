@@ -1,4 +1,4 @@
-"""`admin_utilities`: the specification's bodies with true values, while something else renders."""
+"""`admin_utilities`: the specification's answers with true values, also while a job computes."""
 
 import json
 from collections.abc import Callable
@@ -23,19 +23,19 @@ SIZES = {"sdxl": 10 * 1024, "qwen_instruct": 15 * 1024, "qwen_base": 15 * 1024}
 
 
 class Site:
-    """A worker for SDXL and chat on a card of 24 GB, whose models are parcels of that size."""
+    """A worker for SDXL and chat on a card of 24 GB, with fake models of realistic sizes."""
 
     def __init__(self, local: Callable[..., LocalWorker], **settings: Any) -> None:
         card = FakeMemory(24 * 1024 * MIB)
         self.ledger = Ledger(card)
-        self.parcels = {name: FakeModel(size * MIB, card) for name, size in SIZES.items()}
-        for name, parcel in self.parcels.items():
+        self.models = {name: FakeModel(size * MIB, card) for name, size in SIZES.items()}
+        for name, model in self.models.items():
             family = "sdxl" if name == "sdxl" else "chat"
             is_pinned = name == "sdxl"
             self.ledger.register(
-                parcel, name, family, source=f"{name}.safetensors", is_pinned=is_pinned
+                model, name, family, source=f"{name}.safetensors", is_pinned=is_pinned
             )
-        self.ledger.preload(self.parcels["sdxl"])
+        self.ledger.preload(self.models["sdxl"])
         fake_sdxl = FakeSdxl()
         served = {"families": ("sdxl", "chat"), "chat_base_model": "/models/base", **settings}
         self.at = local(
@@ -88,13 +88,13 @@ def test_the_answer_is_a_document_without_assets(site: Site) -> None:
     assert json.loads(json.dumps(document)) == document
 
 
-def test_health_tells_what_is_loaded_and_where(site: Site) -> None:
+def test_health_reports_whether_models_are_loaded_and_the_device(site: Site) -> None:
     assert site.ask("health")["model_loaded"] is True
     assert site.ask("health", target_worker="chat_worker")["model_loaded"] is False
     assert site.ask("health")["device"] == "fake"
 
 
-def test_memory_is_told_in_the_specifications_words(site: Site) -> None:
+def test_memory_status_has_the_specifications_words(site: Site) -> None:
     status = site.ask("memory_status")
 
     assert status["memory_usage"] == "10GB"
@@ -115,7 +115,7 @@ def test_memory_is_told_in_the_specifications_words(site: Site) -> None:
     }
 
 
-def test_the_report_tells_each_workers_share_and_what_would_help(site: Site) -> None:
+def test_the_memory_report_has_each_familys_share_and_a_recommendation(site: Site) -> None:
     report = site.ask("memory_report")
 
     assert report["available_vram"] == 14336
@@ -127,7 +127,7 @@ def test_the_report_tells_each_workers_share_and_what_would_help(site: Site) -> 
     assert report["recommendations"] == ["unload_sdxl_for_chat"]
 
 
-def test_pressure_follows_what_the_device_holds(site: Site) -> None:
+def test_the_pressure_follows_the_devices_used_memory(site: Site) -> None:
     assert site.ask("pressure_check")["pressure_level"] == "low"
 
     site.ask("memory_unload", target_worker="sdxl_worker")
@@ -139,7 +139,7 @@ def test_pressure_follows_what_the_device_holds(site: Site) -> None:
     assert site.ask("pressure_check")["pressure_level"] == "critical"
 
 
-def test_what_chat_can_do_is_told_by_its_models(site: Site) -> None:
+def test_enhancement_info_lists_the_chat_models_and_capabilities(site: Site) -> None:
     info = site.ask("enhancement_info")
 
     assert info["models_available"] == ["qwen_instruct", "qwen_base"]
@@ -147,7 +147,7 @@ def test_what_chat_can_do_is_told_by_its_models(site: Site) -> None:
     assert set(info["capabilities"]) == set(SPECIFICATION["capabilities"])
 
 
-def test_the_environment_is_told_by_paths_and_versions_alone(
+def test_no_answer_shows_a_secret_and_debug_env_has_paths_and_versions_only(
     local: Callable[..., LocalWorker],
 ) -> None:
     secrets = {
@@ -161,8 +161,8 @@ def test_the_environment_is_told_by_paths_and_versions_alone(
     site = Site(local, **secrets)
 
     for operation in OPERATIONS:
-        told = json.dumps(site.answer(operation, key="key-of-the-house", job_id="job-1").result())
-        assert not [secret for secret in secrets.values() if secret in told]
+        answer = json.dumps(site.answer(operation, key="key-of-the-house", job_id="job-1").result())
+        assert not [secret for secret in secrets.values() if secret in answer]
 
     body = site.answer("debug_env", key="key-of-the-house").reply["result"]
     known = {"operation", *SPECIFICATION["admin"]["debug_env"], "package_path", "versions"}
@@ -170,13 +170,13 @@ def test_the_environment_is_told_by_paths_and_versions_alone(
     assert body["model_paths"]["qwen_base"] == "/models/base"
 
 
-# --- beside whatever computes ---
+# --- while jobs run ---
 
 
-def test_an_answer_comes_while_a_picture_is_painted(site: Site) -> None:
+def test_questions_are_answered_while_a_picture_is_generated(site: Site) -> None:
     site.at.fake_sdxl.hold()
     with ThreadPoolExecutor() as threads:
-        painting = threads.submit(site.at.run)
+        generating = threads.submit(site.at.run)
         assert site.at.fake_sdxl.at_step.wait(PATIENCE_S)
 
         status = site.ask("job_status", job_id="job-1", user_id="user-1")
@@ -184,10 +184,10 @@ def test_an_answer_comes_while_a_picture_is_painted(site: Site) -> None:
         assert (status["status"], status["stage"]) == ("processing", "generate")
         assert site.ask("health")["jobs"]["processing"] == 2
         site.at.fake_sdxl.go_on.set()
-        assert painting.result(PATIENCE_S).status == "completed"
+        assert generating.result(PATIENCE_S).status == "completed"
 
 
-def test_a_job_that_is_over_is_told_by_its_end(site: Site) -> None:
+def test_job_status_reports_how_a_job_ended(site: Site) -> None:
     site.at.run()
     site.at.run(sdxl_payload(id="job-2", config={"num_images": 2}))
     site.at.run(sdxl_payload(id="job-3", reference_required=True, type="video_fast"))
@@ -198,13 +198,13 @@ def test_a_job_that_is_over_is_told_by_its_end(site: Site) -> None:
     assert (failed["status"], failed["error"]["code"]) == ("failed", "WORKER_UNAVAILABLE")
 
 
-def test_nobody_is_told_of_anothers_job_by_its_id_alone(site: Site) -> None:
+def test_job_status_needs_the_jobs_user(site: Site) -> None:
     site.at.run()
 
     assert site.ask("job_status", job_id="job-1")["status"] == "unknown"
 
 
-def test_nobody_is_told_of_a_job_of_another_key(site: Site) -> None:
+def test_job_status_needs_the_jobs_key(site: Site) -> None:
     site.at.run(sdxl_payload(api_key="mine"))
     question = {"operation": "job_status", "job_id": "job-1", "user_id": "user-1"}
     payload = {"id": "admin", "type": "admin_utilities", "config": question}
@@ -214,7 +214,7 @@ def test_nobody_is_told_of_a_job_of_another_key(site: Site) -> None:
     assert [each["result"]["status"] for each in answers] == ["completed", "unknown"]
 
 
-def test_a_job_in_the_middle_is_counted_until_its_end(site: Site) -> None:
+def test_status_counts_the_running_job_that_asks(site: Site) -> None:
     site.at.run()
 
     assert site.ask("status")["jobs"] == {"processing": 1, "completed": 1, "failed": 0}
@@ -232,7 +232,7 @@ def test_a_model_is_loaded_and_unloaded_on_demand(site: Site) -> None:
     assert site.ask("health", target_worker="sdxl")["model_loaded"] is False
 
 
-def test_without_force_nothing_is_driven_out(site: Site) -> None:
+def test_only_a_forced_load_evicts_other_models(site: Site) -> None:
     refused = site.ask("memory_load", target_worker="chat_worker")
     forced = site.ask("memory_load", target_worker="chat_worker", force=True)
 
@@ -242,33 +242,33 @@ def test_without_force_nothing_is_driven_out(site: Site) -> None:
     assert site.ask("health", target_worker="sdxl")["model_loaded"] is False
 
 
-def test_a_model_in_use_is_not_unloaded_under_its_job(site: Site) -> None:
-    with site.ledger.using(site.parcels["sdxl"]):
+def test_a_model_in_use_is_unloaded_only_after_its_job(site: Site) -> None:
+    with site.ledger.using(site.models["sdxl"]):
         refused = site.ask("memory_unload", target_worker="sdxl_worker")
         forced = site.ask("force_unload", target_worker="sdxl_worker")
 
         assert refused["refused"] == {"sdxl": "it is in use"}
         assert (forced["success"], forced["pending"]) == (True, ["sdxl"])
-        assert site.parcels["sdxl"].place == "device"
+        assert site.models["sdxl"].place == "device"
 
-    assert site.parcels["sdxl"].was_evicted.wait(PATIENCE_S)
+    assert site.models["sdxl"].was_evicted.wait(PATIENCE_S)
     assert site.ask("health", target_worker="sdxl")["model_loaded"] is False
 
 
-def test_a_forced_unload_leaves_nothing_in_the_hosts_memory(site: Site) -> None:
+def test_a_forced_unload_frees_the_hosts_memory_too(site: Site) -> None:
     assert site.ask("force_unload", target_worker="sdxl")["models"] == {"sdxl": "disk"}
 
 
-def test_a_prediction_brings_a_model_unless_the_pressure_is_high(site: Site) -> None:
-    brought = site.ask("predictive_load", target_worker="chat_worker")
+def test_a_predictive_load_loads_a_model_unless_the_pressure_is_high(site: Site) -> None:
+    loaded = site.ask("predictive_load", target_worker="chat_worker")
     site.ledger.memory.held_by_others = 8 * 1024 * MIB
     refused = site.ask("predictive_load", target_worker="sdxl_worker")
 
-    assert brought["models"]["qwen_instruct"] == "device"
+    assert loaded["models"]["qwen_instruct"] == "device"
     assert (refused["success"], refused["reason"]) == (False, "the pressure is critical")
 
 
-def test_the_emergency_operations_own_shape_is_understood(site: Site) -> None:
+def test_an_operation_may_be_at_the_top_level(site: Site) -> None:
     payload = {
         "id": "admin",
         "type": "admin_utilities",
@@ -281,7 +281,7 @@ def test_the_emergency_operations_own_shape_is_understood(site: Site) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_where_a_key_is_required_changes_need_one(
+def test_with_admin_requires_key_every_change_needs_a_key(
     local: Callable[..., LocalWorker], operation: str
 ) -> None:
     site = Site(local, admin_requires_key=True)
@@ -291,10 +291,12 @@ def test_where_a_key_is_required_changes_need_one(
     refused = bool(document.failure and document.failure.code == "UNAUTHORIZED")
     assert refused == (operation in CHANGING)
     if refused:
-        assert site.parcels["sdxl"].place == "device"
+        assert site.models["sdxl"].place == "device"
 
 
-def test_whoever_brings_the_key_may_change_what_he_likes(local: Callable[..., LocalWorker]) -> None:
+def test_with_admin_requires_key_a_change_with_the_key_is_done(
+    local: Callable[..., LocalWorker],
+) -> None:
     site = Site(local, admin_requires_key=True, worker_api_key="open-sesame")
 
     document = site.answer("force_unload", key="open-sesame", target_worker="sdxl")
@@ -320,7 +322,7 @@ def test_whoever_brings_the_key_may_change_what_he_likes(local: Callable[..., Lo
         ),
     ],
 )
-def test_what_does_not_hold_is_refused_by_its_name(
+def test_an_invalid_operation_or_target_is_refused_by_its_field(
     site: Site, config: dict[str, Any], code: str, message: str
 ) -> None:
     document = site.at.run({"id": "admin", "type": "admin_utilities", "config": config})
@@ -330,9 +332,7 @@ def test_what_does_not_hold_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("operation", ["health", "info", "debug_env", "pressure_check"])
-def test_a_target_that_there_is_not_is_refused_by_every_operation(
-    site: Site, operation: str
-) -> None:
+def test_every_operation_refuses_an_unknown_target(site: Site, operation: str) -> None:
     document = site.answer(operation, target_worker="oven")
 
     assert document.failure.message.startswith("config.target_worker: Input should be one of")

@@ -1,4 +1,4 @@
-"""The generation before the first job: it counts for nothing, and finds a model that cannot."""
+"""The warm-up before the first job: it leaves no trace, and finds a model that cannot generate."""
 
 import json
 import logging
@@ -25,31 +25,31 @@ def chat_settings(folder: Path, **settings: Any) -> Settings:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="ourvidz")
     return caplog
 
 
-# --- when ---
+# --- which models are warmed up ---
 
 
-def test_a_cpu_has_nothing_to_warm(told: pytest.LogCaptureFixture) -> None:
+def test_a_model_on_the_cpu_is_not_warmed_up_by_default(log: pytest.LogCaptureFixture) -> None:
     load(Settings())
 
-    assert "warm" not in told.text
+    assert "warm" not in log.text
 
 
-def test_sdxl_paints_a_picture(told: pytest.LogCaptureFixture) -> None:
+def test_sdxl_generates_a_picture(log: pytest.LogCaptureFixture) -> None:
     load(Settings(warm_up="always"))
 
-    assert "sdxl is warm after" in told.text
+    assert "sdxl is warm after" in log.text
 
 
-def test_chat_says_a_word_by_each_model(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_chat_generates_with_each_model(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     chat = load(chat_settings(tmp_path, warm_up="always"))["chat"]
 
     assert [model.engine.num_forwards > 0 for model in set(chat.models.values())] == [True]
-    assert "chat is warm after" in told.text
+    assert "chat is warm after" in log.text
 
 
 def test_wan_generates_with_each_network(wan_settings: Settings) -> None:
@@ -63,24 +63,26 @@ def test_wan_generates_with_each_network(wan_settings: Settings) -> None:
     assert set(computed) == {"t2v", "vace"}
 
 
-# --- what it leaves behind ---
+# --- what a warm-up leaves behind ---
 
 
-def test_it_is_no_job_and_stores_nothing(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_counts_as_no_job_and_stores_nothing(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     worker = Worker.of(Settings(warm_up="always", storage_url=f"file:{tmp_path / 'assets'}"))
 
-    assert "sdxl is warm after" in told.text
+    assert "sdxl is warm after" in log.text
     assert not any(worker.health()["jobs"].values())
     assert not list(tmp_path.rglob("*.png"))
 
 
-# --- a model that loads, and cannot ---
+# --- a model that loads and cannot generate ---
 
 
 def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
     config = tmp_path / "config"
     shutil.copytree(ROOT / "pocket/sdxl", config)
-    # A token that the text encoder has no embedding of.
+    # A token without an embedding in the text encoder.
     vocabulary = config / "tokenizer/vocab.json"
     tokens = json.loads(vocabulary.read_text())
     vocabulary.write_text(json.dumps({**tokens, "<|endoftext|>": 99_999}))
@@ -91,6 +93,6 @@ def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
         load(Settings(**settings, warm_up="always"))
 
 
-def test_one_that_has_no_room_to_does_not() -> None:
-    # For the weights there is room, and for a picture not: a job's own affair.
+def test_a_model_without_memory_to_generate_still_starts() -> None:
+    # The weights fit, and a picture does not. That fails the job, not the start.
     assert load(Settings(warm_up="always", vram_budget_gb=0.0112))
