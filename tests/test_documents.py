@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.__main__ import COMMANDS
+from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 
 DOCUMENTS = [
@@ -23,6 +24,8 @@ PACKAGE = ROOT / "ourvidz_serverless"
 
 #: A word with one of these endings is a file of the repository, even if it names no folder.
 ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
+
+VARIABLES = {name.upper() for name in Settings.model_fields}
 
 #: Files of the application, and files that are built.
 ELSEWHERE = ("src/", ".cache/")
@@ -77,6 +80,19 @@ def anchors(page: Path) -> list[str]:
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
     return slugs + re.findall(r'<a id="([^"]+)">', text)
+
+
+@each(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]*[A-Z0-9])(?:=[^`]*)?`")
+def test_a_variable_or_code_that_a_document_names_is_in_the_code(document: Path, word: str) -> None:
+    assert word in VARIABLES or re.search(rf"\b{word}\b", sources())
+
+
+@functools.cache
+def sources() -> str:
+    """The code that reads variables: the package, the image, its presets, the clients."""
+    files = [ROOT / "Dockerfile", ROOT / ".runpod/hub.json", *PACKAGE.rglob("*.py")]
+    files += [*ROOT.glob("clients/typescript/*.ts"), *ROOT.glob("clients/typescript/*/*.ts")]
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @each(r"python -m ([a-z_]+(?:\.[a-z_]+)*)")
