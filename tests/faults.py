@@ -1,7 +1,7 @@
-"""What each fault of each dependency does to a job: `python -m tests.faults`.
+"""The effect of each fault of each dependency on a job: `python -m tests.faults`.
 
-Prints the table of docs/reliability.md. Between the worker and a real other side stands a proxy
-that misbehaves in one way, for ever or once.
+It prints the table of docs/reliability.md. A proxy between the worker and a real server causes one
+fault, always or once.
 """
 
 import io
@@ -9,7 +9,7 @@ import json
 import logging
 import ssl
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +35,18 @@ from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver
 from tests.servers.supabase import SupabaseStorage as SupabaseServer
 
-#: What a try may take: as good as for ever where an answer comes, and soon over where none does.
-PATIENCE_S = {"timeout": 0.3, "drip": 0.3}
+#: Seconds of a try for the faults that end only with its time limit.
+TRY_S = {"timeout": 0.3, "drip": 0.3}
 
 RATE = Rate(100, 3600, "100/hour")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, after how many tries, and what the other side saw of it."""
+    """How a job ended, how many connections were tried, and what the server recorded of it.
+
+    `kept` has the keys of documents that were stored because their callback failed.
+    """
 
     document: Document
     tries: int
@@ -52,25 +55,28 @@ class Outcome:
     seen: Any
 
 
-def policy(fault: Fault, patience_s: float | None = None) -> Retry:
-    return Retry(base_s=0.01, try_s=patience_s or PATIENCE_S.get(fault, 30.0))
+def policy(fault: Fault, try_s: float | None = None) -> Retry:
+    return Retry(base_s=0.01, try_s=try_s or TRY_S.get(fault, 30.0))
 
 
-class Pictures(LocalServer):
-    """A host of reference pictures, all the same."""
+class PictureHost(LocalServer):
+    """A host that answers every request with the same picture."""
 
     def __init__(self, picture: bytes) -> None:
         super().__init__()
-        self.picture, self.asked = picture, 0
+        self.picture, self.num_requests = picture, 0
 
     def answer(self, request: Request) -> Answer:
         with self.changed:
-            self.asked += 1
+            self.num_requests += 1
         return Answer(200, self.picture, {"Content-Type": "image/png"})
 
 
-class World:
-    """The real other sides, up for as long as the tests run."""
+class Dependencies:
+    """The real servers that a worker talks to. A method runs one job with one of them failing.
+
+    `script` has the proxy's faults, connection by connection.
+    """
 
     def __init__(self, folder: Path, redis: RedisServer, s3: SeaweedServer, picture: bytes) -> None:
         self.folder, self.redis, self.s3, self.picture = folder, redis, s3, picture
@@ -79,14 +85,14 @@ class World:
         self.server_tls.load_cert_chain(authority / "host.pem")
         self.client_tls = ssl.create_default_context(cafile=authority / "ca.pem")
 
-    def reference(self, script: list[Fault], patience: Retry, *, required: bool = False) -> Outcome:
+    def reference(self, script: list[Fault], retry: Retry, *, required: bool = False) -> Outcome:
         with (
-            Pictures(self.picture) as host,
+            PictureHost(self.picture) as host,
             BrokenProxy(host.url, script, self.server_tls) as proxy,
         ):
-            reach = ReferencePolicy(
-                deadline_s=patience.try_s,
-                retry=patience,
+            references = ReferencePolicy(
+                deadline_s=retry.try_s,
+                retry=retry,
                 resolve=lambda name: ["127.0.0.1"],
                 is_public=lambda address: True,
                 port=proxy.port,
@@ -96,18 +102,16 @@ class World:
                 config={"reference_required": required},
                 metadata={"reference_image_url": "https://images.example/a.png"},
             )
-            return self._run(proxy, payload, lambda: host.asked, policy=reach)
+            return self._run(proxy, payload, lambda: host.num_requests, policy=references)
 
-    def supabase(self, script: list[Fault], patience: Retry) -> Outcome:
+    def supabase(self, script: list[Fault], retry: Retry) -> Outcome:
         with SupabaseServer() as server, BrokenProxy(server.url, script) as proxy:
-            store = SupabaseStorage(
-                proxy.url, server.service_key, "workspace-temp", policy=patience
-            )
+            store = SupabaseStorage(proxy.url, server.service_key, "workspace-temp", policy=retry)
             return self._run(
                 proxy, sdxl_payload(), lambda: [key for _, key in server.objects], storage=store
             )
 
-    def bucket(self, script: list[Fault], patience: Retry) -> Outcome:
+    def bucket(self, script: list[Fault], retry: Retry) -> Outcome:
         def store_at(endpoint: str) -> S3Storage:
             return S3Storage(
                 bucket=self.s3.bucket,
@@ -115,7 +119,7 @@ class World:
                 key_id=self.s3.access_key,
                 secret=self.s3.secret_key,
                 region="us-east-1",
-                policy=patience,
+                policy=retry,
             )
 
         direct = store_at(self.s3.endpoint)
@@ -126,12 +130,12 @@ class World:
                 proxy, sdxl_payload(), lambda: sorted(direct.keys()), storage=store_at(proxy.url)
             )
 
-    def receiver(self, script: list[Fault], patience: Retry) -> Outcome:
+    def receiver(self, script: list[Fault], retry: Retry) -> Outcome:
         with CallbackReceiver() as server, BrokenProxy(server.url, script) as proxy:
-            callback = Callback(proxy.url, server.secret, policy=patience)
+            callback = Callback(proxy.url, server.secret, policy=retry)
             return self._run(proxy, sdxl_payload(), lambda: server.received, callback=callback)
 
-    def limits(self, script: list[Fault], patience: Retry, *, fail_open: bool = True) -> Outcome:
+    def limits(self, script: list[Fault], retry: Retry, *, fail_open: bool = True) -> Outcome:
         self.redis.call("FLUSHALL")
         with (
             RedisRestServer(self.redis) as rest_server,
@@ -139,7 +143,7 @@ class World:
         ):
             settings = Settings(rate_limit_user=str(RATE), rate_limit_fail_open=fail_open)
             redis = Upstash(proxy.url, rest_server.token)
-            limits = RateLimits({"user": RATE}, RedisCounter(redis, "e", patience))
+            limits = RateLimits({"user": RATE}, RedisCounter(redis, "e", retry))
             return self._run(
                 proxy,
                 sdxl_payload(),
@@ -148,7 +152,9 @@ class World:
                 limits=limits,
             )
 
-    def _run(self, proxy: BrokenProxy, payload: Any, seen: Any, **parts: Any) -> Outcome:
+    def _run(
+        self, proxy: BrokenProxy, payload: Any, seen: Callable[[], Any], **parts: Any
+    ) -> Outcome:
         with tempfile.TemporaryDirectory(dir=self.folder) as root, audited() as lines:
             local = LocalWorker(Path(root), **parts)
             document = local.run(payload)
@@ -158,6 +164,7 @@ class World:
 
 @contextmanager
 def audited() -> Iterator[list[logging.LogRecord]]:
+    """The records of the audit log within this context."""
     lines: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = lines.append
@@ -170,33 +177,33 @@ def audited() -> Iterator[list[logging.LogRecord]]:
         trail.removeHandler(handler)
 
 
-DEPENDENCIES = {
-    "reference host": World.reference,
-    "storage (Supabase)": World.supabase,
-    "storage (S3)": World.bucket,
-    "callback receiver": World.receiver,
-    "Redis": World.limits,
+RUNS = {
+    "reference host": Dependencies.reference,
+    "storage (Supabase)": Dependencies.supabase,
+    "storage (S3)": Dependencies.bucket,
+    "callback receiver": Dependencies.receiver,
+    "Redis": Dependencies.limits,
 }
 
 
 @contextmanager
-def world(folder: Path, s3: SeaweedServer) -> Iterator[World]:
+def running_dependencies(folder: Path, s3: SeaweedServer) -> Iterator[Dependencies]:
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "blue").save(picture, "PNG")
     with RedisServer() as redis:
-        yield World(folder, redis, s3, picture.getvalue())
+        yield Dependencies(folder, redis, s3, picture.getvalue())
 
 
 def table() -> str:
-    """The tries that each dependency gets under each fault, as the document shows them."""
+    """The tries of each dependency under each fault, as the document has them."""
     rows = [f"| tries | {' | '.join(FAULTS)} |", "|---" * (1 + len(FAULTS)) + "|"]
     with (
         tempfile.TemporaryDirectory() as folder,
         SeaweedServer() as s3,
-        world(Path(folder), s3) as these,
+        running_dependencies(Path(folder), s3) as servers,
     ):
-        for name, run in DEPENDENCIES.items():
-            tries = [str(run(these, [fault], policy(fault)).tries) for fault in FAULTS]
+        for name, run in RUNS.items():
+            tries = [str(run(servers, [fault], policy(fault)).tries) for fault in FAULTS]
             rows.append(f"| {name} | {' | '.join(tries)} |")
     return "\n".join(rows)
 

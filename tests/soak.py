@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,64 +33,63 @@ from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
-from tests.patience import PATIENCE_S
 from tests.servers.local_server import Answer, Request
 from tests.servers.supabase import CallbackReceiver
 
-HASTE = Retry(base_s=0.001)
+FAST_RETRIES = Retry(base_s=0.001)
 THREADS = 4
 
-#: What goes wrong, and how often.
+#: The faults of a job, and the share of jobs that have each.
 ODDS = {
-    "a payload that does not hold": 0.05,
+    "an invalid payload": 0.05,
     "a text that the floor refuses": 0.03,
-    "a reference that cannot be had": 0.05,
+    "a missing reference": 0.05,
     "a bug in the model": 0.04,
     "out of memory": 0.04,
     "a stop": 0.05,
     "a deadline": 0.03,
     "a second delivery": 0.05,
 }
-STORE_FAILS, STORE_REFUSES = 0.08, 0.01
+STORAGE_FAILS, STORAGE_REFUSES = 0.08, 0.01
 RECEIVER_FAILS, RECEIVER_REFUSES = 0.08, 0.01
 
 
-class Store(DirectoryStorage):
-    """A folder that fails now and then; what is kept of a document it takes."""
+class FailingStorage(DirectoryStorage):
+    """A folder that fails now and then, but not for a document whose callback failed."""
 
-    def __init__(self, root: Path, dice: random.Random) -> None:
-        super().__init__(root, HASTE)
-        self._dice = dice
+    def __init__(self, root: Path, rng: random.Random) -> None:
+        super().__init__(root, FAST_RETRIES)
+        self._rng = rng
 
     def put(self, key: str, data: bytes, mime: str) -> None:
-        drawn = self._dice.random()
-        if "callback." not in key and drawn < STORE_FAILS + STORE_REFUSES:
-            raise Fault(503 if drawn < STORE_FAILS else 403)
+        drawn = self._rng.random()
+        if "callback." not in key and drawn < STORAGE_FAILS + STORAGE_REFUSES:
+            raise Fault(503 if drawn < STORAGE_FAILS else 403)
         super().put(key, data, mime)
 
 
-class Receiver(CallbackReceiver):
-    """The edge function, which fails now and then, and only counts what it took."""
+class FailingReceiver(CallbackReceiver):
+    """A callback receiver that fails now and then. It only counts the callbacks of each job."""
 
-    def __init__(self, dice: random.Random) -> None:
+    def __init__(self, rng: random.Random) -> None:
         super().__init__()
-        self._dice = dice
-        self.taken: Counter[str] = Counter()
+        self._rng = rng
+        self.accepted: Counter[str] = Counter()
 
     def answer(self, request: Request) -> Answer:
-        drawn = self._dice.random()
+        drawn = self._rng.random()
         if drawn < RECEIVER_FAILS + RECEIVER_REFUSES:
             return Answer(503 if drawn < RECEIVER_FAILS else 400)
         job = json.loads(request.body)["job_id"]
         with self.changed:
-            self.taken[job] += 1
+            self.accepted[job] += 1
         return Answer(200)
 
     def note(self, request: Request, answer: Answer | None) -> None: ...
 
 
-class Brush(FakeSdxl):
-    """Fails as its prompt says."""
+class FailingSdxl(FakeSdxl):
+    """A fake SDXL that fails if its prompt is the name of a fault."""
 
     def generate(
         self, request: ImageRequest, progress: Progress
@@ -107,7 +105,7 @@ class Brush(FakeSdxl):
 
 @dataclass(frozen=True)
 class Size:
-    """What a process has of what may leak."""
+    """The size of this process in everything that may leak."""
 
     threads: int
     files: int
@@ -130,84 +128,77 @@ class Size:
 
 @dataclass
 class Soak:
-    """What happened to a number of jobs."""
+    """Runs jobs with random faults, and has the results.
+
+    `faults` counts the jobs with each fault, `endings` those with each error code. `sizes` has the
+    process after each round.
+    """
 
     root: Path
     seed: int = 0
     endings: Counter[str] = field(default_factory=Counter)
-    wishes: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
+    called_back_twice: list[str] = field(default_factory=list)
     kept: int = 0
     sizes: list[Size] = field(default_factory=list)
 
     def run(self, count: int, rounds: int = 4) -> None:
-        """Run `count` jobs, and measure after each of some rounds; the first one warms up."""
-        dice = random.Random(self.seed)
-        with Receiver(random.Random(self.seed + 1)) as self.receiver:
+        """Run `count` jobs in some rounds, and measure after each. The first one warms up."""
+        rng = random.Random(self.seed)
+        with FailingReceiver(random.Random(self.seed + 1)) as self.receiver:
             self.local = LocalWorker(
                 self.root,
-                settings=Settings(poison_dir=self.root / "pills"),
-                fake_sdxl=Brush(),
-                callback=Callback(self.receiver.callback_url, "secret", policy=HASTE),
-                storage=Store(self.root / "assets", random.Random(self.seed + 2)),
+                settings=Settings(poison_dir=self.root / "poison"),
+                fake_sdxl=FailingSdxl(),
+                callback=Callback(self.receiver.callback_url, "secret", policy=FAST_RETRIES),
+                storage=FailingStorage(self.root / "assets", random.Random(self.seed + 2)),
             )
-            with ThreadPoolExecutor(THREADS) as threads, ThreadPoolExecutor(THREADS) as twice:
-                self._twice = twice
+            shares = [*ODDS.values(), 1 - sum(ODDS.values())]
+            with ThreadPoolExecutor(THREADS) as threads, ThreadPoolExecutor(THREADS) as repeats:
+                self._repeats = repeats
                 for start in range(0, count, -(-count // rounds)):
                     jobs = range(start, min(count, start + -(-count // rounds)))
-                    wishes = [self._draw(dice) for _ in jobs]
-                    list(threads.map(self._one, jobs, wishes))
+                    faults = rng.choices([*ODDS, "nothing"], shares, k=len(jobs))
+                    list(threads.map(self._run_job, jobs, faults))
                     self.local.progress.clear()
-                    self.sizes.append(self._settled())
+                    self.sizes.append(Size.now())
 
-    def _settled(self) -> Size:
-        """The size once the watches of the last requests have seen that they are over."""
-        end = time.monotonic() + PATIENCE_S
-        while any("cut_when" in each.name for each in threading.enumerate()):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        return Size.now()
-
-    @staticmethod
-    def _draw(dice: random.Random) -> str:
-        (wish,) = dice.choices([*ODDS, "nothing"], [*ODDS.values(), 1 - sum(ODDS.values())])
-        return wish
-
-    def _one(self, number: int, wish: str) -> None:
+    def _run_job(self, number: int, fault: str) -> None:
         job, stop = f"job-{number}", Stop()
-        payload = sdxl_payload(id=job, prompt=wish)
-        match wish:
-            case "a payload that does not hold":
+        payload = sdxl_payload(id=job, prompt=fault)
+        match fault:
+            case "an invalid payload":
                 payload["config"] = {"num_images": 2}
             case "a text that the floor refuses":
                 payload["prompt"] = "nude child"
-            case "a reference that cannot be had":
+            case "a missing reference":
                 payload["metadata"] = {"reference_image_url": "user-1/none/0.png"}
             case "a stop":
                 threading.Timer(0.003, stop.set).start()
             case "a deadline":
                 threading.Timer(0.003, stop.set, (DeadlinePassed("the time is over"),)).start()
-        second = self._twice.submit(self.local.run, payload, Stop()) if "second" in wish else None
+        is_repeated = fault == "a second delivery"
+        second = self._repeats.submit(self.local.run, payload, Stop()) if is_repeated else None
         document = self.local.run(payload, stop)
         if second:
             second.result()
-        self._judge(job, wish, document, was_repeated=second is not None)
+        self._count(job, fault, document)
 
-    def _judge(self, job: str, wish: str, document: Document, was_repeated: bool) -> None:
+    def _count(self, job: str, fault: str, document: Document) -> None:
         code = document.failure.code if document.failure else "completed"
-        self.wishes[wish] += 1
+        self.faults[fault] += 1
         self.endings[code] += 1
-        taken = self.receiver.taken.pop(job, 0)
-        told = document.metadata.get("callback")
-        kept = bool(told) and (self.root / "assets" / told["kept"]).exists()
-        self.kept += kept
-        if not taken and not kept:
+        callbacks = self.receiver.accepted.pop(job, 0)
+        undelivered = document.metadata.get("callback") or {}
+        is_kept = bool(undelivered) and (self.root / "assets" / undelivered["kept"]).exists()
+        self.kept += is_kept
+        if not callbacks and not is_kept:
             self.lost.append(job)
-        if taken > 1 and not was_repeated:
-            self.doubled.append(job)
-        for home in ("user-1", "undelivered"):
-            shutil.rmtree(self.root / "assets" / home / job, ignore_errors=True)
+        if callbacks > 1 and fault != "a second delivery":
+            self.called_back_twice.append(job)
+        for folder in ("user-1", "undelivered"):
+            shutil.rmtree(self.root / "assets" / folder / job, ignore_errors=True)
 
 
 def report(soak: Soak, count: int) -> str:
@@ -215,7 +206,7 @@ def report(soak: Soak, count: int) -> str:
     rows = [
         ("jobs", count),
         ("lost", len(soak.lost)),
-        ("called back twice", len(soak.doubled)),
+        ("called back twice", len(soak.called_back_twice)),
         ("undelivered, kept", soak.kept),
         *((f"ended as `{code}`", n) for code, n in soak.endings.most_common()),
         ("threads", f"{first.threads} → {last.threads}"),

@@ -11,7 +11,7 @@ import pytest
 
 from ourvidz_serverless.delivery.callback import webhook_id
 from ourvidz_serverless.net.retries import Retry
-from tests.faults import DEPENDENCIES, Outcome, World, policy, world
+from tests.faults import RUNS, Dependencies, Outcome, policy, running_dependencies
 from tests.files import ROOT
 from tests.servers.broken_proxy import FAULTS, Fault
 from tests.servers.s3 import SeaweedServer
@@ -21,12 +21,12 @@ PAGE = ROOT / "docs/reliability.md"
 #: Faults that end quickly, so that the next try can succeed.
 PASSING: tuple[Fault, ...] = ("reset", "5xx", "garbage", "lost")
 
-STORES = [name for name in DEPENDENCIES if name.startswith("storage")]
+STORES = [name for name in RUNS if name.startswith("storage")]
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, s3: SeaweedServer) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("world"), s3) as running:
+def servers(tmp_path_factory: pytest.TempPathFactory, s3: SeaweedServer) -> Iterator[Dependencies]:
+    with running_dependencies(tmp_path_factory.mktemp("dependencies"), s3) as running:
         yield running
 
 
@@ -41,7 +41,7 @@ def promised() -> dict[tuple[str, str], int]:
 
 
 def test_the_reliability_page_has_every_dependency_with_every_fault() -> None:
-    assert set(promised()) == {(name, fault) for name in DEPENDENCIES for fault in FAULTS}
+    assert set(promised()) == {(name, fault) for name in RUNS for fault in FAULTS}
 
 
 def code(outcome: Outcome) -> str | None:
@@ -53,7 +53,7 @@ def code(outcome: Outcome) -> str | None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_reference_that_cannot_be_fetched_is_left_out_with_a_warning(
-    servers: World, fault: Fault
+    servers: Dependencies, fault: Fault
 ) -> None:
     outcome = servers.reference([fault], policy(fault))
 
@@ -64,7 +64,7 @@ def test_a_reference_that_cannot_be_fetched_is_left_out_with_a_warning(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_required_reference_that_cannot_be_fetched_fails_the_job(
-    servers: World, fault: Fault
+    servers: Dependencies, fault: Fault
 ) -> None:
     outcome = servers.reference([fault], policy(fault), required=True)
 
@@ -75,9 +75,9 @@ def test_a_required_reference_that_cannot_be_fetched_fails_the_job(
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("store", STORES)
 def test_an_asset_that_cannot_be_stored_fails_the_job(
-    servers: World, store: str, fault: Fault
+    servers: Dependencies, store: str, fault: Fault
 ) -> None:
-    outcome = DEPENDENCIES[store](servers, [fault], policy(fault))
+    outcome = RUNS[store](servers, [fault], policy(fault))
 
     assert outcome.tries == promised()[store, fault]
     assert (code(outcome), outcome.document.assets) == ("UPLOAD_ERROR", ())
@@ -87,7 +87,7 @@ def test_an_asset_that_cannot_be_stored_fails_the_job(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_document_that_cannot_be_delivered_is_kept_and_the_job_completes(
-    servers: World, fault: Fault
+    servers: Dependencies, fault: Fault
 ) -> None:
     outcome = servers.receiver([fault], policy(fault))
 
@@ -100,7 +100,7 @@ def test_a_document_that_cannot_be_delivered_is_kept_and_the_job_completes(
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("fail_open", "expected"), [(True, None), (False, "WORKER_UNAVAILABLE")])
 def test_a_job_that_cannot_be_counted_completes_only_if_the_limits_fail_open(
-    servers: World, fault: Fault, fail_open: bool, expected: str | None
+    servers: Dependencies, fault: Fault, fail_open: bool, expected: str | None
 ) -> None:
     outcome = servers.limits([fault], policy(fault), fail_open=fail_open)
 
@@ -113,7 +113,7 @@ def test_a_job_that_cannot_be_counted_completes_only_if_the_limits_fail_open(
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_reference_is_fetched_at_the_second_try(servers: World, fault: Fault) -> None:
+def test_a_reference_is_fetched_at_the_second_try(servers: Dependencies, fault: Fault) -> None:
     outcome = servers.reference([fault, "pass"], policy(fault))
 
     assert (code(outcome), outcome.document.metadata["reference_mode"]) == (None, "modify")
@@ -123,9 +123,9 @@ def test_a_reference_is_fetched_at_the_second_try(servers: World, fault: Fault) 
 @pytest.mark.parametrize("fault", PASSING)
 @pytest.mark.parametrize("store", STORES)
 def test_an_asset_is_stored_once_at_the_second_try(
-    servers: World, store: str, fault: Fault
+    servers: Dependencies, store: str, fault: Fault
 ) -> None:
-    outcome = DEPENDENCIES[store](servers, [fault, "pass"], policy(fault))
+    outcome = RUNS[store](servers, [fault, "pass"], policy(fault))
 
     assert code(outcome) is None
     assert sorted(outcome.seen) == ["user-1/job-1/0.png", "user-1/job-1/0.thumb.webp"]
@@ -134,7 +134,7 @@ def test_an_asset_is_stored_once_at_the_second_try(
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_document_is_delivered_at_the_second_try_under_the_same_id(
-    servers: World, fault: Fault
+    servers: Dependencies, fault: Fault
 ) -> None:
     outcome = servers.receiver([fault, "pass"], policy(fault))
 
@@ -147,7 +147,7 @@ def test_a_document_is_delivered_at_the_second_try_under_the_same_id(
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_job_is_counted_at_the_second_try(servers: World, fault: Fault) -> None:
+def test_a_job_is_counted_at_the_second_try(servers: Dependencies, fault: Fault) -> None:
     outcome = servers.limits([fault, "pass"], policy(fault))
 
     assert (code(outcome), outcome.audit["rate"]) == (None, "within")
@@ -158,11 +158,11 @@ def test_a_job_is_counted_at_the_second_try(servers: World, fault: Fault) -> Non
 # --- time ---
 
 
-@pytest.mark.parametrize("run", DEPENDENCIES.values(), ids=DEPENDENCIES.keys())
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 def test_a_host_that_answers_too_slowly_is_tried_again_within_its_time(
-    servers: World, run: Callable[..., Outcome]
+    servers: Dependencies, run: Callable[..., Outcome]
 ) -> None:
-    outcome = run(servers, ["drip", "pass"], policy("drip", patience_s=1.5))
+    outcome = run(servers, ["drip", "pass"], policy("drip", try_s=1.5))
 
     assert (code(outcome), outcome.document.status) == (None, "completed")
     assert outcome.tries >= 2

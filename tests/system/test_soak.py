@@ -25,13 +25,13 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soak:
 
 @pytest.mark.slow
 def test_no_job_is_lost_and_none_has_two_callbacks_in_a_soak(soaked: Soak) -> None:
-    assert (soaked.lost, soaked.doubled) == ([], [])
+    assert (soaked.lost, soaked.called_back_twice) == ([], [])
     assert sum(soaked.endings.values()) == JOBS
 
 
 @pytest.mark.slow
 def test_every_kind_of_fault_happens_in_a_soak(soaked: Soak) -> None:
-    assert set(soaked.wishes) == {*ODDS, "nothing"}
+    assert set(soaked.faults) == {*ODDS, "nothing"}
     assert soaked.kept > 0
     assert {"completed", "UPLOAD_ERROR", "CANCELLED", "TIMEOUT_ERROR"} <= set(soaked.endings)
 
@@ -49,4 +49,4 @@ def test_the_process_does_not_grow_in_a_soak(soaked: Soak) -> None:
 
 @pytest.mark.slow
 def test_no_poison_mark_is_left_after_a_soak(soaked: Soak) -> None:
-    assert list(Path(soaked.root / "pills").iterdir()) == []
+    assert list(Path(soaked.root / "poison").iterdir()) == []
