@@ -1,7 +1,7 @@
-"""What the content floor catches and where it errs: `python -m tests.measure_content_floor`.
+"""How many texts the content floor catches: `python -m tests.measure_content_floor`.
 
-Prints the tables of docs/content-floor.md. The disguises are made here, from plain phrases, so
-that the repository need not hold them.
+It prints the tables of docs/content-floor.md. The disguises are made here from plain phrases, so
+the repository does not contain disguised texts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PHRASES = [
 ]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LOOKS = {
+LOOK_ALIKES = {
     "Cyrillic": str.maketrans("aceiopsxyjh", "асеіорѕхујһ"),
     "Greek": str.maketrans("aionpuxt", "αιοηρυχτ"),
 }
 
 
 def between(sign: str) -> Callable[[str], str]:
-    """Puts a sign between the letters of each word, and leaves numbers alone."""
+    """A disguise that puts a sign between the letters of each word, but not of numbers."""
     return lambda text: " ".join(w if w.isdigit() else sign.join(w) for w in text.split())
 
 
@@ -72,8 +72,8 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "soft hyphens": between("\u00ad"),
     "tag characters": lambda text: "".join(chr(0xE0000 + ord(char)) for char in text),
     "combining marks": between("\u0336"),
-    "Cyrillic look-alikes": lambda text: text.translate(LOOKS["Cyrillic"]),
-    "Greek look-alikes": lambda text: text.translate(LOOKS["Greek"]),
+    "Cyrillic look-alikes": lambda text: text.translate(LOOK_ALIKES["Cyrillic"]),
+    "Greek look-alikes": lambda text: text.translate(LOOK_ALIKES["Greek"]),
     "full width": from_alphabet("\uff41"),
     "mathematical bold": from_alphabet("\U0001d41a"),
     "circled": from_alphabet("\u24d0"),
@@ -96,7 +96,7 @@ def groups() -> list[dict[str, Any]]:
 
 
 def verdicts(group: dict[str, Any]) -> list[content_floor.Verdict]:
-    """What the floor says of each text of a group, said by the group's role."""
+    """The floor's verdict on each text of a group, with the group's role."""
     adult, role = group["adult"], group.get("role", "user")
     return [content_floor.check(text, adult=adult, role=role) for text in group["texts"]]
 
@@ -106,13 +106,14 @@ def refused(group: dict[str, Any]) -> int:
 
 
 def rows(refuse: bool) -> Iterator[tuple[str, int, int]]:
-    """Of each group that should be refused, or should pass: its name, how many, how many are."""
+    """For each group of texts to refuse, or to let pass: its name, its texts, those refused."""
     for group in groups():
         if group["refuse"] is refuse:
             yield group["name"], len(group["texts"]), refused(group)
 
 
 def disguised() -> Iterator[tuple[str, int, int]]:
+    """For each disguise: its name, the phrases, those refused."""
     for name, disguise in DISGUISES.items():
         caught = sum(content_floor.check(disguise(phrase)).refused for phrase in PHRASES)
         yield name, len(PHRASES), caught

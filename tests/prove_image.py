@@ -1,11 +1,11 @@
-"""Prove a built image: what is in it, a job of its own, and that SIGTERM ends it.
+"""Check a built image: its content, one job, and that SIGTERM ends it.
 
     python -m tests.prove_image --image ourvidz:sdxl --family sdxl --engine docker
     python -m tests.prove_image --image localhost/ourvidz:chat --family chat --engine podman \\
         --volume $PWD/.cache/pocket_chat:/worker/.cache/pocket_chat:ro
 
-It prints what it saw and ends with an error at the first thing that does not hold. The containers
-run as they may in production: not as root, on a root file system that cannot be written.
+It prints what it finds, and exits with an error at the first check that fails. The containers run
+as they may in production: not as root, with a read-only root file system.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from builder.lock import OVERRIDES
 from tests.servers.handler import POCKET
 from tests.servers.runpod import Platform
 
-#: Jobs of some seconds on the pocket models, to be met in the middle.
-LONG: dict[str, dict[str, Any]] = {
+#: Jobs that take some seconds on the pocket models, so that SIGTERM comes while they run.
+LONG_JOBS: dict[str, dict[str, Any]] = {
     "sdxl": {
         "type": "sdxl_image_high",
         "prompt": "a red circle on a blue background",
@@ -48,8 +48,8 @@ LONG: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Asked of the Python in the image, which knows itself best.
-QUESTIONS = """
+#: Run by the Python in the image: prints what it finds there as JSON.
+INSPECTION = """
 import collections, importlib.metadata, importlib.util, json, os, pathlib, re, shutil, sys
 from packaging.requirements import Requirement
 def plain(name):
@@ -58,12 +58,12 @@ names = collections.Counter(
     plain(each.metadata["Name"]) for each in importlib.metadata.distributions()
 )
 def unmet(each):
-    for wish in map(Requirement, each.requires or ()):
-        if not wish.marker or wish.marker.evaluate({"extra": ""}):
-            if plain(wish.name) not in names:
-                yield str(wish)
-            elif not wish.specifier.contains(importlib.metadata.version(wish.name), True):
-                yield str(wish)
+    for required in map(Requirement, each.requires or ()):
+        if not required.marker or required.marker.evaluate({"extra": ""}):
+            if plain(required.name) not in names:
+                yield str(required)
+            elif not required.specifier.contains(importlib.metadata.version(required.name), True):
+                yield str(required)
 site = pathlib.Path(importlib.util.find_spec("torch").origin).parents[1]
 sources = [*site.rglob("*.py"), *pathlib.Path("ourvidz_serverless").rglob("*.py")]
 def is_compiled(path):
@@ -74,7 +74,7 @@ print(json.dumps({
     "uid": os.getuid(),
     "versions": {name: importlib.metadata.version(name) for name in
                  ("torch", "diffusers", "transformers", "runpod")},
-    "unmet": [wish for each in importlib.metadata.distributions() for wish in unmet(each)],
+    "unmet": [text for each in importlib.metadata.distributions() for text in unmet(each)],
     "twice": [name for name, count in names.items() if count > 1],
     "tools": [tool for tool in ("gcc", "cc", "make", "git") if shutil.which(tool)],
     "pip": "pip" in names,
@@ -86,8 +86,9 @@ print(json.dumps({
 }))
 """
 
-#: What lies beside the code; `.cache` is a mount of the proof's own.
 BILL = "sbom.cdx.json"
+
+#: The files and folders in /worker, besides `test_input*` and the mount `.cache`.
 WORKER = {
     "__pycache__",
     "NOTICE",
@@ -101,15 +102,15 @@ WORKER = {
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
-#: What other packages ask for and the lock files leave out on purpose.
+#: Packages that others require and that the lock files leave out on purpose.
 LEFT_OUT = {each.split(" ;")[0] for each in OVERRIDES if "never" in each}
 
-#: More than any of these jobs takes.
+#: Seconds; more than any of these jobs takes.
 GRACE_S = 300
 
 
 class Image:
-    """An image, and containers of it."""
+    """An image, and the containers that run it."""
 
     def __init__(self, args: argparse.Namespace, outputs: Path) -> None:
         self.name, self.family, self._engine = args.image, args.family, args.engine
@@ -127,7 +128,7 @@ class Image:
         return [self._engine, "run", "--rm", *self._options, *options, self.name]
 
     def run(self, *args: str, options: Sequence[str] = ()) -> str:
-        """What a container wrote to stdout, once it has ended well."""
+        """The standard output of a container. The container must exit with 0."""
         run = subprocess.run(
             [*self.command(*options), *args], stdout=subprocess.PIPE, text=True, timeout=600
         )
@@ -149,15 +150,16 @@ class Image:
             process.wait()
 
     def terminate(self, name: str) -> None:
-        """SIGTERM to PID 1, as the platform sends it."""
+        """Send SIGTERM to PID 1, as the platform does."""
         subprocess.run(
             [self._engine, "kill", "--signal=TERM", name], check=True, capture_output=True
         )
 
 
-def check(holds: Any, what: str) -> None:
-    if not holds:
-        sys.exit(f"does not hold: {what}")
+def check(is_true: Any, what: str) -> None:
+    """Exit with an error that says what was expected, unless it is true."""
+    if not is_true:
+        sys.exit(f"check failed: {what}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,16 +167,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--image", required=True)
-    parser.add_argument("--family", required=True, choices=LONG)
+    parser.add_argument("--family", required=True, choices=LONG_JOBS)
     parser.add_argument("--engine", default="docker")
-    parser.add_argument("--option", action="append", default=[], help="another one for `run`")
+    parser.add_argument("--option", action="append", default=[], help="another option of `run`")
     parser.add_argument("--volume", action="append", default=[])
-    parser.add_argument("--keep", type=Path, help="where the job's assets are to stay")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps the job's assets")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         outputs = (args.keep or Path(scratch)).resolve()
         outputs.mkdir(parents=True, exist_ok=True)
-        # The worker in the container is another user.
+        # The worker in the container has another user id.
         outputs.chmod(0o777)
         image = Image(args, outputs)
         show_layers(image.name, args.engine)
@@ -184,45 +186,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         prove_sigterm_while_loading(image)
         prove_sigterm(image, grace_s=0, status="failed")
         prove_sigterm(image, grace_s=GRACE_S, status="completed")
-    print(f"{image.name} holds")
+    print(f"{image.name}: every check passed")
 
 
 def show_layers(name: str, engine: str) -> None:
-    """The image's layers that have a size, the newest first."""
-    layers = ["history", "--format", "{{.Size}}\t{{.CreatedBy}}", name]
-    told = subprocess.run([engine, *layers], capture_output=True, text=True, check=True).stdout
-    for line in told.splitlines():
+    """Print the image's layers that have a size, the newest first."""
+    history = [engine, "history", "--format", "{{.Size}}\t{{.CreatedBy}}", name]
+    layers = subprocess.run(history, capture_output=True, text=True, check=True).stdout
+    for line in layers.splitlines():
         size, _, made_by = line.partition("\t")
         if not size.startswith("0"):
             print(f"  {size:>10}  {' '.join(made_by.split())[:80]}")
 
 
 def prove_content(image: Image) -> None:
-    """Code, packages and byte code, each once, and nothing that built them."""
-    told = json.loads(image.run("-c", QUESTIONS, options=["--entrypoint=/opt/venv/bin/python"]))
-    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-    print(f"  Python {told['python']}, uid {told['uid']}, {versions}")
-    check(told["uid"] == 10001, "the worker is not root")
-    check(not told["twice"], f"installed once: {told['twice']}")
-    unmet = [wish for wish in told["unmet"] if re.split(r"[^\w-]", wish)[0] not in LEFT_OUT]
-    check(not unmet, f"every package has what it requires: {unmet}")
-    check(not told["tools"] and not told["pip"], f"no build tools: {told['tools']}, pip")
-    check(len(told["not compiled"]) < 5, f"byte code, never stale: {told['not compiled'][:9]}")
-    others = {name for name in told["worker"] if name not in WORKER and name != ".cache"}
+    """Code, packages and byte code are there once; build tools and other files are not."""
+    found = json.loads(image.run("-c", INSPECTION, options=["--entrypoint=/opt/venv/bin/python"]))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    print(f"  Python {found['python']}, uid {found['uid']}, {versions}")
+    check(found["uid"] == 10001, "the worker is not root")
+    check(not found["twice"], f"every package is installed once, not: {found['twice']}")
+    unmet = [each for each in found["unmet"] if re.split(r"[^\w-]", each)[0] not in LEFT_OUT]
+    check(not unmet, f"every package has what it requires; missing: {unmet}")
+    check(not found["tools"] and not found["pip"], f"no build tools and no pip: {found['tools']}")
+    stale = found["not compiled"]
+    check(len(stale) < 5, f"modules have byte code that is never stale, not: {stale[:9]}")
+    others = {name for name in found["worker"] if name not in WORKER and name != ".cache"}
     check(all(name.startswith("test_input") for name in others), f"no other files: {others}")
     expected = {"FAMILIES": image.family, "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
-    check(told["env"] == expected, f"the environment: {told['env']}")
-    print(f"  {told['sources']} modules, not compiled: {told['not compiled'] or 'none'}")
+    check(found["env"] == expected, f"the environment is {expected}, not {found['env']}")
+    print(f"  {found['sources']} modules, not compiled: {stale or 'none'}")
 
 
 def prove_bill(image: Image, outputs: Path) -> None:
-    """The bill of materials names what was asked for, and more; it is kept beside the assets."""
+    """The bill of materials lists all requirements. A copy is written beside the job's assets."""
     text = image.run(
         "-c", f"print(open('{BILL}').read())", options=["--entrypoint=/opt/venv/bin/python"]
     )
     (outputs / BILL).write_text(text)
     components = json.loads(text)["components"]
-    # Another build of torch says so behind a plus.
+    # The version of another build of torch has a suffix after a plus.
     listed = {
         each["name"]: each["version"].partition("+")[0] for each in components if "version" in each
     }
@@ -234,38 +237,41 @@ def prove_bill(image: Image, outputs: Path) -> None:
 
 
 def prove_job(image: Image, outputs: Path) -> None:
-    """`docker run IMAGE` runs the family's test input."""
+    """`docker run IMAGE` completes the family's test input."""
     started = time.monotonic()
-    told = image.run()
+    output = image.run()
     took = time.monotonic() - started
-    document = json.loads(told[told.index("{\n") : told.rindex("\n}") + 2])
-    check(document["status"] == "completed", f"a job: {document}")
-    # A reply is an asset too, and its URL is the text itself.
+    document = json.loads(output[output.index("{\n") : output.rindex("\n}") + 2])
+    check(document["status"] == "completed", f"the job completes, not: {document}")
+    # A chat reply is an asset too, whose URL contains the text.
     assets = [asset["url"] for asset in document["assets"] if "data:" not in asset["url"]]
     for asset in assets:
-        check((outputs / asset).stat().st_size, f"{asset} is there")
+        check((outputs / asset).stat().st_size, f"{asset} is stored")
     seconds = document["metadata"]["processing_time"]
     print(f"  {document['job_id']}: {assets or 'a reply'}, {seconds} s of {took:.1f} s")
 
 
 def prove_sigterm_while_loading(image: Image) -> None:
-    """A container that still loads stops at once, not when the engine's patience ends."""
+    """SIGTERM stops a container at once while it loads, before the engine would kill it."""
     name = f"prove-{image.family}-loading"
     with Platform() as platform, image.running(name, **worker_env(platform)) as process:
         assert process.stdout
-        # The first words come from the libraries that load.
+        # The libraries print the first line while they load.
         process.stdout.readline()
         image.terminate(name)
         log, _ = process.communicate(timeout=60)
-        check(process.returncode == 0, f"SIGTERM while loading ends it well: {log[-2000:]}")
+        check(process.returncode == 0, f"exit 0 after SIGTERM while loading: {log[-2000:]}")
     print("  SIGTERM while loading: exit 0")
 
 
 def prove_sigterm(image: Image, *, grace_s: float, status: str) -> None:
-    """A job under way ends as the grace allows, its document is posted, and the container stops."""
+    """After SIGTERM the running job ends with `status`, by the grace that it has.
+
+    Its document is posted, and the container exits with 0.
+    """
     name = f"prove-{image.family}-{status}"
     with Platform() as platform:
-        job = platform.submit({"id": "long", "user_id": "user-1", **LONG[image.family]})
+        job = platform.submit({"id": "long", "user_id": "user-1", **LONG_JOBS[image.family]})
         env = worker_env(platform) | {"SHUTDOWN_GRACE_S": str(grace_s)}
         with image.running(name, **env) as process:
             platform.wait_until(
@@ -274,16 +280,16 @@ def prove_sigterm(image: Image, *, grace_s: float, status: str) -> None:
             image.terminate(name)
             platform.result(job, timeout=GRACE_S)
             log, _ = process.communicate(timeout=120)
-            check(process.returncode == 0, f"SIGTERM ends the container well: {log[-2000:]}")
-        told = platform.status(job)
-    ending = told["error"] if status == "failed" else told["output"]
-    check(told["status"] == status.upper(), f"the job {status}: {told}")
-    check(status == "completed" or "WORKER_UNAVAILABLE" in ending, f"the error: {ending}")
-    print(f"  SIGTERM in the middle, grace {grace_s} s: job {told['status']}, exit 0")
+            check(process.returncode == 0, f"exit 0 after SIGTERM: {log[-2000:]}")
+        ended = platform.status(job)
+    result = ended["error"] if status == "failed" else ended["output"]
+    check(ended["status"] == status.upper(), f"the job has {status}, not: {ended}")
+    check(status == "completed" or "WORKER_UNAVAILABLE" in result, f"the error, not: {result}")
+    print(f"  SIGTERM during a job, grace {grace_s} s: job {ended['status']}, exit 0")
 
 
 def worker_env(platform: Platform) -> dict[str, str]:
-    # A home that is not there: the SDK prefers a key in it to the one in the environment.
+    # A home without files: the SDK prefers a key in the home folder to the one in the environment.
     return {**platform.env(), **POCKET, "HOME": "/tmp"}
 
 

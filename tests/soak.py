@@ -1,8 +1,8 @@
-"""Thousands of small jobs with faults at random: `python -m tests.soak 10000`.
+"""Thousands of small jobs with random faults: `python -m tests.soak 10000`.
 
-Prints the table of docs/reliability.md. The store, the receiver, the model and the caller each
-fail now and then. Afterwards no job may be lost or called back twice, and the process must be as
-small as it was.
+It prints the table of docs/reliability.md. The storage, the callback receiver, the model and the
+caller each fail now and then. Afterwards no job may be lost or called back twice, and the process
+must be as small as before.
 """
 
 import gc
