@@ -1,7 +1,7 @@
 """The families: one record for each, with everything that the rest of the package knows of it.
 
 Nothing here imports torch: every worker knows every family, so that a job on the wrong endpoint is
-refused as WORKER_UNAVAILABLE. To add a family, write two modules and one row in `FAMILIES`:
+refused as WORKER_UNAVAILABLE. To add a family, write two modules and one row in `ROWS`:
 
 - `jobs/NAME.py` with `parse(payload, settings) -> Job`, `prepare(job, model, context)` and
   `run(job, model, references, context) -> outputs`. It imports no torch.

@@ -47,11 +47,15 @@ PHRASE_LENGTHS = range(1, 7)
 TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
 TAG = re.compile("[\U000e0020-\U000e007e]")
 
+# HTML references.
 AMPERSANDS = re.compile(r"&(?:amp;)+")
 ZEROS = re.compile(r"&#0+(?=\d)")
 HUGE_REFERENCE = re.compile(r"&#\d{8,}")  # no character; Python refuses to parse such a number
+
+# "niña" is also searched as "ninya".
 TILDE = re.compile("[ñÑ]|[nN]\u0303")
 
+# Numbers, and numbers that are ages.
 WEIGHT = re.compile(r":\s{0,2}\d{1,2}(?:\.\d{1,3})?\s{0,2}(?=[)\]>])")  # (word:1.2)
 THOUSANDS = re.compile(r"(?<=\d)[,.](?=\d{3}(?!\d))")
 DECIMALS = re.compile(r"(?<=\d)\.\d{1,2}(?!\d)")
@@ -60,6 +64,7 @@ SHORT_AGE = re.compile(r"(?<!\w)(\d{1,2})y(?!\w)")
 HAN = lexicon.HAN_DIGITS
 HAN_AGE = re.compile(rf"(?<![{HAN}两十百千])(?:[{HAN}两]|十[一二三四五六七]?)(?=[歳才岁歲])")
 
+# Words, and how they may be disguised.
 TOKEN = re.compile(r"[0-9]+|[ァ-ヺー]+|[^\W\d_ァ-ヺー]+|[,;.!?|\n。、，]")
 PAUSES = frozenset(",;.!?|\n。、，")
 IN_WORD = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_){1,3}(?=[^\W_])")
@@ -70,10 +75,7 @@ STRETCHED = re.compile(r"(.)\1\1")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether texts are refused, by which rule of which version of the list, and their signs.
-
-    The audit line holds rule and version.
-    """
+    """Whether texts are refused, by which rule of which version of the list, and their signs."""
 
     refused: bool
     rule: str | None
@@ -137,13 +139,14 @@ def _without_prohibitions(checked: CheckedText) -> str:
 
 
 def _readings(text: str) -> Iterator[Tokens]:
-    """Every way in which a text can be read, each as masked tokens."""
+    """Every way to read a text, as masked tokens; invisible tags are also read as letters."""
     yield from _visible_readings(text)
     if TAG.search(text):
         yield from _visible_readings(text.translate(TAGS))
 
 
 def _visible_readings(text: str) -> Iterator[Tokens]:
+    """The text as it is, without each disguise, and the words that were cut or glued."""
     unescaped = _unescape(text)
     plain = _plain_numbers(fold(unescaped))
     squeezed = IN_WORD.sub("", plain)
@@ -208,6 +211,7 @@ def _undisguised_word(chunk: str) -> str | None:
 
 
 def _known(word: str) -> str | None:
+    """The known word that a leet or stretched form stands for, if any."""
     # Digits and signs alone are no word: 455 is a number.
     is_leet = not word.isalpha() and any(map(str.isalpha, word))
     drawn = (word.translate(LEET) if is_leet else word).translate(SAME_STROKE)

@@ -38,7 +38,7 @@ MAX_TIMEOUT_S = 604_800
 class Envelope:
     """One event, read once: its job's type, id, user, key and callback URL.
 
-    An invalid field is None. `job` parses the payload at its first call.
+    A missing or invalid field is None. `job` parses the payload at its first call.
     """
 
     event: Mapping[str, Any] = field(repr=False)
