@@ -1,9 +1,9 @@
-"""A headless Chromium for the page's tests, out of a package of npm's.
+"""A headless Chromium for the page's tests, from a package of npm.
 
-    python -m builder.browser    unpacks it into .cache/chromium/: 70 MB to fetch, 210 unpacked
+    python -m builder.browser    unpacks it to .cache/chromium/ (70 MB to download, 210 unpacked)
 
-The package is built for machines that have nothing installed: it brings NSS and a font beside the
-browser. It is for Linux on x86-64; elsewhere `find` takes the Chromium or Chrome that is on PATH.
+The package is built for machines without desktop libraries: it includes NSS and a font. It is for
+Linux on x86-64. Elsewhere `find` takes the Chromium or Chrome on PATH.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGE = "@sparticuz/chromium@153.0.0"
 SHA256 = "20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0"
 ON_PATH = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-#: The package's own configuration names the folders of another machine.
+#: The package's own configuration has the paths of another machine.
 FONTS = """<?xml version="1.0"?>
 <!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><dir>{home}/fonts</dir><cachedir>{home}/font-cache</cachedir></fontconfig>
@@ -33,17 +33,17 @@ FONTS = """<?xml version="1.0"?>
 
 @dataclass(frozen=True, slots=True)
 class Browser:
-    """A program, and the variables it wants."""
+    """A browser's program, and the environment variables to run it with."""
 
     program: Path
     env: dict[str, str] = field(default_factory=dict)
 
-    #: Containers and CI run as root, for whom Chromium's sandbox does not start.
+    #: Containers and CI run as root. Chromium's sandbox does not start for root.
     arguments = ("--no-sandbox",)
 
 
 def find() -> Browser | None:
-    """The browser that was unpacked here, or one that is installed; None where there is neither."""
+    """The unpacked browser, else an installed one, else None."""
     if (HOME / "chromium").exists():
         env = {"LD_LIBRARY_PATH": f"{HOME}/al2023/lib", "FONTCONFIG_FILE": f"{HOME}/fonts.conf"}
         return Browser(HOME / "chromium", {**os.environ, **env})
@@ -52,7 +52,7 @@ def find() -> Browser | None:
 
 
 def main() -> None:
-    """Fetch and unpack it."""
+    """Download and unpack the browser."""
     if (sys.platform, os.uname().machine) != ("linux", "x86_64"):
         sys.exit(f"{PACKAGE} is for Linux on x86-64: the page's tests take the browser on PATH")
     if not shutil.which("npm"):
@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def unpack(package: bytes, home: Path) -> None:
-    """Lay out the package's parts; the program last, since it tells that all is there."""
+    """Unpack the package's parts. The program comes last: if it exists, all parts are there."""
     import brotli
 
     if hashlib.sha256(package).hexdigest() != SHA256:
-        sys.exit(f"{PACKAGE} is not what it was")
+        sys.exit(f"{PACKAGE} has another SHA-256 than expected")
     home.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(package)) as parts:
 

@@ -1,12 +1,13 @@
-"""The application's own payloads through `handler.py`, side by side on one picture.
+"""The application's payloads, rendered by `handler.py`, on one contact sheet.
 
-`python -m builder.contact_sheet` renders the kept payloads of `tests/payloads/` with the pocket
-SDXL, each in a process of its own as RunPod would run it, and writes `docs/images/`. References
-are pictures that earlier rows have stored. Takes a few minutes on two cores.
+`python -m builder.contact_sheet` renders the payloads of `tests/payloads/` with the pocket SDXL,
+each in its own process as RunPod runs it, and writes `docs/images/`. The reference is the picture
+of the first row. This takes a few minutes on two cores.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -24,9 +25,11 @@ SIDE = 256
 MARGIN = 16
 LABEL = 40
 
-#: Row by row: what it shows, the kept payload, and what is changed in it. Nothing but sizes, to
-#: spare two cores a megapixel, the words to draw, and where the references lie.
+#: The storage key of the reference picture.
 REFERENCE = "user-1/job-reference/0.png"
+
+#: For each row its label, the payload's name, and the changes to it: smaller sizes, other prompts,
+#: and the reference.
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "a reference: 'a blue square on a white background'",
@@ -78,6 +81,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for label, name, changes in tqdm(ROWS, unit="job"):
@@ -92,7 +96,7 @@ def main() -> None:
 
 
 def payload(name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """A kept payload with changes; those of `config` and `metadata` are merged in."""
+    """A payload of tests/payloads with changes. Those of `config` and `metadata` are merged."""
     kept: dict[str, Any] = json.loads((ROOT / f"tests/payloads/{name}.json").read_text())
     parts = {part: {**kept[part], **changes.get(part, {})} for part in ("config", "metadata")}
     return {**kept, **changes, **parts}
@@ -114,7 +118,7 @@ def run(job: dict[str, Any], storage: Path) -> dict[str, Any]:
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """All rows under one another, each picture at most `SIDE` pixels on its longer side."""
+    """All rows, one below the other. A picture's longer side has at most `SIDE` pixels."""
     columns = max(len(pictures) for _, pictures in rows)
     size = (
         MARGIN + columns * (SIDE + MARGIN),

@@ -1,12 +1,12 @@
-"""The contract's artefacts, written from the code that parses and answers.
+"""The contract's files, generated from the code that parses payloads and writes documents.
 
     python -m builder.contract            write contract/ and clients/typescript/types.ts
-    python -m builder.contract --check    fail where they are not what would be written
+    python -m builder.contract --check    fail if a file differs from what would be written
     python -m builder.contract --keep NAME FILE...
-                                          keep payloads, and what they mean today, for ever
+                                          keep payloads and their present meaning for ever
 
-What is kept under contract/kept/ is replayed by the tests: a change that refuses one of those
-payloads, or reads another meaning out of it, is seen.
+The tests parse the payloads under contract/kept/ again. A change that refuses one of them, or gives
+it another meaning, fails there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PICTURE = {
     "guidance_scale": 6.0,
     "file_size_bytes": 123456,
 }
-FILM = {
+VIDEO = {
     **PICTURE,
     "width": 480,
     "height": 832,
@@ -71,15 +71,15 @@ REPLY = {
         "prompt_tokens_reused": 0,
     },
 }
-SPOKEN = Asset(
+REPLY_ASSET = Asset(
     "text",
     "data:text/plain;charset=utf-8,Rain%20is%20water%20that%20falls.",
     None,
     {"batch_size": 1, "asset_index": 0, "format": "txt", "file_size_bytes": 25},
 )
 
-#: One document of each kind, as the worker would say it.
-ANSWERS = {
+#: One document of each kind, as the worker writes it.
+DOCUMENTS = {
     "completed": Document(
         "job-1",
         "worker-1",
@@ -91,10 +91,10 @@ ANSWERS = {
         "job-5",
         "worker-1",
         "completed",
-        (Asset("video", "user-1/job-5/0.mp4", "user-1/job-5/0.thumb.webp", FILM),),
-        {**FACTS, "frame_num": FILM["frame_num"], "fps": FILM["fps"]},
+        (Asset("video", "user-1/job-5/0.mp4", "user-1/job-5/0.thumb.webp", VIDEO),),
+        {**FACTS, "frame_num": VIDEO["frame_num"], "fps": VIDEO["fps"]},
     ),
-    "chat": Document("job-2", "worker-1", "completed", (SPOKEN,), FACTS, reply=REPLY),
+    "chat": Document("job-2", "worker-1", "completed", (REPLY_ASSET,), FACTS, reply=REPLY),
     "failed": Document(
         "job-3",
         "worker-1",
@@ -108,7 +108,7 @@ ANSWERS = {
 
 
 def main() -> None:
-    """Write, check or keep, as the command line says."""
+    """Write, check or keep, by the options of the command line."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--check", action="store_true")
     arguments.add_argument("--keep", metavar="NAME")
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def check() -> list[str]:
-    """The artefacts that are missing, or differ from what would be written, or are too many."""
+    """The files that are missing, outdated or superfluous."""
     wanted = artefacts()
     present = {*FOLDER.glob("*.json"), *FOLDER.glob("jobs/*"), *FOLDER.glob("examples/*.json")}
     stale = {path for path, text in wanted.items() if not path.exists() or path.read_text() != text}
@@ -134,16 +134,16 @@ def check() -> list[str]:
 
 
 def artefacts() -> dict[Path, str]:
-    """Every generated file's text."""
+    """The text of every generated file, by its path."""
     files = {FOLDER / "VERSION": f"{contract.VERSION}\n", TYPES: types()}
     for name, schema in contract.job_schemas().items():
         files[FOLDER / f"jobs/{name}.schema.json"] = _json(schema)
     for name, schema in {**contract.document_schemas(), "event": contract.event_schema()}.items():
         files[FOLDER / f"{name}.schema.json"] = _json(schema)
-    for name, document in ANSWERS.items():
+    for name, document in DOCUMENTS.items():
         files[FOLDER / f"examples/callback.{name}.json"] = _json(document.callback())
         if name != "processing":
-            # The SDK takes `error` out of what is returned, and shows it beside the output.
+            # The SDK moves `error` from the returned document to a place beside the output.
             shown = {key: value for key, value in document.result().items() if key != "error"}
             files[FOLDER / f"examples/result.{name}.json"] = _json(shown)
     files[FOLDER / "examples/delta.json"] = _json({"delta": "Rain is"})
@@ -179,7 +179,7 @@ def types() -> str:
 
 
 def keep(name: str, files: list[Path]) -> None:
-    """Freeze payloads under a name: `input` is what was sent, `means` what it is read as."""
+    """Keep payloads under a name: `input` is the payload, `means` its meaning."""
     for file in files:
         kept = FOLDER / "kept" / name / file.name
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -188,13 +188,13 @@ def keep(name: str, files: list[Path]) -> None:
 
 
 def meaning(payload: Mapping[str, Any]) -> Any:
-    """What a payload is read as: the job's fields, whatever names they came by."""
+    """The meaning of a payload: the fields of the parsed job, under their present names."""
     job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
     return json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str))
 
 
 def kept() -> Iterator[tuple[str, Any]]:
-    """Every kept payload with its meaning, under its name."""
+    """Every kept payload with its meaning, by name."""
     for file in sorted(FOLDER.glob("kept/*/*.json")):
         yield f"{file.parent.name}/{file.stem}", json.loads(file.read_text())
 

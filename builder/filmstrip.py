@@ -1,12 +1,13 @@
-"""Every reference mode of WAN through the worker, as filmstrips on one picture.
+"""Every reference mode of WAN, rendered by the worker, as filmstrips on one picture.
 
-`python -m builder.filmstrip` renders the kept payload of `video_fast` once a mode with the pocket
-WAN on a worker of its own, and writes `docs/images/wan-modes.png`. Frames with a border were given.
-Takes a minute or two.
+`python -m builder.filmstrip` renders the payload of `video_fast` once in each mode with the pocket
+WAN, and writes `docs/images/wan-modes.png`. Frames with a border are references. This takes a
+minute or two.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import random
@@ -34,14 +35,14 @@ SHOWN = 9
 MARGIN, LABEL, BORDER = 12, 26, 4
 SEED = 7
 
-#: What the references are taken from: the first and the last frame of this drawing, and its words.
+#: The references are the first and the last frame of this drawing. The prompt describes it.
 DRAWING = MovingDrawing("circle", "red", "blue", "right")
 PROMPT = "a red circle moving right on a blue background"
 
-#: A label, frames, and which of them were given.
+#: A label, its frames, and the indices of those that are references.
 Strip = tuple[str, list[Image.Image], tuple[int, ...]]
 
-#: Label, what `config` says beside, and which of the shown frames were given.
+#: Label, additional fields of `config`, and the indices of the shown frames that are references.
 MODES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("none", {}, ()),
     ("single, as a subject", {"image": "first", "single_mode": "subject"}, ()),
@@ -52,9 +53,10 @@ MODES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     drawn = moving_drawings.draw_video(DRAWING, FRAMES, SIDE, SIDE, random.Random(SEED))
     given = {"first": data_uri(drawn[0]), "last": data_uri(drawn[-1])}
-    strips: list[Strip] = [("as it was drawn: where the references come from", chosen(drawn), ())]
+    strips: list[Strip] = [("the drawing that the references come from", chosen(drawn), ())]
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker.of(Settings(families=("wan",), storage_url=f"file:{folder}"))
         for label, references, borders in tqdm(MODES, unit="video"):
@@ -66,10 +68,10 @@ def main() -> None:
 
 
 def rendered(worker: Worker, config: dict[str, Any], storage: Path) -> Pixels:
-    """The frames (frames, height, width, 3) of the kept payload with such a configuration."""
+    """The video (frames, height, width, 3) of the payload with these fields of `config`."""
     size = {"width": SIDE, "height": SIDE, "frames": FRAMES, "fps": FPS, "seed": SEED}
     size["num_inference_steps"] = STEPS
-    # The kept payload names the mode `none`; here the references decide.
+    # The payload has the mode `none`. Without it the references decide.
     changes = {
         "prompt": PROMPT,
         "config": {**size, **config},
@@ -88,13 +90,13 @@ def data_uri(pixels: Pixels) -> str:
 
 
 def chosen(video: Pixels) -> list[Image.Image]:
-    """Frames at even distances, the first and the last among them."""
+    """`SHOWN` frames at equal distances, with the first and the last."""
     places = np.linspace(0, len(video) - 1, SHOWN).round().astype(int)
     return [Image.fromarray(video[place]) for place in places]
 
 
 def sheet(strips: list[Strip]) -> Image.Image:
-    """All strips under one another, each under its label."""
+    """All strips, one below the other, each below its label."""
     side = SIDE * SCALE
     row = side + LABEL + MARGIN
     size = (MARGIN + SHOWN * (side + MARGIN), MARGIN + len(strips) * row)

@@ -1,13 +1,13 @@
-"""The lock files: every package that an image installs, at its version, with its hashes.
+"""Write the lock files: every package of an image, with its version and its hashes.
 
     python -m builder.lock              after a change of requirements.txt
-    python -m builder.lock --upgrade    and newer versions of what only other packages require
+    python -m builder.lock --upgrade    and newer versions of indirect requirements
 
-Three files, for Python 3.11 and 3.12 alike, made by `uv pip compile` from the package index that
-this machine is configured for. `requirements.torch.lock` holds torch as the index has it, built
-for CUDA, with the libraries that only this build needs; `requirements.lock` holds all the rest,
-which goes with any build of torch. `requirements-c2pa.lock` holds what requirements-c2pa.txt adds
-to both.
+There are three files, for Python 3.11 and 3.12. `uv pip compile` makes them from the package index
+that this machine is configured for. `requirements.torch.lock` has the index's build of torch, which
+is for CUDA, and the libraries that only this build needs. `requirements.lock` has all other
+packages, which work with any build of torch. `requirements-c2pa.lock` has the packages that
+requirements-c2pa.txt adds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCK, TORCH_LOCK = ROOT / "requirements.lock", ROOT / "requirements.torch.lock"
 C2PA_LOCK = ROOT / "requirements-c2pa.lock"
 LOCKS = (LOCK, TORCH_LOCK, C2PA_LOCK)
 
-#: torch, and what its build for CUDA alone requires.
+#: torch, and the packages that only its build for CUDA requires.
 OF_TORCH = re.compile(r"(torch|triton|cuda-\S+|nvidia-\S+)==")
 
 #: A requirement with its marker, and the hashes on the lines below it.
@@ -36,17 +36,17 @@ ENTRY = re.compile(r"^[a-z0-9].*\\\n(?:    --hash=.*\n)+", re.MULTILINE)
 OPTIONS = (
     *("--universal", "--python-version", "3.11"),
     *("--generate-hashes", "--no-header", "--no-annotate"),
-    # A lock names what is installed; whence is the machine's own affair.
+    # A lock has no package index: each machine has its own.
     *("--no-emit-index-url", "--no-emit-find-links"),
 )
 
-#: Packages that others require and no image imports: they are left out. An override replaces a
-#: requirement wherever it stands. `NEVER` is true on no system, so the lock omits these packages,
-#: and those that only they require.
+#: Packages that others require and no image imports are left out. An override replaces every
+#: requirement of a package. `NEVER` is true on no system, so the lock omits these packages, and
+#: those that only they require.
 NEVER = 'sys_platform == "never"'
 OVERRIDES = (
-    # runpod asks for `fastapi[all]`: a command line that talks to a cloud and to Sentry, mail
-    # addresses, forms, templates. The HTTP service needs none of them.
+    # runpod requires `fastapi[all]`, with a command line that uses a cloud service and Sentry, and
+    # with mail addresses, forms and templates. The HTTP service needs none of them.
     "fastapi",
     # runpod's command line, which manages pods from a terminal.
     f"inquirerpy ; {NEVER}",
@@ -78,7 +78,7 @@ def _write(path: Path, entries: Sequence[str]) -> None:
 
 
 def compiled(requirements: Sequence[Path], upgrade: bool) -> list[str]:
-    """The entries of one lock of all requirements; versions that are locked already stay."""
+    """The entries of one lock of all requirements. Without `upgrade` locked versions stay."""
     with tempfile.TemporaryDirectory() as folder:
         whole, overrides = Path(folder) / "whole.lock", Path(folder) / "overrides.txt"
         whole.write_text("".join(path.read_text() for path in LOCKS if path.exists()))
@@ -91,11 +91,11 @@ def compiled(requirements: Sequence[Path], upgrade: bool) -> list[str]:
 
 
 def entries_of(text: str) -> list[str]:
-    """The entries of a lock. Ends the program where one has no hashes, and names it."""
+    """The entries of a lock. Exits with an error that names an entry without hashes."""
     rest = ENTRY.sub("", text).splitlines()
     bare = [line for line in rest if line.strip() and not line.startswith("#")]
     if bare:
-        sys.exit(f"cannot lock, since there are no hashes of it: {bare[0]}")
+        sys.exit(f"cannot lock, since the index has no hashes of {bare[0]}")
     return ENTRY.findall(text)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the page in the docs: the real page, worker and pocket models, in a real browser.
+"""The docs' screenshots of the page: the real page, worker and pocket models, in a real browser.
 
 python -m builder.page_pictures    writes docs/images/page-picture.png and page-chat.png
 """
@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs/images"
 SIZE = {"width": 1180, "height": 700}
 
-#: As long as a slow machine may take for a job, in milliseconds.
-PATIENCE_MS = 400_000
+#: The longest time for a job on a slow machine, in milliseconds.
+TIMEOUT_MS = 400_000
 
 
 def main() -> None:
-    """Have a picture painted and a question answered, and keep what a person then sees."""
+    """Generate a picture and ask a question on the page, and take a screenshot of each."""
     found = browser.find()
     if found is None:
         sys.exit("no browser: python -m builder.browser fetches one")
@@ -37,15 +37,15 @@ def main() -> None:
             executable_path=found.program, args=list(found.arguments), env=dict(found.env)
         )
         page = chromium.new_page(viewport=SIZE)  # type: ignore[arg-type]
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.goto(url)
         page.wait_for_selector("#send:enabled")
-        take(page, "page-picture.png", paint)
+        take(page, "page-picture.png", generate_picture)
         take(page, "page-chat.png", ask)
         chromium.close()
 
 
-def paint(page: Page) -> None:
+def generate_picture(page: Page) -> None:
     page.select_option("#type", "sdxl_image_fast")
     page.select_option("[name='config.resolution']", "512x512")
     page.fill("[name='config.guidance_scale']", "6")
@@ -64,7 +64,7 @@ def ask(page: Page) -> None:
 
 
 def take(page: Page, name: str, act: Callable[[Page], None]) -> None:
-    """A screenshot in 256 colours, which this page has hardly more of."""
+    """Run `act` and save a screenshot in 256 colours. The page has hardly more."""
     act(page)
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         page.screenshot(path=file.name)
@@ -73,7 +73,7 @@ def take(page: Page, name: str, act: Callable[[Page], None]) -> None:
 
 @contextmanager
 def served() -> Iterator[str]:
-    """A worker for pictures and chat on its pocket models; its page's URL."""
+    """Run a worker for pictures and chat on the pocket models. The value is its page's URL."""
     with tempfile.TemporaryDirectory() as folder:
         env = {"SERVE": "http", "FAMILIES": "sdxl,chat", "HOST": "127.0.0.1", "PORT": "0"}
         process = subprocess.Popen(

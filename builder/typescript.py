@@ -1,4 +1,4 @@
-"""JSON Schema to TypeScript, as much of both as the contract uses."""
+"""JSON Schema to TypeScript, for the subset that the contract uses."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def interfaces(schema: Schema) -> dict[str, str]:
 def interface(name: str, schema: Schema) -> str:
     """One object as an exported interface.
 
-    The worker ignores keys that it does not know, except that here most would be slips of the pen:
-    only metadata, which is the application's own, and documents take any further key.
+    The worker ignores unknown keys. In the types most of them would be typing errors, so only
+    documents and metadata, which belongs to the application, accept further keys.
     """
     lines = [f"export interface {name} {{"]
     required = schema.get("required", ())
@@ -62,7 +62,7 @@ def type_of(schema: Schema) -> str:
 
 
 def union(types: Iterable[str]) -> str:
-    """Each of the types once, in order."""
+    """The union of the types, each of them once, in order."""
     return " | ".join(dict.fromkeys(types))
 
 
