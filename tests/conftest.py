@@ -1,8 +1,8 @@
-"""What many tests share."""
+"""Fixtures and settings that many tests share."""
 
 import os
 
-# Before torch is imported. On a shared machine two threads are slower than one.
+# This must precede the import of torch. On a shared machine two threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,11 +20,11 @@ from tests.servers.runpod import Platform
 from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver
 
-# A test begins as on a machine that is not RunPod's, wherever it runs.
+# Remove RunPod's variables, so that the tests run the same on a RunPod machine.
 for name in [name for name in os.environ if name.startswith("RUNPOD_")]:
     del os.environ[name]
 
-# How long an example takes says more about the machine than about us.
+# The time of an example depends on the machine, so it has no deadline.
 hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.fixture
 def local(tmp_path: Path) -> Callable[..., LocalWorker]:
-    """Builds a LocalWorker; keyword arguments replace its parts."""
+    """A function that builds a LocalWorker. Keyword arguments replace its parts."""
     return lambda **parts: LocalWorker(tmp_path / "assets", **parts)
 
 
@@ -67,7 +67,7 @@ def receiver() -> Iterator[CallbackReceiver]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A real browser; whoever has none skips, but on CI."""
+    """A real browser. Without one the test is skipped, and on CI it fails."""
     from playwright.sync_api import sync_playwright
 
     from builder import browser as builder
@@ -94,7 +94,7 @@ def sdxl() -> Any:
 
 @pytest.fixture(scope="session")
 def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """The settings of a WAN of random weights, which a test may have others of."""
+    """The settings for a WAN model of random weights."""
     from tests.fakes.tiny_wan import write_wan
 
     return write_wan(tmp_path_factory.mktemp("wan"))
@@ -102,7 +102,7 @@ def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="session")
 def wan(wan_settings: Settings) -> Any:
-    """That WAN, loaded as production loads a checkpoint. It has no enhancer."""
+    """The WAN model of `wan_settings`, loaded as in production. It has no enhancer."""
     from ourvidz_serverless.models.wan import loader as models
 
     return models.load(wan_settings)

@@ -6,5 +6,5 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAYLOADS = ROOT / "tests" / "payloads"
 
-#: The specification's own bodies and lists.
+#: The example bodies and the lists of the specification.
 SPECIFICATION = json.loads((ROOT / "tests/data/specification.json").read_text())

@@ -1,3 +1,3 @@
-"""How long a test waits for what has to come: so long that no slow machine is taken for a fault."""
+"""How long a test waits for an event, in seconds: long enough for a slow machine."""
 
 PATIENCE_S = 150.0

@@ -55,7 +55,7 @@ def worker(
 
 
 @pytest.fixture
-def shaky() -> Iterator[Platform]:
+def scripted() -> Iterator[Platform]:
     """A platform whose answers to `/run` can be scripted."""
     with Platform() as server:
         server.script_path = "/run"

@@ -14,7 +14,7 @@ import requests
 from builder.contract import FOLDER
 from ourvidz_serverless.serving.http.routes import LONG_REPLY_TOKENS
 from ourvidz_serverless.settings import Settings
-from tests.clients.test_redis_bridge import accepted, bridged, env_of, rest, wait_for
+from tests.clients.test_redis_bridge import accepted, bridged, env_of, rest, wait_for_jobs
 from tests.fakes.local_worker import chat_payload, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
@@ -139,14 +139,14 @@ def move(direction: str, rows: list[Any], env: dict[str, str]) -> list[Any]:
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
-    said: list[Any] = json.loads(done.stdout)
-    return said
+    printed: list[Any] = json.loads(done.stdout)
+    return printed
 
 
 def test_a_job_of_a_family_that_has_not_moved_goes_through_its_list_and_the_bridge(
-    shaky: Platform, rest_server: RedisRestServer
+    scripted: Platform, rest_server: RedisRestServer
 ) -> None:
-    env = env_of(shaky, rest(rest_server), MOVED_FAMILIES="chat")
+    env = env_of(scripted, rest(rest_server), MOVED_FAMILIES="chat")
     with edge_function("queue-job", **env) as function:
         picture = sdxl_payload(id="by-the-list")
         reply = chat_payload(id="moved")
@@ -155,43 +155,45 @@ def test_a_job_of_a_family_that_has_not_moved_goes_through_its_list_and_the_brid
             for job in (picture, reply)
         ]
     pushed = listed(rest_server, "sdxl_queue")
-    with bridged(shaky, rest(rest_server)):
-        wait_for(shaky, 1)
+    with bridged(scripted, rest(rest_server)):
+        wait_for_jobs(scripted, 1)
 
     # The application's pages read `jobId`.
     assert answers[0] == {"jobId": "by-the-list", "status": "queued"}
-    assert (answers[1]["jobId"], answers[1]["runpod"]["endpoint"]) == ("moved", "talk")
+    assert (answers[1]["jobId"], answers[1]["runpod"]["endpoint"]) == ("moved", "chats")
     assert pushed == [picture]
-    assert (accepted(shaky), accepted(shaky, "talk")) == (["by-the-list"], ["moved"])
+    assert (accepted(scripted), accepted(scripted, "chats")) == (["by-the-list"], ["moved"])
 
 
 def test_jobs_that_an_old_worker_left_behind_are_submitted_from_their_rows(
-    shaky: Platform, rest_server: RedisRestServer
+    scripted: Platform, rest_server: RedisRestServer
 ) -> None:
     kept = [json.loads(file.read_text())["input"] for file in sorted(FOLDER.glob("kept/*/*.json"))]
     rows = [{"payload": payload} for payload in kept]
 
-    names = move("to-endpoints", rows, env_of(shaky, rest(rest_server)))
+    names = move("to-endpoints", rows, env_of(scripted, rest(rest_server)))
 
-    assert [shaky.endpoint_of(name["id"]) for name in names] == [name["endpoint"] for name in names]
-    submitted = {job["input"]["id"] for name in names for job in shaky.queued(name["endpoint"])}
+    assert [scripted.endpoint_of(name["id"]) for name in names] == [
+        name["endpoint"] for name in names
+    ]
+    submitted = {job["input"]["id"] for name in names for job in scripted.queued(name["endpoint"])}
     assert {each.get("id") or each.get("job_id") for each in kept} - {None} <= submitted
 
 
 def test_jobs_that_have_not_ended_are_pushed_back_to_the_lists_in_order(
-    shaky: Platform, rest_server: RedisRestServer
+    scripted: Platform, rest_server: RedisRestServer
 ) -> None:
     payloads = [sdxl_payload(id=f"job-{number}") for number in range(3)]
-    names = [shaky.submit(payload, endpoint="pictures") for payload in payloads]
-    shaky.cancel(names[1])
+    names = [scripted.submit(payload, endpoint="pictures") for payload in payloads]
+    scripted.cancel(names[1])
     rows = [
         {"payload": payload, "runpod": {"endpoint": "pictures", "id": name}}
         for payload, name in zip(payloads, names, strict=True)
     ]
     rows.append({"payload": sdxl_payload(id="still-in-its-list")})
 
-    returned = move("to-lists", rows, env_of(shaky, rest(rest_server)))
+    returned = move("to-lists", rows, env_of(scripted, rest(rest_server)))
 
     assert returned == ["job-0", "job-2"]
     assert listed(rest_server, "sdxl_queue") == [payloads[0], payloads[2]]
-    assert shaky.queued("pictures") == []
+    assert scripted.queued("pictures") == []

@@ -12,13 +12,13 @@ from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
 from ourvidz_serverless.jobs.envelope import SYNONYMS
 from ourvidz_serverless.net.retries import Fault, Retry
-from tests.clients.spoken import DOCUMENT, PIECES, Spoken
+from tests.clients.streaming_platform import DOCUMENT, PIECES, StreamingPlatform
 from tests.fakes.local_worker import chat_payload, sdxl_payload
 from tests.servers.local_server import Answer
 from tests.servers.runpod import Platform
 
 #: Endpoints without workers: jobs stay in the queue.
-EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
+EMPTY = {"sdxl": "pictures", "chat": "chats", "wan": "videos"}
 QUICK = Retry(tries=4, base_s=0.01, max_s=0.05)
 
 
@@ -47,7 +47,7 @@ def test_a_job_type_goes_to_its_familys_endpoint(platform: Platform, name: str) 
 def test_an_admin_job_goes_to_its_targets_endpoint(platform: Platform) -> None:
     payload = {"type": "admin_utilities", "config": {"target_worker": "wan_worker"}}
 
-    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "films"
+    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "videos"
 
 
 def test_an_admin_job_may_have_its_target_outside_its_config(
@@ -55,15 +55,15 @@ def test_an_admin_job_may_have_its_target_outside_its_config(
 ) -> None:
     payload = {"job_type": "admin_utilities", "target_worker": "chat_worker"}
 
-    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "talk"
+    assert client(platform, endpoints=EMPTY).submit(payload).endpoint == "chats"
 
 
 def test_an_admin_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
-    endpoints = {"sdxl": "", "chat": "talk"}
+    endpoints = {"sdxl": "", "chat": "chats"}
 
     job = client(platform, endpoints=endpoints).submit({"type": "admin_utilities"})
 
-    assert job.endpoint == "talk"
+    assert job.endpoint == "chats"
 
 
 @pytest.mark.parametrize(
@@ -184,46 +184,46 @@ def test_health_is_returned_by_endpoint(platform: Platform) -> None:
 @pytest.mark.parametrize(
     "steps", [[429], [503, 502], ["reset"], [(429, {"Retry-After": "1"}), 500]]
 )
-def test_a_transient_failure_is_tried_again(shaky: Platform, steps: list[Any]) -> None:
-    shaky.script(steps)
+def test_a_transient_failure_is_tried_again(scripted: Platform, steps: list[Any]) -> None:
+    scripted.script(steps)
 
-    job = client(shaky).submit(chat_payload())
+    job = client(scripted).submit(chat_payload())
 
-    assert [queued["id"] for queued in shaky.queued()] == [job.id]
+    assert [queued["id"] for queued in scripted.queued()] == [job.id]
 
 
 @pytest.mark.parametrize(("status", "tries"), [(400, 1), (401, 1), (503, 4), (429, 4)])
 def test_a_failure_that_does_not_end_is_raised_after_its_tries(
-    shaky: Platform, status: int, tries: int
+    scripted: Platform, status: int, tries: int
 ) -> None:
-    shaky.script([status] * 4)
+    scripted.script([status] * 4)
 
     with pytest.raises(Fault) as fault:
-        client(shaky).submit(chat_payload())
+        client(scripted).submit(chat_payload())
 
     assert fault.value.status == status
-    assert len(shaky.script_left) == 4 - tries
+    assert len(scripted.script_left) == 4 - tries
 
 
-def test_a_job_without_an_id_gets_one_before_it_is_sent(shaky: Platform) -> None:
+def test_a_job_without_an_id_gets_one_before_it_is_sent(scripted: Platform) -> None:
     payload = chat_payload()
     del payload["id"]
 
-    client(shaky).submit(payload)
+    client(scripted).submit(payload)
 
-    assert shaky.queued()[0]["input"]["id"]
+    assert scripted.queued()[0]["input"]["id"]
 
 
 # --- polls ---
 
 
 @pytest.fixture
-def spoken() -> Iterator[Spoken]:
-    with Spoken(hold=0.05) as server:
+def streaming_platform() -> Iterator[StreamingPlatform]:
+    with StreamingPlatform(hold=0.05) as server:
         yield server
 
 
-def told(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
+def read_stream(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
     """The pieces of a stream, and the document at its end."""
     stream, pieces = job.stream(**options), []
     while True:
@@ -234,64 +234,70 @@ def told(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
 
 
 #: A proxy's answer that ends too soon, although its length is right.
-HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
+TRUNCATED = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application/json"})
 
 
 @pytest.mark.parametrize(
     "steps",
-    [["cut"], [HALF], [Answer(200, b"{}")], [Answer(200, b"[]")], [503] * 5],
+    [["cut"], [TRUNCATED], [Answer(200, b"{}")], [Answer(200, b"[]")], [503] * 5],
     ids=["cut", "half a document", "empty", "a list", "an outage longer than a request's tries"],
 )
 def test_a_job_is_polled_again_after_an_answer_that_failed(
-    spoken: Spoken, steps: list[Any]
+    streaming_platform: StreamingPlatform, steps: list[Any]
 ) -> None:
-    job = client(spoken).job("local", spoken.done())
-    spoken.script_path = "/status/"
-    spoken.script(steps)
+    job = client(streaming_platform).job("local", streaming_platform.completed_job())
+    streaming_platform.script_path = "/status/"
+    streaming_platform.script(steps)
 
     assert job.result() == DOCUMENT
-    assert spoken.script_left == []
+    assert streaming_platform.script_left == []
 
 
-def test_a_poll_that_is_refused_is_not_tried_again(spoken: Spoken) -> None:
+def test_a_poll_that_is_refused_is_not_tried_again(streaming_platform: StreamingPlatform) -> None:
     with pytest.raises(Fault, match="HTTP 404"):
-        client(spoken).job("local", "forgotten").result()
+        client(streaming_platform).job("local", "forgotten").result()
 
 
 def test_the_stream_of_a_job_that_waits_in_its_queue_ends_when_the_time_is_over(
-    spoken: Spoken,
+    streaming_platform: StreamingPlatform,
 ) -> None:
-    job = client(spoken).submit(chat_payload())
+    job = client(streaming_platform).submit(chat_payload())
 
     with pytest.raises(errors.DeadlinePassed, match=r"still under way after 0\.05 seconds"):
-        told(job, timeout_s=0.05)
+        read_stream(job, timeout_s=0.05)
 
 
-def test_a_platform_that_does_not_answer_until_the_time_is_over_is_reported(spoken: Spoken) -> None:
-    job = client(spoken).job("local", spoken.done())
-    spoken.script_path = "/status/"
-    spoken.script([503] * 9)
+def test_a_platform_that_does_not_answer_until_the_time_is_over_is_reported(
+    streaming_platform: StreamingPlatform,
+) -> None:
+    job = client(streaming_platform).job("local", streaming_platform.completed_job())
+    streaming_platform.script_path = "/status/"
+    streaming_platform.script([503] * 9)
 
     with pytest.raises(Fault, match="HTTP 503"):
         job.result(timeout_s=0.05)
 
 
-def test_without_a_lost_answer_a_stream_has_the_pieces_of_the_reply(spoken: Spoken) -> None:
-    job = client(spoken).job("local", spoken.done())
+def test_without_a_lost_answer_a_stream_has_the_pieces_of_the_reply(
+    streaming_platform: StreamingPlatform,
+) -> None:
+    job = client(streaming_platform).job("local", streaming_platform.completed_job())
 
-    assert told(job) == (PIECES, DOCUMENT)
+    assert read_stream(job) == (PIECES, DOCUMENT)
 
 
-def test_the_pieces_of_a_lost_answer_come_at_the_end_of_the_stream(spoken: Spoken) -> None:
-    job = client(spoken).job("local", spoken.done())
-    spoken.script_path = "/stream/"
-    spoken.script([200, "cut"])
+def test_the_pieces_of_a_lost_answer_come_at_the_end_of_the_stream(
+    streaming_platform: StreamingPlatform,
+) -> None:
+    job = client(streaming_platform).job("local", streaming_platform.completed_job())
+    streaming_platform.script_path = "/stream/"
+    streaming_platform.script([200, "cut"])
 
-    assert told(job) == ([PIECES[0], "".join(PIECES[1:])], DOCUMENT)
+    assert read_stream(job) == ([PIECES[0], "".join(PIECES[1:])], DOCUMENT)
 
 
 @pytest.mark.parametrize(("way", "wait"), [("run", "timeout_s"), ("runsync", "wait_s")])
-def test_a_jobs_own_bucket_is_sent_as_s3_config(shaky: Platform, way: str, wait: str) -> None:
+def test_a_jobs_own_bucket_is_sent_as_s3_config(scripted: Platform, way: str, wait: str) -> None:
     bucket = {
         "accessId": "a",
         "accessSecret": "s",
@@ -300,9 +306,9 @@ def test_a_jobs_own_bucket_is_sent_as_s3_config(shaky: Platform, way: str, wait:
     }
 
     with pytest.raises(errors.DeadlinePassed):
-        getattr(client(shaky), way)(chat_payload(), s3_config=bucket, **{wait: 0.001})
+        getattr(client(scripted), way)(chat_payload(), s3_config=bucket, **{wait: 0.001})
 
-    assert shaky.queued()[0]["s3Config"] == bucket
+    assert scripted.queued()[0]["s3Config"] == bucket
 
 
 # --- reading answers ---

@@ -30,7 +30,7 @@ from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
 #: Endpoints without workers: jobs stay in the queue.
-ENDPOINTS = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
+ENDPOINTS = {"sdxl": "pictures", "chat": "chats", "wan": "videos"}
 QUEUE = "sdxl_queue"
 
 
@@ -53,7 +53,7 @@ def rest_server(redis: RedisServer) -> Iterator[RedisRestServer]:
 
 
 @pytest.fixture(params=["plain", "rest"])
-def place(
+def redis_settings(
     request: pytest.FixtureRequest, redis: RedisServer, rest_server: RedisRestServer
 ) -> dict[str, str]:
     """The settings that name the Redis."""
@@ -71,7 +71,7 @@ def rest(rest_server: RedisRestServer) -> dict[str, str]:
     }
 
 
-def env_of(platform: Platform, place: dict[str, str], **changes: str) -> dict[str, str]:
+def env_of(platform: Platform, redis_settings: dict[str, str], **changes: str) -> dict[str, str]:
     ids = {f"{family.upper()}_ENDPOINT_ID": name for family, name in ENDPOINTS.items()}
     env = {
         "RUNPOD_API_KEY": platform.caller_key,
@@ -79,19 +79,21 @@ def env_of(platform: Platform, place: dict[str, str], **changes: str) -> dict[st
         "BRIDGE_POLL_S": "0.05",
         "WORKER_API_KEY": "worker-key",
     }
-    return {**env, **ids, **place, **changes}
+    return {**env, **ids, **redis_settings, **changes}
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = Retry(tries=redis_bridge.OUTAGE_RETRY.tries, base_s=0.01, max_s=0.05)
-    monkeypatch.setattr(redis_bridge, "OUTAGE_RETRY", patient)
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Retry(tries=redis_bridge.OUTAGE_RETRY.tries, base_s=0.01, max_s=0.05)
+    monkeypatch.setattr(redis_bridge, "OUTAGE_RETRY", fast)
 
 
 @contextmanager
-def bridged(platform: Platform, place: dict[str, str], **changes: str) -> Iterator[Bridge]:
-    """A bridge in a thread of this process, which ends with the block."""
-    env = {name.lower(): value for name, value in env_of(platform, place, **changes).items()}
+def bridged(platform: Platform, redis_settings: dict[str, str], **changes: str) -> Iterator[Bridge]:
+    """A bridge in a thread of this process. It ends with the block."""
+    env = {
+        name.lower(): value for name, value in env_of(platform, redis_settings, **changes).items()
+    }
     running = Bridge.of(Settings(**env))  # type: ignore[arg-type]
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -103,8 +105,8 @@ def bridged(platform: Platform, place: dict[str, str], **changes: str) -> Iterat
         assert not thread.is_alive()
 
 
-def process(platform: Platform, place: dict[str, str], **changes: str) -> WorkerProcess:
-    env = env_of(platform, place, **changes)
+def process(platform: Platform, redis_settings: dict[str, str], **changes: str) -> WorkerProcess:
+    env = env_of(platform, redis_settings, **changes)
     return WorkerProcess(None, "-m", env=env, cwd=ROOT, args=["ourvidz_serverless", "bridge"])
 
 
@@ -121,18 +123,18 @@ def accepted(platform: Platform, endpoint: str = "pictures") -> list[str]:
     return [job["input"]["id"] for job in platform.queued(endpoint)]
 
 
-def wait_for(platform: Platform, count: int, endpoint: str = "pictures") -> None:
+def wait_for_jobs(platform: Platform, count: int, endpoint: str = "pictures") -> None:
     what = f"{count} jobs at {endpoint}"
     platform.wait_until(lambda: len(platform.queued(endpoint)) >= count, what=what)
 
 
-def left(redis: RedisServer, *parts: str) -> list[str]:
-    """The ids that are in a list, left to right."""
+def listed_ids(redis: RedisServer, *parts: str) -> list[str]:
+    """The ids of the jobs in a list, left to right."""
     items = redis.call("LRANGE", ":".join((QUEUE, *parts)), "0", "-1")
     return [json.loads(item)["id"] for item in items]
 
 
-def named(*numbers: int) -> list[str]:
+def job_ids(*numbers: int) -> list[str]:
     return [f"job-{number}" for number in numbers]
 
 
@@ -141,53 +143,53 @@ def named(*numbers: int) -> list[str]:
 
 @pytest.mark.parametrize(("command", "end"), [("LPUSH", "right"), ("RPUSH", "left")])
 def test_jobs_leave_a_list_in_the_order_in_which_they_were_pushed(
-    redis: RedisServer, shaky: Platform, place: dict[str, str], command: str, end: str
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str], command: str, end: str
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4, 5), command=command)
 
-    with bridged(shaky, place, BRIDGE_TAKE_FROM=end):
-        wait_for(shaky, 5)
+    with bridged(scripted, redis_settings, BRIDGE_TAKE_FROM=end):
+        wait_for_jobs(scripted, 5)
 
-    assert accepted(shaky) == named(1, 2, 3, 4, 5)
-    assert left(redis) == left(redis, "processing") == left(redis, "dead") == []
+    assert accepted(scripted) == job_ids(1, 2, 3, 4, 5)
+    assert listed_ids(redis) == listed_ids(redis, "processing") == listed_ids(redis, "dead") == []
 
 
 def test_jobs_that_are_pushed_while_the_bridge_runs_are_submitted_in_order(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
-    with bridged(shaky, place):
+    with bridged(scripted, redis_settings):
         push(redis, *pictures(1, 2))
-        wait_for(shaky, 2)
+        wait_for_jobs(scripted, 2)
         push(redis, *pictures(3))
-        wait_for(shaky, 3)
+        wait_for_jobs(scripted, 3)
 
-    (first, *_) = shaky.queued("pictures")
-    assert accepted(shaky) == named(1, 2, 3)
+    (first, *_) = scripted.queued("pictures")
+    assert accepted(scripted) == job_ids(1, 2, 3)
     assert first["input"] == {**sdxl_payload(id="job-1"), "api_key": "worker-key"}
 
 
 def test_each_list_goes_to_the_endpoint_of_the_jobs_family(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, sdxl_payload(), queue="sdxl_queue")
     push(redis, chat_payload(), queue="chat_queue")
     push(redis, wan_payload(type="wan_video_fast"), queue="wan_queue")
 
-    with bridged(shaky, place):
+    with bridged(scripted, redis_settings):
         for endpoint in ENDPOINTS.values():
-            wait_for(shaky, 1, endpoint)
+            wait_for_jobs(scripted, 1, endpoint)
 
 
 def test_lists_may_have_other_names(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, *pictures(1), queue="one")
     push(redis, *pictures(2), queue="other")
 
-    with bridged(shaky, place, BRIDGE_QUEUES="one, other"):
-        wait_for(shaky, 2)
+    with bridged(scripted, redis_settings, BRIDGE_QUEUES="one, other"):
+        wait_for_jobs(scripted, 2)
 
-    assert sorted(accepted(shaky)) == named(1, 2)
+    assert sorted(accepted(scripted)) == job_ids(1, 2)
 
 
 # --- as the application pushes ---
@@ -212,17 +214,20 @@ def compact(value: Any) -> str:
 
 
 def test_items_as_queue_job_pushes_them_are_submitted_first_in_first_out(
-    redis: RedisServer, rest_server: RedisRestServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer,
+    rest_server: RedisRestServer,
+    scripted: Platform,
+    redis_settings: dict[str, str],
 ) -> None:
     pushed = pictures(1, 2, 3)
     for payload in pushed:
         as_the_application_pushes(rest_server, payload)
     (item, *_) = redis.call("LRANGE", QUEUE, "0", "-1")
 
-    with bridged(shaky, place):
-        wait_for(shaky, 3)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 3)
 
-    inputs = [job["input"] for job in shaky.queued("pictures")]
+    inputs = [job["input"] for job in scripted.queued("pictures")]
     assert item == compact([compact(pushed[0])])
     assert inputs == [{**payload, "api_key": "worker-key"} for payload in pushed]
     assert redis.call("KEYS", f"{QUEUE}*") == []
@@ -238,58 +243,58 @@ def test_a_list_of_one_job_is_that_job(wrap: Callable[[Any], Any]) -> None:
 # --- nothing is lost ---
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("fast_retries")
 @pytest.mark.parametrize(
     "steps", [[503, 502, 500], [(429, {"Retry-After": "0"}), 408], ["reset", "reset"], [401, 404]]
 )
 def test_the_bridge_waits_until_an_outage_of_the_platform_ends(
-    redis: RedisServer, shaky: Platform, place: dict[str, str], steps: list[Any]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str], steps: list[Any]
 ) -> None:
     push(redis, *pictures(1, 2, 3))
-    shaky.script([200, *steps])
+    scripted.script([200, *steps])
 
-    with bridged(shaky, place):
-        wait_for(shaky, 3)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 3)
 
-    assert accepted(shaky) == named(1, 2, 3)
-    assert left(redis, "dead") == []
+    assert accepted(scripted) == job_ids(1, 2, 3)
+    assert listed_ids(redis, "dead") == []
 
 
 def test_an_outage_of_one_endpoint_does_not_delay_another(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
-    shaky.script_path = "/pictures/run"
-    shaky.script([503] * 1000)
+    scripted.script_path = "/pictures/run"
+    scripted.script([503] * 1000)
     push(redis, *pictures(1))
     push(redis, *[chat_payload(id=f"talk-{i}") for i in range(5)], queue="chat_queue")
 
-    with bridged(shaky, place):
-        wait_for(shaky, 5, "talk")
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 5, "chats")
 
-    assert left(redis) == named(1)
+    assert listed_ids(redis) == job_ids(1)
 
 
 def test_an_outage_that_outlasts_the_process_leaves_the_list_as_it_was(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, *pictures(1, 2, 3))
-    shaky.script([200, *[503] * 1000])
+    scripted.script([200, *[503] * 1000])
 
-    with bridged(shaky, place):
-        shaky.wait_until(lambda: len(shaky.script_left) < 1000)
+    with bridged(scripted, redis_settings):
+        scripted.wait_until(lambda: len(scripted.script_left) < 1000)
 
-    assert accepted(shaky) == named(1)
-    assert left(redis) == named(2, 3)
-    assert left(redis, "processing") == []
+    assert accepted(scripted) == job_ids(1)
+    assert listed_ids(redis) == job_ids(2, 3)
+    assert listed_ids(redis, "processing") == []
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("fast_retries")
 @pytest.mark.parametrize("misbehaviour", ["slow", "reset", 503])
 @pytest.mark.parametrize("at", range(4))
 def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
     redis: RedisServer,
     rest_server: RedisRestServer,
-    shaky: Platform,
+    scripted: Platform,
     monkeypatch: pytest.MonkeyPatch,
     misbehaviour: str | int,
     at: int,
@@ -299,11 +304,11 @@ def test_an_answer_of_redis_that_is_lost_loses_no_job_and_no_order(
     push(redis, *pictures(1, 2, 3))
     rest_server.script([*[200] * at, misbehaviour])
 
-    with bridged(shaky, rest(rest_server), BRIDGE_QUEUES=QUEUE):
-        wait_for(shaky, 3)
+    with bridged(scripted, rest(rest_server), BRIDGE_QUEUES=QUEUE):
+        wait_for_jobs(scripted, 3)
 
-    assert list(dict.fromkeys(accepted(shaky))) == named(1, 2, 3)
-    assert left(redis) == left(redis, "processing") == []
+    assert list(dict.fromkeys(accepted(scripted))) == job_ids(1, 2, 3)
+    assert listed_ids(redis) == listed_ids(redis, "processing") == []
 
 
 #: Commands that make a real Redis refuse changes of a list, and commands that end that.
@@ -325,12 +330,12 @@ def wait_for_error(redis: RedisServer, kind: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("fast_retries")
 @pytest.mark.parametrize("kind", FAILOVERS)
 def test_the_bridge_waits_while_redis_refuses_commands_for_a_time(
     redis: RedisServer,
-    shaky: Platform,
-    place: dict[str, str],
+    scripted: Platform,
+    redis_settings: dict[str, str],
     kind: str,
 ) -> None:
     begins, ends = FAILOVERS[kind]
@@ -338,20 +343,20 @@ def test_the_bridge_waits_while_redis_refuses_commands_for_a_time(
     redis.call("CONFIG", "RESETSTAT")
     redis.call(*begins)
     try:
-        with bridged(shaky, place, BRIDGE_QUEUES=QUEUE):
+        with bridged(scripted, redis_settings, BRIDGE_QUEUES=QUEUE):
             wait_for_error(redis, kind)
             redis.call(*ends)
-            wait_for(shaky, 3)
+            wait_for_jobs(scripted, 3)
     finally:
         redis.call(*ends)
 
-    assert accepted(shaky) == named(1, 2, 3)
-    assert left(redis) == left(redis, "processing") == []
+    assert accepted(scripted) == job_ids(1, 2, 3)
+    assert listed_ids(redis) == listed_ids(redis, "processing") == []
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("fast_retries")
 def test_a_failover_to_another_server_of_the_same_name_is_followed(
-    redis: RedisServer, shaky: Platform, tmp_path: Path
+    redis: RedisServer, scripted: Platform, tmp_path: Path
 ) -> None:
     name = tmp_path / "redis.sock"
     name.symlink_to(redis.socket)
@@ -393,10 +398,10 @@ def test_a_failover_to_another_server_of_the_same_name_is_followed(
     ],
 )
 def test_errors_of_redis_that_end_by_themselves_are_transient_and_others_are_not(
-    rest_server: RedisRestServer, place: dict[str, str], said: str, passes: bool
+    rest_server: RedisRestServer, redis_settings: dict[str, str], said: str, passes: bool
 ) -> None:
     opened = redis_bridge.open_redis(
-        Settings(**{name.lower(): value for name, value in place.items()})
+        Settings(**{name.lower(): value for name, value in redis_settings.items()})
     )
 
     with pytest.raises(Fault) as refused:
@@ -422,48 +427,48 @@ def test_an_error_of_upstash_for_the_request_is_read(
 
 
 def test_a_bridge_that_is_killed_after_the_platform_accepted_a_job_submits_it_again(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4))
-    shaky.slow_seconds = 60
-    shaky.script([200, "slow"])
-    with process(shaky, place) as killed:
-        wait_for(shaky, 2)
+    scripted.slow_seconds = 60
+    scripted.script([200, "slow"])
+    with process(scripted, redis_settings) as killed:
+        wait_for_jobs(scripted, 2)
         killed.kill()
-    held = left(redis, "processing")
+    held = listed_ids(redis, "processing")
 
-    with bridged(shaky, place):
-        wait_for(shaky, 5)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 5)
 
     # Twice under one id: the worker runs it once at a time, and a second run has the same files.
-    assert held == named(2)
-    assert accepted(shaky) == named(1, 2, 2, 3, 4)
-    assert left(redis) == left(redis, "processing") == []
+    assert held == job_ids(2)
+    assert accepted(scripted) == job_ids(1, 2, 2, 3, 4)
+    assert listed_ids(redis) == listed_ids(redis, "processing") == []
 
 
 def test_jobs_that_several_processes_left_claimed_go_back_in_order(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, *pictures(1, 2, 3, 4))
     for _ in range(3):
         redis.call("LMOVE", QUEUE, f"{QUEUE}:processing", "LEFT", "RIGHT")
 
-    with bridged(shaky, place):
-        wait_for(shaky, 4)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 4)
 
-    assert accepted(shaky) == named(1, 2, 3, 4)
+    assert accepted(scripted) == job_ids(1, 2, 3, 4)
 
 
 def test_a_job_without_an_id_gets_the_same_id_at_every_try(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     nameless = {"type": "sdxl_image_fast", "prompt": "a red circle"}
     push(redis, nameless, nameless)
 
-    with bridged(shaky, place):
-        wait_for(shaky, 2)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 2)
 
-    one, other = accepted(shaky)
+    one, other = accepted(scripted)
     assert one == other
 
 
@@ -489,44 +494,44 @@ POISON = {
 
 @pytest.mark.parametrize("raw", POISON, ids=lambda raw: raw[:32] or "nothing")
 def test_an_item_that_is_no_job_goes_to_the_dead_list_with_its_reason(
-    redis: RedisServer, shaky: Platform, place: dict[str, str], raw: str
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str], raw: str
 ) -> None:
     push(redis, *pictures(1), raw, *pictures(2))
 
-    with bridged(shaky, place, WAN_ENDPOINT_ID=""):
-        wait_for(shaky, 2)
+    with bridged(scripted, redis_settings, WAN_ENDPOINT_ID=""):
+        wait_for_jobs(scripted, 2)
 
     (dead,) = map(json.loads, redis.call("LRANGE", f"{QUEUE}:dead", "0", "-1"))
     assert (dead["reason"], dead["payload"]) == (POISON[raw], raw)
     assert dead["at"] > 0
-    assert accepted(shaky) == named(1, 2)
+    assert accepted(scripted) == job_ids(1, 2)
     assert redis.call("KEYS", f"{QUEUE}*") == [f"{QUEUE}:dead"]
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_job_that_the_platform_never_accepts_goes_to_the_dead_list(
-    redis: RedisServer, shaky: Platform, place: dict[str, str], status: int
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str], status: int
 ) -> None:
     push(redis, *pictures(1, 2))
-    shaky.script([status])
+    scripted.script([status])
 
-    with bridged(shaky, place):
-        wait_for(shaky, 1)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 1)
 
     (dead,) = map(json.loads, redis.call("LRANGE", f"{QUEUE}:dead", "0", "-1"))
     assert dead["reason"] == f"the platform refuses it: HTTP {status}"
-    assert accepted(shaky) == named(2)
+    assert accepted(scripted) == job_ids(2)
 
 
 def test_a_job_that_the_worker_refuses_is_submitted_and_reported_by_callback(
-    redis: RedisServer, shaky: Platform, place: dict[str, str]
+    redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
     push(redis, sdxl_payload(id="job-1", config={"num_images": 2}))
 
-    with bridged(shaky, place):
-        wait_for(shaky, 1)
+    with bridged(scripted, redis_settings):
+        wait_for_jobs(scripted, 1)
 
-    assert left(redis, "dead") == []
+    assert listed_ids(redis, "dead") == []
 
 
 JSON = st.recursive(
@@ -561,28 +566,28 @@ def test_every_job_has_an_endpoint(name: str, config: Any) -> None:
 
 
 def test_sigterm_submits_the_claimed_job_and_leaves_the_others(
-    redis: RedisServer, shaky: Platform
+    redis: RedisServer, scripted: Platform
 ) -> None:
     push(redis, *pictures(1, 2, 3))
     # Enough time for the signal to arrive on a slow machine.
-    shaky.slow_seconds = 5
-    shaky.script([200, "slow"])
+    scripted.slow_seconds = 5
+    scripted.script([200, "slow"])
 
-    with process(shaky, plain(redis)) as running:
-        wait_for(shaky, 2)
+    with process(scripted, plain(redis)) as running:
+        wait_for_jobs(scripted, 2)
         running.terminate()
         assert running.wait() == 0
 
-    assert accepted(shaky) == named(1, 2)
-    assert left(redis) == named(3)
-    assert left(redis, "processing") == []
+    assert accepted(scripted) == job_ids(1, 2)
+    assert listed_ids(redis) == job_ids(3)
+    assert listed_ids(redis, "processing") == []
 
 
-def test_the_log_has_one_line_a_job_and_no_prompt(redis: RedisServer, shaky: Platform) -> None:
+def test_the_log_has_one_line_a_job_and_no_prompt(redis: RedisServer, scripted: Platform) -> None:
     zebra = "an unmistakable zebra"
     push(redis, sdxl_payload(prompt=zebra), {"type": zebra}, '{"type": "unmistakable')
 
-    with process(shaky, plain(redis)) as running:
+    with process(scripted, plain(redis)) as running:
         running.wait_for_log("it is not JSON")
         log = running.log
 
@@ -604,9 +609,9 @@ def test_the_log_has_one_line_a_job_and_no_prompt(redis: RedisServer, shaky: Pla
     ],
 )
 def test_a_missing_setting_of_the_bridge_is_named_at_the_start(
-    redis: RedisServer, shaky: Platform, changes: dict[str, Any], says: str
+    redis: RedisServer, scripted: Platform, changes: dict[str, Any], says: str
 ) -> None:
-    env = {**env_of(shaky, plain(redis)), **changes}
+    env = {**env_of(scripted, plain(redis)), **changes}
 
     with pytest.raises(ModelLoadError) as wrong:
         Bridge.of(Settings(**{name.lower(): value for name, value in env.items()}))
@@ -615,8 +620,8 @@ def test_a_missing_setting_of_the_bridge_is_named_at_the_start(
     assert "a-secret" not in wrong.value.message
 
 
-def test_a_start_that_fails_ends_with_one_clear_line(shaky: Platform) -> None:
-    with process(shaky, {"BRIDGE_TAKE_FROM": "top"}) as running:
+def test_a_start_that_fails_ends_with_one_clear_line(scripted: Platform) -> None:
+    with process(scripted, {"BRIDGE_TAKE_FROM": "top"}) as running:
         assert running.wait() == 1
 
     (line,) = running.log.splitlines()
@@ -624,11 +629,11 @@ def test_a_start_that_fails_ends_with_one_clear_line(shaky: Platform) -> None:
 
 
 def test_a_redis_that_refuses_ends_the_process(
-    rest_server: RedisRestServer, shaky: Platform
+    rest_server: RedisRestServer, scripted: Platform
 ) -> None:
     wrong = {**rest(rest_server), "UPSTASH_REDIS_REST_TOKEN": "wrong"}
 
-    with process(shaky, wrong) as running:
+    with process(scripted, wrong) as running:
         assert running.wait() == 1
 
     assert running.log.splitlines()[-1] == "Redis refuses: HTTP 401"
@@ -636,11 +641,11 @@ def test_a_redis_that_refuses_ends_the_process(
 
 
 def test_a_key_that_is_no_list_is_a_permanent_fault(
-    redis: RedisServer, place: dict[str, str]
+    redis: RedisServer, redis_settings: dict[str, str]
 ) -> None:
     redis.call("SET", QUEUE, "a string")
     opened = redis_bridge.open_redis(
-        Settings(**{name.lower(): value for name, value in place.items()})
+        Settings(**{name.lower(): value for name, value in redis_settings.items()})
     )
 
     with pytest.raises(Fault) as refused:
@@ -649,10 +654,10 @@ def test_a_key_that_is_no_list_is_a_permanent_fault(
     assert not refused.value.is_transient
 
 
-@pytest.mark.parametrize("place", ["unix:///no/such/socket", "redis://127.0.0.1:1"])
-def test_a_redis_that_cannot_be_reached_is_a_transient_fault(place: str) -> None:
+@pytest.mark.parametrize("url", ["unix:///no/such/socket", "redis://127.0.0.1:1"])
+def test_a_redis_that_cannot_be_reached_is_a_transient_fault(url: str) -> None:
     with pytest.raises(Fault) as absent:
-        redis_bridge.open_redis(Settings(redis_url=place)).call("PING")
+        redis_bridge.open_redis(Settings(redis_url=url)).call("PING")
 
     assert absent.value.is_transient
 
@@ -664,14 +669,14 @@ def test_a_redis_that_cannot_be_reached_is_a_transient_fault(place: str) -> None
 def test_a_job_that_the_application_pushes_is_rendered_by_the_real_loop(
     redis: RedisServer,
     platform: Platform,
-    place: dict[str, str],
+    redis_settings: dict[str, str],
     receiver: WorkerProcess,
     outputs: Path,
 ) -> None:
-    name = f"from-{'redis' if 'REDIS_URL' in place else 'upstash'}"
+    name = f"from-{'redis' if 'REDIS_URL' in redis_settings else 'upstash'}"
     push(redis, sdxl_payload(id=name))
 
-    with bridged(platform, place, SDXL_ENDPOINT_ID="local"):
+    with bridged(platform, redis_settings, SDXL_ENDPOINT_ID="local"):
         receiver.wait_for_log(f'"job":"{name}"')
 
     assert (outputs / f"user-1/{name}/0.png").exists()

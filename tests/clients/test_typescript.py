@@ -16,7 +16,7 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.callback import signatures, webhook_id
 from ourvidz_serverless.jobs.envelope import SYNONYMS
 from ourvidz_serverless.settings import Settings
-from tests.clients.spoken import DOCUMENT, PIECES, Spoken
+from tests.clients.streaming_platform import DOCUMENT, PIECES, StreamingPlatform
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload, wan_payload
 from tests.files import ROOT
@@ -36,7 +36,7 @@ from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
 #: Endpoints without workers: jobs stay in the queue.
-EMPTY = {"sdxl": "pictures", "chat": "talk", "wan": "films"}
+EMPTY = {"sdxl": "pictures", "chat": "chats", "wan": "videos"}
 SERVED = {"sdxl": "local", "chat": "local"}
 QUICK = {"tries": 4, "baseMs": 10, "maxMs": 50}
 
@@ -83,7 +83,7 @@ def test_the_applications_names_of_job_types_are_accepted(
 
     result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert result["value"]["endpoint"] == "films"
+    assert result["value"]["endpoint"] == "videos"
 
 
 def test_a_job_type_goes_to_its_familys_endpoint_on_node(platform: Platform) -> None:
@@ -91,7 +91,7 @@ def test_a_job_type_goes_to_its_familys_endpoint_on_node(platform: Platform) -> 
 
     result = call("node", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert result["value"]["endpoint"] == "talk"
+    assert result["value"]["endpoint"] == "chats"
 
 
 def test_an_admin_job_goes_to_its_targets_endpoint(platform: Platform) -> None:
@@ -102,7 +102,7 @@ def test_an_admin_job_goes_to_its_targets_endpoint(platform: Platform) -> None:
 
     result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert result["value"]["endpoint"] == "films"
+    assert result["value"]["endpoint"] == "videos"
 
 
 def test_an_admin_job_is_recognized_by_either_field_of_its_type(platform: Platform) -> None:
@@ -110,7 +110,7 @@ def test_an_admin_job_is_recognized_by_either_field_of_its_type(platform: Platfo
 
     result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert result["value"]["endpoint"] == "talk"
+    assert result["value"]["endpoint"] == "chats"
 
 
 def test_an_empty_type_is_read_from_the_other_field(platform: Platform) -> None:
@@ -118,16 +118,16 @@ def test_an_empty_type_is_read_from_the_other_field(platform: Platform) -> None:
 
     result = call("deno", "submit", client=caller(platform, endpoints=EMPTY), job=job)
 
-    assert result["value"]["endpoint"] == "films"
-    assert platform.queued("films")[-1]["input"]["id"] == "named"
+    assert result["value"]["endpoint"] == "videos"
+    assert platform.queued("videos")[-1]["input"]["id"] == "named"
 
 
 def test_an_admin_job_goes_to_a_family_that_has_an_endpoint(platform: Platform) -> None:
     job = {"type": "admin_utilities", "config": {"operation": "health"}}
 
-    client = caller(platform, endpoints={"sdxl": "", "chat": "talk"})
+    client = caller(platform, endpoints={"sdxl": "", "chat": "chats"})
 
-    assert call("deno", "submit", client=client, job=job)["value"]["endpoint"] == "talk"
+    assert call("deno", "submit", client=client, job=job)["value"]["endpoint"] == "chats"
 
 
 def test_a_job_of_a_family_without_an_endpoint_throws_an_error(
@@ -275,18 +275,18 @@ def test_every_job_type_is_submitted_from_deno_and_done_by_the_real_loop(
     "steps", [[429], [503, 502], ["reset"], [(429, {"Retry-After": "1"}), 500]]
 )
 def test_a_transient_failure_is_tried_again(
-    shaky: Platform, runtime: str, steps: list[Any]
+    scripted: Platform, runtime: str, steps: list[Any]
 ) -> None:
-    shaky.script(steps)
+    scripted.script(steps)
 
-    result = call(runtime, "submit", client=caller(shaky), job=chat_payload())
+    result = call(runtime, "submit", client=caller(scripted), job=chat_payload())
 
-    assert [job["id"] for job in shaky.queued()] == [result["value"]["id"]]
+    assert [job["id"] for job in scripted.queued()] == [result["value"]["id"]]
 
 
-def test_a_try_waits_for_retry_after(shaky: Platform, runtime: str) -> None:
-    shaky.script([(429, {"Retry-After": "2"})])
-    client = caller(shaky, retry={**QUICK, "maxMs": 10_000})
+def test_a_try_waits_for_retry_after(scripted: Platform, runtime: str) -> None:
+    scripted.script([(429, {"Retry-After": "2"})])
+    client = caller(scripted, retry={**QUICK, "maxMs": 10_000})
 
     began = time.monotonic()
     call(runtime, "submit", client=client, job=chat_payload())
@@ -296,58 +296,58 @@ def test_a_try_waits_for_retry_after(shaky: Platform, runtime: str) -> None:
 
 @pytest.mark.parametrize(("status", "tries"), [(400, 1), (404, 1), (503, 4), (429, 4)])
 def test_a_failure_that_does_not_end_is_raised_after_its_tries(
-    shaky: Platform, runtime: str, status: int, tries: int
+    scripted: Platform, runtime: str, status: int, tries: int
 ) -> None:
-    shaky.script([status] * 4)
+    scripted.script([status] * 4)
 
-    error = call(runtime, "submit", client=caller(shaky), job=chat_payload())["error"]
+    error = call(runtime, "submit", client=caller(scripted), job=chat_payload())["error"]
 
     assert (error["name"], error["status"]) == ("RequestFailed", status)
-    assert len(shaky.script_left) == 4 - tries
+    assert len(scripted.script_left) == 4 - tries
 
 
 def test_a_job_whose_answer_was_lost_is_sent_again_under_the_same_id(
-    shaky: Platform, runtime: str
+    scripted: Platform, runtime: str
 ) -> None:
-    shaky.slow_seconds = 3
-    shaky.script(["slow"])
+    scripted.slow_seconds = 3
+    scripted.script(["slow"])
     job = chat_payload()
     del job["id"]
 
-    call(runtime, "submit", client=caller(shaky, timeoutMs=1500), job=job)
+    call(runtime, "submit", client=caller(scripted, timeoutMs=1500), job=job)
 
-    first, second = shaky.queued()
+    first, second = scripted.queued()
     assert first["input"]["id"] == second["input"]["id"]
 
 
 def test_a_job_whose_answer_was_cut_is_sent_again_under_the_same_id(
-    shaky: Platform, runtime: str
+    scripted: Platform, runtime: str
 ) -> None:
-    shaky.script(["cut"])
+    scripted.script(["cut"])
     job = chat_payload()
     del job["id"]
 
-    result = call(runtime, "submit", client=caller(shaky), job=job)
+    result = call(runtime, "submit", client=caller(scripted), job=job)
 
-    first, second = shaky.queued()
+    first, second = scripted.queued()
     assert first["input"]["id"] == second["input"]["id"]
     assert result["value"]["id"] == second["id"]
 
 
-def test_a_refusal_whose_text_was_cut_is_still_a_refusal(shaky: Platform, runtime: str) -> None:
-    shaky.script([Answer(400, b'{"error": "no input"}', cut_at=12)])
+def test_a_refusal_whose_text_was_cut_is_still_a_refusal(scripted: Platform, runtime: str) -> None:
+    scripted.script([Answer(400, b'{"error": "no input"}', cut_at=12)])
 
-    error = call(runtime, "submit", client=caller(shaky), job=chat_payload())["error"]
+    error = call(runtime, "submit", client=caller(scripted), job=chat_payload())["error"]
 
-    assert (error["name"], error["status"], shaky.queued()) == ("RequestFailed", 400, [])
+    assert (error["name"], error["status"], scripted.queued()) == ("RequestFailed", 400, [])
 
 
 # --- polls ---
 
 
 @pytest.fixture
-def spoken() -> Iterator[Spoken]:
-    with Spoken(hold=0.05) as server:
+def streaming_platform() -> Iterator[StreamingPlatform]:
+    with StreamingPlatform(hold=0.05) as server:
         yield server
 
 
@@ -365,31 +365,35 @@ HALF = Answer(200, b'{"id": "a", "status": "COMP', {"Content-Type": "application
     ids=["cut", "half a document", "an empty document", "an outage longer than a request's tries"],
 )
 def test_a_job_is_polled_again_after_an_answer_that_failed(
-    spoken: Spoken, runtime: str, steps: list[Any]
+    streaming_platform: StreamingPlatform, runtime: str, steps: list[Any]
 ) -> None:
-    job = spoken.done()
-    spoken.script_path = "/status/"
-    spoken.script(steps)
+    job = streaming_platform.completed_job()
+    streaming_platform.script_path = "/status/"
+    streaming_platform.script(steps)
 
-    result = call(runtime, "result", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "result", client=caller(streaming_platform), name=name_of(job))
 
     assert result["value"] == DOCUMENT
-    assert spoken.script_left == []
+    assert streaming_platform.script_left == []
 
 
-def test_a_poll_that_is_refused_is_not_tried_again(spoken: Spoken, runtime: str) -> None:
-    result = call(runtime, "result", client=caller(spoken), name=name_of("forgotten"))
+def test_a_poll_that_is_refused_is_not_tried_again(
+    streaming_platform: StreamingPlatform, runtime: str
+) -> None:
+    result = call(runtime, "result", client=caller(streaming_platform), name=name_of("forgotten"))
 
     assert (result["error"]["name"], result["error"]["status"]) == ("RequestFailed", 404)
 
 
 @pytest.mark.parametrize("action", ["result", "streamOn"])
 def test_a_job_that_waits_in_its_queue_is_under_way_when_the_time_is_over(
-    spoken: Spoken, runtime: str, action: str
+    streaming_platform: StreamingPlatform, runtime: str, action: str
 ) -> None:
-    job = spoken.submit(chat_payload())
+    job = streaming_platform.submit(chat_payload())
 
-    error = call(runtime, action, client=caller(spoken), name=name_of(job), timeoutMs=50)["error"]
+    error = call(
+        runtime, action, client=caller(streaming_platform), name=name_of(job), timeoutMs=50
+    )["error"]
 
     assert error["message"] == "the job is still under way after 50 ms"
     assert error["failure"]["code"] == "TIMEOUT_ERROR"
@@ -397,38 +401,40 @@ def test_a_job_that_waits_in_its_queue_is_under_way_when_the_time_is_over(
 
 @pytest.mark.parametrize("action", ["result", "streamOn"])
 def test_a_platform_that_does_not_answer_until_the_time_is_over_is_reported(
-    spoken: Spoken, action: str
+    streaming_platform: StreamingPlatform, action: str
 ) -> None:
-    job = spoken.done()
-    spoken.script_path = f"/{job}"
-    spoken.script([503] * 9)
+    job = streaming_platform.completed_job()
+    streaming_platform.script_path = f"/{job}"
+    streaming_platform.script([503] * 9)
 
-    error = call("deno", action, client=caller(spoken), name=name_of(job), timeoutMs=50)["error"]
+    error = call(
+        "deno", action, client=caller(streaming_platform), name=name_of(job), timeoutMs=50
+    )["error"]
 
     assert (error["name"], error["status"]) == ("RequestFailed", 503)
 
 
 @pytest.mark.parametrize("step", [200, 429], ids=["none", "one that the platform refused"])
 def test_without_a_lost_answer_a_stream_has_the_pieces_of_the_reply(
-    spoken: Spoken, runtime: str, step: int
+    streaming_platform: StreamingPlatform, runtime: str, step: int
 ) -> None:
-    job = spoken.done()
-    spoken.script_path = "/stream/"
-    spoken.script([step])
+    job = streaming_platform.completed_job()
+    streaming_platform.script_path = "/stream/"
+    streaming_platform.script([step])
 
-    result = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "streamOn", client=caller(streaming_platform), name=name_of(job))
 
     assert result["value"] == {"pieces": PIECES, "result": DOCUMENT}
 
 
 def test_the_pieces_of_a_lost_answer_come_at_the_end_of_the_stream(
-    spoken: Spoken, runtime: str
+    streaming_platform: StreamingPlatform, runtime: str
 ) -> None:
-    job = spoken.done()
-    spoken.script_path = "/stream/"
-    spoken.script([200, "cut"])
+    job = streaming_platform.completed_job()
+    streaming_platform.script_path = "/stream/"
+    streaming_platform.script([200, "cut"])
 
-    result = call(runtime, "streamOn", client=caller(spoken), name=name_of(job))
+    result = call(runtime, "streamOn", client=caller(streaming_platform), name=name_of(job))
 
     assert result["value"] == {
         "pieces": [PIECES[0], "".join(PIECES[1:])],
@@ -443,11 +449,11 @@ BUCKET = {"accessId": "a", "accessSecret": "s", "bucketName": "b", "endpointUrl"
     ("action", "wait"), [("run", {"timeoutMs": 1}), ("runsync", {"waitMs": 1})]
 )
 def test_a_jobs_own_bucket_is_sent_as_s3_config(
-    shaky: Platform, runtime: str, action: str, wait: dict[str, int]
+    scripted: Platform, runtime: str, action: str, wait: dict[str, int]
 ) -> None:
-    call(runtime, action, client=caller(shaky), job=chat_payload(), s3Config=BUCKET, **wait)
+    call(runtime, action, client=caller(scripted), job=chat_payload(), s3Config=BUCKET, **wait)
 
-    assert shaky.queued()[0]["s3Config"] == BUCKET
+    assert scripted.queued()[0]["s3Config"] == BUCKET
 
 
 # --- reading answers ---
@@ -596,7 +602,7 @@ def chat_service(tmp_path: Path, model: Any) -> ServedHttp:
     )
 
 
-def at(service: ServedHttp, key: str = "worker-key") -> dict[str, str]:
+def service_options(service: ServedHttp, key: str = "worker-key") -> dict[str, str]:
     return {"url": service.url, "apiKey": "of-the-gateway", "workerKey": key}
 
 
@@ -607,16 +613,18 @@ CALL = {"messages": [{"role": "user", "content": "What is rain?"}]}
     ("method", "field"),
     [("chat", "response"), ("chatUnrestricted", "response"), ("enhance", "enhanced_prompt")],
 )
-def test_a_reply_over_http(tmp_path: Path, runtime: str, method: str, field: str) -> None:
+def test_a_reply_over_http_has_the_models_text(
+    tmp_path: Path, runtime: str, method: str, field: str
+) -> None:
     with chat_service(tmp_path, FakeChat("Water ", "that falls.")) as service:
-        result = call(runtime, "reply", service=at(service), method=method, call=CALL)
+        result = call(runtime, "reply", service=service_options(service), method=method, call=CALL)
 
     assert result["value"][field] == "Water that falls."
 
 
-def test_a_streamed_reply_over_http(tmp_path: Path, runtime: str) -> None:
+def test_a_streamed_reply_over_http_has_the_models_text(tmp_path: Path, runtime: str) -> None:
     with chat_service(tmp_path, FakeChat("Wätér ", "that falls.")) as service:
-        result = call(runtime, "streamReply", service=at(service), call=CALL)
+        result = call(runtime, "streamReply", service=service_options(service), call=CALL)
 
     assert "".join(result["value"]["pieces"]) == "Wätér that falls."
     assert result["value"]["result"]["response"] == "Wätér that falls."
@@ -624,15 +632,15 @@ def test_a_streamed_reply_over_http(tmp_path: Path, runtime: str) -> None:
 
 def test_a_refusal_over_http_is_request_failed_with_its_text(tmp_path: Path, runtime: str) -> None:
     with chat_service(tmp_path, FakeChat()) as service:
-        error = call(runtime, "reply", service=at(service, "wrong"), method="chat", call=CALL)[
-            "error"
-        ]
+        error = call(
+            runtime, "reply", service=service_options(service, "wrong"), method="chat", call=CALL
+        )["error"]
 
     assert (error["name"], error["status"]) == ("RequestFailed", 401)
     assert error["message"].startswith("api_key: ")
 
 
-class Cutting(LocalServer):
+class CuttingServer(LocalServer):
     """A chat worker whose connection breaks in the middle of each answer."""
 
     def answer(self, request: Request) -> Answer:
@@ -647,7 +655,7 @@ class Cutting(LocalServer):
 def test_a_reply_over_http_that_breaks_off_is_request_failed(
     runtime: str, action: str, message: str
 ) -> None:
-    with Cutting() as worker:
+    with CuttingServer() as worker:
         service = {"url": worker.url, "apiKey": "of-the-gateway"}
         error = call(runtime, action, service=service, method="chat", call=CALL)["error"]
 
@@ -663,19 +671,19 @@ def test_an_edge_function_receives_what_the_real_loop_posts(
     platform: Platform, receiver: WorkerProcess
 ) -> None:
     for payload in (
-        sdxl_payload(id="told-picture", api_key="worker-key"),
-        chat_payload(id="told-reply", api_key="worker-key"),
-        sdxl_payload(id="told-refusal", api_key="worker-key", config={"num_images": 2}),
+        sdxl_payload(id="callback-picture", api_key="worker-key"),
+        chat_payload(id="callback-reply", api_key="worker-key"),
+        sdxl_payload(id="callback-refusal", api_key="worker-key", config={"num_images": 2}),
     ):
         platform.result(platform.submit(payload), 60)
 
-    log = receiver.wait_for_log('"told-refusal"')
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"job":"told')]
-    picture = {"job": "told-picture", "type": "image", "url": "user-1/told-picture/0.png"}
+    log = receiver.wait_for_log('"callback-refusal"')
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"job":"callback-')]
+    picture = {"job": "callback-picture", "type": "image", "url": "user-1/callback-picture/0.png"}
     assert picture.items() <= lines[0].items()
-    assert (lines[1]["job"], lines[1]["type"]) == ("told-reply", "text")
+    assert (lines[1]["job"], lines[1]["type"]) == ("callback-reply", "text")
     assert lines[2] == {
-        "job": "told-refusal",
+        "job": "callback-refusal",
         "failed": "config.num_images: Input should be 1, 3 or 6",
     }
 
@@ -703,13 +711,13 @@ def test_an_edge_function_queues_a_job(platform: Platform) -> None:
     }
     with edge_function("queue-job", **env) as function:
         answer = requests.post(
-            url_of(function), json=sdxl_payload(id="asked"), timeout=PATIENCE_S
+            url_of(function), json=sdxl_payload(id="queued"), timeout=PATIENCE_S
         ).json()
         unknown = requests.post(url_of(function), json={"type": "poem"}, timeout=PATIENCE_S)
 
-    assert (answer["jobId"], answer["status"]) == ("asked", "queued")
+    assert (answer["jobId"], answer["status"]) == ("queued", "queued")
     result = platform.result(answer["runpod"]["id"], 60)["output"][-1]
-    assert result["assets"][0]["url"] == "user-1/asked/0.png"
+    assert result["assets"][0]["url"] == "user-1/queued/0.png"
     assert (unknown.status_code, unknown.json()["error"]) == (400, "poem is no job type")
 
 
@@ -731,9 +739,9 @@ def test_a_caller_who_leaves_a_streaming_edge_function_stops_the_model(tmp_path:
     with chat_service(tmp_path, endless) as service:
         env = {"CHAT_WORKER_URL": service.url, "WORKER_API_KEY": "worker-key"}
         with edge_function("chat", **env) as function:
-            call_on = {**CALL, "stream": True}
+            payload = {**CALL, "stream": True}
             with requests.post(
-                url_of(function), json=call_on, stream=True, timeout=PATIENCE_S
+                url_of(function), json=payload, stream=True, timeout=PATIENCE_S
             ) as answer:
                 assert next(answer.iter_content(4))
 

@@ -1,4 +1,4 @@
-"""Content Credentials, as the C2PA library's own reader sees them."""
+"""Content Credentials, checked with the reader of the C2PA library."""
 
 import datetime as dt
 import io
@@ -43,7 +43,7 @@ class Authority:
         self.root = self._signed(self._name, self._key, x509.BasicConstraints(True, None), use)
 
     def chain(self, key: Any) -> str:
-        """A signer's certificate for a key, and the root's behind it."""
+        """The certificate of a signer with this key, followed by the root certificate."""
         use = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
         return self.root_of(key, use) + self.root
 
@@ -93,7 +93,7 @@ def authority() -> Authority:
 
 @pytest.fixture(scope="module")
 def pair(authority: Authority) -> tuple[str, str]:
-    """A chain and its key."""
+    """A certificate chain and its key."""
     key = MAKE_KEY["Es256"]()
     return authority.chain(key), pem(key)
 
@@ -132,11 +132,11 @@ def test_a_c2pa_reader_trusts_a_signed_picture(
 
 
 def test_a_c2pa_reader_trusts_a_signed_video(authority: Authority, pair: tuple[str, str]) -> None:
-    film = video.encode_video([np.stack([picture()] * 5)], 96, 64, 16, False)
+    encoded = video.encode_video([np.stack([picture()] * 5)], 96, 64, 16, False)
 
-    signed = Credentials(*pair).sign(film.data, "video/mp4", False, [])
+    signed = Credentials(*pair).sign(encoded.data, "video/mp4", False, [])
 
-    assert len(signed) > len(film.data)
+    assert len(signed) > len(encoded.data)
     assert read(signed, "video/mp4", authority).get_validation_state() == "Trusted"
 
 
@@ -167,7 +167,7 @@ def test_a_manifest_states_the_source_type_and_the_generator_only(
     assert "thumbnail" not in manifest
     assert (
         provenance.digital_source_type(signed) == provenance.TRAINED
-    )  # the XMP mark stays as it was
+    )  # The XMP mark is unchanged.
 
 
 # --- a job ---
@@ -176,11 +176,11 @@ def test_a_manifest_states_the_source_type_and_the_generator_only(
 def test_a_signed_asset_states_its_signed_size(
     local: MakeLocal, authority: Authority, pair: tuple[str, str]
 ) -> None:
-    at = local(credentials=Credentials(*pair))
+    worker = local(credentials=Credentials(*pair))
 
-    (asset,) = at.run(sdxl_payload(prompt="a zebra")).assets
+    (asset,) = worker.run(sdxl_payload(prompt="a zebra")).assets
 
-    data = (at.root / asset.url).read_bytes()
+    data = (worker.root / asset.url).read_bytes()
     reader = read(data, "image/png", authority)
     assert reader.get_validation_state() == "Trusted"
     assert asset.metadata["file_size_bytes"] == len(data)
@@ -191,9 +191,9 @@ def test_a_signed_asset_states_its_signed_size(
 def test_an_asset_that_cannot_be_signed_is_delivered_with_a_warning(
     local: MakeLocal, mismatched: tuple[str, str]
 ) -> None:
-    at = local(credentials=Credentials(*mismatched))
+    worker = local(credentials=Credentials(*mismatched))
 
-    document = at.run(sdxl_payload(config={"num_images": 3}))
+    document = worker.run(sdxl_payload(config={"num_images": 3}))
 
     assert (document.status, len(document.assets)) == ("completed", 3)
     assert document.metadata["warnings"] == [UNSIGNED]

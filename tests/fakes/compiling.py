@@ -1,7 +1,7 @@
-"""Runs jobs on a network whose blocks are compiled meanwhile, and prints what happened as JSON.
+"""Runs jobs on a network while its blocks are compiled, and prints a report as JSON.
 
 It runs as `python -m tests.fakes.compiling network|wan FOLDER`, each time in a new process. FOLDER
-keeps the compiled code from one process to the next.
+keeps the compiled code for the next process.
 """
 
 import json
@@ -76,7 +76,7 @@ def serve_network(folder: Path) -> dict[str, Any]:
     assert blocks is not None
 
     def job(tokens: int, use_compiled: bool = True) -> tuple[torch.Tensor, int]:
-        """A job's result, and how many of its calls used compiled code."""
+        """The result of a job, and how many of its calls used compiled code."""
         before = blocks.num_calls
         with torch.inference_mode(), blocks.job(use_compiled):
             made = network(torch.linspace(-1, 1, tokens * 16).reshape(1, tokens, 16))
@@ -121,7 +121,7 @@ def serve_wan(folder: Path) -> dict[str, Any]:
 
 
 def render(model: WanModel, **options: Any) -> np.ndarray:
-    """A small video. It takes eight forwards of three blocks each, if none is skipped."""
+    """A small video. It takes eight forwards of three blocks each if no block is skipped."""
     references = References(first=tiny_wan.picture(1))
     return tiny_wan.render(model, references=references, **options)
 
@@ -153,7 +153,7 @@ def serve_videos(model: WanModel, eager: np.ndarray, quick: np.ndarray) -> dict[
     with suppress(Cancelled):
         job("stopped at the second of four steps", progress=stop_at_step(2))
     move()
-    moved = job("after all that, its weights read anew")
+    moved = job("after its weights are read again")
     return {
         "compiled_calls": calls,
         "shallow_forwards": progress.speed_reports[0]["shallow_forwards"],

@@ -30,7 +30,7 @@ def fill(parameter: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_one_value_that_is_not_finite_is_an_error(value: float) -> None:
+def test_a_single_value_that_is_not_finite_is_an_error(value: float) -> None:
     values = torch.zeros(3, 4, 4)
     assert check_finite(values, "the latent") is values
     values[1, 2, 3] = value
@@ -39,12 +39,12 @@ def test_one_value_that_is_not_finite_is_an_error(value: float) -> None:
         check_finite(values, "the latent")
 
     assert "the latent is not finite" in failed.value.message
-    # The caller takes error texts with these letters for something else.
+    # The application searches error texts for these letters.
     assert not any(letters in failed.value.message for letters in ("inf", "nan"))
 
 
 def test_a_lora_that_causes_overflow_fails_only_its_own_job(sdxl: Any, tmp_path: Path) -> None:
-    path = tmp_path / "wild.safetensors"
+    path = tmp_path / "huge.safetensors"
     write_lora(path, "to_q", "to_v")
     save_file({name: each * 1e30 for name, each in load_file(path).items()}, path)
 
@@ -58,7 +58,7 @@ def test_a_lora_that_causes_overflow_fails_only_its_own_job(sdxl: Any, tmp_path:
 def test_a_picture_that_its_vae_cannot_decode_fails_its_job(is_tiled: bool) -> None:
     networks, device = loader.load(Settings()).networks, Device(torch.device("cpu"), torch.float32)
     model = SdxlModel(networks, device, plans=MemoryPlans(SdxlMemoryPlan(1, tiled_decode=is_tiled)))
-    # As SDXL's own VAE does in fp16.
+    # The picture then overflows, as with SDXL's own VAE in fp16.
     fill(networks.vae.decoder.conv_out.weight)
 
     with pytest.raises(InternalError, match="the decoded picture is not finite"):

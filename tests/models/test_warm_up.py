@@ -1,4 +1,4 @@
-"""The warm-up before the first job: it leaves no trace, and finds a model that cannot generate."""
+"""The warm-up: a generation before the first job, which finds a model that cannot generate."""
 
 import json
 import logging
@@ -30,29 +30,31 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-# --- which models are warmed up ---
+# --- when a model is warmed up ---
 
 
-def test_a_model_on_the_cpu_is_not_warmed_up_by_default(log: pytest.LogCaptureFixture) -> None:
+def test_no_model_is_warmed_up_on_a_cpu_by_default(log: pytest.LogCaptureFixture) -> None:
     load(Settings())
 
     assert "warm" not in log.text
 
 
-def test_sdxl_generates_a_picture(log: pytest.LogCaptureFixture) -> None:
+def test_the_warm_up_of_sdxl_makes_a_picture(log: pytest.LogCaptureFixture) -> None:
     load(Settings(warm_up="always"))
 
     assert "sdxl is warm after" in log.text
 
 
-def test_chat_generates_with_each_model(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_the_warm_up_of_chat_generates_with_each_model(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     chat = load(chat_settings(tmp_path, warm_up="always"))["chat"]
 
     assert [model.engine.num_forwards > 0 for model in set(chat.models.values())] == [True]
     assert "chat is warm after" in log.text
 
 
-def test_wan_generates_with_each_network(wan_settings: Settings) -> None:
+def test_the_warm_up_of_wan_generates_with_each_network(wan_settings: Settings) -> None:
     wan = load(wan_settings)["wan"]
     computed = []
     for route, network in wan.networks.items():
@@ -63,7 +65,7 @@ def test_wan_generates_with_each_network(wan_settings: Settings) -> None:
     assert set(computed) == {"t2v", "vace"}
 
 
-# --- what a warm-up leaves behind ---
+# --- what remains after a warm-up ---
 
 
 def test_a_warm_up_counts_as_no_job_and_stores_nothing(
@@ -76,13 +78,13 @@ def test_a_warm_up_counts_as_no_job_and_stores_nothing(
     assert not list(tmp_path.rglob("*.png"))
 
 
-# --- a model that loads and cannot generate ---
+# --- a model that loads and does not generate ---
 
 
 def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
     config = tmp_path / "config"
     shutil.copytree(ROOT / "pocket/sdxl", config)
-    # A token without an embedding in the text encoder.
+    # The text encoder has no embedding for this token.
     vocabulary = config / "tokenizer/vocab.json"
     tokens = json.loads(vocabulary.read_text())
     vocabulary.write_text(json.dumps({**tokens, "<|endoftext|>": 99_999}))
@@ -93,6 +95,6 @@ def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
         load(Settings(**settings, warm_up="always"))
 
 
-def test_a_model_without_memory_to_generate_still_starts() -> None:
-    # The weights fit, and a picture does not. That fails the job, not the start.
+def test_a_warm_up_that_runs_out_of_memory_does_not_end_the_start() -> None:
+    # The weights fit and a picture does not. A job then falls back to smaller memory plans.
     assert load(Settings(warm_up="always", vram_budget_gb=0.0112))

@@ -86,11 +86,11 @@ class Hub(LocalServer):
         return {"id": self.repository, "sha": REVISION, "siblings": siblings}
 
     def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
-        told: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_blob(data)}
+        info: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_blob(data)}
         if name in self._large:
             sha256 = hashlib.sha256(data).hexdigest()
-            told["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
-        return told
+            info["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+        return info
 
 
 def git_blob(data: bytes) -> str:
@@ -128,11 +128,11 @@ def _ranged(
 ) -> Answer:
     """The file, or its rest: of the file alone whose strong ETag `If-Range` names (RFC 9110)."""
     asked, only_of, etag = request.headers["Range"], request.headers["If-Range"], etag_of(data)
-    told = {"ETag": etag} if etag else {}
+    headers = {"ETag": etag} if etag else {}
     if not asked or (only_of and (only_of != etag or only_of.startswith("W/"))):
-        return Answer(200, data, told)
+        return Answer(200, data, headers)
     start = int(asked.removeprefix("bytes=").rstrip("-"))
     if start >= len(data):
         return Answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-    told["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-    return Answer(206, data[start:], told)
+    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    return Answer(206, data[start:], headers)

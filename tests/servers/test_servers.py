@@ -1,4 +1,4 @@
-"""The parts that stand in for the other sides tell the truth about them."""
+"""The servers that replace RunPod, the application, Supabase and S3 behave as those do."""
 
 import base64
 import hmac
@@ -18,7 +18,7 @@ from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import Bucket, CallbackReceiver, SupabaseStorage, webhook_key
 from tests.servers.worker_process import WorkerDied, WorkerProcess
 
-# What a job asks for under `do` is what the handler does.
+# The handler does what a job names under `do`.
 HANDLER = """
 import asyncio, os, sys
 import runpod
@@ -102,7 +102,7 @@ def at_work(platform: Platform, worker: WorkerProcess) -> Platform:
     return platform
 
 
-# --- the platform, with the real SDK on the other end ---
+# --- the platform, with the real SDK as its worker ---
 
 
 def test_a_job_returns_what_the_handler_returned(at_work: Platform) -> None:
@@ -112,7 +112,7 @@ def test_a_job_returns_what_the_handler_returned(at_work: Platform) -> None:
     assert at_work.status(job) == {"id": job, "status": "COMPLETED", "output": {"echo": {"n": 1}}}
 
 
-def test_an_error_text_makes_the_job_fail_and_leaves_the_rest_as_output(at_work: Platform) -> None:
+def test_an_error_text_fails_the_job_and_the_other_fields_are_its_output(at_work: Platform) -> None:
     job = at_work.submit({"do": "fail"})
 
     assert at_work.result(job) == {"error": "it failed", "output": {"code": "FAILED"}}
@@ -221,7 +221,7 @@ def test_a_generator_streams_what_it_yields(script: Path) -> None:
     assert document == {"output": ["a", "b"]} and platform.updates(job)[0].is_stream
 
 
-def test_jobs_queue_up_while_no_worker_polls_and_can_be_taken_back(script: Path) -> None:
+def test_jobs_wait_in_the_queue_while_no_worker_polls_and_can_be_cancelled(script: Path) -> None:
     with Platform() as platform:
         first, second = platform.submit({"n": 1}), platform.submit({"n": 2})
         assert platform.status(first)["status"] == "IN_QUEUE"
@@ -235,7 +235,7 @@ def test_jobs_queue_up_while_no_worker_polls_and_can_be_taken_back(script: Path)
 
 
 def ask(platform: Platform, path: str, body: bytes | None = None) -> requests.Response:
-    """Ask as a caller does, with an HTTP client of its own."""
+    """Send a request as a caller does, with a separate HTTP client."""
     return requests.request(
         "GET" if body is None else "POST",
         f"{platform.caller_url}/local/{path}",
@@ -250,14 +250,14 @@ def payload_of(size: int) -> bytes:
     return frame.replace(b'""', b'"' + b"x" * (size - len(frame)) + b'"')
 
 
-def test_run_takes_10_mb_and_no_more() -> None:
+def test_run_accepts_a_request_of_10_mb_and_no_more() -> None:
     with Platform() as platform:
         fits, exceeds = (ask(platform, "run", payload_of(10_000_000 + more)) for more in (0, 1))
 
     assert (fits.status_code, exceeds.status_code) == (200, 400)
 
 
-def test_runsync_takes_20_mb_and_no_more() -> None:
+def test_runsync_accepts_a_request_of_20_mb_and_no_more() -> None:
     with Platform() as platform:
         fits = ask(platform, "runsync?wait=1", payload_of(20_000_000))
         exceeds = ask(platform, "runsync?wait=1", payload_of(20_000_001))
@@ -266,7 +266,9 @@ def test_runsync_takes_20_mb_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(("sync", "kept_s"), [(False, 1800), (True, 60)])
-def test_a_result_is_forgotten_after_a_time(at_work: Platform, sync: bool, kept_s: float) -> None:
+def test_the_platform_forgets_a_result_after_its_time(
+    at_work: Platform, sync: bool, kept_s: float
+) -> None:
     job = at_work.submit({"n": 1}, sync=sync)
     at_work.result(job)
 
@@ -278,7 +280,7 @@ def test_a_result_is_forgotten_after_a_time(at_work: Platform, sync: bool, kept_
     assert (before.status_code, after.status_code) == (200, 404)
 
 
-def test_a_job_that_runs_too_long_times_out_and_its_worker_is_told(
+def test_a_job_that_runs_too_long_times_out_and_its_worker_stops_it(
     at_work: Platform, worker: WorkerProcess
 ) -> None:
     job = at_work.submit({"do": "wait"}, policy={"executionTimeout": 60_000})
@@ -313,7 +315,7 @@ def test_a_dead_workers_job_is_given_to_another(script: Path) -> None:
         assert platform.health()["jobs"]["retried"] == 1
 
 
-def test_a_job_is_handed_out_though_the_worker_hung_up(script: Path) -> None:
+def test_a_job_counts_as_in_progress_though_its_worker_disconnected(script: Path) -> None:
     with Platform(hold=60) as platform, WorkerProcess(platform, script) as worker:
         worker.kill()
 
@@ -364,12 +366,12 @@ def receiver() -> Iterator[CallbackReceiver]:
 def post(
     receiver: CallbackReceiver, document: Any, within_s: float = PATIENCE_S, **changes: str
 ) -> requests.Response:
-    """Post a callback signed as it should be, `changes` to its headers apart."""
+    """Post a correctly signed callback with `changes` to its headers."""
     body = json.dumps(document).encode()
     signature = hmac.digest(receiver.secret.encode(), body, "sha256").hex()
     key = webhook_key(receiver.secret)
-    trio = standard_webhook(key, document, time.time())
-    headers = {"X-Callback-Signature": f"sha256={signature}"} | trio | changes
+    webhook = standard_webhook(key, document, time.time())
+    headers = {"X-Callback-Signature": f"sha256={signature}"} | webhook | changes
     return requests.post(receiver.callback_url, data=body, headers=headers, timeout=within_s)
 
 
@@ -392,7 +394,9 @@ def test_a_signed_callback_is_accepted_and_kept_byte_for_byte(receiver: Callback
     assert received.signature_ok and received.webhook_ok
 
 
-def test_a_body_with_one_signature_alone_is_refused(receiver: CallbackReceiver) -> None:
+def test_a_callback_with_only_one_of_its_two_signatures_is_refused(
+    receiver: CallbackReceiver,
+) -> None:
     body = json.dumps(DONE).encode()
     ours = hmac.digest(receiver.secret.encode(), body, "sha256").hex()
     key = webhook_key(receiver.secret)
@@ -410,7 +414,9 @@ def test_a_body_with_one_signature_alone_is_refused(receiver: CallbackReceiver) 
     assert receiver.jobs == {}
 
 
-def test_a_wrong_or_missing_signature_is_refused(receiver: CallbackReceiver) -> None:
+def test_a_callback_with_a_wrong_or_missing_signature_is_refused(
+    receiver: CallbackReceiver,
+) -> None:
     wrong = post(receiver, DONE, **{"X-Callback-Signature": "sha256=" + "0" * 64})
     missing = requests.post(receiver.callback_url, json=DONE, timeout=PATIENCE_S)
 
@@ -432,13 +438,15 @@ def test_a_standard_webhook_is_verified_with_the_secrets_own_key(secret: str, ke
 
 
 @pytest.mark.parametrize("document", [{"status": "completed"}, DONE | {"status": "done"}, [], "x"])
-def test_a_document_without_job_or_valid_status_is_refused(
+def test_a_callback_without_a_job_or_a_valid_status_is_refused(
     receiver: CallbackReceiver, document: Any
 ) -> None:
     assert post(receiver, document).status_code == 400
 
 
-def test_completed_is_final_and_failed_is_not(receiver: CallbackReceiver) -> None:
+def test_a_receiver_skips_callbacks_after_completed_but_not_after_failed(
+    receiver: CallbackReceiver,
+) -> None:
     documents = [DONE | {"status": status} for status in ("failed", "completed", "failed")]
 
     answers = [post(receiver, document).json() for document in documents]
@@ -447,12 +455,14 @@ def test_completed_is_final_and_failed_is_not(receiver: CallbackReceiver) -> Non
     assert receiver.jobs == {"job-1": "completed"}
 
 
-def test_an_unknown_job_is_skipped_by_a_receiver_that_was_told_the_known_ones() -> None:
+def test_a_receiver_with_a_list_of_jobs_skips_an_unknown_job() -> None:
     with CallbackReceiver(known={"job-2"}) as receiver:
         assert post(receiver, DONE).json()["skipped"] == "unknown job"
 
 
-def test_a_receiver_misbehaves_as_it_was_told_and_then_behaves(receiver: CallbackReceiver) -> None:
+def test_a_receiver_follows_its_script_of_faults_and_then_answers_normally(
+    receiver: CallbackReceiver,
+) -> None:
     receiver.slow_seconds = 3
     receiver.script([503, (429, {"Retry-After": "7"}), "reset", "slow"])
 
@@ -466,7 +476,9 @@ def test_a_receiver_misbehaves_as_it_was_told_and_then_behaves(receiver: Callbac
     assert [received.status for received in receiver.received] == [503, 429, None, 200, 200]
 
 
-def test_a_receiver_that_cuts_its_answer_has_acted(receiver: CallbackReceiver) -> None:
+def test_a_receiver_that_cuts_its_answer_has_accepted_the_callback(
+    receiver: CallbackReceiver,
+) -> None:
     receiver.script(["cut"])
 
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
@@ -529,18 +541,20 @@ def test_a_second_upload_is_a_duplicate_unless_it_overwrites(storage: SupabaseSt
 
 
 @pytest.mark.parametrize("mime", ["application/octet-stream", "image/gif", "image/png; q=1"])
-def test_a_type_that_is_not_on_the_list_is_refused(storage: SupabaseStorage, mime: str) -> None:
+def test_an_upload_of_a_type_that_the_bucket_does_not_allow_is_refused(
+    storage: SupabaseStorage, mime: str
+) -> None:
     assert true_status(upload(storage, mime=mime)) == "415"
 
 
 @pytest.mark.parametrize("path", ["user/a^b.png", "user/f\u00fcr.png", "user//0.png"])
-def test_a_key_with_a_character_that_supabase_does_not_take_is_refused(
+def test_a_key_with_a_character_that_supabase_does_not_allow_is_refused(
     storage: SupabaseStorage, path: str
 ) -> None:
     assert upload(storage, path).json()["error"] == "InvalidKey"
 
 
-def test_a_supabase_storage_key_may_hold_a_space(storage: SupabaseStorage) -> None:
+def test_a_supabase_storage_key_may_contain_a_space(storage: SupabaseStorage) -> None:
     assert upload(storage, "user/my file.png").status_code == 200
 
 
@@ -549,19 +563,19 @@ def test_an_upload_that_is_too_large_is_refused() -> None:
         assert true_status(upload(storage)) == "413"
 
 
-def test_a_bucket_that_does_not_exist_is_not_found() -> None:
+def test_an_upload_to_a_bucket_that_does_not_exist_is_not_found() -> None:
     with SupabaseStorage({"other": Bucket()}) as storage:
         assert true_status(upload(storage)) == "404"
 
 
-def test_a_jwt_key_goes_in_both_headers_and_must_be_signed(storage: SupabaseStorage) -> None:
+def test_supabase_needs_a_signed_jwt_key_in_both_headers(storage: SupabaseStorage) -> None:
     forged = storage.service_key[:-4] + "AAAA"
 
     assert upload(storage, apikey="").status_code == 401
     assert true_status(upload(storage, Authorization=f"Bearer {forged}")) == "403"
 
 
-def test_a_secret_key_goes_in_the_header_apikey_alone(storage: SupabaseStorage) -> None:
+def test_supabase_accepts_a_secret_key_only_in_the_header_apikey(storage: SupabaseStorage) -> None:
     key, url = storage.secret_key, object_url(storage, "0.png")
     alone = {"apikey": key, "Content-Type": "image/png"}
     both = alone | {"Authorization": f"Bearer {key}"}
@@ -595,7 +609,7 @@ def test_only_a_public_bucket_is_read_without_a_key(public: bool, status: int) -
         assert requests.get(url, timeout=PATIENCE_S).status_code == status
 
 
-def test_storage_fails_as_it_was_told_and_stores_nothing_meanwhile(
+def test_storage_follows_its_script_of_faults_and_stores_nothing_at_a_fault(
     storage: SupabaseStorage,
 ) -> None:
     storage.script([500])
@@ -605,7 +619,7 @@ def test_storage_fails_as_it_was_told_and_stores_nothing_meanwhile(
     assert upload(storage).status_code == 200
 
 
-def test_a_stopped_server_answers_no_one_not_even_on_a_kept_connection() -> None:
+def test_a_stopped_server_answers_no_request_even_on_an_open_connection() -> None:
     with requests.Session() as session, SupabaseStorage() as storage:
         session.get(storage.url, timeout=PATIENCE_S)
         storage.stop()
@@ -623,13 +637,13 @@ def s3() -> Iterator[SeaweedServer]:
         yield server
 
 
-def refusal(call: Callable[[], Any]) -> int:
+def refused_status(call: Callable[[], Any]) -> int:
     with pytest.raises(ClientError) as caught:
         call()
     return caught.value.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
-def test_an_object_put_is_got_back_with_its_type(s3: SeaweedServer) -> None:
+def test_an_s3_object_is_read_back_with_its_type(s3: SeaweedServer) -> None:
     client = s3.client()
     client.put_object(Bucket=s3.bucket, Key="a/0.png", Body=b"png", ContentType="image/png")
 
@@ -638,11 +652,14 @@ def test_an_object_put_is_got_back_with_its_type(s3: SeaweedServer) -> None:
     assert (found["Body"].read(), found["ContentType"]) == (b"png", "image/png")
 
 
-def test_a_wrong_secret_and_a_strange_bucket_are_refused(s3: SeaweedServer) -> None:
+def test_s3_refuses_a_wrong_secret_and_an_unknown_bucket(s3: SeaweedServer) -> None:
     stranger = s3.client(secret_key="wrong")
 
-    assert refusal(lambda: stranger.put_object(Bucket=s3.bucket, Key="0", Body=b"")) == 403
-    assert refusal(lambda: s3.client().put_object(Bucket="other", Key="0", Body=b"")) in (403, 404)
+    assert refused_status(lambda: stranger.put_object(Bucket=s3.bucket, Key="0", Body=b"")) == 403
+    assert refused_status(lambda: s3.client().put_object(Bucket="other", Key="0", Body=b"")) in (
+        403,
+        404,
+    )
 
 
 def test_two_s3_servers_run_side_by_side(s3: SeaweedServer) -> None:

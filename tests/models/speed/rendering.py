@@ -1,4 +1,4 @@
-"""Small jobs and single forwards, for the tests of what makes jobs fast."""
+"""Small jobs and single forwards for the tests of speed presets, caches and kernels."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,27 +13,30 @@ from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from tests.fakes import tiny_sdxl, tiny_wan
 
 CPU = Device(torch.device("cpu"), torch.float32)
-#: The steps of SDXL's jobs here.
+#: The number of steps of these jobs.
 STEPS = 10
 
 
-def paint(model: Any, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
+def render_image(model: Any, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
+    """The image of a small job with these changes, uint8 (height, width, 3)."""
     small = {"negative": plain("blurry"), "size": (128, 64), "steps": STEPS}
     (picture,) = tiny_sdxl.render(model, prompt, **{**small, **changes})
     return picture
 
 
-def film(model: Any, **options: Any) -> np.ndarray:
-    return tiny_wan.render(model, steps=10, negative="blurry", **options)
+def render_video(model: Any, **options: Any) -> np.ndarray:
+    """All frames of a small job with these options, uint8 (frames, height, width, 3)."""
+    return tiny_wan.render(model, steps=STEPS, negative="blurry", **options)
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> int:
+    """The largest difference of two images, in grey levels."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 @contextmanager
 def counting(*modules: Any) -> Iterator[Counter[Any]]:
-    """Counts how often each module was computed."""
+    """Count the forwards of each module."""
     calls: Counter[Any] = Counter()
     hooks = [
         each.register_forward_hook(lambda module, *call: calls.update([module])) for each in modules

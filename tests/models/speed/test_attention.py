@@ -20,7 +20,14 @@ from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_sdxl
 from tests.fakes.recorded_progress import RecordedProgress
 from tests.files import ROOT
-from tests.models.speed.rendering import CPU, STEPS, counting, paint, transformer_call, unet_call
+from tests.models.speed.rendering import (
+    CPU,
+    STEPS,
+    counting,
+    render_image,
+    transformer_call,
+    unet_call,
+)
 
 SPEED = ROOT / "docs/speed.md"
 
@@ -138,7 +145,7 @@ def test_under_low_vram_a_prompts_keys_are_not_cached(sdxl: Any) -> None:
     model = SdxlModel(sdxl.networks, sdxl.device, plans=plans)
 
     with counting(*key_projections(model.networks.unet)) as calls:
-        paint(model)
+        render_image(model)
 
     assert {calls[each] for each in key_projections(model.networks.unet)} == {STEPS}
 
@@ -154,7 +161,7 @@ def test_cached_prompt_keys_do_not_outlive_their_job(sdxl: Any, error: Exception
             raise error
 
     with suppress(Cancelled):
-        paint(model, progress=RecordedProgress(on_step=look))
+        render_image(model, progress=RecordedProgress(on_step=look))
 
     assert set(seen[:3]) == {len(key_projections(model.networks.unet))}
     assert with_cached_keys(model.networks.unet) == []

@@ -14,7 +14,7 @@ from ourvidz_serverless.models.sdxl.request import StartImage
 from ourvidz_serverless.settings import Settings
 from tests.models.speed.rendering import (
     distance,
-    paint,
+    render_image,
 )
 
 
@@ -56,9 +56,9 @@ def test_weights_and_outputs_of_convolutions_are_channels_last(
     sdxl: Any, channels_last: Any
 ) -> None:
     with recorded_formats(channels_last) as in_last:
-        paint(channels_last)
+        render_image(channels_last)
     with recorded_formats(sdxl) as in_default:
-        paint(sdxl)
+        render_image(sdxl)
 
     assert {is_last(each.weight) for each in convolutions(channels_last)} == {True}
     assert {is_last(each.weight) for each in convolutions(sdxl)} == {False}
@@ -69,7 +69,7 @@ def test_channels_last_paints_the_same_image_within_rounding(sdxl: Any, channels
     reference = StartImage(Image.new("RGB", (128, 64), "green"), 0.5)
 
     for options in ({}, {"reference": reference}):
-        assert distance(paint(channels_last, **options), paint(sdxl, **options)) <= 1
+        assert distance(render_image(channels_last, **options), render_image(sdxl, **options)) <= 1
 
 
 def test_weights_are_channels_last_again_after_they_were_dropped_and_read() -> None:
@@ -86,4 +86,4 @@ def test_channels_last_works_with_tiled_decoding(channels_last: Any, sdxl: Any) 
     plans = sdxl_models.low_vram_plans()
     small = SdxlModel(channels_last.networks, channels_last.device, plans=plans)
 
-    assert distance(paint(small), paint(sdxl)) <= 1
+    assert distance(render_image(small), render_image(sdxl)) <= 1

@@ -11,7 +11,7 @@ from ourvidz_serverless.models.sdxl.prompt_weighting import parse, plain
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_sdxl
-from tests.models.speed.rendering import CPU, counting, distance, paint
+from tests.models.speed.rendering import CPU, counting, distance, render_image
 
 
 def test_a_repeated_prompt_is_not_encoded_again_and_paints_the_same() -> None:
@@ -19,9 +19,9 @@ def test_a_repeated_prompt_is_not_encoded_again_and_paints_the_same() -> None:
     encoders = (model.networks.pipe.text_encoder, model.networks.pipe.text_encoder_2)
 
     with counting(*encoders) as calls:
-        first = paint(model)
-        again = paint(model, seeds=(3,))
-        paint(model, "a blue square")
+        first = render_image(model)
+        again = render_image(model, seeds=(3,))
+        render_image(model, "a blue square")
 
     assert distance(first, again) == 0
     # The prompt, the negative prompt, and the new prompt.

@@ -16,7 +16,7 @@ from ourvidz_serverless.models.wan.request import References
 from ourvidz_serverless.settings import Settings
 from tests.fakes import tiny_sdxl, tiny_wan
 from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
-from tests.models.speed.rendering import STEPS, counting, distance, film, paint
+from tests.models.speed.rendering import STEPS, counting, distance, render_image, render_video
 
 PRESETS = ("balanced", "fast")
 
@@ -26,11 +26,11 @@ def test_a_preset_skips_deep_blocks_of_the_unet_and_reports_how_often(
     sdxl: Any, preset: str
 ) -> None:
     progress = RecordedProgress()
-    unet, exact = sdxl.networks.unet, paint(sdxl)
+    unet, exact = sdxl.networks.unet, render_image(sdxl)
 
     # A layer inside a block: the block itself is called even if it answers from the cache.
     with counting(unet.conv_in, unet.mid_block.resnets[0]) as calls:
-        quick = paint(sdxl, speed=preset, progress=progress)
+        quick = render_image(sdxl, speed=preset, progress=progress)
 
     (report,) = progress.speed_reports
     assert calls[unet.conv_in] == STEPS
@@ -46,7 +46,7 @@ def test_the_report_counts_the_forwards_that_were_computed(sdxl: Any) -> None:
     progress = RecordedProgress()
 
     with counting(sdxl.networks.unet.mid_block.resnets[0]) as calls:
-        paint(sdxl, speed="balanced", progress=progress)
+        render_image(sdxl, speed="balanced", progress=progress)
 
     # Ten guided steps of two forwards each, in one call. The first two steps are full, and every
     # second step after them.
@@ -71,7 +71,7 @@ def test_no_block_is_skipped_in_the_warmup_steps(sdxl: Any, steps: int, full: in
     )
 
     try:
-        paint(sdxl, steps=steps, speed="fast")
+        render_image(sdxl, steps=steps, speed="fast")
     finally:
         count.remove()
         mark.remove()
@@ -85,29 +85,29 @@ def test_no_block_is_skipped_in_the_warmup_steps(sdxl: Any, steps: int, full: in
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_does_not_change_the_next_job(sdxl: Any, wan: WanModel, preset: str) -> None:
-    picture, video = paint(sdxl), film(wan)
+    picture, video = render_image(sdxl), render_video(wan)
 
     for _ in range(2):
-        quick = paint(sdxl, speed=preset)
-        assert distance(paint(sdxl, speed=preset), quick) == 0
-    film(wan, speed=preset)
+        quick = render_image(sdxl, speed=preset)
+        assert distance(render_image(sdxl, speed=preset), quick) == 0
+    render_video(wan, speed=preset)
 
-    assert distance(paint(sdxl), picture) == 0
-    assert distance(film(wan), video) == 0
+    assert distance(render_image(sdxl), picture) == 0
+    assert distance(render_video(wan), video) == 0
 
 
 def test_a_job_that_is_stopped_during_a_preset_does_not_change_the_next_job(
     sdxl: Any, wan: WanModel
 ) -> None:
-    picture, video = paint(sdxl), film(wan)
+    picture, video = render_image(sdxl), render_video(wan)
 
     with pytest.raises(Cancelled):
-        paint(sdxl, speed="fast", progress=stop_at_step(3))
+        render_image(sdxl, speed="fast", progress=stop_at_step(3))
     with pytest.raises(Cancelled):
-        film(wan, speed="fast", progress=stop_at_step(3))
+        render_video(wan, speed="fast", progress=stop_at_step(3))
 
-    assert distance(paint(sdxl), picture) == 0
-    assert distance(film(wan), video) == 0
+    assert distance(render_image(sdxl), picture) == 0
+    assert distance(render_video(wan), video) == 0
 
 
 def test_presets_work_with_batches_and_image_to_image(sdxl: Any) -> None:
@@ -144,7 +144,7 @@ def test_wan_skips_blocks_if_the_first_block_changed_little(
     first, last = network.blocks[0].ffn, network.blocks[-1].ffn
 
     with counting(first, last) as calls:
-        film(wan, speed="fast", progress=progress, references=MODES[mode])
+        render_video(wan, speed="fast", progress=progress, references=MODES[mode])
 
     (report,) = progress.speed_reports
     assert calls[first] == report["plain_forwards"] == 20
@@ -159,7 +159,9 @@ def test_wan_with_a_tiny_threshold_skips_nothing_and_changes_no_bit(
 ) -> None:
     monkeypatch.setitem(presets.WAN, "fast", presets.SpeedPreset(first_block_threshold=1e-9))
 
-    fast, exact = (film(wan, speed=speed, references=MODES[mode]) for speed in ("fast", "exact"))
+    fast, exact = (
+        render_video(wan, speed=speed, references=MODES[mode]) for speed in ("fast", "exact")
+    )
 
     assert distance(fast, exact) == 0
 

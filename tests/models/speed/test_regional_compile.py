@@ -98,7 +98,7 @@ def test_wans_compiled_blocks_work_with_presets_stops_and_moves(tmp_path: Path) 
         # Only the second block is skipped: the first decides, and the hints come before it.
         "with a preset": full - shallow,
         "stopped at the second of four steps": full // 2,
-        "after all that, its weights read anew": full,
+        "after its weights are read again": full,
     }
     assert shallow > 0
     assert report["first_difference"] == report["later_difference"] == 0

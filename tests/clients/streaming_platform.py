@@ -1,4 +1,4 @@
-"""A platform that has a streamed reply, and sends one piece of it for each request."""
+"""A platform that has a streamed reply and returns one piece of it to each request."""
 
 import json
 from typing import Any
@@ -12,10 +12,11 @@ DOCUMENT: dict[str, Any] = json.loads((FOLDER / "examples/result.chat.json").rea
 PIECES = ["Rain ", "is water ", "that falls."]
 
 
-class Spoken(Platform):
-    """`done()` is the id of a job at `local` that has ended with `DOCUMENT`."""
+class StreamingPlatform(Platform):
+    """A platform that returns one item of a stream to each request."""
 
-    def done(self) -> str:
+    def completed_job(self) -> str:
+        """The id of a job at the endpoint `local` that has streamed `PIECES` and `DOCUMENT`."""
         id = self.submit({})
         deltas = [{"delta": piece} for piece in PIECES]
         self.end(id, [*deltas, DOCUMENT])
@@ -23,6 +24,6 @@ class Spoken(Platform):
 
     def next_items(self, job: PlatformJob) -> Answer:
         with self.changed:
-            news = job.stream[job.num_streamed : job.num_streamed + 1]
-            job.num_streamed += len(news)
-        return json_answer({"status": job.status, "stream": [{"output": item} for item in news]})
+            items = job.stream[job.num_streamed : job.num_streamed + 1]
+            job.num_streamed += len(items)
+        return json_answer({"status": job.status, "stream": [{"output": item} for item in items]})
