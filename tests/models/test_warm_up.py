@@ -96,5 +96,5 @@ def test_a_model_that_does_not_generate_ends_the_start(tmp_path: Path) -> None:
 
 
 def test_a_warm_up_that_runs_out_of_memory_does_not_end_the_start() -> None:
-    # The weights fit and a picture does not. A job then falls back to smaller memory plans.
+    # The weights fit, and a picture does not. That fails a job, not the start.
     assert load(Settings(warm_up="always", vram_budget_gb=0.0112))
