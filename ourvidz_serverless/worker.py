@@ -28,6 +28,7 @@ from ourvidz_serverless.job_table import JobTable
 from ourvidz_serverless.jobs.admin import AdminJob
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
+from ourvidz_serverless.models import Model
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
@@ -61,7 +62,7 @@ class Worker:
     def __init__(
         self,
         settings: Settings,
-        models: Mapping[str, Any],
+        models: Mapping[str, Model],
         parts: Parts,
         worker_id: str,
         ledger: Ledger | None = None,
@@ -157,7 +158,7 @@ class Worker:
         self._jobs.ended(envelope.identity, document, context.elapsed_s)
         return document
 
-    def _admit(self, job: Job, context: JobContext) -> Any:
+    def _admit(self, job: Job, context: JobContext) -> Model:
         """The model that serves a job, after every check that may refuse the job."""
         self._state.check_open()
         model = jobs.model_of(job, self._models)
@@ -173,7 +174,7 @@ class Worker:
             document = Document(job.id, self._worker_id, "processing")
             self._outbox.announce(document, job.callback_url, context)
 
-    def _compute(self, job: Job, model: Any, context: JobContext) -> tuple[Asset, ...]:
+    def _compute(self, job: Job, model: Model, context: JobContext) -> tuple[Asset, ...]:
         """The job's assets: prepared, computed and delivered."""
         with context.stage("fetch"):
             images = self._files.references(job, context)

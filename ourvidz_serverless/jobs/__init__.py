@@ -12,6 +12,7 @@ from ourvidz_serverless import families
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.job import Job
+from ourvidz_serverless.models import Model
 from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
@@ -43,7 +44,7 @@ def is_exclusive(job_type: str | None) -> bool:
     return family is not None and family.is_exclusive
 
 
-def model_of(job: Job, models: Mapping[str, Any]) -> Any:
+def model_of(job: Job, models: Mapping[str, Model]) -> Model:
     """The model that serves a job, from the models by family.
 
     It is the family's own model, unless the family's module has a `choose_model(job, models)`.
@@ -51,20 +52,20 @@ def model_of(job: Job, models: Mapping[str, Any]) -> Any:
     """
     family = FAMILY_OF[job.type]
     choose = getattr(module(family), "choose_model", None)
-    model = choose(job, models) if choose else models.get(family)
+    model: Model | None = choose(job, models) if choose else models.get(family)
     if model is None:
         served = ", ".join(models)
         raise WorkerUnavailable(f"{job.type} is not served here; this endpoint serves {served}")
     return model
 
 
-def prepare(job: Job, model: Any, context: JobContext) -> None:
+def prepare(job: Job, model: Model, context: JobContext) -> None:
     """Do what the job's family does before the job has the device."""
     module(FAMILY_OF[job.type]).prepare(job, model, context)
 
 
 def run(
-    job: Job, model: Any, references: Mapping[str, Image.Image], context: JobContext
+    job: Job, model: Model, references: Mapping[str, Image.Image], context: JobContext
 ) -> Iterator[Output | Text | Video]:
     """The job's outputs, each as soon as it is finished.
 

@@ -8,13 +8,39 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Protocol
 
 from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, OutOfMemory
 from ourvidz_serverless.families import FAMILIES, load_module
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
+
+
+class ModelDevice(Protocol):
+    """A model's device, as far as every job uses it."""
+
+    @property
+    def is_cuda(self) -> bool: ...
+
+    def check(self) -> None:
+        """Compute something; raises RuntimeError if that fails or the result is wrong."""
+
+    def reset_peak(self) -> None:
+        """Start to measure the peak of a job's memory."""
+
+    def peak_mb(self) -> int | None:
+        """The peak since `reset_peak`, in MiB; None if the device cannot measure it."""
+
+
+class Model(Protocol):
+    """What each family's model has. The family's own module in `jobs` knows the rest."""
+
+    @property
+    def device(self) -> ModelDevice: ...
+
+    def warm_up(self) -> None:
+        """Generate something small, so that the first job is as fast as the others."""
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -24,7 +50,7 @@ def open_ledger(settings: Settings) -> Ledger:
     return device_memory.open_ledger(settings)
 
 
-def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
+def load(settings: Settings, ledger: Ledger) -> dict[str, Model]:
     """The models of the served families by name, as many of them on the device as fit.
 
     Raises ModelLoadError with one line that names the setting which is invalid.
@@ -36,7 +62,9 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     # Check every family before any of them reads its weights.
     for module in modules.values():
         module.check(settings, ledger)
-    loaded = {family: module.load(settings, ledger) for family, module in modules.items()}
+    loaded: dict[str, Model] = {
+        family: module.load(settings, ledger) for family, module in modules.items()
+    }
     for family, model in loaded.items():
         if settings.warm_up == "always" or (settings.warm_up == "auto" and model.device.is_cuda):
             _warm_up(family, model)
@@ -46,7 +74,7 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     return loaded
 
 
-def _warm_up(family: str, model: Any) -> None:
+def _warm_up(family: str, model: Model) -> None:
     """Make a model generate once before the first job; raises ModelLoadError if it fails."""
     started = time.monotonic()
     try:
