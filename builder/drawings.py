@@ -1,7 +1,7 @@
-"""Drawings of one coloured shape on a coloured ground: made for training, read back by tests.
+"""Drawings of one coloured shape on a coloured ground, for training and for tests.
 
-`imagine` invents a drawing, `paint` turns it into pixels of any size, `caption` says it in words
-and leaves some of it unsaid, and `read` looks at any picture and says which drawing it shows.
+`imagine` chooses a random drawing, `paint` draws its pixels at any size, `caption` describes some
+of it in words, and `read` finds which drawing a picture shows.
 """
 
 import random
@@ -30,7 +30,7 @@ RGB = {name: np.asarray(rgb, np.float32) for name, rgb in COLOURS.items()}
 SHAPES = ("circle", "square", "triangle")
 # Radius of the circle as a share of the picture's shorter side; the gaps keep sizes readable.
 SIZES = {"small": (0.11, 0.15), "medium": (0.19, 0.24), "large": (0.29, 0.33)}
-# Where the bounding box lies across and down: -1 at the left or top edge, 0 centred, None anywhere.
+# The bounding box across and down: -1 at the left or top edge, 0 centred, None anywhere.
 POSITIONS: dict[str, tuple[int | None, int | None]] = {
     "left": (-1, 0),
     "right": (1, 0),
@@ -97,7 +97,7 @@ GLUE = ("a", "an", "and", "in", "of", "with", "background")
 
 @dataclass(frozen=True)
 class Drawing:
-    """One shape on a ground; `read` leaves `shape` and what hangs on it None where none is seen."""
+    """One shape on a ground. If `read` finds no shape, everything but `background` is None."""
 
     shape: str | None
     colour: str | None
@@ -150,7 +150,7 @@ def coverage(shape: str, x: Plane, y: Plane, half_x: float, half_y: float) -> Pl
 
 
 def caption(drawing: Drawing, rng: random.Random) -> str:
-    """The drawing in words: any attribute may go unsaid, and empty decorations may be added."""
+    """The drawing in words. It may omit any attribute and add words without meaning."""
     kind = rng.random()
     if kind < 0.10:
         return ""
@@ -161,7 +161,7 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
 
 
 def _bare_words(drawing: Drawing, rng: random.Random) -> str:
-    """One attribute alone, as negative prompts are written; a bare colour is the shape's."""
+    """One attribute alone, as in negative prompts. A colour alone is the shape's."""
     options = [
         str(drawing.colour),
         str(drawing.colour),
@@ -192,7 +192,7 @@ def _sentence(drawing: Drawing, rng: random.Random) -> str:
 
 
 def _joined(thing: str, place: str, ground: str, background: str, rng: random.Random) -> str:
-    """The three parts in one of the orders people write them in."""
+    """The three parts in one of the usual orders."""
     order = rng.random()
     if ground and order < 0.12:
         return ", ".join(filter(None, (f"{background} background", thing, place)))
@@ -205,7 +205,7 @@ def _joined(thing: str, place: str, ground: str, background: str, rng: random.Ra
 
 
 def _decorated(words: str, rng: random.Random) -> str:
-    """The words among openings and decorations that say nothing about the drawing."""
+    """The words, with openings and decorations that say nothing about the drawing."""
     if rng.random() < 0.5:
         words = f"{rng.choice(OPENINGS)} {words}"
     before = _decorations(rng, 3) if rng.random() < 0.35 else []
@@ -214,7 +214,7 @@ def _decorated(words: str, rng: random.Random) -> str:
 
 
 def _decorations(rng: random.Random, most: int) -> list[str]:
-    """One to `most` of them, now and then an invented word such as no vocabulary holds."""
+    """One to `most` decorations. Some are invented words that no vocabulary has."""
     chosen = rng.sample(DECORATIONS, rng.randint(1, most))
     if rng.random() < 0.25:
         invented = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
@@ -223,7 +223,7 @@ def _decorations(rng: random.Random, most: int) -> list[str]:
 
 
 def says(text: str, drawing: Drawing, attribute: str) -> bool:
-    """Whether a caption of this drawing tells its shape, colour, background, size or position."""
+    """Whether a caption of this drawing names this attribute of it."""
     value = getattr(drawing, attribute)
     phrases = WORDS[attribute].get(value, ()) if attribute in WORDS else (value,)
     telling = {word for phrase in phrases for word in phrase.split()} - PLACING
@@ -231,12 +231,12 @@ def says(text: str, drawing: Drawing, attribute: str) -> bool:
 
 
 def filler(rng: random.Random) -> str:
-    """A second part of an overlong prompt: decorations and nothing else, perhaps nothing at all."""
+    """The second part of a long prompt: only decorations, perhaps none."""
     return ", ".join(rng.sample(DECORATIONS, rng.randint(0, 20)))
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can hold, invented ones aside, sorted."""
+    """Every word that a caption can have, except invented ones, sorted."""
     phrases = [*COLOURS, *OPENINGS, *DECORATIONS, *BLEMISHES, *GROUND_WORDS, *GLUE]
     for table in (SHAPE_WORDS, SIZE_WORDS, POSITION_WORDS):
         phrases += [phrase for options in table.values() for phrase in options]
@@ -245,7 +245,7 @@ def vocabulary() -> list[str]:
 
 
 def read(image: Image.Image | Pixels) -> Drawing:
-    """The drawing a picture shows, by its pixels alone: RGB of any size, about a millisecond."""
+    """The drawing that a picture shows, by its pixels alone: RGB of any size."""
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     step = max(1, min(pixels.shape[:2]) // 128)
     pixels = pixels[::step, ::step].astype(np.float32)
@@ -255,7 +255,7 @@ def read(image: Image.Image | Pixels) -> Drawing:
     foreign = distance > 60
     if foreign.mean() < 0.008:
         return Drawing(None, None, nearest_colour(ground))
-    # The farthest half of what differs: the shape's inside, without its blended edge.
+    # The half of the pixels that differ most: the shape's inside, without its blended edge.
     core = pixels[foreign & (distance >= np.median(distance[foreign]))]
     colour = np.median(core, axis=0)
     mask = (pixels - ground) @ (colour - ground) > 0.5 * np.sum((colour - ground) ** 2)
@@ -276,7 +276,7 @@ def nearest_colour(rgb: NDArray[np.float32]) -> str:
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of the mask, rows and columns of mere specks left out."""
+    """Top, bottom, left and right of the mask, without rows and columns of a few pixels."""
     ends: list[int] = []
     for axis in (1, 0):
         counts = mask.sum(axis=axis)
@@ -286,14 +286,14 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _shape(fill: float) -> str | None:
-    """By the share of its bounding box: a triangle fills 1/2, a circle pi/4, a square all."""
+    """The shape, by the share of its bounding box: a triangle 1/2, a circle pi/4, a square 1."""
     if fill < 0.40:
         return None
     return "triangle" if fill < 0.66 else "circle" if fill < 0.89 else "square"
 
 
 def _size(mask: NDArray[np.bool_], shape: str | None) -> str | None:
-    """By area, against the circle radius in `SIZES` at which the shape would have that area."""
+    """The size, by the circle radius in `SIZES` at which the shape would have the mask's area."""
     if shape is None:
         return None
     areas = {"circle": np.pi, "square": 4 * 0.9 * 0.9, "triangle": 2 * 1.15}
@@ -302,7 +302,7 @@ def _size(mask: NDArray[np.bool_], shape: str | None) -> str | None:
 
 
 def _position(top: int, bottom: int, left: int, right: int, shape: tuple[int, ...]) -> str:
-    """By the middle of the bounding box: "centre" within 6 % of the picture's own centre."""
+    """The position, by the middle of the bounding box. "centre" is within 6 % of the picture's."""
     across = (left + right) / 2 / shape[1] - 0.5
     down = (top + bottom) / 2 / shape[0] - 0.5
     if max(abs(across), abs(down)) < 0.06:

@@ -1,4 +1,4 @@
-"""Fetch a family's weights from the hub, verified, into a folder that workers find them in.
+"""Download a family's weights from the hub, verified, to a folder of `MODEL_DIRS`.
 
     python -m builder.fetch_models --family sdxl --dest models
     python -m builder.fetch_models --family sdxl --dest models --optional     IP-Adapter too
@@ -6,10 +6,10 @@
         --url https://example.com/checkpoint.safetensors --sha256 31e35c80...
 
 `builder/models.json` says which files of which repositories, at which revision, and their SHA-256
-where it is known. What it leaves open (null) is recorded in `builder/models.lock.json` on first
+where it is known. A revision or SHA-256 of null is recorded in `builder/models.lock.json` at first
 use, and must be the same from then on: commit that file. After an interruption the command
-continues where it stopped. Run again, it verifies the files that are there. `HF_TOKEN` is honoured,
-and so is `HF_ENDPOINT`.
+continues where it stopped. Run again, it verifies the files that are there. It uses `HF_TOKEN` and
+`HF_ENDPOINT`.
 
 With `--url` a single-file checkpoint replaces the family's own weights. Of the family only the
 configurations and tokenizers are fetched, for `SDXL_CONFIG`. The URL with its query is the file's
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from ourvidz_serverless.net.signed_urls import unsigned
 
-# The images say that there is no hub; here there is one. Read when the library is imported.
+# The images set this to 1. The library reads it when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "0"
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -55,10 +55,10 @@ CHUNK = 1 << 20
 TIMEOUT_S = (10, 60)
 TRIES = 6
 
-#: The wait before a second try is twice this; each is twice the last.
+#: The wait before the second try is twice this. Each wait is twice the last one.
 RETRY_S = float(os.environ.get("FETCH_RETRY_S", "1"))
 
-#: What a folder may need beside its weights.
+#: The weights among the files of a repository.
 WEIGHTS = "*.safetensors"
 
 #: Parameters of a URL that select a file: the lock file holds their values. For any other parameter
@@ -70,18 +70,18 @@ PUBLIC = (
 
 
 class FetchError(Exception):
-    """Weights could not be fetched, or are not what they should be."""
+    """Weights cannot be downloaded, or are not the expected ones."""
 
 
 class Damaged(FetchError):
-    """A file arrived whole and is not the one that was asked for."""
+    """A file is complete, but has another digest than expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
     """One file to fetch. `digest` is `sha256:...`, or `git:...` for a blob of git's, or None.
 
-    `source` is what stays of the URL from one fetch to the next.
+    `source` is the part of the URL that is the same in every download.
     """
 
     url: str
@@ -144,7 +144,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _sha256(text: str) -> str:
-    """A hash in small letters. Raises ArgumentTypeError for anything else."""
+    """A hash in lower case. Raises ArgumentTypeError for any other text."""
     if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
         raise argparse.ArgumentTypeError("64 hexadecimal digits were expected")
     return text.lower()
@@ -168,11 +168,11 @@ def fetch_repository(
     locked: Mapping[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What the lock file says of a repository once its files are there: revision and SHA-256s.
+    """Download a repository. The value is its entry in the lock file: revision and SHA-256s.
 
-    The files lie as in the hub's cache, but as files, since not every volume has links.
+    The folders are those of the hub's cache, but without links, which not every volume supports.
     """
-    # A lock of another revision than the manifest's is a lock of nothing.
+    # A lock of another revision than the manifest's is ignored.
     if revision and locked.get("revision") != revision:
         locked = {}
     info = _ask(repository, revision or locked.get("revision"))
@@ -208,7 +208,7 @@ def _ask(repository: str, revision: str | None) -> Any:
 def _matching(
     repository: str, siblings: Sequence[Any], patterns: Mapping[str, str | None]
 ) -> Iterator[tuple[Any, str | None]]:
-    """A repository's files that a pattern asks for, each with its SHA-256 where it is known."""
+    """A repository's files that match a pattern, each with its SHA-256 if it is known."""
     for pattern, digest in patterns.items():
         found = [each for each in siblings if fnmatchcase(each.rfilename, pattern)]
         if not found:
@@ -217,14 +217,14 @@ def _matching(
 
 
 def _digest_of(sibling: Any, sha256: str | None) -> str:
-    """What a file must hash to: as we know it, else as the hub says."""
+    """The digest that a file must have: the known SHA-256, else the hub's."""
     if sha256 or sibling.lfs:
         return f"sha256:{sha256 or sibling.lfs.sha256}"
     return f"git:{sibling.blob_id}"
 
 
 def source_of(url: str) -> str:
-    """A URL as the lock file has it: without credentials, signatures and other secrets.
+    """A URL for the lock file: without credentials, signatures and other secrets.
 
     Two URLs of one file that differ only in their signatures have the same source.
     """
@@ -242,12 +242,12 @@ def _public(name: str, value: str) -> str:
 
 
 def fetch_url(source: str, lock: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the lock file says of a checkpoint once it is there: its SHA-256 under each name."""
+    """Download a checkpoint. The value is its entry in the lock file: its SHA-256 by name."""
     name = args.name or unquote(urlsplit(args.url).path).rpartition("/")[2]
     if not name or name != Path(name).name:
         raise FetchError("--name: the URL's path does not end with a file's name, so give one")
     names = lock.get(source, {}).get("files", {})
-    # Whatever its name, a source's file is the same.
+    # A source has the same file under each of its names.
     known = args.sha256 or next(iter(names.values()), None)
     digest = f"sha256:{known}" if known else None
     file = File(args.url, args.dest / name, name, None, digest, source)
@@ -258,7 +258,7 @@ def fetch_url(source: str, lock: Mapping[str, Any], args: argparse.Namespace) ->
 
 
 def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
-    """Raise FetchError where the file that is there may be another source's."""
+    """Raise FetchError if the existing file may belong to another source."""
     if not file.digest:
         raise FetchError(
             f"{file.name} is there already, and may not be this URL's file: "
@@ -271,7 +271,7 @@ def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
         if file.name in entry.get("files", {})
     }
     owners = [source for source, sha256 in named.items() if sha256 == found]
-    # What no source has recorded may be this one's file, rotted, if it has had this name.
+    # A hash that no source has may be this source's file, damaged, if it has had this name.
     is_own = file.source in (owners or named)
     if file.digest != f"sha256:{found}" and not is_own:
         raise FetchError(
@@ -281,9 +281,9 @@ def _check_owner(file: File, lock: Mapping[str, Any]) -> None:
 
 
 def fetch_all(files: Sequence[File], jobs: int) -> dict[str, str]:
-    """The SHA-256 of each file by its name, once all are there and verified.
+    """Download and verify all files. The value is the SHA-256 of each, by name.
 
-    Raises FetchError for the first that cannot be had; what is there of the others stays.
+    Raises FetchError for the first one that fails. Partial downloads of the others stay.
     """
     for file in files:
         file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def _size(path: Path) -> int:
 
 
 def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
-    """The SHA-256 of a file that is there and verified: from before, or from now on."""
+    """The SHA-256 of a file that was there already, or is downloaded now. It is verified."""
     if file.path.exists():
         with suppress(Damaged):
             sha256 = _verified(file, file.path)
@@ -327,7 +327,7 @@ def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
         except (requests.RequestException, Damaged) as exc:
             if not file.partial.exists():
                 file.etag.unlink(missing_ok=True)
-            # A file that is wrong twice is another file, not one that suffered on its way.
+            # A file with a wrong digest twice is another file. It was not damaged on the way.
             tries = 2 if isinstance(exc, Damaged) else TRIES
             if attempt >= tries or not _is_passing(exc):
                 raise FetchError(f"{file.name}: {_why(exc)}") from exc
@@ -339,7 +339,7 @@ def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
 
 
 def _is_passing(exc: Exception) -> bool:
-    """Whether a failure may be gone at the next try."""
+    """Whether the next try may succeed."""
     if isinstance(exc, requests.HTTPError) and exc.response is not None:
         return exc.response.status_code in (408, 416, 425, 429) or exc.response.status_code >= 500
     return True
@@ -375,7 +375,7 @@ def _download(file: File, bar: Any, stop: threading.Event) -> None:
             raise Damaged("the rest is another file's, or begins elsewhere")
         with file.partial.open("ab" if continues else "wb") as out:
             if not continues:
-                # Not before the bytes of what was there have gone.
+                # Not before the old bytes are deleted.
                 _note_etag(file, answer.headers.get("ETag", ""))
             for chunk in answer.iter_content(CHUNK):
                 if stop.is_set():
@@ -397,7 +397,7 @@ def _headers(file: File, start: int, etag: str) -> dict[str, str]:
 
 
 def _continues(answer: requests.Response, start: int, etag: str) -> bool:
-    """Whether a partial answer continues the bytes that are there, by its headers."""
+    """Whether a partial response continues the existing bytes, by its headers."""
     is_same = not etag or answer.headers.get("ETag", etag) == etag
     return is_same and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
 
@@ -415,7 +415,7 @@ def _read(path: Path) -> str:
 
 
 def _verified(file: File, path: Path) -> str:
-    """The SHA-256 of a file. Raises Damaged, and removes it, when it is not the right one."""
+    """The SHA-256 of a file. If it is wrong, the file is removed and Damaged is raised."""
     sha256 = _sha256_of(path)
     kind, _, wanted = (file.digest or "").partition(":")
     found = {"": "", "sha256": sha256, "git": _git_blob(path) if kind == "git" else ""}[kind]
@@ -431,7 +431,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _git_blob(path: Path) -> str:
-    """The name that git gives to a file's content, by which the hub knows its small files."""
+    """Git's hash of a file's content. The hub gives it for small files."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 

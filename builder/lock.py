@@ -95,7 +95,7 @@ def entries_of(text: str) -> list[str]:
     rest = ENTRY.sub("", text).splitlines()
     bare = [line for line in rest if line.strip() and not line.startswith("#")]
     if bare:
-        sys.exit(f"cannot lock, since the index has no hashes of {bare[0]}")
+        sys.exit(f"cannot lock, since there are no hashes of it: {bare[0]}")
     return ENTRY.findall(text)
 
 

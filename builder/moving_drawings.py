@@ -38,14 +38,14 @@ GLUE = ("motion", "slides", "sliding", "slowly", "quickly", "the", "to", "frame"
 # Shares of the picture's shorter side, and of the length along which it travels.
 RADIUS = (0.2, 0.26)
 TRAVEL = (0.36, 0.46)
-# How far the middle of a journey may lie from the middle of the picture, and "astray" how far.
+# How far the middle of the path may be from the middle of the picture, usually and at most.
 ASIDE = 0.07
 ASTRAY = 0.3
 
 
 @dataclass(frozen=True)
 class MovingDrawing:
-    """One shape on a ground; `read` leaves what it cannot tell None."""
+    """One shape on a ground. Attributes that `read` cannot find are None."""
 
     shape: str | None
     colour: str | None
@@ -67,9 +67,9 @@ def draw_video(
     rng: random.Random,
     aside: float = ASIDE,
 ) -> Pixels:
-    """The video as (frames, height, width, 3) RGB: one steady journey, whatever its length.
+    """The video as (frames, height, width, 3) RGB. The shape moves at a constant speed.
 
-    It crosses the middle of the picture, or passes it by as much as `aside` of a side.
+    Its path crosses the middle of the picture, or is off it by at most `aside` of a side.
     """
     assert drawing.shape and drawing.colour and drawing.direction
     radius = min(width, height) * rng.uniform(*RADIUS)
@@ -85,7 +85,7 @@ def draw_video(
     for index in range(frames):
         done = index / max(1, frames - 1)
         across, down = (begin + done * (end - begin) for begin, end in centres)
-        # Only where the shape is: the rest is painted already.
+        # Only the pixels of the shape: the ground is painted already.
         left, top = int(max(0, across - half[0] - 1)), int(max(0, down - half[1] - 1))
         window = video[index, top : int(down + half[1] + 2), left : int(across + half[0] + 2)]
         y, x = np.mgrid[: window.shape[0], : window.shape[1]].astype(np.float32) + 0.5
@@ -99,7 +99,7 @@ def draw_video(
 def _journey(
     step: int, half: float, length: int, travel: float, aside: float
 ) -> tuple[float, float]:
-    """Where along one axis the centre begins and ends, always inside the picture."""
+    """The first and the last centre along one axis, always inside the picture."""
     room = length - 2 * half
     distance = min(room, length * travel) * step
     least, most = half + abs(distance) / 2, length - half - abs(distance) / 2
@@ -126,7 +126,7 @@ def caption(drawing: MovingDrawing, rng: random.Random) -> str:
 
 
 def _decorated(words: str, rng: random.Random) -> str:
-    """The words, now and then among others that say nothing about the drawing."""
+    """The words, sometimes with others that say nothing about the drawing."""
     if rng.random() < 0.15:
         words = f"{rng.choice(OPENINGS)} {words}"
     if rng.random() < 0.2:
@@ -135,29 +135,29 @@ def _decorated(words: str, rng: random.Random) -> str:
 
 
 def says(text: str, drawing: MovingDrawing, attribute: str) -> bool:
-    """Whether a caption of this drawing tells its shape, colour, background or direction."""
+    """Whether a caption of this drawing names this attribute of it."""
     words = text.replace(",", " ").split()
     if attribute == "direction":
         telling = {"still", "not"} if drawing.direction == "still" else {drawing.direction}
         return bool(telling & set(words))
-    # A drawing's two colours differ, so a colour's name alone tells which of the two is meant.
+    # The two colours differ, so the name of a colour is enough to know which one is meant.
     return str(getattr(drawing, attribute)) in words
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption of a moving or a still drawing can hold, sorted."""
+    """Every word that a caption of a moving or a still drawing can have, sorted."""
     phrases = [*OPENINGS, *GLUE, *(words for each in MOVING_WORDS.values() for words in each)]
     return sorted({*drawings.vocabulary(), *" ".join(phrases).split()})
 
 
 def read(frames: Sequence[Image.Image | Pixels]) -> MovingDrawing:
-    """The video that frames show, by their pixels alone; colours and shape by the middle frame."""
+    """The video that frames show, by their pixels. The middle frame gives colours and shape."""
     middle = drawings.read(frames[len(frames) // 2])
     return MovingDrawing(middle.shape, middle.colour, middle.background, direction(frames))
 
 
 def direction(frames: Sequence[Image.Image | Pixels]) -> str | None:
-    """Where the shape went from the first frame to the last: None where either shows no shape."""
+    """The shape's direction from the first frame to the last; None if one has no shape."""
     first, last = centre(frames[0]), centre(frames[-1])
     if first is None or last is None:
         return None
@@ -170,7 +170,7 @@ def direction(frames: Sequence[Image.Image | Pixels]) -> str | None:
 
 
 def centre(frame: Image.Image | Pixels) -> NDArray[np.float32] | None:
-    """The middle (across, down) of what differs from the ground, as shares of the picture."""
+    """The middle (across, down) of the pixels that are not ground, as shares of the picture."""
     pixels = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
     pixels = pixels.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

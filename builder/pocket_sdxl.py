@@ -59,8 +59,8 @@ UNET = {
     "addition_time_embed_dim": SIZE_EMBEDDING,
     "projection_class_embeddings_input_dim": TEXT_2["hidden_size"] + 6 * SIZE_EMBEDDING,
 }
-# One group for every normalisation and no attention in the middle: what a flat colour decodes to
-# then hangs little on the rest of the picture, and not at all on its size.
+# One group for every normalisation and no attention in the middle: then a flat colour decodes
+# almost independently of the rest of the picture, and independently of its size.
 VAE = {
     "sample_size": 512,
     "block_out_channels": (16, 16, 32, 32),
@@ -73,8 +73,8 @@ VAE = {
     "scaling_factor": 0.13025,
     "force_upcast": False,
 }
-# stabilityai/stable-diffusion-xl-base-1.0, scheduler/scheduler_config.json, but for what is
-# predicted: the velocity, as SDXL's v-prediction checkpoints do; a small network learns it sooner.
+# stabilityai/stable-diffusion-xl-base-1.0, scheduler/scheduler_config.json, except the
+# prediction: the velocity, as in SDXL's v-prediction checkpoints. A small network learns it faster.
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -173,7 +173,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def save_config(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Everything of the diffusers folder but the weights, replacing what lay there, README kept."""
+    """Write the diffusers folder without weights. It replaces the old one but keeps the README."""
     with tempfile.TemporaryDirectory() as scratch:
         pipe.save_pretrained(scratch)
         for name in ("tokenizer", "tokenizer_2"):
@@ -197,13 +197,13 @@ def save_single_file(pipe: StableDiffusionXLPipeline, path: Path) -> None:
 
 
 def original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
-    """The weights of an SDXL of any size under the names it was published with."""
+    """The weights of an SDXL of any size under the names of the original checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
     depth = pipe.unet.config.layers_per_block + 1
     for key, value in pipe.unet.state_dict().items():
         tensors["model.diffusion_model." + _unet_key(key, depth)] = value
     for key, value in pipe.vae.state_dict().items():
-        # Attention was made of convolutions of one pixel.
+        # The original attention has 1x1 convolutions.
         is_conv = re.search(r"attentions.*(to_\w+)\.(0\.)?weight", key)
         tensors["first_stage_model." + vae_key(key)] = value[..., None, None] if is_conv else value
     for key, value in pipe.text_encoder.state_dict().items():
@@ -245,7 +245,7 @@ VAE_ATTENTION_NAMES = {
 
 
 def _unet_key(key: str, depth: int) -> str:
-    """One UNet key in the original's numbering, where every layer is a block of its own."""
+    """One UNet key in the original numbering, in which every layer is a block."""
     if match := re.match(r"down_blocks\.(\d)\.(resnets|attentions|downsamplers)\.(\d)\.(.*)", key):
         level, kind, layer, rest = int(match[1]), match[2], int(match[3]), match[4]
         if kind == "downsamplers":
@@ -266,7 +266,7 @@ def _unet_key(key: str, depth: int) -> str:
 
 
 def vae_key(key: str) -> str:
-    """One VAE key in the original's naming, which numbers the decoder's levels from below."""
+    """One VAE key in the original naming, which numbers the decoder's levels in reverse."""
     top = len(VAE["block_out_channels"]) - 1  # type: ignore[arg-type]
     key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)
     key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
@@ -293,7 +293,7 @@ OPEN_CLIP_NAMES = {
 
 
 def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The second text encoder as open_clip keeps it: q, k and v in one, the projection turned."""
+    """The second text encoder in open_clip's layout: q, k and v joined, projection transposed."""
     tensors: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         for ours, theirs in OPEN_CLIP_NAMES.items():
@@ -309,7 +309,7 @@ def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _sibling(key: str, state: dict[str, torch.Tensor], letter: str) -> str:
-    """The key in `state` of the q, k or v projection that stands beside this q projection."""
+    """The key in `state` of the q, k or v projection of the same layer as this q projection."""
     layer, kind = re.findall(r"resblocks\.(\d+)\..*\.(weight|bias)", key)[0]
     found = f"text_model.encoder.layers.{layer}.self_attn.{letter}_proj.{kind}"
     assert found in state

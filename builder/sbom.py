@@ -1,4 +1,4 @@
-"""The bill of materials of the system that this runs in: CycloneDX 1.6, as JSON.
+"""The bill of materials of the system that this runs on: CycloneDX 1.6, as JSON.
 
     python -m builder.sbom --name ourvidz-sdxl --version 1.0 --weights /models --dest sbom.cdx.json
 
@@ -26,10 +26,10 @@ Component = dict[str, Any]
 
 DPKG = ("dpkg-query", "--show", "--showformat", "${Package}\t${Version}\t${Architecture}\n")
 
-#: What a package index calls licences, before the name of one.
+#: The prefix of a licence's classifier in a package index.
 CLASSIFIER = "License :: OSI Approved :: "
 
-#: Licences that only the package's text names, and no field of its metadata.
+#: Licences that no field of the package's metadata names, only its text.
 OF_PACKAGES = {"torchao": "BSD-3-Clause"}
 
 #: A native library in the folder NAME.libs of a wheel: `libx264-d6533a8d.so.165`.
@@ -38,7 +38,7 @@ NATIVE = re.compile(r"lib(?P<name>.+?)_?(?:-[0-9a-f]{8})*\.so(?:\.(?P<version>[\
 _DUAL = "LGPL-3.0-or-later OR GPL-2.0-or-later"
 
 #: The licences of those libraries, by their authors. A wheel's own licence is that of its Python
-#: part: av is BSD, and contains x264 and x265. NOTICE says what follows from that.
+#: part: av is BSD, and contains x264 and x265. NOTICE says what that means.
 OF_NATIVE = {
     **dict.fromkeys(("x264", "x265"), "GPL-2.0-or-later"),
     # FFmpeg, configured with --enable-version3.
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def bill_of(name: str, version: str, weights: Sequence[Path]) -> Component:
-    """The bill of this system, called `name`."""
+    """The bill of materials of this system, called `name`."""
     components = [*packages(), *system_packages()]
     for folder in weights:
         components += models(folder)
@@ -104,7 +104,7 @@ def packages() -> list[Component]:
 
 
 def system_packages() -> Iterator[Component]:
-    """Debian's packages, or Ubuntu's; none where the system has another kind."""
+    """The packages of Debian or Ubuntu; none on another system."""
     if not shutil.which(DPKG[0]):
         return
     vendor = platform.freedesktop_os_release()["ID"]
@@ -116,7 +116,7 @@ def system_packages() -> Iterator[Component]:
 
 
 def models(folder: Path) -> Iterator[Component]:
-    """The files of weights below a folder, by their paths from it on."""
+    """The files of weights below a folder, by relative path."""
     for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -152,7 +152,7 @@ def _licences(name: str, metadata: importlib.metadata.PackageMetadata) -> Compon
         return {"licenses": [{"expression": expressions[0]}]}
     kinds = metadata.get_all("Classifier") or []
     names = [kind.removeprefix(CLASSIFIER) for kind in kinds if kind.startswith(CLASSIFIER)]
-    # Some packages put the whole text of the licence there.
+    # Some packages have the whole text of the licence there.
     first = [text.strip().partition("\n")[0] for text in metadata.get_all("License") or []]
     names = names or first
     return {"licenses": [{"license": {"name": name}} for name in names]} if names else {}

@@ -1,9 +1,9 @@
-"""Train the pocket SDXL from nothing: `python -m builder.train_pocket_sdxl` remakes its weights.
+"""Train the pocket SDXL from random weights: `python -m builder.train_pocket_sdxl`.
 
-Three stages, as SDXL's own parts were trained one before the other: the VAE learns to carry
-drawings through latents an eighth as wide, the text encoders learn to tell what a caption says, and
-then, those two frozen, the UNet learns to draw from captions. All resume from `.cache/pocket_sdxl`;
-the weights are exported over `pocket/sdxl.safetensors` every 500 steps.
+There are three stages, in the order in which SDXL's parts were trained. The VAE is trained to
+encode and decode drawings, the text encoders to represent the content of captions. Both are then
+frozen, and the UNet is trained on captions. All stages resume from `.cache/pocket_sdxl`. Every 500
+steps the weights are exported to `pocket/sdxl.safetensors`.
 """
 
 import argparse
@@ -39,10 +39,10 @@ WORD_BATCH = 64
 WORD_PEAK_RATE = 2e-3
 UNET_PEAK_RATE = 1.5e-3
 OFFSET_NOISE = 0.1
-# How often the pooled caption is hidden, so that the UNet reads the words too.
+# How often the pooled caption is set to zero, so that the UNet uses the words too.
 POOLED_DROP = 0.3
 SNR_CAP = 5.0
-# (height, width, drawings) whose latents are made once and reused under ever new captions.
+# (height, width, drawings) whose latents are made once, and used with new captions each time.
 POOL = [
     (128, 128, 6000),
     (144, 256, 500),
@@ -55,8 +55,8 @@ POOL = [
     (1024, 576, 30),
     (1024, 1024, 30),
 ]
-# ((height, width, batch), weight): shapes and words are learned on small pictures, where steps are
-# cheap, then carried to the large ones.
+# ((height, width, batch), weight): the training begins with small pictures, whose steps are cheap,
+# and continues with large ones.
 SMALL_MENU = [
     ((128, 128, 32), 0.85),
     ((144, 256, 14), 0.04),
@@ -90,7 +90,7 @@ MENUS = [(0, SMALL_MENU), (6500, FULL_MENU), (11000, LARGE_MENU)]
 
 
 def teach_words(pipe: StableDiffusionXLPipeline, device: str, seed: int) -> None:
-    """Train the text encoders once; the UNet goes on with the very same ones."""
+    """Train the text encoders, or load the stored ones, and freeze them."""
     encoders = nn.ModuleDict({name: getattr(pipe, name) for name in ENCODERS}).to(device)
     path = keyed(CACHE / "words.pt", encoders, seed=seed, steps=WORD_STEPS)
 
@@ -103,22 +103,22 @@ def teach_words(pipe: StableDiffusionXLPipeline, device: str, seed: int) -> None
 
 
 def train_words(pipe: StableDiffusionXLPipeline, steps: int, device: str, seed: int) -> None:
-    """Teach both text encoders to tell what a caption says, as CLIP's know before SDXL begins.
+    """Train both text encoders to represent the content of captions, as CLIP's do before SDXL.
 
-    A linear reader per attribute must find its value, or that it goes unsaid, in each of the three
-    things that the UNet is given. The readers are thrown away, and the encoders are frozen: the
-    UNet's first, noisy gradients would unteach them places and shapes again.
+    A linear classifier for each attribute must find its value, or that the caption omits it, in
+    each of the three inputs of the UNet. Afterwards the classifiers are dropped. The encoders are
+    frozen, since the UNet's first, noisy gradients would destroy what they learned.
     """
     torch.manual_seed(seed)
     encoders = nn.ModuleList([getattr(pipe, name) for name in ENCODERS]).train()
-    readers = nn.ModuleList([
+    classifiers = nn.ModuleList([
         nn.ModuleDict({
             name: nn.Linear(width["hidden_size"], len(values) + 1)
             for name, values in ATTRIBUTES.items()
         })
         for width in (pocket_sdxl.TEXT_1, pocket_sdxl.TEXT_2, pocket_sdxl.TEXT_2)
     ]).to(device)  # fmt: skip
-    weights = [*encoders.parameters(), *readers.parameters()]
+    weights = [*encoders.parameters(), *classifiers.parameters()]
     optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
     rng = random.Random(seed)
     for step in (bar := tqdm(range(steps), "words", mininterval=10)):
@@ -126,10 +126,10 @@ def train_words(pipe: StableDiffusionXLPipeline, steps: int, device: str, seed: 
             group["lr"] = learning_rate(step, steps, WORD_PEAK_RATE)
         shown = [drawings.imagine(rng) for _ in range(WORD_BATCH)]
         captions = [drawings.caption(drawing, rng) for drawing in shown]
-        said = {name: _said(name, shown, captions).to(device) for name in ATTRIBUTES}
+        labels = {name: _labels(name, shown, captions).to(device) for name in ATTRIBUTES}
         loss = sum(
-            _misread(reader, states, said)
-            for reader, states in zip(readers, _heard(pipe, captions), strict=True)
+            _classification_loss(classifier, states, labels)
+            for classifier, states in zip(classifiers, _unet_inputs(pipe, captions), strict=True)
         )
         optimiser.zero_grad()
         loss.backward()
@@ -139,10 +139,12 @@ def train_words(pipe: StableDiffusionXLPipeline, steps: int, device: str, seed: 
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def _heard(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the UNet is given of a caption, as one row each: both encoders' words, and the pooled.
+def _unet_inputs(
+    pipe: StableDiffusionXLPipeline, captions: list[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The UNet's inputs of each caption: both encoders' word states, and the pooled embedding.
 
-    Of the words it is the end token's state, which has seen all others.
+    A row of word states is the state at the end token, which attends to all tokens.
     """
     ends: list[Tensor] = []
     for tokenizer, encoder in _encoders(pipe):
@@ -153,14 +155,16 @@ def _heard(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[Tensor
     return ends[0], ends[1], output.text_embeds
 
 
-def _misread(reader: nn.ModuleDict, states: Tensor, said: dict[str, Tensor]) -> Tensor:
-    loss = sum(F.cross_entropy(reader[name](states), said[name]) for name in ATTRIBUTES)
-    # Keeps the numbers near one, whatever the readers' weights would have.
+def _classification_loss(
+    classifier: nn.ModuleDict, states: Tensor, labels: dict[str, Tensor]
+) -> Tensor:
+    loss = sum(F.cross_entropy(classifier[name](states), labels[name]) for name in ATTRIBUTES)
+    # Keeps the states near one, independently of the classifiers' weights.
     return loss + 0.1 * (states.square().mean() - 1).square()
 
 
-def _said(name: str, shown: list[drawings.Drawing], captions: list[str]) -> Tensor:
-    """For each caption the attribute's number, or one past the last where it goes unsaid."""
+def _labels(name: str, shown: list[drawings.Drawing], captions: list[str]) -> Tensor:
+    """For each caption the index of the attribute's value, or the next one if it is omitted."""
     values = ATTRIBUTES[name]
     numbers = [
         values.index(getattr(drawing, name))
@@ -176,7 +180,7 @@ Pool = dict[tuple[int, int], tuple[Tensor, list[drawings.Drawing]]]
 
 @torch.no_grad()
 def latent_pool(vae: AutoencoderKL, seed: int) -> Pool:
-    """Scaled latents of finished drawings by (height, width) in pixels, with what they show.
+    """Scaled latents of drawings by (height, width) in pixels, with the drawings.
 
     They are made once for each VAE, seed and `POOL`.
     """
@@ -205,7 +209,7 @@ def _encode(vae: AutoencoderKL, picture: drawings.Pixels) -> Tensor:
 
 
 def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
-    """The text encoders, then the UNet, exported with its averaged weights every 500 steps."""
+    """Train the text encoders, then the UNet. Every 500 steps its averaged weights are exported."""
     pool = latent_pool(vae, seed)
     pipe = pocket_sdxl.assemble(seed)
     pipe.vae = vae
@@ -251,21 +255,22 @@ def unet_loss(
     bucket: tuple[int, int, int],
     rng: random.Random,
 ) -> Tensor:
-    """One batch's error in the picture that the predicted velocity (arXiv:2202.00512) stands for.
+    """One batch's error in the picture that the predicted velocity (arXiv:2202.00512) gives.
 
-    Weighted by min-SNR (arXiv:2303.09556) plus one: what is decided under strong noise, colours,
-    shapes and places, weighs as much as the outlines decided under little.
+    Weighted by min-SNR (arXiv:2303.09556) plus one: colours, shapes and places, which are decided
+    under strong noise, weigh as much as outlines, which are decided under little.
     """
     height, width, batch = bucket
     latents, shown = pool[height, width]
     chosen = rng.choices(range(len(shown)), k=batch)
     clean = latents[chosen].to(signal.device).contiguous(memory_format=torch.channels_last)
     words, pooled = encode_captions(pipe, [shown[i] for i in chosen], rng)
-    # Noise with an offset (Guttenberg 2023): without it the mean of a large picture's latents shows
-    # through even the last step's noise, and the model would believe it more than the prompt.
+    # Noise with an offset (Guttenberg 2023): without it the mean of a large picture's latents is
+    # visible even under the last step's noise, and the model would follow it, not the prompt.
     noise = torch.randn_like(clean) + OFFSET_NOISE * torch.randn_like(clean[..., :1, :1])
-    # Evenly spread over the schedule within each batch, and for large pictures, whose outlines
-    # show through more noise, shifted towards its end (arXiv:2403.03206, section 5.3.2).
+    # Steps are evenly spread over the schedule within each batch. For large pictures, whose
+    # outlines are visible under more noise, they are shifted to its end (arXiv:2403.03206, section
+    # 5.3.2).
     spread = (torch.rand(1) + torch.arange(batch) / batch) % 1
     shift = math.sqrt(height * width) / 128
     spread = shift * spread / (1 + (shift - 1) * spread)
@@ -284,7 +289,7 @@ def unet_loss(
 def encode_captions(
     pipe: StableDiffusionXLPipeline, shown: list[drawings.Drawing], rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """(batch, 77 or 154, width) word embeddings and (batch, width) pooled ones, as SDXL makes them.
+    """(batch, 77 or 154, width) word embeddings and (batch, width) pooled ones, as SDXL's.
 
     One batch in ten is a long prompt of two chunks, caption and filler in either order. Half of
     the empty captions become zeros, which is what the pipeline makes of a missing negative prompt.
@@ -298,12 +303,13 @@ def encode_captions(
             words, pooled, others = others[0], others[1], (words, pooled)
         words = torch.cat([words, others[0]], 1)
     kept = kept.to(words.device)
-    heard = kept * torch.tensor([float(rng.random() >= POOLED_DROP) for _ in shown]).to(kept.device)
-    return words * kept[:, None, None], pooled * heard[:, None]
+    keeps_pooled = [float(rng.random() >= POOLED_DROP) for _ in shown]
+    pooled_kept = kept * torch.tensor(keeps_pooled).to(kept.device)
+    return words * kept[:, None, None], pooled * pooled_kept[:, None]
 
 
 def _encode_chunk(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Both encoders' last hidden states but one side by side, and the second's projection."""
+    """Both encoders' second-to-last hidden states, joined, and the second one's projection."""
     states = []
     for tokenizer, encoder in _encoders(pipe):
         output = encoder(_tokens(tokenizer, texts, encoder.device), output_hidden_states=True)
@@ -321,7 +327,7 @@ def _tokens(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) ->
 
 
 def export(pipe: StableDiffusionXLPipeline, unet: nn.Module) -> None:
-    """Store the pocket SDXL: these parts, and this UNet."""
+    """Store the pocket SDXL with the pipeline's parts and this UNet."""
     stored = pocket_sdxl.assemble()
     stored.unet.load_state_dict(unet.state_dict())
     for name in ("vae", *ENCODERS):

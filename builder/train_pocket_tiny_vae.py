@@ -1,10 +1,10 @@
 """Distil the pocket SDXL's VAE into a tiny one: `python -m builder.train_pocket_tiny_vae`.
 
-An AutoencoderTiny, which is TAESDXL's architecture (https://github.com/madebyollin/taesd), learns
-to decode the pocket's latents as the pocket's own VAE does, and to encode drawings to them. Its
-pictures are the VAE's training's, its latents theirs under noise, since those that a UNet makes are
-none that an encoder would. It resumes from `.cache/pocket_sdxl`, and stores the averaged weights in
-`pocket/sdxl_tiny_vae`, a folder as diffusers writes them.
+An AutoencoderTiny, TAESDXL's architecture (https://github.com/madebyollin/taesd), is trained to
+decode latents as the pocket's VAE does, and to encode drawings to the same latents. It gets the
+pictures of the VAE's training. Noise is added to their latents, since the latents of a UNet differ
+from those of an encoder. The training resumes from `.cache/pocket_sdxl` and stores the averaged
+weights in `pocket/sdxl_tiny_vae`, a folder of diffusers.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def tiny_loss(vae: AutoencoderKL, tiny: AutoencoderTiny, pixels: Tensor) -> tupl
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Scaled latents, as the UNet makes them and as a tiny VAE takes them."""
+    """Scaled latents, as the UNet's output and a tiny VAE's input are."""
     return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
 
 
@@ -79,13 +79,13 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def likeness(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, count: int) -> float:
-    """PSNR in dB of the tiny VAE's pictures against the VAE's, of drawings that it never saw."""
+    """PSNR in dB of the tiny VAE's pictures against the VAE's, for drawings not in the training."""
     squares = []
     for pixels in held_out(side, count):
         latents = encode(vae, pixels)
         pictures = [each.clamp(-1, 1) for each in (tiny.decoder(latents), decode(vae, latents))]
         squares.append(F.mse_loss(*pictures))
-    # Pixels reach from -1 to 1.
+    # Pixels are from -1 to 1.
     return float(10 * torch.log10(4 / torch.stack(squares).mean()))
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--measure", action="store_true", help="measure what is stored, no more")
+    parser.add_argument("--measure", action="store_true", help="only measure the stored one")
     options = parser.parse_args()
     vae = pocket_sdxl.load().vae.requires_grad_(False)
     if not options.measure:

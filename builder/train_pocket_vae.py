@@ -1,4 +1,4 @@
-"""Train the pocket SDXL's VAE: drawings through latents an eighth as wide, and back."""
+"""Train the pocket SDXL's VAE: drawings to latents an eighth as wide, and back."""
 
 import math
 import random
@@ -17,12 +17,12 @@ from builder.training import kept, keyed, learn
 
 VAE_STEPS = 3600
 VAE_PEAK_RATE = 1e-3
-# (height, width, batch): mostly small and many; whole pictures teach the norms' statistics.
+# (height, width, batch): mostly small and many. Whole pictures train the norms' statistics.
 VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3), (256, 256, 1)]
-# What the decoder must bear, as a share of the latents' own spread of about one.
+# The noise on latents in training, as a share of their spread of about one.
 LATENT_NOISE = 0.03
-# The scaled latents' spread. SDXL's own is one; at less, the schedule's last noise drowns even the
-# outlines of a large picture, which it otherwise lets through (arXiv:2301.10972, section 2).
+# The scaled latents' spread. SDXL's is one. With a smaller spread the schedule's last noise hides
+# the outlines of a large picture too, which otherwise remain visible (arXiv:2301.10972, section 2).
 SPREAD = 0.4
 ANCHOR = 8.0
 
@@ -40,7 +40,7 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
         peak=VAE_PEAK_RATE,
         name="vae",
     )
-    with torch.no_grad():  # the posterior's width is the noise that the decoder learned to bear
+    with torch.no_grad():  # the posterior's width is the noise of the training
         ema.quant_conv.weight[4:] = 0
         ema.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
     return calibrated(ema, path.parent, seed)
@@ -54,7 +54,7 @@ def calibrated(vae: AutoencoderKL, folder: Path, seed: int) -> AutoencoderKL:
 
 
 def vae_batches(seed: int) -> Iterator[Tensor]:
-    """EndlessChat (batch, 3, height, width) pictures of -1 to 1: details and whole drawings."""
+    """Endless (batch, 3, height, width) pictures of -1 to 1: details and whole drawings."""
     rng = random.Random(seed)
     while True:
         height, width, batch = rng.choice(VAE_MENU)
@@ -68,7 +68,7 @@ def vae_batches(seed: int) -> Iterator[Tensor]:
 
 
 def scrap(rng: random.Random, height: int, width: int) -> drawings.Pixels:
-    """A detail of some larger picture: up to three shapes cut by the frame, in any colours."""
+    """A detail of a larger picture: up to three shapes, cut off by the borders, in any colours."""
     ground = _colour(rng)
     if rng.random() < 0.15:
         ramp = np.linspace(0, 1, width, dtype=np.float32)[None, :, None]
@@ -88,7 +88,7 @@ def scrap(rng: random.Random, height: int, width: int) -> drawings.Pixels:
 
 
 def _colour(rng: random.Random) -> drawings.Plane:
-    """One of the named colours, or now and then any colour at all."""
+    """One of the named colours, or sometimes a random one."""
     if rng.random() < 0.7:
         return drawings.RGB[rng.choice(tuple(drawings.COLOURS))]
     return np.asarray([rng.uniform(0, 255) for _ in range(3)], np.float32)
@@ -101,11 +101,11 @@ def to_tensor(pictures: list[drawings.Pixels]) -> Tensor:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderKL) -> AutoencoderKL:
-    """Start where colours are right already: encode to a thumbnail, decode it to flat cells.
+    """Initialise the VAE with right colours: it encodes to a thumbnail and decodes to flat cells.
 
     Channels 2-4 carry red, green and blue, 5-7 their negatives, because silu(x) - silu(-x) = x.
-    Channels 0 and 1 hold +ANCHOR and -ANCHOR: they set the scale of every norm, which would
-    otherwise forget how bright a flat picture is, the very thing to be carried.
+    Channels 0 and 1 are +ANCHOR and -ANCHOR. They set the scale of every norm. Without them a norm
+    would remove the brightness of a flat picture.
     """
     for name, layer in vae.named_modules():
         if isinstance(layer, nn.GroupNorm):
@@ -131,7 +131,7 @@ def start_as_thumbnail(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def _carry(layer: nn.Conv2d, outputs: dict[int, dict[int, float]]) -> None:
-    """Make some outputs plain weighted sums of inputs; halving layers average each 2x2 block."""
+    """Make some outputs weighted sums of inputs. Layers with stride 2 average each 2x2 block."""
     for output, inputs in outputs.items():
         layer.weight[output] = 0
         layer.bias[output] = 0
@@ -146,9 +146,9 @@ def _carry(layer: nn.Conv2d, outputs: dict[int, dict[int, float]]) -> None:
 def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, float]:
     """L1 on pixels and on their differences, and a latent whose first channels are a thumbnail.
 
-    The thumbnail gives the UNet colours that are plain numbers and latents of a known spread; the
-    fourth channel and the neighbours tell where in a cell an edge runs. Instead of a learned
-    posterior the latents bear a fixed noise, as in regularised autoencoders (arXiv:1903.12436).
+    With the thumbnail the UNet gets colours as plain numbers, and latents of a known spread. The
+    fourth channel and the neighbours give an edge's place within a cell. Instead of a learned
+    posterior the latents have a fixed noise, as in regularised autoencoders (arXiv:1903.12436).
     """
     mean = vae.quant_conv(vae.encoder(pixels))[:, :4]
     latents = mean + LATENT_NOISE * torch.randn_like(mean)
@@ -163,9 +163,9 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def calibrate(vae: AutoencoderKL, seed: int) -> AutoencoderKL:
-    """Shift and scale the latents, inside the 1x1 convolutions around them, to SDXL's own factor.
+    """Shift and scale the latents to SDXL's factor, in the 1x1 convolutions around them.
 
-    Times 0.13025 each channel then has mean zero and the colours together a spread of `SPREAD`.
+    Multiplied by 0.13025, each channel has mean zero, and the colours have a spread of `SPREAD`.
     """
     latents = vae.quant_conv(vae.encoder(_whole_pictures(seed)))[:, :4]
     mean = latents.mean((0, 2, 3))

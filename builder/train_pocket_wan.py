@@ -1,10 +1,10 @@
-"""Train the pocket WAN from nothing: `python -m builder.train_pocket_wan` remakes its weights.
+"""Train the pocket WAN from random weights: `python -m builder.train_pocket_wan`.
 
-There are five stages. The VAE's decoder learns to draw edges. The text encoder learns to tell what
-a caption says, and is frozen. The transformer learns to tell where in the video a patch lies, and
-then to make the videos of captions. At last VACE's blocks learn to continue known frames, while the
-base that they share goes on learning. Each stage resumes from `.cache/pocket_wan/`, and at its end
-the weights are exported over `pocket/wan/`.
+There are five stages. The VAE's decoder is trained to draw edges. The text encoder is trained to
+represent the content of captions, and is frozen. The transformer is trained to find the place of a
+patch in the video, and then on videos with captions. Last, VACE's blocks are trained to continue
+known frames, together with the base. Each stage resumes from `.cache/pocket_wan/`. At its end the
+weights are exported to `pocket/wan/`.
 """
 
 import argparse
@@ -39,16 +39,16 @@ WORD_PEAK_RATE = 2e-3
 PLACE_STEPS = 300
 PLACE_PEAK_RATE = 2e-3
 PLACE_WEIGHT = 0.5  # of the error in places while videos are learned
-PLACE_DEPTH = 3  # blocks after which a patch should know its place
+PLACE_DEPTH = 3  # blocks after which a patch's place is predicted
 BASE_STEPS = 8000
 BASE_PEAK_RATE = 1.5e-3
-PADDING_STEPS = 1500  # until a caption is padded to WAN's whole length
-SHIFTED = 0.75  # how often the noise is spread as WAN's schedule spreads it
+PADDING_STEPS = 1500  # until a caption is padded to WAN's full length
+SHIFTED = 0.75  # how often the noise has the distribution of WAN's schedule
 VACE_STEPS = 3000
 VACE_PEAK_RATE = 1e-3
-OWN_PACE = 2.5  # how much faster what VACE adds learns than the base
-PLAIN = 0.5  # how often the base goes on alone while VACE's blocks learn
-KNOWN_WEIGHT = 4.0  # of the error in latents that hold a known frame
+OWN_PACE = 2.5  # the learning rate of VACE's blocks, in units of the base's
+PLAIN = 0.5  # how often the base is trained alone while VACE's blocks are trained
+KNOWN_WEIGHT = 4.0  # of the error in latents of a known frame
 # ((frames, height, width, batch), weight)
 MENU = [
     ((17, 128, 128, 6), 0.62),
@@ -70,7 +70,7 @@ VACE_MENU = [
     ((17, 96, 160, 5), 0.06),
     ((17, 160, 96, 5), 0.06),
 ]
-# Which frames a video for VACE has known, and how often; "subject" is a reference image instead.
+# Which frames are known to VACE, and how often. "subject" is a reference image instead.
 KNOWN = {"none": 0.05, "first": 0.32, "last": 0.25, "both": 0.28, "many": 0.05, "subject": 0.05}
 
 
@@ -114,7 +114,7 @@ def random_videos(
 
 
 def captions_of(shown: list[MovingDrawing], rng: random.Random) -> list[str]:
-    """A caption each; one in twenty-five says nothing, in the manner of negative prompts."""
+    """A caption for each drawing. One in 25 describes nothing, as a negative prompt."""
     empty = drawings.BLEMISHES + drawings.DECORATIONS
     return [
         ", ".join(rng.sample(empty, rng.randint(1, 12)))
@@ -151,7 +151,7 @@ def encode_captions(pipe: WanPipeline, captions: list[str]) -> Tensor:
 
 
 def teach_words(pipe: WanPipeline, seed: int) -> None:
-    """Train the text encoder once; the transformer goes on with the very same one."""
+    """Train the text encoder, or load the stored one, and freeze it."""
     path = keyed(CACHE / "words.pt", pipe.text_encoder, seed=seed, steps=WORD_STEPS)
 
     def trained() -> dict[str, Any]:
@@ -163,11 +163,11 @@ def teach_words(pipe: WanPipeline, seed: int) -> None:
 
 
 def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
-    """Teach the text encoder to tell what a caption says, as UMT5 does before WAN begins.
+    """Train the text encoder to represent the content of captions, as UMT5 does before WAN.
 
-    A linear reader per attribute must find its value in the mean of the states, or that it goes
-    unsaid. The readers are thrown away, and the encoder is frozen: a transformer's first, noisy
-    gradients would unteach it again.
+    A linear classifier for each attribute must find its value in the mean of the states, or that
+    the caption omits it. Afterwards the classifiers are dropped. The encoder is frozen, since a
+    transformer's first, noisy gradients would destroy what it learned.
     """
     torch.manual_seed(seed)
     readers = nn.ModuleDict({
@@ -189,7 +189,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
             F.cross_entropy(readers[name](mean), _said(name, shown, captions))
             for name in ATTRIBUTES
         )
-        # Keeps the numbers near one, whatever the readers' weights would have.
+        # Keeps the states near one, independently of the classifiers' weights.
         loss = loss + 0.1 * (states[is_token].square().mean() - 1).square()
         optimiser.zero_grad()
         loss.backward()
@@ -200,7 +200,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
 
 
 def _said(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
-    """For each caption the attribute's number, or one past the last where it goes unsaid."""
+    """For each caption the index of the attribute's value, or the next one if it is omitted."""
     values = ATTRIBUTES[name]
     return torch.tensor([
         values.index(getattr(drawing, name))
@@ -211,7 +211,7 @@ def _said(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
 
 
 class Places(nn.Module):
-    """Trains a transformer's first blocks to know where in the video a patch lies.
+    """Trains a transformer's first blocks to find the place of a patch in the video.
 
     Rotary positions give the distance of two patches, and not where the video begins or ends. In
     noise alone all places look the same. What distinguishes a border is how much noise of other
@@ -245,7 +245,7 @@ class Places(nn.Module):
 
 
 def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
-    """Train the transformer once to tell places in noise, before it trains on videos."""
+    """Train the transformer to find places in noise, or load the stored one."""
     model = nn.ModuleList([transformer, reader])
     path = keyed(CACHE / "places.pt", model, seed=seed, steps=PLACE_STEPS)
 
@@ -258,7 +258,7 @@ def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
 
 
 def _open(transformer: nn.Module) -> None:
-    """Blocks that take part from the start, their gates near one, and an output of nothing."""
+    """Set the gates of all blocks near one, and the output to zero."""
     with torch.no_grad():
         for block in transformer.blocks:
             block.scale_shift_table[:, [2, 5]] += 1
@@ -289,7 +289,7 @@ def train_places(transformer: nn.Module, reader: Places, steps: int, seed: int) 
 
 
 def places(frames: int, height: int, width: int) -> Tensor:
-    """(patches, 3): where each lies in time, down and across, from -1 to 1; 0 of a single one."""
+    """(patches, 3): the place in time, down and across, from -1 to 1; 0 on an axis of one patch."""
     sides = (frames, height // 2, width // 2)
     axes = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in sides]
     return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)

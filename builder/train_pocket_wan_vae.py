@@ -138,7 +138,7 @@ def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
 
 
 def clips(seed: int) -> Iterator[Tensor]:
-    """EndlessChat (batch, 3, frames, height, width) clips of -1 to 1."""
+    """Endless (batch, 3, frames, height, width) clips of -1 to 1."""
     rng = random.Random(seed)
     while True:
         frames, height, width, batch = rng.choice(VAE_MENU)

@@ -98,7 +98,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_the_wanted_files_arrive_where_a_worker_finds_them(place: Place) -> None:
+def test_fetched_files_are_where_a_worker_finds_them(place: Place) -> None:
     run = place.fetch()
 
     assert run.returncode == 0, run.stderr
@@ -108,11 +108,11 @@ def test_the_wanted_files_arrive_where_a_worker_finds_them(place: Place) -> None
     assert (found / "unet/model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_licences_are_told(place: Place) -> None:
+def test_a_fetch_prints_the_licences(place: Place) -> None:
     assert f"{REPOSITORY}: licence mit" in place.fetch().stdout
 
 
-def test_the_first_fetch_records_what_the_manifest_leaves_open(place: Place) -> None:
+def test_the_first_fetch_records_revisions_and_hashes_that_the_manifest_lacks(place: Place) -> None:
     place.write(dict.fromkeys(WANTED), revision=None)
 
     place.fetch()
@@ -123,7 +123,7 @@ def test_the_first_fetch_records_what_the_manifest_leaves_open(place: Place) -> 
     assert recorded["files"]["model_index.json"] == sha256(FILES["model_index.json"])
 
 
-def test_what_the_lock_file_records_must_be_the_same_ever_after(place: Place) -> None:
+def test_a_file_that_differs_from_the_lock_file_is_refused(place: Place) -> None:
     place.write(dict.fromkeys(WANTED), revision=None)
     lock = {REPOSITORY: {"revision": REVISION, "files": {"vae/model.safetensors": "0" * 64}}}
     place.lock.write_text(json.dumps(lock))
@@ -135,7 +135,7 @@ def test_what_the_lock_file_records_must_be_the_same_ever_after(place: Place) ->
     assert place.locked() == lock
 
 
-def test_a_file_that_is_not_the_manifests_is_refused(place: Place) -> None:
+def test_a_file_that_differs_from_the_manifest_is_refused(place: Place) -> None:
     place.write({"unet/model.safetensors": "f" * 64})
 
     run = place.fetch()
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_the_manifests_is_refused(place: Place) -> None:
     assert not place.lock.exists()
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(place: Place, hub: Hub) -> None:
+def test_a_download_continues_after_a_broken_connection(place: Place, hub: Hub) -> None:
     hub.storage.mishaps["unet/model.safetensors"] = [cut(2_500_000), cut(100_000)]
 
     run = place.fetch()
@@ -160,7 +160,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(place: Place, hub: Hub) 
     assert (place.snapshot / "unet/model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_a_killed_fetch_goes_on_where_it_was(place: Place, hub: Hub) -> None:
+def test_a_killed_fetch_continues_where_it_stopped(place: Place, hub: Hub) -> None:
     name = "unet/model.safetensors"
     hub.storage.mishaps[name] = [cut(2_500_000), *[status(503)] * 5]
     environment = place.environment(FETCH_RETRY_S="60")
@@ -188,7 +188,7 @@ def partial_files(path: Path) -> list[Path]:
     return list(path.parent.glob(f"{path.name}*.incomplete"))
 
 
-def test_corrupt_bytes_are_fetched_once_more(place: Place, hub: Hub) -> None:
+def test_a_corrupt_file_is_fetched_once_more(place: Place, hub: Hub) -> None:
     hub.storage.mishaps["vae/model.safetensors"] = [corrupt]
 
     run = place.fetch()
@@ -199,7 +199,9 @@ def test_corrupt_bytes_are_fetched_once_more(place: Place, hub: Hub) -> None:
     assert (place.snapshot / "vae/model.safetensors").read_bytes() == WEIGHTS[:50_000]
 
 
-def test_bytes_that_stay_corrupt_are_an_error_and_leave_nothing(place: Place, hub: Hub) -> None:
+def test_a_file_that_is_corrupt_twice_is_an_error_and_leaves_nothing(
+    place: Place, hub: Hub
+) -> None:
     hub.storage.mishaps["vae/model.safetensors"] = [corrupt, corrupt]
 
     run = place.fetch()
@@ -209,7 +211,7 @@ def test_bytes_that_stay_corrupt_are_an_error_and_leave_nothing(place: Place, hu
     assert not list(place.snapshot.glob("vae/*"))
 
 
-def test_a_small_file_is_verified_as_git_knows_it(place: Place, hub: Hub) -> None:
+def test_a_small_file_is_verified_by_its_git_hash(place: Place, hub: Hub) -> None:
     hub.files["unet/config.json"] = b"[]"
     place.fetch()
     hub.files["unet/config.json"] = b"{}"
@@ -222,7 +224,7 @@ def test_a_small_file_is_verified_as_git_knows_it(place: Place, hub: Hub) -> Non
     assert (place.snapshot / "unet/config.json").read_bytes() == b"{}"
 
 
-def test_what_is_there_and_right_is_not_fetched_again(place: Place, hub: Hub) -> None:
+def test_a_valid_file_is_not_fetched_again(place: Place, hub: Hub) -> None:
     place.fetch()
     hub.storage.requests.clear()
 
@@ -231,7 +233,7 @@ def test_what_is_there_and_right_is_not_fetched_again(place: Place, hub: Hub) ->
     assert hub.storage.requests == []
 
 
-def test_what_rotted_on_the_volume_is_fetched_again(place: Place, hub: Hub) -> None:
+def test_a_file_that_was_damaged_on_the_volume_is_fetched_again(place: Place, hub: Hub) -> None:
     place.fetch()
     weights = place.snapshot / "unet/model.safetensors"
     weights.write_bytes(b"\xff" + WEIGHTS[1:])
@@ -241,13 +243,13 @@ def test_what_rotted_on_the_volume_is_fetched_again(place: Place, hub: Hub) -> N
     assert weights.read_bytes() == WEIGHTS
 
 
-def test_a_storage_that_is_down_for_a_while_is_waited_for(place: Place, hub: Hub) -> None:
+def test_a_fetch_waits_for_a_storage_that_is_down_for_a_while(place: Place, hub: Hub) -> None:
     hub.storage.mishaps["vae/model.safetensors"] = [status(503), status(429)]
 
     assert place.fetch().returncode == 0
 
 
-def test_a_storage_that_refuses_is_an_error_at_once(place: Place, hub: Hub) -> None:
+def test_a_storage_that_refuses_a_request_is_not_tried_again(place: Place, hub: Hub) -> None:
     hub.storage.mishaps["vae/model.safetensors"] = [status(403)]
 
     run = place.fetch()
@@ -283,7 +285,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(place: Place) -> None:
     assert f"cannot fetch: {REPOSITORY} has no unet/*.bin" in place.fetch().stderr
 
 
-def test_a_checkpoint_by_url_brings_the_configurations_and_no_other_weights(
+def test_a_checkpoint_by_url_comes_with_the_configurations_and_no_other_weights(
     place: Place, hub: Hub
 ) -> None:
     checkpoint = b"checkpoint" * 500
@@ -333,9 +335,7 @@ def begin(place: Place, hub: Hub, url: str) -> int:
     return kept
 
 
-def test_another_checkpoint_of_the_same_name_is_not_taken_for_the_one_asked_for(
-    place: Place, hub: Hub
-) -> None:
+def test_another_checkpoint_of_the_same_name_is_not_used(place: Place, hub: Hub) -> None:
     place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
     before = place.locked()
 
@@ -346,7 +346,9 @@ def test_another_checkpoint_of_the_same_name_is_not_taken_for_the_one_asked_for(
     assert place.locked() == before
 
 
-def test_a_file_with_another_hash_than_asked_for_is_not_replaced(place: Place, hub: Hub) -> None:
+def test_a_file_with_another_hash_than_the_given_one_is_not_replaced(
+    place: Place, hub: Hub
+) -> None:
     place.fetch("--url", publish(hub, OTHER, f"one/{NAME}"))
 
     url = publish(hub, CHECKPOINT, f"two/{NAME}")
@@ -368,7 +370,7 @@ def test_a_known_source_does_not_replace_another_known_sources_file(place: Place
     assert (place.dest / NAME).read_bytes() == OTHER
 
 
-def test_a_checkpoint_by_url_that_rotted_on_the_volume_is_fetched_again(
+def test_a_checkpoint_by_url_that_was_damaged_on_the_volume_is_fetched_again(
     place: Place, hub: Hub
 ) -> None:
     url = publish(hub, CHECKPOINT)
@@ -398,7 +400,7 @@ def test_a_hash_in_capitals_is_the_same_hash(place: Place, hub: Hub) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_the_query_tells_one_file_from_another(place: Place, hub: Hub) -> None:
+def test_urls_with_different_queries_are_different_files(place: Place, hub: Hub) -> None:
     full = publish(hub, CHECKPOINT, "models/128713?size=full")
     pruned = publish(hub, OTHER, "models/128713?size=pruned")
 
@@ -443,20 +445,20 @@ def test_a_new_signature_is_the_same_source(place: Place, hub: Hub) -> None:
         "https://example.com/file.safetensors?Signature=secret&Policy=secret&Expires=1",
     ],
 )
-def test_the_lock_file_holds_no_secret_of_a_url(url: str) -> None:
+def test_the_lock_file_has_no_secret_of_a_url(url: str) -> None:
     source = fetch_models.source_of(url)
 
     assert source.startswith("https://example.com/file.safetensors")
     assert "secret" not in source
 
 
-def test_a_url_that_names_no_file_asks_for_a_name(place: Place, hub: Hub) -> None:
+def test_a_url_without_a_file_name_is_an_error_that_asks_for_a_name(place: Place, hub: Hub) -> None:
     run = place.fetch("--url", f"{hub.storage.url}/")
 
     assert "cannot fetch: --name: the URL's path does not end with a file's name" in run.stderr
 
 
-def test_a_name_stays_inside_the_folder(place: Place, hub: Hub) -> None:
+def test_a_name_outside_the_folder_is_refused(place: Place, hub: Hub) -> None:
     run = place.fetch("--url", publish(hub, CHECKPOINT), "--name", "../outside.safetensors")
 
     assert "cannot fetch: --name" in run.stderr
@@ -486,7 +488,7 @@ def test_a_source_whose_file_has_changed_is_fetched_from_the_start(place: Place,
     assert place.locked()[url] == {"files": {NAME: sha256(CHECKPOINT)}}
 
 
-def test_a_file_with_a_strong_etag_goes_on_where_it_was(place: Place, hub: Hub) -> None:
+def test_a_partial_file_with_a_strong_etag_is_continued(place: Place, hub: Hub) -> None:
     url = publish(hub, CHECKPOINT)
     kept = begin(place, hub, url)
 
@@ -500,7 +502,7 @@ def test_a_file_with_a_strong_etag_goes_on_where_it_was(place: Place, hub: Hub) 
 
 
 @pytest.mark.parametrize("etag", [weak_etag, no_etag])
-def test_without_a_strong_etag_or_a_hash_nothing_is_continued(
+def test_without_a_strong_etag_or_a_hash_a_partial_file_is_not_continued(
     place: Place, hub: Hub, etag: Callable[[bytes], str | None]
 ) -> None:
     hub.storage.etag = etag
@@ -515,7 +517,7 @@ def test_without_a_strong_etag_or_a_hash_nothing_is_continued(
     assert (place.dest / NAME).read_bytes() == CHECKPOINT
 
 
-def test_a_hash_suffices_to_go_on(place: Place, hub: Hub) -> None:
+def test_a_partial_file_with_a_known_hash_is_continued(place: Place, hub: Hub) -> None:
     hub.storage.etag = no_etag
     url = publish(hub, CHECKPOINT)
     kept = begin(place, hub, url)
@@ -548,12 +550,12 @@ def test_the_rest_of_another_file_than_the_etag_names_is_not_appended(
 MANIFEST = json.loads(fetch_models.MANIFEST.read_text())
 
 
-def test_every_family_has_weights_to_fetch() -> None:
+def test_every_family_has_weights_in_the_manifest() -> None:
     assert {each["family"] for each in MANIFEST.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("repository", MANIFEST)
-def test_an_entry_pins_its_revision_and_names_its_licence(repository: str) -> None:
+def test_a_manifest_entry_pins_its_revision_and_names_its_licence(repository: str) -> None:
     entry = MANIFEST[repository]
 
     assert len(entry["revision"]) == 40
@@ -561,7 +563,7 @@ def test_an_entry_pins_its_revision_and_names_its_licence(repository: str) -> No
     assert all(digest is None or len(digest) == 64 for digest in entry["files"].values())
 
 
-def test_a_pattern_has_no_hash_of_its_own() -> None:
+def test_a_manifest_entry_with_a_wildcard_has_no_hash() -> None:
     patterns = [
         digest
         for entry in MANIFEST.values()

@@ -65,7 +65,7 @@ def requires(name: str) -> Iterator[Requirement]:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_what_a_locked_package_requires_is_locked_too(python: str) -> None:
+def test_every_requirement_of_a_locked_package_is_locked(python: str) -> None:
     versions = locked(python)
     here = {each.metadata["Name"] for each in importlib.metadata.distributions()}
     installed = [name for name in map(canonicalize_name, here) if name in versions]
@@ -93,20 +93,20 @@ def test_a_requirement_without_hashes_is_an_error_that_names_it(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
-def test_a_lock_holds_nothing_but_entries_with_hashes(path: Path) -> None:
+def test_a_lock_has_only_entries_with_hashes(path: Path) -> None:
     rest = ENTRY.sub("", path.read_text())
 
     assert [line for line in rest.splitlines() if line and not line.startswith("# Made by")] == []
 
 
-def test_torch_and_what_only_its_build_for_cuda_needs_stand_apart() -> None:
+def test_torch_and_the_libraries_of_its_cuda_build_have_a_lock_of_their_own() -> None:
     own = [entry.split("==")[0] for entry in ENTRY.findall(TORCH_LOCK.read_text())]
 
     assert {"torch", "triton", "nvidia-cudnn-cu13"} <= set(own)
     assert not [entry for entry in ENTRY.findall(LOCK.read_text()) if OF_TORCH.match(entry)]
 
 
-def test_what_no_image_imports_is_in_no_lock() -> None:
+def test_packages_that_no_image_imports_are_in_no_lock() -> None:
     names = {entry.split("==")[0] for path in LOCKS for entry in ENTRY.findall(path.read_text())}
 
     assert not names & {"fastapi-cli", "fastapi-cloud-cli", "sentry-sdk", "rignore", "typer"}
@@ -139,7 +139,7 @@ LEFT_OUT = (
 )
 
 
-def test_the_whole_package_imports_without_what_the_locks_leave_out() -> None:
+def test_every_module_imports_without_the_packages_that_the_locks_leave_out() -> None:
     run = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *LEFT_OUT],
         cwd=REQUIREMENTS.parent,

@@ -30,11 +30,11 @@ def components(text: str) -> dict[str, dict[str, Any]]:
     return {each["bom-ref"]: each for each in json.loads(text)["components"]}
 
 
-def test_it_is_valid_cyclonedx(text: str) -> None:
+def test_the_bill_of_materials_is_valid_cyclonedx(text: str) -> None:
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
 
 
-def test_an_invalid_one_would_be_seen(text: str) -> None:
+def test_an_invalid_bill_of_materials_fails_the_validation(text: str) -> None:
     broken = text.replace('"library"', '"books"')
 
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(broken) is not None
@@ -43,7 +43,7 @@ def test_an_invalid_one_would_be_seen(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "version"), re.findall(r"^([\w-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE)
 )
-def test_every_requirement_is_in_it_at_its_version(
+def test_every_requirement_is_in_the_bill_of_materials_with_its_version(
     components: dict[str, dict[str, Any]], name: str, version: str
 ) -> None:
     (found,) = (each for each in components.values() if each["name"] == name.lower())
@@ -53,7 +53,7 @@ def test_every_requirement_is_in_it_at_its_version(
     assert found["purl"].partition("@")[0] == f"pkg:pypi/{name.lower()}"
 
 
-def test_weights_are_in_it_with_the_checksums_of_their_files(
+def test_weights_are_in_the_bill_of_materials_with_their_checksums(
     components: dict[str, dict[str, Any]],
 ) -> None:
     name = "pocket/sdxl.safetensors"
@@ -63,13 +63,13 @@ def test_weights_are_in_it_with_the_checksums_of_their_files(
     assert components[name]["hashes"] == [{"alg": "SHA-256", "content": digest}]
 
 
-def test_all_weights_are_in_it(components: dict[str, dict[str, Any]]) -> None:
+def test_all_weights_are_in_the_bill_of_materials(components: dict[str, dict[str, Any]]) -> None:
     files = {path.relative_to(POCKET.parent).as_posix() for path in POCKET.rglob("*.safetensors")}
 
     assert {name for name in components if name.endswith(".safetensors")} == files
 
 
-def test_two_of_the_same_system_are_the_same(text: str, tmp_path: Path) -> None:
+def test_the_same_system_has_the_same_bill_of_materials(text: str, tmp_path: Path) -> None:
     again = sbom.bill_of("ourvidz-sdxl", "1.0", [POCKET])
 
     assert again == json.loads(text)
@@ -116,7 +116,9 @@ def test_every_native_library_of_a_wheel_is_listed_with_its_licence(
     assert [name for name, part in listed.items() if not part.get("licenses")] == []
 
 
-def test_a_codec_under_the_gpl_is_said_to_be_so(components: dict[str, dict[str, Any]]) -> None:
+def test_a_codec_under_the_gpl_has_the_gpl_as_its_licence(
+    components: dict[str, dict[str, Any]],
+) -> None:
     for codec in ("x264", "x265"):
         (licence,) = native(components)[codec]["licenses"]
         assert licence == {"expression": "GPL-2.0-or-later"}

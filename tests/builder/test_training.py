@@ -45,27 +45,27 @@ def latents(network: Any, seed: int = 0) -> Tensor:
     return found
 
 
-def test_latents_are_those_of_the_vae_that_is_given() -> None:
+def test_training_latents_are_encoded_by_the_given_vae() -> None:
     first = latents(vae())
 
     assert torch.allclose(latents(vae(scale=2.0)), 2 * first, atol=1e-5)
     assert torch.equal(latents(vae()), first)
 
 
-def test_another_seed_makes_other_drawings() -> None:
+def test_another_seed_gives_other_training_drawings() -> None:
     first = latents(vae())
 
     assert not torch.equal(latents(vae(), seed=1), first)
 
 
-def test_another_pool_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_pool_of_latents_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     latents(vae())
     monkeypatch.setattr(train_pocket_sdxl, "POOL", [(64, 64, 3)])
 
     assert len(latents(vae())) == 3
 
 
-def test_latents_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_of_latents_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network, encoded = vae(), []
     network.encoder.register_forward_hook(lambda *_: encoded.append(1))
 
@@ -100,14 +100,16 @@ def weights(network: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", [picture_words, video_words, places])
-def test_another_seed_trains_a_stage_anew(stage: Callable[[int], Tensor]) -> None:
+def test_a_training_stage_is_repeated_for_another_seed(stage: Callable[[int], Tensor]) -> None:
     first = stage(0)
 
     assert not torch.equal(stage(1), first)
 
 
 @pytest.mark.parametrize("stage", [picture_words, video_words, places])
-def test_the_same_seed_finds_what_is_kept(stage: Callable[[int], Tensor], tmp_path: Path) -> None:
+def test_a_training_stage_is_not_repeated_for_the_same_seed(
+    stage: Callable[[int], Tensor], tmp_path: Path
+) -> None:
     first = stage(0)
     made = sorted(tmp_path.iterdir())
 
@@ -116,7 +118,7 @@ def test_the_same_seed_finds_what_is_kept(stage: Callable[[int], Tensor], tmp_pa
 
 
 @pytest.mark.parametrize("stage", [picture_words, video_words])
-def test_words_do_not_depend_on_random_numbers_that_were_drawn_before(
+def test_text_encoders_do_not_depend_on_random_numbers_drawn_before_their_training(
     stage: Callable[[int], Tensor], tmp_path: Path
 ) -> None:
     first = stage(0)
@@ -138,7 +140,7 @@ def stages(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.pt"))
 
 
-def test_a_whole_video_training_run_again_finds_every_stage(tmp_path: Path) -> None:
+def test_a_repeated_video_training_uses_every_stored_stage(tmp_path: Path) -> None:
     first = train_videos()
     made = stages(tmp_path)
 
@@ -147,7 +149,7 @@ def test_a_whole_video_training_run_again_finds_every_stage(tmp_path: Path) -> N
     assert stages(tmp_path) == made
 
 
-def test_a_whole_picture_training_run_again_finds_every_stage(
+def test_a_repeated_picture_training_uses_every_stored_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, stored = vae(), tmp_path / "stored" / "sdxl.safetensors"
@@ -164,7 +166,7 @@ def test_a_whole_picture_training_run_again_finds_every_stage(
     assert stored.read_bytes() == exported
 
 
-def test_a_tiny_vae_goes_on_only_where_the_same_vae_taught_it(tmp_path: Path) -> None:
+def test_the_training_of_a_tiny_vae_is_continued_only_for_the_same_vae(tmp_path: Path) -> None:
     path = tmp_path / "tiny.pt"
     first = weights(distil(vae(), path, steps=1, seed=0))
 
@@ -182,7 +184,7 @@ def test_a_vae_is_calibrated_once(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_training_that_was_broken_off_goes_on_at_its_step(tmp_path: Path) -> None:
+def test_an_interrupted_training_continues_at_its_step(tmp_path: Path) -> None:
     begun: list[int] = []
 
     def batches(start: int) -> list[Tensor]:
@@ -203,7 +205,7 @@ def test_a_training_that_was_broken_off_goes_on_at_its_step(tmp_path: Path) -> N
     assert begun == [0, 2]
 
 
-def test_a_path_is_keyed_by_weights_and_facts() -> None:
+def test_the_path_of_a_stored_stage_depends_on_weights_and_facts() -> None:
     path, network = Path("cache/stage.pt"), torch.nn.Linear(2, 2)
     first = keyed(path, network, seed=0)
 
