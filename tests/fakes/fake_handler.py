@@ -6,8 +6,8 @@ chats; the start then takes longer, since it imports torch.
 The variable `HOLD` is a path. Files at that path hold a job at a stage:
 
 - While `HOLD` exists, no step ends.
-- While `HOLD.pixels` exists, the pixels of an image cannot be read, so its encoder waits. The
-  encoder creates `HOLD.waits` meanwhile.
+- While `HOLD.pixels` exists, the pixels of an image cannot be read, so its encoder waits. A
+  waiting encoder creates `HOLD.waits`.
 - While `HOLD.later` exists, the worker's clock is `LATER_S` ahead.
 """
 
@@ -29,7 +29,7 @@ LATER_S = 100_000.0
 
 
 class BlockingPixels(np.ndarray):
-    """Pixels that block whoever reads them, as a memory page that is still on a disk does."""
+    """Pixels that block their reader, as a memory page that is still on a disk does."""
 
     def __array_finalize__(self, source: Any) -> None:
         # Every way to read the pixels starts with a new view of them.

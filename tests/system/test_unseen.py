@@ -112,7 +112,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def with_pictures(value: Any) -> Any:
-    """The same payload with a small picture for every URL, so that no host is asked."""
+    """The same payload with a small picture for every URL, so that no job needs a download."""
     if isinstance(value, dict):
         return {name: with_pictures(part) for name, part in value.items()}
     return data_uri() if isinstance(value, str) and value.startswith("https://") else value
