@@ -38,10 +38,10 @@ from ourvidz_serverless.delivery.storage.base import locate, upload
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.delivery.uploads import Delivery
 from ourvidz_serverless.delivery.video import encode_video
-from ourvidz_serverless.job_files import DELIVERY_THREADS
 from ourvidz_serverless.models.sdxl.pipeline import to_pixels
 from ourvidz_serverless.models.wan.vae import as_uint8
 from ourvidz_serverless.output import FrameQueue, Output
+from ourvidz_serverless.worker.job_files import DELIVERY_THREADS
 
 PICTURES = 4
 FPS = 16

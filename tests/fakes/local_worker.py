@@ -15,13 +15,13 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.guard.admission import Admission
 from ourvidz_serverless.guard.poison_jobs import PoisonJobs
 from ourvidz_serverless.guard.rate_limits import RateLimits
-from ourvidz_serverless.job_files import JobFiles
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Parts, Worker
+from ourvidz_serverless.worker.job_files import JobFiles
 from tests.fakes.fake_sdxl import FakeSdxl
 
 QUICK = Retry(base_s=0.01)

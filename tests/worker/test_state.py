@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from ourvidz_serverless.errors import WorkerUnavailable
-from ourvidz_serverless.worker_state import Phase, UnavailableReason, WorkerState
+from ourvidz_serverless.worker.state import Phase, UnavailableReason, WorkerState
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ourvidz_serverless import jobs, logs, models
-from ourvidz_serverless.administration import Administration
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, discard
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.outbox import Outbox
@@ -23,8 +22,6 @@ from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from ourvidz_serverless.guard.poison_jobs import PoisonJobs
 from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.job import Job
-from ourvidz_serverless.job_files import JobFiles
-from ourvidz_serverless.job_table import JobTable
 from ourvidz_serverless.jobs.admin import AdminJob
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
@@ -32,7 +29,10 @@ from ourvidz_serverless.models import Model
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.worker_state import Phase, WorkerState
+from ourvidz_serverless.worker.administration import Administration
+from ourvidz_serverless.worker.job_files import JobFiles
+from ourvidz_serverless.worker.job_table import JobTable
+from ourvidz_serverless.worker.state import Phase, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ class Worker:
     ) -> Document:
         job: Job | None = None
         outcome: tuple[Asset, ...] | Failure = ()
+        announces = post is not None and self._settings.callback_processing
         with ExitStack() as places:
             try:
                 self._admission.check_key(envelope.api_key, context)
@@ -138,11 +139,11 @@ class Worker:
                 logs.started(job)
                 self._jobs.began(envelope.identity, job.type, context)
                 if isinstance(job, AdminJob):
-                    self._administer(job, envelope, context)
+                    self._administer(job, envelope, context, announces)
                 else:
                     model = self._admit(job, context)
                     places.enter_context(self._place(self._active, job, context))
-                    self._begin(job, envelope, context, announces=post is not None)
+                    self._begin(job, envelope, context, announces)
                     outcome = self._compute(job, model, context)
             except Exception as exc:
                 outcome = _failure(exc, envelope.job_id, context)
@@ -170,9 +171,12 @@ class Worker:
         """Mark a job as begun; raises WorkerUnavailable if the device failed while it waited."""
         self._state.check_device()
         self._poison_jobs.mark_started(envelope.identity)
-        if announces and self._settings.callback_processing:
-            document = Document(job.id, self._worker_id, "processing")
-            self._outbox.announce(document, job.callback_url, context)
+        if announces:
+            self._announce(job, context)
+
+    def _announce(self, job: Job, context: JobContext) -> None:
+        document = Document(job.id, self._worker_id, "processing")
+        self._outbox.announce(document, job.callback_url, context)
 
     def _compute(self, job: Job, model: Model, context: JobContext) -> tuple[Asset, ...]:
         """The job's assets: prepared, computed and delivered."""
@@ -186,10 +190,14 @@ class Worker:
             with context.stage("deliver"):
                 return delivery.assets(context.check)
 
-    def _administer(self, job: AdminJob, envelope: Envelope, context: JobContext) -> None:
+    def _administer(
+        self, job: AdminJob, envelope: Envelope, context: JobContext, announces: bool
+    ) -> None:
         """Answer an administrator; the document has the answer as its `result`."""
         self._state.check_open()
         self._admission.check(job, context)
+        if announces:
+            self._announce(job, context)
         with context.stage("generate"):
             answer = self._administration.answer(job, envelope.api_key, context)
         context.reply["result"] = answer

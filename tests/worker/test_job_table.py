@@ -4,12 +4,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from ourvidz_serverless import job_table
 from ourvidz_serverless.context import Bounds, JobContext, Stop, discard
 from ourvidz_serverless.document import Document, Failure
 from ourvidz_serverless.errors import Cancelled, OutOfMemory
 from ourvidz_serverless.job import Identity
-from ourvidz_serverless.job_table import JobTable
+from ourvidz_serverless.worker import job_table
+from ourvidz_serverless.worker.job_table import JobTable
 from tests.patience import PATIENCE_S
 
 DONE = Document("job-1", "worker-1", "completed")

@@ -18,12 +18,12 @@ from ourvidz_serverless.document import versions
 from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavailable
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import Identity
-from ourvidz_serverless.job_table import JobTable
 from ourvidz_serverless.jobs.admin import CHANGING, OPERATIONS, AdminJob
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import LedgerRow, MoveRequest, State
 from ourvidz_serverless.settings import Settings
-from ourvidz_serverless.worker_state import WorkerState
+from ourvidz_serverless.worker.job_table import JobTable
+from ourvidz_serverless.worker.state import WorkerState
 
 PACKAGE = Path(__file__).parent
 
