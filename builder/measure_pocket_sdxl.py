@@ -1,8 +1,9 @@
 """Measure how well the stored pocket SDXL draws: `python -m builder.measure_pocket_sdxl`.
 
-Prints one line per picture size: of so many seeds, each with a prompt of its own, how many pictures
-show the shape, the colour and the ground asked for, and the size and place where those were asked
-for too. Then what a negative prompt removes. `--sheet` keeps the pictures on one contact sheet.
+It prints one line for each picture size. Each seed has its own prompt. The line counts the pictures
+that show the shape, colour and ground of the prompt, and its size and place if the prompt has them.
+With `--negative` it then counts what a negative prompt removes. `--sheet` saves the pictures on one
+contact sheet.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ATTRIBUTES = ("shape", "colour", "background", "size", "position")
 
 
 def question(seed: int) -> tuple[str, drawings.Drawing]:
-    """A prompt and what it asks for: always shape and colours, every other time size or place."""
+    """A prompt and its drawing: always shape and colours, half of the times size or place."""
     rng = random.Random(seed)
     asked = drawings.imagine(rng)
     size = asked.size if asked.size != "medium" and seed % 2 else None
@@ -42,7 +43,7 @@ def draw(
     options: argparse.Namespace,
     size: tuple[int, int],
 ) -> list[Image.Image]:
-    """One picture per prompt and seed, a few at a time."""
+    """One picture for each prompt and seed, generated in small batches."""
     width, height = size
     batch = max(1, BATCH_PIXELS // (width * height))
     pictures: list[Image.Image] = []
@@ -61,7 +62,7 @@ def draw(
 
 
 def score(pictures: list[Image.Image], asked: list[drawings.Drawing]) -> dict[str, str]:
-    """ "97/100" for each attribute: pictures that show it, of those that were asked to."""
+    """ "97/100" for each attribute: pictures that show it, of those whose prompt has it."""
     right: dict[str, int] = defaultdict(int)
     wanted: dict[str, int] = defaultdict(int)
     for picture, drawing in zip(pictures, asked, strict=True):
@@ -86,7 +87,7 @@ def contact_sheet(pictures: list[Image.Image], across: int = 12) -> Image.Image:
 def measure_size(
     pipe: StableDiffusionXLPipeline, options: argparse.Namespace, size: tuple[int, int]
 ) -> None:
-    """Print the line of one size and write its sheet."""
+    """Print the line of one size, and write its contact sheet."""
     seeds = list(range(options.seeds))
     prompts, asked = zip(*map(question, seeds), strict=True)
     began = time.perf_counter()
@@ -100,7 +101,7 @@ def measure_size(
 
 
 def measure_negative(pipe: StableDiffusionXLPipeline, options: argparse.Namespace) -> None:
-    """Print how often "a circle" is of a colour, without and with that colour as the negative."""
+    """Print the colours of "a circle", without a negative prompt and with some colours as one."""
     seeds = list(range(options.seeds))
     for negative in ("", "red", "blue", "white"):
         pictures = draw(pipe, ["a circle"] * len(seeds), negative, seeds, options, (128, 128))

@@ -1,9 +1,9 @@
 """Measure what the stored pocket WAN has learned: `python -m builder.measure_pocket_wan`.
 
-First captions: of so many seeds, each with a caption of its own, how many videos show the colour,
-the ground, the shape and the direction asked for. Then references: how far, in grey levels of 255,
-the known frames are from the pictures given, against the frames that were not known, and against
-the same seeds without references. `--sheet` keeps the videos as filmstrips.
+First captions: each seed has its own caption. It counts the videos that show the colour, ground,
+shape and direction of the caption. Then references: it prints the distance of the known frames from
+the reference pictures, in grey levels of 255, and for comparison that of the other frames, and that
+of the same seeds without references. `--sheet` saves the videos as filmstrips.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def question(seed: int) -> tuple[str, MovingDrawing]:
 
 
 def render(pipe: WanPipeline, seed: int, options: argparse.Namespace) -> Pixels:
-    """(frames, height, width, 3) of the seed's own caption."""
+    """The video (frames, height, width, 3) of the seed's caption."""
     return _run(pipe, seed, options)
 
 
 def render_with_references(
     pipe: WanVACEPipeline, seed: int, mode: str, options: argparse.Namespace
 ) -> Pixels:
-    """The same with references: the mode's frames of the seed's own drawing."""
+    """The same with references: the mode's frames of the seed's drawing."""
     frames, size = options.frames, (options.height, options.width)
     known = [index % frames for index in MODES[mode]]
     wanted = reference(seed, options)
@@ -63,7 +63,7 @@ def render_with_references(
 
 
 def reference(seed: int, options: argparse.Namespace) -> Pixels:
-    """The video of the seed's drawing as it was drawn, whose frames are the pictures given."""
+    """The drawn video of the seed, whose frames are the reference pictures."""
     _, asked = question(seed)
     size = options.frames, options.width, options.height
     return moving_drawings.draw_video(asked, *size, random.Random(seed))
@@ -88,7 +88,7 @@ def _run(
 
 
 def strip(video: Pixels) -> Pixels:
-    """A few frames of the video side by side, the first and the last among them."""
+    """A few frames of the video side by side, with the first and the last."""
     chosen = np.linspace(0, len(video) - 1, min(STRIP, len(video))).round().astype(int)
     return np.concatenate([video[index] for index in chosen], 1)
 
@@ -103,7 +103,7 @@ def save_sheet(strips: list[Pixels], path: Path) -> None:
 
 
 def measure_captions(pipe: WanPipeline, options: argparse.Namespace) -> list[Pixels]:
-    """Print how often each attribute comes out as asked; the videos."""
+    """Print how often the videos show each attribute of their captions. The value is the videos."""
     right: Counter[str] = Counter()
     began = time.perf_counter()
     videos = [render(pipe, seed, options) for seed in tqdm(range(options.seeds), "captions")]
@@ -123,7 +123,7 @@ def measure_captions(pipe: WanPipeline, options: argparse.Namespace) -> list[Pix
 def measure_mode(
     pipe: WanVACEPipeline, mode: str, plain: list[Pixels], options: argparse.Namespace
 ) -> None:
-    """Print how far the known frames are from the pictures given, and how far the others are."""
+    """Print the distances of known and other frames from the reference pictures."""
     seeds = range(min(options.references, len(plain)))
     errors: dict[str, list[float]] = {"known": [], "unknown": [], "without": []}
     strips = []

@@ -38,7 +38,7 @@ WORD_BATCH = 64
 WORD_PEAK_RATE = 2e-3
 PLACE_STEPS = 300
 PLACE_PEAK_RATE = 2e-3
-PLACE_WEIGHT = 0.5  # of the error in places while videos are learned
+PLACE_WEIGHT = 0.5  # of the error in places while videos are trained
 PLACE_DEPTH = 3  # blocks after which a patch's place is predicted
 BASE_STEPS = 8000
 BASE_PEAK_RATE = 1.5e-3
@@ -127,9 +127,9 @@ def captions_of(shown: list[MovingDrawing], rng: random.Random) -> list[str]:
 class PaddedText(WanAttnProcessor):
     """Cross-attention to a short text that counts as one padded with zeros to WAN's 512 tokens.
 
-    WAN's pipelines pad and do not mask, so the zeros take part. They are all one key: the last
-    token here, a zero as well, stands for as many of them as were left out. With a `share` below
-    one it stands for fewer: among five hundred zeros an untrained attention ignores the caption.
+    WAN's pipelines pad and do not mask, so the zeros take part. They all have the same key. The
+    last token here, also a zero, has the weight of all omitted ones. With a `share` below one it
+    has the weight of fewer: among five hundred zeros an untrained attention ignores the caption.
     """
 
     def __init__(self) -> None:
@@ -170,11 +170,11 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
     transformer's first, noisy gradients would destroy what it learned.
     """
     torch.manual_seed(seed)
-    readers = nn.ModuleDict({
+    classifiers = nn.ModuleDict({
         name: nn.Linear(pocket_wan.TEXT["d_model"], len(values) + 1)
         for name, values in ATTRIBUTES.items()
     })  # fmt: skip
-    weights = [*pipe.text_encoder.parameters(), *readers.parameters()]
+    weights = [*pipe.text_encoder.parameters(), *classifiers.parameters()]
     optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
     rng = random.Random(seed)
     for step in (bar := tqdm(range(steps), "words", mininterval=10)):
@@ -186,7 +186,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
         is_token = states.abs().sum(-1) > 0
         mean = states.sum(1) / is_token.sum(1, keepdim=True)
         loss = sum(
-            F.cross_entropy(readers[name](mean), _said(name, shown, captions))
+            F.cross_entropy(classifiers[name](mean), _labels(name, shown, captions))
             for name in ATTRIBUTES
         )
         # Keeps the states near one, independently of the classifiers' weights.
@@ -199,7 +199,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def _said(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
+def _labels(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
     """For each caption the index of the attribute's value, or the next one if it is omitted."""
     values = ATTRIBUTES[name]
     return torch.tensor([
@@ -214,12 +214,12 @@ class Places(nn.Module):
     """Trains a transformer's first blocks to find the place of a patch in the video.
 
     Rotary positions give the distance of two patches, and not where the video begins or ends. In
-    noise alone all places look the same. What distinguishes a border is how much noise of other
-    patches attention finds on each side. A loss of its own teaches that in minutes; videos alone
-    do not in hours. So a linear layer must predict a patch's place, and one block later another
-    layer its way to the shape's middle, which under strong noise only the caption's direction
-    gives. Training on videos alone would undo this, so the loss stays on all along. The two layers
-    are discarded at the end.
+    noise alone all places are the same. Only the noise of other patches on each side distinguishes
+    a border. With a separate loss this is learned in minutes, with videos alone not in hours. So a
+    linear layer must predict a patch's place. One block later another layer must predict its
+    offset from the shape's middle, which under strong noise depends on the caption's direction.
+    Training on videos alone would undo this, so the loss remains. The two layers are dropped at the
+    end.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -308,7 +308,7 @@ def middles(clean: Tensor) -> Tensor:
 
 
 def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
-    """The text encoder, then the transformer by rectified flow, left in `pipe` as averaged."""
+    """Train the text encoder, then the transformer by rectified flow. `pipe` gets the averages."""
     transformer = pipe.transformer
     torch.manual_seed(seed)
     reader = Places(transformer)
@@ -340,11 +340,10 @@ def flow_loss(
     weight: Tensor | None = None,
     **control: Tensor,
 ) -> Tensor:
-    """The error in the velocity, noise less video, at times spread evenly or as WAN's are, and
-    that in places.
+    """The error in the velocity (noise less video), plus the error in places.
 
-    Idle channels stay what they are, noise: by it a patch can be told from the others even where
-    the rest of the noise is gone.
+    Times are spread evenly or as WAN's are. Idle channels remain noise, by which the transformer
+    can distinguish patches even if the other channels have no noise left.
     """
     batch = len(clean)
     times = (torch.rand(1) + torch.arange(batch) / batch) % 1
@@ -366,9 +365,9 @@ def train_both(
     steps: int,
     seed: int,
 ) -> WanVACETransformer3DModel:
-    """The blocks that VACE adds, and the base further on: with references and without, by turns.
+    """Train VACE's blocks and the base, alternately with references and without.
 
-    Both transformers hold the very same base, so that what either learns of it the other has.
+    Both transformers share the modules of the base.
     """
     base = pipe.transformer
     for name, part in [*base.named_children(), ("scale_shift_table", base.scale_shift_table)]:
@@ -408,7 +407,7 @@ def reference_loss(
     encoder: LinearVideoEncoder,
     rng: random.Random,
 ) -> Tensor:
-    """VACE's error on captions with frames known, or a subject, or neither."""
+    """VACE's error on captions with known frames, a subject, or neither."""
     frames, height, width, batch = _bucket(VACE_MENU, rng)
     known = rng.choices([*KNOWN], [*KNOWN.values()])[0]
     aside = rng.choice((moving_drawings.ASIDE, moving_drawings.ASTRAY))
@@ -439,18 +438,18 @@ def unknown(known: str, frames: int, rng: random.Random) -> Tensor:
 
 
 def still(drawing: MovingDrawing, height: int, width: int, rng: random.Random) -> drawings.Pixels:
-    """The drawing's shape on its ground somewhere else: one frame, as a reference shows it."""
+    """One frame with the drawing's shape in another place, as a reference picture."""
     return moving_drawings.draw_video(drawing, 1, width, height, rng, moving_drawings.ASTRAY)
 
 
 def conditions(
     encoder: LinearVideoEncoder, pixels: Tensor, mask: Tensor, subject: Tensor | None = None
 ) -> Tensor:
-    """(batch, 96, frames, height / 8, width / 8): what `WanVACEPipeline` makes of known frames.
+    """(batch, 96, frames, height / 8, width / 8): the conditions that `WanVACEPipeline` makes.
 
-    The latents of the video with unknown frames grey, those of the rest, which is all grey, and
-    the mask's pixels folded into channels. Of the mask the pipeline keeps one frame for each frame
-    of the latents, by "nearest-exact", which is never the very first nor the very last.
+    They are the latents of the video with unknown frames grey, the latents of a grey video, and the
+    mask's pixels folded into channels. The pipeline takes one frame of the mask for each frame of
+    the latents, by "nearest-exact", which is never the first or the last.
     """
     grey = encoder(torch.zeros_like(pixels))
     latents = torch.cat([encoder(pixels * (1 - mask)[:, None, None]), grey], 1)
@@ -464,13 +463,13 @@ def conditions(
 
 
 def prepare(transformer: nn.Module) -> PaddedText:
-    """Make a transformer quick to train: short texts, and rotary numbers in single precision."""
+    """Speed up a transformer's training: short texts, and rotary values in single precision."""
     padded = PaddedText()
     for name, layer in transformer.named_modules():
         if name.endswith("attn2"):
             layer.set_processor(padded)
         elif name.endswith("rope"):
-            layer.float()  # kept in double precision, which costs a sixth of the time
+            layer.float()  # they are in double precision, which takes a sixth of the time
     return padded
 
 
@@ -482,7 +481,7 @@ def _train(
     pace: tuple[int, float, int],
     seed: int,
 ) -> Any:
-    """Train to the last step from where `path` left off; the running average is returned."""
+    """The running average of the model, trained from the checkpoint at `path` to the last step."""
     steps, peak, padding_steps = pace
     model.train()
     padded = prepare(model)

@@ -1,10 +1,10 @@
 """Make the pocket WAN's VAE: its encoder is constructed, its decoder is trained.
 
-The encoder is linear on purpose. A latent holds, for a cell of 4 frames by 8x8 pixels, the mean
-colour and how each of red, green and blue leans across, down, over time and over the diagonal: all
-that tells where in the cell a straight edge runs and where it goes. So nothing that a transformer
-has to learn hangs on the outcome of a training, and colours are plain numbers to it. The decoder
-starts as a thumbnail of these means and learns to draw the edges.
+The encoder is linear on purpose. A latent describes a cell of 4 frames by 8x8 pixels: the mean
+colour, and the gradients of red, green and blue across, down, over time and along the diagonal.
+These give the place and the motion of a straight edge in the cell. So the latents do not depend on
+a training, and colours are plain numbers for the transformer. The decoder starts as a thumbnail of
+the means, and is trained to draw the edges.
 """
 
 import math
@@ -25,28 +25,28 @@ from builder.training import average, checkpoint, keyed, learning_rate, resume
 
 VAE_STEPS = 1400
 VAE_PEAK_RATE = 1e-3
-# What carries the colours from layer to layer is right from the start, and learns more slowly.
+# The layers that pass the colours on are right from the start, and have a lower learning rate.
 CARRYING = ("conv_in.", "resample.1.", "time_conv.", "conv_shortcut.")
 CARRYING_RATE = 0.1
 # (frames, height, width, batch)
 VAE_MENU = [(9, 48, 48, 3)] * 4 + [(9, 64, 64, 2)] * 2
 VAE_MENU += [(17, 48, 48, 2), (9, 48, 80, 2), (5, 64, 64, 3), (1, 96, 96, 4)]
-# What the decoder must bear, as a share of the latents' spread.
+# The noise on latents in training, as a share of their spread.
 LATENT_NOISE = 0.04
-# The scaled colours' spread; the leanings get twice the weight that colours have. At half of it
-# nothing but the ground's colour showed through most of the schedule's noise.
+# The scaled colours' spread. The gradients have twice the weight of colours. At half of this spread
+# only the ground's colour was visible through most of the schedule's noise.
 SPREAD = 1.0
 DETAIL = 2.0
-# A channel that is constant sets the scale of every norm, which would otherwise forget how bright
-# a flat cell is, the very thing to be carried.
+# A constant channel sets the scale of every norm. Without it a norm would remove the brightness of
+# a flat cell.
 ANCHOR = 64.0
 DECODER_ANCHOR = 8.0
 DECODER_CONSTANT = 6
 
 MEAN, ACROSS, DOWN, OVER_TIME, DIAGONAL = (range(3 * k, 3 * k + 3) for k in range(5))
 FLICKER = 15  # brightness, the middle two frames against the outer two
-FEATURES = 15  # those that are carried as a pair, because silu(x) - silu(-x) = x
-# What is made use of: where an edge runs through a cell, the colours of the cells around it tell.
+FEATURES = 15  # those that are passed on as a pair, because silu(x) - silu(-x) = x
+# The channels in use. The colours of the cells around it give an edge's place in a cell.
 USED = (*MEAN, *OVER_TIME)
 IDLE = tuple(channel for channel in range(16) if channel not in USED)
 
@@ -72,8 +72,8 @@ def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKLWa
         optimiser.zero_grad()
         loss.backward()
         for weight in carrying:
-            # A step along the constant, which is large, would shift all colours. (A first frame
-            # alone leaves what makes two frames of one without a gradient.)
+            # The constant channel is large: a step along it would shift all colours. (A single
+            # first frame gives no gradient to the layers that make two frames of one.)
             if weight.dim() > 1 and weight.grad is not None and weight is not first:
                 weight.grad[:, DECODER_CONSTANT] = 0
         nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
@@ -94,7 +94,7 @@ def _carrying_and_free(decoder: nn.Module) -> tuple[list[nn.Parameter], list[nn.
 
 
 def vae_loss(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, float]:
-    """L1 and L2 on pixels, and L1 on their differences, from latents that bear some noise."""
+    """L1 and L2 on pixels, and L1 on their differences, from latents with some noise."""
     with torch.no_grad():
         latents = encode(vae, pixels)
         latents = latents + LATENT_NOISE * SPREAD * torch.randn_like(latents)
@@ -146,7 +146,7 @@ def clips(seed: int) -> Iterator[Tensor]:
 
 
 def clip(rng: random.Random, frames: int, height: int, width: int) -> drawings.Pixels:
-    """A detail of some video: up to two shapes, moving or not, cut by the frame, in any colours."""
+    """A detail of a video: up to two shapes, still or moving, cut off by the borders."""
     video = np.broadcast_to(_colour(rng), (frames, height, width, 3)).astype(np.float32)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     for _ in range(rng.choice((1, 1, 1, 2))):
@@ -183,7 +183,7 @@ def _speed(rng: random.Random) -> tuple[float, float]:
 
 
 def _colour(rng: random.Random) -> drawings.Plane:
-    """One of the named colours, or now and then any colour at all."""
+    """One of the named colours, or sometimes a random one."""
     if rng.random() < 0.75:
         return drawings.RGB[rng.choice(tuple(drawings.COLOURS))]
     return np.asarray([rng.uniform(0, 255) for _ in range(3)], np.float32)
@@ -195,7 +195,7 @@ def to_tensor(videos: list[drawings.Pixels]) -> Tensor:
 
 
 def construct(seed: int = 0) -> AutoencoderKLWan:
-    """The VAE before training: the encoder whole and frozen, the decoder a thumbnail's."""
+    """The VAE before training: the final encoder, frozen, and a decoder that draws a thumbnail."""
     vae = pocket_wan.assemble(seed).vae
     with torch.no_grad():
         _construct_encoder(vae.encoder)
@@ -203,14 +203,14 @@ def construct(seed: int = 0) -> AutoencoderKLWan:
         _start_decoder(vae.decoder)
     for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
         part.requires_grad_(False)
-    # The attention of the middle stays silent: what a cell decodes to then hangs on its
-    # neighbourhood alone, not on the picture's size.
+    # The attention in the middle stays at zero: then a cell's pixels depend on its neighbourhood
+    # alone, not on the picture's size.
     vae.decoder.mid_block.attentions.requires_grad_(False)
     return vae
 
 
 def _construct_encoder(encoder: nn.Module) -> None:
-    """Halve three times, from the second time on with leanings; the rest of it adds nothing."""
+    """Halve three times, from the second time on with gradients. All other layers add zero."""
     for name, layer in encoder.named_modules():
         if name.endswith((".conv2", ".proj")):
             nn.init.zeros_(layer.weight)
@@ -248,7 +248,7 @@ def _construct_encoder(encoder: nn.Module) -> None:
 
 
 def _paired(outputs: Weights) -> Weights:
-    """The outputs, and behind them their negatives."""
+    """The outputs, and after them their negatives."""
     negatives = {
         FEATURES + output: {channel: -kernel for channel, kernel in inputs.items()}
         for output, inputs in outputs.items()
@@ -258,7 +258,7 @@ def _paired(outputs: Weights) -> Weights:
 
 
 def _write(layer: nn.Module, outputs: Weights, bias: dict[int, float] | None = None) -> None:
-    """Make a convolution these weighted sums, each kernel placed where the layer looks, else 0."""
+    """Make a convolution's outputs these weighted sums of inputs. All other weights are 0."""
     layer.weight.zero_()
     layer.bias.zero_()
     for output, value in (bias or {}).items():
@@ -269,7 +269,7 @@ def _write(layer: nn.Module, outputs: Weights, bias: dict[int, float] | None = N
 
 
 def _place(weight: Tensor, kernel: Tensor) -> None:
-    """In time as it is, else at the newest tap; in space the first 2x2 or the centre."""
+    """Place a kernel: in time as it is, in space at the newest frame, 2x2 first or centred."""
     if kernel.dim() == 1:
         weight[:, 0, 0] = kernel
         return
@@ -282,9 +282,9 @@ def _place(weight: Tensor, kernel: Tensor) -> None:
 
 
 def _calibrate(vae: AutoencoderKLWan) -> None:
-    """Bring the latents to WAN's own means and deviations, inside the 1x1 convolutions around them.
+    """Scale the latents to WAN's means and deviations, in the 1x1 convolutions around them.
 
-    Scaled as WAN's pipelines scale them, colours then have mean zero and a spread of `SPREAD`.
+    In the scale of WAN's pipelines colours then have mean zero and a spread of `SPREAD`.
     """
     spread = float(np.std(np.stack(list(drawings.RGB.values())))) / 127.5
     mean, deviation = (each.flatten() for each in _statistics(vae))
@@ -305,7 +305,7 @@ def _calibrate(vae: AutoencoderKLWan) -> None:
 
 
 def _start_decoder(decoder: nn.Module) -> None:
-    """Start where colours are right already: each cell flat, brightening or darkening in time.
+    """Initialise the decoder with right colours: cells are flat and change in time.
 
     Channels 0-2 carry the colours and 3-5 their negatives, 6 the anchor, 7-9 the change in time.
     """
@@ -337,7 +337,7 @@ def _start_decoder(decoder: nn.Module) -> None:
 
 
 def _carry(layer: nn.Module, outputs: Weights) -> None:
-    """Make some outputs of a convolution plain sums of inputs, and leave the others as they are."""
+    """Make some outputs of a convolution sums of inputs. The other outputs stay as they are."""
     for output, inputs in outputs.items():
         layer.weight[output] = 0
         layer.bias[output] = 0
@@ -346,7 +346,7 @@ def _carry(layer: nn.Module, outputs: Weights) -> None:
 
 
 def _carry_in_time(layer: nn.Module, changing: bool) -> None:
-    """One frame becomes two alike, or the first less the change in time and the second plus it."""
+    """Make two frames of one: equal, or with the change in time subtracted and added."""
     newest, channels = np.array([0.0, 0.0, 1.0]), layer.weight.shape[1]
     for frame, sign in ((0, -0.4), (1, 0.4)):
         outputs = {frame * channels + c: {c: newest} for c in range(7)}

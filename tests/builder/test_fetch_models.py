@@ -1,4 +1,4 @@
-"""`builder.fetch_models` in a process of its own, against a hub that has its bad days."""
+"""`builder.fetch_models` as a command, with a hub that can fail."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def hub() -> Iterator[Hub]:
 
 
 class Place:
-    """A folder to fetch into, with a manifest and a lock file of its own."""
+    """A folder to download to, with its own manifest and lock file."""
 
     def __init__(self, folder: Path, hub: Hub) -> None:
         self.dest, self.lock = folder / "models", folder / "lock.json"
@@ -176,7 +176,7 @@ def test_a_killed_fetch_continues_where_it_stopped(place: Place, hub: Hub) -> No
 
 
 def kept_when_killed(fetching: subprocess.Popen[bytes], path: Path) -> int:
-    """The bytes of a file that had arrived when its fetch was killed: a million at least."""
+    """Kill a fetch after a million bytes of a file or more. The value is the bytes on the disk."""
     while not (size := sum(part.stat().st_size for part in partial_files(path))) > 1_000_000:
         time.sleep(0.05)
     fetching.send_signal(signal.SIGKILL)
@@ -311,7 +311,7 @@ def test_a_checkpoint_with_another_hash_is_refused(place: Place, hub: Hub) -> No
     assert "mine.safetensors: sha256 is" in run.stderr
 
 
-# --- a checkpoint by URL, its source, and what of it is continued ---
+# --- a checkpoint by URL, its source, and partial downloads ---
 
 CHECKPOINT = WEIGHTS[::-1]
 OTHER = b"another checkpoint" * 170_000
@@ -325,7 +325,7 @@ def publish(hub: Hub, data: bytes, name: str = NAME) -> str:
 
 
 def begin(place: Place, hub: Hub, url: str) -> int:
-    """Kill a fetch in the midst of a file; the bytes that are kept of it."""
+    """Kill a fetch during a file. The value is the bytes on the disk."""
     hub.storage.mishaps[NAME] = [cut(2_500_000), *[status(503)] * 5]
     command = place.command("--url", url)
     with subprocess.Popen(command, env=place.environment(FETCH_RETRY_S="60"), cwd=ROOT) as fetching:
@@ -536,7 +536,7 @@ def test_the_rest_of_another_file_than_the_etag_names_is_not_appended(
     kept = begin(place, hub, url)
     publish(hub, CHECKPOINT)
     told = {"ETag": strong_etag(CHECKPOINT), "Content-Range": f"bytes {kept}-9/9"}
-    # A host that knows no If-Range.
+    # A host that does not support If-Range.
     hub.storage.mishaps[NAME] = [lambda _: Answer(206, CHECKPOINT[kept:], told)]
 
     run = place.fetch("--url", url)
@@ -545,7 +545,7 @@ def test_the_rest_of_another_file_than_the_etag_names_is_not_appended(
     assert (place.dest / NAME).read_bytes() == CHECKPOINT
 
 
-# --- the manifest that is shipped ---
+# --- the manifest of this repository ---
 
 MANIFEST = json.loads(fetch_models.MANIFEST.read_text())
 

@@ -31,7 +31,7 @@ WANTED = [
     for pinned in re.findall(r"^([\w-]+)==(\S+)", path.read_text(), re.MULTILINE)
 ]
 
-#: Left out on purpose: the names of the overrides that hold on no system.
+#: Left out on purpose: the names of the overrides that are true on no system.
 UNUSED = {Requirement(each).name for each in OVERRIDES if "never" in each}
 
 #: What an image may run on.
@@ -39,7 +39,7 @@ PYTHONS = ("3.11", "3.12")
 
 
 def locked(python: str) -> dict[str, str]:
-    """The versions that the files have for an image with this Python."""
+    """The locked versions for an image with this Python."""
     system = {"python_version": python, "python_full_version": f"{python}.0"}
     system |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
     entries = [each for path in LOCKS for each in ENTRY.findall(path.read_text())]
@@ -120,7 +120,7 @@ def test_content_credentials_have_a_lock_of_their_own() -> None:
     assert not set(names) & {entry.split("==")[0] for entry in ENTRY.findall(LOCK.read_text())}
 
 
-#: What imports every part of the package where the packages of `UNUSED` cannot be had.
+#: Imports every module of the package while the packages of `UNUSED` cannot be imported.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 sys.modules.update(dict.fromkeys(sys.argv[1:]))
@@ -131,7 +131,7 @@ import handler
 from diffusers import StableDiffusionXLPipeline, WanPipeline, WanVACEPipeline
 """
 
-#: The modules of what the locks leave out, as they are imported.
+#: The modules of the packages that the locks leave out.
 LEFT_OUT = (
     *("InquirerPy", "prettytable", "watchdog", "typer", "fastapi_cli", "fastapi_cloud_cli"),
     *("sentry_sdk", "rignore", "email_validator", "multipart", "httpx", "itsdangerous"),

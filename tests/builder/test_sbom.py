@@ -1,4 +1,4 @@
-"""The bill of materials of this very environment, which has the same packages as an image."""
+"""The bill of materials of this environment, which has the same packages as an image."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_every_requirement_is_in_the_bill_of_materials_with_its_version(
 ) -> None:
     (found,) = (each for each in components.values() if each["name"] == name.lower())
 
-    # Another build of torch says so behind a plus.
+    # The version of another build of torch has a suffix after a plus.
     assert found["version"].partition("+")[0] == version
     assert found["purl"].partition("@")[0] == f"pkg:pypi/{name.lower()}"
 

@@ -1,6 +1,6 @@
-"""The pocket models' training: what one run keeps is used by a run of the same kind alone.
+"""The pocket models' training: a run uses the stored stages of runs with the same inputs only.
 
-Each training here has one step; that it learns is not asked.
+Each training here has one step. No test checks that it learns.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from builder.training import keyed, learn
 
 @pytest.fixture(autouse=True)
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage at its smallest, in a folder of its own."""
+    """Every stage at its smallest, in its own folder."""
     monkeypatch.setattr(train_pocket_sdxl, "POOL", [(64, 64, 2)])
     for module in (train_pocket_sdxl, train_pocket_wan):
         monkeypatch.setattr(module, "CACHE", tmp_path)
