@@ -29,6 +29,10 @@ KEEP_S = 30.0
 LAST_WORD_S = 10.0
 
 
+#: Parses the payload of a job, if that was not done before; None if the payload is not valid.
+ReadJob = Callable[[], Job | None]
+
+
 class Outbox:
     """Posts documents, and stores those that could not be delivered. No method raises.
 
@@ -61,14 +65,14 @@ class Outbox:
             log.warning("job %s could not be announced: %s", document.job_id, reason)
 
     def post(
-        self, document: Document, url: str | None, job: Job | None, context: JobContext
+        self, document: Document, url: str | None, read_job: ReadJob, context: JobContext
     ) -> Document:
         """Post the document that ends a job, to the payload's own `url` if its host is allowed.
 
         A document that cannot be delivered is stored, and `metadata.callback` says why and where.
         """
-        if _has_no_key(document.failure and document.failure.code):
-            url = job = None
+        has_no_key = _has_no_key(document.failure and document.failure.code)
+        url = None if has_no_key else url
         deadline = self._deadline(context, DELIVERY_S)
         reason = _tried(document.job_id, lambda: self._callback.post(document, url, deadline))
         if reason is None:
@@ -76,15 +80,16 @@ class Outbox:
         log.warning("callback of job %s was not delivered: %s", document.job_id, reason)
         # With the payload's own URL: the command `replay` reads it here.
         body = {**document.callback(), **({"callback_url": url} if url else {})}
+        job = None if has_no_key else read_job()
         key = _key(document.job_id, job, f"callback.{document.status}.json")
         kept = self._store(key, body, document.job_id, job, self._deadline(context, KEEP_S))
         facts = {"delivered": False, "reason": reason, "kept": kept}
         return replace(document, metadata={**document.metadata, "callback": facts})
 
-    def keep_result(self, result: Mapping[str, Any], job_id: str, job: Job | None) -> str | None:
+    def keep_result(self, result: Mapping[str, Any], job_id: str, read_job: ReadJob) -> str | None:
         """Store a result that the platform did not take; its key, or None if that failed."""
-        if _has_no_key((result.get("failure") or {}).get("code")):
-            job = None
+        has_no_key = _has_no_key((result.get("failure") or {}).get("code"))
+        job = None if has_no_key else read_job()
         began = self._clock()
 
         def remaining_s() -> float:

@@ -6,6 +6,7 @@ import math
 import re
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Envelope:
     api_key: str | None = field(repr=False)
     callback_url: str | None = field(repr=False)
     _job: Job | None = field(default=None, repr=False)
+    _is_parsed: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Envelope:
@@ -80,15 +82,16 @@ class Envelope:
         Raises InvalidPrompt, with the first invalid field by the caller's name for it.
         """
         if self._job is None:
+            self._is_parsed = True
             self._job = self._parse(settings)
         return self._job
 
     def job_or_none(self, settings: Settings) -> Job | None:
-        """The same; None if the payload is not valid."""
-        try:
-            return self.job(settings)
-        except JobError:
-            return None
+        """The same; None if the payload is not valid, or if an earlier call of `job` failed."""
+        if not self._is_parsed:
+            with suppress(JobError):
+                self.job(settings)
+        return self._job
 
     def bounds(self, settings: Settings) -> Bounds:
         """How long the job may work, and wait for the device.

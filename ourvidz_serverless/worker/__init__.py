@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import threading
@@ -112,8 +113,8 @@ class Worker:
         context = JobContext(stop, report, bounds, self._clock, emit)
 
         def post(document: Document) -> Document:
-            job = envelope.job_or_none(self._settings)
-            return self._outbox.post(document, envelope.callback_url, job, context)
+            read_job = functools.partial(envelope.job_or_none, self._settings)
+            return self._outbox.post(document, envelope.callback_url, read_job, context)
 
         return self._jobs.run(
             envelope.identity,
@@ -211,8 +212,8 @@ class Worker:
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a result that the platform refused beside the job's assets; the key of the file."""
         envelope = Envelope.of(event)
-        job = envelope.job_or_none(self._settings)
-        return self._outbox.keep_result(result, envelope.job_id, job)
+        read_job = functools.partial(envelope.job_or_none, self._settings)
+        return self._outbox.keep_result(result, envelope.job_id, read_job)
 
     def health(self) -> dict[str, Any]:
         """The answer of `admin_utilities` to `health`; it needs no key."""

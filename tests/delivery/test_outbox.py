@@ -34,7 +34,7 @@ def test_a_job_without_a_key_does_not_choose_where_its_refusal_is_stored(
     document = Document("job-1", "worker-1", "failed", failure=Failure.of(error))
     context = JobContext(Stop(), lambda progress: None, Bounds(60.0))
 
-    posted = outbox.post(document, None, JOB, context)
+    posted = outbox.post(document, None, lambda: JOB, context)
 
     assert posted.metadata["callback"]["kept"] == key
     assert (tmp_path / key).is_file()
@@ -53,5 +53,5 @@ def test_a_job_without_a_key_does_not_choose_where_its_result_is_stored(
     outbox = Outbox(Callback(None), lambda job: DirectoryStorage(tmp_path))
     document = Document("job-1", "worker-1", "failed", failure=Failure.of(error))
 
-    assert outbox.keep_result(document.result(), "job-1", JOB) == key
+    assert outbox.keep_result(document.result(), "job-1", lambda: JOB) == key
     assert (tmp_path / key).is_file()

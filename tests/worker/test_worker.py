@@ -9,7 +9,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -950,3 +950,37 @@ def test_a_stop_signal_keeps_no_memory_of_its_job(tmp_path: Path) -> None:
     assert local.stop.error
     gc.collect()
     assert latents[0]() is None
+
+
+class ObservedPayload(dict[str, Any]):
+    """A payload that counts how often it is parsed, and may make its parser fail."""
+
+    def __init__(self, payload: Mapping[str, Any], error: Exception | None = None) -> None:
+        super().__init__(payload)
+        self.num_parsed, self._error = 0, error
+
+    def items(self) -> Any:
+        self.num_parsed += 1
+        if self._error:
+            raise self._error
+        return super().items()
+
+
+@pytest.mark.parametrize(
+    ("keys", "prompt", "parsed"),
+    [((), "a red circle", 1), ((), None, 1), (("worker-key",), "a red circle", 0)],
+)
+def test_a_payload_is_parsed_once_and_never_without_its_key(
+    local: MakeLocal, keys: tuple[str, ...], prompt: str | None, parsed: int
+) -> None:
+    payload = ObservedPayload(sdxl_payload(prompt=prompt))
+
+    local(settings=Settings(worker_api_key=keys)).run(payload)
+
+    assert payload.num_parsed == parsed
+
+
+def test_a_bug_in_the_parser_ends_the_job_as_an_internal_error(local: MakeLocal) -> None:
+    document = local().run(ObservedPayload(sdxl_payload(), RuntimeError("a bug")))
+
+    assert code(document) == "INTERNAL_ERROR"
