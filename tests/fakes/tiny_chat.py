@@ -5,8 +5,7 @@ from __future__ import annotations
 import string
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from tests.fakes.devices import fake_ledger
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 
 CPU = Device(torch.device("cpu"), torch.float32)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -208,7 +207,7 @@ def new_generation(
 def text_of(engine: Engine, generation: Generation) -> str:
     """The reply to one request."""
     engine.submit(generation)
-    return "".join(generation)
+    return rest_of(generation)
 
 
 def generate_text(model: ChatModel, prompt: str, **options: Any) -> str:
@@ -220,8 +219,13 @@ def texts_of(engine: Engine, generations: list[Generation]) -> list[str]:
     """The replies to requests that are submitted together. A thread of its own reads each."""
     for generation in generations:
         engine.submit(generation)
-    with ThreadPoolExecutor(len(generations)) as threads:
-        return list(threads.map("".join, generations))
+    readers = [start("".join, generation) for generation in generations]
+    return [reader.result(PATIENCE_S) for reader in readers]
+
+
+def rest_of(pieces: Iterable[str]) -> str:
+    """All pieces of a reply, to its end. Fails if the reply does not end."""
+    return start("".join, pieces).result(PATIENCE_S)
 
 
 def until(is_so: Callable[[], bool], seconds: float = PATIENCE_S) -> None:

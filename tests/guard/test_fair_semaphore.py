@@ -3,8 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 
@@ -13,14 +12,14 @@ from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.guard import fair_semaphore
 from ourvidz_serverless.guard.fair_semaphore import FairSemaphore
 from tests.fakes.tiny_chat import until
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 
 
 class Waiters:
     """Threads that wait for places of a semaphore, and what `on_wait` reported to each."""
 
-    def __init__(self, places: int, threads: ThreadPoolExecutor) -> None:
-        self.semaphore, self._threads = FairSemaphore(places), threads
+    def __init__(self, places: int) -> None:
+        self.semaphore = FairSemaphore(places)
         self.stops: dict[str, Stop] = {}
         self.reported: dict[str, list[int]] = {}
         self.served: list[str] = []
@@ -40,15 +39,9 @@ class Waiters:
             self.semaphore.acquire(number, stop, on_wait)
             self.served.append(name)
 
-        waiting = self._threads.submit(wait)
+        waiting = start(wait)
         until(lambda: bool(reported) or waiting.done())
         return waiting
-
-
-@pytest.fixture
-def make_waiters() -> Callable[[int], Waiters]:
-    threads = ThreadPoolExecutor(16)
-    return lambda places: Waiters(places, threads)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +50,8 @@ def no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair_semaphore, "TICK_S", 10 * PATIENCE_S)
 
 
-def test_places_are_given_in_order_of_arrival(make_waiters: Callable[[int], Waiters]) -> None:
-    waiters = make_waiters(1)
+def test_places_are_given_in_order_of_arrival() -> None:
+    waiters = Waiters(1)
     waiters.join("first").result(PATIENCE_S)
     names = [f"waits {i}" for i in range(8)]
     waiting = [waiters.join(name) for name in names]
@@ -70,10 +63,8 @@ def test_places_are_given_in_order_of_arrival(make_waiters: Callable[[int], Wait
     assert waiters.served == ["first", *names]
 
 
-def test_an_earlier_arrival_gets_the_place_before_one_that_waited_longer(
-    make_waiters: Callable[[int], Waiters],
-) -> None:
-    waiters = make_waiters(1)
+def test_an_earlier_arrival_gets_the_place_before_one_that_waited_longer() -> None:
+    waiters = Waiters(1)
     waiters.join("first").result(PATIENCE_S)
     late, early = waiters.join("late", arrival=9), waiters.join("early", arrival=8)
 
@@ -84,10 +75,8 @@ def test_an_earlier_arrival_gets_the_place_before_one_that_waited_longer(
     assert waiters.served == ["first", "early", "late"]
 
 
-def test_a_waiting_thread_gets_each_new_number_of_threads_ahead(
-    make_waiters: Callable[[int], Waiters],
-) -> None:
-    waiters = make_waiters(2)
+def test_a_waiting_thread_gets_each_new_number_of_threads_ahead() -> None:
+    waiters = Waiters(2)
     for name in ("a", "b"):
         waiters.join(name).result(PATIENCE_S)
     waiting = [waiters.join(name) for name in ("c", "d", "e")]
@@ -100,10 +89,8 @@ def test_a_waiting_thread_gets_each_new_number_of_threads_ahead(
     assert waiters.reported["e"] == [3, 2, 1]
 
 
-def test_a_stop_ends_a_wait_at_once_and_moves_the_next_thread_up(
-    make_waiters: Callable[[int], Waiters],
-) -> None:
-    waiters = make_waiters(1)
+def test_a_stop_ends_a_wait_at_once_and_moves_the_next_thread_up() -> None:
+    waiters = Waiters(1)
     waiters.join("first").result(PATIENCE_S)
     stopped, following = waiters.join("stopped"), waiters.join("next")
 
@@ -117,10 +104,8 @@ def test_a_stop_ends_a_wait_at_once_and_moves_the_next_thread_up(
     assert waiters.served == ["first", "next"]
 
 
-def test_a_stop_that_was_set_before_the_wait_ends_it(
-    make_waiters: Callable[[int], Waiters],
-) -> None:
-    waiters = make_waiters(1)
+def test_a_stop_that_was_set_before_the_wait_ends_it() -> None:
+    waiters = Waiters(1)
     waiters.join("first").result(PATIENCE_S)
     stop = Stop()
     stop.set()
@@ -154,11 +139,12 @@ def test_stops_during_waits_neither_lose_nor_add_a_place() -> None:
         semaphore.release()
         return has_place
 
-    with ThreadPoolExecutor(16) as threads:
-        visits = [threads.submit(visit, i, stop) for i, stop in enumerate(stops)]
-        for stop in random.Random(0).sample(stops, 100):
-            stop.set()
-        assert all(each.result(PATIENCE_S) for each in visits)
+    # Sixteen threads take the visits from one list.
+    visits = enumerate(stops)
+    threads = [start(lambda: all(visit(*each) for each in visits)) for _ in range(16)]
+    for stop in random.Random(0).sample(stops, 100):
+        stop.set()
+    assert all(each.result(PATIENCE_S) for each in threads)
 
     def refuse(ahead: int) -> None:
         raise AssertionError(f"a place was lost: {ahead} threads are ahead")

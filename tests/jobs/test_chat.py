@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -21,11 +20,13 @@ from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload
 from tests.fakes.tiny_chat import (
+    rest_of,
     tiny_chat,
     until,
 )
 from tests.files import ROOT
 from tests.models.chat.test_grammar import PATTERN, deep_schema
+from tests.patience import PATIENCE_S, start
 
 MakeLocal = Callable[..., LocalWorker]
 
@@ -482,8 +483,8 @@ def test_a_job_without_stream_emits_no_delta(talk: Any) -> None:
 def test_chat_jobs_run_at_once_and_share_a_prefix(local: MakeLocal) -> None:
     at = local(models={"chat": tiny_chat()})
     payloads = [chat_payload(id=f"job-{i}", temperature=0, max_tokens=40) for i in range(12)]
-    with ThreadPoolExecutor(12) as threads:
-        documents = list(threads.map(lambda each: at.run(each, Stop()), payloads))
+    running = [start(at.run, each, Stop()) for each in payloads]
+    documents = [each.result(PATIENCE_S) for each in running]
 
     assert {document.status for document in documents} == {"completed"}
     assert len({document.reply["response"] for document in documents}) == 1
@@ -568,7 +569,7 @@ def test_a_schema_of_plain_json_is_accepted_by_the_grammar_too(
 
     reply = tiny_chat(context=256).generate(job.request)
 
-    assert isinstance("".join(reply), str)
+    assert isinstance(rest_of(reply), str)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ourvidz_serverless.models.chat.request import ModelName
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.settings import Settings
-from tests.fakes.tiny_chat import ask, tiny_folder
+from tests.fakes.tiny_chat import ask, rest_of, tiny_folder
 
 MIB = 1 / 1024
 
@@ -47,7 +47,7 @@ def test_a_worker_that_starts_can_answer_its_longest_conversation(place: str, mi
 
     reply = ask(chat, ("user", "x" * 470), max_tokens=8, temperature=0)
 
-    assert "".join(reply)
+    assert rest_of(reply)
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
@@ -57,7 +57,7 @@ def test_many_conversations_fit_the_memory_that_a_worker_claims(place: str) -> N
 
     replies = [ask(chat, *messages, max_tokens=40, seed=i) for i in range(16)]
 
-    assert all("".join(each) for each in replies)
+    assert all(rest_of(each) for each in replies)
     assert chat.models["qwen_instruct"].engine.batch_limit.size == 64
 
 
@@ -85,7 +85,7 @@ def test_two_models_that_replace_each_other_fit_the_device(place: str, tmp_path:
     chat = load(place, 4, chat_base_model=tiny_folder(tmp_path))
 
     for model in get_args(ModelName):
-        assert "".join(ask(chat, ("user", "x"), model=model, max_tokens=3))
+        assert rest_of(ask(chat, ("user", "x"), model=model, max_tokens=3))
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
@@ -98,7 +98,7 @@ def test_on_a_cpu_the_cache_fits_the_memory_of_the_host(
 
     chat = load(place, 0, vram_budget_gb=None)
 
-    assert "".join(ask(chat, ("user", "x"), max_tokens=3))
+    assert rest_of(ask(chat, ("user", "x"), max_tokens=3))
     assert claimed(chat) <= 6 << 20
 
 
@@ -109,7 +109,7 @@ def test_wans_enhancer_has_a_shorter_context_if_memory_is_short(place: str) -> N
 
     chat = chat_loader.load_enhancer(place, settings, device, ledger)
 
-    assert "".join(ask(chat, ("user", "x" * 900), max_tokens=3))
+    assert rest_of(ask(chat, ("user", "x" * 900), max_tokens=3))
     assert claimed(chat) <= ledger.memory.total_bytes
     with pytest.raises(InvalidPrompt):
         ask(chat, ("user", "x" * 4000), max_tokens=3)
