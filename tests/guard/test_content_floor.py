@@ -206,6 +206,19 @@ def test_texts_judged_one_by_one_get_the_verdict_of_all_together(texts, adult):
     assert any(refused) == judge(*texts, adult=adult).refused
 
 
+# --- clauses that forbid ---
+
+
+@pytest.mark.parametrize("filler", ["depict ", "any of the "])
+def test_a_negation_forbids_only_what_stands_a_few_words_after_it(filler):
+    def is_refused(num_fillers: int) -> bool:
+        words = (filler * num_fillers).split()[:num_fillers]
+        return content_floor.check(f"never {' '.join(words)} minors", adult=True).refused
+
+    most = content_lexicon.MAX_FILLERS - 1
+    assert [is_refused(n) for n in (0, 1, most, most + 1, 100)] == [False] * 3 + [True] * 2
+
+
 # --- sentences that forbid, in a system message ---
 
 FORBIDS = "No school or minor context applies."

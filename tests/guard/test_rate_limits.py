@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
-from tests.servers.handler import failure, start
+from tests.patience import PATIENCE_S, start
+from tests.servers import handler
+from tests.servers.handler import failure
 from tests.servers.redis import RedisRestServer, RedisServer
 from tests.servers.runpod import Platform
 
@@ -115,10 +116,10 @@ def test_a_refusal_names_the_limit_and_the_seconds_to_wait(counter: Counter) -> 
 def test_jobs_at_the_same_time_are_each_counted(counter: Counter) -> None:
     limits = RateLimits({"user": Rate(20, 3600, "20/hour")}, counter)
 
-    with ThreadPoolExecutor(8) as threads:
-        assert sorted(threads.map(lambda _: outcomes(limits, "a"), range(40))) == sorted(
-            "." * 20 + "x" * 20
-        )
+    counting = [start(outcomes, limits, "a" * 5) for _ in range(8)]
+
+    all_outcomes = "".join(each.result(PATIENCE_S) for each in counting)
+    assert (all_outcomes.count("."), all_outcomes.count("x")) == (20, 20)
 
 
 # --- windows ---
@@ -165,6 +166,21 @@ def test_the_number_of_windows_in_memory_is_bounded() -> None:
         counter.count(f"user-{i}", 60)
 
     assert counter.num_windows <= MAX_WINDOWS
+
+
+def test_a_full_memory_forgets_the_windows_that_close_first() -> None:
+    now = [0.0]
+    limits = RateLimits({"user": TWO}, MemoryCounter(clock=lambda: now[0]))
+    for i in range(MAX_WINDOWS):
+        limits.check(f"early-{i}")
+    now[0] = 30.0
+    assert outcomes(limits, "aaa") == "..x"
+
+    now[0] = 61.0
+    for i in range(MAX_WINDOWS // 4):
+        limits.check(f"late-{i}")
+
+    assert outcomes(limits, "a") == "x"
 
 
 # --- shared ---
@@ -313,7 +329,7 @@ def test_the_handler_counts_in_redis_and_shows_no_token(
         "UPSTASH_REDIS_REST_TOKEN": rest_server.token,
         "RUNPOD_ENDPOINT_ID": "endpoint-7",
     }
-    with Platform() as own, start(own, **env) as process:
+    with Platform() as own, handler.start(own, **env) as process:
         first, second = (own.submit(sdxl_payload(id=f"job-{i}")) for i in range(2))
         own.result(first)
         own.result(second)

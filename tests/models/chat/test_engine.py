@@ -22,6 +22,7 @@ from tests.fakes.tiny_chat import (
     Gate,
     generate_text,
     new_generation,
+    rest_of,
     text_of,
     texts_of,
     tiny_chat_model,
@@ -114,10 +115,10 @@ def test_a_late_request_joins_the_running_batch(model: ChatModel) -> None:
     model.engine.submit(late)
     gate.allow(20)
 
-    assert "".join(late)
+    assert rest_of(late)
     assert first.finish_reason is None
     gate.open()
-    "".join(first)
+    rest_of(first)
     assert first.num_completion == 400
 
 
@@ -164,7 +165,7 @@ def test_a_cancelled_request_ends_at_the_next_token(model: ChatModel) -> None:
     gate.open()
 
     with pytest.raises(Cancelled):
-        list(pieces)
+        rest_of(pieces)
 
     until(lambda: model.engine.num_running == 0)
     assert stopped.num_completion < 400
@@ -181,11 +182,11 @@ def test_a_waiting_request_can_be_cancelled() -> None:
     gate.allow(20)
 
     with pytest.raises(Cancelled):
-        list(waiting)
+        rest_of(waiting)
 
     assert first.finish_reason is None
     gate.open()
-    "".join(first)
+    rest_of(first)
 
 
 def test_a_request_ends_when_nobody_reads_its_reply(model: ChatModel) -> None:
@@ -217,7 +218,7 @@ def test_cancelled_requests_do_not_change_other_replies(model: ChatModel) -> Non
     for timer in timers:
         timer.start()
 
-    assert ["".join(each) for each in staying] == alone
+    assert [rest_of(each) for each in staying] == alone
 
 
 # --- requests that share the device ---
@@ -257,6 +258,55 @@ def test_the_least_recently_used_prefix_is_removed() -> None:
     assert [each.num_reused for each in again] == [60, 0]
 
 
+def test_a_shared_beginning_that_is_too_long_to_keep_displaces_no_other() -> None:
+    own = tiny_chat_model(prefix_tokens=100)
+    generate_text(own, "x", shared="a" * 60)
+    long = [new_generation(own, "x", shared="b" * 101) for _ in range(2)]
+    kept = [new_generation(own, "x", shared="a" * 60), new_generation(own, "x", shared="c" * 100)]
+    for each in [*long, *kept, again := new_generation(own, "x", shared="c" * 100)]:
+        text_of(own.engine, each)
+
+    assert [each.num_reused for each in long] == [0, 0]
+    assert [each.num_reused for each in [*kept, again]] == [60, 0, 100]
+
+
+def rows_of_each_forward(network: Any) -> list[int]:
+    """Filled with the number of requests of each forward of the network."""
+    rows: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        rows.append(kwargs["input_ids"].shape[0])
+
+    network.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    return rows
+
+
+def test_no_more_requests_run_at_once_than_the_caches_tokens_hold() -> None:
+    network = tiny_network()
+    rows = rows_of_each_forward(network)
+    own = tiny_chat_model(network, kv_tokens=1024)
+
+    texts_of(own.engine, [new_generation(own, "hello", max_tokens=40) for _ in range(12)])
+
+    # A request takes a block of 256 tokens.
+    assert max(rows) == 4
+
+
+def test_a_request_that_is_longer_than_the_cache_runs_alone() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network, kv_tokens=256)
+    gate = Gate(steps=3)
+    long = new_generation(own, "hello", check=gate, max_tokens=400)
+    own.engine.submit(long)
+    until(lambda: gate.is_blocking)
+    rows = rows_of_each_forward(network)
+    own.engine.submit(short := new_generation(own, "bye", max_tokens=3))
+    gate.open()
+
+    assert rest_of(short) and rest_of(long)
+    assert set(rows) == {1}
+
+
 def test_running_replies_go_on_while_a_long_prompt_is_computed() -> None:
     own = tiny_chat_model(prefill_tokens=8)
     gate = Gate(steps=20)
@@ -268,12 +318,12 @@ def test_running_replies_go_on_while_a_long_prompt_is_computed() -> None:
     long = new_generation(own, "a" * 160, max_tokens=1)
     own.engine.submit(long)
     gate.allow(100)
-    "".join(long)
+    rest_of(long)
 
     # Twenty chunks of eight tokens, and one token of the running reply between any two.
     assert running.num_completion - before >= 19
     gate.open()
-    "".join(running)
+    rest_of(running)
 
 
 # --- errors ---
@@ -293,10 +343,13 @@ def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
 
 def test_an_out_of_memory_makes_the_batch_smaller_and_loses_no_reply(model: ChatModel) -> None:
     alone = [generate_text(model, text) for text in PROMPTS[:8]]
-    network = failing(tiny_network(), torch.OutOfMemoryError("full"), rows=2, times=[99])
-    small = tiny_chat_model(network)
+    network = tiny_network()
+    tried = rows_of_each_forward(network)
+    small = tiny_chat_model(failing(network, torch.OutOfMemoryError("full"), rows=2, times=[99]))
 
     assert texts_of(small.engine, [new_generation(small, text) for text in PROMPTS[:8]]) == alone
+    too_large = [rows for rows in tried if rows > 2]
+    assert too_large == sorted(set(too_large), reverse=True) != []
 
 
 def test_an_out_of_memory_while_a_token_is_drawn_uses_up_no_random_number(
