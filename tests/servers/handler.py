@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
+from tests.servers import warm_python
 from tests.servers.runpod import Platform
 from tests.servers.worker_process import WorkerProcess
 
@@ -34,14 +34,7 @@ def served_at(process: WorkerProcess) -> str:
 
 def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD")}
-    return subprocess.run(
-        [sys.executable, str(HANDLER), *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**clean, "OMP_NUM_THREADS": "1", **env},
-        timeout=PATIENCE_S,
-    )
+    return warm_python.run([str(HANDLER), *args], env={**clean, **env}, cwd=cwd, timeout=PATIENCE_S)
 
 
 def failure(status: dict[str, Any]) -> dict[str, Any]:

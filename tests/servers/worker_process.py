@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Self
 
 from tests.patience import PATIENCE_S
 from tests.servers.runpod import Platform
+from tests.servers.warm_python import WarmProcess
 
 TAIL = 4000
 
@@ -27,7 +27,8 @@ class WorkerProcess:
 
     Entering waits for the first poll for jobs; leaving kills the process if it still runs. Without
     a platform it runs as on a developer's machine (`--test_input`, `--rp_serve_api`), and entering
-    does not wait.
+    does not wait. It is a `WarmProcess`. With a `program` it starts cold: `sys.executable`, or
+    another one.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class WorkerProcess:
         args: Sequence[str] = (),
         worker_id: str = "worker-1",
         endpoint: str = "local",
-        program: str = sys.executable,
+        program: str | None = None,
         ready_timeout: float = PATIENCE_S,
     ) -> None:
         self.platform = platform
         self.worker_id = worker_id
         self.ready_timeout = ready_timeout
-        self._command = [program, str(script), *args]
+        self._program = program
+        self._command = [str(script), *args]
         self._cwd = cwd
         theirs = platform.env(worker_id, endpoint) if platform else {}
         self._env = _environment({**theirs, **(env or {})})
@@ -55,17 +57,7 @@ class WorkerProcess:
 
     def __enter__(self) -> Self:
         polls = self.platform.polls[self.worker_id] if self.platform else 0
-        self._process = subprocess.Popen(
-            self._command,
-            cwd=self._cwd,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        self._process = self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -132,6 +124,21 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join(1)
+
+    def _start(self) -> WarmProcess | subprocess.Popen[str]:
+        if self._program is None:
+            return WarmProcess(self._command, env=self._env, cwd=self._cwd)
+        return subprocess.Popen(
+            [self._program, *self._command],
+            cwd=self._cwd,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     def _wait_for_poll(self, polls: int) -> None:
         platform, deadline = self.platform, time.monotonic() + self.ready_timeout
