@@ -13,8 +13,9 @@ SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
 WAN_MODEL ?= pocket
 MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN_MODEL=$(WAN_MODEL)
-# How many tests run side by side; a file's tests stay together.
-PROCESSES ?= 2
+# How many tests run side by side; a file's tests stay together. Some wait for servers, so three fill
+# two cores.
+PROCESSES ?= 3
 
 # A family may have a first job of its own; without one, handler.py reads test_input.json.
 ifneq ($(wildcard test_input.$(FAMILIES).json),)
