@@ -240,8 +240,6 @@ class Ledger:
                 return self._mover.refuse(request, "it is in use")
             if to == "device" and entry.size > self.memory.total_bytes:
                 return self._mover.refuse(request, "it is larger than the device")
-            if to == "host" and entry.state == "device":
-                request.to = self._eviction_target(entry)
             return self._mover.request(request)
 
     def grant_one_request(self) -> bool:
@@ -271,6 +269,9 @@ class Ledger:
         entry = request.entry
         if entry.moving_to or (request.to != "device" and entry.leases):
             return None
+        if request.to == "host" and entry.state == "device":
+            # Not earlier: the host may have become full while the request waited.
+            request.to = self._eviction_target(entry)
         if request.to != "device":
             return [(entry, request.to)] if _is_above(entry.state, request.to) else []
         if entry.is_on_device:

@@ -50,6 +50,7 @@ class StrictMemory:
             self.working += working
             assert 0 <= self.on_device + self.working <= self.total, "over the device's size"
             assert self.on_device >= 0 and self.in_host >= 0
+            assert host <= 0 or self.in_host <= self.host, "over the host's size"
 
 
 class StrictModel:
@@ -237,9 +238,9 @@ def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device()
 
 @pytest.fixture
 def make() -> Callable[..., tuple[Ledger, list[StrictModel]]]:
-    def build(*sizes: int, host: int = 100, pinned: int | None = None) -> Any:
+    def build(*sizes: int, host: int = 100, pinned: int | None = None, **options: bool) -> Any:
         memory = StrictMemory(host=host)
-        ledger, models = Ledger(memory), [StrictModel(memory, size) for size in sizes]
+        ledger, models = Ledger(memory, **options), [StrictModel(memory, size) for size in sizes]
         for index, model in enumerate(models):
             ledger.register(model, f"f{index}", "wan", state="disk", is_pinned=index == pinned)
         return ledger, models
@@ -306,6 +307,61 @@ def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(
     assert places(models) == ["device", "device"]
     with ledger.using(models[0], shape="large"):
         assert places(models) == ["device", "host"]
+
+
+def test_memory_that_two_jobs_took_together_is_not_booked_for_one(make: Any) -> None:
+    ledger, models = make(10, 10)
+    use(ledger, *models)
+    with ledger.using(models[0], shape="large") as lease:
+        lease.measured_bytes = 2
+    first, second = (ledger.acquire(models[0], shape="large") for _ in range(2))
+    first.measured_bytes = 8
+    ledger.release(models[0], first)
+    ledger.release(models[0], second)
+
+    with ledger.using(models[0], shape="large"):
+        assert places(models) == ["device", "device"]
+
+
+def test_a_model_leaves_the_hosts_memory_before_one_that_has_no_room_there_is_read(
+    make: Any,
+) -> None:
+    ledger, models = make(14, 14, 14, host=28)
+    use(ledger, models[0], models[1])
+    assert places(models) == ["host", "device", "disk"]
+
+    use(ledger, models[2])
+
+    assert places(models) == ["disk", "host", "device"]
+
+
+def test_a_prefetched_model_takes_no_place_of_another_in_the_hosts_memory(
+    make: Any,
+) -> None:
+    ledger, models = make(14, 14, 14, host=28, has_mover_thread=False)
+    use(ledger, models[0])
+    with ledger.using(models[1]):
+        models[0].memory.host = 20
+        ledger.prefetch(models[2])
+
+        assert not ledger.grant_one_request()
+
+    assert places(models) == ["host", "device", "disk"]
+
+
+def test_a_model_that_leaves_after_its_last_job_is_dropped_if_the_host_has_become_full(
+    make: Any,
+) -> None:
+    ledger, models = make(14, 14, host=14, has_mover_thread=False)
+    with ledger.using(models[0]):
+        ledger.request_move("f0", "host", force=True)
+        ledger.prefetch(models[1])
+        assert ledger.grant_one_request()
+        assert places(models) == ["device", "host"]
+
+    assert ledger.grant_one_request()
+
+    assert places(models) == ["disk", "host"]
 
 
 def test_a_model_larger_than_the_device_is_refused_with_both_sizes(make: Any) -> None:
