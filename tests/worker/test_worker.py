@@ -28,7 +28,7 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.request import ImageRequest
-from ourvidz_serverless.net.retries import Retry
+from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat
 from tests.fakes.fake_sdxl import FakeSdxl
@@ -316,6 +316,33 @@ def test_a_job_that_waits_for_the_device_can_be_stopped(local: MakeLocal) -> Non
         assert code(second.result(PATIENCE_S)) == "CANCELLED"
         at.fake_sdxl.go_on.set()
         assert first.result(PATIENCE_S).status == "completed"
+
+
+class StoppingStorage(DirectoryStorage):
+    """A storage that fails, for a job that is stopped meanwhile."""
+
+    def __init__(self, root: Path, stop: Stop) -> None:
+        super().__init__(root)
+        self._stop = stop
+
+    def put(self, key: str, data: bytes, mime: str) -> None:
+        self._stop.set()
+        raise Fault(503)
+
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        self._stop.set()
+        raise Fault(503)
+
+
+@pytest.mark.parametrize("reference", [None, "user-1/job-0/0.png"])
+def test_a_job_that_is_stopped_while_a_transfer_fails_is_cancelled(
+    local: MakeLocal, tmp_path: Path, reference: str | None
+) -> None:
+    stop = Stop()
+    at = local(storage=StoppingStorage(tmp_path, stop))
+    changes = {"reference_image_url": reference, "exact_copy_mode": True} if reference else {}
+
+    assert code(at.run(sdxl_payload(metadata=changes), stop)) == "CANCELLED"
 
 
 def test_a_deadline_ends_a_job_at_its_next_step(local: MakeLocal) -> None:
