@@ -408,6 +408,20 @@ def test_a_jobs_progress_and_end_are_sent_as_events(
     assert (name, json.loads(last)["status"]) == ("done", "completed")
 
 
+def test_a_quiet_stream_of_events_has_a_comment_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(responses, "HEARTBEAT_S", 0.01)
+
+    async def first_event() -> str:
+        return await anext(responses.events_of(JobRecord("job-1")))
+
+    async def in_time() -> str:
+        return await asyncio.wait_for(first_event(), PATIENCE_S)
+
+    assert asyncio.run(in_time()).startswith(":")
+
+
 def test_the_first_event_of_a_late_reader_is_the_newest_progress() -> None:
     async def first_event() -> str:
         record = JobRecord("job-1")
