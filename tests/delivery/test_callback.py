@@ -5,8 +5,6 @@ import hashlib
 import hmac
 import re
 import socket
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
@@ -14,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ourvidz_serverless.delivery.callback import Callback, signatures, webhook_id
+from ourvidz_serverless.deadline import Deadline
+from ourvidz_serverless.delivery.callback import DELIVERY_S, Callback, signatures, webhook_id
 from ourvidz_serverless.document import Document, Status
 from ourvidz_serverless.job import KEY_PATTERN
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import QUICK
-from tests.patience import PATIENCE_S
 from tests.servers.supabase import CallbackReceiver
 
 KEYS = st.from_regex(KEY_PATTERN.strip("^$"), fullmatch=True)
@@ -191,20 +189,30 @@ def test_the_default_callback_url_is_in_the_supabase_project() -> None:
     assert settings.resolved_callback_url == "https://project.example/functions/v1/job-callback"
 
 
-@pytest.fixture
-def silent() -> Iterator[str]:
-    """The URL of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/callback"
-
-
 def test_a_receiver_that_never_answers_does_not_hold_a_callback(
-    silent: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ourvidz_serverless.delivery.callback.DELIVERY_S", 1.0)
-    began = time.monotonic()
+    monkeypatch.setattr("ourvidz_serverless.delivery.callback.DELIVERY_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/callback"
 
-    with pytest.raises(Fault):
-        Callback(silent, None, policy=Retry(try_s=PATIENCE_S)).post(DONE)
+        with pytest.raises(Fault, match="no answer"):
+            Callback(url, None, policy=Retry(base_s=0.01, try_s=5.0)).post(DONE)
 
-    assert time.monotonic() - began < PATIENCE_S
+        silent.settimeout(0)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):  # there was no second try
+            silent.accept()
+
+
+def test_no_try_of_a_callback_begins_after_the_time_of_all_tries(
+    receiver: CallbackReceiver,
+) -> None:
+    receiver.script([503])
+    naps: list[float] = []
+    slow = Retry(base_s=DELIVERY_S + 1, max_s=DELIVERY_S + 1, jitter=0.0)
+
+    with pytest.raises(Fault, match="HTTP 503"):
+        callback(receiver, policy=slow).post(DONE, deadline=Deadline(sleep=naps.append))
+
+    assert (naps, len(receiver.received)) == ([], 1)

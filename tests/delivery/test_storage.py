@@ -1,6 +1,7 @@
 """Every storage stores an asset, overwrites it, reads it again, and reports each failure."""
 
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,8 +20,10 @@ from ourvidz_serverless.job import S3Config
 from ourvidz_serverless.net.addresses import is_public
 from ourvidz_serverless.net.retries import Fault
 from ourvidz_serverless.settings import Settings
+from tests.fakes.clock import Clock
 from tests.fakes.local_worker import QUICK
 from tests.patience import PATIENCE_S
+from tests.servers.local_server import Answer, LocalServer, Request
 from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import Bucket
 from tests.servers.supabase import SupabaseStorage as SupabaseServer
@@ -117,6 +120,20 @@ def test_a_presigned_s3_url_gives_the_asset_to_anybody(s3: SeaweedServer) -> Non
     assert (answer.content, answer.headers["Content-Type"]) == (b"picture", "image/png")
 
 
+def test_a_presigned_supabase_url_gives_the_asset_until_it_expires() -> None:
+    clock = Clock()
+    with SupabaseServer(clock=clock) as server:
+        store = SupabaseStorage(server.url, server.service_key, "workspace-temp")
+        store.put("user/signed/0.png", b"picture", "image/png")
+        url = store.url("user/signed/0.png", "presigned", 60)
+        clock.advance(59)
+        before = requests.get(url, timeout=PATIENCE_S)
+        clock.advance(1)
+        after = requests.get(url, timeout=PATIENCE_S)
+
+    assert (before.ok, after.ok) == (True, False)
+
+
 def test_a_presigned_supabase_url_gives_the_asset_to_anybody(supabase: SupabaseServer) -> None:
     store = SupabaseStorage(supabase.url, supabase.service_key, "workspace-temp")
     store.put("user/signed/0.png", b"picture", "image/png")
@@ -198,6 +215,33 @@ def test_a_refused_upload_is_not_tried_again(supabase: SupabaseServer) -> None:
         upload(store, "user/x/0.bin", b"?", "application/octet-stream", QUICK)
 
     assert len(supabase.requests) == before + 1
+
+
+class FailingStore(LocalServer):
+    """An S3 store that reports an internal error in an answer with the status 200."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_requests = 0
+
+    def note(self, request: Request, answer: Answer | None) -> None:
+        self.num_requests += 1
+
+    def answer(self, request: Request) -> Answer:
+        body = b"<Error><Code>InternalError</Code><Message>once more</Message></Error>"
+        return Answer(200, body, {"Content-Type": "application/xml"})
+
+
+def test_a_try_to_store_in_s3_is_one_request() -> None:
+    with FailingStore() as failing:
+        store = S3Storage(
+            bucket="b", endpoint=failing.url, key_id="id", secret="secret", region="us-east-1"
+        )
+
+        with pytest.raises(UploadError):
+            upload(store, "u/j/0.png", b"x", "image/png", QUICK)
+
+        assert failing.num_requests == QUICK.tries
 
 
 def test_a_wrong_secret_is_an_upload_error_without_the_secret(s3: SeaweedServer) -> None:
@@ -318,6 +362,12 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
 def test_an_invalid_storage_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))
+
+
+def test_everybody_may_read_a_stored_file_and_only_its_owner_may_write_it(tmp_path: Path) -> None:
+    DirectoryStorage(tmp_path).put("user/job/0.png", b"picture", "image/png")
+
+    assert stat.filemode((tmp_path / "user/job/0.png").stat().st_mode) == "-rw-r--r--"
 
 
 def test_a_file_that_cannot_be_stored_leaves_no_temporary_file(tmp_path: Path) -> None:

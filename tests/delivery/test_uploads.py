@@ -4,14 +4,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ourvidz_serverless.context import Stop
 from ourvidz_serverless.delivery.uploads import Delivery
-from ourvidz_serverless.errors import UploadError
-from ourvidz_serverless.output import Output, Text
+from ourvidz_serverless.errors import Cancelled, UploadError
+from ourvidz_serverless.output import FrameQueue, Output, Text, Video
 from tests.patience import PATIENCE_S
 
 
@@ -104,3 +106,97 @@ def test_a_text_does_not_wait_for_a_thread() -> None:
             go_on.set()
 
     assert asset.url == "data:text/plain;charset=utf-8,a%20reply"
+
+
+# --- a stop ---
+
+
+def test_a_stop_is_heard_while_uploads_run() -> None:
+    begun, go_on, stored = threading.Event(), threading.Event(), list[str]()
+
+    def upload(key: str, data: bytes, mime: str) -> None:
+        begun.set()
+        go_on.wait(PATIENCE_S)
+        stored.append(key)
+
+    def check() -> None:
+        if begun.is_set():
+            raise Cancelled("the job was cancelled")
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+    ):
+        delivery.submit(picture())
+        try:
+            with pytest.raises(Cancelled):
+                delivery.assets(check, poll_s=0.01)
+            stored_before_the_stop = list(stored)
+        finally:
+            go_on.set()
+
+    assert stored_before_the_stop == []
+
+
+def test_a_stop_that_makes_an_upload_fail_is_the_error_of_the_job() -> None:
+    stop = Stop()
+
+    def upload(key: str, data: bytes, mime: str) -> None:
+        stop.set()
+        raise UploadError("storage did not take an asset")
+
+    def check() -> None:
+        if stop.error:
+            raise stop.error
+
+    with (
+        ThreadPoolExecutor(2) as pool,
+        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+    ):
+        delivery.submit(picture())
+        with pytest.raises(Cancelled):
+            delivery.assets(check)
+
+
+# --- signatures ---
+
+
+def video() -> Video:
+    frames = FrameQueue()
+    frames.put(np.zeros((1, 64, 64, 3), np.uint8), check=lambda: None)
+    frames.end()
+    return Video(0, frames, 64, 64, 8, {"seed": 7}, composite=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "name", "mime"),
+    [
+        (lambda: replace(picture(), composite=True), "0.png", "image/png"),
+        (video, "0.mp4", "video/mp4"),
+    ],
+    ids=["picture", "video"],
+)
+def test_what_is_stored_and_measured_is_the_signed_file(
+    output: Callable[[], Output | Video], name: str, mime: str
+) -> None:
+    stored: dict[str, bytes] = {}
+
+    def sign(data: bytes, mime: str, composite: bool) -> bytes:
+        return data + f"|{mime}|{composite}".encode()
+
+    with (
+        ThreadPoolExecutor(2) as pool,
+        Delivery(
+            pool,
+            "user/job",
+            lambda key, data, mime: stored.update({key: data}),
+            url=lambda key: key,
+            sign=sign,
+        ) as delivery,
+    ):
+        delivery.submit(output())
+        (asset,) = delivery.assets(lambda: None)
+
+    signed = stored[f"user/job/{name}"]
+    assert signed.endswith(f"|{mime}|True".encode())
+    assert asset.metadata["file_size_bytes"] == len(signed)
