@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def start(command: Sequence[str]) -> int:
+    """Run `python COMMAND` to its end, and return its exit code."""
+    return subprocess.run([sys.executable, *command], check=False).returncode
+
+
+def main(argv: Sequence[str] | None = None, start: Callable[[Sequence[str]], int] = start) -> None:
+    """Run the benchmarks. `start` runs a Python process and returns its exit code."""
     parser = report.parser(__doc__)
     parser.add_argument("--only", help="names, separated by commas")
     parser.add_argument("--docs", action="store_true", help="write the tables into the document")
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began, load = time.monotonic(), os.getloadavg()[0]
     size = [name for name in ("quick", "tiny") if getattr(options, name)]
     names = options.only.split(",") if options.only else NAMES
-    found = {name: run(name, [f"--{each}" for each in size]) for name in names}
+    found = {name: run(name, [f"--{each}" for each in size], start) for name in names}
     spent = time.monotonic() - began
     failed = [name for name, document in found.items() if document is None]
     documents = [document for document in found.values() if document is not None]
@@ -61,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(DOCUMENT, f"{head}\n\n{tables_of(documents)}")
 
 
-def run(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+def run(
+    name: str, arguments: Sequence[str], start: Callable[[Sequence[str]], int]
+) -> dict[str, Any] | None:
     """The JSON that one benchmark wrote; None if it failed."""
     print(f"\n=== {name}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json", str(path)]
-        if subprocess.run(command, check=False).returncode or not path.exists():
+        command = ["-m", f"benchmarks.{name}", *arguments, "--json", str(path)]
+        if start(command) or not path.exists():
             return None
         document: dict[str, Any] = json.loads(path.read_text())
         return document

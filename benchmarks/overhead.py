@@ -58,8 +58,9 @@ ROUNDING = 1
 LENGTHS = (0.8, 1.3, 1.9, 2.6, 3.4)
 HEADERS = ("s a job, pipeline", "variant", "s a job", "s lost a job", "control", "device in use")
 
-#: The fewest and the most steps that a job may have.
+#: The fewest and the most steps that a job may have. `TINY_STEPS` are those of `--tiny`.
 STEPS = (10, 50)
+TINY_STEPS = (10, 12)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     jobs, rounds, lengths = (5, 1, LENGTHS[:3]) if options.quick else (12, 3, LENGTHS)
     side = options.side
+    limits = STEPS
     if options.tiny:
-        jobs, rounds, lengths, side = 2, 1, (0.0, 60.0), 64
-    with OverheadBenchmark(side, options.lengths or lengths, options.upload_ms / 1000) as benchmark:
+        jobs, rounds, lengths, side, limits = 2, 1, (0.0, 60.0), 64, TINY_STEPS
+    lengths, upload_s = options.lengths or lengths, options.upload_ms / 1000
+    with OverheadBenchmark(side, lengths, upload_s, limits) as benchmark:
         found = benchmark.run(options.jobs or jobs, options.rounds or rounds)
     report.finish("overhead", tables(benchmark, found), options.json)
 
@@ -110,11 +113,14 @@ Variant = Callable[[Length, int], Backlog]
 class OverheadBenchmark:
     """Both handlers and the servers that they use, as a context manager."""
 
-    def __init__(self, side: int, lengths: Sequence[float], upload_s: float) -> None:
+    def __init__(
+        self, side: int, lengths: Sequence[float], upload_s: float, limits: tuple[int, int]
+    ) -> None:
         self.side, self.upload_s = side, upload_s
         self.pipe = load_baseline_pipeline()
         self.lengths = [
-            Length(steps, 1 + 1000 * index) for index, steps in enumerate(self._steps(lengths))
+            Length(steps, 1 + 1000 * index)
+            for index, steps in enumerate(self._steps(lengths, limits))
         ]
         self._num_jobs = 0
 
@@ -215,8 +221,10 @@ class OverheadBenchmark:
             },
         }
 
-    def _steps(self, lengths: Sequence[float]) -> list[int]:
-        """The numbers of steps, without repeats, for jobs of about these lengths in seconds."""
+    def _steps(self, lengths: Sequence[float], limits: tuple[int, int]) -> list[int]:
+        """The numbers of steps, without repeats and within the limits, for jobs of about these
+        lengths in seconds.
+        """
         options = {"side": self.side, "seed": 0}
         baseline_picture(self.pipe, **options, steps=1)  # warms up
         short, long = (
@@ -225,7 +233,8 @@ class OverheadBenchmark:
         )
         step_s = max((long - short) / 10, 1e-6)
         wanted = [round((seconds - short) / step_s) + 2 for seconds in lengths]
-        return sorted({min(max(STEPS[0], steps), STEPS[1]) for steps in wanted})
+        fewest, most = limits
+        return sorted({min(max(fewest, steps), most) for steps in wanted})
 
     def _worker_env(self) -> dict[str, str]:
         return {
