@@ -1,80 +1,77 @@
 """Quantised chat models still answer, and take less memory."""
 
-from pathlib import Path
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import loader as chat_loader
-from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_cuda_graph import FakeCudaGraphs
-from tests.fakes.tiny_chat import CPU, ask, generate_text, tiny_folder
+from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.handler import run_handler
 
-QUESTION = ("user", "What is the capital of France?")
 POCKET = pytest.mark.skipif(
     not chat_loader.POCKET.exists(), reason="`make chat` builds the pocket model"
 )
 
 
-def load(**settings: Any) -> tuple[Chat, int]:
-    """The chat models, and the measured bytes of the only one."""
-    chat = chat_loader.load(Settings(families=("chat",), **settings))
-    (row,) = chat.ledger.report()
-    return chat, row.num_bytes
-
-
-def reply(chat: Chat) -> str:
-    return "".join(ask(chat, QUESTION, temperature=0, max_tokens=12))
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The report of a process that has torchao."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fakes.quantized_chat", str(tmp_path_factory.mktemp("tiny"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @POCKET
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_the_quantised_pocket_model_answers_and_takes_less_memory(name: str) -> None:
-    _, full = load()
-    chat, quantized = load(chat_quantization=name)
+def test_the_quantised_pocket_model_answers_and_takes_less_memory(
+    quantized: Any, name: str
+) -> None:
+    pocket = quantized["pocket"]
 
-    assert "Paris" in reply(chat)
-    assert quantized < full / 2
+    assert "Paris" in pocket[name]["reply"]
+    assert pocket[name]["bytes"] < pocket["full_bytes"] / 2
 
 
 def test_a_quantised_model_that_was_dropped_is_read_again_and_replies_the_same(
-    tmp_path: Path,
+    quantized: Any,
 ) -> None:
-    place = tiny_folder(tmp_path)
-    _, full = load(chat_instruct_model=place)
-    chat, quantized = load(chat_instruct_model=place, chat_quantization="int8")
-    before = reply(chat)
+    dropped = quantized["tiny"]["dropped"]
 
-    wish = chat.ledger.request_move("qwen_instruct", "disk", force=True)
-    assert wish.is_done.wait(PATIENCE_S) and wish.error is None
-
-    assert reply(chat) == before
-    assert quantized < full
+    assert dropped["has_moved"]
+    assert dropped["after"] == dropped["before"]
+    assert dropped["bytes"] < quantized["tiny"]["full_bytes"]
 
 
-def test_steps_of_a_quantised_model_are_replayed(tmp_path: Path) -> None:
-    place, fake_graphs = Path(tiny_folder(tmp_path)), FakeCudaGraphs()
+def test_steps_of_a_quantised_model_are_replayed(quantized: Any) -> None:
+    replayed = quantized["tiny"]["replayed"]
 
-    def read() -> Any:
-        return chat_loader.read_folder(place, CPU, True, "int8")
-
-    def say_hello(model: ChatModel) -> str:
-        return generate_text(model, "hello", max_tokens=40)
-
-    expected = say_hello(ChatModel(*read(), CPU))
-
-    assert say_hello(ChatModel(*read(), CPU, capture=fake_graphs)) == expected
-    assert fake_graphs.num_replayed > 0
+    assert replayed["with"] == replayed["without"]
+    assert replayed["num_replayed"] > 0
 
 
 def test_a_quantisation_that_the_device_cannot_run_is_refused_before_anything_is_read() -> None:
+    settings = Settings(
+        families=("chat",),
+        chat_instruct_model="/no/such/model",
+        chat_quantization="int4",
+        device="cpu",
+    )
+
     with pytest.raises(ModelLoadError) as refused:
-        load(chat_instruct_model="/no/such/model", chat_quantization="int4", device="cpu")
+        chat_loader.load(settings)
 
     assert refused.value.message == "CHAT_QUANTIZATION: int4 runs on CUDA in bfloat16 only"
 

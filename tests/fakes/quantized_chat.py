@@ -1,0 +1,75 @@
+"""Loads quantised chat models, asks them something, and prints a report as JSON.
+
+It runs as `python -m tests.fakes.quantized_chat FOLDER`, in a process that may import torchao: the
+tests' own may not. FOLDER is empty, for a checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ourvidz_serverless.models.chat import loader
+from ourvidz_serverless.models.chat.model import Chat, ChatModel
+from ourvidz_serverless.settings import Settings
+from tests.fakes.fake_cuda_graph import FakeCudaGraphs
+from tests.fakes.tiny_chat import CPU, ask, generate_text, tiny_folder
+from tests.patience import PATIENCE_S
+
+QUESTION = ("user", "What is the capital of France?")
+
+
+def load(quantization: str, **settings: Any) -> tuple[Chat, int]:
+    """The chat models, and the measured bytes of the only one."""
+    chat = loader.load(Settings(families=("chat",), chat_quantization=quantization, **settings))
+    (row,) = chat.ledger.report()
+    return chat, row.num_bytes
+
+
+def reply(chat: Chat) -> str:
+    return "".join(ask(chat, QUESTION, temperature=0, max_tokens=12))
+
+
+def answers(quantization: str) -> dict[str, Any]:
+    """What the pocket model replies, and its bytes."""
+    chat, num_bytes = load(quantization)
+    return {"reply": reply(chat), "bytes": num_bytes}
+
+
+def drops(place: str) -> dict[str, Any]:
+    """The replies of an int8 model before and after it was on the disk, and its bytes."""
+    chat, num_bytes = load("int8", chat_instruct_model=place)
+    before = reply(chat)
+    move = chat.ledger.request_move("qwen_instruct", "disk", force=True)
+    has_moved = move.is_done.wait(PATIENCE_S) and move.error is None
+    return {"before": before, "has_moved": has_moved, "after": reply(chat), "bytes": num_bytes}
+
+
+def replays(place: str) -> dict[str, Any]:
+    """What an int8 model says without and with captured steps, and how many were replayed."""
+    graphs = FakeCudaGraphs()
+
+    def say_hello(**capture: Any) -> str:
+        model = ChatModel(*loader.read_folder(Path(place), CPU, True, "int8"), CPU, **capture)
+        return generate_text(model, "hello", max_tokens=40)
+
+    return {
+        "without": say_hello(),
+        "with": say_hello(capture=graphs),
+        "num_replayed": graphs.num_replayed,
+    }
+
+
+if __name__ == "__main__":
+    tiny = tiny_folder(Path(sys.argv[1]))
+    report: dict[str, Any] = {
+        "tiny": {
+            "full_bytes": load("none", chat_instruct_model=tiny)[1],
+            "dropped": drops(tiny),
+            "replayed": replays(tiny),
+        }
+    }
+    if loader.POCKET.exists():
+        report["pocket"] = {name: answers(name) for name in ("int8", "fp8")}
+        report["pocket"]["full_bytes"] = load("none")[1]
+    print(json.dumps(report))
