@@ -1,10 +1,17 @@
 """Fixtures and settings that many tests share."""
 
+import gc
 import os
+import sys
 
 # This must precede the import of torch. On a shared machine two threads are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As in a worker whose chat models are not quantised: transformers, diffusers and peft import
+# torchao if it is installed, which takes seconds. A test that needs it starts a process.
+sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+# Imports leave no garbage worth a search. `pytest_collection_finish` begins to search again.
+gc.disable()
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +36,16 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports and the collection made out of each later search for garbage.
+
+    A model searches whenever it leaves its device, and would look at all of these each time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
