@@ -8,6 +8,7 @@ import pytest
 from ourvidz_serverless.context import Bounds, JobContext, Stop
 from ourvidz_serverless.deadline import NEVER, Deadline, current
 from tests.fakes.clock import Clock
+from tests.patience import PATIENCE_S
 
 
 def test_of_two_deadlines_the_earlier_one_counts() -> None:
@@ -46,7 +47,7 @@ def test_a_deadline_is_current_while_it_is_applied_and_in_its_own_thread_only() 
             assert current() is inner
             other = threading.Thread(target=lambda: seen.append(current()))
             other.start()
-            other.join()
+            other.join(PATIENCE_S)
         assert current().remaining_s() == 1.0
 
     assert (current(), seen) == (NEVER, [NEVER])

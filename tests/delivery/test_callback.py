@@ -131,6 +131,15 @@ def test_a_callback_follows_no_redirect(receiver: CallbackReceiver) -> None:
     assert len(receiver.received) == 1
 
 
+def test_a_worker_without_a_secret_posts_without_signatures(receiver: CallbackReceiver) -> None:
+    with pytest.raises(Fault, match="HTTP 401"):
+        Callback.of(Settings(callback_url=receiver.callback_url)).post(DONE)
+
+    (received,) = receiver.wait(1)
+    assert "X-Callback-Signature" not in received.headers
+    assert "webhook-signature" not in received.headers
+
+
 def test_a_callback_without_a_url_posts_nothing() -> None:
     assert Callback(None).post(DONE) is None
 

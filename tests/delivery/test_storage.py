@@ -91,6 +91,15 @@ def test_a_reference_is_read_from_another_bucket_of_the_same_store(
     assert read_reference(store, "user-library/user-1/face.png", {"user-library"}) == b"picture"
 
 
+def test_a_reference_is_read_from_a_folder_beside_the_assets(tmp_path: Path) -> None:
+    store = DirectoryStorage(tmp_path)
+    store.put("user-library/user-1/face.png", b"picture", "image/png")
+    store.put("user-1/face.png", b"another", "image/png")
+
+    assert read_reference(store, "user-library/user-1/face.png", {"user-library"}) == b"picture"
+    assert read_reference(store, "user-1/face.png", {"user-library"}) == b"another"
+
+
 def test_a_second_put_overwrites_the_first(store: Storage) -> None:
     store.put("user/job/1.png", b"first", "image/png")
     store.put("user/job/1.png", b"second", "image/png")

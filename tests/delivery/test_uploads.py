@@ -138,6 +138,34 @@ def test_a_stop_is_heard_while_uploads_run() -> None:
     assert stored_before_the_stop == []
 
 
+def test_an_upload_that_fails_ends_the_job_while_others_run() -> None:
+    running, go_on, stored = threading.Event(), threading.Event(), list[str]()
+
+    def upload(key: str, data: bytes, mime: str) -> None:
+        if key.endswith("0.png"):
+            running.wait(PATIENCE_S)
+            raise UploadError("storage did not take an asset")
+        if key.endswith("1.png"):
+            running.set()
+            go_on.wait(PATIENCE_S)
+        stored.append(key)
+
+    with (
+        ThreadPoolExecutor(4) as pool,
+        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+    ):
+        for index in range(2):
+            delivery.submit(picture(index))
+        try:
+            with pytest.raises(UploadError):
+                delivery.assets(lambda: None)
+            stored_before_the_end = list(stored)
+        finally:
+            go_on.set()
+
+    assert "user/job/1.png" not in stored_before_the_end
+
+
 def test_a_stop_that_makes_an_upload_fail_is_the_error_of_the_job() -> None:
     stop = Stop()
 

@@ -15,12 +15,13 @@ from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.net.connection import Connection
 from ourvidz_serverless.net.retries import Fault, Refused, is_transient
 from ourvidz_serverless.net.transport import MAX_BYTES, Answer, Transport, parse_url
+from tests.patience import PATIENCE_S
 from tests.servers.broken_proxy import BrokenProxy
 from tests.servers.https_server import HttpsServer
 from tests.servers.local_server import Answer as WebAnswer
 from tests.servers.local_server import LocalServer, Request
 
-AGES_S = 3600.0
+AGES_S = PATIENCE_S
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n"
 Act = Callable[[socket.socket], None]
 
@@ -135,7 +136,7 @@ def test_a_request_ends_when_its_job_has_no_time_left() -> None:
         client.recv(1)
 
     def stop_once_asked() -> None:
-        asked.wait()
+        asked.wait(PATIENCE_S)
         left_s[0] = 0.0
 
     threading.Thread(target=stop_once_asked, daemon=True).start()
@@ -238,7 +239,10 @@ def test_an_invalid_url_is_a_fault(url: str) -> None:
 def test_a_request_that_the_server_does_not_read_ends_at_the_deadline() -> None:
     done = threading.Event()
 
-    with server(lambda client: bool(done.wait())) as url, pytest.raises(Fault, match="no answer"):
+    with (
+        server(lambda client: bool(done.wait(PATIENCE_S))) as url,
+        pytest.raises(Fault, match="no answer"),
+    ):
         Transport().send("POST", url, data=bytes(50_000_000), within_s=0.4)
     done.set()
 

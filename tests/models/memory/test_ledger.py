@@ -4,7 +4,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import PressureLevels
 from tests.fakes.devices import FakeMemory
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 
 TOTAL = 24
 
@@ -183,8 +182,11 @@ class LedgerMachine(RuleBasedStateMachine):
         # Each model is served at once now: no memory is reserved without a user.
         for model in self.models:
             model.fails = []
-        while self.ledger.grant_one_request():
-            pass
+        for _ in range(100):
+            if not self.ledger.grant_one_request():
+                break
+        else:
+            pytest.fail("move requests without end")
         for model in self.models:
             if model.num_bytes <= TOTAL:
                 with self.ledger.using(model):
@@ -224,13 +226,14 @@ def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device()
                 served += 1
         return served
 
-    with ThreadPoolExecutor(8) as threads:
-        served = sum(threads.map(work, range(8)))
+    works = [start(work, seed) for seed in range(8)]
+    served = sum(each.result(PATIENCE_S) for each in works)
 
     assert served == 4000
     assert [row.num_users for row in ledger.report()] == [0] * 5
     assert memory.working == 0 and ledger.num_waiting == 0
-    assert threading.active_count() <= threads_before + 1  # the mover thread
+    wait_until(lambda: threading.active_count() <= threads_before + 1)  # the mover thread
+    assert threading.active_count() <= threads_before + 1
 
 
 # --- one behaviour at a time ---
@@ -362,6 +365,31 @@ def test_a_model_that_leaves_after_its_last_job_is_dropped_if_the_host_has_becom
     assert ledger.grant_one_request()
 
     assert places(models) == ["disk", "host"]
+
+
+def test_a_job_starts_beside_another_once_exactly_enough_memory_can_be_freed(make: Any) -> None:
+    ledger, models = make(10, 14, 14)
+    use(ledger, models[1])
+
+    with ledger.using(models[0]):
+        ledger.release(models[2], ledger.acquire(models[2], refuse_to_wait))
+
+    assert places(models) == ["device", "host", "device"]
+
+
+def test_no_job_gets_a_model_that_is_asked_to_leave(make: Any) -> None:
+    ledger, models = make(14, has_mover_thread=False)
+    with ledger.using(models[0]):
+        ledger.request_move("f0", "disk", force=True)
+
+        with pytest.raises(WouldWait):
+            ledger.acquire(models[0], refuse_to_wait)
+
+
+def test_a_move_of_a_model_that_is_larger_than_the_device_is_refused(make: Any) -> None:
+    ledger, _ = make(TOTAL + 1)
+
+    assert ledger.request_move("f0", "device").error == "it is larger than the device"
 
 
 def test_a_model_larger_than_the_device_is_refused_with_both_sizes(make: Any) -> None:
