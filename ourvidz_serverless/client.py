@@ -15,15 +15,17 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import requests
-from runpod.endpoint import Endpoint
 
 from ourvidz_serverless.errors import Cancelled, DeadlinePassed, InternalError, JobError
 from ourvidz_serverless.jobs import FAMILY_OF
 from ourvidz_serverless.jobs.envelope import job_type
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
+
+if TYPE_CHECKING:
+    from runpod.endpoint import Endpoint
 
 T = TypeVar("T")
 
@@ -142,6 +144,10 @@ class Client:
         return self._ids[family]
 
     def _api(self, name: str) -> _Api:
+        # Imported here, since it takes more than a second: the bridge needs it neither for its help
+        # nor to name a setting that is missing.
+        from runpod.endpoint import Endpoint
+
         return _Api(Endpoint(name, self._api_key), self._base_url, self._policy)
 
     def _body(
