@@ -30,7 +30,7 @@ CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run chat video page client test check format image clean
+.PHONY: run chat video page client test quick check format image clean
 
 # With `make -j` two pips would write to one environment.
 .NOTPARALLEL:
@@ -54,7 +54,12 @@ client: $(CLIENT_CHECKS)
 		npm pack ./clients/typescript --pack-destination .cache
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -p tests.affected --numprocesses $(PROCESSES) --dist loadfile
+
+# The tests nearest to your changes, and those that failed last time: at most 80 seconds of tests
+# in two processes.
+quick: .venv/dev
+	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .
