@@ -15,6 +15,7 @@ from ourvidz_serverless.job import CheckedText
 from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.jobs.envelope import Envelope
+from ourvidz_serverless.models.chat.request import ChatRequest, SamplingParams
 from ourvidz_serverless.settings import Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
@@ -152,6 +153,50 @@ def test_a_payload_is_refused_with_the_name_of_its_field(
 
     assert message.startswith(field)
     assert "inf" not in message and "nan" not in message
+
+
+BOUNDS = {
+    "max_tokens": (1, 2048),
+    "temperature": (0, 2),
+    "top_p": (0.001, 1),
+    "top_k": (0, 1000),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.1, 2),
+    "seed": (0, 2**63 - 1),
+}
+
+
+@pytest.mark.parametrize("field", BOUNDS)
+def test_a_sampling_field_may_have_any_value_within_its_bounds(field: str) -> None:
+    least, most = BOUNDS[field]
+    step = 1 if field in ("max_tokens", "top_k", "seed") else 0.001
+
+    for value in (least, most):
+        assert getattr(parse(chat_payload(**{field: value})).request.sampling, field) == value
+    for value in (least - step, most + step):
+        assert refusal(**{field: value}).startswith(f"{field}: ")
+
+
+def test_eight_texts_may_end_a_reply_each_of_a_hundred_characters() -> None:
+    stop = ["x" * 100] * 8
+
+    assert parse(chat_payload(stop=stop)).request.sampling.stop == tuple(stop)
+    assert refusal(stop=["x" * 101]).startswith("stop.0: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "max_tokens"),
+    [("chat_enhance", 200), ("chat_conversation", 512), ("chat_unrestricted", 512)],
+)
+def test_a_job_that_sets_no_sampling_gets_the_defaults(name: str, max_tokens: int) -> None:
+    job = parse({"type": name, "prompt": "Hello"})
+
+    assert job.request == ChatRequest(
+        (("user", "Hello"),),
+        SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.9),
+        "qwen_instruct",
+    )
 
 
 # --- the document ---
@@ -393,12 +438,13 @@ def test_the_floor_reads_a_stream_together_with_the_conversation(
 
 
 @pytest.mark.parametrize("lead", ["", "a lake ", "a lake " * 9])
-@pytest.mark.parametrize("num_letters", range(1, 9))
+@pytest.mark.parametrize("words", ["nineteen", "23 years old"])
+@pytest.mark.parametrize("num_letters", range(1, 13))
 def test_the_floor_never_reads_a_part_of_a_word_in_a_stream(
-    talk: Any, num_letters: int, lead: str
+    talk: Any, num_letters: int, words: str, lead: str
 ) -> None:
     filler = "r" * (chat_jobs.CHECKED_LETTERS - num_letters - 2)
-    pieces = [f"{lead}nineteen", f" {filler} ", "now."]
+    pieces = [f"{lead}{words}", f" {filler} ", "now."]
 
     document, _ = talk(*pieces, type="chat_unrestricted", stream=True)
 

@@ -8,6 +8,7 @@ import pytest
 
 from ourvidz_serverless.jobs.enhancement import SAMPLING
 from ourvidz_serverless.jobs.wan import Type
+from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_wan import FakeWan
@@ -61,6 +62,16 @@ def test_a_call_is_sampled_like_an_enhanced_job_but_for_its_own_parameters(
     ask(tmp_path, {"wan": FakeWan(fake_chat)}, {**CALL, "temperature": 0.2})
 
     assert fake_chat.calls[0].sampling == replace(SAMPLING, temperature=0.2)
+
+
+def test_the_enhancer_is_sampled_with_qwens_own_parameters(tmp_path: Path) -> None:
+    fake_chat = FakeChat(ENHANCED)
+
+    ask(tmp_path, {"wan": FakeWan(fake_chat)}, CALL)
+
+    assert fake_chat.calls[0].sampling == SamplingParams(
+        max_tokens=200, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
+    )
 
 
 @pytest.mark.parametrize("kind", [*get_args(Type), "wan_video_fast", "wan_video_high"])

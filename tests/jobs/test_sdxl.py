@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.models.progress import Progress
-from ourvidz_serverless.models.sdxl.request import ImageRequest
+from ourvidz_serverless.models.sdxl.request import ImageRequest, IpAdapterImage, StartImage
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 
@@ -49,6 +50,88 @@ def test_a_reference_with_nsfw_optimization_needs_consent(local: MakeLocal) -> N
     accepted = local().run(sdxl_payload(metadata={**metadata, "reference_consent": True}))
 
     assert (code(refused), code(accepted)) == ("CONTENT_REFUSED", None)
+
+
+@pytest.mark.parametrize("prompt", ["a chi()ld", "a chi(())(ld:1.2)", "(little)1.1(girl)1.2"])
+def test_the_floor_reads_a_weighted_prompt_as_the_model_does(local: MakeLocal, prompt: str) -> None:
+    weighted = {"compel_enabled": True, "metadata": OPTIMIZED}
+
+    assert code(local().run(sdxl_payload(prompt=prompt, **weighted))) == "CONTENT_REFUSED"
+    assert code(local().run(sdxl_payload(prompt="a ri()()ver", **weighted))) is None
+
+
+# --- references ---
+
+
+class AdaptedSdxl(FakeSdxl):
+    has_ip_adapter = True
+
+
+def used_reference(model: FakeSdxl, at: LocalWorker, **metadata: Any) -> tuple[Any, Any]:
+    """What the model got of a reference, and the method that the document names."""
+    document = at.run(sdxl_payload(metadata={"reference_image_url": data_uri(), **metadata}))
+    return model.requests[-1].reference, document.callback()["metadata"]["reference_method"]
+
+
+@pytest.mark.parametrize("kind", ["style", "composition", "character"])
+def test_a_typed_reference_goes_to_the_ip_adapter_if_there_is_one(
+    local: MakeLocal, kind: str
+) -> None:
+    (with_adapter, method), (without, other_method) = (
+        used_reference(model, local(fake_sdxl=model), reference_type=kind)
+        for model in (AdaptedSdxl(), FakeSdxl())
+    )
+
+    assert (type(with_adapter), with_adapter.keeps, method) == (IpAdapterImage, kind, "ip_adapter")
+    assert (type(without), other_method) == (StartImage, "img2img")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"reference_type": "style", "denoise_strength": 0.1},
+        {"reference_type": "style", "exact_copy_mode": True},
+        {"reference_type": "style", "reference_mode": "copy"},
+    ],
+)
+def test_a_reference_whose_pixels_are_kept_is_the_start_image_despite_an_ip_adapter(
+    local: MakeLocal, asked: dict[str, Any]
+) -> None:
+    model = AdaptedSdxl()
+
+    reference, method = used_reference(model, local(fake_sdxl=model), **asked)
+
+    assert (type(reference), method) == (StartImage, "img2img")
+
+
+@pytest.mark.parametrize("asked", [{"denoise_strength": 0.11}, {"reference_strength": 0.95}])
+def test_a_reference_that_may_change_more_goes_to_the_ip_adapter(
+    local: MakeLocal, asked: dict[str, Any]
+) -> None:
+    model = AdaptedSdxl()
+
+    reference, _ = used_reference(model, local(fake_sdxl=model), reference_type="style", **asked)
+
+    assert isinstance(reference, IpAdapterImage)
+
+
+# --- a stop ---
+
+
+def test_a_job_is_stopped_between_two_steps_too(local: MakeLocal) -> None:
+    class StoppedSdxl(FakeSdxl):
+        def generate(
+            self, request: ImageRequest, progress: Progress
+        ) -> Generator[np.ndarray, None, None]:
+            at.stop.set()
+            progress.check()
+            yield from super().generate(request, progress)
+
+    at = local(fake_sdxl=StoppedSdxl())
+
+    assert code(at.run()) == "CANCELLED"
+    assert at.fake_sdxl.requests == []
 
 
 # --- the files ---
