@@ -258,6 +258,15 @@ def test_the_least_recently_used_prefix_is_removed() -> None:
     assert [each.num_reused for each in again] == [60, 0]
 
 
+def test_a_prefix_that_was_used_stays_longer_than_one_that_was_not() -> None:
+    own = tiny_chat_model(prefix_tokens=100)
+    asked = [new_generation(own, "x", shared=letter * 40) for letter in "abaca"]
+    for each in asked:
+        text_of(own.engine, each)
+
+    assert [each.num_reused for each in asked] == [0, 0, 40, 0, 40]
+
+
 def test_a_shared_beginning_that_is_too_long_to_keep_displaces_no_other() -> None:
     own = tiny_chat_model(prefix_tokens=100)
     generate_text(own, "x", shared="a" * 60)
@@ -445,6 +454,24 @@ def test_a_conversation_that_does_not_fit_alone_is_out_of_memory() -> None:
         generate_text(small, "hello")
 
     assert generate_text(small, "hello")
+
+
+def test_an_out_of_memory_frees_the_shared_prefixes_too() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network)
+    generate_text(own, "x", shared=SYSTEM)
+    failing(network, torch.OutOfMemoryError("full"), rows=1, times=[1])
+    gate = Gate(steps=3)
+    first = new_generation(own, "hello", check=gate, max_tokens=20)
+    own.engine.submit(first)
+    until(lambda: gate.is_blocking)
+    own.engine.submit(second := new_generation(own, "bye", max_tokens=20))
+    gate.open()
+    rest_of(first), rest_of(second)
+
+    text_of(own.engine, later := new_generation(own, "x", shared=SYSTEM))
+
+    assert later.num_reused == 0
 
 
 def test_after_a_bug_the_next_request_is_answered() -> None:
