@@ -22,8 +22,7 @@ LOCAL_API = ("--rp_serve_api", "--rp_api_port", "0")
 
 
 def start(platform: Platform | None, *args: str, cwd: Path = ROOT, **env: str) -> WorkerProcess:
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **POCKET, **env}
-    return WorkerProcess(platform, str(HANDLER), env=env, cwd=cwd, args=list(args))
+    return WorkerProcess(platform, str(HANDLER), env={**POCKET, **env}, cwd=cwd, args=list(args))
 
 
 def served_at(process: WorkerProcess) -> str:
@@ -34,7 +33,12 @@ def served_at(process: WorkerProcess) -> str:
 
 def run_handler(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RUNPOD")}
-    return warm_python.run([str(HANDLER), *args], env={**clean, **env}, cwd=cwd, timeout=PATIENCE_S)
+    return warm_python.run(
+        [str(HANDLER), *args],
+        env={**clean, **warm_python.ENVIRONMENT, **env},
+        cwd=cwd,
+        timeout=PATIENCE_S,
+    )
 
 
 def failure(status: dict[str, Any]) -> dict[str, Any]:

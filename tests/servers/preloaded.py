@@ -14,3 +14,5 @@ sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
 for name in ("models.chat.loader", "models.sdxl.loader", "models.wan.loader", "worker"):
     importlib.import_module(f"ourvidz_serverless.{name}")
+# Each process unpickles its function from there.
+importlib.import_module("tests.servers.warm_python")

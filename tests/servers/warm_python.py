@@ -19,10 +19,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import TextIO
 
+import pytest
+
 from tests.files import ROOT
 
-#: Variables that a library reads when it is imported. A warm process cannot have others than these.
-READ_AT_IMPORT = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_CACHE")
+#: Variables that libraries read when they are imported: each warm process has these.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.servers.preloaded"])
@@ -45,12 +47,12 @@ class WarmProcess:
         has_stderr: bool = False,
     ) -> None:
         self.args = list(command)
-        other = [name for name in READ_AT_IMPORT if env.get(name) != os.environ.get(name)]
+        other = [name for name, value in ENVIRONMENT.items() if env.get(name, value) != value]
         assert not other, f"{other} are read at import: start this process by sys.executable"
         self.stdout, stdout = _pipe()
         self.stderr, stderr = _pipe() if has_stderr else (None, stdout)
         place = str(cwd or os.getcwd())
-        options = (self.args, dict(env), place, stdout, stderr)
+        options = (self.args, {**env, **ENVIRONMENT}, place, stdout, stderr)
         self._process = _CONTEXT.Process(target=_run, args=options)
         self._lock = threading.Lock()
         with _STARTING:
@@ -107,16 +109,11 @@ def _pipe() -> tuple[TextIO, Connection]:
 
 
 def _start(process: multiprocessing.process.BaseProcess) -> None:
-    # The fork server is a Python of its own, which must find `preloaded`.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
-    try:
+    # The first start starts the fork server too, a Python of its own, which must find `preloaded`.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}.items():
+            patch.setenv(name, value)
         process.start()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def _run(

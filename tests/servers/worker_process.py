@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.patience import PATIENCE_S
+from tests.servers import warm_python
 from tests.servers.runpod import Platform
 from tests.servers.warm_python import WarmProcess
 
@@ -163,4 +164,4 @@ class WorkerProcess:
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if "RUNPOD" not in name}
-    return {**inherited, "PYTHONUNBUFFERED": "1", **extra}
+    return {**inherited, **warm_python.ENVIRONMENT, "PYTHONUNBUFFERED": "1", **extra}
