@@ -23,7 +23,7 @@ from tests.fakes.tiny_wan import data_uri, frames_of
 
 pytestmark = pytest.mark.slow
 
-SIDE, FRAMES = 128, 17
+SIDE, FRAMES = 96, 9
 SEEDS = range(3)
 
 #: The drawing of each seed. References are frames of it, and the caption describes it.
@@ -58,7 +58,7 @@ def render(tmp_path_factory: pytest.TempPathFactory) -> Render:
             "width": SIDE,
             "height": SIDE,
             "frames": FRAMES,
-            "num_inference_steps": 10,
+            "num_inference_steps": 6,
             "guidance_scale": 2.0,
         }
         config |= {"seed": seed, **payload.pop("config", {})}
