@@ -35,7 +35,7 @@ from ourvidz_serverless.settings import Settings
 
 #: A request that takes a fraction of a second.
 SMALL = VideoRequest(
-    prompt="a red circle", seed=3, size=(64, 48), num_frames=9, steps=4, guidance_scale=5.0
+    prompt="a red circle", seed=3, size=(48, 32), num_frames=9, steps=4, guidance_scale=5.0
 )
 #: In bytes. A safetensors header grows in steps of 8.
 CACHE_LINE, HEADER_STEP = 64, 8
@@ -171,7 +171,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:
+def picture(seed: int, width: int = 48, height: int = 32) -> Image.Image:
     """An image of coarse noise that depends on the seed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
