@@ -25,6 +25,7 @@ from ourvidz_serverless.jobs.wan import WanJob
 from ourvidz_serverless.models.wan import loader as models
 from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.settings import Settings
+from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, wan_payload
 from tests.fakes.tiny_chat import tiny_chat
@@ -56,13 +57,18 @@ BOTH = {"first_frame": START, "last_frame": END}
 BROKEN = "data:image/png;base64,xxxx"
 
 
+def short_payload(**changes: Any) -> dict[str, Any]:
+    """A payload for five frames, unless its `config` names another number."""
+    return wan_payload(**{**changes, "config": {"frames": 5, **changes.get("config", {})}})
+
+
 @pytest.fixture
 def run_job(local: MakeLocal, wan: WanModel) -> Callable[..., tuple[Document, LocalWorker]]:
     """Runs a payload on a worker with WAN, and returns its document and that worker."""
 
     def run_job(**changes: Any) -> tuple[Document, LocalWorker]:
         at = local(models={"wan": changes.pop("model", wan)})
-        return at.run(wan_payload(**changes)), at
+        return at.run(short_payload(**changes)), at
 
     return run_job
 
@@ -77,6 +83,22 @@ def enhancer(wan: WanModel) -> Iterator[Callable[..., FakeChat]]:
 
     yield give
     wan.enhancer = None
+
+
+@pytest.fixture(scope="module")
+def usual(wan: WanModel, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The frames of `short_payload()`, made once."""
+    at = LocalWorker(tmp_path_factory.mktemp("usual"), models={"wan": wan})
+    assert code(at.run(short_payload())) is None
+    return frames(at)
+
+
+@pytest.fixture(scope="module")
+def guided(wan: WanModel, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The frames of `short_payload()` with a first frame, made once."""
+    at = LocalWorker(tmp_path_factory.mktemp("guided"), models={"wan": wan})
+    assert code(at.run(short_payload(config={"first_frame": START}))) is None
+    return frames(at)
 
 
 def code(document: Document) -> str | None:
@@ -197,11 +219,13 @@ def test_an_image_type_gives_one_png(run_job: Any) -> None:
         assert (image.format, image.size) == ("PNG", (64, 64))
 
 
-def test_a_seed_repeats_the_video_and_another_seed_does_not(run_job: Any) -> None:
-    one, two, other = (frames(run_job(config={"seed": seed})[1]) for seed in (7, 7, 8))
+def test_a_seed_repeats_the_video_and_another_seed_does_not(
+    run_job: Any, usual: np.ndarray
+) -> None:
+    again, other = (frames(run_job(config={"seed": seed})[1]) for seed in (7, 8))
 
-    assert is_same(one, two)
-    assert not is_same(one, other)
+    assert is_same(again, usual)
+    assert not is_same(other, usual)
 
 
 def test_a_job_without_a_seed_makes_the_same_video_at_each_delivery_and_reports_its_seed(
@@ -390,14 +414,14 @@ def test_an_unknown_solver_is_replaced_with_a_warning(run_job: Any) -> None:
         {"config": {"width": 80}},
     ],
 )
-def test_each_field_changes_the_video(run_job: Any, change: dict[str, Any]) -> None:
-    _, at = run_job()
-    before = frames(at)
+def test_each_field_changes_the_video(
+    run_job: Any, usual: np.ndarray, change: dict[str, Any]
+) -> None:
     document, at = run_job(**change)
 
     assert code(document) is None
     after = frames(at)
-    assert before.shape != after.shape or not is_same(before, after)
+    assert usual.shape != after.shape or not is_same(usual, after)
 
 
 def test_a_job_that_is_stopped_while_its_frames_are_not_read_releases_its_models(
@@ -535,14 +559,14 @@ def test_no_two_reference_modes_make_the_same_video(run_job: Any) -> None:
     )
 
 
-def test_a_single_reference_is_the_first_frame_unless_it_is_a_subject(run_job: Any) -> None:
+def test_a_single_reference_is_the_first_frame_unless_it_is_a_subject(
+    run_job: Any, guided: np.ndarray
+) -> None:
     single, at = run_job(config={"image": START})
     as_single = frames(at)
-    _, at = run_job(config={"first_frame": START})
-    as_start = frames(at)
     subject, _ = run_job(config={"image": START, "single_mode": "subject"})
 
-    assert is_same(as_single, as_start)
+    assert is_same(as_single, guided)
     assert single.metadata["single_mode"] == "first_frame"
     assert subject.metadata["single_mode"] == "subject"
 
@@ -626,27 +650,25 @@ def test_a_picture_takes_its_reference_as_a_subject(run_job: Any) -> None:
 
 
 def test_without_its_failed_reference_a_job_makes_the_video_of_its_prompt_and_says_why(
-    run_job: Any,
+    run_job: Any, usual: np.ndarray
 ) -> None:
-    _, at = run_job()
-    expected = frames(at)
     document, at = run_job(config={"first_frame": BROKEN})
 
     assert code(document) is None
     assert document.metadata["reference_mode"] == "none"
     assert document.metadata["reference_fallback"].startswith("start: ")
     assert document.metadata["reference_fallback"] in document.metadata["warnings"]
-    assert is_same(frames(at), expected)
+    assert is_same(frames(at), usual)
 
 
-def test_if_one_of_two_references_fails_the_other_one_is_used(run_job: Any) -> None:
+def test_if_one_of_two_references_fails_the_other_one_is_used(
+    run_job: Any, guided: np.ndarray
+) -> None:
     document, at = run_job(config={"first_frame": START, "last_frame": BROKEN})
-    used = frames(at)
-    _, at = run_job(config={"first_frame": START})
 
     assert document.metadata["reference_mode"] == "start"
     assert document.metadata["reference_fallback"].startswith("end: ")
-    assert is_same(used, frames(at))
+    assert is_same(frames(at), guided)
 
 
 def test_a_mode_without_references_is_reported_as_a_fallback(run_job: Any) -> None:
@@ -803,10 +825,8 @@ def test_a_real_chat_model_enhances_alike_for_the_same_seed(run_job: Any, wan: W
     ],
 )
 def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
-    run_job: Any, enhancer: Callable[..., FakeChat], says: Any, why: str
+    run_job: Any, usual: np.ndarray, enhancer: Callable[..., FakeChat], says: Any, why: str
 ) -> None:
-    _, at = run_job()
-    expected = frames(at)
     if says:
         enhancer(*says)
 
@@ -816,7 +836,7 @@ def test_an_enhancement_that_fails_falls_back_to_the_original_and_says_so(
     assert document.metadata["warnings"] == [why]
     assert document.metadata["enhancement_source"] == "none"
     assert "enhanced_prompt" not in document.metadata
-    assert is_same(frames(at), expected)
+    assert is_same(frames(at), usual)
 
 
 def test_an_enhancer_whose_context_is_too_small_falls_back(run_job: Any, wan: WanModel) -> None:
@@ -986,14 +1006,17 @@ def test_frames_are_encoded_while_later_frames_are_decoded(
 def test_a_deadline_ends_a_job_while_frames_are_decoded(
     local: MakeLocal, wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = local(models={"wan": wan}, settings=Settings(job_timeout_s=4))
+    clock = Clock()
+    at = local(models={"wan": wan}, settings=Settings(job_timeout_s=60), clock=clock)
     decode = wan.vae.decode
 
-    def endless(latents: Any) -> Iterator[np.ndarray]:
-        while True:
-            yield from decode(latents)
+    def slow(latents: Any) -> Iterator[np.ndarray]:
+        for _ in range(10):
+            for piece in decode(latents):
+                clock.advance(10)
+                yield piece
 
-    monkeypatch.setattr(wan.vae, "decode", endless)
+    monkeypatch.setattr(wan.vae, "decode", slow)
 
     document = at.run(wan_payload())
 
