@@ -5,21 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from PIL import Image
 
 from ourvidz_serverless.families import FAMILIES, FAMILY_OF
 from tests.files import ROOT, SPECIFICATION
 from tests.patience import PATIENCE_S
+from tests.servers.handler import LOCAL_API, failure, served_at
+from tests.servers.worker_process import WorkerProcess
 from tests.serving.http.test_page import logic
 
 RECIPE = ROOT / "docs" / "architecture.md"
 TABLE = "ourvidz_serverless/families.py"
 TABLE_ENDS = "\n)\n\n#: The families by name."
 WEIGHTS = 'weights=(Weights("ECHO_MODEL", "an echo", ("unet",)),)'
+
+Ask = Callable[..., dict[str, Any]]
 
 
 def recipe() -> dict[str, str]:
@@ -60,14 +66,23 @@ def run(project: Path, *args: str, **env: str) -> subprocess.CompletedProcess[st
     )
 
 
-def document(project: Path, **payload: Any) -> dict[str, Any]:
-    """The document that `handler.py` prints for a job."""
-    event = json.dumps({"input": {"id": "job-1", "user_id": "user-1", **payload}})
-    done = run(project, "handler.py", "--test_input", event, STORAGE_URL="file:outputs")
-    assert '"job_id"' in done.stdout, done.stderr
-    printed = done.stdout[done.stdout.index('{\n  "job_id"') :]
-    found: dict[str, Any] = json.JSONDecoder().raw_decode(printed)[0]
-    return found
+@pytest.fixture(scope="module")
+def ask(project: Path) -> Iterator[Ask]:
+    """The answer to a job of one `handler.py` of the copy, which serves the SDK's own API."""
+    env = {"PYTHONPATH": str(project), "FAMILIES": "echo", "STORAGE_URL": "file:outputs"}
+    program = sys.executable  # a warm process has imported the project itself
+    with WorkerProcess(
+        None, project / "handler.py", env=env, cwd=project, args=LOCAL_API, program=program
+    ) as process:
+        url = served_at(process)
+
+        def ask(**payload: Any) -> dict[str, Any]:
+            job = {"input": {"id": "job-1", "user_id": "user-1", **payload}}
+            answer = requests.post(f"{url}/runsync", json=job, timeout=PATIENCE_S)
+            found: dict[str, Any] = answer.json()
+            return found
+
+        yield ask
 
 
 def answer(project: Path, code: str, **env: str) -> Any:
@@ -82,39 +97,37 @@ def test_the_families_serve_the_specifications_job_types() -> None:
     assert {family.name for family in FAMILY_OF.values()} == set(FAMILIES)
 
 
-def test_a_family_by_the_recipe_renders_through_the_handler(project: Path) -> None:
-    found = document(project, type="echo_image", prompt="teal")
+def test_a_family_by_the_recipe_renders_through_the_handler(project: Path, ask: Ask) -> None:
+    found = ask(type="echo_image", prompt="teal")["output"]
 
     assert found["status"] == "completed"
     with Image.open(project / "outputs" / found["assets"][0]["url"]) as image:
         assert image.getcolors() == [(64 * 64, (0, 128, 128))]
 
 
-def test_a_family_by_the_recipe_refuses_a_payload_by_its_field(project: Path) -> None:
-    found = document(project, type="echo_image")
+def test_a_family_by_the_recipe_refuses_a_payload_by_its_field(ask: Ask) -> None:
+    found = failure(ask(type="echo_image"))
 
-    assert found["error_message"] == "prompt: Field required"
+    assert found["message"] == "prompt: Field required"
 
 
-def test_a_worker_of_a_family_by_the_recipe_refuses_jobs_of_other_families(project: Path) -> None:
-    found = document(project, type="sdxl_image_fast", prompt="a red circle")
+def test_a_worker_of_a_family_by_the_recipe_refuses_jobs_of_other_families(ask: Ask) -> None:
+    found = failure(ask(type="sdxl_image_fast", prompt="a red circle"))
 
-    assert found["error_message"] == (
-        "sdxl_image_fast is not served here; this endpoint serves echo"
-    )
+    assert found["message"] == "sdxl_image_fast is not served here; this endpoint serves echo"
 
 
 @pytest.mark.parametrize("operation", ["health", "info", "status", "memory_report", "debug_env"])
 def test_an_administrator_can_ask_a_worker_of_a_family_by_the_recipe(
-    project: Path, operation: str
+    ask: Ask, operation: str
 ) -> None:
-    found = document(project, type="admin_utilities", config={"operation": operation})
+    found = ask(type="admin_utilities", config={"operation": operation})["output"]
 
     assert found["status"] == "completed"
 
 
-def test_admin_info_names_the_types_of_a_family_by_the_recipe(project: Path) -> None:
-    found = document(project, type="admin_utilities", config={"operation": "info"})
+def test_admin_info_names_the_types_of_a_family_by_the_recipe(ask: Ask) -> None:
+    found = ask(type="admin_utilities", config={"operation": "info"})["output"]
 
     assert found["result"]["families"] == ["echo"]
     assert found["result"]["job_types"] == ["echo_image", "admin_utilities"]
