@@ -25,6 +25,8 @@ LATENT_NOISE = 0.03
 # the outlines of a large picture too, which otherwise remain visible (arXiv:2301.10972, section 2).
 SPREAD = 0.4
 ANCHOR = 8.0
+#: The number and the side of the pictures whose latents are measured.
+CALIBRATION = (256, 128)
 
 
 def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
@@ -180,6 +182,6 @@ def calibrate(vae: AutoencoderKL, seed: int) -> AutoencoderKL:
     return vae
 
 
-def _whole_pictures(seed: int, count: int = 256, side: int = 128) -> Tensor:
-    rng = random.Random(seed)
+def _whole_pictures(seed: int) -> Tensor:
+    rng, (count, side) = random.Random(seed), CALIBRATION
     return to_tensor([drawings.paint(drawings.imagine(rng), side, side, rng) for _ in range(count)])

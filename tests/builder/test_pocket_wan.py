@@ -268,15 +268,23 @@ def test_the_pocket_wan_has_a_model_card() -> None:
     assert Path(pocket_wan.FOLDER, "README.md").exists()
 
 
-@pytest.mark.slow
+OPTIONS = argparse.Namespace(frames=9, width=96, height=96, steps=8, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def plain(pipe: Any) -> Any:
+    """The frames of the first caption, without references."""
+    with torch.no_grad():
+        return render(pipe, 0, OPTIONS)
+
+
 @pytest.mark.parametrize("mode", ["start", "end", "both"])
 def test_the_pocket_vaces_known_frames_are_nearer_to_their_references_than_without(
-    pipe: Any, vace: Any, mode: str
+    plain: Any, vace: Any, mode: str
 ) -> None:
-    options = argparse.Namespace(frames=9, width=128, height=128, steps=8, guidance=1.0)
-    wanted = reference(0, options)
+    wanted = reference(0, OPTIONS)
 
-    plain, referred = render(pipe, 0, options), render_with_references(vace, 0, mode, options)
+    referred = render_with_references(vace, 0, mode, OPTIONS)
 
     for index in MODES[mode]:
         assert error(referred[index], wanted[index]) < 0.7 * error(plain[index], wanted[index])

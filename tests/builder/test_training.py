@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder import pocket_sdxl, pocket_wan, train_pocket_sdxl, train_pocket_wan
+from builder import (
+    pocket_sdxl,
+    pocket_wan,
+    train_pocket_sdxl,
+    train_pocket_vae,
+    train_pocket_wan,
+)
 from builder.train_pocket_tiny_vae import distil
 from builder.train_pocket_vae import calibrated
 from builder.training import keyed, learn
@@ -21,6 +27,7 @@ from builder.training import keyed, learn
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage at its smallest, in its own folder."""
     monkeypatch.setattr(train_pocket_sdxl, "POOL", [(64, 64, 2)])
+    monkeypatch.setattr(train_pocket_vae, "CALIBRATION", (2, 64))
     for module in (train_pocket_sdxl, train_pocket_wan):
         monkeypatch.setattr(module, "CACHE", tmp_path)
         monkeypatch.setattr(module, "WORD_STEPS", 1)
