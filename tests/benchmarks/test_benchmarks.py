@@ -78,7 +78,8 @@ def test_a_document_without_markers_is_not_changed(tmp_path: Path) -> None:
 
 def start_warm(command: Sequence[str]) -> int:
     """A process that need not import torch; `test_cold_start` has one that `all` starts itself."""
-    return warm_python.run(command, env=os.environ, timeout=PATIENCE_S).returncode
+    env = {**os.environ, **warm_python.ENVIRONMENT}
+    return warm_python.run(command, env=env, timeout=PATIENCE_S).returncode
 
 
 def test_all_runs_each_benchmark_and_collects_its_json(tmp_path: Path) -> None:
