@@ -13,14 +13,17 @@ LOOK_ALIKES = """
 զq Ꭺa Ᏼb Ꮯc Ꭰd Ꭼe Ꮐg Ꮋh Ꭵi Ꭻj Ꮶk Ꮮl Ꮇm Ꮲp Ꭱr Ꮪs Ꭲt Ꮩv Ꮃw Ꮓz ıi łl øo đd ðd ħh ŧt ɑa ɡg ɩi ᴀa ʙb ᴄc
 ᴅd ᴇe ꜰf ɢg ʜh ɪi ᴊj ᴋk ʟl ᴍm ɴn ᴏo ᴘp ʀr ꜱs ᴛt ᴜu ᴠv ᴡw ʏy ᴢz
 """
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+#: The first letters of the alphabets in black circles, in black squares and in flags.
+ALPHABETS = "\U0001f150\U0001f170\U0001f1e6"
+
 LOOK_ALIKE_OF = {
     **{pair[0]: pair[1] for pair in LOOK_ALIKES.split()},
     **dict.fromkeys("👶🧒👧👦", " child "),
     **dict.fromkeys("’‘ʼ`´′", "'"),
     **dict.fromkeys("\u115f\u1160\u3164\uffa0\u2800", ""),  # letters and signs without ink
-    **{chr(0x1F150 + i): chr(97 + i) for i in range(26)},  # letters in black circles
-    **{chr(0x1F170 + i): chr(97 + i) for i in range(26)},  # letters in black squares
-    **{chr(0x1F1E6 + i): chr(97 + i) for i in range(26)},  # letters in flags
+    **{chr(ord(a) + i): letter for a in ALPHABETS for i, letter in enumerate(LETTERS)},
     "🔞": " nsfw ",
     "æ": "ae",
     "œ": "oe",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from ourvidz_serverless.guard.content_folding import REPEATED, SAME_STROKE, fold
 
-LIST_VERSION = "2026-11-4"
+LIST_VERSION = "2026-11-5"
 
 # Words that by themselves mean a person under 18. A claim of age does not clear them ("teen, 19").
 # Do not add girl, boy, young, petite, baby, babe, student, pupil, daughter, little sister: these
@@ -355,7 +355,6 @@ LEET_WORDS = {
     for table in (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
     for words in _entries(_glued(table))
     for word in words
-    if len(word) > 2
 }
 # Reversed, so that the first table takes precedence: "teeeen" is teen, not ten.
 STRETCHED_WORDS = {REPEATED.sub(r"\1", drawn): word for drawn, word in reversed(LEET_WORDS.items())}

@@ -105,6 +105,35 @@ def test_a_disguised_phrase_is_refused(disguise):
     assert [text for text in disguised if not content_floor.check(text).refused] == []
 
 
+def single_words(table: str) -> set[str]:
+    entries = map(str.split, content_lexicon._words(table))
+    return {words[0] for words in entries if len(words) == 1 and words[0].isascii()}
+
+
+@pytest.mark.parametrize(
+    "disguise", sorted(measure_content_floor.DISGUISES.keys() - KNOWN_DISGUISES)
+)
+@pytest.mark.parametrize(
+    ("table", "sign"), [(content_lexicon.MINOR, "minor"), (content_lexicon.SEXUAL, "sexual")]
+)
+def test_each_word_that_is_a_sign_is_recognised_in_each_disguise(table, sign, disguise):
+    disguised = map(measure_content_floor.DISGUISES[disguise], sorted(single_words(table)))
+    # "455" is a number.
+    words = [word for word in disguised if not re.fullmatch("[0-9@$!]+", word)]
+
+    assert len(words) > 100
+    assert [w for w in words if not getattr(content_floor.check(w).signs, sign)] == []
+
+
+@pytest.mark.parametrize("emoji", "👶🧒👧👦")
+def test_the_face_of_a_child_is_the_sign_of_a_minor(emoji):
+    assert content_floor.check(f"a park{emoji}").signs == Signs(True, False)
+
+
+def test_the_emoji_for_adults_only_is_a_sexual_sign():
+    assert content_floor.check("a park🔞").signs == Signs(False, True)
+
+
 def test_only_the_known_disguises_hide_a_phrase():
     caught = {
         name: n for name, _, n in measure_content_floor.disguised() if name in KNOWN_DISGUISES
@@ -206,7 +235,40 @@ def test_texts_judged_one_by_one_get_the_verdict_of_all_together(texts, adult):
     assert any(refused) == judge(*texts, adult=adult).refused
 
 
+# --- ages ---
+
+
+@pytest.mark.parametrize("age", ["4", "17", "four", "five", "seventeen"])
+def test_a_number_from_four_to_seventeen_at_the_end_of_a_clause_is_an_age(age):
+    assert content_floor.check(f"She is {age}.").signs.minor
+
+
+@pytest.mark.parametrize("number", ["3", "18", "three", "eighteen"])
+def test_another_number_at_the_end_of_a_clause_is_no_minors_age(number):
+    assert not content_floor.check(f"She is {number}.").signs.minor
+
+
+@pytest.mark.parametrize("start", ["13,", "13 years,", "of 13,", "of 13 years,"])
+def test_a_number_at_the_start_of_a_text_is_no_age_of_a_person_at_its_end(start):
+    assert not content_floor.check(f"{start} a street, a woman").signs.minor
+
+
+@pytest.mark.parametrize("start", ["13", "and 13"])
+def test_a_number_at_the_end_of_a_text_changes_no_age_at_its_start(start):
+    assert content_floor.check(f"{start} years old, one of twenty").signs.minor
+
+
 # --- clauses that forbid ---
+
+
+@pytest.mark.parametrize("noun", sorted(content_lexicon.MATERIAL_WORDS))
+def test_a_clause_that_forbids_sexual_material_has_no_sexual_sign(noun):
+    assert not content_floor.check(f"A forecast with no sexual {noun}.").signs.sexual
+
+
+def test_a_negation_before_another_sexual_thing_hides_no_sexual_sign():
+    assert content_floor.check("A forecast with no sexual forecast.").signs.sexual
+    assert content_floor.check("A forecast that is not sexual.").signs.sexual
 
 
 @pytest.mark.parametrize("filler", ["depict ", "any of the "])
