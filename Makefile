@@ -1,5 +1,6 @@
 # `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
-# opens a page to try all three on, `make test` runs the tests. Each makes what it needs, once.
+# opens a page to try all three on, `make test` runs the tests, `make quick` those that concern your
+# changes, `make test-deep` what takes an hour. Each makes what it needs, once.
 # `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
@@ -30,7 +31,7 @@ CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run chat video page client test quick check format image clean
+.PHONY: run chat video page client test quick test-deep check format image proof clean
 
 # With `make -j` two pips would write to one environment.
 .NOTPARALLEL:
@@ -61,6 +62,15 @@ test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT
 quick: .venv/dev
 	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 --dist loadfile
 
+# What takes too long for every change: twenty times the examples of the property tests, a soak of
+# 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
+test-deep: .venv/dev .cache/pocket_chat/config.json
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -m hypothesis --numprocesses $(PROCESSES)
+	$(BIN)/python -m tests.soak 10000
+	$(MAKE) proof FAMILY=sdxl
+	$(MAKE) proof FAMILY=chat
+	$(MAKE) proof FAMILY=wan
+
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,6 +89,11 @@ image:
 	else \
 		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --tag ourvidz-$(FAMILY):dev .; \
 	fi
+
+# PROOF has more options of `tests.prove_image`, for example "--engine podman".
+proof: image .venv/dev .cache/pocket_chat/config.json
+	$(BIN)/python -m tests.prove_image --image ourvidz-$(FAMILY):dev --family $(FAMILY) \
+		--volume "$(CURDIR)/.cache:/worker/.cache:ro" $(PROOF)
 
 clean:
 	rm -rf .venv .cache outputs

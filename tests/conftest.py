@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 from ourvidz_serverless.settings import Settings
+from tests import examples
 from tests.fakes.local_worker import LocalWorker
 from tests.servers.certificates import write_authority
 from tests.servers.runpod import Platform
@@ -31,11 +31,7 @@ from tests.servers.supabase import CallbackReceiver
 for name in [name for name in os.environ if name.startswith("RUNPOD_")]:
     del os.environ[name]
 
-# The time of an example depends on the machine, so it has no deadline.
-hypothesis.settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("untimed")
+examples.load_profile()
 
 
 def pytest_collection_finish() -> None:

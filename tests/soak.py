@@ -2,7 +2,7 @@
 
 It prints the table of docs/reliability.md. The storage, the callback receiver, the model and the
 caller each fail now and then. Afterwards no job may be lost or called back twice, and the process
-must be as small as before.
+must be as small as before: otherwise the command prints what is wrong, and fails.
 """
 
 import gc
@@ -164,6 +164,26 @@ class Soak:
                     self.local.progress.clear()
                     self.sizes.append(Size.now())
 
+    def defects(self) -> list[str]:
+        """What must not be after a soak: jobs without an end, and anything that grew."""
+        first, last = self.sizes[0], self.sizes[-1]
+        limits = {
+            "threads": first.threads + 8,  # The pool of delivery threads grows on demand.
+            "files": first.files + 4,
+            "temporary": first.temporary,
+            "objects": first.objects + 3000,
+            "megabytes": first.megabytes + 40,
+        }
+        return [
+            *(f"{job} is lost" for job in self.lost),
+            *(f"{job} was called back twice" for job in self.called_back_twice),
+            *(
+                f"{name}: {getattr(last, name)}, more than {most}"
+                for name, most in limits.items()
+                if getattr(last, name) > most
+            ),
+        ]
+
     def _run_job(self, number: int, fault: str) -> None:
         job, stop = f"job-{number}", Stop()
         payload = sdxl_payload(id=job, prompt=fault)
@@ -229,3 +249,4 @@ if __name__ == "__main__":
         run = Soak(Path(folder) / "soak")
         run.run(number)
         print(report(run, number))
+        sys.exit("\n".join(run.defects()) or None)

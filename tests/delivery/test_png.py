@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.png import drawing, grainy, pillow_png, sharp, soft
@@ -52,7 +52,6 @@ LAYOUTS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 
 
-@settings(deadline=None)  # a shared machine pauses
 @given(
     height=st.integers(1, 40) | st.integers(1, 700),
     width=st.integers(1, 40),
@@ -96,7 +95,6 @@ def test_every_recipe_is_the_best_for_some_picture() -> None:
     assert used == {recipe.filter for recipe in png.RECIPES}
 
 
-@settings(deadline=None)  # a shared machine pauses
 @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1))
 def test_the_filters_predict_as_the_png_specification_says(
     neighbours: list[tuple[int, int, int]],

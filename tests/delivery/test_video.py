@@ -9,11 +9,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.delivery import provenance
 from ourvidz_serverless.delivery.video import EncodedVideo, encode_video
+from tests.examples import examples
 
 WIDTH, HEIGHT = 96, 64
 
@@ -60,7 +61,7 @@ def test_the_index_of_a_video_stands_before_its_frames() -> None:
 
 
 @given(count=st.integers(1, 30), fps=st.integers(8, 24))
-@settings(max_examples=12, deadline=None)
+@examples(12)
 def test_the_frame_count_and_the_rate_of_a_video_are_exact(count: int, fps: int) -> None:
     video = encode_video(pieces(count), WIDTH, HEIGHT, fps)
 

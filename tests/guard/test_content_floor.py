@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.guard import content_floor, content_folding, content_lexicon
@@ -21,7 +21,6 @@ MODULES = (content_floor, content_folding, content_lexicon)
 
 DOCUMENT = ROOT / "docs/content-floor.md"
 
-NO_DEADLINE = settings(deadline=None)
 
 REFUSED = "nude, 13 years old"
 KNOWN_DISGUISES = {"cut in two", "reversed"}
@@ -195,13 +194,11 @@ def test_a_reference_with_too_many_digits_for_python_hides_no_sign():
     assert content_floor.check(f"&#{'0' * 5000}110;ude child").refused
 
 
-@NO_DEADLINE
 @given(st.text(), st.text(), st.booleans())
 def test_a_refused_text_is_refused_inside_any_other_text(before, after, adult):
     assert content_floor.check(f"{before}\n{REFUSED}\n{after}", adult=adult).refused
 
 
-@NO_DEADLINE
 @given(st.lists(st.sampled_from(INVISIBLE), min_size=len(REFUSED), max_size=len(REFUSED)))
 def test_invisible_characters_hide_no_sign(signs):
     woven = "".join(f"{char}{sign}" for char, sign in zip(REFUSED, signs, strict=True))
@@ -209,20 +206,17 @@ def test_invisible_characters_hide_no_sign(signs):
     assert content_floor.check(woven).refused
 
 
-@NO_DEADLINE
 @given(st.lists(st.sampled_from(EVERYDAY)))
 def test_everyday_words_pass_in_any_order_in_adult_mode(words):
     assert not content_floor.check(", ".join(words), adult=True).refused
 
 
-@NO_DEADLINE
 @given(st.lists(st.text()), st.booleans())
 def test_a_job_with_a_refused_text_is_refused(texts, adult):
     if any(content_floor.check(text, adult=adult).refused for text in texts):
         assert judge(*texts, adult=adult).refused
 
 
-@NO_DEADLINE
 @given(st.lists(st.sampled_from(["a child", "nude", "rain", "a minor key"])), st.booleans())
 def test_texts_judged_one_by_one_get_the_verdict_of_all_together(texts, adult):
     found = Signs()
@@ -286,7 +280,6 @@ def test_a_negation_forbids_only_what_stands_a_few_words_after_it(filler):
 FORBIDS = "No school or minor context applies."
 
 
-@NO_DEADLINE
 @given(st.text(), st.text(), st.booleans())
 def test_a_prohibition_hides_no_sign_beside_it(before, after, adult):
     beside = f"{before}\n{FORBIDS} {REFUSED}\n{FORBIDS}\n{after}"
@@ -308,7 +301,6 @@ WORDS_OF_A_PROHIBITION = sorted(
 OTHER_WORDS = ["a", "to", "rule", "child", "girl", "13", "not", "except", "refused", "nude"]
 
 
-@NO_DEADLINE
 @given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, *OTHER_WORDS, ",", ".", "\n"])))
 def test_a_system_message_hides_only_the_nouns_that_it_forbids(words):
     text = " ".join(words)
@@ -318,7 +310,6 @@ def test_a_system_message_hides_only_the_nouns_that_it_forbids(words):
         assert content_floor.check(text, adult=True, role="system").refused
 
 
-@NO_DEADLINE
 @given(st.lists(st.sampled_from([*WORDS_OF_A_PROHIBITION, ",", ".", "\n"])))
 def test_a_system_message_is_refused_only_if_a_users_would_be(words):
     text = " ".join(words)
@@ -371,7 +362,6 @@ def test_the_word_that_replaces_a_forbidden_noun_is_no_sign():
     )
 
 
-@NO_DEADLINE
 @given(st.text(st.sampled_from("a1 .,-&#;x:()[]'13yo\n!@十歳ñ\u0301\ud800"), max_size=80))
 def test_any_text_gets_a_verdict(text):
     assert content_floor.check(text, adult=True).rule in (None, "minor+adult-mode")

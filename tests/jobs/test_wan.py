@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -1063,7 +1063,6 @@ CONFIG = st.dictionaries(
 
 
 @given(st.dictionaries(FIELDS, JSON), CONFIG)
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_any_payload_parses_or_is_refused_with_the_name_of_a_field(
     fields: Any, config: Any
 ) -> None:

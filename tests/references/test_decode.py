@@ -5,7 +5,7 @@ import zlib
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
@@ -14,6 +14,7 @@ from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.references.decode import GREY, decode, fit
 from ourvidz_serverless.references.picture_files import PNG, orientation, read_png
 from ourvidz_serverless.references.policy import ReferencePolicy
+from tests.examples import examples
 from tests.references.images import IMAGE, SECRET, encoded, plain_words, quarters
 
 
@@ -46,7 +47,7 @@ def test_half_an_image_is_refused(format: str) -> None:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(
     st.sampled_from([encoded(quarters(), format) for format in ("PNG", "JPEG", "WEBP")]),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=8),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.context import Stop
@@ -21,6 +21,7 @@ from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
 from tests import files
+from tests.examples import examples
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.fake_wan import FakeWan
@@ -173,19 +174,18 @@ def assert_valid(document: Document) -> None:
         assert len(body) < 10 * LONGEST_MESSAGE
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@examples(250)
 @given(payloads())
 def test_any_payload_ends_in_a_valid_document(local: LocalWorker, payload: dict[str, Any]) -> None:
     run(local, {"id": "rp-1", "input": payload})
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["id", "input", "s3Config", "webhook"]), JSON))
 def test_any_event_ends_in_a_valid_document(local: LocalWorker, event: dict[str, Any]) -> None:
     assert run(local, event).status == "failed"
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.sampled_from(["sdxl", "chat"]),
     st.sampled_from(["", "config", "metadata"]),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.context import Stop
@@ -30,6 +30,7 @@ from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.settings import Settings
+from tests.examples import examples
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
@@ -204,7 +205,7 @@ def receiver() -> Iterator[ReportingReceiver]:
         yield server
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(80, suppress_health_check=list(HealthCheck))
 @given(plans)
 def test_every_job_has_one_callback_whatever_happens_at_its_stages(
     receiver: ReportingReceiver, plan: Plan

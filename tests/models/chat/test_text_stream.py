@@ -1,9 +1,10 @@
 """The text of a reply grows by complete characters, and ends before a stop string."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.models.chat.text_stream import TextStream
+from tests.examples import examples
 from tests.fakes.tiny_chat import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer().backend_tokenizer
@@ -19,7 +20,6 @@ def streamed(text: str, stop: list[str]) -> list[str]:
     return [*pieces, stream.finish()]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("aé下\U0001f600\ufffd"), max_size=9), st.integers(0, 9))
 def test_the_pieces_of_a_text_add_up_to_what_transformers_decodes(text: str, num_cut: int) -> None:
     tokenizer = tiny_tokenizer()
@@ -36,7 +36,7 @@ def test_a_character_is_held_back_until_it_is_complete() -> None:
     assert streamed("下a", []) == ["", "", "下", "a", ""]
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.text(max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_a_text_has_complete_characters_up_to_the_first_stop_string(
     text: str, stop: list[str]

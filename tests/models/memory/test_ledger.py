@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings as budget
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import PressureLevels
+from tests.examples import examples
 from tests.fakes.devices import FakeMemory
 from tests.patience import PATIENCE_S, start
 
@@ -196,7 +196,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = budget(max_examples=400, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = examples(400, stateful_step_count=40)
 
 
 def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compel import CompelForSDXL
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.errors import Cancelled
@@ -21,6 +21,7 @@ from ourvidz_serverless.models.sdxl.prompt_weighting import (
     parse,
     plain,
 )
+from tests.examples import examples
 
 #: fp32 sums in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
@@ -126,9 +127,7 @@ FRAGMENTS = st.lists(
 ).map(tuple)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=FRAGMENTS)
 def test_weights_act_as_compels_do(encoder: Encoder, prompt: Prompt) -> None:
     hidden, _ = encoder.read(prompt)
