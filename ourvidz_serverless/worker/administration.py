@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ourvidz_serverless
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.document import versions
@@ -25,7 +26,7 @@ from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker.job_table import JobTable
 from ourvidz_serverless.worker.state import WorkerState
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(ourvidz_serverless.__file__).parent
 
 #: Moves that end within this time are reported as done, the others as pending. In seconds.
 WAIT_S = 0.4
@@ -267,7 +268,7 @@ class Administration:
             requests[row.name] = ledger.request_move(row.name, to, force=may_force(index))
         ends_at = time.monotonic() + WAIT_S
         for request in requests.values():
-            request.is_done.wait(max(ends_at - time.monotonic(), 0))
+            request.is_done.wait(ends_at - time.monotonic())
         refused = {name: request.error for name, request in requests.items() if request.error}
         return {
             "target_worker": job.target_worker,

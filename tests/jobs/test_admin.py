@@ -1,13 +1,16 @@
 """`admin_utilities`: the specification's answers with true values, also while a job computes."""
 
 import json
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ourvidz_serverless
 from ourvidz_serverless.context import Stop
+from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.jobs.admin import CHANGING, OPERATIONS
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
@@ -16,7 +19,7 @@ from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.files import SPECIFICATION
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 
 MIB = 1 << 20
 SIZES = {"sdxl": 10 * 1024, "qwen_instruct": 15 * 1024, "qwen_base": 15 * 1024}
@@ -92,6 +95,37 @@ def test_health_reports_whether_models_are_loaded_and_the_device(site: Site) -> 
     assert site.ask("health")["model_loaded"] is True
     assert site.ask("health", target_worker="chat_worker")["model_loaded"] is False
     assert site.ask("health")["device"] == "fake"
+
+
+def test_a_worker_that_lacks_no_model_is_healthy_and_names_none(site: Site) -> None:
+    health = site.ask("health")
+
+    assert health["status"] == "healthy"
+    assert "models_lost" not in health
+
+
+def test_a_worker_whose_model_does_not_load_is_degraded_and_names_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> None:
+        raise ModelLoadError("the file is gone")
+
+    monkeypatch.setattr(site.models["qwen_base"], "load", load)
+    site.ask("force_unload", target_worker="qwen_base")
+    site.ask("memory_load", target_worker="qwen_base", force=True)
+
+    health = site.ask("health")
+
+    assert (health["status"], health["models_lost"]) == ("degraded", ["qwen_base"])
+
+
+def test_the_uptime_counts_from_the_start_of_the_worker(local: Callable[..., LocalWorker]) -> None:
+    before = time.monotonic()
+
+    uptime = Site(local).ask("health")["uptime"]
+
+    # The answer is rounded to milliseconds.
+    assert 0 <= uptime <= time.monotonic() - before + 0.001
 
 
 def test_memory_status_has_the_specifications_words(site: Site) -> None:
@@ -170,21 +204,33 @@ def test_no_answer_shows_a_secret_and_debug_env_has_paths_and_versions_only(
     assert body["model_paths"]["qwen_base"] == "/models/base"
 
 
+def test_debug_env_names_the_folder_of_the_package_and_wans_code_in_it(
+    local: Callable[..., LocalWorker],
+) -> None:
+    question = {"id": "admin", "type": "admin_utilities", "operation": "debug_env"}
+
+    body = local(models={"wan": FakeSdxl()}).run(question).reply["result"]
+
+    package = Path(ourvidz_serverless.__file__).parent
+    assert body["package_path"] == str(package)
+    assert body["wan_generate_path"] == str(package / "models/wan/pipeline.py")
+    assert Path(body["wan_generate_path"]).is_file()
+
+
 # --- while jobs run ---
 
 
 def test_questions_are_answered_while_a_picture_is_generated(site: Site) -> None:
     site.at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        generating = threads.submit(site.at.run)
-        assert site.at.fake_sdxl.at_step.wait(PATIENCE_S)
+    generating = start(site.at.run)
+    assert site.at.fake_sdxl.at_step.wait(PATIENCE_S)
 
-        status = site.ask("job_status", job_id="job-1", user_id="user-1")
+    status = site.ask("job_status", job_id="job-1", user_id="user-1")
 
-        assert (status["status"], status["stage"]) == ("processing", "generate")
-        assert site.ask("health")["jobs"]["processing"] == 2
-        site.at.fake_sdxl.go_on.set()
-        assert generating.result(PATIENCE_S).status == "completed"
+    assert (status["status"], status["stage"]) == ("processing", "generate")
+    assert site.ask("health")["jobs"]["processing"] == 2
+    site.at.fake_sdxl.go_on.set()
+    assert generating.result(PATIENCE_S).status == "completed"
 
 
 def test_job_status_reports_how_a_job_ended(site: Site) -> None:
