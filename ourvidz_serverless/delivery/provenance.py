@@ -71,6 +71,8 @@ def mp4_boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         size, kind = struct.unpack_from(">I4s", data, place)
         head = 8
         if size == 1:
+            if place + 16 > len(data):
+                return
             (size,), head = struct.unpack_from(">Q", data, place + 8), 16
         end = place + size if size else len(data)
         if end < place + head:

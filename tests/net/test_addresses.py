@@ -1,19 +1,27 @@
 """Hosts are compared in one spelling, and only addresses of the internet are public."""
 
 import ipaddress
+import socket
+import threading
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.net.addresses import (
+    NOT_PUBLIC,
     Address,
     is_listed,
     is_loopback,
     is_public,
+    look_up,
     origin,
     resolve,
 )
+from ourvidz_serverless.net.retries import Refused
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -105,3 +113,50 @@ def test_an_ipv4_address_wrapped_for_a_tunnel_is_never_public(
 
 def test_the_systems_resolver_returns_plain_addresses() -> None:
     assert resolve("127.0.0.1") == ["127.0.0.1"]
+
+
+# --- looking up ---
+
+
+def deadline() -> Deadline:
+    return Deadline(lambda: PATIENCE_S)
+
+
+def test_an_error_of_the_resolver_ends_a_look_up_at_once() -> None:
+    def unknown(host: str) -> Iterable[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    with pytest.raises(socket.gaierror, match="no such name"):
+        look_up("nowhere.example", deadline(), resolve=unknown)
+
+
+def test_a_resolver_that_does_not_answer_is_waited_for_until_the_deadline() -> None:
+    closing, threads = threading.Event(), list[threading.Thread]()
+
+    def silent(host: str) -> Iterable[str]:
+        threads.append(threading.current_thread())
+        closing.wait(PATIENCE_S)
+        return []
+
+    with pytest.raises(TimeoutError):
+        look_up("slow.example", Deadline(lambda: 0.05), resolve=silent)
+    # The process may end before the resolver answers.
+    assert [thread.daemon for thread in threads] == [True]
+    closing.set()
+
+
+@pytest.mark.parametrize("host", ["a..example", "x" * 64 + ".example"])
+def test_a_name_that_no_host_can_have_has_no_address(host: str) -> None:
+    with pytest.raises(socket.gaierror):
+        look_up(host, deadline())
+
+
+def test_one_address_that_the_gate_refuses_is_enough_to_refuse_the_host() -> None:
+    with pytest.raises(Refused, match=NOT_PUBLIC):
+        look_up("a.example", deadline(), is_public, lambda host: ["8.8.8.8", "10.0.0.1"])
+
+
+def test_without_a_gate_every_address_of_a_host_is_returned_in_order() -> None:
+    found = look_up("a.example", deadline(), resolve=lambda host: ["10.0.0.1", "8.8.8.8"])
+
+    assert [str(address) for address in found] == ["10.0.0.1", "8.8.8.8"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
-from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
 from ourvidz_serverless.models.memory.types import PressureLevels
 from tests.examples import examples
 from tests.fakes.devices import FakeMemory
@@ -299,6 +299,20 @@ def test_room_in_the_host_is_counted_once_for_models_that_are_evicted_together(m
     ledger.evict_idle(models[2])
 
     assert sorted(places(models)) == ["device", "disk", "host"]
+
+
+def test_after_an_out_of_memory_a_handle_evicts_every_other_idle_model_and_says_how_much(
+    make: Any,
+) -> None:
+    ledger, models = make(10, 8, 2)
+    use(ledger, *models)
+    handle = ModelHandle(ledger, models[1])
+
+    with ledger.using(models[2]):
+        assert handle.evict_idle() == 10
+        assert handle.evict_idle() == 0
+
+    assert places(models) == ["host", "device", "device"]
 
 
 def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(make: Any) -> None:
