@@ -82,7 +82,7 @@ def test_no_box_is_read_behind_one_that_is_shorter_than_its_own_head(box: bytes)
     "box", [b"\0\0\0\x08free", b"\0\0\0\x01free" + bytes(7) + b"\x10"], ids=["32 bits", "64 bits"]
 )
 def test_a_box_of_nothing_but_its_head_is_empty(box: bytes) -> None:
-    assert list(mp4_boxes(box + xmp_box(True)))[0] == (b"free", b"")
+    assert next(mp4_boxes(box + xmp_box(True))) == (b"free", b"")
     assert digital_source_type(b"\0\0\0\x08ftyp" + box + xmp_box(True)) == COMPOSITE
 
 
