@@ -1,6 +1,7 @@
-"""How long a test waits for an event, and threads that cannot keep a failed test from its end."""
+"""How long a test waits, and threads that cannot keep a failed test from its end."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
@@ -28,3 +29,11 @@ def start(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return as soon as a condition holds. It fails after `PATIENCE_S`."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for did not happen"
+        time.sleep(0.01)

@@ -1,6 +1,6 @@
 """The table of jobs: duplicates join the first delivery, and each job's state is remembered."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import pytest
 
@@ -10,7 +10,7 @@ from ourvidz_serverless.errors import Cancelled, OutOfMemory
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.worker import job_table
 from ourvidz_serverless.worker.job_table import JobTable
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 
 DONE = Document("job-1", "worker-1", "completed")
 FAILED = Document("job-1", "worker-1", "failed", failure=Failure.of(OutOfMemory("does not fit")))
@@ -38,11 +38,11 @@ def do(table: JobTable, job: Identity, document: Document = DONE, seconds: float
 class HeldJob:
     """A job that runs until `end` has a document, and deliveries that join it."""
 
-    def __init__(self, table: JobTable, threads: ThreadPoolExecutor) -> None:
-        self.table, self.threads = table, threads
+    def __init__(self, table: JobTable) -> None:
+        self.table = table
         self.began, self.end, self.stop = Future[None](), Future[Document](), Stop()
         self.posted: list[Document] = []
-        self.first = threads.submit(table.run, identity(), self.stop, self._call)
+        self.first = start(table.run, identity(), self.stop, self._call)
         self.began.result(PATIENCE_S)
 
     def _call(self) -> Document:
@@ -60,7 +60,7 @@ class HeldJob:
             self.posted.append(document)
             return document
 
-        delivery = self.threads.submit(
+        delivery = start(
             self.table.run,
             identity(),
             stop or Stop(),
@@ -76,33 +76,30 @@ class HeldJob:
 
 
 def test_a_duplicate_gets_the_document_of_the_first_delivery() -> None:
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(JobTable(), threads)
-        second = job.join()
-        job.end.set_result(DONE)
+    job = HeldJob(JobTable())
+    second = job.join()
+    job.end.set_result(DONE)
 
-        assert job.first.result(PATIENCE_S) is second.result(PATIENCE_S) is DONE
+    assert job.first.result(PATIENCE_S) is second.result(PATIENCE_S) is DONE
 
 
 def test_the_first_joined_delivery_with_a_post_posts_for_all() -> None:
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(JobTable(), threads)
-        deliveries = [job.join(posts=posts) for posts in (False, True, True)]
-        job.end.set_result(DONE)
+    job = HeldJob(JobTable())
+    deliveries = [job.join(posts=posts) for posts in (False, True, True)]
+    job.end.set_result(DONE)
 
-        assert [each.result(PATIENCE_S) for each in deliveries] == [DONE] * 3
+    assert [each.result(PATIENCE_S) for each in deliveries] == [DONE] * 3
     assert job.posted == [DONE]
 
 
 def test_a_stop_of_a_duplicate_stops_the_job() -> None:
-    with ThreadPoolExecutor() as threads:
-        job, stop = HeldJob(JobTable(), threads), Stop()
-        second = job.join(stop)
-        stop.set()
-        job.stop.wait(PATIENCE_S)
-        job.end.set_result(FAILED)
+    job, stop = HeldJob(JobTable()), Stop()
+    second = job.join(stop)
+    stop.set()
+    job.stop.wait(PATIENCE_S)
+    job.end.set_result(FAILED)
 
-        assert second.result(PATIENCE_S) is FAILED
+    assert second.result(PATIENCE_S) is FAILED
     assert isinstance(job.stop.error, Cancelled)
 
 
@@ -115,14 +112,13 @@ def test_a_job_that_ended_runs_again_when_it_is_delivered_again() -> None:
 
 def test_an_error_of_a_call_reaches_every_delivery_and_leaves_no_job() -> None:
     table = JobTable()
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(table, threads)
-        second = job.join()
-        job.end.set_exception(KeyboardInterrupt())
+    job = HeldJob(table)
+    second = job.join()
+    job.end.set_exception(KeyboardInterrupt())
 
-        for delivery in (job.first, second):
-            with pytest.raises(KeyboardInterrupt):
-                delivery.result(PATIENCE_S)
+    for delivery in (job.first, second):
+        with pytest.raises(KeyboardInterrupt):
+            delivery.result(PATIENCE_S)
     assert table.counts()["processing"] == 0
 
 
@@ -131,11 +127,10 @@ def test_an_error_of_a_call_reaches_every_delivery_and_leaves_no_job() -> None:
 
 def test_a_running_job_is_found_with_its_type_and_time() -> None:
     table = JobTable()
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(table, threads)
+    job = HeldJob(table)
 
-        found = table.find(identity())
-        job.end.set_result(DONE)
+    found = table.find(identity())
+    job.end.set_result(DONE)
 
     assert found is not None
     assert (found["status"], found["type"]) == ("processing", "sdxl_image_fast")
@@ -181,10 +176,9 @@ def test_running_and_ended_jobs_are_counted() -> None:
     table = JobTable()
     for name, document in (("a", DONE), ("b", FAILED), ("c", DONE)):
         do(table, identity(name), document)
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(table, threads)
-        counts = table.counts()
-        job.end.set_result(DONE)
+    job = HeldJob(table)
+    counts = table.counts()
+    job.end.set_result(DONE)
 
     assert counts == {"processing": 1, "completed": 2, "failed": 1}
 
@@ -201,9 +195,8 @@ def test_the_oldest_ended_job_is_forgotten_first(monkeypatch: pytest.MonkeyPatch
 
 def test_stop_all_reaches_every_running_job() -> None:
     table = JobTable()
-    with ThreadPoolExecutor() as threads:
-        job = HeldJob(table, threads)
-        table.stop_all(lambda stop: stop.set(OutOfMemory("all of them")))
-        job.end.set_result(FAILED)
+    job = HeldJob(table)
+    table.stop_all(lambda stop: stop.set(OutOfMemory("all of them")))
+    job.end.set_result(FAILED)
 
     assert isinstance(job.stop.error, OutOfMemory)

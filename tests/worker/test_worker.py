@@ -7,10 +7,8 @@ import io
 import json
 import re
 import socket
-import time
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from tests.fakes.fake_chat import EndlessChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import QUICK, LocalWorker, chat_payload, sdxl_payload
 from tests.files import ROOT, SPECIFICATION
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start, wait_until
 from tests.servers.supabase import CallbackReceiver
 
 MakeLocal = Callable[..., LocalWorker]
@@ -154,10 +152,8 @@ class WaitingSdxl(FakeSdxl):
         self, request: ImageRequest, progress: Progress
     ) -> Generator[np.ndarray, None, None]:
         for index, picture in enumerate(super().generate(request, progress)):
-            deadline = time.monotonic() + PATIENCE_S
-            while index and not self.first.exists():
-                assert time.monotonic() < deadline, "the first picture was not stored meanwhile"
-                time.sleep(0.01)
+            if index:
+                wait_until(self.first.exists)
             yield picture
 
 
@@ -292,12 +288,11 @@ def test_a_stopped_job_leaves_at_the_next_step_and_uploads_nothing(local: MakeLo
 def test_a_stop_frees_the_device_at_the_next_step(local: MakeLocal) -> None:
     at = local()
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        at.stop.set()
+    running = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    at.stop.set()
 
-        assert code(running.result(PATIENCE_S)) == "CANCELLED"
+    assert code(running.result(PATIENCE_S)) == "CANCELLED"
 
     at.fake_sdxl.go_on.set()
     assert at.run(sdxl_payload(id="job-2"), stop=Stop()).status == "completed"
@@ -307,15 +302,14 @@ def test_a_job_that_waits_for_the_device_can_be_stopped(local: MakeLocal) -> Non
     at = local()
     at.fake_sdxl.hold()
     stop = Stop()
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        second = threads.submit(at.run, sdxl_payload(id="job-2"), stop)
-        stop.set()
+    first = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    second = start(at.run, sdxl_payload(id="job-2"), stop)
+    stop.set()
 
-        assert code(second.result(PATIENCE_S)) == "CANCELLED"
-        at.fake_sdxl.go_on.set()
-        assert first.result(PATIENCE_S).status == "completed"
+    assert code(second.result(PATIENCE_S)) == "CANCELLED"
+    at.fake_sdxl.go_on.set()
+    assert first.result(PATIENCE_S).status == "completed"
 
 
 class StoppingStorage(DirectoryStorage):
@@ -349,7 +343,7 @@ def test_a_deadline_ends_a_job_at_its_next_step(local: MakeLocal) -> None:
     at = local(settings=Settings(job_timeout_s=0.2))
     at.fake_sdxl.hold()
 
-    document = at.run()
+    document = start(at.run).result(PATIENCE_S)
 
     assert code(document) == "TIMEOUT_ERROR"
     assert document.failure.message == "the job's 0.2 seconds are over"
@@ -360,7 +354,8 @@ def test_the_jobs_own_timeout_replaces_the_workers(local: MakeLocal) -> None:
     at.fake_sdxl.hold()
     event = {"input": sdxl_payload(), "policy": {"executionTimeout": 200}}
 
-    document = at.worker.run(Envelope.of(event), at.stop, at.progress.append)
+    running = start(at.worker.run, Envelope.of(event), at.stop, at.progress.append)
+    document = running.result(PATIENCE_S)
 
     assert code(document) == "TIMEOUT_ERROR"
     assert document.failure.message == "the job's 0.18 seconds are over"
@@ -372,10 +367,9 @@ def test_a_worker_that_shuts_down_accepts_jobs_until_the_grace_is_over(local: Ma
     within = at.run()
 
     at.worker.close_after(grace_s=0)
-    while (after := at.run(sdxl_payload(id="job-2"))).status == "completed":
-        time.sleep(0.01)
 
-    assert (within.status, code(after)) == ("completed", "WORKER_UNAVAILABLE")
+    assert within.status == "completed"
+    wait_until(lambda: code(at.run(sdxl_payload(id="job-2"))) == "WORKER_UNAVAILABLE")
 
 
 def test_a_closed_worker_refuses_jobs(local: MakeLocal) -> None:
@@ -388,24 +382,22 @@ def test_a_closed_worker_refuses_jobs(local: MakeLocal) -> None:
 def test_a_closed_worker_lets_a_job_finish_within_the_grace(local: MakeLocal) -> None:
     at = local()
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        at.worker.close(grace_s=60)
-        at.fake_sdxl.go_on.set()
+    running = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    at.worker.close(grace_s=60)
+    at.fake_sdxl.go_on.set()
 
-        assert running.result(PATIENCE_S).status == "completed"
+    assert running.result(PATIENCE_S).status == "completed"
 
 
 def test_a_closed_worker_stops_a_job_after_the_grace(local: MakeLocal) -> None:
     at = local()
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        at.worker.close(grace_s=0)
+    running = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    at.worker.close(grace_s=0)
 
-        document = running.result(PATIENCE_S)
+    document = running.result(PATIENCE_S)
     assert code(document) == "WORKER_UNAVAILABLE"
     assert document.failure.retryable
 
@@ -415,9 +407,8 @@ def test_a_closed_worker_stops_a_job_after_the_grace(local: MakeLocal) -> None:
 
 def test_only_one_job_computes_at_a_time(local: MakeLocal) -> None:
     at = local()
-    with ThreadPoolExecutor() as threads:
-        for each in [threads.submit(at.run, sdxl_payload(id=f"job-{i}"), Stop()) for i in range(4)]:
-            assert each.result(PATIENCE_S).status == "completed"
+    for each in [start(at.run, sdxl_payload(id=f"job-{i}"), Stop()) for i in range(4)]:
+        assert each.result(PATIENCE_S).status == "completed"
 
     assert at.fake_sdxl.most_at_once == 1
 
@@ -428,15 +419,13 @@ def test_a_second_delivery_joins_the_first(
     caplog.set_level("INFO", "ourvidz")
     at = local(callback=Callback(receiver.callback_url, receiver.secret))
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        second = threads.submit(at.run, None, Stop())
-        while "arrived again" not in caplog.text:
-            time.sleep(0.01)
-        at.fake_sdxl.go_on.set()
+    first = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    second = start(at.run, None, Stop())
+    wait_until(lambda: "arrived again" in caplog.text)
+    at.fake_sdxl.go_on.set()
 
-        assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
+    assert first.result(PATIENCE_S) == second.result(PATIENCE_S)
 
     assert len(at.fake_sdxl.requests) == 1
     assert len(receiver.received) == 1
@@ -459,16 +448,14 @@ def test_exactly_one_callback_is_posted_if_any_delivery_announces(
     quiet = functools.partial(at.worker.run, announces=False)
     runs = {"q": quiet, "a": at.worker.run}
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        ends = []
-        for count, kind in enumerate(deliveries):
-            ends.append(threads.submit(runs[kind], envelope, Stop(), at.progress.append))
-            if count == 0:
-                assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-            while caplog.text.count("arrived again") < count:
-                time.sleep(0.01)
-        at.fake_sdxl.go_on.set()
-        documents = [end.result(PATIENCE_S) for end in ends]
+    ends = []
+    for count, kind in enumerate(deliveries):
+        ends.append(start(runs[kind], envelope, Stop(), at.progress.append))
+        if count == 0:
+            assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+        wait_until(lambda count=count: caplog.text.count("arrived again") == count)
+    at.fake_sdxl.go_on.set()
+    documents = [end.result(PATIENCE_S) for end in ends]
 
     assert {document.status for document in documents} == {"completed"}
     assert len(at.fake_sdxl.requests) == 1
@@ -484,15 +471,14 @@ def test_a_joined_delivery_keeps_a_document_that_it_cannot_post(
     envelope = Envelope.of({"id": "rp-1", "input": sdxl_payload()})
     quiet = functools.partial(at.worker.run, announces=False)
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        threads.submit(quiet, envelope, Stop(), at.progress.append)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        announcing = threads.submit(at.worker.run, envelope, Stop(), at.progress.append)
-        while "arrived again" not in caplog.text:
-            time.sleep(0.01)
-        at.fake_sdxl.go_on.set()
+    first = start(quiet, envelope, Stop(), at.progress.append)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    announcing = start(at.worker.run, envelope, Stop(), at.progress.append)
+    wait_until(lambda: "arrived again" in caplog.text)
+    at.fake_sdxl.go_on.set()
 
-        callback = announcing.result(PATIENCE_S).metadata["callback"]
+    callback = announcing.result(PATIENCE_S).metadata["callback"]
+    first.result(PATIENCE_S)
 
     assert (callback["delivered"], callback["kept"]) == (
         False,
@@ -504,14 +490,13 @@ def test_a_joined_delivery_keeps_a_document_that_it_cannot_post(
 def test_jobs_of_two_users_with_the_same_id_both_run(local: MakeLocal) -> None:
     at = local()
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        second = threads.submit(at.run, sdxl_payload(user_id="user-2"), Stop())
-        at.fake_sdxl.go_on.set()
+    first = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    second = start(at.run, sdxl_payload(user_id="user-2"), Stop())
+    at.fake_sdxl.go_on.set()
 
-        assert first.result(PATIENCE_S).assets[0].url == "user-1/job-1/0.png"
-        assert second.result(PATIENCE_S).assets[0].url == "user-2/job-1/0.png"
+    assert first.result(PATIENCE_S).assets[0].url == "user-1/job-1/0.png"
+    assert second.result(PATIENCE_S).assets[0].url == "user-2/job-1/0.png"
 
 
 @pytest.mark.parametrize(("ids", "replies"), [(("rp-1", "rp-2"), 2), (("rp-1", "rp-1"), 1)])
@@ -524,18 +509,14 @@ def test_anonymous_deliveries_join_only_by_the_platforms_id(
     payload = chat_payload(id="hello")
     del payload["user_id"]
     stops = [Stop(), Stop()]
-    with ThreadPoolExecutor() as threads:
-        runs = [
-            threads.submit(
-                at.worker.run, Envelope.of({"id": name, "input": payload}), stop, at.progress.append
-            )
-            for name, stop in zip(ids, stops, strict=True)
-        ]
-        while endless.begun + caplog.text.count("arrived again") < 2:
-            time.sleep(0.01)
-        for stop in stops:
-            stop.set()
-        ends = [run.result(PATIENCE_S) for run in runs]
+    runs = [
+        start(at.worker.run, Envelope.of({"id": name, "input": payload}), stop, at.progress.append)
+        for name, stop in zip(ids, stops, strict=True)
+    ]
+    wait_until(lambda: endless.begun + caplog.text.count("arrived again") == 2)
+    for stop in stops:
+        stop.set()
+    ends = [run.result(PATIENCE_S) for run in runs]
 
     assert [end.job_id for end in ends] == ["hello", "hello"]
     assert endless.begun == replies
@@ -545,13 +526,12 @@ def test_stopping_the_second_delivery_stops_the_job(local: MakeLocal) -> None:
     at = local()
     at.fake_sdxl.hold()
     stop = Stop()
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        second = threads.submit(at.run, None, stop)
-        stop.set()
+    first = start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    second = start(at.run, None, stop)
+    stop.set()
 
-        assert code(first.result(PATIENCE_S)) == code(second.result(PATIENCE_S)) == "CANCELLED"
+    assert code(first.result(PATIENCE_S)) == code(second.result(PATIENCE_S)) == "CANCELLED"
 
 
 # --- callbacks ---
@@ -706,12 +686,11 @@ def test_a_stop_ends_the_tries_to_post_the_start(
         callback=Callback(receiver.callback_url, receiver.secret, policy=SLOW),
         settings=Settings(callback_processing=True),
     )
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(at.run)
-        receiver.wait(1)
-        at.stop.set()
+    running = start(at.run)
+    receiver.wait(1)
+    at.stop.set()
 
-        assert code(running.result(PATIENCE_S)) == "CANCELLED"
+    assert code(running.result(PATIENCE_S)) == "CANCELLED"
     assert statuses(receiver) == ["processing", "failed"]
 
 
@@ -748,10 +727,11 @@ def test_a_receiver_that_hangs_does_not_hold_a_stopped_job(
     local: MakeLocal, monkeypatch: pytest.MonkeyPatch, end: Callable[[LocalWorker], None]
 ) -> None:
     monkeypatch.setattr("ourvidz_serverless.delivery.outbox.LAST_WORD_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as hanging, ThreadPoolExecutor() as threads:
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
         url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
         at = local(callback=Callback(url, policy=Retry(base_s=0.01, try_s=20.0)))
-        running = threads.submit(at.run)
+        running = start(at.run)
+        hanging.settimeout(PATIENCE_S)
         with hanging.accept()[0]:
             end(at)
 
