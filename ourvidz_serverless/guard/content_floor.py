@@ -352,7 +352,7 @@ def _end_of_number(tokens: Tokens, i: int) -> int:
     """The end of "13" and of "13 to 19", where the 13 is at `i`."""
     match tokens[i + 1 : i + 3]:
         case [link, number] if link in lexicon.RANGE_WORDS:
-            is_range = number.isdigit() or number in lexicon.MINOR_AGES
+            is_range = number.isdigit() or number in lexicon.RANGE_ENDS
             return i + 3 if is_range else i + 1
     return i + 1
 

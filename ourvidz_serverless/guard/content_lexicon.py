@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from ourvidz_serverless.guard.content_folding import REPEATED, SAME_STROKE, fold
 
-LIST_VERSION = "2026-11-5"
+LIST_VERSION = "2026-11-6"
 
 # Words that by themselves mean a person under 18. A claim of age does not clear them ("teen, 19").
 # Do not add girl, boy, young, petite, baby, babe, student, pupil, daughter, little sister: these
@@ -239,6 +239,12 @@ cento, двадцать, тридцать, сорок, пятьдесят, ше�
 """
 AND = "and, y, e, et"
 RANGES = "to, or, and, a, bis, o, ou, y, e"
+# Words for 18 and 19. With the numbers below 18 and the tens, they end a span that begins below 18:
+# "twelve to nineteen years old".
+TOP_TEENS = """
+eighteen, nineteen, dieciocho, diecinueve, achtzehn, neunzehn, dezoito, dezenove, diciotto,
+diciannove, восемнадцать, девятнадцать
+"""
 HAN_DIGITS = "一二三四五六七八九"
 # A word that begins with one of these makes the number before it an age. Not 세: 15세기 is the 15th
 # century.
@@ -339,6 +345,7 @@ MINOR_AGES = frozenset(
     {f"{n:0{digits}}" for n in range(18) for digits in (1, 2)}
     | {word for language in NUMBERS for word in fold(language).split()}
 )
+RANGE_ENDS = MINOR_AGES | _words(TOP_TEENS) | TENS_WORDS
 BARE_AGES = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
 
 _INDEXES = (MINOR_PHRASES, SEXUAL_PHRASES)

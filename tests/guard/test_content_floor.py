@@ -229,6 +229,14 @@ def test_texts_judged_one_by_one_get_the_verdict_of_all_together(texts, adult):
     assert any(refused) == judge(*texts, adult=adult).refused
 
 
+def test_the_cache_of_folded_characters_has_a_bound(monkeypatch):
+    monkeypatch.setattr(content_folding, "MAX_CACHED_FOLDS", 3)
+    folds = content_folding._Folds()
+
+    assert "ÀÉÎÕÜÝ".translate(folds) == "aeiouy"
+    assert len(folds) == 3
+
+
 # --- ages ---
 
 
@@ -240,6 +248,22 @@ def test_a_number_from_four_to_seventeen_at_the_end_of_a_clause_is_an_age(age):
 @pytest.mark.parametrize("number", ["3", "18", "three", "eighteen"])
 def test_another_number_at_the_end_of_a_clause_is_no_minors_age(number):
     assert not content_floor.check(f"She is {number}.").signs.minor
+
+
+@pytest.mark.parametrize("start", ["13", "thirteen"])
+@pytest.mark.parametrize("end", ["16", "19", "sixteen", "nineteen", "thirty"])
+def test_a_span_that_begins_below_eighteen_is_an_age_where_a_number_is_one(start, end):
+    assert content_floor.check(f"from {start} to {end} years old").signs.minor
+    assert content_floor.check(f"a girl, {start} to {end}").signs.minor
+
+
+def test_a_number_and_a_word_are_no_span():
+    assert not content_floor.check("a girl, 13 to go").signs.minor
+
+
+@pytest.mark.parametrize("text", ["loll on a sofa", "Kiddle Street", "the giri of Edo"])
+def test_a_word_without_signs_is_not_read_with_other_strokes(text):
+    assert content_floor.check(text).signs == Signs(False, False)
 
 
 @pytest.mark.parametrize("start", ["13,", "13 years,", "of 13,", "of 13 years,"])
