@@ -52,13 +52,13 @@ def tiny_tokenizer(
     )
 
 
-def tiny_network(seed: int = 0, context: int = 512, layers: int = 2) -> Any:
+def tiny_network(seed: int = 0, context: int = 512, layers: int = 2, hidden: int = 32) -> Any:
     """Large weights, so that the likeliest tokens have clearly different logits."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -106,9 +106,9 @@ def _that_writes_letters(network: Any, tokenizer: PreTrainedTokenizerFast) -> An
     return network
 
 
-def tiny_folder(path: Path, context: int = 4096, layers: int = 2) -> str:
+def tiny_folder(path: Path, context: int = 4096, layers: int = 2, hidden: int = 32) -> str:
     """A checkpoint for `CHAT_INSTRUCT_MODEL`; with more layers it is slower."""
-    tiny_network(context=context, layers=layers).save_pretrained(path)
+    tiny_network(context=context, layers=layers, hidden=hidden).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return str(path)
 
