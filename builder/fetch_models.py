@@ -35,18 +35,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import requests
+from huggingface_hub import get_token
 from tqdm import tqdm
 
 from ourvidz_serverless.net.signed_urls import unsigned
-
-# The images set this to 1. The library reads it when it is imported.
-os.environ["HF_HUB_OFFLINE"] = "0"
-
-from huggingface_hub import HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
 
 MANIFEST = Path(__file__).with_name("models.json")
 LOCK = Path(__file__).with_name("models.lock.json")
@@ -54,9 +49,6 @@ LOCK = Path(__file__).with_name("models.lock.json")
 CHUNK = 1 << 20
 TIMEOUT_S = (10, 60)
 TRIES = 6
-
-#: The wait before the second try is twice this. Each wait is twice the last one.
-RETRY_S = float(os.environ.get("FETCH_RETRY_S", "1"))
 
 #: The weights among the files of a repository.
 WEIGHTS = "*.safetensors"
@@ -122,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.url:
             source = source_of(args.url)
             lock[source] = fetch_url(source, lock, args)
-    except (FetchError, requests.RequestException, HfHubHTTPError, OSError) as exc:
+    except (FetchError, requests.RequestException, OSError) as exc:
         sys.exit(f"cannot fetch: {exc}")
     args.lock.write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
 
@@ -176,33 +168,47 @@ def fetch_repository(
     if revision and locked.get("revision") != revision:
         locked = {}
     info = _ask(repository, revision or locked.get("revision"))
+    sha, siblings = info["sha"], info["siblings"]
     known = locked.get("files", {})
     cache = args.dest / f"models--{repository.replace('/', '--')}"
     files = [
         File(
-            url=hf_hub_url(repository, sibling.rfilename, revision=info.sha),
-            path=cache / "snapshots" / info.sha / sibling.rfilename,
-            name=sibling.rfilename,
-            size=sibling.size,
-            digest=_digest_of(sibling, digest or known.get(sibling.rfilename)),
-            source=f"{repository}@{info.sha}/{sibling.rfilename}",
+            url=f"{_hub()}/{repository}/resolve/{sha}/{quote(sibling['rfilename'])}",
+            path=cache / "snapshots" / sha / sibling["rfilename"],
+            name=sibling["rfilename"],
+            size=sibling.get("size"),
+            digest=_digest_of(sibling, digest or known.get(sibling["rfilename"])),
+            source=f"{repository}@{sha}/{sibling['rfilename']}",
             token=get_token(),
         )
-        for sibling, digest in _matching(repository, info.siblings, patterns)
+        for sibling, digest in _matching(repository, siblings, patterns)
     ]
     digests = fetch_all(files, args.jobs)
     (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(info.sha)
-    return {"revision": info.sha, "files": {**known, **digests}}
+    (cache / "refs" / "main").write_text(sha)
+    return {"revision": sha, "files": {**known, **digests}}
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def _ask(repository: str, revision: str | None) -> Any:
-    try:
-        return HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except HfHubHTTPError as exc:
-        if exc.response.status_code in (401, 403):
-            raise FetchError(f"{repository} asks for a token that may read it: HF_TOKEN") from exc
-        raise FetchError(f"{repository}: {exc}") from exc
+    """What the hub knows of a repository: the revision's hash, and its files with their digests.
+
+    This is not `huggingface_hub.HfApi`, which is offline in the images: they set `HF_HUB_OFFLINE`.
+    """
+    url = f"{_hub()}/api/models/{repository}"
+    if revision:
+        url += f"/revision/{quote(revision, safe='')}"
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    answer = requests.get(url, {"blobs": "true"}, headers=headers, timeout=TIMEOUT_S)
+    if answer.status_code in (401, 403):
+        raise FetchError(f"{repository} asks for a token that may read it: HF_TOKEN")
+    if not answer.ok:
+        raise FetchError(f"{repository}: HTTP {answer.status_code}")
+    return answer.json()
 
 
 def _matching(
@@ -210,7 +216,7 @@ def _matching(
 ) -> Iterator[tuple[Any, str | None]]:
     """A repository's files that match a pattern, each with its SHA-256 if it is known."""
     for pattern, digest in patterns.items():
-        found = [each for each in siblings if fnmatchcase(each.rfilename, pattern)]
+        found = [each for each in siblings if fnmatchcase(each["rfilename"], pattern)]
         if not found:
             raise FetchError(f"{repository} has no {pattern}")
         yield from ((each, digest) for each in found)
@@ -218,9 +224,9 @@ def _matching(
 
 def _digest_of(sibling: Any, sha256: str | None) -> str:
     """The digest that a file must have: the known SHA-256, else the hub's."""
-    if sha256 or sibling.lfs:
-        return f"sha256:{sha256 or sibling.lfs.sha256}"
-    return f"git:{sibling.blob_id}"
+    if sha256 or sibling.get("lfs"):
+        return f"sha256:{sha256 or sibling['lfs']['sha256']}"
+    return f"git:{sibling['blobId']}"
 
 
 def source_of(url: str) -> str:
@@ -319,6 +325,7 @@ def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
             sha256 = _verified(file, file.path)
             bar.update(_size(file.path))
             return sha256
+    unit = float(os.environ.get("FETCH_RETRY_S", "1"))
     for attempt in range(1, TRIES + 1):
         try:
             _download(file, bar, stop)
@@ -332,7 +339,7 @@ def _fetch(file: File, bar: Any, stop: threading.Event) -> str:
             if attempt >= tries or not _is_passing(exc):
                 raise FetchError(f"{file.name}: {_why(exc)}") from exc
             tqdm.write(f"{file.name}: {_why(exc)}; once more", file=sys.stderr)
-            stop.wait(min(2**attempt, 30) * RETRY_S)
+            stop.wait(min(2**attempt, 30) * unit)
     os.replace(file.partial, file.path)
     file.etag.unlink(missing_ok=True)
     return sha256

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from builder import fetch_models
 from ourvidz_serverless.families import FAMILIES
@@ -62,24 +65,45 @@ class Place:
         entry = {"family": "sdxl", "license": "mit", "revision": revision, "files": files}
         self.manifest.write_text(json.dumps({REPOSITORY: entry}))
 
-    def command(self, *args: str) -> list[str]:
+    def arguments(self, *args: str) -> list[str]:
         places = ["--dest", self.dest, "--manifest", self.manifest, "--lock", self.lock]
-        module = [sys.executable, "-m", "builder.fetch_models", "--family", "sdxl"]
-        return [*module, *map(str, places), *args]
+        return ["--family", "sdxl", *map(str, places), *args]
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "builder.fetch_models", *self.arguments(*args)]
 
     def environment(self, **env: str) -> dict[str, str]:
         known = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.dest / "home")}
         return {**os.environ, **known, "FETCH_RETRY_S": "0.01", "HF_TOKEN": "", **env}
 
-    def fetch(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def fetch_by_process(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*args),
             capture_output=True,
             text=True,
-            env=self.environment(**env),
+            env=self.environment(),
             cwd=ROOT,
             timeout=PATIENCE_S,
         )
+
+    def fetch(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """What the command does, in this process."""
+        code, stdout, stderr = 0, StringIO(), StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
+            for name, value in self.environment(**env).items():
+                patch.setenv(name, value)
+            # The library has read HF_HOME already: no token of the person who runs the tests.
+            patch.setattr(constants, "HF_TOKEN_PATH", str(self.dest / "home" / "token"))
+            try:
+                fetch_models.main(self.arguments(*args))
+            except SystemExit as exc:
+                code = 1
+                print(exc.code, file=stderr)
+        return subprocess.CompletedProcess(args, code, stdout.getvalue(), stderr.getvalue())
 
     def locked(self) -> dict[str, Any]:
         return json.loads(self.lock.read_text())
@@ -99,13 +123,37 @@ def sha256(data: bytes) -> str:
 
 
 def test_fetched_files_are_where_a_worker_finds_them(place: Place) -> None:
-    run = place.fetch()
+    run = place.fetch_by_process()
 
     assert run.returncode == 0, run.stderr
     found = checkpoints.find("SDXL_MODEL", REPOSITORY, [place.dest])
     files = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()}
     assert files == set(FILES) - {"unet/model.onnx"}
     assert (found / "unet/model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_fetch_asks_the_hub_although_the_environment_says_offline(
+    place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    run = place.fetch_by_process()
+
+    assert run.returncode == 0, run.stderr
+    assert hub.storage.requests
+
+
+def test_an_import_of_the_command_leaves_the_environment_as_it_was() -> None:
+    script = (
+        "import os, sys\n"
+        "before = dict(os.environ)\n"
+        "import builder.fetch_models\n"
+        "sys.exit(os.environ != before)"
+    )
+
+    assert (
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=PATIENCE_S).returncode == 0
+    )
 
 
 def test_a_fetch_prints_the_licences(place: Place) -> None:
@@ -138,7 +186,7 @@ def test_a_file_that_differs_from_the_lock_file_is_refused(place: Place) -> None
 def test_a_file_that_differs_from_the_manifest_is_refused(place: Place) -> None:
     place.write({"unet/model.safetensors": "f" * 64})
 
-    run = place.fetch()
+    run = place.fetch_by_process()
 
     assert run.returncode == 1
     assert "unet/model.safetensors: sha256 is" in run.stderr
@@ -177,11 +225,17 @@ def test_a_killed_fetch_continues_where_it_stopped(place: Place, hub: Hub) -> No
 
 def kept_when_killed(fetching: subprocess.Popen[bytes], path: Path) -> int:
     """Kill a fetch after a million bytes of a file or more. The value is the bytes on the disk."""
-    while not (size := sum(part.stat().st_size for part in partial_files(path))) > 1_000_000:
+
+    def size() -> int:
+        return sum(part.stat().st_size for part in partial_files(path))
+
+    end = time.monotonic() + PATIENCE_S
+    while size() < 1_000_000 and time.monotonic() < end:
         time.sleep(0.05)
     fetching.send_signal(signal.SIGKILL)
-    fetching.wait()
-    return size
+    fetching.wait(PATIENCE_S)
+    assert size() >= 1_000_000
+    return size()
 
 
 def partial_files(path: Path) -> list[Path]:
@@ -325,7 +379,17 @@ def publish(hub: Hub, data: bytes, name: str = NAME) -> str:
 
 
 def begin(place: Place, hub: Hub, url: str) -> int:
-    """Kill a fetch during a file. The value is the bytes on the disk."""
+    """A fetch that ends during a file. The value is the bytes on the disk."""
+    hub.storage.mishaps[NAME] = [cut(2_500_000), status(403)]
+    assert place.fetch("--url", url).returncode == 1
+    (part,) = partial_files(place.dest / NAME)
+    hub.storage.mishaps.clear()
+    hub.storage.requests.clear()
+    return part.stat().st_size
+
+
+def begin_and_kill(place: Place, hub: Hub, url: str) -> int:
+    """A fetch that is killed during a file. The value is the bytes on the disk."""
     hub.storage.mishaps[NAME] = [cut(2_500_000), *[status(503)] * 5]
     command = place.command("--url", url)
     with subprocess.Popen(command, env=place.environment(FETCH_RETRY_S="60"), cwd=ROOT) as fetching:
@@ -490,7 +554,7 @@ def test_a_source_whose_file_has_changed_is_fetched_from_the_start(place: Place,
 
 def test_a_partial_file_with_a_strong_etag_is_continued(place: Place, hub: Hub) -> None:
     url = publish(hub, CHECKPOINT)
-    kept = begin(place, hub, url)
+    kept = begin_and_kill(place, hub, url)
 
     run = place.fetch("--url", url)
 
