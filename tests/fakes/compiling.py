@@ -1,7 +1,8 @@
 """Runs jobs on a network while its blocks are compiled, and prints a report as JSON.
 
-It runs as `python -m tests.fakes.compiling network|wan FOLDER`, each time in a new process. FOLDER
-keeps the compiled code for the next process.
+It runs as `python -m tests.fakes.compiling network|shapes|wan FOLDER`, each time in a new process.
+FOLDER keeps the compiled code for the next process. The code has no vector instructions: the probes
+for them take longer than the compilation.
 """
 
 import json
@@ -9,13 +10,13 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.cpu_vec_isa
 from torch._dynamo.utils import counters
 
 from builder import pocket_wan
@@ -35,7 +36,13 @@ from tests.fakes.recorded_progress import RecordedProgress, stop_at_step
 PATIENCE_S = 300
 
 
+#: More than the eight shapes that torch compiles a function for by default.
+MANY_SHAPES = 9
+
+
 class Block(torch.nn.Module):
+    """A block whose code has a kernel of its own."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = torch.nn.Linear(16, 16)
@@ -43,6 +50,28 @@ class Block(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
         made = torch.nn.functional.silu(self.inner(hidden))
         return hidden + made if shift is None else hidden + made + shift
+
+
+class PlainBlock(torch.nn.Module):
+    """A block whose code calls only what torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(16, 16)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden)
+
+
+class PlainNetwork(torch.nn.Module):
+    _repeated_blocks = ("PlainBlock",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = PlainBlock()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.block(hidden)
 
 
 class Network(torch.nn.Module):
@@ -58,22 +87,37 @@ class Network(torch.nn.Module):
         return hidden
 
 
-def until_compiled(blocks: CompiledBlocks, job: Callable[[], Any], shapes: int = 1) -> None:
+def until_compiled(blocks: CompiledBlocks, shapes: int = 1) -> None:
     end = time.monotonic() + PATIENCE_S
     while blocks.num_ready < shapes and not blocks.is_broken and time.monotonic() < end:
-        job()
-        time.sleep(0.2)
+        time.sleep(0.05)
+
+
+def compiled_blocks(network: torch.nn.Module, folder: Path) -> CompiledBlocks:
+    device = Device(torch.device("cpu"), torch.float32)
+    settings = Settings(compile="regional", compile_cache_dir=folder)
+    handle = standalone_handle(MovableTensors([network], device))
+    blocks = compile_blocks(network, handle, device, settings)
+    assert blocks is not None
+    return blocks
+
+
+def serve_shapes(folder: Path) -> dict[str, Any]:
+    """Run jobs of many shapes, until each has come twice and is compiled."""
+    network = PlainNetwork()
+    blocks = compiled_blocks(network, folder)
+    for tokens in [*range(1, MANY_SHAPES + 1)] * 2:
+        with torch.inference_mode(), blocks.job():
+            network(torch.zeros(1, tokens, 16))
+    until_compiled(blocks, MANY_SHAPES)
+    return {"num_ready": blocks.num_ready}
 
 
 def serve_network(folder: Path) -> dict[str, Any]:
     """Run jobs on a network of two small blocks."""
     torch.manual_seed(0)
-    network, device = Network(), Device(torch.device("cpu"), torch.float32)
-    settings = Settings(compile="regional", compile_cache_dir=folder)
-    blocks = compile_blocks(
-        network, standalone_handle(MovableTensors([network], device)), device, settings
-    )
-    assert blocks is not None
+    network = Network()
+    blocks = compiled_blocks(network, folder)
 
     def job(tokens: int, use_compiled: bool = True) -> tuple[torch.Tensor, int]:
         """The result of a job, and how many of its calls used compiled code."""
@@ -85,7 +129,8 @@ def serve_network(folder: Path) -> dict[str, Any]:
     eager, in_first = job(4)
     once, _ = job(5)
     _, in_second = job(4)
-    until_compiled(blocks, lambda: job(4))
+    job(4)
+    until_compiled(blocks)
     compiled, in_last = job(4)
     before = counters["stats"]["unique_graphs"]
     other, in_other = job(5)
@@ -146,7 +191,8 @@ def serve_videos(model: WanModel, eager: np.ndarray, quick: np.ndarray) -> dict[
 
     first = job("first job")
     job("second job")
-    until_compiled(blocks, lambda: render(model), shapes=2)
+    render(model)
+    until_compiled(blocks, shapes=2)
     compiled = job("once ready")
     progress = RecordedProgress()
     compiled_quick = job("with a preset", speed="fast", progress=progress)
@@ -186,7 +232,8 @@ if __name__ == "__main__":
     log_lines = LogLines()
     logging.getLogger("ourvidz").addHandler(log_lines)
     forbid_silent_fallback()
-    serve = {"network": serve_network, "wan": serve_wan}[sys.argv[1]]
+    torch._inductor.cpu_vec_isa.supported_vec_isa_list.clear()
+    serve = {"network": serve_network, "shapes": serve_shapes, "wan": serve_wan}[sys.argv[1]]
     report = serve(Path(sys.argv[2]))
     inductor = counters["inductor"]
     report["hits"], report["misses"] = inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"]

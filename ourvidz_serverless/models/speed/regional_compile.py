@@ -178,7 +178,13 @@ class CompiledBlocks:
                     return
                 shape, compute = self._queue.pop(0)
             try:
-                with _stance_lock, isolated_tracing(), self._handle.using(), torch.inference_mode():
+                with (
+                    _stance_lock,
+                    isolated_tracing(),
+                    _compiler_settings(),
+                    self._handle.using(),
+                    torch.inference_mode(),
+                ):
                     compute()
                 self._ready.add(shape)
             except Exception as exc:
@@ -256,16 +262,24 @@ def check_cache_dir(settings: Settings) -> None:
         raise ModelLoadError(f"COMPILE_CACHE_DIR: the folder cannot be used: {why}") from exc
 
 
-@functools.cache
-def _configure(folder: Path | None, device: Device) -> None:
+@contextmanager
+def _compiler_settings() -> Iterator[None]:
+    """torch's settings for this thread, which is to compile: no other thread has them."""
     import torch._dynamo.config
     import torch._inductor.config
 
-    # One entry for each shape of each kind of block. Beyond the limit torch stops compiling a
-    # function.
-    torch._dynamo.config.recompile_limit = 4 * MAX_SHAPES
-    # A pool of compilers would be forked from a process that has threads and a GPU.
-    torch._inductor.config.compile_threads = 1
+    with (
+        # One entry for each shape of each kind of block. Beyond the limit torch stops compiling a
+        # function.
+        torch._dynamo.config.patch(recompile_limit=4 * MAX_SHAPES),
+        # A pool of compilers would be forked from a process that has threads and a GPU.
+        torch._inductor.config.patch(compile_threads=1),
+    ):
+        yield
+
+
+@functools.cache
+def _configure(folder: Path | None, device: Device) -> None:
     if folder is not None:
         place = folder / cache_key(device)
         place.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,12 @@ import pytest
 import torch
 
 from ourvidz_serverless.models.speed import regional_compile
+from tests.fakes import compiling
 from tests.files import ROOT
+from tests.patience import PATIENCE_S
+from tests.servers import warm_python
 
-#: Each test starts a compiler in a new interpreter.
+#: Each test starts a compiler in a new process.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 needs_compiler = pytest.mark.skipif(
@@ -24,12 +25,10 @@ needs_compiler = pytest.mark.skipif(
 
 
 def serve(folder: Path, what: str = "network", **environment: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fakes.compiling", what, str(folder)],
+    done = warm_python.run(
+        ["-m", "tests.fakes.compiling", what, str(folder)],
         cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
+        env={**os.environ, **warm_python.ENVIRONMENT, **environment},
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -87,8 +86,15 @@ def test_the_next_process_uses_the_code_that_the_last_one_compiled(
 
 
 @needs_compiler
-def test_wans_compiled_blocks_work_with_presets_stops_and_moves(tmp_path: Path) -> None:
-    report = serve(tmp_path, "wan")
+def test_a_block_is_compiled_for_more_shapes_than_torch_allows_by_default(folder: Path) -> None:
+    served = serve(folder, "shapes")
+
+    assert (served["num_ready"], served["log"]) == (compiling.MANY_SHAPES, [])
+
+
+@needs_compiler
+def test_wans_compiled_blocks_work_with_presets_stops_and_moves(folder: Path) -> None:
+    report = serve(folder, "wan")
 
     full, shallow = 8 * 3, report["shallow_forwards"]
     assert report["compiled_calls"] == {
@@ -112,7 +118,7 @@ def test_a_job_calls_modules_while_the_compiler_traces_in_another_thread() -> No
 
     def traced(value: Any) -> Any:
         began.set()
-        assert ended.wait(60)
+        assert ended.wait(PATIENCE_S)
         return value
 
     def compile_it() -> None:
@@ -122,17 +128,17 @@ def test_a_job_calls_modules_while_the_compiler_traces_in_another_thread() -> No
     thread = threading.Thread(target=compile_it)
     thread.start()
     try:
-        assert began.wait(60)
+        assert began.wait(PATIENCE_S)
         made = torch.nn.Linear(2, 3)(torch.zeros(1, 2))
     finally:
         ended.set()
-        thread.join()
+        thread.join(PATIENCE_S)
 
     assert made.shape == (1, 3)
 
 
 def test_a_missing_compiler_is_one_warning_and_jobs_stay_eager(tmp_path: Path) -> None:
-    served = serve(tmp_path, CXX="/nowhere/g++")
+    served = serve(tmp_path, PATH="/nowhere")
 
     assert served["is_broken"]
     assert set(served["compiled_calls"].values()) == {0}
