@@ -65,7 +65,7 @@ quick: .venv/dev
 # What takes too long for every change: twenty times the examples of the property tests, a soak of
 # 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
 test-deep: .venv/dev .cache/pocket_chat/config.json
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -m hypothesis --numprocesses $(PROCESSES)
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -m hypothesis --timeout=3600 --numprocesses $(PROCESSES)
 	$(BIN)/python -m tests.soak 10000
 	$(MAKE) proof FAMILY=sdxl
 	$(MAKE) proof FAMILY=chat
