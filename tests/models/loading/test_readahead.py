@@ -21,6 +21,7 @@ from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
 from tests.fakes.devices import FakeMemory, FakeModel
 from tests.files import ROOT
+from tests.patience import PATIENCE_S
 
 POCKET = ROOT / "pocket"
 
@@ -151,13 +152,13 @@ def test_waiting_ends_when_all_files_are_read_and_a_missing_file_is_no_error(
 def test_preloading_waits_until_the_files_are_read() -> None:
     ledger, model, read = Ledger(FakeMemory(100)), FakeModel(10), threading.Event()
     ledger.register(model, "model", "none")
-    ledger.wait_for_files = lambda: None if read.wait(30) else pytest.fail("not read")
+    ledger.wait_for_files = lambda: None if read.wait(PATIENCE_S) else pytest.fail("not read")
     preloading = threading.Thread(target=ledger.preload, args=(model,))
 
     preloading.start()
     assert model.place == "host"
     read.set()
-    preloading.join()
+    preloading.join(PATIENCE_S)
 
     assert model.place == "device"
 
@@ -172,20 +173,42 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_imports_no_package_that_only_other_families_need(family: str) -> None:
+@pytest.fixture(scope="module")
+def foreign_imports() -> dict[str, list[str]]:
+    """What each family's worker has imported of FOREIGN, by the family.
+
+    All of them need torch and transformers, which a process imports once before it forks.
+    """
+    asked = [(name, FAMILIES[name].models_module, FOREIGN[name]) for name in FAMILIES]
     code = f"""
-import importlib, json, sys
+import importlib, json, os, sys
 import ourvidz_serverless.worker
 sys.modules["torchao"] = None
-importlib.import_module({FAMILIES[family].models_module!r})
-print(json.dumps([name for name in {FOREIGN[family]!r} if name in sys.modules]))
+import torch, transformers.generation
+for family, module, packages in {asked!r}:
+    if (child := os.fork()) == 0:
+        importlib.import_module(module)
+        found = [name for name in packages if name in sys.modules]
+        print(json.dumps([family, found]), flush=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, family
 """
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
     )
+    return dict(json.loads(line) for line in run.stdout.splitlines())
 
-    assert json.loads(run.stdout.splitlines()[-1]) == []
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_imports_no_package_that_only_other_families_need(
+    foreign_imports: dict[str, list[str]], family: str
+) -> None:
+    assert foreign_imports[family] == []
 
 
 @pytest.mark.parametrize("mmap", ["always", "never"])
