@@ -23,7 +23,9 @@ class ServedHttp:
         self._server = make_server(self.service)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -31,7 +33,8 @@ class ServedHttp:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
-        self._thread.join()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), "the service did not stop"
 
     def stop(self) -> None:
         """Do what SIGTERM does in the process."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -22,6 +21,7 @@ from typing import TextIO
 import pytest
 
 from tests.files import ROOT
+from tests.patience import PATIENCE_S, start
 
 #: Variables that libraries read when they are imported: each warm process has these.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -92,14 +92,16 @@ def run(
     """Like `subprocess.run([sys.executable, *command], capture_output=True, text=True)`."""
     process = WarmProcess(command, env=env, cwd=cwd, has_stderr=True)
     assert process.stderr
-    with ThreadPoolExecutor(2) as threads, closing(process.stdout), closing(process.stderr):
-        printed = [threads.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
+    printed = [start(pipe.read) for pipe in (process.stdout, process.stderr)]
+    with closing(process.stdout), closing(process.stderr):
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.terminate()
             raise
-        return subprocess.CompletedProcess(command, code, *(text.result() for text in printed))
+        return subprocess.CompletedProcess(
+            command, code, *(text.result(PATIENCE_S) for text in printed)
+        )
 
 
 def _pipe() -> tuple[TextIO, Connection]:

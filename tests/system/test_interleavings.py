@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ourvidz_serverless.settings import Settings
 from tests.examples import examples
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start
 from tests.servers.local_server import Answer, Request
 from tests.servers.supabase import CallbackReceiver
 
@@ -110,7 +110,6 @@ class Interleaving:
         self.clock_ahead_s = {"job-0": 0.0, "job-1": 0.0}
         self.thread = threading.local()
         self.store = ReportingStorage(self.root, self.at)
-        self.threads = ThreadPoolExecutor(16)
         self.lock = threading.Lock()
         self.local = LocalWorker(
             self.root,
@@ -133,8 +132,7 @@ class Interleaving:
         stop = ObservedStop()
         with self.lock:
             self.stops[job].append(stop)
-            future = self.threads.submit(self.run_job, job, stop)
-            self.deliveries.append((job, future))
+            self.deliveries.append((job, start(self.run_job, job, stop)))
         return stop
 
     def at(self, job: str, stage: str) -> None:
@@ -177,7 +175,6 @@ class Interleaving:
                     break
                 job, future = self.deliveries[i]
             documents.setdefault(job, []).append(future.result(PATIENCE_S))
-        self.threads.shutdown()
         return documents
 
 

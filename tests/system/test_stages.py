@@ -8,7 +8,6 @@ receiver of its callback.
 import io
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from PIL import Image
 
 from tests.fakes.local_worker import sdxl_payload
 from tests.files import ROOT
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 from tests.servers.handler import failure
 from tests.servers.local_server import Answer, Request
 from tests.servers.runpod import Platform
@@ -127,8 +126,7 @@ class HeldWorker:
             self.encoder_waits.unlink(missing_ok=True)
             self.pixels.touch()
             self.submit(job)
-            while not self.encoder_waits.exists():
-                time.sleep(0.02)
+            wait_until(self.encoder_waits.exists)
         elif stage == "generate":
             self.hold_file.touch()
             self.submit(job)

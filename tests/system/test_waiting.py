@@ -1,7 +1,7 @@
 """Jobs of several families in one worker: which of them wait for the device, and for how long."""
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
-from tests.fakes.tiny_chat import until
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start, wait_until
 
 BOTH = {"families": ("sdxl", "chat")}
 
@@ -43,8 +42,8 @@ class TimedSdxl(FakeSdxl):
 class Crowd:
     """A worker for pictures and chat whose SDXL is held, and jobs that arrive one by one."""
 
-    def __init__(self, root: Path, threads: ThreadPoolExecutor, **settings: Any) -> None:
-        self.clock, self._threads = Clock(), threads
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.clock = Clock()
         fake_sdxl, fake_chat = TimedSdxl(self.clock), FakeChat("Water.")
         self.local = LocalWorker(
             root,
@@ -65,13 +64,11 @@ class Crowd:
         self.stops.append(stop)
         self.progress.append(progress)
         event = {"id": f"rp-{number}", "input": payload}
-        running = self._threads.submit(
-            self.local.worker.run, Envelope.of(event), stop, progress.append
-        )
+        running = start(self.local.worker.run, Envelope.of(event), stop, progress.append)
         if number == 0:
             assert self.local.fake_sdxl.at_step.wait(PATIENCE_S)
         else:
-            until(lambda: bool(progress) or running.done())
+            wait_until(lambda: progress or running.done())
         return running
 
     def pictures(self, count: int) -> list[Future[Document]]:
@@ -89,15 +86,14 @@ class Crowd:
 @pytest.fixture
 def make_crowd(tmp_path: Path) -> Iterator[Callable[..., Crowd]]:
     crowds: list[Crowd] = []
-    with ThreadPoolExecutor(32) as threads:
 
-        def make(**settings: Any) -> Crowd:
-            crowds.append(Crowd(tmp_path, threads, **settings))
-            return crowds[-1]
+    def make(**settings: Any) -> Crowd:
+        crowds.append(Crowd(tmp_path, **settings))
+        return crowds[-1]
 
-        yield make
-        for each in crowds:
-            each.release()
+    yield make
+    for each in crowds:
+        each.release()
 
 
 def failure(running: Future[Document]) -> tuple[str, str]:
@@ -160,17 +156,14 @@ def test_a_waiting_job_fails_at_its_own_execution_timeout(
     crowd.pictures(1)
     event = {"input": sdxl_payload(id="short"), "policy": {"executionTimeout": 60_000}}
     progress: list[Any] = []
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(
-            crowd.local.worker.run, Envelope.of(event), Stop(), progress.append
-        )
-        until(lambda: bool(progress))
-        crowd.clock.advance(54)
+    running = start(crowd.local.worker.run, Envelope.of(event), Stop(), progress.append)
+    wait_until(lambda: progress)
+    crowd.clock.advance(54)
 
-        assert failure(running) == (
-            "TIMEOUT_ERROR",
-            "the job waited 54 s for the device, and its 54 seconds are over",
-        )
+    assert failure(running) == (
+        "TIMEOUT_ERROR",
+        "the job waited 54 s for the device, and its 54 seconds are over",
+    )
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_frees_its_place(
@@ -183,7 +176,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_frees_its_place(
     crowd.stops[2].set()
 
     assert failure(running[2])[0] == "CANCELLED"
-    until(lambda: crowd.progress[4][-1]["step"] == 1)
+    wait_until(lambda: crowd.progress[4][-1]["step"] == 1)
     crowd.release()
     assert [each.result(PATIENCE_S).status for each in running].count("completed") == 4
     assert sorted(crowd.started) == [0, 1, 3, 4]

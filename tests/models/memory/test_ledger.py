@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
 from ourvidz_serverless.models.memory.types import PressureLevels
 from tests.examples import examples
 from tests.fakes.devices import FakeMemory
-from tests.patience import PATIENCE_S, start
+from tests.patience import PATIENCE_S, start, wait_until
 
 TOTAL = 24
 
@@ -233,7 +232,6 @@ def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device()
     assert [row.num_users for row in ledger.report()] == [0] * 5
     assert memory.working == 0 and ledger.num_waiting == 0
     wait_until(lambda: threading.active_count() <= threads_before + 1)  # the mover thread
-    assert threading.active_count() <= threads_before + 1
 
 
 # --- one behaviour at a time ---
@@ -434,13 +432,6 @@ def test_a_model_that_fails_twice_is_absent_until_it_loads_again(make: Any) -> N
 
     use(ledger, models[0])
     assert places(models) == ["device"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when the condition holds, or after a generous time."""
-    end = time.monotonic() + PATIENCE_S
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 def test_a_prefetched_model_is_on_the_device_before_it_is_acquired(make: Any) -> None:

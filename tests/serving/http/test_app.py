@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,7 +40,7 @@ from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.local_worker import QUICK, LocalWorker, chat_payload, sdxl_payload
 from tests.fakes.tiny_chat import tiny_folder
 from tests.files import ROOT
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, start, wait_until
 from tests.servers.handler import HANDLER
 from tests.servers.http_service import ServedHttp, events
 from tests.servers.local_server import free_port
@@ -102,14 +101,6 @@ def raw_post(path: str, body: Any) -> bytes:
     """A request as bytes."""
     data = json.dumps(body).encode()
     return raw_head(path, len(data)) + data
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until a condition is true."""
-    ends = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < ends
-        threading.Event().wait(0.01)
 
 
 def raw_head(path: str, length: int, *lines: str) -> bytes:
@@ -943,7 +934,7 @@ def test_a_connection_whose_head_arrives_too_slowly_is_closed(
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
         with pytest.raises(ConnectionError):
-            while True:
+            for _ in range(round(PATIENCE_S / 0.02)):
                 client.sendall(b"G")
                 threading.Event().wait(0.02)
 
@@ -985,18 +976,11 @@ def test_ping_and_health_of_a_ready_service_answer_200(service: ServedHttp) -> N
 def test_a_closing_service_finishes_running_jobs(local: LocalWorker) -> None:
     local.fake_sdxl.hold()
     with ServedHttp(local.settings, local.worker) as service:
-        answers: list[requests.Response] = []
-        payload = {"input": sdxl_payload()}
-        caller = threading.Thread(
-            target=lambda: answers.append(service.post("/jobs?wait=150", payload))
-        )
-        caller.start()
+        answer = start(service.post, "/jobs?wait=150", {"input": sdxl_payload()})
         assert local.fake_sdxl.at_step.wait(PATIENCE_S)
         service.stop()
         local.fake_sdxl.go_on.set()
-        caller.join()
-
-    assert answers[0].json()["status"] == "completed"
+        assert answer.result(PATIENCE_S).json()["status"] == "completed"
 
 
 def test_a_closing_service_answers_503_and_job_status_until_the_last_job_has_ended(
@@ -1168,20 +1152,13 @@ def test_the_health_port_answers_pings_too(process: WorkerProcess) -> None:
 
 def test_many_callers_are_answered_at_once(process: WorkerProcess) -> None:
     url, _ = ports(process)
-    answers: list[Any] = []
 
-    def ask() -> None:
-        answers.append(
-            requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S).json()["success"]
-        )
+    def ask() -> Any:
+        return requests.post(f"{url}/chat", json=CALL, timeout=PATIENCE_S).json()["success"]
 
-    threads = [threading.Thread(target=ask) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = [start(ask) for _ in range(20)]
 
-    assert answers == [True] * 20
+    assert [answer.result(PATIENCE_S) for answer in answers] == [True] * 20
 
 
 def test_a_disconnect_stops_a_real_model_and_no_prompt_is_logged(process: WorkerProcess) -> None:
