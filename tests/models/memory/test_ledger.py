@@ -2,7 +2,8 @@
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
-from ourvidz_serverless.models.memory.types import PressureLevels
+from ourvidz_serverless.models.memory.types import Check, Lease, PressureLevels
 from tests.examples import examples
 from tests.fakes.devices import FakeMemory
 from tests.patience import PATIENCE_S, start, wait_until
@@ -91,6 +92,19 @@ class WouldWait(Exception):
 
 def refuse_to_wait() -> None:
     raise WouldWait
+
+
+class BoundedLedger(Ledger):
+    """A ledger with which a job that would wait for ever fails."""
+
+    def acquire(self, model: Any, check: Check = lambda: None, shape: Hashable = None) -> Lease:
+        end = time.monotonic() + PATIENCE_S
+
+        def check_time() -> None:
+            assert time.monotonic() < end, "the job got no model"
+            check()
+
+        return super().acquire(model, check_time, shape)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -188,7 +202,7 @@ class LedgerMachine(RuleBasedStateMachine):
             pytest.fail("move requests without end")
         for model in self.models:
             if model.num_bytes <= TOTAL:
-                with self.ledger.using(model):
+                with self.ledger.using(model, refuse_to_wait):
                     assert model.place == "device"
         assert self.ledger.num_waiting == 0
         assert self.ledger.free_bytes() == TOTAL - self.memory.on_device
@@ -200,7 +214,8 @@ TestLedgerMachine.settings = examples(400, stateful_step_count=40)
 
 def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device() -> None:
     memory = StrictMemory()
-    ledger, models = Ledger(memory), [StrictModel(memory, size) for size in (3, 5, 8, 13, 21)]
+    ledger = BoundedLedger(memory)
+    models = [StrictModel(memory, size) for size in (3, 5, 8, 13, 21)]
     for index, model in enumerate(models):
         ledger.register(model, f"f{index}", "wan", state="disk", is_pinned=index == 1)
     threads_before = threading.active_count()
@@ -241,7 +256,8 @@ def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device()
 def make() -> Callable[..., tuple[Ledger, list[StrictModel]]]:
     def build(*sizes: int, host: int = 100, pinned: int | None = None, **options: bool) -> Any:
         memory = StrictMemory(host=host)
-        ledger, models = Ledger(memory, **options), [StrictModel(memory, size) for size in sizes]
+        ledger = BoundedLedger(memory, **options)
+        models = [StrictModel(memory, size) for size in sizes]
         for index, model in enumerate(models):
             ledger.register(model, f"f{index}", "wan", state="disk", is_pinned=index == pinned)
         return ledger, models
