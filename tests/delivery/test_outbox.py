@@ -55,3 +55,23 @@ def test_a_job_without_a_key_does_not_choose_where_its_result_is_stored(
 
     assert outbox.keep_result(document.result(), "job-1", lambda: JOB) == key
     assert (tmp_path / key).is_file()
+
+
+@pytest.mark.parametrize(
+    ("status", "logged"), [(200, ""), (410, "job job-1 could not be announced: HTTP 410")]
+)
+def test_only_a_start_that_cannot_be_announced_is_logged(
+    status: int,
+    logged: str,
+    tmp_path: Path,
+    receiver: CallbackReceiver,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    receiver.script([status])
+    callback = Callback(receiver.callback_url, receiver.secret, policy=QUICK)
+    outbox = Outbox(callback, lambda job: DirectoryStorage(tmp_path))
+    document = Document("job-1", "worker-1", "processing")
+
+    outbox.announce(document, None, JobContext(Stop(), lambda progress: None, Bounds(60.0)))
+
+    assert "\n".join(caplog.messages) == logged

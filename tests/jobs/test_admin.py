@@ -128,6 +128,19 @@ def test_the_uptime_counts_from_the_start_of_the_worker(local: Callable[..., Loc
     assert 0 <= uptime <= time.monotonic() - before + 0.001
 
 
+def test_a_worker_without_a_ledger_has_no_device_and_no_pressure(
+    local: Callable[..., LocalWorker],
+) -> None:
+    health = local().worker.health()
+
+    assert (health["device"], health["pressure"], health["model_loaded"]) == ("none", "low", False)
+
+
+def test_status_names_the_batches_that_a_family_accepts(site: Site) -> None:
+    assert site.ask("status", target_worker="sdxl")["batch_support"] == [1, 3, 6]
+    assert site.ask("status", target_worker="chat")["batch_support"] == [1]
+
+
 def test_memory_status_has_the_specifications_words(site: Site) -> None:
     status = site.ask("memory_status")
 

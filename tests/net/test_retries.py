@@ -96,6 +96,13 @@ def test_a_wait_that_outlasts_the_time_left_is_not_begun() -> None:
         )
 
 
+@pytest.mark.parametrize(("drawn", "waited"), [(0.0, 0.75), (0.5, 1.0), (1.0, 1.25)])
+def test_a_wait_is_drawn_from_a_quarter_below_its_length_to_a_quarter_above(
+    drawn: float, waited: float
+) -> None:
+    assert Retry(base_s=1.0).wait_s(1, draw=lambda: drawn) == waited
+
+
 @given(st.integers(1, 100_000), st.floats(0, 1), st.none() | st.floats(0, 1e9))
 def test_a_wait_is_never_negative_nor_above_its_limit(
     failures: int, drawn: float, asked: float | None

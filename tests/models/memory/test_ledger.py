@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ourvidz_serverless.errors import ModelLoadError, OutOfMemory
+from ourvidz_serverless.models.memory import ledger as ledger_module
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
 from ourvidz_serverless.models.memory.types import Check, Lease, PressureLevels
 from tests.examples import examples
@@ -208,10 +209,6 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.free_bytes() == TOTAL - self.memory.on_device
 
 
-TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = examples(400, stateful_step_count=40)
-
-
 def test_jobs_on_eight_threads_neither_deadlock_nor_leak_nor_exceed_the_device() -> None:
     memory = StrictMemory()
     ledger = BoundedLedger(memory)
@@ -338,6 +335,42 @@ def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(
     assert places(models) == ["device", "device"]
     with ledger.using(models[0], shape="large"):
         assert places(models) == ["device", "host"]
+
+
+def test_the_shape_that_was_measured_longest_ago_is_forgotten_first(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_SHAPES", 2)
+    ledger, models = make(10)
+
+    for shape in ("a", "b", "a", "c"):
+        with ledger.using(models[0], shape=shape) as lease:
+            lease.measured_bytes = 1
+
+    assert list(ledger.report()[0].working_bytes) == ["a", "c"]
+
+
+def test_a_model_is_tried_though_another_process_holds_the_memory_that_it_needs(
+    make: Any,
+) -> None:
+    ledger, models = make(14, 10)
+    use(ledger, models[1])
+    models[0].memory.change(working=12)
+
+    with pytest.raises(AssertionError, match="over the device's size"):
+        ledger.acquire(models[0], refuse_to_wait)
+    assert places(models) == ["host", "host"]
+
+
+def test_the_largest_model_may_take_what_others_leave_and_what_loaded_models_hold(
+    make: Any,
+) -> None:
+    ledger, models = make(10, 8)
+    models[0].memory.change(working=4)
+    assert ledger.max_model_bytes == TOTAL - 4
+
+    use(ledger, models[0])
+    assert ledger.max_model_bytes == TOTAL - 4
 
 
 def test_memory_that_two_jobs_took_together_is_not_booked_for_one(make: Any) -> None:
@@ -502,3 +535,9 @@ def test_pressure_has_four_levels(used: float, name: str) -> None:
             return round(self.total_bytes * (1 - used))
 
     assert Ledger(Used(1000), PressureLevels()).pressure == name
+
+
+# At the end of the file: if a test above fails too, it says in a second what this one says after
+# minutes, in which hypothesis looks for the shortest run of operations that fails.
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = examples(400, stateful_step_count=40)
