@@ -81,6 +81,17 @@ def test_the_line_has_the_hashes_of_the_texts_and_of_the_stored_files(
             {},
             {"code": "CONTENT_REFUSED", "consent": "missing", "content": "passed", "adult": True},
         ),
+        (
+            {
+                "content_type": "nsfw",
+                "metadata": {
+                    "reference_image_url": "data:image/png;base64,AAAA",
+                    "reference_consent": True,
+                },
+            },
+            {},
+            {"consent": "given", "content": "passed", "adult": True},
+        ),
     ],
 )
 def test_a_job_that_ends_early_writes_one_line(

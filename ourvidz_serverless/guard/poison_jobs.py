@@ -47,8 +47,9 @@ class PoisonJobs:
                 tempfile.TemporaryFile(dir=folder).close()
                 self._remove_old_marks()
         except OSError as exc:
-            why = exc.strerror or type(exc).__name__
-            raise ModelLoadError(f"POISON_DIR: the folder cannot be used: {why}") from exc
+            raise ModelLoadError(
+                f"POISON_DIR: the folder cannot be used: {exc.strerror}"
+            ) from exc
 
     def mark_started(self, identity: Identity) -> None:
         """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""

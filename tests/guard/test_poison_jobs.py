@@ -2,8 +2,8 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from ourvidz_serverless.errors import OutOfMemory
 from ourvidz_serverless.guard.poison_jobs import MAX_MARK_AGE_S, PoisonJobs
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
+from tests import patience
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.patience import PATIENCE_S
 from tests.servers.handler import failure, start
@@ -46,12 +47,11 @@ def die(at: LocalWorker, times: int) -> None:
 
 def test_only_a_running_job_has_a_mark(at: LocalWorker) -> None:
     at.fake_sdxl.hold()
-    with ThreadPoolExecutor() as threads:
-        running = threads.submit(at.run)
-        assert at.fake_sdxl.at_step.wait(PATIENCE_S)
-        running_marks = marks(at)
-        at.fake_sdxl.go_on.set()
-        running.result(PATIENCE_S)
+    running = patience.start(at.run)
+    assert at.fake_sdxl.at_step.wait(PATIENCE_S)
+    running_marks = marks(at)
+    at.fake_sdxl.go_on.set()
+    running.result(PATIENCE_S)
 
     assert list(running_marks.values()) == [1]
     assert marks(at) == {}
@@ -103,6 +103,22 @@ def test_a_refusal_for_another_reason_keeps_the_mark(at: LocalWorker) -> None:
     at.run(sdxl_payload(prompt="nude child"))
 
     assert list(marks(at).values()) == [1]
+
+
+def test_a_job_is_marked_although_another_worker_removes_its_old_mark(tmp_path: Path) -> None:
+    identity = Envelope.of({"input": sdxl_payload()}).identity
+
+    def clock() -> float:
+        for mark in tmp_path.iterdir():
+            mark.unlink()
+        return time.time() + MAX_MARK_AGE_S + 60
+
+    jobs = PoisonJobs(tmp_path, clock)
+    PoisonJobs(tmp_path).mark_started(identity)
+
+    jobs.mark_started(identity)
+
+    assert [mark.stat().st_size for mark in tmp_path.iterdir()] == [1]
 
 
 def test_old_marks_are_removed_at_the_start(tmp_path: Path) -> None:
@@ -158,7 +174,7 @@ def test_a_third_process_refuses_a_job_that_killed_two(tmp_path: Path) -> None:
                 before = len(platform.updates("poison"))
                 platform.wait_for_updates("poison", before + 1)
                 os.kill(process.pid, signal.SIGKILL)
-                assert process.wait() == -signal.SIGKILL
+                assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
         with start(platform, **env):
             platform.submit(sdxl_payload(**LONG), id="poison")

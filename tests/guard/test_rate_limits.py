@@ -159,6 +159,13 @@ def test_a_count_in_redis_without_an_expiry_gets_one_again(
     assert redis.call("TTL", "ourvidz:sdxl:user:a:60") > 0
 
 
+def test_the_wait_for_a_window_that_redis_has_just_closed_is_zero(
+    rest_server: RedisRestServer,
+) -> None:
+    # Redis removes a key whose window has no length, before it answers how long the key lives.
+    assert redis_counter(rest_server).count("user:a", 0) == (1, 0.0)
+
+
 def test_the_number_of_windows_in_memory_is_bounded() -> None:
     counter = MemoryCounter()
 

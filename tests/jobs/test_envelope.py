@@ -47,6 +47,14 @@ def test_a_payload_is_parsed_once() -> None:
     assert envelope.job(Settings()) is envelope.job(Settings())
 
 
+def test_the_job_of_a_payload_that_was_not_parsed_yet_is_read() -> None:
+    envelope = Envelope.of({"input": sdxl_payload()})
+
+    read = envelope.job_or_none(Settings())
+
+    assert read is not None and read is envelope.job(Settings())
+
+
 # --- its type and id ---
 
 

@@ -150,6 +150,14 @@ def test_a_scheduler_may_have_any_spelling_of_its_name(spelling: str) -> None:
     assert sdxl(config={"scheduler": spelling}).config.scheduler == "dpmpp_2m_karras"
 
 
+def test_a_job_that_says_nothing_else_asks_for_one_png_of_1024_pixels_square() -> None:
+    config = sdxl(config=dict.fromkeys(sdxl_payload()["config"])).config
+
+    assert config.resolution == (1024, 1024)
+    assert (config.num_images, config.guidance_scale) == (1, 7.0)
+    assert (config.output_format, config.quality) == ("png", 95)
+
+
 def test_resolution_is_width_by_height() -> None:
     assert sdxl(config={"resolution": "1024x576"}).config.resolution == (1024, 576)
 
@@ -257,6 +265,14 @@ def test_compel_weights_need_compel_enabled() -> None:
         (
             {"config": {"guidance_scale": float("nan")}},
             "config.guidance_scale: Input should be a finite number",
+        ),
+        (
+            {"config": {"loras": [{"name": "ink", "scale": 2.1}]}},
+            "config.loras.0.scale: Input should be less than or equal to 2",
+        ),
+        (
+            {"config": {"loras": [{"name": "ink", "scale": -2.1}]}},
+            "config.loras.0.scale: Input should be greater than or equal to -2",
         ),
         ({"config": {"seed": -1}}, "config.seed: Input should be greater than or equal to 0"),
         ({"config": {"seed": 2**31}}, "config.seed: Input should be less than 2147483648"),

@@ -116,6 +116,26 @@ def test_a_reference_that_may_change_more_goes_to_the_ip_adapter(
     assert isinstance(reference, IpAdapterImage)
 
 
+@pytest.mark.parametrize(
+    ("asked", "scale"),
+    [
+        ({"reference_type": "style"}, 1.0),
+        ({"reference_type": "composition"}, 1.0),
+        ({"reference_type": "character"}, 0.6),
+        ({"reference_type": "style", "reference_strength": 0.75}, 0.75),
+        ({"reference_type": "character", "denoise_strength": 0.75}, 0.25),
+    ],
+)
+def test_the_ip_adapter_has_the_strength_that_the_job_asks_to_keep_or_its_types_own(
+    local: MakeLocal, asked: dict[str, Any], scale: float
+) -> None:
+    model = AdaptedSdxl()
+
+    reference, _ = used_reference(model, local(fake_sdxl=model), **asked)
+
+    assert reference.scale == pytest.approx(scale)
+
+
 # --- a stop ---
 
 

@@ -172,6 +172,7 @@ def test_a_videos_metadata_equals_what_its_file_has(run_job: Any) -> None:
         stream = file.streams.video[0]
         assert (facts["width"], facts["height"]) == (stream.width, stream.height) == (96, 64)
         assert facts["frame_num"] == stream.frames == 5
+        assert (facts["batch_size"], facts["asset_index"]) == (1, 0)
         assert facts["fps"] == stream.average_rate == 12
         assert facts["duration_seconds"] == pytest.approx(5 / 12, abs=1e-3)
     assert facts["file_size_bytes"] == len(data)

@@ -50,7 +50,7 @@ def test_the_warm_up_of_chat_generates_with_each_model(
 ) -> None:
     chat = load(chat_settings(tmp_path, warm_up="always"))["chat"]
 
-    assert [model.engine.num_forwards > 0 for model in set(chat.models.values())] == [True]
+    assert [model.engine.num_computed > 0 for model in set(chat.models.values())] == [True]
     assert "chat is warm after" in log.text
 
 

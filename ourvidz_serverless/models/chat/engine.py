@@ -79,7 +79,7 @@ class Engine:
         capture: Capture | None = None,
     ) -> None:
         self.limits = limits or EngineLimits()
-        self.num_forwards = self.num_computed = 0
+        self.num_computed = 0
         norms.fuse(network)
         #: The network without its last layer, from token ids to hidden states.
         self.decoder = network.base_model
@@ -260,7 +260,6 @@ class Engine:
         ]
         ids = [[each.ids[at] for at in row] for each, row in zip(batch, positions, strict=True)]
 
-        self.num_forwards += 1
         view = self._cache.view(rows, positions)
         return self._hidden_states(to_device_async(ids, self._device.name), view)
 

@@ -279,12 +279,40 @@ def test_a_shared_beginning_that_is_too_long_to_keep_displaces_no_other() -> Non
     assert [each.num_reused for each in [*kept, again]] == [60, 0, 100]
 
 
-def rows_of_each_forward(network: Any) -> list[int]:
-    """Filled with the number of requests of each forward of the network."""
+def test_a_shared_prefix_that_is_longer_than_a_chunk_is_kept_whole() -> None:
+    own = tiny_chat_model(prefill_tokens=40)
+    asked = [new_generation(own, "hello", shared="a" * 60) for _ in range(2)]
+    for each in asked:
+        text_of(own.engine, each)
+
+    assert [each.num_reused for each in asked] == [0, 60]
+
+
+def test_requests_that_wait_for_a_shared_prefix_are_computed_together_in_the_next_step() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network)
+    gate = Gate(steps=1)
+    running = new_generation(own, "hello", check=gate, max_tokens=20)
+    own.engine.submit(running)
+    until(lambda: gate.is_blocking)
+    prefills = rows_of_each_forward(network, least_tokens=2)
+    asked = [new_generation(own, text, shared=SYSTEM) for text in ("one", "two", "six")]
+    for each in asked:
+        own.engine.submit(each)
+    gate.open()
+
+    assert all(rest_of(each) for each in [running, *asked])
+    assert prefills == [1, 3]
+
+
+def rows_of_each_forward(network: Any, least_tokens: int = 1) -> list[int]:
+    """Filled with the number of requests of each forward of that many tokens a request."""
     rows: list[int] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        rows.append(kwargs["input_ids"].shape[0])
+        num_rows, num_tokens = kwargs["input_ids"].shape
+        if num_tokens >= least_tokens:
+            rows.append(num_rows)
 
     network.base_model.register_forward_pre_hook(note, with_kwargs=True)
     return rows

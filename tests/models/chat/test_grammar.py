@@ -7,7 +7,7 @@ import pytest
 
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.models.chat.model import Chat
-from tests.fakes.tiny_chat import ask, tiny_chat
+from tests.fakes.tiny_chat import ask, rest_of, tiny_chat, until
 
 MESSAGES = [("system", "You are brief."), ("user", "What is rain?")]
 
@@ -39,7 +39,7 @@ def chat() -> Chat:
 def test_a_reply_fits_its_schema_at_any_temperature(chat: Chat, temperature: float) -> None:
     made = ask(chat, *MESSAGES, schema=SCHEMA, max_tokens=100, temperature=temperature, seed=3)
 
-    reply = json.loads("".join(made))
+    reply = json.loads(rest_of(made))
 
     assert reply["a"] in ("x", "y")
     assert isinstance(reply["b"], bool)
@@ -76,5 +76,21 @@ def test_a_schema_that_is_too_complex_ends_only_its_own_reply(
     too_complex = ask(chat, *MESSAGES, schema=schema, max_tokens=150, temperature=0)
 
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
-        "".join(too_complex)
-    assert json.loads("".join(other))
+        rest_of(too_complex)
+    assert json.loads(rest_of(other))
+
+
+def test_a_reply_that_its_schema_ends_leaves_the_batch_before_anybody_reads_its_error(
+    chat: Chat,
+) -> None:
+    schema = {
+        "type": "array",
+        "prefixItems": [{"const": 1}, {"type": "string", "pattern": PATTERN}],
+    }
+    engine = chat.models["qwen_instruct"].engine
+
+    ended = ask(chat, *MESSAGES, schema={**schema, "minItems": 2}, max_tokens=150, temperature=0)
+
+    until(lambda: ended.generation.num_completion > 0 and engine.num_running == 0)
+    with pytest.raises(InvalidPrompt):
+        rest_of(ended)
