@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 
-from ourvidz_serverless.errors import Cancelled, InternalError, OutOfMemory
+from ourvidz_serverless.errors import Cancelled, InternalError, InvalidPrompt, OutOfMemory
 from ourvidz_serverless.models.chat import batch_limit, sampling
 from ourvidz_serverless.models.chat.engine import Engine
 from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
 from ourvidz_serverless.models.chat.model import ChatModel
+from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.device import Device
 from tests.fakes.tiny_chat import (
     CPU,
@@ -30,6 +31,7 @@ from tests.fakes.tiny_chat import (
     tiny_tokenizer,
     until,
 )
+from tests.patience import PATIENCE_S, start
 
 PROMPTS = [f"question {i} " + "and so on " * (i % 7) for i in range(50)]
 LENGTHS = [3 + i % 23 for i in range(50)]
@@ -160,7 +162,7 @@ def test_a_cancelled_request_ends_at_the_next_token(model: ChatModel) -> None:
     stopped = new_generation(model, "hello", check=gate, max_tokens=400)
     model.engine.submit(stopped)
     pieces = iter(stopped)
-    next(pieces)
+    start(next, pieces).result(PATIENCE_S)
     gate.is_cancelled = True
     gate.open()
 
@@ -194,7 +196,7 @@ def test_a_request_ends_when_nobody_reads_its_reply(model: ChatModel) -> None:
     generation = new_generation(model, "hello", check=gate, max_tokens=400)
     model.engine.submit(generation)
     pieces = iter(generation)
-    next(pieces)
+    start(next, pieces).result(PATIENCE_S)
     pieces.close()
     gate.open()
 
@@ -500,6 +502,22 @@ def test_an_out_of_memory_frees_the_shared_prefixes_too() -> None:
     text_of(own.engine, later := new_generation(own, "x", shared=SYSTEM))
 
     assert later.num_reused == 0
+
+
+def test_a_request_that_fails_leaves_the_batch_before_anybody_reads_its_error(
+    model: ChatModel,
+) -> None:
+    def refuse(ids: Any) -> str:
+        raise InvalidPrompt("no letters")
+
+    prompt, sampling = model.tokenizer.encode("hello"), SamplingParams(max_tokens=400)
+    failed = Generation(prompt, sampling, refuse)
+    model.engine.submit(failed)
+
+    until(lambda: failed.num_completion > 0 and model.engine.num_running == 0)
+    assert failed.num_completion == 1
+    with pytest.raises(InvalidPrompt):
+        rest_of(failed)
 
 
 def test_after_a_bug_the_next_request_is_answered() -> None:

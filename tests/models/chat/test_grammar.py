@@ -7,7 +7,7 @@ import pytest
 
 from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.models.chat.model import Chat
-from tests.fakes.tiny_chat import ask, rest_of, tiny_chat, until
+from tests.fakes.tiny_chat import ask, rest_of, tiny_chat
 
 MESSAGES = [("system", "You are brief."), ("user", "What is rain?")]
 
@@ -78,19 +78,3 @@ def test_a_schema_that_is_too_complex_ends_only_its_own_reply(
     with pytest.raises(InvalidPrompt, match=r"^response_format: .* too complex"):
         rest_of(too_complex)
     assert json.loads(rest_of(other))
-
-
-def test_a_reply_that_its_schema_ends_leaves_the_batch_before_anybody_reads_its_error(
-    chat: Chat,
-) -> None:
-    schema = {
-        "type": "array",
-        "prefixItems": [{"const": 1}, {"type": "string", "pattern": PATTERN}],
-    }
-    engine = chat.models["qwen_instruct"].engine
-
-    ended = ask(chat, *MESSAGES, schema={**schema, "minItems": 2}, max_tokens=150, temperature=0)
-
-    until(lambda: ended.generation.num_completion > 0 and engine.num_running == 0)
-    with pytest.raises(InvalidPrompt):
-        rest_of(ended)
