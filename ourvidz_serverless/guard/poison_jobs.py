@@ -47,9 +47,7 @@ class PoisonJobs:
                 tempfile.TemporaryFile(dir=folder).close()
                 self._remove_old_marks()
         except OSError as exc:
-            raise ModelLoadError(
-                f"POISON_DIR: the folder cannot be used: {exc.strerror}"
-            ) from exc
+            raise ModelLoadError(f"POISON_DIR: the folder cannot be used: {exc.strerror}") from exc
 
     def mark_started(self, identity: Identity) -> None:
         """Mark a job as begun; raises InvalidPrompt for one that killed its process twice."""
