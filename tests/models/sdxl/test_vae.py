@@ -64,9 +64,15 @@ def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
     return tiny_sdxl.render(model, prompt, **{"size": (128, 64), **changes})
 
 
-def latent_of(model: SdxlModel, seed: int = 3, side: int = 128) -> torch.Tensor:
-    """The denoised latent (4, side / 8, side / 8) of an image."""
-    return presets.latent_of(model, seed, side, steps=10)
+def denoised(model: SdxlModel, side: int) -> list[torch.Tensor]:
+    """Four denoised latents (4, side / 8, side / 8), which the UNet made."""
+    return [presets.latent_of(model, seed, side, steps=10) for seed in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def latents(equipped: SdxlModel) -> list[torch.Tensor]:
+    """In fp32: those of a model in fp16 are the same but for their rounding."""
+    return denoised(equipped, side=128)
 
 
 def counted() -> tuple[Device, CountedMemory]:
@@ -117,13 +123,12 @@ def test_without_a_tiny_vae_a_fast_job_decodes_with_the_vae(sdxl: Any, calls: An
 # Measured: 28.4 and 33.6 dB, of latents that the UNet made.
 @pytest.mark.parametrize(("side", "least_db"), [(128, 27), (256, 32)])
 def test_an_image_of_the_tiny_vae_is_near_that_of_the_vae(
-    equipped: SdxlModel, side: int, least_db: float
+    equipped: SdxlModel, latents: list[torch.Tensor], side: int, least_db: float
 ) -> None:
     own = decoders.in_bf16(equipped.networks.vae, equipped.device)
     likeness = []
 
-    for seed in (1, 2, 3, 4):
-        latent = latent_of(equipped, seed, side)
+    for latent in latents if side == 128 else denoised(equipped, side):
         exact, tiny = (
             equipped.decode(by, latent, USUAL) for by in (own, equipped.networks.tiny_vae)
         )
@@ -132,8 +137,10 @@ def test_an_image_of_the_tiny_vae_is_near_that_of_the_vae(
     assert np.mean(likeness) > least_db
 
 
-def test_the_tiny_vae_decodes_as_diffusers_pipelines_do(equipped: SdxlModel) -> None:
-    latent = latent_of(equipped)
+def test_the_tiny_vae_decodes_as_diffusers_pipelines_do(
+    equipped: SdxlModel, latents: list[torch.Tensor]
+) -> None:
+    latent = latents[0]
     theirs = AutoencoderTiny.from_pretrained(TINY, local_files_only=True, torch_dtype=torch.float32)
 
     with torch.inference_mode():
@@ -295,12 +302,13 @@ def test_an_exact_job_decodes_in_fp32_before_and_after_a_job_in_bf16(
     assert [each.data_ptr() for each in wide.networks.vae.parameters()] == weights
 
 
-def test_an_image_decoded_in_bf16_is_within_a_grey_level_of_the_exact_one(wide: SdxlModel) -> None:
+def test_an_image_decoded_in_bf16_is_within_a_grey_level_of_the_exact_one(
+    wide: SdxlModel, latents: list[torch.Tensor]
+) -> None:
     exact = decoders.Vae(wide.networks.vae, wide.device, torch.float32)
     narrow = decoders.in_bf16(wide.networks.vae, wide.device)
 
-    for seed in (1, 2, 3, 4):
-        latent = latent_of(wide, seed)
+    for latent in (each.half() for each in latents):
         usual = wide.decode(exact, latent, USUAL)
         # An error of one grey level, as a root of the mean of squares, is 48.1 dB.
         assert psnr(usual, wide.decode(narrow, latent, USUAL)) > 48.1
@@ -340,8 +348,10 @@ def test_a_vae_decodes_in_bf16_only_if_it_is_wider_than_the_model(
     assert chosen.dtype == (torch.bfloat16 if acts else network.dtype)
 
 
-def test_a_decode_that_fails_leaves_the_weights_as_they_were(wide: SdxlModel) -> None:
-    narrow, latent = decoders.in_bf16(wide.networks.vae, wide.device), latent_of(wide)
+def test_a_decode_that_fails_leaves_the_weights_as_they_were(
+    wide: SdxlModel, latents: list[torch.Tensor]
+) -> None:
+    narrow, latent = decoders.in_bf16(wide.networks.vae, wide.device), latents[0].half()
 
     def no_room(*_: Any) -> None:
         raise OutOfMemory("no room")
