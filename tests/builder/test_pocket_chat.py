@@ -42,7 +42,7 @@ def test_the_pocket_model_answers_a_chat_with_a_history(chat: Any) -> None:
 def test_the_pocket_model_enhances_a_prompt(chat: Any) -> None:
     asked = "Rewrite this image prompt with more visual detail: a lake at dawn"
 
-    reply = answer(chat, ("user", asked), max_tokens=60, temperature=0.7, top_p=0.9, seed=1)
+    reply = answer(chat, ("user", asked), max_tokens=30, temperature=0.7, top_p=0.9, seed=1)
 
     assert len(reply.split()) > 10
     assert "dawn" in reply or "lake" in reply
@@ -89,7 +89,7 @@ def test_sixteen_requests_at_once_get_the_replies_that_each_gets_alone(chat: Any
     def make(at: int) -> Any:
         texts = f"Tell me one fact about the number {at}."
         shared = "".join(f"{SYSTEM}\n" for _ in range(at % 3))
-        return new_generation(model, texts, shared=shared, max_tokens=10)
+        return new_generation(model, texts, shared=shared, max_tokens=6)
 
     alone = [text_of(model.engine, make(at)) for at in range(16)]
 
@@ -106,7 +106,7 @@ def test_replayed_replies_are_the_same_as_computed_replies(chat: Any) -> None:
 
     def replies(model: ChatModel) -> list[str]:
         asked = [
-            new_generation(model, text, max_tokens=14, **each)
+            new_generation(model, text, max_tokens=8, **each)
             for text, each in zip(beginnings, rules, strict=True)
         ]
         return texts_of(model.engine, asked)
