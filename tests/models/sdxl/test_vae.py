@@ -61,7 +61,7 @@ def calls() -> Callable[[Any], list[Any]]:
 
 def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
     prompt = "a red circle on a blue background"
-    return tiny_sdxl.render(model, prompt, **{"size": (128, 64), **changes})
+    return tiny_sdxl.render(model, prompt, **{"size": (128, 64), "steps": 4, **changes})
 
 
 def denoised(model: SdxlModel, side: int) -> list[torch.Tensor]:
