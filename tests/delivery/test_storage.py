@@ -324,6 +324,13 @@ def test_an_s3_endpoint_that_is_no_url_is_refused_with_its_field_named(
         job_storage(own_bucket(s3, endpoint), "us-east-1")
 
 
+def test_a_bucket_whose_host_has_no_address_yet_is_not_refused(s3: SeaweedServer) -> None:
+    store = job_storage(own_bucket(s3, "https://store.invalid"), "us-east-1")
+
+    with pytest.raises(UploadError):
+        upload(store, "own/bucket/2.png", b"x", "image/png", QUICK)
+
+
 def test_no_upload_connects_to_a_host_whose_name_later_means_an_inner_address(
     s3: SeaweedServer,
 ) -> None:
@@ -377,6 +384,18 @@ def test_everybody_may_read_a_stored_file_and_only_its_owner_may_write_it(tmp_pa
     DirectoryStorage(tmp_path).put("user/job/0.png", b"picture", "image/png")
 
     assert stat.filemode((tmp_path / "user/job/0.png").stat().st_mode) == "-rw-r--r--"
+
+
+def test_no_file_outside_the_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    (tmp_path / "assets/user").mkdir(parents=True)
+    (tmp_path / "assets/user/0.png").write_bytes(b"x")
+    (tmp_path / "assets/link").symlink_to(tmp_path / "secret")
+    store = DirectoryStorage(tmp_path / "assets")
+
+    assert store.find("user/0.png") == tmp_path / "assets/user/0.png"
+    for key in ("../secret", str(tmp_path / "secret"), "link", "user", "none", "\0", "x" * 999):
+        assert store.find(key) is None
 
 
 def test_a_file_that_cannot_be_stored_leaves_no_temporary_file(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Site:
             "api_key": key,
             "config": {"operation": operation, **config},
         }
-        return self.at.run(payload, stop=Stop())
+        return start(self.at.run, payload, stop=Stop()).result(PATIENCE_S)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ourvidz_serverless.models.memory import ledger as ledger_module
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
 from ourvidz_serverless.models.memory.types import Check, Lease, PressureLevels
 from tests.examples import examples
-from tests.fakes.devices import FakeMemory
+from tests.fakes.devices import FakeMemory, FakeModel
 from tests.patience import PATIENCE_S, start, wait_until
 
 TOTAL = 24
@@ -451,6 +451,61 @@ def test_a_move_of_a_model_that_is_larger_than_the_device_is_refused(make: Any) 
     ledger, _ = make(TOTAL + 1)
 
     assert ledger.request_move("f0", "device").error == "it is larger than the device"
+
+
+def test_a_model_that_fills_the_device_is_served(make: Any) -> None:
+    ledger, models = make(TOTAL)
+
+    use(ledger, models[0])
+
+    assert places(models) == ["device"]
+
+
+def test_where_the_device_is_the_host_a_model_may_take_all_of_it(make: Any) -> None:
+    ledger, models = make(10)
+    use(ledger, models[0])
+    models[0].memory.is_host = True
+    models[0].memory.change(working=4)
+
+    assert ledger.max_model_bytes == TOTAL
+
+
+def test_a_model_without_a_file_goes_to_the_host_even_if_the_host_is_full() -> None:
+    memory = FakeMemory(TOTAL, host_bytes=0)
+    ledger, model, other = BoundedLedger(memory), FakeModel(14, memory), FakeModel(14, memory)
+    model.is_on_disk = False
+    for name, each in (("made", model), ("read", other)):
+        ledger.register(each, name, "wan")
+
+    for each in (model, other, model):
+        with ledger.using(each):
+            pass
+
+    assert (model.place, other.place) == ("device", "disk")
+    ledger.evict_idle(other)
+    assert model.place == "host"
+
+
+def test_an_eviction_after_an_out_of_memory_waits_for_the_move_that_has_begun(make: Any) -> None:
+    ledger, models = make(10, 10)
+    moving, go_on = threading.Event(), threading.Event()
+    to_device = models[1].to_device
+
+    def to_device_later() -> None:
+        moving.set()
+        go_on.wait(PATIENCE_S)
+        to_device()
+
+    models[1].to_device = to_device_later
+    use(ledger, models[0])
+    ledger.prefetch(models[1])
+    assert moving.wait(PATIENCE_S)
+
+    evicting = start(ledger.evict_idle, models[0])
+    go_on.set()
+
+    assert evicting.result(PATIENCE_S) == 10
+    assert places(models) == ["device", "host"]
 
 
 def test_a_model_larger_than_the_device_is_refused_with_both_sizes(make: Any) -> None:
