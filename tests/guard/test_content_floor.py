@@ -266,6 +266,24 @@ def test_a_word_without_signs_is_not_read_with_other_strokes(text):
     assert content_floor.check(text).signs == Signs(False, False)
 
 
+def test_an_age_may_have_a_zero_before_it():
+    assert content_floor.check("a girl, 08 years old").signs.minor
+
+
+@pytest.mark.parametrize("text", ["a k1d!", "a k1d!!", "|k1d|"])
+def test_punctuation_around_a_disguised_word_does_not_hide_it(text):
+    assert content_floor.check(text).signs.minor
+
+
+@pytest.mark.parametrize("text", ["kidgirl", "girlkid"])
+def test_a_word_of_three_letters_is_read_at_both_ends_of_a_glued_one(text):
+    assert content_floor.check(text).signs.minor
+
+
+def test_numbers_alone_are_no_words():
+    assert content_floor.check("455 of 717, 5008").signs == Signs(False, False)
+
+
 @pytest.mark.parametrize("start", ["13,", "13 years,", "of 13,", "of 13 years,"])
 def test_a_number_at_the_start_of_a_text_is_no_age_of_a_person_at_its_end(start):
     assert not content_floor.check(f"{start} a street, a woman").signs.minor
@@ -282,6 +300,15 @@ def test_a_number_at_the_end_of_a_text_changes_no_age_at_its_start(start):
 @pytest.mark.parametrize("noun", sorted(content_lexicon.MATERIAL_WORDS))
 def test_a_clause_that_forbids_sexual_material_has_no_sexual_sign(noun):
     assert not content_floor.check(f"A forecast with no sexual {noun}.").signs.sexual
+
+
+@pytest.mark.parametrize("noun", sorted(content_lexicon.MATERIAL_WORDS))
+def test_a_clause_hides_no_other_sign_before_the_name_of_a_material(noun):
+    assert content_floor.check(f"A forecast with no erotic {noun}.").signs.sexual
+
+
+def test_two_denials_forbid_as_one_does():
+    assert not content_floor.check("cannot and never depict minors", adult=True).refused
 
 
 def test_a_negation_before_another_sexual_thing_hides_no_sexual_sign():
