@@ -106,6 +106,14 @@ def test_cached_prefixes_take_a_part_of_the_cached_tokens(place: str) -> None:
     assert 0 < chosen.prefix_tokens <= chosen.kv_tokens / 3
 
 
+def test_a_model_claims_the_memory_of_its_prefixes_beside_that_of_its_cache(place: str) -> None:
+    def reserved(prefix_tokens: int) -> int:
+        chat = load(place, 6, chat_kv_tokens=1024, chat_prefix_tokens=prefix_tokens)
+        return sum(row.reserved_bytes for row in chat.ledger.report())
+
+    assert reserved(512) == 1.5 * reserved(0) > 0
+
+
 def test_a_cache_setting_that_does_not_fit_fails_the_start(place: str) -> None:
     with pytest.raises(ModelLoadError, match=r"^CHAT_KV_TOKENS: 1000000 tokens do not fit"):
         load(place, 6, chat_kv_tokens=1_000_000)
