@@ -373,6 +373,15 @@ def test_the_largest_model_may_take_what_others_leave_and_what_loaded_models_hol
     assert ledger.max_model_bytes == TOTAL - 4
 
 
+def test_memory_that_a_job_will_take_is_given_to_no_other_model(make: Any) -> None:
+    ledger, models = make(10, 10)
+    with ledger.using(models[0], shape="large") as lease:
+        lease.measured_bytes = 8
+
+    with ledger.using(models[0], shape="large"), pytest.raises(WouldWait):
+        ledger.acquire(models[1], refuse_to_wait)
+
+
 def test_memory_that_two_jobs_took_together_is_not_booked_for_one(make: Any) -> None:
     ledger, models = make(10, 10)
     use(ledger, *models)
