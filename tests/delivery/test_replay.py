@@ -186,4 +186,5 @@ def test_replay_explains_itself() -> None:
 def test_replay_needs_a_callback_url(tmp_path: Path, receiver: CallbackReceiver) -> None:
     run = replay(tmp_path, receiver, CALLBACK_URL="")
 
+    assert run.returncode == 1
     assert run.stderr == "cannot replay: CALLBACK_URL: Field required\n"
