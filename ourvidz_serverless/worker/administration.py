@@ -149,6 +149,7 @@ class Administration:
         return {
             "worker_id": self._worker_id,
             "families": list(self._families),
+            "models": self._main_models(),
             "job_types": [*types, "admin_utilities"],
             "operations": list(OPERATIONS),
             "concurrency": self._settings.resolved_concurrency,
@@ -156,6 +157,14 @@ class Administration:
             "device": self._device_name,
             "version": __version__,
         }
+
+    def _main_models(self) -> dict[str, str]:
+        """The name of each family's main weights: `pocket`, or the last part of their place."""
+        settings = {name: FAMILIES[name].main_setting for name in self._families}
+        places = {
+            name: setting and self._settings.value_of(setting) for name, setting in settings.items()
+        }
+        return {name: Path(place).name for name, place in places.items() if place}
 
     def _enhancement_info(self, job: AdminJob) -> dict[str, Any]:
         settings, has_chat = self._settings, "chat" in self._families

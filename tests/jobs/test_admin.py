@@ -194,6 +194,12 @@ def test_enhancement_info_lists_the_chat_models_and_capabilities(site: Site) -> 
     assert set(info["capabilities"]) == set(SPECIFICATION["capabilities"])
 
 
+def test_info_names_the_main_model_of_each_family(local: Callable[..., LocalWorker]) -> None:
+    site = Site(local, chat_instruct_model="/models/Qwen2.5-7B-Instruct")
+
+    assert site.ask("info")["models"] == {"sdxl": "pocket", "chat": "Qwen2.5-7B-Instruct"}
+
+
 def test_no_answer_shows_a_secret_and_debug_env_has_paths_and_versions_only(
     local: Callable[..., LocalWorker],
 ) -> None:

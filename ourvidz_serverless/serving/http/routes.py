@@ -165,7 +165,7 @@ async def job(job_id: str, request: Request, service: Service, user_id: User = N
 async def job_events(
     job_id: str, request: Request, service: Service, user_id: User = None
 ) -> Response:
-    """A job's progress and its end, as server-sent events."""
+    """A job's status, its progress and its end, as server-sent events."""
     return EventStream(events_of(_find(service, request, job_id, user_id)))
 
 
@@ -296,7 +296,8 @@ async def _reply(request: Request, service: HttpService, payload: Mapping[str, A
     # is already complete is sent as events all the same.
     if record.document and (record.document.failure or not streams):
         return document_response(record.document, with_assets=False)
-    return EventStream(events_of(record), at_end=stop)
+    # Without `status` events: some callers read each event of a chat as a piece of its text.
+    return EventStream(events_of(record, with_status=False), at_end=stop)
 
 
 def reply_timeout_s(settings: Settings, job: Job) -> float:

@@ -391,8 +391,9 @@ def test_a_jobs_progress_and_end_are_sent_as_events(
     stream = service.get("/job/job-1/events?user_id=user-1", stream=True)
     local.fake_sdxl.go_on.set()
 
-    *progress, (name, last) = events(stream)
+    (first, status), *progress, (name, last) = events(stream)
 
+    assert (first, json.loads(status)) == ("status", {"status": "processing"})
     steps = [json.loads(data)["step"] for _, data in progress]
     assert {name for name, _ in progress} == {"progress"}
     assert steps == sorted(steps) and steps[-1] == 10
@@ -405,7 +406,7 @@ def test_a_quiet_stream_of_events_has_a_comment_now_and_then(
     monkeypatch.setattr(responses, "HEARTBEAT_S", 0.01)
 
     async def first_event() -> str:
-        return await anext(responses.events_of(JobRecord("job-1")))
+        return await anext(responses.events_of(JobRecord("job-1"), with_status=False))
 
     async def in_time() -> str:
         return await asyncio.wait_for(first_event(), PATIENCE_S)
@@ -413,13 +414,32 @@ def test_a_quiet_stream_of_events_has_a_comment_now_and_then(
     assert asyncio.run(in_time()).startswith(":")
 
 
-def test_the_first_event_of_a_late_reader_is_the_newest_progress() -> None:
-    async def first_event() -> str:
+def test_the_first_events_of_a_late_reader_are_the_status_and_the_newest_progress() -> None:
+    async def late() -> list[str]:
         record = JobRecord("job-1")
+        record.update(status="processing")
         record.update(progress={"step": 3})
-        return await anext(responses.events_of(record))
+        stream = responses.events_of(record)
+        return [await anext(stream), await anext(stream)]
 
-    assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
+    assert asyncio.run(late()) == [
+        'event: status\ndata: {"status": "processing"}\n\n',
+        'event: progress\ndata: {"step": 3}\n\n',
+    ]
+
+
+def test_a_job_that_begins_to_compute_is_told_before_its_first_step() -> None:
+    async def both() -> list[str]:
+        record = JobRecord("job-1")
+        stream = responses.events_of(record)
+        queued = await anext(stream)
+        record.update(status="processing")
+        return [queued, await anext(stream)]
+
+    assert asyncio.run(both()) == [
+        'event: status\ndata: {"status": "queued"}\n\n',
+        'event: status\ndata: {"status": "processing"}\n\n',
+    ]
 
 
 def test_a_job_can_be_cancelled(service: ServedHttp, local: LocalWorker) -> None:
