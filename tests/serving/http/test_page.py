@@ -445,12 +445,14 @@ def test_the_page_says_which_families_are_served_and_with_which_models() -> None
     workers = [
         {**all_three, "models": POCKET},
         {**all_three, "models": {**POCKET, "wan": "Wan2.1"}},
+        {"families": ["sdxl"], "models": {"sdxl": "pocket"}, "device": "cpu"},
         {"families": ["sdxl"], "models": {"sdxl": "RealVisXL"}, "device": "NVIDIA L4"},
     ]
 
     assert logic("served", workers=workers) == [
         "Serves SDXL, chat and WAN with pocket models (cpu).",
         "Serves SDXL, chat and WAN (cpu). SDXL and chat: pocket models.",
+        "Serves SDXL with a pocket model (cpu).",
         "Serves SDXL (NVIDIA L4).",
     ]
 

@@ -393,23 +393,22 @@ def test_a_start_and_an_end_frame_are_sent_and_survive_a_change_of_type(
 
 
 def test_a_large_picture_is_made_smaller_before_it_is_sent(
-    visit: Visit, service: ServedHttp
+    visit: Visit, service: ServedHttp, tmp_path: Path
 ) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (2200, 500), "orange").save(file, "PNG", compress_level=0)
+    file = tmp_path / "large.png"
+    Image.new("RGB", (2200, 500), "orange").save(file, compress_level=0)
     tab = visit(service)
     choose_small_picture(tab)
     with tab.expect_request("**/jobs") as sent:
-        large = {"name": "large.png", "mimeType": "image/png", "buffer": file.getvalue()}
-        give(tab, "choose", ".picture", large)
+        tab.set_input_files(".picture input", file)
+        tab.wait_for_selector(".picture img:visible")
         run(tab)
 
-    kind, _, data = json.loads(sent.value.post_data or "")["input"]["config"]["image"].partition(
-        ","
-    )
-    assert len(file.getvalue()) > 3_000_000 > len(data)
-    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        assert (kind, image.size) == ("data:image/jpeg;base64", (2048, 465))
+    image = json.loads(sent.value.post_data or "")["input"]["config"]["image"]
+    kind, data = image.split(",")
+    assert file.stat().st_size > 3_000_000 > len(data)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as smaller:
+        assert (kind, smaller.size) == ("data:image/jpeg;base64", (2048, 465))
     wait_for_state(tab, "Completed in")
 
 
@@ -705,6 +704,20 @@ def test_a_job_that_ended_with_its_worker_is_told(
         local.fake_sdxl.go_on.set()
 
     assert not tab.is_visible("#again")
+
+
+def test_a_stream_that_stays_open_without_a_worker_is_cut_by_the_page(
+    visit: Visit, service: ServedHttp, local: LocalWorker
+) -> None:
+    local.fake_sdxl.hold()
+    tab = visit(service)
+    choose_small_picture(tab)
+    run(tab)
+    tab.wait_for_selector("#step:has-text('step 0')")
+    tab.route("**/health", lambda route: route.abort())
+    tab.clock.fast_forward(6000)
+
+    wait_for_state(tab, "The connection was cut. The job may still run.")
 
 
 def test_a_job_over_a_slow_network_is_shown_to_its_end(visit: Visit, service: ServedHttp) -> None:

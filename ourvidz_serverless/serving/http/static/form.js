@@ -73,7 +73,7 @@ export function goOn(messages) {
   const asked = messages.at(-2)?.content;
   if (words.value === asked) words.value = typed.words = "";
   tellEarlier();
-  write();
+  if (byHand === undefined) write();
 }
 
 function fields() {

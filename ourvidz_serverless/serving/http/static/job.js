@@ -253,7 +253,7 @@ export function served({ families, models = {}, device }) {
   const all = pocket.length === families.length;
   const parts = [
     `Serves ${listed(families)}`,
-    all && " with pocket models",
+    all && ` with ${families.length > 1 ? "pocket models" : "a pocket model"}`,
     device && ` (${device})`,
   ];
   const rest = !all && pocket.length ? ` ${listed(pocket)}: pocket models.` : "";
