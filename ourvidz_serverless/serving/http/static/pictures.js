@@ -1,6 +1,6 @@
 // Pictures that a person gives: read from a file, made smaller if they are large, and shown.
 
-import { button, make } from "./dom.js";
+import { at, make } from "./dom.js";
 
 /** A file that is larger, in bytes, is made smaller. RunPod takes 10 MB of text for a request. */
 const MAX_BYTES = 3_000_000;
@@ -56,64 +56,43 @@ function dataOf(blob) {
  * removed; `pictures` has the data of every name.
  */
 export function pictureField(label, pictures, onChange) {
-  const picker = make("input", { type: "file", accept: KINDS.join(), className: "unseen" });
-  const pick = make("label", { className: "pick" });
-  pick.append(
-    picker,
-    "Choose a picture",
-    make("span", { className: "unseen", textContent: ` (${label})` }),
-  );
-  const hint = make("span", { className: "hint keys", textContent: "or drop or paste one" });
-  const thumbnail = make("img", { alt: "" });
-  const told = make("span", { className: "hint" });
-  const remove = button("Remove", () => {
-    set("");
-    picker.focus();
-  });
-  const refused = make("p", { className: "wrong" });
-  refused.setAttribute("role", "alert");
-  const empty = make("div", { className: "row" });
-  const full = make("div", { className: "row" });
-  empty.append(pick, hint);
-  full.append(thumbnail, told, remove);
-  const element = make("fieldset", { className: "picture" });
-  element.append(make("legend", { textContent: label }), empty, full, refused);
+  const element = at("picture-field").content.firstElementChild.cloneNode(true);
+  const find = (selector) => element.querySelector(selector);
+  const picker = find("input"), remove = find("button");
+  find("legend").textContent = label;
+  find(".pick .unseen").textContent = ` (${label})`;
+  remove.setAttribute("aria-label", `Remove the picture (${label})`);
 
   function show(name) {
-    empty.hidden = Boolean(name);
-    full.hidden = !name;
-    refused.textContent = "";
-    picker.value = "";
-    if (name) thumbnail.src = pictures[name];
-    else thumbnail.removeAttribute("src");
-    told.textContent = name.slice(1, -1);
-    remove.setAttribute("aria-label", `Remove the picture (${label})`);
-  }
-
-  function set(name) {
-    show(name);
-    onChange(name);
+    find(".empty").hidden = Boolean(name);
+    find(".full").hidden = !name;
+    find("img").src = pictures[name] ?? "data:,";
+    find(".full .hint").textContent = name.slice(1, -1);
+    find(".wrong").textContent = picker.value = "";
   }
 
   async function take(file) {
-    try {
-      const { data, name } = await readPicture(file);
-      const own = unusedName(name, data, pictures);
-      pictures[own] = data;
-      const hadFocus = element.contains(document.activeElement);
-      set(own);
-      if (hadFocus) remove.focus();
-    } catch (error) {
-      refused.textContent = error.message;
-    }
+    const picture = await readPicture(file).catch((error) => error);
+    if (picture instanceof Error) return find(".wrong").textContent = picture.message;
+    const name = unusedName(picture, pictures);
+    pictures[name] = picture.data;
+    const hadFocus = element.contains(document.activeElement);
+    show(name);
+    if (hadFocus) remove.focus();
+    onChange(name);
   }
 
   picker.addEventListener("change", () => picker.files.length && take(picker.files[0]));
-  return { element, show, take, isEmpty: () => full.hidden };
+  remove.addEventListener("click", () => {
+    show("");
+    picker.focus();
+    onChange("");
+  });
+  return { element, show, take, isEmpty: () => find(".full").hidden };
 }
 
 /** The name, or the name with a number if another picture has it. */
-function unusedName(name, data, pictures) {
+function unusedName({ name, data }, pictures) {
   for (let count = 1;; count++) {
     const own = count === 1 ? name : name.replace(/>$/, `, ${count}>`);
     if (!Object.hasOwn(pictures, own) || pictures[own] === data) return own;
