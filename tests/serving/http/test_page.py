@@ -427,6 +427,7 @@ def test_the_end_of_a_job_is_shown_in_words() -> None:
     failed = {"status": "failed", "error": "no room", "code": "OOM_ERROR"}
     documents = [
         {"status": "completed", "metadata": {"processing_time": 3.26}},
+        {"status": "completed", "metadata": {"processing_time": 0.023}},
         {**failed, "retryable": True},
         {**failed, "code": "INVALID_PROMPT"},
         {**failed, "code": "CANCELLED"},
@@ -434,6 +435,7 @@ def test_the_end_of_a_job_is_shown_in_words() -> None:
 
     assert logic("ending", documents=documents) == [
         "Completed in 3.3 s.",
+        "Completed in 0.02 s.",
         "Failed: no room (OOM_ERROR) You can try again.",
         "Failed: no room (INVALID_PROMPT)",
         "Stopped.",

@@ -308,6 +308,15 @@ def test_a_refusal_is_shown_in_the_workers_words(
     tab.wait_for_selector("#send:enabled")
 
 
+def test_an_administrators_answer_is_shown_at_once(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
+    choose(tab, "admin_utilities")
+    run(tab)
+
+    tab.wait_for_selector("#document:visible")
+    assert said(tab)["result"]["status"] == "healthy"
+
+
 # --- pictures that a person gives ---
 
 

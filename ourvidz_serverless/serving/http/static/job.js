@@ -243,7 +243,8 @@ export function ending({ status, code, error, retryable, metadata }) {
     return `Failed: ${error} (${code ?? "no code"})${retryable ? " You can try again." : ""}`;
   }
   const seconds = metadata?.processing_time;
-  return seconds === undefined ? "Completed." : `Completed in ${Math.round(seconds * 10) / 10} s.`;
+  if (!seconds) return "Completed.";
+  return `Completed in ${Number(seconds < 1 ? seconds.toPrecision(1) : seconds.toFixed(1))} s.`;
 }
 
 /** What the worker serves, in words. */

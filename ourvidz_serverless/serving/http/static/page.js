@@ -96,6 +96,8 @@ function spokenIn({ type = "", messages = [], prompt }) {
 async function end(result, talk, spoken) {
   remember("job", undefined);
   stage.answer(pretty(result), result.metadata?.warnings);
+  // An administrator's answer has nothing else to show.
+  at("told").open = Boolean(result.result);
   const failed = result.status === "failed";
   const words = result.response ?? result.enhanced_prompt;
   stage.say(ending(result), failed && result.code !== "CANCELLED");
@@ -170,7 +172,7 @@ function begin(words) {
   at("again").hidden = true;
   at("send").disabled = true;
   at("stop").hidden = at("stop").disabled = false;
-  if (hadFocus) at("stop").focus();
+  if (hadFocus) at("stop").focus({ preventScroll: true });
   at("head").scrollIntoView({ block: "nearest" });
 }
 
