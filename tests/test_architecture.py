@@ -1,4 +1,4 @@
-"""The structure of the package: the map of docs/architecture.md is the tree, and imports form no cycle."""
+"""docs/architecture.md: its map is the tree, its recipes work; imports form no cycle."""
 
 import ast
 import re
@@ -71,6 +71,7 @@ def test_importlib_is_used_once_for_the_table_of_families() -> None:
 
 
 # --- the recipes of docs/architecture.md, applied to a copy ---
+
 
 def applied(folder: Path, title: str) -> Path:
     """A copy of the project with the diff of a recipe."""

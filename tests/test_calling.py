@@ -64,10 +64,15 @@ class Example:
         return json.loads(body[1])["input"] if body else None
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The commands and the answers of a text, each with `sh` or `json`."""
+    return re.findall(r"^```(sh|json)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 def examples(section: str) -> list[Example]:
     text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
     found: list[Example] = []
-    for language, block in re.findall(r"^```(sh|json)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    for language, block in blocks(text):
         if language == "sh":
             found.append(Example(section, block, []))
         else:
@@ -291,3 +296,12 @@ def test_the_sdks_local_api_shows_a_failure_as_the_page_says(family: str, tmp_pa
             {"error": error},
             json.loads(error),
         )
+
+
+def test_the_example_of_the_readme_is_that_of_the_page() -> None:
+    readme = (ROOT / "README.md").read_text().split("## On RunPod")[1].split("\n## ")[0]
+    ((_, command), (_, answer)) = blocks(readme)
+    run, status, *_ = examples("A picture")
+
+    assert command == run.command.replace("/run ", "/runsync ")
+    assert json.loads(answer) == status.answers[-1]

@@ -14,7 +14,8 @@ from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "SECURITY.md", "NOTICE")),
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "NOTICE", "CHANGELOG.md")),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "AGENTS.md")),
     *sorted(ROOT.glob("docs/*.md")),
     *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript")),
     *sorted(ROOT.glob("pocket/*/README.md")),
@@ -28,7 +29,10 @@ ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
 VARIABLES = {name.upper() for name in Settings.model_fields}
 
 #: Files of the application, and files that are built.
-ELSEWHERE = ("src/", ".cache/")
+ELSEWHERE = ("src/", ".cache/", ".venv/")
+
+#: Links to the repository's pages beside its files, as GitHub resolves them.
+ON_GITHUB = "../../actions/"
 
 MODULES = r"(?:ourvidz_serverless|builder|benchmarks|tests)"
 
@@ -64,7 +68,7 @@ def test_a_file_that_a_document_names_exists(document: Path, word: str) -> None:
     assert any(next(place, None) for place in places)
 
 
-@each(r"\]\((?!\w+:)([^)\s]+)\)")
+@each(r"\]\((?!\w+:)([^)\s]+)\)", lambda _, word: not word.startswith(ON_GITHUB))
 def test_a_link_leads_to_a_file_and_to_a_heading_in_it(document: Path, word: str) -> None:
     path, _, anchor = word.partition("#")
     target = document.parent / path if path else document
@@ -125,3 +129,19 @@ def test_the_tests_that_a_document_names_exist(document: Path) -> None:
     tests = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
 
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = re.findall(r"\]\(([\w./-]+)", (ROOT / "README.md").read_text())
+    pages = {str(page.relative_to(ROOT)) for page in DOCUMENTS} - {"README.md", "AGENTS.md"}
+
+    assert pages - set(linked) == set()
+
+
+def test_the_words_of_the_glossary_are_in_order_and_in_use() -> None:
+    glossary = ROOT / "docs/glossary.md"
+    words = re.findall(r"^\| ([a-z ]+) \| ", glossary.read_text(), re.MULTILINE)[1:]
+    others = " ".join(page.read_text().lower() for page in DOCUMENTS if page != glossary)
+
+    assert words == sorted(words)
+    assert [word for word in words if not re.search(rf"\b{word}", others)] == []
