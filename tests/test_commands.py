@@ -31,7 +31,7 @@ DOCUMENTS = [
 ]
 
 #: What a command may begin with: it is there in a fresh clone, or on the machine that it is for.
-PROGRAMS = ("make", ".venv/bin/python", "curl", "docker", "export")
+PROGRAMS = ("make", ".venv/bin/python", "curl", "docker", "export", "mkdir")
 
 #: Where the tests run. Without it nothing can be run as it is written.
 PYTHON = ROOT / ".venv/bin/python"
@@ -70,7 +70,7 @@ def commands() -> Iterator[Command]:
     for document in DOCUMENTS:
         for block in blocks(document.read_text()):
             if re.match(
-                r"(?:[A-Z_0-9]+=\S* )*(?:[\w./]*python|make|curl|docker|export|pip)\b", block
+                r"(?:[A-Z_0-9]+=\S* )*(?:[\w./]*python|make|mkdir|curl|docker|export|pip)\b", block
             ):
                 lines = block.replace("\\\n", " ") if "-d '" not in block else ""
                 yield from (Command(document, line) for line in lines.splitlines() if line.strip())

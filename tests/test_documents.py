@@ -145,3 +145,18 @@ def test_the_words_of_the_glossary_are_in_order_and_in_use() -> None:
 
     assert words == sorted(words)
     assert [word for word in words if not re.search(rf"\b{word}", others)] == []
+
+
+def test_the_readmes_share_of_time_is_that_of_the_benchmark() -> None:
+    table = (
+        (ROOT / "docs/benchmarks.md").read_text().split("**Seconds lost a job under a backlog**")[1]
+    )
+    shares = re.findall(r"\| (worker|baseline handler) \|.*\| ([\d.]+) % \|", table)
+    worker, handler = (
+        [round(float(share)) for name, share in shares if name == variant]
+        for variant in ("worker", "baseline handler")
+    )
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"in use for {min(worker)} to {max(worker)} % of the time" in readme
+    assert f"for {min(handler)} to {max(handler)} % with a plain handler" in readme
