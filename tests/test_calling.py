@@ -235,6 +235,26 @@ def test_the_commands_of_the_page_give_the_answers_that_it_shows(
     assert shown
 
 
+def test_the_callbacks_of_these_jobs_have_the_headers_of_the_page(
+    caller: Caller,
+    receiver: CallbackReceiver,
+    worker_of: Callable[[str], WorkerProcess],
+) -> None:
+    shown = re.search(r"^```http\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert shown
+    request, *headers = shown[1].splitlines()
+    worker_of("sdxl")
+
+    caller.platform.result(caller.platform.submit({"type": "poem"}, endpoint="sdxl"))
+
+    (callback, *_) = receiver.wait()
+    assert request == f"POST {urlsplit(receiver.callback_url).path}"
+    for name, value in (header.split(": ") for header in headers):
+        kind = value.partition("=")[0] if "=" in value else re.split(r"[,_\d]", value)[0]
+        assert callback.headers[name].startswith(kind), name
+    assert callback.signature_ok and callback.webhook_ok
+
+
 PAYLOADS = [
     example.payload
     for name in SECTIONS
