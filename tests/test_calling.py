@@ -1,5 +1,7 @@
 """docs/calling.md: its commands run as they are written, and its answers are those that come.
 
+The example of docs/admin.md is tested here too.
+
 The commands go to the emulated platform, where real workers serve the pocket models. An answer is
 compared value by value, except for what differs between two runs: ids, times, versions.
 """
@@ -46,6 +48,9 @@ VARYING = {
     *("processing_time", "wait", "fetch", "generate", "deliver", "file_size_bytes", "uptime"),
     *("step", "progress", "remaining_s", "time_to_first_token", "tokens_per_second", "delta"),
     *("processing", "completed", "failed"),
+    # The memory of the machine, and what its other programs use.
+    *("memory", "available_vram", "pressure", "pressure_level", "recommendations"),
+    "working_memory",
 }
 
 
@@ -82,7 +87,9 @@ def examples(section: str) -> list[Example]:
 
 def assert_like(shown: Any, real: Any, name: str = "") -> None:
     """Both have the same keys, and the same values unless these vary."""
-    if isinstance(shown, dict) and isinstance(real, dict):
+    if name in VARYING:
+        assert isinstance(real, (int, float)) == isinstance(shown, (int, float)), name
+    elif isinstance(shown, dict) and isinstance(real, dict):
         assert list(shown) == list(real), name
         for key in shown:
             assert_like(shown[key], real[key], key)
@@ -90,8 +97,6 @@ def assert_like(shown: Any, real: Any, name: str = "") -> None:
         assert len(shown) == len(real), name
         for one, other in zip(shown, real, strict=True):
             assert_like(one, other, name)
-    elif name in VARYING:
-        assert isinstance(real, str) == isinstance(shown, str), name
     elif name in ("url", "thumbnail_url") and shown.startswith("https://"):
         assert urlsplit(real).path == urlsplit(shown).path
     else:
@@ -233,6 +238,18 @@ def test_the_commands_of_the_page_give_the_answers_that_it_shows(
             assert_like(example.answers, caller.answers(example))
 
     assert shown
+
+
+def test_the_result_on_the_page_of_administration_is_what_comes(
+    caller: Caller, worker_of: Callable[[str], WorkerProcess]
+) -> None:
+    page = (ROOT / "docs/admin.md").read_text()
+    payload, result = (json.loads(block) for _, block in blocks(page))
+    worker_of("sdxl")
+
+    document = caller.platform.result(caller.platform.submit(payload, endpoint="sdxl"))["output"]
+
+    assert_like(result, document["result"])
 
 
 def test_the_callbacks_of_these_jobs_have_the_headers_of_the_page(
