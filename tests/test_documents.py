@@ -131,6 +131,25 @@ def test_the_tests_that_a_document_names_exist(document: Path) -> None:
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
+@each(r'<img src="([^"]+)"')
+def test_a_picture_of_a_document_exists(document: Path, word: str) -> None:
+    assert (document.parent / word).exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_row_of_a_table_has_as_many_cells_as_its_head(document: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+
+    def num_cells(row: str) -> int:
+        # A bar splits a row also in backticks, unless it is escaped.
+        return len(re.findall(r"(?<!\\)\|", row))
+
+    assert [
+        row for head, *rows in tables for row in rows if num_cells(row) != num_cells(head)
+    ] == []
+
+
 def test_the_readme_leads_to_every_page() -> None:
     linked = re.findall(r"\]\(([\w./-]+)", (ROOT / "README.md").read_text())
     pages = {str(page.relative_to(ROOT)) for page in DOCUMENTS} - {"README.md", "AGENTS.md"}
