@@ -31,7 +31,8 @@ DOCUMENTS = [
 ]
 
 #: What a command may begin with: it is there in a fresh clone, or on the machine that it is for.
-PROGRAMS = ("make", ".venv/bin/python", "curl", "docker", "export", "mkdir")
+#: pip is the caller's own.
+PROGRAMS = ("make", ".venv/bin/python", "curl", "docker", "export", "mkdir", "pip")
 
 #: Where the tests run. Without it nothing can be run as it is written.
 PYTHON = ROOT / ".venv/bin/python"
