@@ -15,6 +15,7 @@ import pytest
 
 from ourvidz_serverless.errors import Code
 from tests.files import ROOT
+from tests.test_architecture import MODULES, imported
 
 PACKAGE = ROOT / "ourvidz_serverless"
 #: A bar in a table is escaped.
@@ -23,8 +24,9 @@ PAGE = (ROOT / "docs/troubleshooting.md").read_text().replace("\\|", "|")
 #: How the messages of a ModelLoadError begin that ends a job and not a start.
 OF_A_JOB = re.escape("config.loras")
 
-#: The files whose ValueError is the reason of a setting, and of a checkpoint that does not load.
-SETTINGS = [PACKAGE / "settings.py", PACKAGE / "setting_checks.py"]
+SETTINGS = "ourvidz_serverless.settings"
+
+#: The files whose ValueError is the reason why a checkpoint does not load.
 CHECKPOINTS = [
     PACKAGE / "models" / name
     for name in (
@@ -68,10 +70,18 @@ def yielded(file: Path) -> Iterator[str]:
             yield text
 
 
+def with_imports(name: str) -> set[str]:
+    """The modules that a module imports, directly or over others."""
+    found = {each for each in imported(MODULES[name]) if MODULES[each].name != "__init__.py"}
+    return found.union(*map(with_imports, found))
+
+
 def starts() -> set[str]:
     """The lines with which a start ends, without `cannot start: `."""
-    of_settings = (f".+: {text}" for text in raised("ValueError", SETTINGS))
-    texts = {*raised("ModelLoadError", PACKAGE.rglob("*.py")), *yielded(SETTINGS[0]), *of_settings}
+    checks = (MODULES[name] for name in {SETTINGS} | with_imports(SETTINGS))
+    of_settings = (f".+: {text}" for text in raised("ValueError", checks))
+    of_models = raised("ModelLoadError", PACKAGE.rglob("*.py"))
+    texts = {*of_models, *yielded(MODULES[SETTINGS]), *of_settings}
     return {text for text in texts if not text.startswith(OF_A_JOB)}
 
 
