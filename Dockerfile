@@ -123,7 +123,7 @@ WORKDIR /worker
 COPY --from=weights /models models
 COPY pocket pocket
 COPY --from=bill /sbom.cdx.json ./
-COPY NOTICE handler.py test_input*.json ./
+COPY LICENSE NOTICE handler.py test_input*.json ./
 COPY ourvidz_serverless ourvidz_serverless
 RUN python -m compileall -q --invalidation-mode unchecked-hash handler.py ourvidz_serverless \
  && if [ -f "test_input.$FAMILY.json" ]; then mv "test_input.$FAMILY.json" test_input.json; fi \
@@ -135,6 +135,7 @@ ARG VERSION=0
 ARG REVISION=
 ARG SOURCE=
 LABEL org.opencontainers.image.title="ourvidz-serverless $FAMILY" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.source="$SOURCE"

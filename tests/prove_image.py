@@ -91,6 +91,7 @@ BILL = "sbom.cdx.json"
 #: The files and folders in /worker, besides `test_input*` and the mount `.cache`.
 WORKER = {
     "__pycache__",
+    "LICENSE",
     "NOTICE",
     "handler.py",
     "models",

@@ -141,7 +141,7 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 
 def test_only_the_files_of_an_image_are_sent_to_the_builder() -> None:
-    code = {"NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
+    code = {"LICENSE", "NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
     locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}
