@@ -8,7 +8,10 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from pydantic import SecretStr
+try:
+    from pydantic import SecretStr
+except ModuleNotFoundError:
+    sys.exit("the worker's packages are needed: pip install 'ourvidz-serverless[worker]'")
 
 from ourvidz_serverless import logs
 from ourvidz_serverless.errors import ModelLoadError
