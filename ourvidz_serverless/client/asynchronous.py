@@ -11,13 +11,13 @@ from typing import Any, Self
 import httpx2
 
 from ourvidz_serverless.client import assets
-from ourvidz_serverless.client.calls import Calls, JobState, following, status_of, streaming
+from ourvidz_serverless.client.calls import Calls, JobState, following, state_now, streaming
 from ourvidz_serverless.client.outcome import Asset, Document, Outcome, Progress
 from ourvidz_serverless.client.routes import Payload
 from ourvidz_serverless.client.steps import (
     Answer,
     Item,
-    NextLine,
+    NextChunk,
     Pause,
     Request,
     RequestFailed,
@@ -146,7 +146,7 @@ class _Connection:
     def __init__(self, http: httpx2.AsyncClient) -> None:
         self._http = http
         self._request: Request | None = None
-        self._lines: AsyncIterator[str]
+        self._chunks: AsyncIterator[bytes]
         self._opened = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -155,14 +155,14 @@ class _Connection:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._opened.aclose()
 
-    async def do(self, command: Request | NextLine) -> Answer | str | None:
+    async def do(self, command: Request | NextChunk) -> Answer | bytes | None:
         """The answer to a command. Raises RequestFailed if there is none."""
         request = command if isinstance(command, Request) else self._request
         assert request
         try:
             if isinstance(command, Request):
                 return await self._send(command)
-            return await anext(self._lines, None)
+            return await anext(self._chunks, None)
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
             raise failed(request, exc) from exc
 
@@ -173,7 +173,7 @@ class _Connection:
         await self._opened.aclose()
         opening = self._http.stream(**options_of(request))
         response = await self._opened.enter_async_context(opening)
-        self._request, self._lines = request, response.aiter_lines()
+        self._request, self._chunks = request, response.aiter_bytes()
         return answer_of(response, b"" if response.is_success else await response.aread())
 
 
@@ -191,7 +191,7 @@ class AsyncSubmittedJob:
 
     async def status(self) -> Outcome:
         """The job's state now."""
-        return await self._client._run(status_of(self._state, 600))
+        return await self._client._run(state_now(self._state, 600))
 
     async def result(self, timeout_s: float = 600) -> Document:
         """Wait for the document, as `SubmittedJob.result` does."""

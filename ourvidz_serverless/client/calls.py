@@ -134,7 +134,7 @@ class Calls:
         return found
 
 
-def status_of(job: JobState, left_s: float) -> Steps[Outcome]:
+def state_now(job: JobState, left_s: float) -> Steps[Outcome]:
     """A job's state now."""
     if job.ended:
         return job.ended
@@ -172,6 +172,8 @@ def streaming(job: JobState, timeout_s: float) -> Steps[Document]:
 def _note(job: JobState, outcome: Outcome | None) -> None:
     if outcome and outcome.has_ended:
         job.ended = outcome
+        if outcome.error:
+            outcome.error.add_note(f"job {job.name.id} at {job.service.name}")
 
 
 def _rest(document: Document, given: str) -> str:

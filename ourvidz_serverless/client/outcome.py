@@ -93,10 +93,13 @@ def read_outcome(answer: Mapping[str, Any]) -> Outcome:
     """The state in an answer of RunPod's `/status` or `/runsync`.
 
     The output is the document, or, if the worker serves chat, a list that ends with the document.
+    After the document of a failed job the SDK's test server has its error.
     """
-    status, output = STATUS_OF[answer["status"]], answer.get("output")
-    last = output[-1] if isinstance(output, list) and output else output
-    document = last if isinstance(last, Mapping) and "job_id" in last else None
+    status, output = status_of(answer), answer.get("output")
+    items = output if isinstance(output, list) else [output]
+    last = items[-1] if items else None
+    documents = [each for each in items if isinstance(each, Mapping) and "job_id" in each]
+    document = documents[-1] if documents else None
     if status in ("queued", "processing"):
         is_progress = isinstance(last, Mapping) and "step" in last
         return Outcome(status, progress=cast(Progress, last) if is_progress else None)
@@ -104,6 +107,11 @@ def read_outcome(answer: Mapping[str, Any]) -> Outcome:
     if status == "completed" and document and document["status"] == "completed":
         return Outcome(status, document=found)
     return Outcome("failed", document=found, error=_error_of_queue(answer, document))
+
+
+def status_of(answer: Mapping[str, Any]) -> Status:
+    """The client's status for RunPod's. One that is not known is no end."""
+    return STATUS_OF.get(answer["status"], "processing")
 
 
 def read_http_outcome(answer: Mapping[str, Any]) -> Outcome:

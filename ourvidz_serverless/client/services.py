@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
+from ourvidz_serverless.client.events import EventReader
 from ourvidz_serverless.client.outcome import (
-    STATUS_OF,
     Outcome,
     error_of,
     read_http_outcome,
     read_outcome,
+    status_of,
 )
 from ourvidz_serverless.client.polls import Polls
 from ourvidz_serverless.client.steps import (
     TIMEOUT_S,
     Answer,
-    NextLine,
+    NextChunk,
     Request,
     RequestFailed,
     Steps,
@@ -56,10 +58,15 @@ class JobName:
 class Connection:
     """Where a service is, and how it is asked. The keys are in `headers`."""
 
-    url: str
+    url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     policy: Retry = field(default_factory=lambda: Retry(tries=4))
     secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password."""
+        return re.sub(r"(?<=://)[^/@]*@", "", self.url)
 
     def request(self, method: str, path: str, body: object = None, **options: Any) -> Request:
         """A request for a path, with a JSON body if there is one."""
@@ -73,7 +80,7 @@ class Service(Protocol):
 
     @property
     def name(self) -> str:
-        """The endpoint's id, or the server's URL."""
+        """The endpoint's id, or the server's URL without its password."""
         ...
 
     def submit(self, body: Mapping[str, Any]) -> Steps[str]:
@@ -136,7 +143,7 @@ class Queue:
             items = (answer or {}).get("stream") or []
             for piece in () if polls.is_answer_lost else _pieces(items):
                 yield from polls.give(piece)
-            has_ended = answer and STATUS_OF[answer["status"]] in ("completed", "failed")
+            has_ended = answer and status_of(answer) in ("completed", "failed")
             if items:
                 polls.note_news()
                 polls.check()
@@ -166,7 +173,7 @@ class LocalApi:
 
     @property
     def name(self) -> str:
-        return self.to.url
+        return self.to.shown
 
     def submit(self, body: Mapping[str, Any]) -> Steps[str]:
         request = self.to.request("POST", "run", body)
@@ -210,7 +217,7 @@ class HttpService:
 
     @property
     def name(self) -> str:
-        return self.to.url
+        return self.to.shown
 
     def submit(self, body: Mapping[str, Any]) -> Steps[str]:
         answer = yield from self._post(body, 0)
@@ -239,21 +246,15 @@ class HttpService:
         """
         request = self.to.request("GET", _path(job, "/events"), streams=True)
         yield from send(request, ONCE, lambda answer: None)
-        name, text = "message", ""
-        while (line := (yield NextLine())) is not None:
-            polls.check()
-            field_name, _, value = line.partition(": ")
-            if field_name == "event":
-                name = value
-            elif field_name == "data":
-                data = json.loads(value)
+        reader, text = EventReader(), ""
+        while (chunk := (yield NextChunk())) is not None:
+            for name, data in reader.feed(chunk):
                 if name in ("done", "error"):
                     return read_http_outcome(data)
                 text += data.get("delta", "")
                 if len(text) > len(polls.given):
                     yield from polls.give(text[len(polls.given) :])
-            elif not line:
-                name = "message"
+            polls.check()
         raise RequestFailed(request, why="the stream broke off")
 
     def cancel(self, job: JobName) -> Steps[None]:

@@ -28,7 +28,7 @@ MAX_ERROR_CHARS = 300
 class Request:
     """One HTTP request. The answer to this command is an `Answer`.
 
-    With `streams` the answer to a request that succeeds has no body: `NextLine` reads it.
+    With `streams` the answer to a request that succeeds has no body: `NextChunk` reads it.
     """
 
     method: str
@@ -48,8 +48,8 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class NextLine:
-    """The next line of the request that streams, as the answer; None at its end."""
+class NextChunk:
+    """The next bytes of the request that streams, as the answer; None at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Answer:
         return 200 <= self.status < 300
 
 
-Command: TypeAlias = Request | NextLine | Pause | Item
+Command: TypeAlias = Request | NextChunk | Pause | Item
 Steps: TypeAlias = Generator[Command, Any, T]
 
 

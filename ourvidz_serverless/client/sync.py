@@ -11,13 +11,13 @@ from typing import Any, Self
 import httpx2
 
 from ourvidz_serverless.client import assets
-from ourvidz_serverless.client.calls import Calls, JobState, following, status_of, streaming
+from ourvidz_serverless.client.calls import Calls, JobState, following, state_now, streaming
 from ourvidz_serverless.client.outcome import Asset, Document, Outcome, Progress
 from ourvidz_serverless.client.routes import Payload
 from ourvidz_serverless.client.steps import (
     Answer,
     Item,
-    NextLine,
+    NextChunk,
     Pause,
     Request,
     RequestFailed,
@@ -144,7 +144,7 @@ class _Connection:
     def __init__(self, http: httpx2.Client) -> None:
         self._http = http
         self._request: Request | None = None
-        self._lines: Iterator[str] = iter(())
+        self._chunks: Iterator[bytes] = iter(())
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -153,12 +153,12 @@ class _Connection:
     def __exit__(self, *exc_info: object) -> None:
         self._opened.close()
 
-    def do(self, command: Request | NextLine) -> Answer | str | None:
+    def do(self, command: Request | NextChunk) -> Answer | bytes | None:
         """The answer to a command. Raises RequestFailed if there is none."""
         request = command if isinstance(command, Request) else self._request
         assert request
         try:
-            return self._send(command) if isinstance(command, Request) else next(self._lines, None)
+            return self._send(command) if isinstance(command, Request) else next(self._chunks, None)
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
             raise failed(request, exc) from exc
 
@@ -168,7 +168,7 @@ class _Connection:
             return answer_of(response, response.content)
         self._opened.close()
         response = self._opened.enter_context(self._http.stream(**options_of(request)))
-        self._request, self._lines = request, response.iter_lines()
+        self._request, self._chunks = request, response.iter_bytes()
         return answer_of(response, b"" if response.is_success else response.read())
 
 
@@ -186,7 +186,7 @@ class SubmittedJob:
 
     def status(self) -> Outcome:
         """The job's state now."""
-        return self._client._run(status_of(self._state, 600))
+        return self._client._run(state_now(self._state, 600))
 
     def result(self, timeout_s: float = 600) -> Document:
         """Wait for the document, with growing waits between polls, also through an outage.

@@ -84,8 +84,23 @@ def serve(worker: Worker, settings: Settings) -> None:
         config["refresh_worker"] = True
 
     config["handler"] = make_handler_of(worker, settings, replace)
+    if is_for_a_person(sys.argv):
+        config["handler"] = _told_once(config["handler"])
     with only_results_on_stdout() if runs_one_job(sys.argv) else contextlib.nullcontext():
         runpod.serverless.start(config)
+
+
+def _told_once(handler: Handler) -> Handler:
+    """The handler of one job, whose failure the `TerminalReporter` prints."""
+
+    async def handle(event: dict[str, Any]) -> dict[str, Any]:
+        result = await handler(event)
+        if "error" in result:
+            # The SDK would print the failure again, as JSON.
+            RunPodLogger().set_level("NOTSET")
+        return result
+
+    return handle
 
 
 def num_held(settings: Settings) -> int:
@@ -148,9 +163,6 @@ def make_handler(
         try:
             document = await asyncio.shield(running)
             reporter.show(document)
-            if document.failure and is_for_a_person(sys.argv):
-                # The SDK would print the failure again, as JSON.
-                RunPodLogger().set_level("NOTSET")
             if worker.is_lost:
                 replace()
             return document.result()

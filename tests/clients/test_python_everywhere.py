@@ -144,9 +144,7 @@ def test_what_the_sdks_test_server_lacks_is_said(client: Any, server: Server) ->
             call()
 
 
-def test_a_job_that_fails_raises_the_workers_error(client: Any, server: Server) -> None:
-    skip(server, SDK, "beside chat, the SDK's test server answers a failed job with HTTP 500")
-
+def test_a_job_that_fails_raises_the_workers_error(client: Any) -> None:
     with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
         client.run(sdxl_payload(id="refused", config={"num_images": 2}))
 
@@ -168,9 +166,7 @@ def test_a_job_is_found_by_its_name(made: Clients) -> None:
     assert found.result()["assets"]
 
 
-def test_a_wrong_key_is_unauthorized_and_shown_in_no_error(made: Clients, server: Server) -> None:
-    skip(server, SDK, "beside chat, the SDK's test server answers a failed job with HTTP 500")
-
+def test_a_wrong_key_is_unauthorized_and_shown_in_no_error(made: Clients) -> None:
     with pytest.raises(errors.Unauthorized) as refused:
         made(worker_key="wrong-key-of-mine").run(sdxl_payload(id="unauthorized"))
 
