@@ -57,6 +57,7 @@ class Server:
     url: str
     outputs: Path
     caller_key: str = ""
+    worker_key: str = WORKER_KEY
 
     def made(self, client: type[Client] | type[AsyncClient], **changes: Any) -> Any:
         """A client of this server."""

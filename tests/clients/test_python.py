@@ -1,4 +1,4 @@
-"""The Python client over the real SDK, against the platform and the real worker's loop."""
+"""The Python client against the platform and the real worker's loop."""
 
 import json
 from collections.abc import Iterator
