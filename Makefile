@@ -1,7 +1,7 @@
 # `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
 # opens a page to try all three on, `make test` runs the tests, `make quick` those that concern your
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
-# The first three end with the file's place, or with the answer; `VERBOSE=1 make run` prints the
+# `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
 # whole document, and the log.
 # `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
 
