@@ -23,6 +23,9 @@ from ourvidz_serverless.settings import Settings
 #: The option that makes the SDK serve its own API, for many jobs.
 SERVE_API = "--rp_serve_api"
 
+#: The variable with which the SDK serves its API at this port.
+REALTIME_PORT = "RUNPOD_REALTIME_PORT"
+
 
 def is_on_platform() -> bool:
     """Whether RunPod runs this process, not a person at a terminal."""
@@ -35,8 +38,9 @@ def is_verbose() -> bool:
 
 
 def runs_one_job(argv: Sequence[str]) -> bool:
-    """Whether the SDK runs one job and ends: neither on RunPod nor as its own API."""
-    return not is_on_platform() and SERVE_API not in argv
+    """Whether the SDK runs one job and ends: neither on RunPod nor as an API of its own."""
+    is_api = SERVE_API in argv or REALTIME_PORT in os.environ
+    return not is_on_platform() and not is_api
 
 
 def is_for_a_person(argv: Sequence[str]) -> bool:

