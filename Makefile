@@ -1,6 +1,8 @@
 # `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
 # opens a page to try all three on, `make test` runs the tests, `make quick` those that concern your
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
+# `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
+# whole document, and the log.
 # `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
@@ -26,6 +28,12 @@ ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
 WEIGHTS := .cache/pocket_chat/config.json
 endif
 
+# Where torch comes from. For Linux PyPI has the build for CUDA alone, with 2.8 GB of libraries that
+# a machine without an NVIDIA GPU cannot use. `make run TORCH_INDEX=` takes it all the same.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell test "$$(uname -s)" != Linux || nvidia-smi -L >/dev/null 2>&1 || echo $(CPU_INDEX))
+TORCH = $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+
 # npm writes this file last.
 CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
@@ -40,10 +48,10 @@ run: .venv/run $(WEIGHTS)
 	FAMILIES=$(FAMILIES) $(MODELS) $(BIN)/python handler.py $(INPUT)
 
 chat:
-	$(MAKE) run FAMILIES=chat
+	@$(MAKE) --no-print-directory run FAMILIES=chat
 
 video:
-	$(MAKE) run FAMILIES=wan
+	@$(MAKE) --no-print-directory run FAMILIES=wan
 
 # The newcomer's own page, with all three families on their pocket models.
 page: .venv/run .cache/pocket_chat/config.json
@@ -106,6 +114,13 @@ clean:
 	@touch $@
 
 .venv/run: requirements.txt | .venv/made
+	@index="$(TORCH_INDEX)"; torch="$(TORCH)"; \
+	if [ -n "$$index" ] && [ -n "$$torch" ]; then \
+		echo "No NVIDIA GPU was found: $$torch for the processor comes from $$index"; \
+		$(BIN)/pip install --progress-bar on --no-deps --retries 0 --timeout 15 \
+			--index-url "$$index" "$$torch" || \
+		echo "That failed, so PyPI's torch follows, with 2.8 GB of CUDA libraries"; \
+	fi
 	$(BIN)/pip install --progress-bar on -r requirements.txt
 	@touch $@
 

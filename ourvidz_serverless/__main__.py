@@ -8,7 +8,10 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from pydantic import SecretStr
+try:
+    from pydantic import SecretStr
+except ModuleNotFoundError:
+    sys.exit("the worker's packages are needed: pip install 'ourvidz-serverless[worker]'")
 
 from ourvidz_serverless import logs
 from ourvidz_serverless.errors import ModelLoadError
@@ -32,7 +35,14 @@ def serve(argv: Sequence[str]) -> int:
     # of serving replace this handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = read_for_worker()
-    logs.configure(config.log_level)
+    from ourvidz_serverless.serving import terminal
+
+    if config.serve == "queue" and terminal.is_for_a_person(sdk_options):
+        # The result is enough, with what goes wrong. A LOG_LEVEL that is set still counts.
+        is_asked = "log_level" in config.model_fields_set
+        logs.configure(config.log_level if is_asked else "WARNING", audits=is_asked)
+    else:
+        logs.configure(config.log_level)
     from ourvidz_serverless.models.loading.readahead import ReadAhead
 
     reading = ReadAhead.of(config).start()

@@ -6,14 +6,11 @@ since it may be a secret.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 
 from pydantic import HttpUrl, SecretStr, TypeAdapter
 
-#: Standard Webhooks writes a secret's bytes in base64 after this prefix.
-WEBHOOK_PREFIX = "whsec_"
+from ourvidz_serverless.signatures import webhook_key
 
 #: The characters of a header's value: visible ASCII, without a space (RFC 9110, 5.5).
 _HEADER = re.compile(r"[!-~]+")
@@ -51,22 +48,6 @@ def signing_secret(secret: SecretStr) -> SecretStr:
     """A secret that signs callbacks."""
     webhook_key(secret.get_secret_value())
     return secret
-
-
-def webhook_key(secret: str) -> bytes:
-    """The signing key for Standard Webhooks: the base64 after `whsec_`, else the text itself.
-
-    Raises ValueError if `whsec_` is followed by something other than base64.
-    """
-    if not secret.startswith(WEBHOOK_PREFIX):
-        return secret.encode()
-    try:
-        key = base64.b64decode(secret.removeprefix(WEBHOOK_PREFIX), validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if not key:
-        raise ValueError(f"Input should be base64 after {WEBHOOK_PREFIX}")
-    return key
 
 
 def is_bucket(text: str) -> bool:

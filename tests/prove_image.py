@@ -240,7 +240,7 @@ def prove_bill(image: Image, outputs: Path) -> None:
 def prove_job(image: Image, outputs: Path) -> None:
     """`docker run IMAGE` completes the family's test input."""
     started = time.monotonic()
-    output = image.run()
+    output = image.run(options=["--env=VERBOSE=1"])
     took = time.monotonic() - started
     document = json.loads(output[output.index("{\n") : output.rindex("\n}") + 2])
     check(document["status"] == "completed", f"the job completes, not: {document}")

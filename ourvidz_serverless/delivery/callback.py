@@ -1,14 +1,11 @@
 """A document is signed and posted to the application, in several tries; no redirect is followed.
 
-There are two signatures: `X-Callback-Signature`, which the edge function verifies, and the three
-headers of Standard Webhooks (https://www.standardwebhooks.com). Both sign the posted bytes.
+`signatures` has the two signatures of a document. Both sign the posted bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import hmac
 import json
 import re
 import time
@@ -20,8 +17,8 @@ from ourvidz_serverless.net.addresses import is_listed
 from ourvidz_serverless.net.retries import Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.net.transport import Transport
-from ourvidz_serverless.setting_checks import webhook_key
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.signatures import signatures
 
 #: A try may take long: the receiver marks the job before it inserts the assets.
 RETRY = Retry(try_s=30.0)
@@ -127,14 +124,3 @@ def webhook_id(job_id: str, status: str) -> str:
     """
     digest = hashlib.sha256(f"{job_id}.{status}".encode()).hexdigest()
     return f"msg_{digest[:32]}"
-
-
-def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
-    """The headers with both signatures of a body. `timestamp` is in seconds, new at each try."""
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    webhook = base64.b64encode(hmac.digest(webhook_key(secret), signed, "sha256")).decode()
-    return {
-        "X-Callback-Signature": f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}",
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"v1,{webhook}",
-    }

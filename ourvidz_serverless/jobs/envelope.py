@@ -16,13 +16,11 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds
 from ourvidz_serverless.errors import InvalidPrompt, JobError
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
+from ourvidz_serverless.job_types import job_type
 from ourvidz_serverless.settings import Settings
 
 #: Fields of any payload beside those of its job type. Each must be a text.
 ALSO_TEXT = ("api_key", "job_id", "job_type")
-
-#: Other names of job types, in the application's older payloads.
-SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
 #: A job ends this long before RunPod's timeout: these seconds, or this share of the timeout if that
 #: is less.
@@ -141,17 +139,6 @@ class Envelope:
         if self.event.get("s3Config"):
             payload["s3Config"] = self.event["s3Config"]
         return payload
-
-
-def job_type(payload: Mapping[str, Any]) -> str | None:
-    """The job type of a payload, from any of its fields; None if it has no known type.
-
-    The specification's chat payloads have their type only in `config`.
-    """
-    in_config = _mapping(payload.get("config")).get("job_type")
-    asked = payload.get("type") or payload.get("job_type") or in_config
-    name = SYNONYMS.get(asked, asked) if isinstance(asked, str) else None
-    return name if name in jobs.FAMILY_OF else None
 
 
 def new_id() -> str:

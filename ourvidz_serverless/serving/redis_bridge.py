@@ -41,7 +41,8 @@ from ourvidz_serverless.client import Client
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.families import FAMILIES
-from ourvidz_serverless.jobs.envelope import Envelope, job_type
+from ourvidz_serverless.job_types import job_type
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.upstash import Upstash

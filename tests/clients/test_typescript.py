@@ -13,9 +13,10 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder.contract import FOLDER
 from ourvidz_serverless import jobs
-from ourvidz_serverless.delivery.callback import signatures, webhook_id
-from ourvidz_serverless.jobs.envelope import SYNONYMS
+from ourvidz_serverless.delivery.callback import webhook_id
+from ourvidz_serverless.job_types import SYNONYMS
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.signatures import signatures
 from tests.clients.streaming_platform import DOCUMENT, PIECES, StreamingPlatform
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload, wan_payload

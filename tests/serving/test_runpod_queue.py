@@ -425,14 +425,46 @@ def test_supabase_holds_the_assets(receiver: CallbackReceiver) -> None:
 # --- without a platform ---
 
 
-def test_the_handler_runs_a_test_input_and_shows_its_result(tmp_path: Path) -> None:
+def test_the_handler_runs_a_test_input_and_prints_where_its_picture_is(tmp_path: Path) -> None:
     payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, cwd=tmp_path, STORAGE_URL="file:pictures")
+
+    assert run.returncode == 0, run.stderr
+    path, facts = run.stdout.split(": ")
+    assert path == "pictures/user-1/job-1/0.png"
+    assert re.fullmatch(r"64x64, seed \d+, \d+\.\d s\n", facts)
+    assert (tmp_path / path).exists()
+
+
+def test_the_handler_says_in_one_line_why_a_test_input_failed(tmp_path: Path) -> None:
+    payload = json.dumps({"input": sdxl_payload(config={"num_images": 2})})
 
     run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}")
 
-    assert run.returncode == 0, run.stderr
-    assert "user-1/job-1/0.png" in run.stdout
-    assert (tmp_path / "user-1/job-1/0.png").exists()
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.splitlines()[-1] == (
+        "failed: INVALID_PROMPT: config.num_images: Input should be 1, 3 or 6"
+    )
+
+
+def test_verbose_prints_the_document_of_a_test_input_and_its_line_of_the_audit_trail(
+    tmp_path: Path,
+) -> None:
+    payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}", VERBOSE="1")
+
+    document = json.loads(run.stdout[run.stdout.index("{") :])
+    assert document["assets"][0]["url"] == "user-1/job-1/0.png"
+    assert '"audit": "job"' in run.stderr
+
+
+def test_a_test_input_without_an_input_is_reported(tmp_path: Path) -> None:
+    run = run_handler("--test_input", '{"prompt": "a circle"}', STORAGE_URL=f"file:{tmp_path}")
+
+    assert run.returncode == 1
+    assert "Job has no input parameter" in run.stderr
 
 
 def test_the_log_has_no_prompt(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder import contract as artefacts
 from ourvidz_serverless import errors, jobs
-from ourvidz_serverless.jobs.envelope import SYNONYMS, Envelope
+from ourvidz_serverless.job_types import SYNONYMS
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
