@@ -23,6 +23,8 @@ HANDLER = """
 import asyncio, os, sys
 import runpod
 
+pytestmark = pytest.mark.slow
+
 running, both = 0, None
 
 
