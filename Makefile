@@ -16,9 +16,10 @@ SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
 WAN_MODEL ?= pocket
 MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN_MODEL=$(WAN_MODEL)
-# How many tests run side by side; a file's tests stay together. Some wait for servers, so three fill
+# How many tests run side by side; a file's tests stay together. Some wait for servers, so four fill
 # two cores.
-PROCESSES ?= 3
+PROCESSES ?= 4
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # A family may have a first job of its own; without one, handler.py reads test_input.json.
 ifneq ($(wildcard test_input.$(FAMILIES).json),)
@@ -63,12 +64,12 @@ client: $(CLIENT_CHECKS)
 		npm pack ./clients/typescript --pack-destination .cache
 
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
-	$(BIN)/python -m pytest -p tests.affected --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -p tests.affected --numprocesses $(PROCESSES) $(BY_FILE)
 
 # The tests nearest to your changes, and those that failed last time: at most 80 seconds of tests
 # in two processes.
 quick: .venv/dev
-	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 $(BY_FILE)
 
 # What takes too long for every change: twenty times the examples of the property tests, a soak of
 # 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.

@@ -3,13 +3,15 @@
 Changes are those of the working tree; without any, those of the last commit. A test concerns them
 if it failed last time, or if its module imports a changed one, directly or over others, or names a
 changed file. The nearest come first, up to the given seconds of tests. Every run of the suite with
-this plugin records how long each test took.
+this plugin records how long each test took. Without `--affected` all tests run, the files that took
+longest first: with several processes none is left alone with a long file at the end.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -54,14 +56,16 @@ class Recorder:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     limit_s = config.getoption("--affected")
-    if limit_s is None:
-        return
     assert config.cache
+    seconds = config.cache.get(SECONDS, {})
+    if limit_s is None:
+        items[:] = _longest_first(items, seconds)
+        return
     distances = distance_of_files(config.rootpath, changed_files(config.rootpath))
     failed = set(config.cache.get("cache/lastfailed", {}))
     concerned = [item for item in items if item.nodeid in failed or item.path in distances]
     concerned.sort(key=lambda item: (item.nodeid not in failed, distances.get(item.path, 0)))
-    chosen = set(_within(limit_s, concerned, config.cache.get(SECONDS, {})))
+    chosen = set(_within(limit_s, concerned, seconds))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
@@ -72,11 +76,23 @@ def _within(
     """The items up to the limit; one that is too long is left out, and shorter ones follow."""
     left_s = limit_s
     for item in items:
-        slow = item.get_closest_marker("slow") is not None
-        cost_s = seconds.get(item.nodeid, UNMEASURED_SLOW_S if slow else UNMEASURED_S)
+        cost_s = _cost_s(item, seconds)
         if cost_s <= left_s:
             left_s -= cost_s
             yield item
+
+
+def _longest_first(items: list[pytest.Item], seconds: Mapping[str, float]) -> list[pytest.Item]:
+    costs_s: dict[Path, float] = defaultdict(float)
+    for item in items:
+        costs_s[item.path] += _cost_s(item, seconds)
+    return sorted(items, key=lambda item: -costs_s[item.path])
+
+
+def _cost_s(item: pytest.Item, seconds: Mapping[str, float]) -> float:
+    """The seconds of the test at its last run, or an estimate."""
+    slow = item.get_closest_marker("slow") is not None
+    return seconds.get(item.nodeid, UNMEASURED_SLOW_S if slow else UNMEASURED_S)
 
 
 def changed_files(root: Path) -> set[Path]:

@@ -126,3 +126,23 @@ def test_every_run_records_the_seconds_of_its_tests(project: Path) -> None:
 
     seconds = json.loads((project / ".pytest_cache/v" / affected.SECONDS).read_text())
     assert set(seconds) >= {"tests/test_paint.py::test_near", "tests/test_other.py::test_other"}
+
+
+def test_without_a_limit_the_files_that_took_longest_come_first(project: Path) -> None:
+    (project / "tests/test_two.py").write_text("def test_one(): ...\n\ndef test_two(): ...\n")
+    run(project)
+    cache = project / ".pytest_cache/v" / affected.SECONDS
+    known = dict.fromkeys(json.loads(cache.read_text()), 1)
+    cache.write_text(json.dumps({**known, "tests/test_other.py::test_other": 40}))
+
+    ran = run(project)
+
+    assert ran[:3] == ["test_other", "test_one", "test_two"]
+    assert len(ran) == 6
+
+
+def test_a_slow_test_that_never_ran_comes_first(project: Path) -> None:
+    slow = "import pytest\n\n@pytest.mark.slow\ndef test_slow(): ...\n"
+    (project / "tests/test_slow.py").write_text(slow)
+
+    assert run(project)[0] == "test_slow"

@@ -18,6 +18,8 @@ from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import Bucket, CallbackReceiver, SupabaseStorage, webhook_key
 from tests.servers.worker_process import WorkerDied, WorkerProcess
 
+pytestmark = pytest.mark.slow
+
 # The handler does what a job names under `do`.
 HANDLER = """
 import asyncio, os, sys

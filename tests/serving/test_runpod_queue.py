@@ -21,6 +21,8 @@ from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver, SupabaseStorage
 from tests.servers.worker_process import WorkerProcess
 
+pytestmark = pytest.mark.slow
+
 #: Longer than any test waits before it submits a job during an open poll.
 LONG_POLL_S = 8.0
 
