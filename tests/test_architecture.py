@@ -40,7 +40,7 @@ def test_the_map_lists_what_lies_in_the_package() -> None:
     block = ARCHITECTURE[ARCHITECTURE.index("    ourvidz_serverless/\n") :].split("\n\n")[0]
     listed = re.findall(r"^ {6}(\S+?)/? ", block, re.MULTILINE)
 
-    there = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
+    there = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
     assert sorted(listed) == sorted(there)
 
 
