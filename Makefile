@@ -66,10 +66,10 @@ client: $(CLIENT_CHECKS)
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
 	$(BIN)/python -m pytest -p tests.affected --numprocesses $(PROCESSES) $(BY_FILE)
 
-# The tests nearest to your changes, and those that failed last time: at most 80 seconds of tests
-# in two processes.
+# The tests nearest to your changes, and those that failed last time: at most 60 seconds of tests
+# in three processes.
 quick: .venv/dev
-	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 $(BY_FILE)
+	$(BIN)/python -m pytest -p tests.affected --affected 60 --numprocesses 3 $(BY_FILE)
 
 # What takes too long for every change: twenty times the examples of the property tests, a soak of
 # 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
