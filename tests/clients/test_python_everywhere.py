@@ -17,6 +17,11 @@ from tests.fakes.tiny_chat import tiny_folder
 QUEUE, SDK, HTTP = "RunPod's queue", "the SDK's test server", "the HTTP service"
 
 
+def servers(*kinds: str) -> pytest.MarkDecorator:
+    """Runs a test with these servers only."""
+    return pytest.mark.parametrize("server", kinds, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module", params=[QUEUE, SDK, HTTP])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -69,11 +74,6 @@ def client(made: Clients) -> Any:
     return made()
 
 
-def skip(server: Server, kind: str, why: str) -> None:
-    if server.kind == kind:
-        pytest.skip(why)
-
-
 def test_a_picture_is_made_and_downloaded(client: Any, server: Server, tmp_path: Path) -> None:
     document = client.run(sdxl_payload(id="run"))
 
@@ -99,8 +99,8 @@ def test_a_reply_comes_in_one_request(client: Any) -> None:
     assert document["usage"]["completion_tokens"] > 0
 
 
-def test_progress_rises_to_the_last_step(client: Any, server: Server) -> None:
-    skip(server, SDK, "it tells no progress")
+@servers(QUEUE, HTTP)
+def test_progress_rises_to_the_last_step(client: Any) -> None:
     config = {"num_inference_steps": 12, "resolution": "256x256"}
 
     job = client.submit(sdxl_payload(id="progress", config=config))
@@ -122,8 +122,8 @@ def test_a_payload_is_streamed_in_one_call(client: Any) -> None:
     assert "".join(client.stream(chat_payload(id="stream-in-one", temperature=0)))
 
 
-def test_a_running_job_is_cancelled(client: Any, server: Server, way: str) -> None:
-    skip(server, SDK, "it cannot cancel")
+@servers(QUEUE, HTTP)
+def test_a_running_job_is_cancelled(client: Any, way: str) -> None:
     config = {"num_inference_steps": 50, "resolution": "512x512"}
     job = client.submit(sdxl_payload(id=f"cancelled-{way}", config=config))
     next(job.progress())
@@ -134,10 +134,8 @@ def test_a_running_job_is_cancelled(client: Any, server: Server, way: str) -> No
         job.result()
 
 
-def test_what_the_sdks_test_server_lacks_is_said(client: Any, server: Server) -> None:
-    if server.kind != SDK:
-        pytest.skip("the other servers can")
-
+@servers(SDK)
+def test_what_the_sdks_test_server_lacks_is_said(client: Any) -> None:
     for call in (client.health, client.submit(chat_payload()).cancel):
         with pytest.raises(NotSupported, match="the SDK's test server"):
             call()
@@ -187,9 +185,8 @@ def test_a_server_that_is_gone_is_named_and_no_key(
         assert secret not in str(failed.value) + repr(failed.value)
 
 
-def test_health_says_what_the_worker_does(client: Any, server: Server) -> None:
-    skip(server, SDK, "it has no /health")
-
+@servers(QUEUE, HTTP)
+def test_health_says_what_the_worker_does(client: Any) -> None:
     (health,) = client.health("sdxl").values()
 
     assert "workers" in health or health["status"] == "healthy"

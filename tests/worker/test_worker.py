@@ -628,7 +628,7 @@ def test_an_unforeseen_error_of_a_callback_loses_no_document(
     assert (document.status, callback["delivered"]) == ("completed", False)
     assert callback["reason"] == "an internal error; the worker's log says where"
     assert callback["kept"] in at.stored()
-    assert "job job-1 met a bug: ValueError at setting_checks.py:" in caplog.text
+    assert "job job-1 met a bug: ValueError at signatures.py:" in caplog.text
 
 
 def test_an_unforeseen_error_of_a_callback_leaves_no_running_job(
