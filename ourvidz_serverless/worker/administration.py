@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ourvidz_serverless
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.document import versions
@@ -26,7 +25,7 @@ from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker.job_table import JobTable
 from ourvidz_serverless.worker.state import WorkerState
 
-PACKAGE = Path(ourvidz_serverless.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 #: Moves that end within this time are reported as done, the others as pending. In seconds.
 WAIT_S = 0.4

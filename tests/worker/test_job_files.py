@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ourvidz_serverless.context import Bounds, JobContext, discard
-from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.errors import Cancelled
 from ourvidz_serverless.job import Job
 from ourvidz_serverless.output import Output
@@ -56,14 +55,7 @@ def test_a_presigned_url_lives_as_long_as_presigned_expiry_s_says(
     local: MakeLocal, s3: SeaweedServer
 ) -> None:
     settings = Settings(asset_url_style="presigned", presigned_expiry_s=90)
-    storage = S3Storage(
-        bucket=s3.bucket,
-        endpoint=s3.endpoint,
-        key_id=s3.access_key,
-        secret=s3.secret_key,
-        region="us-east-1",
-    )
-    at = local(settings=settings, storage=storage)
+    at = local(settings=settings, storage=s3.storage())
 
     (asset,) = at.run().assets
 
