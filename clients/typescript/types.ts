@@ -285,7 +285,7 @@ export interface RunRequest {
   s3Config?: Record<string, unknown>;
 }
 
-/** One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else. */
+/** One output. `url` is a path in the bucket, a link, or a `data:` URI with the whole file. */
 export interface Asset {
   type: "image" | "video" | "text";
   url: string;

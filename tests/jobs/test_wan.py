@@ -1041,7 +1041,7 @@ def test_a_failing_encoder_fails_its_job_and_not_the_next_one(
 ) -> None:
     at = local(models={"wan": wan})
     with monkeypatch.context() as broken:
-        broken.setattr("ourvidz_serverless.delivery.video.X264", {"preset": "no such preset"})
+        broken.setattr("ourvidz_serverless.delivery.video.PRESET", "no such preset")
         document = at.run(wan_payload(config={"frames": 33}))
 
     assert code(document) == "INTERNAL_ERROR"

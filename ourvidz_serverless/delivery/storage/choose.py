@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.delivery.storage.base import Storage
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.delivery.storage.inline import InlineStorage
 from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
@@ -31,6 +32,8 @@ def open_storage(settings: Settings) -> Storage:
     for problem in storage_problems(settings):
         raise ModelLoadError(problem)
     scheme, bucket, prefix = storage_place(settings)
+    if scheme == "inline":
+        return InlineStorage()
     if scheme == "s3":
         return S3Storage.of(settings, bucket, prefix)
     if scheme == "supabase":
