@@ -55,6 +55,7 @@ export interface SdxlConfig {
   reference_required?: boolean | null;
   output_format?: "png" | "jpeg" | "webp" | null;
   quality?: number | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */
@@ -205,6 +206,7 @@ export interface WanConfig {
   denoise_strength?: number | null;
   resize_mode?: "crop" | "pad" | "stretch" | null;
   reference_required?: boolean | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */

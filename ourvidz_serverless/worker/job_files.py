@@ -9,15 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from ourvidz_serverless.context import JobContext
+from ourvidz_serverless.delivery import upload_urls
 from ourvidz_serverless.delivery.content_credentials import Credentials
 from ourvidz_serverless.delivery.files import File
 from ourvidz_serverless.delivery.inline import Inline, data_uri
 from ourvidz_serverless.delivery.storage.base import Storage, locate, read_reference, upload
 from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
 from ourvidz_serverless.delivery.storage.inline import InlineStorage
+from ourvidz_serverless.delivery.upload_urls import UploadUrls
 from ourvidz_serverless.delivery.uploads import Delivery, Send, Uploads
 from ourvidz_serverless.job import Job
 from ourvidz_serverless.logs import log
+from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.references import fetch
 from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings, unreachable_storage
@@ -36,12 +39,14 @@ class JobFiles:
         assets: Storage,
         credentials: Credentials | None = None,
         policy: ReferencePolicy | None = None,
+        upload_policy: Policy | None = None,
     ) -> None:
         self._settings, self._assets, self._credentials = settings, assets, credentials
         self._policy = policy or ReferencePolicy(
             allowed_hosts=frozenset(settings.reference_hosts),
             libraries=frozenset(settings.reference_buckets),
         )
+        self._upload_policy = upload_policy or upload_urls.upload_policy()
         self._pool = ThreadPoolExecutor(DELIVERY_THREADS, thread_name_prefix="deliver")
 
     @classmethod
@@ -83,8 +88,15 @@ class JobFiles:
         return images
 
     def delivery(self, job: Job, context: JobContext) -> Delivery:
-        """The delivery of one job's assets: into the job's folder, or inline."""
+        """The delivery of one job's assets: to its own URLs, into its folder, or inline.
+
+        Raises InvalidPrompt if the job's own URLs cannot be used.
+        """
         sign = functools.partial(self._signed, warnings=context.warnings)
+        if job.upload_urls:
+            urls = UploadUrls(job.upload_urls, self._upload_policy)
+            put = _recorded(lambda file: urls.put(file, context.deadline), context)
+            return Uploads(self._pool, put, sign, has_thumbnails=False)
         store = self.storage(job)
         if isinstance(store, InlineStorage):
             return Inline(self._pool, _recorded(data_uri, context), sign, context.warnings)
