@@ -19,7 +19,14 @@ from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
+from ourvidz_serverless.job import (
+    JSON_NUMBER,
+    MAX_PICTURES,
+    SEEDS,
+    CheckedText,
+    Reference,
+    Wire,
+)
 from ourvidz_serverless.jobs.media import JobProgress, MediaJob, ResizeMode, Speed, Strength, Text
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.models.sdxl.request import (
@@ -33,6 +40,9 @@ from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
 MAX_STEPS = 50
+
+#: What a job below the minimum of steps lacks.
+FEWER_STEPS = 'fewer need a distilled checkpoint (SDXL_MIN_STEPS), or a LoRA with "distilled": true'
 
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 
@@ -64,6 +74,9 @@ class Lora(Wire):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_. -]{0,127}$")
     url: str | None = Field(None, pattern=r"^https://", max_length=8192)
     scale: float = Field(1.0, ge=-2.0, le=2.0)
+    distilled: bool = Field(
+        False, description="made for few steps: LCM, Lightning, Hyper, DMD2; allows 1 step and more"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Lora:
@@ -77,7 +90,9 @@ class Lora(Wire):
 
 
 class SdxlConfig(Wire):
-    num_images: Literal[1, 3, 6] = 1
+    num_images: Annotated[int, Field(ge=1, le=MAX_PICTURES), JSON_NUMBER] = 1
+    # Before the steps, whose minimum depends on it.
+    loras: tuple[Lora, ...] = Field((), max_length=4)
     num_inference_steps: int | None = Field(
         None, le=MAX_STEPS, validation_alias=AliasChoices("num_inference_steps", "steps")
     )
@@ -88,7 +103,6 @@ class SdxlConfig(Wire):
     image: str | None = Reference
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
-    loras: tuple[Lora, ...] = Field((), max_length=4)
     resize_mode: ResizeMode = "crop"
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -98,9 +112,13 @@ class SdxlConfig(Wire):
     @field_validator("num_inference_steps")
     @classmethod
     def _at_least_the_minimum(cls, steps: int | None, info: ValidationInfo) -> int | None:
-        least = info.context.sdxl_min_steps if info.context else 1
+        is_distilled = any(lora.distilled for lora in info.data.get("loras", ()))
+        least = info.context.sdxl_min_steps if info.context and not is_distilled else 1
         if steps is not None and steps < least:
-            raise ValueError(f"Input should be greater than or equal to {least}")
+            raise ValueError(
+                f"Input should be greater than or equal to {least}"
+                f"{': ' + FEWER_STEPS if steps > 0 else ''}"
+            )
         return steps
 
     @field_validator("scheduler", mode="before")
@@ -281,6 +299,7 @@ def run(
         ),
         reference=reference,
         speed=job.config.speed,
+        has_distilled_lora=any(lora.distilled for lora in job.config.loras),
     )
     images = model.generate(request, JobProgress(context))
     # Closed here, however the loop ends: the model releases its memory before the next job has the

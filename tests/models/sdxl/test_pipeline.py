@@ -21,7 +21,7 @@ from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress
-from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
+from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler, set_steps
 from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_encoder import PromptEncoder, chunks
@@ -280,6 +280,15 @@ def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler() -> None:
     scheduler.set_timesteps(4)
 
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+def test_the_first_step_of_a_distilled_lora_begins_at_pure_noise(sdxl: Any, name: str) -> None:
+    scheduler = make_scheduler(sdxl.networks.pipe.scheduler.config, name, is_distilled=True)
+
+    set_steps(scheduler, 1)
+
+    assert scheduler.timesteps[0] == 999
 
 
 # --- prompts ---
