@@ -142,7 +142,7 @@ def test_what_the_sdks_test_server_lacks_is_said(client: Any) -> None:
 
 
 def test_a_job_that_fails_raises_the_workers_error(client: Any) -> None:
-    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
+    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be less"):
         client.run(sdxl_payload(id="refused", config={"num_images": 7}))
 
 

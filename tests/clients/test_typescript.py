@@ -139,6 +139,22 @@ def test_a_job_of_a_family_without_an_endpoint_throws_an_error(
     assert result["error"]["message"] == "no endpoint serves wan"
 
 
+def test_a_job_without_a_type_goes_to_the_only_family(platform: Platform) -> None:
+    client = caller(platform, endpoints={"wan": "videos", "admin": "chats", "sdxl": ""})
+
+    result = call("deno", "submit", client=client, job={"prompt": "Hello World"})
+
+    assert result["value"]["endpoint"] == "videos"
+
+
+def test_a_client_of_several_families_needs_a_type(platform: Platform) -> None:
+    client = caller(platform, endpoints=EMPTY)
+
+    result = call("deno", "submit", client=client, job={"prompt": "Hello World"})
+
+    assert result["error"]["message"] == "type: needed by a client of several families"
+
+
 def test_a_job_goes_to_the_endpoint_with_the_least_load(platform: Platform, runtime: str) -> None:
     busy, free = f"busy-{runtime}", f"free-{runtime}"
     for _ in range(3):
@@ -806,11 +822,19 @@ def test_the_applications_payload_compiles_without_a_cast(tmp_path: Path, use: s
 
 
 @pytest.mark.parametrize(
+    "job", ['{ prompt: "Hello World" }', '{ type: "video_fast", prompt: "Hello World" }']
+)
+def test_a_minimal_payload_compiles(tmp_path: Path, job: str) -> None:
+    assert type_errors(tmp_path, f"await client.submit({job});") == ""
+
+
+@pytest.mark.parametrize(
     "job",
     [
         '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
         '{ type: "poem", user_id: "u" }',
-        '{ type: "sdxl_image_fast", prompt: "a red circle" }',
+        '{ type: "sdxl_image_fast", prompt: "a red circle", config: { num_images: "3" } }',
+        "{ prompt: 1 }",
     ],
 )
 def test_a_wrong_job_whose_type_is_known_does_not_compile(tmp_path: Path, job: str) -> None:
