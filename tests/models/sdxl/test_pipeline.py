@@ -132,6 +132,19 @@ def test_no_pixel_depends_on_how_a_batch_is_split(
         assert distance(one, other) <= ROUNDING
 
 
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_any_number_of_pictures_is_split_in_parts_that_differ_by_one_at_most(
+    count: int, max_batch: int
+) -> None:
+    size = SdxlMemoryPlan(max_batch).size(count)
+
+    parts = [min(size, count - first) for first in range(0, count, size)]
+
+    assert max(parts) <= max_batch
+    assert max(parts) - min(parts) <= 1
+
+
 def test_a_batch_is_split_in_equal_parts(sdxl: Any) -> None:
     split = SdxlModel(sdxl.networks, sdxl.device, plans=MemoryPlans(SdxlMemoryPlan(4)))
     progress = RecordedProgress()
