@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -42,7 +42,9 @@ STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
 MAX_STEPS = 50
 
 #: What a job below the minimum of steps lacks.
-FEWER_STEPS = 'fewer need a distilled checkpoint (SDXL_MIN_STEPS), or a LoRA with "distilled": true'
+FEWER_STEPS = (
+    'fewer need a distilled checkpoint (SDXL_DISTILLED_STEPS), or a LoRA with "distilled": true'
+)
 
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 
@@ -112,8 +114,8 @@ class SdxlConfig(Wire):
     @field_validator("num_inference_steps")
     @classmethod
     def _at_least_the_minimum(cls, steps: int | None, info: ValidationInfo) -> int | None:
-        is_distilled = any(lora.distilled for lora in info.data.get("loras", ()))
-        least = info.context.sdxl_min_steps if info.context and not is_distilled else 1
+        loras, settings = info.data.get("loras", ()), info.context
+        least = 1 if settings is None or _is_distilled(loras, settings) else settings.sdxl_min_steps
         if steps is not None and steps < least:
             raise ValueError(
                 f"Input should be greater than or equal to {least}"
@@ -269,7 +271,24 @@ class SdxlJob(MediaJob):
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
     """The job of a payload; raises pydantic's ValidationError."""
-    return SdxlJob.model_validate(payload, context=settings)
+    job = SdxlJob.model_validate(payload, context=settings)
+    return _with_distilled_defaults(job, settings)
+
+
+def _with_distilled_defaults(job: SdxlJob, settings: Settings) -> SdxlJob:
+    """The job with a distilled checkpoint's steps, and without guidance, where it names neither."""
+    config, given = job.config, job.config.model_fields_set
+    changes: dict[str, Any] = {}
+    if settings.sdxl_distilled_steps and config.num_inference_steps is None:
+        changes["num_inference_steps"] = settings.sdxl_distilled_steps
+    if _is_distilled(config.loras, settings) and "guidance_scale" not in given:
+        changes["guidance_scale"] = 1.0
+    return job.model_copy(update={"config": config.model_copy(update=changes)}) if changes else job
+
+
+def _is_distilled(loras: Iterable[Lora], settings: Settings) -> bool:
+    """Whether the checkpoint, or a LoRA, was made for few steps."""
+    return settings.sdxl_distilled_steps is not None or any(lora.distilled for lora in loras)
 
 
 def prepare(job: SdxlJob, model: ImageModel, context: JobContext) -> None:

@@ -452,8 +452,29 @@ def test_a_refusal_of_few_steps_says_what_allows_them() -> None:
 
     assert refusal(payload) == (
         "config.num_inference_steps: Input should be greater than or equal to 10: fewer need a "
-        'distilled checkpoint (SDXL_MIN_STEPS), or a LoRA with "distilled": true'
+        'distilled checkpoint (SDXL_DISTILLED_STEPS), or a LoRA with "distilled": true'
     )
+
+
+def test_on_a_distilled_checkpoint_a_prompt_alone_takes_its_steps_and_no_guidance() -> None:
+    job = parse(QUICKSTART, sdxl_distilled_steps=4)
+
+    assert (job.steps, job.config.guidance_scale) == (4, 1.0)
+
+
+def test_on_a_distilled_checkpoint_a_job_may_name_its_steps_and_its_guidance() -> None:
+    payload = sdxl_payload(config={"num_inference_steps": 1, "guidance_scale": 2})
+
+    job = parse(payload, sdxl_distilled_steps=4)
+
+    assert (job.steps, job.config.guidance_scale) == (1, 2.0)
+
+
+def test_a_job_with_a_distilled_lora_has_no_guidance_unless_it_names_one() -> None:
+    loras = [{"name": "lightning", "distilled": True}]
+
+    assert sdxl(config={"loras": loras}).config.guidance_scale == 1.0
+    assert sdxl(config={"loras": loras, "guidance_scale": 1.5}).config.guidance_scale == 1.5
 
 
 def test_no_job_has_less_than_one_step() -> None:

@@ -286,8 +286,11 @@ def test_one_jobs_scheduler_does_not_change_the_next_job(sdxl: Any) -> None:
     assert distance(render(sdxl)[0], before[0]) == 0
 
 
-def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler() -> None:
-    model = loader.load(Settings(sdxl_timestep_spacing="trailing"))
+@pytest.mark.parametrize(
+    "chosen", [{"sdxl_timestep_spacing": "trailing"}, {"sdxl_distilled_steps": 4}]
+)
+def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler(chosen: Any) -> None:
+    model = loader.load(Settings(**chosen))
     scheduler = make_scheduler(model.networks.pipe.scheduler.config, "dpmpp_2m")
 
     scheduler.set_timesteps(4)
