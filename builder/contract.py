@@ -188,7 +188,8 @@ def keep(name: str, files: list[Path]) -> None:
 
 def meaning(payload: Mapping[str, Any]) -> Any:
     """The meaning of a payload: the fields of the parsed job, under their present names."""
-    job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
+    settings = Settings()
+    job = Envelope.of({"id": "rp-1", "input": payload}, settings.families).job(settings)
     return json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str))
 
 

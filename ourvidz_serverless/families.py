@@ -43,6 +43,8 @@ class Family:
     #: The names of its modules. The second one imports torch.
     jobs_module: str
     models_module: str
+    #: The type of a job that names none, on a worker of this family alone; see `type_of_unnamed`.
+    default_type: str | None = None
     #: The first one is the family's main model.
     weights: tuple[Weights, ...] = ()
     #: The main model's name in the ledger, and the specification's words for how long its weights
@@ -60,6 +62,11 @@ class Family:
     quality_tiers: tuple[str, ...] = ()
     #: The application's function that receives the address of the family's worker.
     registers_at: str = "update-worker-url"
+
+    @property
+    def type_of_unnamed(self) -> str:
+        """The type of a job that names none: `default_type`, or the first of the job types."""
+        return self.default_type or self.job_types[0]
 
     @property
     def main_setting(self) -> str | None:
@@ -99,7 +106,7 @@ ROWS = (
         memory_policy="always loaded",
         concurrency=2,
         backlog=16,
-        batch_sizes=(1, 3, 6),
+        batch_sizes=(1, 2, 3, 4, 5, 6),
         quality_tiers=("fast", "high"),
     ),
     Family(
@@ -107,6 +114,9 @@ ROWS = (
         job_types=("chat_enhance", "chat_conversation", "chat_unrestricted"),
         jobs_module="ourvidz_serverless.jobs.chat",
         models_module="ourvidz_serverless.models.chat.loader",
+        # Who sends a prompt to a chat model expects a reply, as from any chat model, and not the
+        # prompt in other words.
+        default_type="chat_conversation",
         weights=(
             Weights("CHAT_INSTRUCT_MODEL", "chat", (".",)),
             Weights("CHAT_BASE_MODEL", "chat", (".",)),
@@ -123,6 +133,8 @@ ROWS = (
         job_types=WAN_TYPES,
         jobs_module="ourvidz_serverless.jobs.wan",
         models_module="ourvidz_serverless.models.wan.loader",
+        # WAN is a video model; a frame alone is the exception.
+        default_type="video_fast",
         weights=(
             Weights("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
             Weights("WAN_VACE_MODEL", "VACE", ("transformer",)),

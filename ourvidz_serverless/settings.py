@@ -164,6 +164,7 @@ class FixedSettings(BaseSettings):
     sdxl_model: str = "pocket"
     sdxl_config: Path | None = None
     sdxl_min_steps: int = Field(10, ge=1, le=10)
+    sdxl_distilled_steps: int | None = Field(None, ge=1, le=50)
     sdxl_timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     sdxl_max_batch: int = Field(6, ge=1, le=6)
     sdxl_tiny_vae: str | None = None

@@ -20,7 +20,7 @@ from PIL import Image
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.document import Document
-from ourvidz_serverless.guard.rate_limits import RateLimits, RedisCounter
+from ourvidz_serverless.guard.rate_limits import FallbackCounter, RateLimits, UpstashCounter
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.references.policy import ReferencePolicy
@@ -131,7 +131,8 @@ class Dependencies:
         ):
             settings = Settings(rate_limit_user=str(RATE), rate_limit_fail_open=fail_open)
             redis = Upstash(proxy.url, rest_server.token)
-            limits = RateLimits({"user": RATE}, RedisCounter(redis, "e", retry))
+            shared = UpstashCounter(redis, "e", retry)
+            limits = RateLimits({"user": RATE}, FallbackCounter(shared) if fail_open else shared)
             return self._run(
                 proxy,
                 sdxl_payload(),

@@ -28,8 +28,8 @@ SHARED_HEADING = "The payload"
 
 #: A payload of each family with the required fields and nothing else.
 SMALLEST: dict[str, dict[str, Any]] = {
-    "sdxl": {"type": "sdxl_image_fast", "user_id": "user-1", "prompt": "a red circle"},
-    "wan": {"type": "video_fast", "user_id": "user-1", "prompt": "a red circle moves right"},
+    "sdxl": {"type": "sdxl_image_fast", "prompt": "a red circle"},
+    "wan": {"type": "video_fast", "prompt": "a red circle moves right"},
     "chat": {"type": "chat_conversation", "messages": [{"role": "user", "content": "Hello"}]},
     "admin": {"type": "admin_utilities", "operation": "health"},
 }

@@ -37,10 +37,13 @@ export interface Lora {
   name?: string | null;
   url?: string | null;
   scale?: number;
+  /** made for few steps: LCM, Lightning, Hyper, DMD2; allows 1 step and more */
+  distilled?: boolean;
 }
 
 export interface SdxlConfig {
-  num_images?: 1 | 3 | 6 | null;
+  num_images?: number | null;
+  loras?: Lora[] | null;
   guidance_scale?: number | null;
   /** 1024x1024 */
   resolution?: string | null;
@@ -50,7 +53,6 @@ export interface SdxlConfig {
   image?: string | null;
   denoise_strength?: number | null;
   scheduler?: "euler" | "euler_a" | "dpmpp_2m" | "dpmpp_2m_karras" | "dpmpp_sde" | "unipc" | "ddim" | "lcm" | null;
-  loras?: Lora[] | null;
   resize_mode?: "crop" | "pad" | "stretch" | null;
   reference_required?: boolean | null;
   output_format?: "png" | "jpeg" | "webp" | null;
@@ -81,7 +83,7 @@ export interface SdxlJob {
   /** RunPod's own id serves where it is missing */
   id?: string;
   type: "sdxl_image_fast" | "sdxl_image_high";
-  user_id: string;
+  user_id?: string | null;
   callback_url?: string | null;
   prompt?: string | null;
   negative_prompt?: string | null;
@@ -236,7 +238,7 @@ export interface WanJob {
   /** RunPod's own id serves where it is missing */
   id?: string;
   type: "image_fast" | "image_high" | "video_fast" | "video_high" | "image7b_fast_enhanced" | "image7b_high_enhanced" | "video7b_fast_enhanced" | "video7b_high_enhanced";
-  user_id: string;
+  user_id?: string | null;
   callback_url?: string | null;
   prompt?: string | null;
   negative_prompt?: string | null;

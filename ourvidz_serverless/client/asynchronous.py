@@ -14,6 +14,7 @@ from ourvidz_serverless.client import assets
 from ourvidz_serverless.client.calls import Calls, JobState, following, state_now, streaming
 from ourvidz_serverless.client.outcome import Asset, Document, Outcome, Progress
 from ourvidz_serverless.client.routes import Payload
+from ourvidz_serverless.client.services import JobName
 from ourvidz_serverless.client.steps import (
     Answer,
     Item,
@@ -70,9 +71,11 @@ class AsyncClient(Calls):
         async for piece in job.stream(timeout_s):
             yield piece
 
-    def job(self, endpoint: str, id: str, user_id: str | None = None) -> AsyncSubmittedJob:
-        """A job that was submitted before, by its `endpoint`, `id` and `user_id`."""
-        return AsyncSubmittedJob(self, self._state_of(endpoint, id, user_id))
+    def job(
+        self, endpoint: str, id: str, user_id: str | None = None, worker: str | None = None
+    ) -> AsyncSubmittedJob:
+        """A job that was submitted before, by its `endpoint`, `id`, `user_id` and `worker`."""
+        return AsyncSubmittedJob(self, self._state_of(endpoint, JobName(id, user_id, worker)))
 
     async def health(self, family: str | None = None) -> dict[str, Any]:
         """What each of a family's endpoints says of its jobs and workers, or each of all."""
@@ -178,11 +181,16 @@ class _Connection:
 
 
 class AsyncSubmittedJob:
-    """A job at its service. Another process finds it by its `endpoint`, `id` and `user_id`."""
+    """A job at its service.
+
+    Another process finds it by its `endpoint`, `id`, `user_id` and `worker`.
+    """
 
     def __init__(self, client: AsyncClient, state: JobState) -> None:
         self._client, self._state = client, state
         self.id, self.user_id = state.name.id, state.name.user_id
+        #: The worker that has the job, if a load balancer has named it.
+        self.worker = state.name.worker
 
     @property
     def endpoint(self) -> str:

@@ -114,8 +114,7 @@ class Calls:
     def _submitting(self, payload: Payload, s3_config: Mapping[str, Any] | None) -> Steps[JobState]:
         body = body_of(payload, self._payload_key, s3_config)
         service = yield from least_loaded(self._routes.candidates(payload))
-        job_id = yield from service.submit(body)
-        return JobState(service, JobName(job_id, payload.get("user_id")))
+        return JobState(service, (yield from service.submit(body)))
 
     def _running_at_once(
         self, payload: Payload, wait_s: float, s3_config: Mapping[str, Any] | None
@@ -124,8 +123,8 @@ class Calls:
         service = yield from least_loaded(self._routes.candidates(payload))
         return document_of((yield from service.run(body, wait_s)), wait_s)
 
-    def _state_of(self, endpoint: str, id: str, user_id: str | None) -> JobState:
-        return JobState(self._routes.named(endpoint), JobName(id, user_id))
+    def _state_of(self, endpoint: str, name: JobName) -> JobState:
+        return JobState(self._routes.named(endpoint), name)
 
     def _health(self, family: str | None) -> Steps[dict[str, Any]]:
         found = {}

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from ourvidz_serverless.client.services import Connection, Queue, Service
 from ourvidz_serverless.client.steps import RequestFailed, Steps
-from ourvidz_serverless.job_types import ADMIN, FAMILY_OF, job_type
+from ourvidz_serverless.job_types import ADMIN, FAMILY_OF, job_type, named_type
 
 Payload = Mapping[str, Any]
 
@@ -71,8 +71,11 @@ class Endpoints:
         return Queue(name, replace(self._to, url=f"{self._to.url}/{quote(name, '')}"))
 
     def family_of(self, payload: Payload) -> str:
-        """The family whose endpoint gets a job; raises ValueError for an unknown type."""
-        family = family_of(payload)
+        """The family whose endpoint gets a job; raises ValueError for an unknown type.
+
+        A job that names no type goes to the endpoint of the only family, if it is one.
+        """
+        family = family_of(payload, [name for name in self._ids if name != ADMIN])
         if family != ADMIN or ADMIN in self._ids:
             return family
         # Every worker runs admin jobs: the target's family gets the job, or else the first family.
@@ -82,12 +85,16 @@ class Endpoints:
         return target if target in self._ids else next(iter(self._ids), family)
 
 
-def family_of(payload: Payload) -> str:
-    """The family of a job; raises ValueError for an unknown type."""
-    name = job_type(payload)
+def family_of(payload: Payload, served: Sequence[str]) -> str:
+    """The family of a job; raises ValueError for an unknown type, or none for several families."""
+    name = job_type(payload, served)
     if name is None:
-        asked = payload.get("type") or payload.get("job_type")
-        raise ValueError(f"{asked} is no job type")
+        asked = named_type(payload)
+        raise ValueError(
+            "type: needed by a client of several families"
+            if asked is None
+            else f"{asked} is no job type"
+        )
     return FAMILY_OF[name]
 
 

@@ -46,12 +46,22 @@ class NotSupported(Exception):
     """Raised for an operation that this kind of server does not have."""
 
 
+#: The header in which RunPod's load balancer names the worker that answered, and in which a caller
+#: asks for a worker (https://docs.runpod.io/serverless/load-balancing/worker-affinity).
+WORKER_HEADER = "X-Runpod-Worker-Id"
+
+
 @dataclass(frozen=True, slots=True)
 class JobName:
-    """What identifies a job at its service. `user_id` is the payload's, which only HTTP needs."""
+    """What identifies a job at its service.
+
+    `user_id` is the payload's, and `worker` the one of several workers that has the job. Only HTTP
+    needs them.
+    """
 
     id: str
     user_id: str | None = None
+    worker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +78,20 @@ class Connection:
         """The URL without its password."""
         return re.sub(r"(?<=://)[^/@]*@", "", self.url)
 
-    def request(self, method: str, path: str, body: object = None, **options: Any) -> Request:
-        """A request for a path, with a JSON body if there is one."""
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        worker: str | None = None,
+        **options: Any,
+    ) -> Request:
+        """A request for a path, with a JSON body if there is one, and for one worker if named."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         headers = {**self.headers, "Content-Type": "application/json"}
+        if worker:
+            # Strict, since another worker does not know the job and would answer 404.
+            headers[WORKER_HEADER] = f"strict {worker}"
         return Request(method, f"{self.url}/{path}", headers, data, secrets=self.secrets, **options)
 
 
@@ -83,8 +103,8 @@ class Service(Protocol):
         """The endpoint's id, or the server's URL without its password."""
         ...
 
-    def submit(self, body: Mapping[str, Any]) -> Steps[str]:
-        """Queue a job; its id."""
+    def submit(self, body: Mapping[str, Any]) -> Steps[JobName]:
+        """Queue a job."""
         ...
 
     def run(self, body: Mapping[str, Any], wait_s: float) -> Steps[Outcome]:
@@ -119,10 +139,10 @@ class Queue:
     def name(self) -> str:
         return self.endpoint
 
-    def submit(self, body: Mapping[str, Any]) -> Steps[str]:
+    def submit(self, body: Mapping[str, Any]) -> Steps[JobName]:
         request = _bounded(self.to.request("POST", "run", body), RUN_BYTES, "RunPod's /run")
         answer = yield from send(request, self.to.policy, with_field("id"))
-        return str(answer["id"])
+        return JobName(str(answer["id"]), _user_in(body))
 
     def run(self, body: Mapping[str, Any], wait_s: float) -> Steps[Outcome]:
         path, timeout_s = f"runsync?wait={int(wait_s * 1000)}", wait_s + TIMEOUT_S
@@ -175,10 +195,10 @@ class LocalApi:
     def name(self) -> str:
         return self.to.shown
 
-    def submit(self, body: Mapping[str, Any]) -> Steps[str]:
+    def submit(self, body: Mapping[str, Any]) -> Steps[JobName]:
         request = self.to.request("POST", "run", body)
         answer = yield from send(request, self.to.policy, with_field("id"))
-        return str(answer["id"])
+        return JobName(str(answer["id"]), _user_in(body))
 
     def run(self, body: Mapping[str, Any], wait_s: float) -> Steps[Outcome]:
         request = self.to.request("POST", "runsync", body, timeout_s=wait_s)
@@ -211,7 +231,7 @@ class LocalApi:
 
 @dataclass(frozen=True, slots=True)
 class HttpService:
-    """A worker that serves plain HTTP, `SERVE=http`."""
+    """A worker that serves plain HTTP, `SERVE=http`, or several behind RunPod's load balancer."""
 
     to: Connection
 
@@ -219,17 +239,17 @@ class HttpService:
     def name(self) -> str:
         return self.to.shown
 
-    def submit(self, body: Mapping[str, Any]) -> Steps[str]:
-        answer = yield from self._post(body, 0)
-        return str(answer["job_id"])
+    def submit(self, body: Mapping[str, Any]) -> Steps[JobName]:
+        answer, worker = yield from self._post(body, 0)
+        return JobName(str(answer["job_id"]), _user_in(body), worker)
 
     def run(self, body: Mapping[str, Any], wait_s: float) -> Steps[Outcome]:
-        answer = yield from self._post(body, min(int(wait_s), MAX_WAIT_S))
+        answer, _ = yield from self._post(body, min(int(wait_s), MAX_WAIT_S))
         return read_http_outcome(answer)
 
     def status(self, job: JobName, is_tried_once: bool, left_s: float) -> Steps[Outcome]:
         policy = ONCE if is_tried_once else self.to.policy
-        request = self.to.request("GET", _path(job))
+        request = self.to.request("GET", _path(job), worker=job.worker)
         return read_http_outcome((yield from send(request, policy, with_field("status"))))
 
     def stream(self, job: JobName, polls: Polls) -> Steps[Outcome | None]:
@@ -244,7 +264,7 @@ class HttpService:
 
         A new reader gets the whole text so far. The caller gets what is new in it.
         """
-        request = self.to.request("GET", _path(job, "/events"), streams=True)
+        request = self.to.request("GET", _path(job, "/events"), worker=job.worker, streams=True)
         yield from send(request, ONCE, lambda answer: None)
         reader, text = EventReader(), ""
         while (chunk := (yield NextChunk())) is not None:
@@ -258,23 +278,32 @@ class HttpService:
         raise RequestFailed(request, why="the stream broke off")
 
     def cancel(self, job: JobName) -> Steps[None]:
-        request = self.to.request("POST", _path(job, "/cancel"), {})
+        request = self.to.request("POST", _path(job, "/cancel"), {}, job.worker)
         yield from send(request, self.to.policy, with_field("status"))
 
     def health(self) -> Steps[dict[str, Any]]:
         request = self.to.request("GET", "health")
         return (yield from send(request, self.to.policy, with_field("status")))
 
-    def _post(self, body: Mapping[str, Any], wait_s: int) -> Steps[dict[str, Any]]:
-        """The answer of `/jobs`. Raises the JobError of a job that was refused."""
+    def _post(
+        self, body: Mapping[str, Any], wait_s: int
+    ) -> Steps[tuple[dict[str, Any], str | None]]:
+        """The answer of `/jobs`, and the worker that took the job, if the answer names it.
+
+        Raises the JobError of a job that was refused.
+        """
         path, timeout_s = f"jobs?wait={wait_s}" if wait_s else "jobs", wait_s + TIMEOUT_S
         request = self.to.request("POST", path, body, timeout_s=timeout_s)
         _bounded(request, HTTP_BYTES, "the HTTP service")
         try:
-            read = with_field("job_id")
-            return (yield from send(request, self.to.policy, read, _has_job))
+            return (yield from send(request, self.to.policy, _taken, _has_job))
         except RequestFailed as exc:
             raise error_of(object_in(exc.body)) or exc from None
+
+
+def _taken(answer: Answer) -> tuple[dict[str, Any], str | None]:
+    """A document that names a job, and the worker that has the job."""
+    return with_field("job_id")(answer), answer.headers.get(WORKER_HEADER.lower())
 
 
 def _has_job(answer: Answer) -> bool:
@@ -296,6 +325,11 @@ def _bounded(request: Request, limit: int, what: str) -> Request:
 def _pieces(items: list[Mapping[str, Any]]) -> list[str]:
     outputs = (item.get("output") for item in items)
     return [each["delta"] for each in outputs if isinstance(each, Mapping) and "delta" in each]
+
+
+def _user_in(body: Mapping[str, Any]) -> str | None:
+    user: str | None = body["input"].get("user_id")
+    return user
 
 
 def _path(job: JobName, rest: str = "") -> str:

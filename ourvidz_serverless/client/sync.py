@@ -14,6 +14,7 @@ from ourvidz_serverless.client import assets
 from ourvidz_serverless.client.calls import Calls, JobState, following, state_now, streaming
 from ourvidz_serverless.client.outcome import Asset, Document, Outcome, Progress
 from ourvidz_serverless.client.routes import Payload
+from ourvidz_serverless.client.services import JobName
 from ourvidz_serverless.client.steps import (
     Answer,
     Item,
@@ -67,9 +68,11 @@ class Client(Calls):
         """The pieces of a chat's reply, as they are written."""
         return self.submit({**payload, "stream": True}).stream(timeout_s)
 
-    def job(self, endpoint: str, id: str, user_id: str | None = None) -> SubmittedJob:
-        """A job that was submitted before, by its `endpoint`, `id` and `user_id`."""
-        return SubmittedJob(self, self._state_of(endpoint, id, user_id))
+    def job(
+        self, endpoint: str, id: str, user_id: str | None = None, worker: str | None = None
+    ) -> SubmittedJob:
+        """A job that was submitted before, by its `endpoint`, `id`, `user_id` and `worker`."""
+        return SubmittedJob(self, self._state_of(endpoint, JobName(id, user_id, worker)))
 
     def health(self, family: str | None = None) -> dict[str, Any]:
         """What each of a family's endpoints says of its jobs and workers, or each of all."""
@@ -173,11 +176,16 @@ class _Connection:
 
 
 class SubmittedJob:
-    """A job at its service. Another process finds it by its `endpoint`, `id` and `user_id`."""
+    """A job at its service.
+
+    Another process finds it by its `endpoint`, `id`, `user_id` and `worker`.
+    """
 
     def __init__(self, client: Client, state: JobState) -> None:
         self._client, self._state = client, state
         self.id, self.user_id = state.name.id, state.name.user_id
+        #: The worker that has the job, if a load balancer has named it.
+        self.worker = state.name.worker
 
     @property
     def endpoint(self) -> str:

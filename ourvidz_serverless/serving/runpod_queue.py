@@ -122,11 +122,11 @@ def share_of(settings: Settings) -> Share | None:
     """
     if not (settings.exclusive_places and settings.shared_places):
         return None
-    return Share(settings.exclusive_places + settings.resolved_backlog, _is_exclusive)
 
+    def is_exclusive(event: Mapping[str, Any]) -> bool:
+        return Envelope.of(event, settings.families).is_exclusive
 
-def _is_exclusive(event: Mapping[str, Any]) -> bool:
-    return Envelope.of(event).is_exclusive
+    return Share(settings.exclusive_places + settings.resolved_backlog, is_exclusive)
 
 
 def make_fitness_check(
@@ -163,7 +163,7 @@ def make_handler(
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
         stop, reporter = Stop(), make_reporter(event, settings)
         loop = asyncio.get_running_loop()
-        envelope = Envelope.of(event)
+        envelope = Envelope.of(event, settings.families)
         running = loop.run_in_executor(
             threads, worker.run, envelope, stop, reporter.report, reporter.write
         )
@@ -192,8 +192,9 @@ def make_stream_handler(
     async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         stop, reporter, deltas = Stop(), make_reporter(event, settings), Deltas()
         loop = asyncio.get_running_loop()
+        envelope = Envelope.of(event, settings.families)
         running = loop.run_in_executor(
-            threads, worker.run, Envelope.of(event), stop, reporter.report, deltas.emit
+            threads, worker.run, envelope, stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
         _call_at_end_of_task(stop.set)

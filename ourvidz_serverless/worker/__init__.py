@@ -211,7 +211,7 @@ class Worker:
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a result that the platform refused beside the job's assets; the key of the file."""
-        envelope = Envelope.of(event)
+        envelope = Envelope.of(event, self._settings.families)
         read_job = functools.partial(envelope.job_or_none, self._settings)
         return self._outbox.keep_result(result, envelope.job_id, read_job)
 

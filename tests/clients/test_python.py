@@ -76,6 +76,17 @@ def test_a_job_without_an_endpoint_raises_value_error(
         client(platform).submit({"type": name})
 
 
+def test_a_job_without_a_type_goes_to_the_only_family(platform: Platform) -> None:
+    one = client(platform, endpoints={"wan": "videos", "admin": "chats", "sdxl": ""})
+
+    assert one.submit({"prompt": "Hello World"}).endpoint == "videos"
+
+
+def test_a_client_of_several_families_needs_a_type(platform: Platform) -> None:
+    with pytest.raises(ValueError, match="type: needed by a client of several families"):
+        client(platform, endpoints=EMPTY).submit({"prompt": "Hello World"})
+
+
 def test_the_endpoint_with_the_shortest_queue_gets_the_job(platform: Platform) -> None:
     for _ in range(2):
         platform.submit(sdxl_payload(), endpoint="long")
@@ -136,9 +147,9 @@ def test_a_reply_is_streamed_and_ends_with_its_document(platform: Platform) -> N
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("way", ["run", "runsync"])
 def test_a_failed_job_raises_the_workers_error(platform: Platform, way: str) -> None:
-    payload = sdxl_payload(config={"num_images": 2})
+    payload = sdxl_payload(config={"num_images": 7})
 
-    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
+    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be less"):
         getattr(client(platform), way)(payload)
 
 

@@ -142,8 +142,8 @@ def test_what_the_sdks_test_server_lacks_is_said(client: Any) -> None:
 
 
 def test_a_job_that_fails_raises_the_workers_error(client: Any) -> None:
-    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
-        client.run(sdxl_payload(id="refused", config={"num_images": 2}))
+    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be less"):
+        client.run(sdxl_payload(id="refused", config={"num_images": 7}))
 
 
 def test_a_picture_from_a_file_is_the_reference(client: Any, tmp_path: Path) -> None:

@@ -529,7 +529,7 @@ def test_a_job_that_the_platform_never_accepts_goes_to_the_dead_list(
 def test_a_job_that_the_worker_refuses_is_submitted_and_reported_by_callback(
     redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
-    push(redis, sdxl_payload(id="job-1", config={"num_images": 2}))
+    push(redis, sdxl_payload(id="job-1", config={"num_images": 7}))
 
     with bridged(scripted, redis_settings):
         wait_for_jobs(scripted, 1)

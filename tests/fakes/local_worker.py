@@ -118,7 +118,10 @@ class LocalWorker:
         """Run a payload, `sdxl_payload()` if none is given, as the platform's job `rp-1`."""
         event = {"id": "rp-1", "input": sdxl_payload() if payload is None else payload, **top}
         return self.worker.run(
-            Envelope.of(event), stop or self.stop, self.progress.append, self.streamed.append
+            Envelope.of(event, self.settings.families),
+            stop or self.stop,
+            self.progress.append,
+            self.streamed.append,
         )
 
     def stored(self) -> list[str]:

@@ -137,7 +137,7 @@ def test_a_worker_without_a_ledger_has_no_device_and_no_pressure(
 
 
 def test_status_names_the_batches_that_a_family_accepts(site: Site) -> None:
-    assert site.ask("status", target_worker="sdxl")["batch_support"] == [1, 3, 6]
+    assert site.ask("status", target_worker="sdxl")["batch_support"] == [1, 2, 3, 4, 5, 6]
     assert site.ask("status", target_worker="chat")["batch_support"] == [1]
 
 
@@ -254,7 +254,7 @@ def test_questions_are_answered_while_a_picture_is_generated(site: Site) -> None
 
 def test_job_status_reports_how_a_job_ended(site: Site) -> None:
     site.at.run()
-    site.at.run(sdxl_payload(id="job-2", config={"num_images": 2}))
+    site.at.run(sdxl_payload(id="job-2", config={"num_images": 7}))
     site.at.run(sdxl_payload(id="job-3", reference_required=True, type="video_fast"))
 
     assert site.ask("job_status", job_id="job-1", user_id="user-1")["status"] == "completed"

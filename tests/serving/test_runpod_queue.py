@@ -104,7 +104,7 @@ def test_the_callback_equals_the_returned_document(
 
 @pytest.mark.usefixtures("worker")
 def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) -> None:
-    job = platform.submit(sdxl_payload(config={"num_images": 2}))
+    job = platform.submit(sdxl_payload(config={"num_images": 7}))
 
     platform.result(job)
 
@@ -112,7 +112,7 @@ def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) ->
     assert status["status"] == "FAILED"
     assert failure(status) == {
         "code": "INVALID_PROMPT",
-        "message": "config.num_images: Input should be 1, 3 or 6",
+        "message": "config.num_images: Input should be less than or equal to 6",
         "retryable": False,
     }
     assert status["output"]["failure"] == failure(status)
@@ -292,7 +292,7 @@ def test_a_failed_jobs_result_that_the_platform_refuses_is_stored_too(
 ) -> None:
     platform.script([400])
 
-    platform.submit(sdxl_payload(id="twice-refused", config={"num_images": 2}))
+    platform.submit(sdxl_payload(id="twice-refused", config={"num_images": 7}))
 
     worker.wait_for_log("kept at undelivered/twice-refused/result.failed.json")
     kept = outputs / "undelivered/twice-refused/result.failed.json"
@@ -450,13 +450,13 @@ def test_a_test_input_with_its_picture_in_the_document_prints_no_picture() -> No
 
 
 def test_the_handler_says_in_one_line_why_a_test_input_failed(tmp_path: Path) -> None:
-    payload = json.dumps({"input": sdxl_payload(config={"num_images": 2})})
+    payload = json.dumps({"input": sdxl_payload(config={"num_images": 7})})
 
     run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}")
 
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr.splitlines()[-1] == (
-        "failed: INVALID_PROMPT: config.num_images: Input should be 1, 3 or 6"
+        "failed: INVALID_PROMPT: config.num_images: Input should be less than or equal to 6"
     )
 
 

@@ -89,8 +89,10 @@ def read_networks(settings: Settings, device: Device) -> SdxlNetworks:
         path = checkpoints.find("SDXL_MODEL", settings.sdxl_model, settings.model_dirs)
     with checkpoints.loading("SDXL_MODEL", path, "SDXL"):
         pipe = _read_pipe(path, settings, device.dtype)
-    if settings.sdxl_timestep_spacing:
-        pipe.scheduler.register_to_config(timestep_spacing=settings.sdxl_timestep_spacing)
+    # A distilled checkpoint was trained from pure noise, where its spacing begins.
+    own_spacing = "trailing" if settings.sdxl_distilled_steps else None
+    if spacing := settings.sdxl_timestep_spacing or own_spacing:
+        pipe.scheduler.register_to_config(timestep_spacing=spacing)
     if settings.memory_format == "channels_last":
         # Here, so that weights that are read again have the same memory format.
         for network in (pipe.unet, pipe.vae):

@@ -260,7 +260,7 @@ def _envelope_of(request: Request, payload: object, s3_config: object = None) ->
         own = payload.get("api_key")
         key = key_of(request.headers) if own in (None, "") else own
         event["input"] = {**payload, "api_key": key}
-    return Envelope.of(event)
+    return Envelope.of(event, _service(request).settings.families)
 
 
 def _check_key_of(envelope: Envelope, service: HttpService) -> None:

@@ -369,7 +369,7 @@ def test_a_failed_job_is_an_error_status_for_wait_and_a_document_for_its_status_
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"input": sdxl_payload(config={"num_images": 2})}, "config.num_images: "),
+        ({"input": sdxl_payload(config={"num_images": 7})}, "config.num_images: "),
         ({"input": sdxl_payload(), "s3Config": {"bucketName": "b"}}, "s3Config.bucketName: "),
         ({}, "input: Input should be an object"),
     ],

@@ -308,7 +308,7 @@ REFUSED = chat_payload(
     ("payload", "says"),
     [
         ("{", "The request is not valid JSON"),
-        (json.dumps(sdxl_payload(config={"num_images": 2})), "config.num_images: Input should be"),
+        (json.dumps(sdxl_payload(config={"num_images": 7})), "config.num_images: Input should be"),
         (json.dumps(REFUSED), "content policy"),
     ],
 )

@@ -66,7 +66,12 @@ const FORMS = {
       needs: "config.image",
     },
     sizes("config.resolution", "sdxl", isPocket),
-    { at: "config.num_images", label: "Pictures", choices: options([1, 3, 6]), half: true },
+    {
+      at: "config.num_images",
+      label: "Pictures",
+      choices: options([1, 2, 3, 4, 5, 6]),
+      half: true,
+    },
     number(STEPS, "Steps", { value: isHigh ? 25 : 15, min: 1, max: 50 }),
     guidance(7),
     SEED,
