@@ -177,8 +177,8 @@ class UpstashCounter:
 class FallbackCounter:
     """A shared counter, and one in this process while the shared one fails.
 
-    After a failure the shared counter is not asked for `AWAY_S`, so that an outage delays one job
-    by its tries, and not each. The windows in this process begin anew.
+    After a failure one job every `AWAY_S` asks the shared counter again, so that an outage delays
+    few jobs by their tries, and not each. The windows in this process begin anew.
     """
 
     policy = Retry(tries=1)
@@ -190,7 +190,7 @@ class FallbackCounter:
         self.is_away = False
 
     def count(self, key: str, window_s: int) -> tuple[int, float]:
-        if self._clock() < self._ask_at:
+        if not self._may_ask():
             return self._own.count(key, window_s)
         try:
             counted = retry(
@@ -203,6 +203,16 @@ class FallbackCounter:
             return self._own.count(key, window_s)
         self._note_answer()
         return counted
+
+    def _may_ask(self) -> bool:
+        """Whether a job may ask the shared counter: in an outage one job every `AWAY_S` seconds."""
+        with self._lock:
+            now = self._clock()
+            if self.is_away and now < self._ask_at:
+                return False
+            if self.is_away:
+                self._ask_at = now + AWAY_S
+            return True
 
     def _note_outage(self, fault: Fault) -> None:
         with self._lock:

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ourvidz_serverless.net.retries import Fault, Retry
 from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.settings import Rate, Settings
 from tests.fakes.local_worker import LocalWorker, sdxl_payload
-from tests.patience import PATIENCE_S, start
+from tests.patience import PATIENCE_S, start, wait_until
 from tests.servers import handler
 from tests.servers.handler import failure
 from tests.servers.redis import RedisRestServer, RedisServer
@@ -265,9 +266,11 @@ class Away:
     is_away = False
     policy = PATIENT
     asked: int = 0
+    answers: threading.Event = field(default_factory=threading.Event)
 
     def count(self, key: str, window_s: int) -> tuple[int, float]:
         self.asked += 1
+        self.answers.wait(PATIENCE_S)
         if self.is_out:
             raise Fault(503)
         return 1, 60.0
@@ -283,17 +286,35 @@ def test_while_redis_is_away_a_worker_counts_its_own_jobs_and_logs_it_once(
     assert line.startswith("rate limits: Redis does not count (no answer); until it does, ")
 
 
-def test_an_outage_of_redis_delays_one_job_and_not_each() -> None:
+def test_an_outage_of_redis_does_not_delay_each_job() -> None:
     away = Away()
+    away.answers.set()
 
     outcomes(RateLimits({"user": TWO}, FallbackCounter(away)), "abcdef")
 
     assert away.asked == PATIENT.tries
 
 
+def test_while_one_job_asks_redis_again_the_others_do_not_wait_for_it() -> None:
+    now, away = [0.0], Away()
+    away.answers.set()
+    limits = RateLimits({"user": TWO}, FallbackCounter(away, clock=lambda: now[0]))
+    limits.check("a")
+    away.answers.clear()
+    now[0] = AWAY_S
+
+    asking = start(outcomes, limits, "b")
+    wait_until(lambda: away.asked > PATIENT.tries)
+    others = outcomes(limits, "ccc")
+    away.answers.set()
+
+    assert (others, asking.result(PATIENCE_S)) == ("..x", ".")
+
+
 def test_redis_counts_again_after_its_outage(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     now, away = [0.0], Away()
+    away.answers.set()
     limits = RateLimits({"user": TWO}, FallbackCounter(away, clock=lambda: now[0]))
     assert (outcomes(limits, "aaa"), limits.is_away) == ("..x", True)
 
