@@ -83,7 +83,8 @@ class JobFiles:
 
         def put(key: str, data: bytes, mime: str) -> None:
             context.check()
-            upload(store, key, data, mime, deadline=deadline)
+            with context.trace.span("upload", bytes=len(data), mime=mime):
+                upload(store, key, data, mime, deadline=deadline)
             stored[key.removeprefix(f"{folder}/")] = hashlib.sha256(data).hexdigest()
 
         def url(key: str) -> str:
