@@ -62,7 +62,7 @@ class Exports(SpanProcessor):
             # Endless, so that the reader has no thread of its own.
             self.reader = PeriodicExportingMetricReader(self._metric_exporter, math.inf)
         self._spans_every_s, self._metrics_every_s = spans_every_s, metrics_every_s
-        self._is_closing = threading.Event()
+        self._is_closing, self._wakes = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
 
     @property
@@ -78,10 +78,13 @@ class Exports(SpanProcessor):
         """Keep a span for the next request; called in the thread that ends it."""
         if span.context.trace_flags.sampled:
             self._spans.append(span)
+            if len(self._spans) >= BATCH:
+                self._wakes.set()
 
     def close(self) -> None:
         """Send what is left, for `FLUSH_S` at most; not to a collector that took nothing before."""
-        self._is_closing.set()
+        self._is_closing = True
+        self._wakes.set()
         if not self._is_out:
             self._thread.join(FLUSH_S)
             if self._thread.is_alive():
@@ -100,7 +103,9 @@ class Exports(SpanProcessor):
     def _run(self) -> None:
         every_s = min(self._spans_every_s, self._metrics_every_s)
         sent_at = time.monotonic()
-        while not self._is_closing.wait(every_s):
+        while not self._is_closing:
+            self._wakes.wait(every_s)
+            self._wakes.clear()
             self._send_spans()
             if time.monotonic() - sent_at >= self._metrics_every_s:
                 sent_at = time.monotonic()

@@ -140,6 +140,17 @@ def test_the_last_traces_are_sent_though_nobody_takes_metrics(
     assert ids(collector) == ["job-1"]
 
 
+def test_a_full_batch_is_sent_before_its_time(
+    observed: Observe, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "BATCH", 5)
+    at = observed()
+
+    at.run()
+
+    collector.wait_until(lambda: len(collector.spans()) >= 5)
+
+
 def test_a_collector_that_hangs_costs_a_bounded_number_of_spans(
     observed: Observe, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
