@@ -59,7 +59,7 @@ def test_a_job_on_the_queue_is_sent_at_the_latest_when_its_worker_ends(
         "JOB_CALLBACK_SECRET": receiver.secret,
         "GPU_PRICE_PER_SECOND": "0.0003",
     }
-    with Platform() as platform, start(platform, **env) as process:
+    with Platform(hold=0.05) as platform, start(platform, **env) as process:
         job = platform.submit(sdxl_payload(metadata={"traceparent": TRACEPARENT}))
         document = platform.result(job)["output"]
         assert collector.requests == []
@@ -101,7 +101,7 @@ def test_the_process_that_sends_heartbeats_sends_no_telemetry(
     collector: Collector, tmp_path: Path
 ) -> None:
     with (
-        Platform() as platform,
+        Platform(hold=0.05) as platform,
         fake_worker(platform, tmp_path, **sending_to(collector, OFTEN)) as process,
     ):
         platform.wait_until(lambda: platform.pings)
@@ -122,7 +122,7 @@ class Running:
 
 @contextmanager
 def on_the_queue(folder: Path, env: dict[str, str]) -> Iterator[Running]:
-    with Platform() as platform, fake_worker(platform, folder, **env) as process:
+    with Platform(hold=0.05) as platform, fake_worker(platform, folder, **env) as process:
 
         def run(name: str) -> str:
             job = platform.submit(sdxl_payload(id=name))

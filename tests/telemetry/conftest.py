@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.telemetry import exports
 from tests.fakes.local_worker import LocalWorker
 from tests.servers.collector import Collector
 
@@ -38,5 +39,7 @@ def observed(
     yield build
     # A collector that still hangs answers now.
     collector.stop()
-    for each in built:
-        each.worker.flush()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "FLUSH_S", 0.1)
+        for each in built:
+            each.worker.flush()
