@@ -95,12 +95,13 @@ def settings(argv: Sequence[str]) -> int:
 
 def _table(config: Settings) -> Iterator[str]:
     """One line a setting: its name, its value, and its default if the environment changes it."""
+    width = max(map(len, Settings.model_fields)) + 2
     for name, field in Settings.model_fields.items():
-        value, default = (
-            _shown(getattr(config, name)),
-            _shown(field.get_default(call_default_factory=True)),
+        value = _shown(getattr(config, name))
+        default = _shown(field.get_default(call_default_factory=True))
+        yield f"{name.upper():{width}}{value}" + (
+            f"    (default {default})" if value != default else ""
         )
-        yield f"{name.upper():28}{value}" + (f"    (default {default})" if value != default else "")
 
 
 def _shown(value: object) -> str:

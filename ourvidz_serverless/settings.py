@@ -220,6 +220,18 @@ class FixedSettings(BaseSettings):
         Annotated[SecretStr, AfterValidator(setting_checks.signing_secret)] | None
     ) = None
 
+    # Traces and metrics, in the names of OpenTelemetry's specification, and the price of a job.
+    otel_exporter_otlp_endpoint: Url | None = None
+    otel_exporter_otlp_traces_endpoint: Url | None = None
+    otel_exporter_otlp_metrics_endpoint: Url | None = None
+    otel_exporter_otlp_protocol: Literal["http/protobuf"] = "http/protobuf"
+    otel_sdk_disabled: bool = False
+    otel_traces_exporter: Literal["otlp", "none"] = "otlp"
+    otel_metrics_exporter: Literal["otlp", "none"] = "otlp"
+    otel_bsp_schedule_delay: int = Field(5000, gt=0)
+    otel_metric_export_interval: int = Field(60_000, gt=0)
+    gpu_price_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
+
     # Keys, limits and references.
     worker_api_key: Keys = ()
     wan_worker_api_key: Keys = ()
@@ -307,6 +319,20 @@ class FixedSettings(BaseSettings):
         if self.callback_url or not self.supabase_url:
             return self.callback_url
         return f"{self.supabase_url.rstrip('/')}/functions/v1/job-callback"
+
+
+def otlp_url(settings: Settings, signal: Literal["traces", "metrics"]) -> str | None:
+    """Where OpenTelemetry's traces or metrics are sent; None if they are not wanted.
+
+    It is the signal's own endpoint as it is, or the common endpoint with `/v1/traces` or
+    `/v1/metrics` (https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
+    """
+    is_off = settings.otel_sdk_disabled or settings.value_of(f"OTEL_{signal}_EXPORTER") == "none"
+    if is_off:
+        return None
+    own: str | None = settings.value_of(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    common = settings.otel_exporter_otlp_endpoint
+    return own or (f"{common.rstrip('/')}/v1/{signal}" if common else None)
 
 
 def _family_fields() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings, and the document that describes them."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -330,3 +331,57 @@ def test_settings_override_concurrency_and_backlog(
 
     assert (settings.exclusive_places, settings.shared_places) == (exclusive, shared)
     assert settings.resolved_backlog == backlog
+
+
+# --- where telemetry is sent ---
+
+COLLECTOR, OTHER = "http://collector:4318", "https://metrics.example/otlp?key=k"
+
+
+@pytest.mark.parametrize(
+    ("values", "traces", "metrics"),
+    [
+        ({}, None, None),
+        (
+            {"otel_exporter_otlp_endpoint": COLLECTOR},
+            f"{COLLECTOR}/v1/traces",
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        (
+            {"otel_exporter_otlp_endpoint": f"{COLLECTOR}/"},
+            f"{COLLECTOR}/v1/traces",
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        (
+            {
+                "otel_exporter_otlp_endpoint": COLLECTOR,
+                "otel_exporter_otlp_metrics_endpoint": OTHER,
+            },
+            f"{COLLECTOR}/v1/traces",
+            OTHER,
+        ),
+        ({"otel_exporter_otlp_traces_endpoint": OTHER}, OTHER, None),
+        (
+            {"otel_exporter_otlp_endpoint": COLLECTOR, "otel_traces_exporter": "none"},
+            None,
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        ({"otel_exporter_otlp_endpoint": COLLECTOR, "otel_sdk_disabled": True}, None, None),
+    ],
+)
+def test_each_signal_has_its_own_endpoint_or_a_path_at_the_common_one(
+    values: dict[str, Any], traces: str | None, metrics: str | None
+) -> None:
+    config = Settings(**values)
+
+    assert settings.otlp_url(config, "traces") == traces
+    assert settings.otlp_url(config, "metrics") == metrics
+
+
+def test_a_protocol_that_telemetry_does_not_speak_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+
+    with pytest.raises(ModelLoadError, match=r"OTEL_EXPORTER_OTLP_PROTOCOL: .*http/protobuf"):
+        settings.read()

@@ -317,7 +317,7 @@ export interface AssetMetadata {
   [key: string]: unknown;
 }
 
-/** What the worker knows of the whole job; `timings` are seconds by stage. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
+/** What the worker knows of the whole job; `timings` are seconds by stage. `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
 export interface DocumentMetadata {
   processing_time?: number | null;
   timings?: Record<string, number> | null;
@@ -327,6 +327,7 @@ export interface DocumentMetadata {
   frame_num?: number | null;
   fps?: number | null;
   vram_used?: number | null;
+  cost?: number | null;
   warnings?: string[] | null;
   error_type?: "CANCELLED" | "CONTENT_REFUSED" | "INTERNAL_ERROR" | "INVALID_PROMPT" | "MODEL_LOAD_ERROR" | "OOM_ERROR" | "RATE_LIMITED" | "REFERENCE_FRAME_ERROR" | "TIMEOUT_ERROR" | "UNAUTHORIZED" | "UPLOAD_ERROR" | "WORKER_UNAVAILABLE" | null;
   model?: string | null;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -49,6 +50,10 @@ class Envelope:
     identity: Identity
     api_key: str | None = field(repr=False)
     callback_url: str | None = field(repr=False)
+    #: The caller's W3C trace context: a header over HTTP, or `metadata.traceparent`. Not checked.
+    traceparent: str | None = None
+    #: When this process received the event, by `time.monotonic`.
+    arrived: float = field(default_factory=time.monotonic)
     _job: Job | None = field(default=None, repr=False)
     _is_parsed: bool = field(default=False, repr=False)
 
@@ -70,7 +75,9 @@ class Envelope:
             identity = Identity.of(user, key, named or own_id or job_id)
         url = _text(payload.get("callback_url"))
         url = url if url and len(url) <= MAX_CALLBACK_URL else None
-        return cls(event, job_type(payload, families), job_id, identity, key, url)
+        parent = event.get("traceparent") or _mapping(payload.get("metadata")).get("traceparent")
+        kind = job_type(payload, families)
+        return cls(event, kind, job_id, identity, key, url, _text(parent))
 
     @property
     def is_exclusive(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
@@ -229,6 +230,9 @@ class JobProgress:
 
     def step(self, done: int, total: int) -> None:
         self._context.step("generate", done, total)
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        return self._context.trace.span(name)
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None:
         self._context.metadata["memory_plan"] = dict(plan)

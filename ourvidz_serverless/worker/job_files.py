@@ -95,8 +95,8 @@ class JobFiles:
         sign = functools.partial(self._signed, warnings=context.warnings)
         if job.upload_urls:
             urls = UploadUrls(job.upload_urls, self._upload_policy)
-            put = _recorded(lambda file: urls.put(file, context.deadline), context)
-            return Uploads(self._pool, put, sign, has_thumbnails=False)
+            put = _traced(lambda file: urls.put(file, context.deadline), context)
+            return Uploads(self._pool, _recorded(put, context), sign, has_thumbnails=False)
         store = self.storage(job)
         if isinstance(store, InlineStorage):
             return Inline(self._pool, _recorded(data_uri, context), sign, context.warnings)
@@ -111,7 +111,7 @@ class JobFiles:
             upload(store, key, file.data, file.mime, deadline=context.deadline)
             return key
 
-        recorded = _recorded(put, context)
+        recorded = _recorded(_traced(put, context), context)
         return lambda file: locate(store, recorded(file), style, expiry_s, context.deadline)
 
     def _signed(self, data: bytes, mime: str, composite: bool, warnings: list[str]) -> bytes:
@@ -131,3 +131,13 @@ def _recorded(put: Send, context: JobContext) -> Send:
         return place
 
     return recorded
+
+
+def _traced(put: Send, context: JobContext) -> Send:
+    """`put` as a span of the job's trace."""
+
+    def traced(file: File) -> str:
+        with context.trace.span("upload", bytes=len(file.data), mime=file.mime):
+            return put(file)
+
+    return traced

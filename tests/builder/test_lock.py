@@ -135,7 +135,7 @@ from diffusers import StableDiffusionXLPipeline, WanPipeline, WanVACEPipeline
 LEFT_OUT = (
     *("InquirerPy", "prettytable", "watchdog", "typer", "fastapi_cli", "fastapi_cloud_cli"),
     *("sentry_sdk", "rignore", "email_validator", "multipart", "httpx", "itsdangerous"),
-    *("websockets", "watchfiles", "httptools", "rich", "opentelemetry.sdk"),
+    *("websockets", "watchfiles", "httptools", "rich"),
 )
 
 

@@ -23,7 +23,7 @@ from ourvidz_serverless.client import (
 from ourvidz_serverless.client.events import EventReader
 from ourvidz_serverless.client.outcome import ERRORS, read_http_outcome
 from ourvidz_serverless.client.payload import MAX_REFERENCE_BYTES
-from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.callback import Callback, Message
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.signatures import signatures
 from tests.clients.python_clients import QUICK
@@ -53,7 +53,7 @@ class Recorder(LocalServer):
 @pytest.mark.parametrize("secret", [SECRET, "whsec_c2VjcmV0LWJ5dGVz"])
 def test_a_callback_that_the_worker_posts_is_verified(secret: str) -> None:
     with Recorder() as receiver:
-        Callback(f"{receiver.url}/callback", secret).deliver(BODY, "job-1", "completed")
+        Callback(f"{receiver.url}/callback", secret).deliver(Message(BODY, "job-1", "completed"))
     (sent,) = receiver.requests
 
     assert verify_callback(dict(sent.headers), sent.body, secret) == json.loads(BODY)

@@ -139,10 +139,18 @@ def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
-    """A worker for every family. The only host that it may fetch from does not exist."""
+    """A worker for every family. The only host that it may fetch from does not exist.
+
+    It records traces and metrics, for a collector that does not exist either.
+    """
     return LocalWorker(
         tmp_path_factory.mktemp("any"),
-        settings=Settings(reference_hosts=("nowhere.invalid",)),
+        settings=Settings(
+            reference_hosts=("nowhere.invalid",),
+            otel_exporter_otlp_endpoint="http://127.0.0.1:9",
+            otel_bsp_schedule_delay=3_600_000,
+            otel_metric_export_interval=3_600_000,
+        ),
         models={
             "sdxl": FakeSdxl(),
             "chat": FakeChat("A reply ", "of words."),

@@ -256,6 +256,8 @@ def _envelope_of(request: Request, payload: object, s3_config: object = None) ->
     event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
     if s3_config is not None:
         event["s3Config"] = s3_config
+    if traceparent := request.headers.get("traceparent"):
+        event["traceparent"] = traceparent
     if isinstance(payload, Mapping):
         own = payload.get("api_key")
         key = key_of(request.headers) if own in (None, "") else own

@@ -90,6 +90,7 @@ def serve(settings: Settings, reading: ReadAhead | None = None) -> None:
 
     threading.Thread(target=load, daemon=True, name="load").start()
     server.run(sockets)
+    service.flush()
     if errors:
         raise errors[0]
 
