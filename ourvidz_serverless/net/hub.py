@@ -35,7 +35,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import logging as hub_logging
 
 from ourvidz_serverless.net.retries import TRANSIENT, Retry, is_transient, retry
 
@@ -108,16 +107,21 @@ def online() -> Iterator[None]:
     """Let the Hub's client use the network for a while.
 
     The images set `HF_HUB_OFFLINE`, so that no library asks the Hub when a model is loaded. The
-    client reads that variable when it is imported. Its own log lines name signed URLs, and are off.
+    client reads that variable when it is imported. Log lines of the client, and of the library for
+    HTTP below it, name signed URLs, and are off.
     """
-    before, level = constants.HF_HUB_OFFLINE, hub_logging.get_verbosity()
+    before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = False
-    hub_logging.set_verbosity(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-        hub_logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def list_files(repository: str, revision: str | None, token: str | None = None) -> Listing:
@@ -281,8 +285,9 @@ def _other_explanation(error: Exception, what: str) -> FetchError:
         return FetchError(f"{what}: its folder cannot be written")
     # The innermost cause names what happened to the connection.
     names = [type(each).__name__ for each in causes if isinstance(each, httpx2.HTTPError)]
-    reason = names[-1] if names else type(error).__name__
-    return FetchError(f"{what}: the download failed ({reason})", is_transient=True)
+    if names:
+        return FetchError(f"{what}: its host does not answer ({names[-1]})", is_transient=True)
+    return FetchError(f"{what}: the download failed ({type(error).__name__})", is_transient=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -245,7 +245,9 @@ def end_with_parent() -> None:
     """End this process when its standard input ends, even in the middle of a download."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not `sys.stdin`, whose lock this thread would hold when the interpreter ends.
+        while os.read(0, 1024):
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="parent").start()
@@ -321,7 +323,7 @@ def _fetch(wish: Wanted, folder: Path, settings: Settings) -> None:
     else:
         size = _fetch_repository(wish, wish.name, folder, settings)
     seconds = time.monotonic() - started
-    log.info("fetch: %s is there, %.2f GB in %.0f s", wish.name, size / 1e9, seconds)
+    log.info("fetch: %s is there, %s in %.0f s", wish.name, _shown(size), seconds)
 
 
 def _fetch_url(name: UrlName, folder: Path, settings: Settings) -> int:
@@ -342,7 +344,7 @@ def _fetch_repository(wish: Wanted, name: HubName, folder: Path, settings: Setti
     chosen = choose(listing.files, wish, wants_half_precision(settings))
     _check_chosen(chosen, wish, listing)
     size = listing.missing_bytes(chosen, folder)
-    log.info("fetch: %s, %.2f GB in %d files, to %s", name, size / 1e9, len(chosen), folder)
+    log.info("fetch: %s, %s in %d files, to %s", name, _shown(size), len(chosen), folder)
     if not name.revision:
         log.warning("fetch: %s has no revision; this one is @%s", name, listing.commit)
     cache = listing.cache(folder)
@@ -396,8 +398,11 @@ def _progress(what: str, size: int = 0, files: int = 0) -> Callable[[int, int], 
         nonlocal said
         if received // step > said and (not size or received < size):
             said = int(received // step)
-            of = f" of {size / 1e9:.2f}" if size else ""
-            count = f", {done} of {files} files" if files else ""
-            log.info("fetch: %s: %.2f%s GB%s", what, received / 1e9, of, count)
+            of = f" of {_shown(size)}, {done} of {files} files" if size else ""
+            log.info("fetch: %s: %s%s", what, _shown(received), of)
 
     return report
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
