@@ -3,7 +3,8 @@
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
 # `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
 # whole document, and the log.
-# `make image FAMILY=sdxl` builds an image, and with `CUDA=12.8` one for older drivers, `make client` the TypeScript client as a package of npm.
+# `make image FAMILY=sdxl` builds an image, and with `CUDA=12.8` one for hosts with older drivers;
+# `make client` makes the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \

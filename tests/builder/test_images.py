@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from builder.lock import OLDER_TORCH
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
@@ -57,14 +58,25 @@ def test_the_linters_of_the_dockerfile_and_the_workflows_report_nothing(
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_base_image_and_the_family_are_build_arguments() -> None:
-    assert [words[1].partition("=")[0] for words in instructions()[:2]] == ["BASE_IMAGE", "FAMILY"]
+def test_cuda_the_base_image_and_the_family_are_build_arguments() -> None:
+    assert [words[1] for words in instructions()[:3]] == [
+        "CUDA=13.0",
+        "BASE_IMAGE=nvidia/cuda:${CUDA}.1-base-ubuntu24.04",
+        "FAMILY=sdxl",
+    ]
 
 
-def test_an_image_has_the_version_of_torch_that_requirements_txt_pins() -> None:
-    pinned = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+def test_an_image_has_the_torch_of_the_lock_for_its_cuda() -> None:
+    assert ["ARG", "CUDA"] in stage("torch")
+    assert ["COPY", "requirements.torch.cuda${CUDA}.lock", LOCK] in stage("torch")
 
-    assert ["ARG", f"TORCH={pinned[1] if pinned else None}"] in stage("torch")
+
+LOCK = "/tmp/requirements.torch.lock"
+
+#: The versions of CUDA that images exist for: those with a lock.
+CUDA = [
+    re.findall(r"\d+\.\d+", path.name)[0] for path in ROOT.glob("requirements.torch.cuda*.lock")
+]
 
 
 def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() -> None:
@@ -80,7 +92,9 @@ def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() 
         ["requirements.lock"],
         ["requirements-c2pa.lock"],
     ]
-    assert re.findall(r"\S+==\S+", other) == ['"torch==$TORCH"']
+    # Its version is the lock's.
+    assert other.split()[-1] == '"$torch"'
+    assert f"torch=\"$(sed -n 's/^\\(torch==[^ ]*\\).*/\\1/p' {LOCK})\"" in DOCKERFILE
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
 
 
@@ -142,7 +156,8 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 def test_only_the_files_of_an_image_are_sent_to_the_builder() -> None:
     code = {"LICENSE", "NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
-    locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
+    locks = {"requirements.lock", "requirements-c2pa.lock"}
+    locks |= {f"requirements.torch.cuda{each}.lock" for each in CUDA}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}
     allowed = {*locks, *scripts, *weights}
@@ -162,7 +177,7 @@ def test_every_file_that_the_dockerfile_copies_is_sent_to_the_builder() -> None:
     ]
 
     assert sources
-    for source in sources:
+    for source in (each.replace("${CUDA}", cuda) for each in sources for cuda in CUDA):
         assert [name for name in sent if fnmatchcase(name, source) or name.startswith(f"{source}/")]
 
 
@@ -245,6 +260,33 @@ def test_every_argument_that_bake_sets_is_one_of_the_dockerfile() -> None:
 def test_every_matrix_of_families_in_a_workflow_has_all_families(workflow: Path) -> None:
     for families in re.findall(r"family: \[(.*)\]", workflow.read_text()):
         assert families.split(", ") == list(FAMILIES)
+
+
+def test_every_matrix_of_images_has_every_cuda() -> None:
+    jobs = workflow("images")["jobs"]
+
+    for job in (jobs["prove"], jobs["push"]):
+        assert sorted(job["strategy"]["matrix"]["cuda"]) == sorted(CUDA)
+        (bake,) = [step for step in job["steps"] if "bake" in str(step) and "env" in step]
+        assert {**job.get("env", {}), **bake["env"]}["CUDA"] == "${{ matrix.cuda }}"
+
+
+def test_the_tag_of_an_image_says_which_cuda_it_has_if_it_is_not_the_first() -> None:
+    assert '${CUDA == "13.0" ? "" : "-cuda${CUDA}"}"]' in BAKE
+    assert re.search(r'variable "CUDA" \{\s+default = "13.0"', BAKE)
+
+
+def test_the_suite_runs_with_the_torch_of_every_image() -> None:
+    included = workflow("tests")["jobs"]["tests"]["strategy"]["matrix"]["include"]
+
+    assert [f"torch=={each['torch']}" for each in included] == [OLDER_TORCH]
+
+
+def test_the_guide_says_which_image_is_for_which_driver() -> None:
+    guide = (ROOT / "docs/deploying.md").read_text()
+
+    for cuda in CUDA:
+        assert re.search(rf"^\| `?{cuda}`? .*driver", guide, re.MULTILINE), cuda
 
 
 def workflow(name: str) -> dict[str, Any]:

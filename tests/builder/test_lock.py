@@ -19,10 +19,13 @@ from builder.lock import (
     LOCK,
     LOCKS,
     OF_TORCH,
+    OLDER_TORCH,
+    OLDER_TORCH_LOCK,
     OVERRIDES,
     REQUIREMENTS,
     TORCH_LOCK,
     compiled,
+    older_torch,
 )
 
 WANTED = [
@@ -92,7 +95,7 @@ def test_a_requirement_without_hashes_is_an_error_that_names_it(tmp_path: Path) 
         compiled([requirements], upgrade=False)
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, OLDER_TORCH_LOCK], ids=lambda path: path.name)
 def test_a_lock_has_only_entries_with_hashes(path: Path) -> None:
     rest = ENTRY.sub("", path.read_text())
 
@@ -104,6 +107,22 @@ def test_torch_and_the_libraries_of_its_cuda_build_have_a_lock_of_their_own() ->
 
     assert {"torch", "triton", "nvidia-cudnn-cu13"} <= set(own)
     assert not [entry for entry in ENTRY.findall(LOCK.read_text()) if OF_TORCH.match(entry)]
+
+
+def test_the_older_torch_has_a_lock_of_its_own_with_its_own_libraries() -> None:
+    entries = ENTRY.findall(OLDER_TORCH_LOCK.read_text())
+
+    assert all(OF_TORCH.match(entry) for entry in entries)
+    assert OLDER_TORCH in {entry.split()[0] for entry in entries}
+    assert {"nvidia-cudnn-cu12", "triton"} <= {entry.split("==")[0] for entry in entries}
+
+
+def test_an_older_torch_that_needs_another_version_of_a_package_is_an_error_that_names_it() -> None:
+    base, older = ["torch==2 \\\n", "numpy==2 ; x \\\n"], ["torch==1 \\\n", "numpy==2 \\\n"]
+    assert older_torch(base, older) == older[:1]
+
+    with pytest.raises(SystemExit, match="needs another version: numpy==1"):
+        older_torch(base, ["torch==1 \\\n", "numpy==1 \\\n"])
 
 
 def test_packages_that_no_image_imports_are_in_no_lock() -> None:
