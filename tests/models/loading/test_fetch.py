@@ -584,6 +584,17 @@ def test_a_worker_that_cannot_fetch_ends_with_one_line(hub: Hub, tmp_path: Path)
     ]
 
 
+def test_sigterm_ends_a_start_that_fetches(hub: Hub, tmp_path: Path) -> None:
+    hub.storage.mishaps[NAME] = [status(503)] * 99
+    env = environment(tmp_path, hub, FETCH_MODELS="true")
+    command = [sys.executable, str(ROOT / "handler.py")]
+    with subprocess.Popen(command, env=env, cwd=tmp_path) as worker:
+        hub.storage.wait_until(lambda: hub.storage.ranges(NAME))
+        worker.terminate()
+
+        assert worker.wait(PATIENCE_S) == 0
+
+
 def test_the_http_service_answers_a_ping_while_it_fetches(hub: Hub, tmp_path: Path) -> None:
     hub.storage.mishaps[NAME] = [status(503)] * 99
     port = free_port()
