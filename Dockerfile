@@ -125,6 +125,7 @@ RUN python -m builder.sbom --name "ourvidz-$FAMILY" --version "$VERSION" \
 # heartbeats, and asks a load-balancing worker for `/ping`.
 FROM runtime AS worker
 ARG FAMILY
+# Any user may write to `outputs` and `models`, as to /tmp: `docker run --user` has one of its own.
 WORKDIR /worker
 COPY --from=weights /models models
 COPY pocket pocket
@@ -133,7 +134,7 @@ COPY LICENSE NOTICE handler.py test_input*.json ./
 COPY ourvidz_serverless ourvidz_serverless
 RUN python -m compileall -q --invalidation-mode unchecked-hash handler.py ourvidz_serverless \
  && if [ -f "test_input.$FAMILY.json" ]; then mv "test_input.$FAMILY.json" test_input.json; fi \
- && install --directory --owner worker outputs models
+ && install --directory --mode 1777 outputs models
 ENV FAMILIES=$FAMILY \
     HF_HUB_OFFLINE=1 \
     RUNPOD_LOG_LEVEL=INFO

@@ -280,13 +280,14 @@ def destination(folders: Sequence[Path]) -> Path:
     """The last of the folders that can be written. Raises ModelLoadError if none can."""
     for folder in reversed(folders):
         # A volume that is not mounted is no place for a new folder.
-        if folder.exists() or folder.absolute().parent.exists():
-            try:
-                folder.mkdir(exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    return folder
-            except OSError:
-                continue
+        if not (folder.exists() or folder.absolute().parent.exists()):
+            continue
+        try:
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as exc:
+            log.warning("fetch: %s cannot be written: %s", folder, exc.strerror)
     raise ModelLoadError(f"FETCH_MODELS: none of {', '.join(map(str, folders))} can be written")
 
 

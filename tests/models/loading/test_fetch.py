@@ -193,6 +193,16 @@ def test_a_volume_that_is_not_mounted_is_no_place_for_weights(tmp_path: Path) ->
     assert not (tmp_path / "unmounted").exists()
 
 
+def test_a_volume_that_cannot_be_written_is_named_and_the_disk_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = tmp_path / "volume"
+    volume.write_text("in the way")
+
+    assert fetch.destination([tmp_path / "image", volume]) == tmp_path / "image"
+    assert f"{volume} cannot be written: File exists" in caplog.text
+
+
 def test_a_start_ends_if_no_folder_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
