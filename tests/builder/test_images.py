@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -96,6 +97,23 @@ def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() 
     assert other.split()[-1] == '"$torch"'
     assert f"torch=\"$(sed -n 's/^\\(torch==[^ ]*\\).*/\\1/p' {LOCK})\"" in DOCKERFILE
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
+
+
+def test_the_fetcher_of_the_build_runs_with_the_files_that_its_stage_copies(tmp_path: Path) -> None:
+    for words in (words for words in stage("weights") if words[0] == "COPY"):
+        (tmp_path / words[-1]).mkdir(parents=True, exist_ok=True)
+        for source in words[1:-1]:
+            shutil.copy(ROOT / source, tmp_path / words[-1])
+
+    run = subprocess.run(
+        [sys.executable, "-m", "builder.fetch_models", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.returncode == 0, run.stderr
 
 
 def test_weights_are_copied_first_and_the_workers_code_last() -> None:
