@@ -28,6 +28,8 @@ from tests.servers import handler
 from tests.servers.hub import REVISION, TOKEN, Hub, Storage, status
 from tests.servers.local_server import Answer, LocalServer, Request, free_port
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = "tiny/painter"
 WEIGHTS = bytes(range(256)) * 40
 FILES = {
