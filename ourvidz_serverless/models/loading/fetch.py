@@ -409,4 +409,6 @@ def _progress(what: str, size: int = 0, files: int = 0) -> Callable[[int, int], 
 
 
 def _shown(size: int) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
