@@ -521,11 +521,11 @@ def environment(tmp_path: Path, hub: Hub, **env: str) -> dict[str, str]:
     }
 
 
-def start(tmp_path: Path, hub: Hub, *args: str) -> "subprocess.Popen[str]":
+def start(tmp_path: Path, hub: Hub, *args: str, **env: str) -> "subprocess.Popen[str]":
     """`python -m ourvidz_serverless fetch`."""
     return subprocess.Popen(
         [sys.executable, "-m", "ourvidz_serverless", "fetch", *args],
-        env=environment(tmp_path, hub),
+        env=environment(tmp_path, hub, **env),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -541,6 +541,19 @@ def test_workers_that_start_at_once_fetch_each_file_once(hub: Hub, tmp_path: Pat
     assert [worker.returncode for worker in workers] == [0, 0, 0], logs
     paths = [request.path for request in hub.storage.requests]
     assert len(paths) == len(set(paths)) == 3
+
+
+def test_the_command_fetches_what_a_gpu_needs_also_where_there_is_none(tmp_path: Path) -> None:
+    settings = {"FAMILIES": "sdxl", "SDXL_MODEL": f"{REPOSITORY}@{REVISION}"}
+    with (
+        Hub(REPOSITORY, dict.fromkeys(SDXL_REPOSITORY, b"{}")) as hub,
+        start(tmp_path, hub, **settings) as fetching,
+    ):
+        _, log = fetching.communicate(timeout=PATIENCE_S)
+
+    assert fetching.returncode == 0, log
+    found = [path.name for path in (tmp_path / "volume").rglob("unet/*.safetensors")]
+    assert found == ["diffusion_pytorch_model.fp16.safetensors"]
 
 
 def test_a_killed_worker_does_not_keep_the_others_from_fetching(hub: Hub, tmp_path: Path) -> None:
