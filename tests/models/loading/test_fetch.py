@@ -146,6 +146,20 @@ def test_of_sdxl_the_full_precision_is_fetched_for_a_cpu() -> None:
     assert not [name for name in found if "fp16" in name]
 
 
+def test_of_shards_in_two_precisions_one_is_fetched_with_its_index() -> None:
+    shards = {
+        precision: {
+            f"unet/diffusion_pytorch_model{precision}-00001-of-00001.safetensors",
+            f"unet/diffusion_pytorch_model.safetensors.index{precision}.json",
+        }
+        for precision in ("", ".fp16")
+    }
+    files = [*shards[""], *shards[".fp16"], "unet/pytorch_model.bin.index.json"]
+
+    assert chosen(files, "SDXL_MODEL", "org/sdxl") == shards[".fp16"]
+    assert chosen(files, "SDXL_MODEL", "org/sdxl", half=False) == shards[""]
+
+
 def test_of_a_chat_model_the_shards_and_the_tokenizer_are_fetched() -> None:
     assert chosen(CHAT_REPOSITORY, "CHAT_INSTRUCT_MODEL", "org/chat") == {
         *("config.json", "merges.txt", "model.safetensors.index.json"),
