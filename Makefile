@@ -3,7 +3,8 @@
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
 # `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
 # whole document, and the log.
-# `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
+# `make image FAMILY=sdxl` builds an image, and with `CUDA=12.8` one for hosts with older drivers;
+# `make client` makes the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
@@ -11,6 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 BIN := .venv/bin
 FAMILIES ?= sdxl
 FAMILY ?= sdxl
+# 13.0, or 12.8 for hosts with older drivers.
+CUDA ?= 13.0
+IMAGE = ourvidz-$(FAMILY):dev$(if $(filter 13.0,$(CUDA)),,-cuda$(CUDA))
 # Named, since a worker on RunPod does not start without a model's name.
 SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
@@ -94,14 +98,15 @@ format: .venv/dev
 # By Docker, or by buildah where there is none; FLAGS go to either.
 image:
 	@if docker buildx version >/dev/null 2>&1; then \
-		docker buildx bake --load $(FLAGS) $(FAMILY); \
+		CUDA=$(CUDA) docker buildx bake --load $(FLAGS) $(FAMILY); \
 	else \
-		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --tag ourvidz-$(FAMILY):dev .; \
+		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --build-arg CUDA=$(CUDA) \
+			--tag $(IMAGE) .; \
 	fi
 
 # PROOF has more options of `tests.prove_image`, for example "--engine podman".
 proof: image .venv/dev .cache/pocket_chat/config.json
-	$(BIN)/python -m tests.prove_image --image ourvidz-$(FAMILY):dev --family $(FAMILY) \
+	$(BIN)/python -m tests.prove_image --image $(IMAGE) --family $(FAMILY) \
 		--volume "$(CURDIR)/.cache:/worker/.cache:ro" $(PROOF)
 
 clean:

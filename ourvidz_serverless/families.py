@@ -26,12 +26,20 @@ class Weights:
     """A setting that names weights.
 
     `what` is the name of the weights in an error. `folders` are the parts of a checkpoint that
-    hold weights; without any, the setting names a file.
+    hold weights; without any, the setting names a file. `FETCH_MODELS` brings of a repository the
+    configurations and the weights in `folders` and, beside a file, in `beside`, and the files that
+    `others` matches.
     """
 
     setting: str
     what: str
     folders: tuple[str, ...] = ()
+    #: Patterns of further files that the loader reads. One without a wildcard has to be there.
+    others: tuple[str, ...] = ()
+    #: Folders beside a file.
+    beside: tuple[str, ...] = ()
+    #: Whether the loader reads the variant `fp16`, which is half as large.
+    has_variants: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,9 @@ WAN_TYPES = (
     "video7b_high_enhanced",
 )
 
+#: A tokenizer's files that are not JSON: merges, SentencePiece's model, a template of messages.
+TOKENIZER = ("*.txt", "*.model", "*.jinja")
+
 ROWS = (
     # One job computes while another prepares or delivers.
     Family(
@@ -98,9 +109,15 @@ ROWS = (
         jobs_module="ourvidz_serverless.jobs.sdxl",
         models_module="ourvidz_serverless.models.sdxl.loader",
         weights=(
-            Weights("SDXL_MODEL", "SDXL", ("text_encoder", "text_encoder_2", "unet", "vae")),
+            Weights(
+                "SDXL_MODEL",
+                "SDXL",
+                ("text_encoder", "text_encoder_2", "unet", "vae"),
+                others=("model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"),
+                has_variants=True,
+            ),
             Weights("SDXL_TINY_VAE", "a tiny VAE", (".",)),
-            Weights("SDXL_IP_ADAPTER", "an IP-Adapter"),
+            Weights("SDXL_IP_ADAPTER", "an IP-Adapter", beside=("image_encoder",)),
         ),
         main_model="sdxl",
         memory_policy="always loaded",
@@ -118,8 +135,8 @@ ROWS = (
         # prompt in other words.
         default_type="chat_conversation",
         weights=(
-            Weights("CHAT_INSTRUCT_MODEL", "chat", (".",)),
-            Weights("CHAT_BASE_MODEL", "chat", (".",)),
+            Weights("CHAT_INSTRUCT_MODEL", "chat", (".",), others=TOKENIZER),
+            Weights("CHAT_BASE_MODEL", "chat", (".",), others=TOKENIZER),
         ),
         main_model="qwen_instruct",
         memory_policy="load when possible",
@@ -136,11 +153,26 @@ ROWS = (
         # WAN is a video model; a frame alone is the exception.
         default_type="video_fast",
         weights=(
-            Weights("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
+            Weights(
+                "WAN_MODEL",
+                "WAN 2.1",
+                ("text_encoder", "vae", "transformer"),
+                others=("model_index.json", "scheduler/*", "tokenizer/*"),
+            ),
             Weights("WAN_VACE_MODEL", "VACE", ("transformer",)),
-            Weights("WAN_I2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-            Weights("WAN_FLF2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-            Weights("WAN_ENHANCER_MODEL", "chat", (".",)),
+            Weights(
+                "WAN_I2V_MODEL",
+                "WAN 2.1 image-to-video",
+                ("transformer", "image_encoder"),
+                others=("image_processor/*",),
+            ),
+            Weights(
+                "WAN_FLF2V_MODEL",
+                "WAN 2.1 image-to-video",
+                ("transformer", "image_encoder"),
+                others=("image_processor/*",),
+            ),
+            Weights("WAN_ENHANCER_MODEL", "chat", (".",), others=TOKENIZER),
         ),
         main_model="wan_t2v",
         quality_tiers=("fast", "high"),

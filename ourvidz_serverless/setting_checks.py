@@ -7,6 +7,7 @@ since it may be a secret.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from pydantic import HttpUrl, SecretStr, TypeAdapter
 
@@ -22,6 +23,8 @@ _HTTP_URL = TypeAdapter(HttpUrl)
 _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_SHA256 = re.compile(r"sha256=[0-9a-fA-F]{64}")
 _REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 
 
@@ -48,6 +51,34 @@ def signing_secret(secret: SecretStr) -> SecretStr:
     """A secret that signs callbacks."""
     webhook_key(secret.get_secret_value())
     return secret
+
+
+def model_name(text: str) -> str:
+    """A model's name; if it is a URL, its fragment may be the file's hash and nothing else."""
+    url, _, fragment = text.partition("#")
+    is_url = _URL.fullmatch(url) and (not fragment or _SHA256.fullmatch(fragment))
+    if "://" in text and not is_url:
+        raise ValueError("Input should be a model's name, or URL or URL#sha256=64 hex digits")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class HostToken:
+    """A token that one host is sent."""
+
+    host: str
+    token: SecretStr
+
+    def __str__(self) -> str:
+        return f"{self.host}=***"
+
+
+def host_token(text: str) -> HostToken:
+    """A host, in lower case, and its token, from HOST=TOKEN."""
+    host, _, token = (part.strip() for part in text.partition("="))
+    if not (_HOST.fullmatch(host) and _HEADER.fullmatch(token)):
+        raise ValueError("Input should be HOST=TOKEN, comma-separated")
+    return HostToken(host.lower(), SecretStr(token))
 
 
 def is_bucket(text: str) -> bool:

@@ -96,12 +96,21 @@ def _rate(value: object) -> object:
     return Rate(int(match[1]), WINDOWS_S[match[2]], f"{match[1]}/{match[2]}")
 
 
+def _host_tokens(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(setting_checks.host_token(pair) for pair in value.split(",") if pair.strip())
+
+
 Url = Annotated[str, AfterValidator(setting_checks.http_url)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(setting_checks.header_secret)]
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
 Keys = Annotated[tuple[HeaderSecret, ...], NoDecode, BeforeValidator(_keys)]
+HostTokens = Annotated[
+    tuple[setting_checks.HostToken, ...], NoDecode, BeforeValidator(_host_tokens)
+]
 Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
 
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_words)]
@@ -157,11 +166,13 @@ class FixedSettings(BaseSettings):
 
     # Where weights are.
     model_dirs: Folders = MODEL_DIRS
+    fetch_models: bool = False
+    hf_token: HeaderSecret | None = None
     mmap_weights: Literal["auto", "always", "never"] = "auto"
     warm_up: Literal["auto", "always", "never"] = "auto"
 
     # SDXL.
-    sdxl_model: str = "pocket"
+    sdxl_model: Annotated[str, AfterValidator(setting_checks.model_name)] = "pocket"
     sdxl_config: Path | None = None
     sdxl_min_steps: int = Field(10, ge=1, le=10)
     sdxl_distilled_steps: int | None = Field(None, ge=1, le=50)
@@ -171,6 +182,7 @@ class FixedSettings(BaseSettings):
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None
     lora_hosts: Words = ()
+    lora_host_tokens: HostTokens = ()
     lora_cache_gb: float = Field(10.0, gt=0)
 
     # Chat.
@@ -304,6 +316,11 @@ class FixedSettings(BaseSettings):
     def value_of(self, variable: str) -> Any:
         """The value of a variable, by its name in the environment."""
         return getattr(self, variable.lower())
+
+    def token_for(self, host: str) -> str | None:
+        """The token of `LORA_HOST_TOKENS` for a host."""
+        tokens = {each.host: each.token.get_secret_value() for each in self.lora_host_tokens}
+        return tokens.get(host.lower())
 
     @property
     def wan_uses_chat_model(self) -> bool:

@@ -74,6 +74,38 @@ def test_whitespace_around_a_secret_is_removed(
     assert getattr(settings.read(), name.lower()).get_secret_value() == value.strip()
 
 
+@pytest.mark.parametrize("value", ["civitai.com", "=token", "https://civitai.com=token", "a.b=t k"])
+def test_host_tokens_of_another_form_end_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("LORA_HOST_TOKENS", value)
+
+    with pytest.raises(ModelLoadError, match=r"^LORA_HOST_TOKENS: Input should be HOST=TOKEN"):
+        settings.read()
+
+
+def test_a_host_is_sent_its_own_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_HOST_TOKENS", "Civitai.com = hush==, huggingface.co=two")
+
+    found = settings.read()
+
+    hosts = ["civitai.com", "CIVITAI.COM", "huggingface.co", "cdn.civitai.com"]
+    assert [found.token_for(host) for host in hosts] == ["hush==", "hush==", "two", None]
+    assert "hush" not in repr(found)
+
+
+@pytest.mark.parametrize("value", ["ftp://host/x", "https://", "https://host/x#sha256=0"])
+def test_a_model_by_an_invalid_url_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("SDXL_MODEL", value)
+
+    with pytest.raises(
+        ModelLoadError, match=r"^SDXL_MODEL: Input should be a model's name, or URL"
+    ):
+        settings.read()
+
+
 @pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "WORKER_API_KEY", "RUNPOD_API_KEY"])
 @pytest.mark.parametrize("value", ["schl\u00fcssel", "two words", "a\r\nX-Injected: b", "\u4f60"])
 def test_a_key_that_no_header_can_hold_ends_the_start(

@@ -36,6 +36,9 @@ CHECKPOINTS = [
     )
 ]
 
+#: The files whose FetchError is the reason why weights do not arrive.
+FETCHING = [PACKAGE / "net/hub.py", PACKAGE / "models/loading/fetch.py"]
+
 #: A line of pydantic's, and the line of a check whose message is in a variable.
 FOREIGN = {".+: Input should be 'off' or 'regional'", ".+: Input should be a URL that begins .+"}
 
@@ -62,6 +65,13 @@ def raised(error: str, files: Iterable[Path]) -> Iterator[str]:
         message = call.args[0] if call and ast.unparse(call.func) == error and call.args else None
         if text := text_of(message):
             yield text
+
+
+def reasons(error: str, files: Iterable[Path]) -> set[str]:
+    """The messages with which an error is made, to be raised here or elsewhere."""
+    calls = [node for file in files for node in nodes(file) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func).rpartition(".")[2] == error]
+    return {text for call in made if call.args and (text := text_of(call.args[0]))}
 
 
 def yielded(file: Path) -> Iterator[str]:
@@ -109,8 +119,14 @@ def test_a_reason_why_weights_do_not_load_is_on_the_page(text: str) -> None:
     assert unmatched({text}, first_columns("### Why weights do not load")) == []
 
 
+@pytest.mark.parametrize("text", sorted(reasons("FetchError", FETCHING)))
+def test_a_reason_why_weights_do_not_arrive_is_on_the_page(text: str) -> None:
+    assert unmatched({text}, first_columns("### Why weights do not arrive")) == []
+
+
 def test_each_line_of_the_page_is_one_that_the_source_has() -> None:
     texts = starts() | {*raised("ValueError", CHECKPOINTS)} | FOREIGN
+    texts |= reasons("FetchError", FETCHING)
 
     lines = first_columns("## The worker does not start")
     assert lines

@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from urllib.parse import urljoin
@@ -109,21 +110,38 @@ def _try(url: str, policy: Policy) -> bytes:
 
 def _get(url: str, policy: Policy, deadline: Deadline) -> bytes:
     """The body behind a URL. Redirects are followed here, so that each one is checked."""
+    named, _ = host_and_target(url, policy)
+    token = policy.tokens.get(named)
     for _ in range(MAX_REDIRECTS + 1):
         host, target = host_and_target(url, policy)
+        # A host that was redirected to gets no token, nor does a host that it redirects back to.
+        token = token if host == named else None
         with connected(host, policy, deadline) as connection:
-            response = connection.exchange(_request(host, target, policy), deadline)
+            response = connection.exchange(_request(host, target, policy, token), deadline)
             location = response.getheader("Location")
             if response.status not in REDIRECTS or not location:
                 return _body(response, policy)
-        try:
-            url = urljoin(url, location)
-        except ValueError as exc:
-            raise Refused("the redirect is not a URL") from exc
+        url = _redirected(url, location, policy)
     raise Refused(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _request(host: str, target: str, policy: Policy) -> Request:
+def _redirected(url: str, location: str, policy: Policy) -> str:
+    """Where a response redirects to.
+
+    Raises Refused, with the host's name, for a host that is not on the allow-list: a deployer who
+    trusts it can add it.
+    """
+    try:
+        url = urljoin(url, location)
+    except ValueError as exc:
+        raise Refused("the redirect is not a URL") from exc
+    host, _ = host_and_target(url, replace(policy, allowed_hosts=frozenset()))
+    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
+        raise Refused(f"it redirects to {host}, which is not on the allow-list")
+    return url
+
+
+def _request(host: str, target: str, policy: Policy, token: str | None) -> Request:
     headers = {
         "Host": host,
         "Accept": policy.accept,
@@ -131,6 +149,8 @@ def _request(host: str, target: str, policy: Policy) -> Request:
         "User-Agent": USER_AGENT,
         "Connection": "close",
     }
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     return Request("GET", target, headers)
 
 

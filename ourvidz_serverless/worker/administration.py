@@ -19,6 +19,7 @@ from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavail
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs.admin import CHANGING, OPERATIONS, AdminJob
+from ourvidz_serverless.models.loading import names
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import LedgerRow, MoveRequest, State
 from ourvidz_serverless.settings import Settings
@@ -163,7 +164,7 @@ class Administration:
         places = {
             name: setting and self._settings.value_of(setting) for name, setting in settings.items()
         }
-        return {name: Path(place).name for name, place in places.items() if place}
+        return {name: names.short(place) for name, place in places.items() if place}
 
     def _enhancement_info(self, job: AdminJob) -> dict[str, Any]:
         settings, has_chat = self._settings, "chat" in self._families
@@ -171,7 +172,7 @@ class Administration:
             "qwen_instruct": settings.chat_instruct_model,
             "qwen_base": settings.chat_base_model,
         }
-        sources = {name: Path(place).name for name, place in places.items() if place and has_chat}
+        sources = {name: names.short(place) for name, place in places.items() if place and has_chat}
         enhances = has_chat or any(row.name == "wan_enhancer" for row in self._rows)
         return {
             "worker_type": "pure_inference_engine",
@@ -194,7 +195,7 @@ class Administration:
         settings, served = self._settings, self._families
         wan = PACKAGE / "models/wan/pipeline.py"
         paths = {
-            "sdxl": settings.sdxl_model if "sdxl" in served else None,
+            "sdxl": names.public(settings.sdxl_model) if "sdxl" in served else None,
             "qwen": settings.chat_instruct_model if "chat" in served else None,
             "qwen_base": settings.chat_base_model if "chat" in served else None,
             "wan": settings.wan_model if "wan" in served else None,

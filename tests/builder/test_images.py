@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from builder.lock import OLDER_TORCH
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.settings import Settings
@@ -57,14 +59,25 @@ def test_the_linters_of_the_dockerfile_and_the_workflows_report_nothing(
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_base_image_and_the_family_are_build_arguments() -> None:
-    assert [words[1].partition("=")[0] for words in instructions()[:2]] == ["BASE_IMAGE", "FAMILY"]
+def test_cuda_the_base_image_and_the_family_are_build_arguments() -> None:
+    assert [words[1] for words in instructions()[:3]] == [
+        "CUDA=13.0",
+        "BASE_IMAGE=nvidia/cuda:${CUDA}.1-base-ubuntu24.04",
+        "FAMILY=sdxl",
+    ]
 
 
-def test_an_image_has_the_version_of_torch_that_requirements_txt_pins() -> None:
-    pinned = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+def test_an_image_has_the_torch_of_the_lock_for_its_cuda() -> None:
+    assert ["ARG", "CUDA"] in stage("torch")
+    assert ["COPY", "requirements.torch.cuda${CUDA}.lock", LOCK] in stage("torch")
 
-    assert ["ARG", f"TORCH={pinned[1] if pinned else None}"] in stage("torch")
+
+LOCK = "/tmp/requirements.torch.lock"
+
+#: The versions of CUDA that images exist for: those with a lock.
+CUDA = [
+    re.findall(r"\d+\.\d+", path.name)[0] for path in ROOT.glob("requirements.torch.cuda*.lock")
+]
 
 
 def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() -> None:
@@ -80,8 +93,27 @@ def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() 
         ["requirements.lock"],
         ["requirements-c2pa.lock"],
     ]
-    assert re.findall(r"\S+==\S+", other) == ['"torch==$TORCH"']
+    # Its version is the lock's.
+    assert other.split()[-1] == '"$torch"'
+    assert f"torch=\"$(sed -n 's/^\\(torch==[^ ]*\\).*/\\1/p' {LOCK})\"" in DOCKERFILE
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
+
+
+def test_the_fetcher_of_the_build_runs_with_the_files_that_its_stage_copies(tmp_path: Path) -> None:
+    for words in (words for words in stage("weights") if words[0] == "COPY"):
+        (tmp_path / words[-1]).mkdir(parents=True, exist_ok=True)
+        for source in words[1:-1]:
+            shutil.copy(ROOT / source, tmp_path / words[-1])
+
+    run = subprocess.run(
+        [sys.executable, "-m", "builder.fetch_models", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.returncode == 0, run.stderr
 
 
 def test_weights_are_copied_first_and_the_workers_code_last() -> None:
@@ -142,7 +174,8 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 def test_only_the_files_of_an_image_are_sent_to_the_builder() -> None:
     code = {"LICENSE", "NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
-    locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
+    locks = {"requirements.lock", "requirements-c2pa.lock"}
+    locks |= {f"requirements.torch.cuda{each}.lock" for each in CUDA}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}
     allowed = {*locks, *scripts, *weights}
@@ -162,7 +195,7 @@ def test_every_file_that_the_dockerfile_copies_is_sent_to_the_builder() -> None:
     ]
 
     assert sources
-    for source in sources:
+    for source in (each.replace("${CUDA}", cuda) for each in sources for cuda in CUDA):
         assert [name for name in sent if fnmatchcase(name, source) or name.startswith(f"{source}/")]
 
 
@@ -247,6 +280,33 @@ def test_every_matrix_of_families_in_a_workflow_has_all_families(workflow: Path)
         assert families.split(", ") == list(FAMILIES)
 
 
+def test_every_matrix_of_images_has_every_cuda() -> None:
+    jobs = workflow("images")["jobs"]
+
+    for job in (jobs["prove"], jobs["push"]):
+        assert sorted(job["strategy"]["matrix"]["cuda"]) == sorted(CUDA)
+        (bake,) = [step for step in job["steps"] if "bake" in str(step) and "env" in step]
+        assert {**job.get("env", {}), **bake["env"]}["CUDA"] == "${{ matrix.cuda }}"
+
+
+def test_the_tag_of_an_image_says_which_cuda_it_has_if_it_is_not_the_first() -> None:
+    assert '${CUDA == "13.0" ? "" : "-cuda${CUDA}"}"]' in BAKE
+    assert re.search(r'variable "CUDA" \{\s+default = "13.0"', BAKE)
+
+
+def test_the_suite_runs_with_the_torch_of_every_image() -> None:
+    included = workflow("tests")["jobs"]["tests"]["strategy"]["matrix"]["include"]
+
+    assert [f"torch=={each['torch']}" for each in included] == [OLDER_TORCH]
+
+
+def test_the_guide_says_which_image_is_for_which_driver() -> None:
+    guide = (ROOT / "docs/deploying.md").read_text()
+
+    for cuda in CUDA:
+        assert re.search(rf"^\| `?{cuda}`? .*driver", guide, re.MULTILINE), cuda
+
+
 def workflow(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
     return loaded
@@ -310,6 +370,7 @@ NOT_ON_THE_HUB = {
     *("ADMIN_REQUIRES_KEY", "PRESIGNED_EXPIRY_S", "RATE_LIMIT_FAIL_OPEN", "REFERENCE_BUCKETS"),
     *("S3_CONFIG_HOSTS", "ATTENTION_BACKEND", "COMPILE", "COMPILE_CACHE_DIR", "WARM_UP"),
     *("QUEUE_BACKLOG", "DEVICE_WAIT_S"),
+    *("FETCH_MODELS", "HF_TOKEN", "LORA_HOST_TOKENS"),
     *("MEMORY_FORMAT", "LORA_CACHE_GB", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
     *("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
     *("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER"),
