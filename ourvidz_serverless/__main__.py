@@ -134,7 +134,10 @@ def settings(argv: Sequence[str]) -> int:
 def _table(config: Settings) -> Iterator[str]:
     """One line a setting: its name, its value, and its default if the environment changes it."""
     for name, field in Settings.model_fields.items():
-        value, default = _shown(getattr(config, name)), _shown(field.default)
+        value, default = (
+            _shown(getattr(config, name)),
+            _shown(field.get_default(call_default_factory=True)),
+        )
         yield f"{name.upper():28}{value}" + (f"    (default {default})" if value != default else "")
 
 

@@ -111,7 +111,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else."""
+    """One output. `url` is a path in the bucket, a link, or a `data:` URI with the whole file."""
 
     __pydantic_config__ = ContractModel.model_config
 

@@ -188,6 +188,14 @@ class Job(Wire):
         return {}
 
     @property
+    def upload_urls(self) -> tuple[str, ...]:
+        """The caller's own URLs for the job's files, one for each output; none, if there are none.
+
+        Their queries are secrets.
+        """
+        return ()
+
+    @property
     def reference_consent(self) -> bool:
         """Whether the caller declares that the person in a reference agreed to this use."""
         return False

@@ -32,6 +32,9 @@ from ourvidz_serverless.families import FAMILIES, Family
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 
+#: Where RunPod mounts a network volume: in an endpoint's workers, and in a pod.
+VOLUMES = (Path("/runpod-volume"), Path("/workspace"))
+
 #: The names of `WORKER_API_KEY` in the specification and in the application.
 OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
 KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
@@ -204,7 +207,7 @@ class FixedSettings(BaseSettings):
     wan_enhancement_prompt: Path = Path(__file__).parent / "models" / "wan" / "enhancement.txt"
 
     # Where assets go.
-    storage_url: str = "file:outputs"
+    storage_url: str = Field(default_factory=lambda: default_storage())
     asset_url_style: Literal["path", "public", "presigned"] = "path"
     presigned_expiry_s: int = Field(3600, ge=60, le=604800)
     bucket_endpoint_url: Url | None = None
@@ -362,6 +365,8 @@ def read_for_worker() -> Settings:
 
 def storage_problems(settings: Settings) -> Iterator[str]:
     """Why assets cannot be stored at `STORAGE_URL`, one line for each reason."""
+    if settings.storage_url == "inline:":
+        return
     scheme, bucket, _ = storage_place(settings)
     if scheme == "s3":
         if not setting_checks.is_bucket(bucket):
@@ -372,7 +377,27 @@ def storage_problems(settings: Settings) -> Iterator[str]:
         if not (settings.supabase_url and settings.supabase_service_key):
             yield "STORAGE_URL: needs SUPABASE_URL and SUPABASE_SERVICE_KEY"
     elif scheme != "file" or settings.storage_url in ("file:", "file://"):
-        yield "STORAGE_URL: Input should be file:FOLDER, s3://BUCKET or supabase://BUCKET"
+        yield "STORAGE_URL: Input should be inline:, file:FOLDER, s3://BUCKET or supabase://BUCKET"
+
+
+def unreachable_storage(settings: Settings) -> str | None:
+    """Why nobody can read what is stored, in one line; None if somebody can."""
+    scheme, _, folder = settings.storage_url.partition(":")
+    is_elsewhere = scheme != "file" or settings.serve == "http" or not is_on_runpod()
+    if is_elsewhere or any(Path(folder.removeprefix("//")).is_relative_to(v) for v in VOLUMES):
+        return None
+    return (
+        "STORAGE_URL: nobody can reach the disk of this container on RunPod: inline: puts assets "
+        "into the document, and s3:// or supabase:// stores them in a bucket"
+    )
+
+
+def default_storage() -> str:
+    """Where assets go without `STORAGE_URL`: on RunPod into the document, else into a folder.
+
+    Nobody can reach a folder in one of RunPod's containers.
+    """
+    return "inline:" if is_on_runpod() else "file:outputs"
 
 
 def storage_place(settings: Settings) -> tuple[str, str, str]:

@@ -244,6 +244,27 @@ def test_on_runpod_the_pocket_model_may_be_named(monkeypatch: pytest.MonkeyPatch
     assert worker_settings(monkeypatch, **env).sdxl_model == "pocket"
 
 
+@pytest.mark.parametrize("variable", ON_RUNPOD)
+def test_on_runpod_assets_go_into_the_document_by_default(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    env = {"SDXL_MODEL": "pocket", variable: "something"}
+
+    assert worker_settings(monkeypatch, **env).storage_url == "inline:"
+
+
+def test_on_runpod_a_named_folder_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"RUNPOD_POD_ID": "pod", "SDXL_MODEL": "pocket", "STORAGE_URL": "file:outputs"}
+
+    assert worker_settings(monkeypatch, **env).storage_url == "file:outputs"
+
+
+def test_outside_of_runpod_assets_go_into_a_folder_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert worker_settings(monkeypatch).storage_url == "file:outputs"
+
+
 def test_outside_of_runpod_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_settings(monkeypatch).sdxl_model == "pocket"
 

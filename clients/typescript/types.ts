@@ -55,6 +55,7 @@ export interface SdxlConfig {
   reference_required?: boolean | null;
   output_format?: "png" | "jpeg" | "webp" | null;
   quality?: number | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */
@@ -205,6 +206,7 @@ export interface WanConfig {
   denoise_strength?: number | null;
   resize_mode?: "crop" | "pad" | "stretch" | null;
   reference_required?: boolean | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */
@@ -285,7 +287,7 @@ export interface RunRequest {
   s3Config?: Record<string, unknown>;
 }
 
-/** One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else. */
+/** One output. `url` is a path in the bucket, a link, or a `data:` URI with the whole file. */
 export interface Asset {
   type: "image" | "video" | "text";
   url: string;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def source_of(asset: Asset, place: Place | None) -> bytes | Request:
     url = asset["url"]
     scheme = urlsplit(url).scheme
     if scheme == "data":
-        return unquote_to_bytes(url.partition(",")[2])
+        return _embedded(url)
     if scheme in ("http", "https"):
         return Request("GET", url, timeout_s=DOWNLOAD_S)
     if scheme or place is None:
@@ -43,6 +44,13 @@ def source_of(asset: Asset, place: Place | None) -> bytes | Request:
     if isinstance(place, str):
         return Request("GET", f"{place.rstrip('/')}/{quote(url)}", timeout_s=DOWNLOAD_S)
     return _inside(place, url).read_bytes()
+
+
+def _embedded(url: str) -> bytes:
+    """The bytes in a `data:` URI (RFC 2397)."""
+    head, _, body = url.partition(",")
+    data = unquote_to_bytes(body)
+    return base64.b64decode(data) if head.endswith(";base64") else data
 
 
 def fetching(request: Request) -> Steps[bytes]:

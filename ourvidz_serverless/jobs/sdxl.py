@@ -20,7 +20,15 @@ from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model
 
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
-from ourvidz_serverless.jobs.media import JobProgress, MediaJob, ResizeMode, Speed, Strength, Text
+from ourvidz_serverless.jobs.media import (
+    JobProgress,
+    MediaJob,
+    ResizeMode,
+    Speed,
+    Strength,
+    Text,
+    UploadUrls,
+)
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.models.sdxl.request import (
     ImageModel,
@@ -93,6 +101,7 @@ class SdxlConfig(Wire):
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
+    upload_urls: UploadUrls | None = None
     speed: Speed = "exact"
 
     @field_validator("num_inference_steps")
@@ -169,6 +178,10 @@ class SdxlJob(MediaJob):
             parts = [part.text for part in self.weighted_prompt]
             texts += [CheckedText(between.join(parts), "prompt") for between in ("", " ")]
         return texts
+
+    @property
+    def num_outputs(self) -> int:
+        return self.config.num_images
 
     @property
     def size(self) -> tuple[int, int]:

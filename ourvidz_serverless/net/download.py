@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
@@ -55,8 +57,8 @@ def download(url: str, policy: Policy, deadline: Deadline | None = None) -> byte
     return retry(lambda: _try(url, policy), on=is_transient, policy=policy.retry, deadline=deadline)
 
 
-def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
-    """The host and the request target of a URL that the policy allows; raises Refused."""
+def plain_url(url: str) -> tuple[str, str]:
+    """The host and the request target of a URL that all parsers read alike; raises Refused."""
     match = _URL.fullmatch(url) if len(url) <= MAX_URL_CHARS else None
     if not match or "\\" in url or "#" in url:
         raise Refused(
@@ -64,15 +66,31 @@ def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
             f"at most {MAX_URL_CHARS} characters)"
         )
     host, target = match["host"].lower(), match["target"] or "/"
-    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
-        raise Refused("the host is not on the allow-list")
     return host, target if target.startswith("/") else f"/{target}"
 
 
-def _try(url: str, policy: Policy) -> bytes:
-    """One try, in which errors of other libraries become a Fault with a message."""
+def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
+    """The host and the request target of a URL that the policy allows; raises Refused."""
+    host, target = plain_url(url)
+    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
+        raise Refused("the host is not on the allow-list")
+    return host, target
+
+
+@contextmanager
+def connected(host: str, policy: Policy, deadline: Deadline) -> Iterator[Connection]:
+    """A connection to a host whose every address the policy allows."""
+    addresses = look_up(host, deadline, policy.is_public, policy.resolve)
+    with Connection.open(addresses, policy.port, deadline) as connection:
+        connection.start_tls(policy.tls, host, deadline)
+        yield connection
+
+
+@contextmanager
+def faults(policy: Policy) -> Iterator[None]:
+    """Errors of other libraries become a Fault, with a message that anybody may read."""
     try:
-        return _get(url, policy, deadlines.current().within(policy.deadline_s))
+        yield
     except ssl.SSLCertVerificationError as exc:
         raise Refused("the host's certificate does not hold") from exc
     except ResponseTooLarge as exc:
@@ -85,6 +103,11 @@ def _try(url: str, policy: Policy) -> bytes:
         raise Fault(None, why="the connection failed") from exc
 
 
+def _try(url: str, policy: Policy) -> bytes:
+    with faults(policy):
+        return _get(url, policy, deadlines.current().within(policy.deadline_s))
+
+
 def _get(url: str, policy: Policy, deadline: Deadline) -> bytes:
     """The body behind a URL. Redirects are followed here, so that each one is checked."""
     named, _ = host_and_target(url, policy)
@@ -93,9 +116,7 @@ def _get(url: str, policy: Policy, deadline: Deadline) -> bytes:
         host, target = host_and_target(url, policy)
         # A host that was redirected to gets no token, nor does a host that it redirects back to.
         token = token if host == named else None
-        addresses = look_up(host, deadline, policy.is_public, policy.resolve)
-        with Connection.open(addresses, policy.port, deadline) as connection:
-            connection.start_tls(policy.tls, host, deadline)
+        with connected(host, policy, deadline) as connection:
             response = connection.exchange(_request(host, target, policy, token), deadline)
             location = response.getheader("Location")
             if response.status not in REDIRECTS or not location:

@@ -61,10 +61,7 @@ LAST_PROGRESS_TIMEOUT_S = 5.0
 
 def serve(worker: Worker, settings: Settings) -> None:
     """Run the SDK's loop with this worker until the platform ends it."""
-    # At DEBUG, its default, the SDK logs every payload. At a terminal its INFO lines hide the
-    # result.
-    quiet = "INFO" if is_on_platform() else "WARN"
-    RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", quiet))
+    RunPodLogger().set_level(_sdk_level())
     runpod.serverless.register_fitness_check(make_fitness_check(worker))
     runpod_loop.install(
         close=lambda: worker.close_after(settings.shutdown_grace_s),
@@ -88,6 +85,16 @@ def serve(worker: Worker, settings: Settings) -> None:
         config["handler"] = _told_once(config["handler"])
     with only_results_on_stdout() if runs_one_job(sys.argv) else contextlib.nullcontext():
         runpod.serverless.start(config)
+
+
+def _sdk_level() -> str:
+    """The level of the SDK's log lines: `RUNPOD_LOG_LEVEL`, if it is set.
+
+    At DEBUG, its default, the SDK logs every payload. At INFO it logs the result of a single job,
+    which may hold a picture.
+    """
+    level = os.environ.get("RUNPOD_LOG_LEVEL", "INFO" if is_on_platform() else "WARN")
+    return "WARN" if level == "INFO" and runs_one_job(sys.argv) else level
 
 
 def _told_once(handler: Handler) -> Handler:

@@ -118,7 +118,12 @@ def _why(failure: Failure) -> str:
 
 
 def _place(asset: Asset, settings: Settings) -> str:
-    """The path of an asset's file from here, if it is on this machine; else its URL."""
+    """The path of an asset's file from here, if it is on this machine; else its URL.
+
+    Of a `data:` URI only what it holds.
+    """
+    if asset.url.startswith("data:"):
+        return f"{asset.metadata['format']} in the document, which VERBOSE=1 prints"
     scheme, _, root = settings.storage_url.partition(":")
     if scheme != "file" or settings.asset_url_style != "path":
         return asset.url

@@ -165,6 +165,18 @@ def test_the_path_of_an_asset_is_relative_to_the_place_of_the_assets(tmp_path: P
         assert local.fetch(picture("user/0.png")) == b"a file"
 
 
+@pytest.mark.parametrize(
+    ("url", "data"),
+    [
+        ("data:image/png;base64,cGl4ZWxz", b"pixels"),
+        ("data:image/png;base64,cGl4ZWw%3D", b"pixel"),
+        ("data:text/plain;charset=utf-8,a%20reply", b"a reply"),
+    ],
+)
+def test_an_asset_in_the_document_is_read_without_a_request(url: str, data: bytes) -> None:
+    assert Client({}, "key").fetch(picture(url)) == data
+
+
 def test_an_asset_without_a_known_place_is_not_fetched(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the client's `assets`"):
         Client({}, "key").fetch(picture("user/0.png"))

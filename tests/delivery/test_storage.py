@@ -2,7 +2,7 @@
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from ourvidz_serverless.delivery.storage.base import Storage, read_reference, upload
 from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.delivery.storage.inline import InlineStorage
 from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import PAGE, SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
@@ -339,6 +340,7 @@ def test_no_upload_connects_to_a_host_whose_name_later_means_an_inner_address(
     [
         ("file:outputs", DirectoryStorage),
         ("file:///data/outputs", DirectoryStorage),
+        ("inline:", InlineStorage),
         ("s3://bucket", S3Storage),
         ("s3://bucket/pre/fix", S3Storage),
         ("supabase://workspace-temp", SupabaseStorage),
@@ -356,7 +358,9 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
     assert isinstance(open_storage(settings), kind)
 
 
-@pytest.mark.parametrize("url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b"])
+@pytest.mark.parametrize(
+    "url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b", "inline:x", "inline"]
+)
 def test_an_invalid_storage_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))
@@ -387,3 +391,20 @@ def test_a_file_that_cannot_be_stored_leaves_no_temporary_file(tmp_path: Path) -
         DirectoryStorage(tmp_path).put("user/job/0.png", b"picture", "image/png")
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.put("a/b/0.png", b"", "image/png"),
+        lambda store: store.get("a/b/0.png"),
+        lambda store: store.keys(),
+        lambda store: store.delete("a/b/0.png"),
+        lambda store: store.url("a/b/0.png", "path", 60),
+    ],
+)
+def test_an_inline_storage_says_that_nothing_is_stored(call: Callable[[Storage], object]) -> None:
+    with pytest.raises(Fault, match="with STORAGE_URL=inline: nothing is stored") as fault:
+        call(InlineStorage())
+
+    assert not fault.value.is_transient

@@ -439,6 +439,16 @@ def test_the_handler_runs_a_test_input_and_prints_where_its_picture_is(tmp_path:
     assert (tmp_path / path).exists()
 
 
+def test_a_test_input_with_its_picture_in_the_document_prints_no_picture() -> None:
+    payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, STORAGE_URL="inline:", RUNPOD_LOG_LEVEL="INFO")
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("png in the document, which VERBOSE=1 prints: 64x64, seed 7, ")
+    assert "base64" not in run.stdout + run.stderr
+
+
 def test_the_handler_says_in_one_line_why_a_test_input_failed(tmp_path: Path) -> None:
     payload = json.dumps({"input": sdxl_payload(config={"num_images": 2})})
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
@@ -26,12 +27,11 @@ class GreyFrames(FakeWan):
 
 def page_worker(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
     """A worker for all families, whose storage the page can read."""
-    config = Settings(
-        families=("sdxl", "chat", "wan"),
-        host="127.0.0.1",
-        storage_url=f"file:{folder / 'stored'}",
-        **settings,
-    )
+    own = {"storage_url": f"file:{folder / 'stored'}", **settings}
+    config = Settings(families=("sdxl", "chat", "wan"), host="127.0.0.1", **own)
     fake_sdxl = FakeSdxl()
     models = {"sdxl": fake_sdxl, "chat": chat, "wan": GreyFrames(FakeChat("More."))}
-    return LocalWorker(folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models)
+    storage = open_storage(config)
+    return LocalWorker(
+        folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models, storage=storage
+    )

@@ -47,6 +47,12 @@ const ACTIONS = {
   ending: () => given.documents.map(page.ending),
   served: () => given.workers.map(page.served),
   addresses: () => given.assets.map((asset) => page.addressOf(asset) ?? null),
+  files: () =>
+    Promise.all(given.urls.map(async (url) => {
+      const file = page.fileIn(url);
+      return file ? [file.type, await file.text()] : null;
+    })),
+  names: () => given.assets.map(page.fileNameOf),
   pretty: () => page.pretty(given.document),
 };
 

@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from ourvidz_serverless import errors
+from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.jobs.envelope import Envelope
@@ -23,6 +24,7 @@ from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.serving.http import (
     connections,
+    job_store,
     openapi,
     request_body,
     request_checks,
@@ -881,6 +883,24 @@ def test_only_the_last_jobs_are_remembered(
         200,
         200,
     ]
+
+
+def test_documents_with_large_pictures_are_remembered_within_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(storage_url="inline:")
+    at = LocalWorker(tmp_path, settings=settings, storage=open_storage(settings))
+    with ServedHttp(settings, at.worker) as service:
+        first = service.post("/jobs?wait=150", {"input": sdxl_payload(id="a")}).json()
+        num_chars = len(first["assets"][0]["url"])
+        monkeypatch.setattr(job_store, "MAX_ENDED_CHARS", 2 * num_chars)
+        for name in ("b", "c", "d"):
+            service.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
+
+        remembered = {name: service.get(f"/job/{name}?user_id=user-1") for name in "abcd"}
+
+    assert [each.status_code for each in remembered.values()] == [404, 200, 200, 200]
+    assert remembered["d"].json()["assets"] == first["assets"]
 
 
 def test_a_body_that_is_too_long_is_refused(

@@ -204,6 +204,21 @@ def test_assets_need_the_key_of_the_worker(tmp_path: Path) -> None:
     assert (without, wrong, right, page_itself) == (401, 401, 200, 200)
 
 
+def test_the_page_reads_a_picture_in_the_document_by_itself() -> None:
+    urls = ["data:image/webp;base64,cGl4ZWxz", "data:text/plain,words", "user-1/job-1/0.png"]
+
+    assert logic("files", urls=urls) == [["image/webp", "pixels"], None, None]
+
+
+def test_a_download_has_the_name_of_its_job_or_of_its_place_in_the_document() -> None:
+    facts = {"asset_index": 2, "format": "webp"}
+    urls = ["user-1/job-1/2.webp", "data:image/webp;base64,cGl4ZWxz"]
+
+    names = logic("names", assets=[{"url": url, "metadata": facts} for url in urls])
+
+    assert names == ["job-1-2.webp", "2.webp"]
+
+
 def test_assets_in_a_bucket_are_not_sent(local: LocalWorker) -> None:
     local.run()
     elsewhere = local.settings.model_copy(

@@ -155,6 +155,23 @@ def test_a_picture_is_submitted_with_progress_and_shown(
     assert fragment.text == "a grey square"
 
 
+def test_a_picture_and_a_video_inside_the_document_are_shown(visit: Visit, tmp_path: Path) -> None:
+    at = page_worker(tmp_path, FakeChat(), storage_url="inline:")
+    with ServedHttp(at.settings, at.worker) as service:
+        tab = visit(service)
+        choose_small_picture(tab, seed="77")
+        run(tab)
+        tab.wait_for_selector("figure img")
+        picture, named = tab.evaluate(MIDDLE), tab.get_attribute("figure a", "download")
+        choose(tab, "video_fast")
+        run(tab)
+        tab.wait_for_selector("figure video")
+        tab.wait_for_function("() => document.querySelector('video').currentTime > 0")
+
+    assert (picture, named) == ([77, 77, 77, 255], "0.png")
+    assert at.stored() == []
+
+
 def test_the_video_that_the_form_shows_at_first_is_made_and_plays(
     visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:

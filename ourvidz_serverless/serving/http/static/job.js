@@ -279,6 +279,13 @@ export function pathOf({ id, user }, part = "") {
   return `job/${encodeURIComponent(id)}${part && `/${part}`}${query}`;
 }
 
+/** The file in a `data:` URI of base64, for a policy that lets no script fetch one; else undefined. */
+export function fileIn(url) {
+  const [, type, data] = /^data:([^,;]*);base64,(.*)$/s.exec(url) ?? [];
+  if (data === undefined) return undefined;
+  return new Blob([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], { type });
+}
+
 /** The path of an asset at the worker; undefined for an asset that is stored elsewhere. */
 export function addressOf({ type, url }) {
   const isHere = type !== "text" && !/^[a-z][a-z0-9+.-]*:/i.test(url);
@@ -286,7 +293,8 @@ export function addressOf({ type, url }) {
 }
 
 /** A file name for an asset: its job and its own name. */
-export function fileNameOf({ url }) {
+export function fileNameOf({ url, metadata }) {
+  if (url.startsWith("data:")) return `${metadata.asset_index ?? 0}.${metadata.format}`;
   return url.split("/").slice(-2).join("-");
 }
 

@@ -1,7 +1,7 @@
 // The stage: what the page says of a job, its progress, its pictures, its conversation.
 
 import { at, button, make } from "./dom.js";
-import { addressOf, caption, fileNameOf, tell } from "./job.js";
+import { addressOf, caption, fileIn, fileNameOf, tell } from "./job.js";
 
 let shown = [];
 
@@ -82,9 +82,10 @@ export function converse(spoken) {
 export async function show(asset, call, prompt, actions) {
   const address = addressOf(asset);
   const answer = address && await call(address).catch(() => undefined);
+  const file = answer?.ok ? await answer.blob() : fileIn(asset.url);
   const figure = make("figure");
-  if (answer?.ok) {
-    const src = URL.createObjectURL(await answer.blob());
+  if (file) {
+    const src = URL.createObjectURL(file);
     shown.push(src);
     const download = make("a", { href: src, download: fileNameOf(asset), textContent: "Download" });
     const row = make("div", { className: "row actions" });
