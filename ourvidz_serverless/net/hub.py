@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.file_download import http_get, repo_folder_name
 
 from ourvidz_serverless.net.retries import TRANSIENT, Retry, is_transient, retry
 
@@ -86,7 +86,7 @@ class Listing:
 
     def cache(self, folder: Path) -> Path:
         """The repository's own folder in a cache of the Hub's layout."""
-        return folder / cache_name(self.repository)
+        return folder / repo_folder_name(repo_id=self.repository, repo_type="model")
 
     def snapshot(self, folder: Path) -> Path:
         return self.cache(folder) / "snapshots" / self.commit
@@ -95,11 +95,6 @@ class Listing:
         """The bytes of the files that are not in the snapshot yet."""
         absent = [name for name in names if not (self.snapshot(folder) / name).exists()]
         return sum(self.files[name].size for name in absent)
-
-
-def cache_name(repository: str) -> str:
-    """The name of a repository's folder in a cache of the Hub's layout."""
-    return f"models--{repository.replace('/', '--')}"
 
 
 @contextmanager
@@ -269,14 +264,14 @@ def _explanation(error: Exception, what: str, revision: str | None) -> FetchErro
         return FetchError(f"{what} has no revision {revision}")
     if isinstance(error, HFValidationError):
         return FetchError(f"{what} cannot be the name of a repository")
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return FetchError(f"{what}: HTTP {status}", is_transient=_is_passing(status))
     return _other_explanation(error, what)
 
 
 def _other_explanation(error: Exception, what: str) -> FetchError:
     causes = [error, *_causes(error)]
+    answers = [each.response.status_code for each in causes if isinstance(each, HfHubHTTPError)]
+    if answers:
+        return FetchError(f"{what}: HTTP {answers[0]}", is_transient=_is_passing(answers[0]))
     if any(isinstance(each, OSError) and each.errno in NO_SPACE for each in causes):
         return FetchError(f"{what}: no space is left for it")
     if any(text in str(error).lower() for text in _NO_SPACE_TEXTS):

@@ -41,11 +41,12 @@ UNUSED = {Requirement(each).name for each in OVERRIDES if "never" in each}
 PYTHONS = ("3.11", "3.12")
 
 
-def locked(python: str) -> dict[str, str]:
-    """The locked versions for an image with this Python."""
+def locked(python: str, torch_lock: Path = TORCH_LOCK) -> dict[str, str]:
+    """The locked versions for an image with this Python, and the torch of a lock."""
     system = {"python_version": python, "python_full_version": f"{python}.0"}
     system |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-    entries = [each for path in LOCKS for each in ENTRY.findall(path.read_text())]
+    paths = (LOCK, C2PA_LOCK, torch_lock)
+    entries = [each for path in paths for each in ENTRY.findall(path.read_text())]
     wishes = [Requirement(entry.split("\\")[0]) for entry in entries]
     holding = [wish for wish in wishes if not wish.marker or wish.marker.evaluate(system)]
     versions = {wish.name: str(wish.specifier).removeprefix("==") for wish in holding}
@@ -67,9 +68,16 @@ def requires(name: str) -> Iterator[Requirement]:
             yield wish
 
 
+def lock_of_the_installed_torch() -> Path:
+    """CI runs the suite with the torch of each image."""
+    version = importlib.metadata.version("torch").partition("+")[0]
+    locks = (TORCH_LOCK, OLDER_TORCH_LOCK)
+    return next(path for path in locks if f"\ntorch=={version} " in path.read_text())
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_of_a_locked_package_is_locked(python: str) -> None:
-    versions = locked(python)
+    versions = locked(python, lock_of_the_installed_torch())
     here = {each.metadata["Name"] for each in importlib.metadata.distributions()}
     installed = [name for name in map(canonicalize_name, here) if name in versions]
 

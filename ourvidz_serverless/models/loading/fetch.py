@@ -66,8 +66,12 @@ _SDXL = FAMILIES["sdxl"].weights[0]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What one setting names. Without weights only the configurations are wanted."""
+    """What one setting names: `place` is its value, and `name` what that means.
 
+    Without weights only the configurations are wanted.
+    """
+
+    place: str
     name: HubName | UrlName
     weights: Weights
     has_weights: bool = True
@@ -75,6 +79,12 @@ class Wanted:
     @property
     def variable(self) -> str:
         return self.weights.setting
+
+    @classmethod
+    def of(cls, place: str, weights: Weights, has_weights: bool = True) -> Iterator[Wanted]:
+        """What a value of a setting names; nothing if it is a path."""
+        if name := names.parse(place):
+            yield cls(place, name, weights, has_weights)
 
 
 # --- what is wanted, and what of it is missing ---
@@ -85,14 +95,10 @@ def wanted(settings: Settings) -> Iterator[Wanted]:
     for weights in (each for family in settings.served for each in family.weights):
         place = settings.value_of(weights.setting)
         is_chats = weights.setting == "WAN_ENHANCER_MODEL" and settings.wan_uses_chat_model
-        if place is None or str(place) == "pocket" or is_chats:
-            continue
-        name = names.parse(place)
-        if name:
-            yield Wanted(name, weights)
-    config = sdxl_config(settings)
-    if config and (name := names.parse(config)):
-        yield Wanted(name, replace(_SDXL, setting="SDXL_CONFIG"), has_weights=False)
+        if place is not None and not is_chats:
+            yield from Wanted.of(str(place), weights)
+    if config := sdxl_config(settings):
+        yield from Wanted.of(config, replace(_SDXL, setting="SDXL_CONFIG"), has_weights=False)
 
 
 def sdxl_config(settings: Settings) -> str | None:
@@ -126,16 +132,13 @@ def missing(settings: Settings) -> list[Wanted]:
 
 def is_there(wish: Wanted, folders: Sequence[Path]) -> bool:
     """Whether a folder has all that a setting names. Of a repository it asks nobody."""
-    name = wish.name
-    place = name.url if isinstance(name, UrlName) else str(name)
-    place += f"#sha256={name.sha256}" if isinstance(name, UrlName) and name.sha256 else ""
     try:
-        path = checkpoints.find(wish.variable, place, folders)
+        path = checkpoints.find(wish.variable, wish.place, folders)
     except ModelLoadError:
         return False
-    if isinstance(name, UrlName):
+    if isinstance(wish.name, UrlName):
         return True
-    has_begun = any(marker.exists() for marker in _markers(name, path, folders))
+    has_begun = any(marker.exists() for marker in _markers(wish.name, path, folders))
     return not has_begun and _has_files(path, wish)
 
 
@@ -406,4 +409,6 @@ def _progress(what: str, size: int = 0, files: int = 0) -> Callable[[int, int], 
 
 
 def _shown(size: int) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

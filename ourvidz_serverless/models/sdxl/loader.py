@@ -138,7 +138,7 @@ def _read_pipe(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
 def _config_folder(path: Path, settings: Settings) -> Path:
     """The folder with a single file's configurations and tokenizers: the file has weights only."""
     folder = path.with_suffix("")
-    if name := fetch.sdxl_config(settings):
+    if name := settings.sdxl_config or fetch.sdxl_config(settings):
         folder = checkpoints.find("SDXL_CONFIG", name, settings.model_dirs)
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(f"no configuration in {folder.name}, see SDXL_CONFIG")

@@ -1,6 +1,7 @@
 """`FETCH_MODELS`: weights from a Hub that can fail, by its real client and real processes."""
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.families import FAMILIES, Weights
-from ourvidz_serverless.models.loading import checkpoints, fetch, names
+from ourvidz_serverless.models.loading import checkpoints, fetch
 from ourvidz_serverless.models.loading.fetch import Wanted
 from ourvidz_serverless.net import hub as client
 from ourvidz_serverless.net.retries import Retry
@@ -27,6 +28,8 @@ from tests.patience import PATIENCE_S
 from tests.servers import handler
 from tests.servers.hub import REVISION, TOKEN, Hub, Storage, status
 from tests.servers.local_server import Answer, LocalServer, Request, free_port
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = "tiny/painter"
 WEIGHTS = bytes(range(256)) * 40
@@ -122,7 +125,7 @@ def row(setting: str) -> Weights:
 
 
 def chosen(files: list[str], setting: str, name: str, half: bool = True) -> set[str]:
-    wish = Wanted(names.parse(name), row(setting))  # type: ignore[arg-type]
+    (wish,) = Wanted.of(name, row(setting))
     return set(fetch.choose(files, wish, half))
 
 
@@ -443,6 +446,13 @@ def test_a_checkpoint_by_url_without_configurations_gets_those_of_sdxl(
     variables = {wish.variable: wish.name for wish in fetch.missing(config)}
 
     assert str(variables["SDXL_CONFIG"]) == fetch.SDXL_BASE
+
+
+def test_sdxls_configurations_are_those_of_the_manifest() -> None:
+    repository, _, revision = fetch.SDXL_BASE.partition("@")
+    manifest = json.loads((ROOT / "builder/models.json").read_text())
+
+    assert manifest[repository]["revision"] == revision
 
 
 class Shop(LocalServer):
