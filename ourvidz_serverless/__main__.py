@@ -96,7 +96,11 @@ def fetch(argv: Sequence[str]) -> int:
 
     if args.with_parent:
         fetching.end_with_parent()
-    fetching.fetch(config.model_copy(update={"fetch_models": True}))
+    changed: dict[str, object] = {"fetch_models": True}
+    if not args.with_parent and config.device == "auto":
+        # A volume may be filled on a machine without a GPU, for workers that have one.
+        changed["device"] = "cuda"
+    fetching.fetch(config.model_copy(update=changed))
     return 0
 
 

@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     # nothing.
     from ourvidz_serverless.net import hub
 
-#: Weights by the names that the loaders read, whole or in shards, in either precision.
+#: Weights by the names that the loaders read, whole or in shards, in either precision; and the
+#: index of their shards.
 _WEIGHTS = re.compile(
-    r"(model|diffusion_pytorch_model)(?P<half>\.fp16)?(-\d+-of-\d+)?\.safetensors"
+    r"(?:model|diffusion_pytorch_model)"
+    r"(?:(?P<half>\.fp16)?(?:-\d+-of-\d+)?\.safetensors"
+    r"|\.safetensors\.index(?P<half_index>\.fp16)?\.json)"
 )
 
 #: How often a worker that waits for another one's download says so, in seconds.
@@ -197,7 +200,9 @@ def choose(files: Iterable[str], wish: Wanted, wants_half: bool) -> list[str]:
         patterns = [_joined(base, pattern) for pattern in weights.others]
         found = [name for name in files if any(_matches(name, each) for each in patterns)]
     for folder in (_joined(base, each) for each in folders):
-        found += [name for name in files if _matches(name, _joined(folder, "*.json"))]
+        # An index names shards, which may be of another format or precision than the chosen one.
+        configs = [name for name in files if _matches(name, _joined(folder, "*.json"))]
+        found += [name for name in configs if ".index." not in name]
         if wish.has_weights:
             found += _weights_in(folder, files, wants_half and weights.has_variants)
     return list(dict.fromkeys(found))
@@ -205,9 +210,10 @@ def choose(files: Iterable[str], wish: Wanted, wants_half: bool) -> list[str]:
 
 def _weights_in(folder: str, files: Iterable[str], wants_half: bool) -> list[str]:
     here = [name for name in files if name.rpartition("/")[0] == folder]
-    found = {name: _WEIGHTS.fullmatch(name.rpartition("/")[2]) for name in here}
-    half = [name for name, match in found.items() if match and match["half"]]
-    full = [name for name, match in found.items() if match and not match["half"]]
+    matches = {name: _WEIGHTS.fullmatch(name.rpartition("/")[2]) for name in here}
+    found = {name: match for name, match in matches.items() if match}
+    half = [name for name, match in found.items() if match["half"] or match["half_index"]]
+    full = [name for name in found if name not in half]
     return (half or full) if wants_half else (full or half)
 
 

@@ -146,6 +146,20 @@ def test_of_sdxl_the_full_precision_is_fetched_for_a_cpu() -> None:
     assert not [name for name in found if "fp16" in name]
 
 
+def test_of_shards_in_two_precisions_one_is_fetched_with_its_index() -> None:
+    shards = {
+        precision: {
+            f"unet/diffusion_pytorch_model{precision}-00001-of-00001.safetensors",
+            f"unet/diffusion_pytorch_model.safetensors.index{precision}.json",
+        }
+        for precision in ("", ".fp16")
+    }
+    files = [*shards[""], *shards[".fp16"], "unet/pytorch_model.bin.index.json"]
+
+    assert chosen(files, "SDXL_MODEL", "org/sdxl") == shards[".fp16"]
+    assert chosen(files, "SDXL_MODEL", "org/sdxl", half=False) == shards[""]
+
+
 def test_of_a_chat_model_the_shards_and_the_tokenizer_are_fetched() -> None:
     assert chosen(CHAT_REPOSITORY, "CHAT_INSTRUCT_MODEL", "org/chat") == {
         *("config.json", "merges.txt", "model.safetensors.index.json"),
@@ -521,11 +535,11 @@ def environment(tmp_path: Path, hub: Hub, **env: str) -> dict[str, str]:
     }
 
 
-def start(tmp_path: Path, hub: Hub, *args: str) -> "subprocess.Popen[str]":
+def start(tmp_path: Path, hub: Hub, *args: str, **env: str) -> "subprocess.Popen[str]":
     """`python -m ourvidz_serverless fetch`."""
     return subprocess.Popen(
         [sys.executable, "-m", "ourvidz_serverless", "fetch", *args],
-        env=environment(tmp_path, hub),
+        env=environment(tmp_path, hub, **env),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -541,6 +555,19 @@ def test_workers_that_start_at_once_fetch_each_file_once(hub: Hub, tmp_path: Pat
     assert [worker.returncode for worker in workers] == [0, 0, 0], logs
     paths = [request.path for request in hub.storage.requests]
     assert len(paths) == len(set(paths)) == 3
+
+
+def test_the_command_fetches_what_a_gpu_needs_also_where_there_is_none(tmp_path: Path) -> None:
+    settings = {"FAMILIES": "sdxl", "SDXL_MODEL": f"{REPOSITORY}@{REVISION}"}
+    with (
+        Hub(REPOSITORY, dict.fromkeys(SDXL_REPOSITORY, b"{}")) as hub,
+        start(tmp_path, hub, **settings) as fetching,
+    ):
+        _, log = fetching.communicate(timeout=PATIENCE_S)
+
+    assert fetching.returncode == 0, log
+    found = [path.name for path in (tmp_path / "volume").rglob("unet/*.safetensors")]
+    assert found == ["diffusion_pytorch_model.fp16.safetensors"]
 
 
 def test_a_killed_worker_does_not_keep_the_others_from_fetching(hub: Hub, tmp_path: Path) -> None:
