@@ -57,7 +57,8 @@ class Input:
     #: The label of each choice, by its value; without one, a choice is its own label.
     labels: Mapping[str, str] = field(default_factory=dict)
     #: For a number without bounds in the settings.
-    most: int | None = None
+    least: float | None = None
+    most: float | None = None
 
 
 SECRET = "Better as a RunPod secret: {{ RUNPOD_SECRET_name }}"
@@ -294,7 +295,11 @@ def _type(row: Input) -> dict[str, Any]:
     if kind is bool:
         return {"type": "boolean", "trueValue": "true", "falseValue": "false"}
     if kind in (int, float):
-        return {"type": "number", "min": bounds["ge"], "max": row.most or bounds["le"]}
+        return {
+            "type": "number",
+            "min": row.least or bounds["ge"],
+            "max": row.most or bounds["le"],
+        }
     return {"type": "string"}
 
 
