@@ -90,6 +90,7 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m builder.contract --check
+	$(BIN)/python -m builder.hub_listing --check
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

@@ -27,7 +27,7 @@ DOCUMENTS = [
         for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "NOTICE")
     ),
     *sorted(ROOT.glob("docs/*.md")),
-    *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript")),
+    *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript", ".runpod")),
 ]
 
 #: What a command may begin with: it is there in a fresh clone, or on the machine that it is for.

@@ -19,6 +19,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/*.md")),
     *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript")),
     *sorted(ROOT.glob("pocket/*/README.md")),
+    ROOT / ".runpod/README.md",
 ]
 
 PACKAGE = ROOT / "ourvidz_serverless"

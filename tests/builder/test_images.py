@@ -11,20 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from builder.lock import OLDER_TORCH
 from ourvidz_serverless.families import FAMILIES
-from ourvidz_serverless.jobs.envelope import Envelope
-from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-HUB = json.loads((ROOT / ".runpod/hub.json").read_text())
-HUB_TESTS = json.loads((ROOT / ".runpod/tests.json").read_text())
 
 
 def instructions() -> list[list[str]]:
@@ -346,117 +341,3 @@ def test_a_pushed_image_is_attested_with_its_provenance_and_its_bill_of_material
 
     for line in ("push: true", "provenance: mode=max", "sbom: true"):
         assert line in step
-
-
-# --- RunPod's Hub ---
-
-KEYS = {each["key"]: each["input"] for each in HUB["config"]["env"]}
-
-#: Settings that the Hub does not show: the image sets them, they belong to the HTTP service or the
-#: bridge, or they are for several families on one GPU.
-NOT_ON_THE_HUB = {
-    *("CALLBACK_HOSTS", "CALLBACK_PROCESSING", "CONCURRENCY", "DEVICE", "DTYPE", "MMAP_WEIGHTS"),
-    *("CHAT_KV_TOKENS", "CHAT_MAX_BATCH", "CHAT_PREFIX_TOKENS", "MODEL_DIRS", "SDXL_CONFIG"),
-    "SDXL_DISTILLED_STEPS",
-    *("WAN_DISTILLED_SOLVER", "WAN_DISTILLED_STEPS", "WAN_DISTILLED_TIMESTEPS", "WAN_FLOW_SHIFT"),
-    *("CHAT_GRAPHS", "CHAT_QUANTIZATION", "WAN_ENHANCEMENT_PROMPT"),
-    *("PAGE", "REDIS_URL", "BRIDGE_QUEUES", "BRIDGE_TAKE_FROM", "BRIDGE_POLL_S"),
-    *("RUNPOD_API_KEY", "RUNPOD_BASE_URL"),
-    *("SDXL_ENDPOINT_ID", "CHAT_ENDPOINT_ID", "WAN_ENDPOINT_ID"),
-    *("ALLOWED_HOSTS", "HOST", "HTTP_BACKLOG", "HTTP_REPLY_TIMEOUT_S", "PORT", "PORT_HEALTH"),
-    "SERVE",
-    *("REGISTER_WORKER", "WORKER_URL"),
-    *("PRESSURE_CRITICAL", "PRESSURE_HIGH", "PRESSURE_MEDIUM", "VRAM_BUDGET_GB"),
-    *("ADMIN_REQUIRES_KEY", "PRESIGNED_EXPIRY_S", "RATE_LIMIT_FAIL_OPEN", "REFERENCE_BUCKETS"),
-    *("S3_CONFIG_HOSTS", "ATTENTION_BACKEND", "COMPILE", "COMPILE_CACHE_DIR", "WARM_UP"),
-    *("QUEUE_BACKLOG", "DEVICE_WAIT_S"),
-    *("FETCH_MODELS", "HF_TOKEN", "LORA_HOST_TOKENS"),
-    *("MEMORY_FORMAT", "LORA_CACHE_GB", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
-    *("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
-    *("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_TRACES_EXPORTER", "OTEL_METRICS_EXPORTER"),
-    *("OTEL_BSP_SCHEDULE_DELAY", "OTEL_METRIC_EXPORT_INTERVAL", "OTEL_SDK_DISABLED"),
-    *("OTEL_EXPORTER_OTLP_ENDPOINT", "GPU_PRICE_PER_SECOND"),
-}
-
-
-def settings_with(values: dict[str, Any]) -> Settings:
-    """The settings with these environment variables."""
-    return Settings.model_validate(
-        {name.lower(): value for name, value in values.items() if value != ""}
-    )
-
-
-def test_every_setting_is_on_the_hub_or_listed_as_not_on_the_hub() -> None:
-    names = {name.upper() for name in Settings.model_fields}
-
-    assert set(KEYS) <= names
-    assert names - set(KEYS) == NOT_ON_THE_HUB
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_default_on_the_hub_is_a_valid_value_of_its_setting(key: str) -> None:
-    shown = KEYS[key]
-    values = [shown.get("default", ""), *(each["value"] for each in shown.get("options", []))]
-
-    for value in values:
-        settings_with({key: value})
-
-
-@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] == "number"])
-def test_a_number_on_the_hub_has_bounds_that_its_setting_accepts(key: str) -> None:
-    shown = KEYS[key]
-
-    settings_with({key: shown["min"]})
-    settings_with({key: shown["max"]})
-    assert shown["min"] <= shown["default"] <= shown["max"]
-
-
-@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] != "huggingface"])
-def test_a_default_on_the_hub_is_the_default_of_its_setting(key: str) -> None:
-    different = {"STORAGE_URL"}
-    default = KEYS[key].get("default", "")
-    if key in different or default == "":
-        return
-
-    assert getattr(settings_with({key: default}), key.lower()) == getattr(Settings(), key.lower())
-
-
-def test_a_preset_on_the_hub_sets_existing_settings_to_valid_values() -> None:
-    for preset in HUB["config"]["presets"]:
-        settings_with(preset["defaults"])
-        assert set(preset["defaults"]) <= {name.upper() for name in Settings.model_fields}
-
-
-def test_the_hub_names_the_model_of_each_family_that_it_starts() -> None:
-    presets = [preset["defaults"] for preset in HUB["config"]["presets"]]
-    tests = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
-
-    for env in (*presets, tests):
-        assert {family.main_setting for family in settings_with(env).served} <= env.keys()
-
-
-def test_secrets_on_the_hub_have_no_default() -> None:
-    secrets = [key for key in KEYS if re.search("KEY|SECRET|TOKEN$", key)]
-
-    assert secrets
-    assert not [key for key in secrets if "default" in KEYS[key]]
-
-
-def test_the_hubs_tests_are_jobs_that_the_worker_accepts() -> None:
-    env = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
-    settings = settings_with(env)
-
-    for test in HUB_TESTS["tests"]:
-        assert (
-            Envelope.of({"id": "rp", "input": test["input"]}).job(settings).id
-            == test["input"]["id"]
-        )
-    assert (
-        HUB_TESTS["tests"][0]["input"]
-        == json.loads((ROOT / "test_input.json").read_text())["input"]
-    )
-
-
-def test_settings_with_an_invalid_value_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        settings_with({"SDXL_MAX_BATCH": 7})
