@@ -164,6 +164,7 @@ INPUTS = (
         "SDXL configuration",
         "For a single-file checkpoint: the folder with its configurations",
     ),
+    Input("SDXL_DISTILLED_STEPS", "Distilled steps of SDXL", "For Turbo, Lightning and the like"),
     Input("SDXL_MIN_STEPS", "Fewest steps", "Lower it for few-step checkpoints"),
     Input(
         "SDXL_TIMESTEP_SPACING",
@@ -201,6 +202,14 @@ INPUTS = (
     Input("SHUTDOWN_GRACE_S", "Shutdown grace", "Seconds for running jobs at a stop", most=600),
     Input("LOW_VRAM", "Small GPU", "Only what a stage needs is on the GPU: slower"),
     Input("POISON_DIR", "Folder for job marks", "On a volume: refuses jobs that killed workers"),
+    Input(
+        "GPU_PRICE_PER_SECOND",
+        "Price of a second",
+        "Of the GPU: documents then have metadata.cost",
+        least=0.00001,
+        most=0.1,
+    ),
+    Input("OTEL_EXPORTER_OTLP_ENDPOINT", "OpenTelemetry", "Where traces and metrics are sent"),
     Input("LOG_LEVEL", "Log level", "No level logs prompts"),
     Input("C2PA_CERT", "C2PA certificate", "The chain in PEM, for images built with C2PA=1"),
     Input("C2PA_KEY", "C2PA key", f"Its private key. {SECRET}"),
