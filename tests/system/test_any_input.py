@@ -27,6 +27,7 @@ from tests.fakes.fake_sdxl import FakeSdxl
 from tests.fakes.fake_wan import FakeWan
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
 from tests.files import SPECIFICATION
+from tests.servers.collector import Collector
 
 PAYLOADS = [json.loads(path.read_text()) for path in sorted(files.PAYLOADS.glob("*.json"))]
 
@@ -138,18 +139,20 @@ def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
-    """A worker for every family. The only host that it may fetch from does not exist.
+def collector() -> Iterator[Collector]:
+    # One that answers: tries again would draw from `random`, which Hypothesis forbids meanwhile.
+    with Collector() as server:
+        yield server
 
-    It records traces and metrics, for a collector that does not exist either.
-    """
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> LocalWorker:
+    """A worker for every family, which sends traces. The host of its references does not exist."""
     return LocalWorker(
         tmp_path_factory.mktemp("any"),
         settings=Settings(
             reference_hosts=("nowhere.invalid",),
-            otel_exporter_otlp_endpoint="http://127.0.0.1:9",
-            otel_bsp_schedule_delay=3_600_000,
-            otel_metric_export_interval=3_600_000,
+            otel_exporter_otlp_endpoint=collector.url,
         ),
         models={
             "sdxl": FakeSdxl(),

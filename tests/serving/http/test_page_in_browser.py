@@ -668,6 +668,44 @@ def test_the_death_of_the_worker_is_told_and_its_return_too(
     assert kept == "my words"
 
 
+#: The next body of an answer to this path is cut while it is read.
+CUT_NEXT_BODY = """([path, read]) => {
+  const whole = Response.prototype[read];
+  Response.prototype[read] = async function () {
+    if (!this.url.includes(path)) return whole.call(this);
+    Response.prototype[read] = whole;
+    throw new TypeError("Failed to fetch");
+  };
+}"""
+
+
+def test_a_picture_whose_download_is_cut_is_told(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
+    choose_small_picture(tab)
+    tab.evaluate(CUT_NEXT_BODY, ["/assets/", "blob"])
+
+    run(tab)
+
+    tab.wait_for_selector("figcaption:has-text('could not be fetched from the worker')")
+
+
+def test_the_worker_is_asked_again_after_an_answer_that_was_cut(
+    visit: Visit, service: ServedHttp
+) -> None:
+    with SwitchedProxy(service.url) as proxy:
+        tab = visit(proxy)
+        wait_for_worker(tab, "Serves SDXL")
+        proxy.stop()
+        tab.clock.fast_forward(6000)
+        wait_for_worker(tab, "The worker does not answer.")
+        tab.evaluate(CUT_NEXT_BODY, ["/worker/info", "json"])
+        proxy.start()
+        for _ in range(3):
+            tab.clock.run_for(3000)
+
+        wait_for_worker(tab, "The worker is back. Serves SDXL")
+
+
 def test_a_job_whose_stream_was_cut_can_be_looked_at_again(
     visit: Visit, service: ServedHttp, local: LocalWorker
 ) -> None:

@@ -82,7 +82,7 @@ export function converse(spoken) {
 export async function show(asset, call, prompt, actions) {
   const address = addressOf(asset);
   const answer = address && await call(address).catch(() => undefined);
-  const file = answer?.ok ? await answer.blob() : fileIn(asset.url);
+  const file = answer?.ok ? await answer.blob().catch(() => undefined) : fileIn(asset.url);
   const figure = make("figure");
   if (file) {
     const src = URL.createObjectURL(file);

@@ -64,11 +64,12 @@ export async function check() {
 
 async function meet() {
   const answer = await call("worker/info").catch(() => undefined);
+  const info = answer?.ok && await answer.json().catch(() => undefined);
   isLocked = answer?.status === 401;
   if (isLocked) {
     say(key ? "The worker does not know this key." : "The worker asks for a key.", "wrong");
-  } else if (answer?.ok) {
-    welcome(await answer.json());
+  } else if (info) {
+    welcome(info);
   }
 }
 
