@@ -23,6 +23,8 @@ MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN
 # How many tests run side by side; a file's tests stay together. Some wait for servers, so four fill
 # two cores.
 PROCESSES ?= 4
+# Each process of the tests imports the project's own modules. They are compiled once, not each time.
+test quick test-deep: export PYTHONDONTWRITEBYTECODE :=
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # A family may have a first job of its own; without one, handler.py reads test_input.json.
@@ -75,10 +77,11 @@ test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT
 quick: .venv/dev
 	$(BIN)/python -m pytest -p tests.affected --affected 60 --numprocesses 3 $(BY_FILE)
 
-# What takes too long for every change: twenty times the examples of the property tests, a soak of
-# 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
+# What takes too long for every change: twenty times the examples of the property tests, whole
+# benchmarks, a soak of 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
 test-deep: .venv/dev .cache/pocket_chat/config.json
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -m hypothesis --timeout=3600 --numprocesses $(PROCESSES)
+	$(BIN)/python -m pytest -m deep
 	$(BIN)/python -m tests.soak 10000
 	$(MAKE) proof FAMILY=sdxl
 	$(MAKE) proof FAMILY=chat

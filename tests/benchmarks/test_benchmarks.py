@@ -107,6 +107,7 @@ def test_all_exits_with_an_error_and_keeps_the_document_if_a_benchmark_fails(
     assert all_benchmarks.DOCUMENT.read_text(encoding="utf-8") == before
 
 
+@pytest.mark.deep
 def test_overhead_measures_the_pipeline_the_worker_and_the_baseline_handler(
     tmp_path: Path,
 ) -> None:
@@ -332,6 +333,7 @@ for variant in variants:
 """
 
 
+@pytest.mark.deep
 def test_each_variant_of_a_cold_start_imports_all_that_the_floor_imports(tmp_path: Path) -> None:
     floor, others = "libraries", ("libraries and SDK", "from_single_file", "worker, file")
     assert {*others, *cold_start.FLOOR} < set(cold_start_variants.VARIANTS)

@@ -13,7 +13,7 @@ from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_cold_start_reports_the_seconds_of_each_stage(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
 

@@ -27,7 +27,7 @@ def load(quantization: str, **settings: Any) -> tuple[Chat, int]:
 
 
 def reply(chat: Chat) -> str:
-    return "".join(ask(chat, QUESTION, temperature=0, max_tokens=12))
+    return "".join(ask(chat, QUESTION, temperature=0, max_tokens=8))
 
 
 def answers(quantization: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from tests.servers.worker_process import WorkerProcess
 
 #: A long reply: the greedy model never ends it. It takes minutes with the slowdown on.
 LONG = {"max_tokens": 1200, "temperature": 0}
+#: A reply of half a minute with the slowdown on, and of a second without it.
+SLOW = {"max_tokens": 120, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_stream_has_deltas_and_then_the_document(platform: Platform) -> None:
 
 def test_a_stream_can_be_read_while_its_job_runs(platform: Platform, slowdown: Slowdown) -> None:
     with slowdown.on():
-        job = platform.submit(chat_payload(id="growing", stream=True, **LONG))
+        job = platform.submit(chat_payload(id="growing", stream=True, **SLOW))
 
         platform.wait_until(lambda: len(platform.stream(job)) > 3)
 
@@ -194,7 +196,7 @@ def test_after_sigterm_a_reply_may_finish_within_the_grace_time(tmp_path: Path, 
         slow_handler.start(own, slowdown, SHUTDOWN_GRACE_S="600", **env) as process,
     ):
         with slowdown.on():
-            job = own.submit(chat_payload(stream=True, **LONG))
+            job = own.submit(chat_payload(stream=True, **SLOW))
             own.wait_until(lambda: own.stream(job))
             process.terminate()
             process.wait_for_log("shutting down")
