@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,36 +143,6 @@ def test_content_credentials_have_a_lock_of_their_own() -> None:
 
     assert "c2pa-python" in names
     assert not set(names) & {entry.split("==")[0] for entry in ENTRY.findall(LOCK.read_text())}
-
-
-#: Imports every module of the package while the packages of `UNUSED` cannot be imported.
-IMPORT_ALL = """
-import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys(sys.argv[1:]))
-import ourvidz_serverless
-for module in pkgutil.walk_packages(ourvidz_serverless.__path__, "ourvidz_serverless."):
-    importlib.import_module(module.name)
-import handler
-from diffusers import StableDiffusionXLPipeline, WanPipeline, WanVACEPipeline
-"""
-
-#: The modules of the packages that the locks leave out.
-LEFT_OUT = (
-    *("InquirerPy", "prettytable", "watchdog", "typer", "fastapi_cli", "fastapi_cloud_cli"),
-    *("sentry_sdk", "rignore", "email_validator", "multipart", "httpx", "itsdangerous"),
-    *("websockets", "watchfiles", "httptools", "rich"),
-)
-
-
-def test_every_module_imports_without_the_packages_that_the_locks_leave_out() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *LEFT_OUT],
-        cwd=REQUIREMENTS.parent,
-        capture_output=True,
-        text=True,
-    )
-
-    assert run.returncode == 0, run.stderr
 
 
 def test_the_guide_names_the_c_library_that_the_most_demanding_wheel_needs() -> None:

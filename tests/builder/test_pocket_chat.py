@@ -83,6 +83,7 @@ def test_messages_are_encoded_as_by_the_template_of_the_pocket_model(chat: Any) 
     assert ours == expected
 
 
+@pytest.mark.deep
 def test_sixteen_requests_at_once_get_the_replies_that_each_gets_alone(chat: Any) -> None:
     model = chat.models["qwen_instruct"]
 
@@ -96,6 +97,7 @@ def test_sixteen_requests_at_once_get_the_replies_that_each_gets_alone(chat: Any
     assert texts_of(model.engine, [make(at) for at in range(16)]) == alone
 
 
+@pytest.mark.deep
 def test_replayed_replies_are_the_same_as_computed_replies(chat: Any) -> None:
     fake_graphs = FakeCudaGraphs()
     replayed = ChatModel(

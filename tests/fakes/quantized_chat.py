@@ -1,7 +1,7 @@
 """Loads quantised chat models, asks them something, and prints a report as JSON.
 
-It runs as `python -m tests.fakes.quantized_chat FOLDER`, in a process that may import torchao: the
-tests' own may not. FOLDER is empty, for a checkpoint.
+It runs as `python -m tests.fakes.quantized_chat pocket`, or with `tiny FOLDER`, in a process that
+may import torchao: the tests' own may not. FOLDER is empty, for a checkpoint.
 """
 
 import json
@@ -60,16 +60,23 @@ def replays(place: str) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    tiny = tiny_folder(Path(sys.argv[1]))
-    report: dict[str, Any] = {
-        "tiny": {
-            "full_bytes": load("none", chat_instruct_model=tiny)[1],
-            "dropped": drops(tiny),
-            "replayed": replays(tiny),
-        }
+def tiny(folder: str) -> dict[str, Any]:
+    """A model of random weights: its bytes, and what it replies in the cases above."""
+    place = tiny_folder(Path(folder))
+    return {
+        "full_bytes": load("none", chat_instruct_model=place)[1],
+        "dropped": drops(place),
+        "replayed": replays(place),
     }
-    if loader.POCKET.exists():
-        report["pocket"] = {name: answers(name) for name in ("int8", "fp8")}
-        report["pocket"]["full_bytes"] = load("none")[1]
-    print(json.dumps(report))
+
+
+def pocket() -> dict[str, Any]:
+    """The pocket model by each quantisation, and its bytes without."""
+    return {
+        "full_bytes": load("none")[1],
+        **{name: answers(name) for name in ("int8", "fp8")},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({"tiny": tiny, "pocket": pocket}[sys.argv[1]](*sys.argv[2:])))

@@ -19,11 +19,10 @@ POCKET = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The report of a process that has torchao."""
+def report(*which: str) -> Any:
+    """What a process that has torchao reports."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fakes.quantized_chat", str(tmp_path_factory.mktemp("tiny"))],
+        [sys.executable, "-m", "tests.fakes.quantized_chat", *which],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -33,30 +32,33 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-@POCKET
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_the_quantised_pocket_model_answers_and_takes_less_memory(
-    quantized: Any, name: str
-) -> None:
-    pocket = quantized["pocket"]
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return report("tiny", str(tmp_path_factory.mktemp("tiny")))
 
-    assert "Paris" in pocket[name]["reply"]
-    assert pocket[name]["bytes"] < pocket["full_bytes"] / 2
+
+@pytest.mark.deep
+@POCKET
+def test_the_quantised_pocket_model_answers_and_takes_less_memory() -> None:
+    pocket = report("pocket")
+
+    for name in ("int8", "fp8"):
+        assert "Paris" in pocket[name]["reply"]
+        assert pocket[name]["bytes"] < pocket["full_bytes"] / 2
 
 
 def test_a_quantised_model_that_was_dropped_is_read_again_and_replies_the_same(
     quantized: Any,
 ) -> None:
-    dropped = quantized["tiny"]["dropped"]
+    dropped = quantized["dropped"]
 
     assert dropped["has_moved"]
     assert dropped["after"] == dropped["before"]
-    assert dropped["bytes"] < quantized["tiny"]["full_bytes"]
+    assert dropped["bytes"] < quantized["full_bytes"]
 
 
 def test_steps_of_a_quantised_model_are_replayed(quantized: Any) -> None:
-    replayed = quantized["tiny"]["replayed"]
+    replayed = quantized["replayed"]
 
     assert replayed["with"] == replayed["without"]
     assert replayed["num_replayed"] > 0

@@ -1,6 +1,5 @@
 """The files that are read and checked while Python imports, and what a family imports."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -163,52 +162,7 @@ def test_preloading_waits_until_the_files_are_read() -> None:
     assert model.place == "device"
 
 
-# --- imports and copies ---
-
-#: Packages that a family's worker does not import at its start.
-FOREIGN = {
-    "sdxl": ("compel", "av", "c2pa", "fastapi", "uvicorn", "llguidance", "ftfy"),
-    "chat": ("diffusers", "compel", "av", "c2pa", "fastapi", "uvicorn", "peft", "ftfy"),
-    "wan": ("compel", "av", "c2pa", "fastapi", "uvicorn"),
-}
-
-
-@pytest.fixture(scope="module")
-def foreign_imports() -> dict[str, list[str]]:
-    """What each family's worker has imported of FOREIGN, by the family.
-
-    All of them need torch and transformers, which a process imports once before it forks.
-    """
-    asked = [(name, FAMILIES[name].models_module, FOREIGN[name]) for name in FAMILIES]
-    code = f"""
-import importlib, json, os, sys
-import ourvidz_serverless.worker
-sys.modules["torchao"] = None
-import torch, transformers.generation
-for family, module, packages in {asked!r}:
-    if (child := os.fork()) == 0:
-        importlib.import_module(module)
-        found = [name for name in packages if name in sys.modules]
-        print(json.dumps([family, found]), flush=True)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, family
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=PATIENCE_S,
-    )
-    return dict(json.loads(line) for line in run.stdout.splitlines())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_imports_no_package_that_only_other_families_need(
-    foreign_imports: dict[str, list[str]], family: str
-) -> None:
-    assert foreign_imports[family] == []
+# --- copies ---
 
 
 @pytest.mark.parametrize("mmap", ["always", "never"])

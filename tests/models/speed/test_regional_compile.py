@@ -92,6 +92,7 @@ def test_a_block_is_compiled_for_more_shapes_than_torch_allows_by_default(folder
     assert (served["num_ready"], served["log"]) == (compiling.MANY_SHAPES, [])
 
 
+@pytest.mark.deep
 @needs_compiler
 def test_wans_compiled_blocks_work_with_presets_stops_and_moves(folder: Path) -> None:
     report = serve(folder, "wan")
