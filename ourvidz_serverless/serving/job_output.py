@@ -74,10 +74,11 @@ class OpenAIOutput:
         yield self.result(document)
 
     def result(self, document: Document) -> dict[str, Any]:
-        if failure := document.failure:
-            result = {"error": self._call.error(failure).text}
-            return {**result, "refresh_worker": True} if failure.ends_worker else result
-        return self._call.answer(document)
+        error = self._call.error_of(document)
+        if error is None:
+            return self._call.answer(document)
+        ends_worker = document.failure is not None and document.failure.ends_worker
+        return {"error": error.text, **({"refresh_worker": True} if ends_worker else {})}
 
 
 class OpenAIStream(OpenAIOutput):
@@ -92,7 +93,7 @@ class OpenAIStream(OpenAIOutput):
 
     def end(self, document: Document) -> Iterator[Item]:
         yield self._chunks.end(document)
-        if document.failure:
+        if self._call.error_of(document):
             yield self.result(document)
 
 

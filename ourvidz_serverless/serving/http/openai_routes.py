@@ -65,8 +65,8 @@ async def answer(request: Request, service: Service) -> Response:
     except JobError as exc:
         raise call.error(Failure.of(exc)) from None
     document = reply.record.document
-    if document and document.failure:
-        raise call.error(document.failure)
+    if document and (error := call.error_of(document)):
+        raise error
     if isinstance(call, TextCall) and reply.streams:
         return EventStream(_events(reply.record, call), at_end=reply.stop)
     assert document

@@ -136,6 +136,17 @@ class Call(ABC):
         """The failure of the call's job, with the caller's name of the field."""
         return failures.of_failure(failure, self.name_of)
 
+    def error_of(self, document: Document) -> ApiError | None:
+        """Why the call has no answer; None if it has one.
+
+        A call with the `id` of a job that runs gets that job's document, which may be of any kind.
+        """
+        if document.failure:
+            return self.error(document.failure)
+        if self._fits(document):
+            return None
+        return ApiError(failures.ID_IN_USE, "id: another job with this id is running", "id")
+
     def name_of(self, field: str) -> str:
         """The caller's name of a field of the payload."""
         is_user = field == "user_id" and "user_id" not in self.body
@@ -150,6 +161,9 @@ class Call(ABC):
 
     @abstractmethod
     def _name_of(self, field: str) -> str: ...
+
+    @abstractmethod
+    def _fits(self, document: Document) -> bool: ...
 
     def _own(self, fields: Iterable[str]) -> dict[str, Any]:
         """Our fields that the call has, under their own names, and the user."""
@@ -196,6 +210,9 @@ class TextCall(Call):
 
     @abstractmethod
     def _part(self, text: str | None) -> dict[str, Any]: ...
+
+    def _fits(self, document: Document) -> bool:
+        return "response" in document.reply
 
     def _chunk(self, job_id: str, choices: list[Any], usage: object) -> dict[str, Any]:
         head = self._head(job_id, self.chunk_kind, choices)
@@ -328,9 +345,19 @@ class ImageCall(Call):
             )
         return {**config, "inline": wanted == "b64_json"}
 
+    @property
+    def _is_inline(self) -> bool:
+        return self.payload["config"]["inline"] is True
+
+    def _fits(self, document: Document) -> bool:
+        return all(
+            asset.type == "image" and (asset.url.startswith("data:") or not self._is_inline)
+            for asset in document.assets
+        )
+
     def _picture(self, asset: Asset) -> dict[str, Any]:
-        is_inline = self.payload["config"]["inline"]
-        found = {"b64_json": asset.url.partition(",")[2]} if is_inline else {"url": asset.url}
+        data = asset.url.partition(",")[2]
+        found = {"b64_json": data} if self._is_inline else {"url": asset.url}
         return {**found, "seed": asset.metadata["seed"]}
 
 

@@ -26,8 +26,8 @@ class Chunks:
 
     def end(self, document: Document) -> str:
         """The events that end the stream: of a failure, its error."""
-        if document.failure:
-            return error_events(self._call.error(document.failure))
+        if error := self._call.error_of(document):
+            return error_events(error)
         reason = document.reply["finish_reason"]
         last = _event(self._call.chunk(self._job_id, "", reason))
         usage = _event(self._call.usage_chunk(document)) if self._call.includes_usage else ""

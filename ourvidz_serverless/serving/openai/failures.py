@@ -34,6 +34,7 @@ UNSUPPORTED_PARAMETER = Kind(400, INVALID_REQUEST, "unsupported_parameter")
 UNSUPPORTED_VALUE = Kind(400, INVALID_REQUEST, "unsupported_value")
 MISSING = Kind(400, INVALID_REQUEST, "missing_required_parameter")
 MODEL_NOT_FOUND = Kind(404, INVALID_REQUEST, "model_not_found")
+ID_IN_USE = Kind(409, INVALID_REQUEST, "id_in_use")
 UNKNOWN_URL = Kind(404, INVALID_REQUEST, "unknown_url")
 
 #: The kind of each failure of a job.
