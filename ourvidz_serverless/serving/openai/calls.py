@@ -26,18 +26,27 @@ from ourvidz_serverless.serving.openai import failures
 from ourvidz_serverless.serving.openai.failures import ApiError
 from ourvidz_serverless.serving.openai.served import Served
 
+#: What other servers take in a call for a text. An answer without it would look like one with it.
+EXTENSIONS = (
+    *("allowed_token_ids", "bad_words", "chat_template", "chat_template_kwargs"),
+    *("continue_final_message", "guided_choice", "guided_grammar", "guided_json", "guided_regex"),
+    *("ignore_eos", "length_penalty", "min_tokens", "prompt_logprobs", "stop_token_ids"),
+    *("structured_outputs", "use_beam_search"),
+)
+
 #: What only some of OpenAI's models can do, with the values that ask for nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_IN_TEXT: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(EXTENSIONS, ()),
     "n": (1,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "min_p": (0, 0.0),
-    "moderation": ("auto",),
+    "moderation": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
 UNSUPPORTED_IN_CHAT = {
-    **UNSUPPORTED,
+    **UNSUPPORTED_IN_TEXT,
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -51,7 +60,12 @@ UNSUPPORTED_IN_CHAT = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-UNSUPPORTED_IN_TEXT = {**UNSUPPORTED, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+UNSUPPORTED_IN_COMPLETIONS = {
+    **UNSUPPORTED_IN_TEXT,
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
 UNSUPPORTED_IN_IMAGES = {
     "background": ("auto", "opaque"),
     "complexity": (),
@@ -271,7 +285,7 @@ class CompletionCall(TextCall):
     """`POST /v1/completions`: the base model continues a text."""
 
     route = "/v1/completions"
-    unsupported = UNSUPPORTED_IN_TEXT
+    unsupported = UNSUPPORTED_IN_COMPLETIONS
     id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def _name_of(self, field: str) -> str:
@@ -416,7 +430,7 @@ def _check_stream_options(body: Mapping[str, Any]) -> None:
 def _refuse_unsupported(
     given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]], prefix: str = ""
 ) -> None:
-    for name in unsupported.keys() & given.keys():
+    for name in (each for each in unsupported if each in given):
         value = given[name]
         # By type too: True equals 1.
         if not any(type(each) is type(value) and each == value for each in unsupported[name]):

@@ -152,7 +152,7 @@ def _completion_call() -> Schema:
         "max_tokens": own["properties"]["max_tokens"],
         "stream_options": _or_null(STREAM_OPTIONS),
     }
-    fields = {**_unsupported(calls.UNSUPPORTED_IN_TEXT), **theirs}
+    fields = {**_unsupported(calls.UNSUPPORTED_IN_COMPLETIONS), **theirs}
     return _call("CompletionCall", own, calls.CHAT_FIELDS, fields, ["prompt"])
 
 

@@ -154,6 +154,7 @@ def test_null_means_absent_and_asks_for_nothing() -> None:
         ("reasoning_effort", "high"),
         ("web_search_options", {}),
         ("store", True),
+        ("guided_json", {"type": "object"}),
     ],
 )
 def test_what_this_worker_cannot_do_in_a_chat_is_refused_by_its_name(name: str, value: Any) -> None:
