@@ -197,6 +197,11 @@ class Job(Wire):
         return ()
 
     @property
+    def is_inline(self) -> bool:
+        """Whether the job's files are a part of its document, and stored nowhere."""
+        return False
+
+    @property
     def reference_consent(self) -> bool:
         """Whether the caller declares that the person in a reference agreed to this use."""
         return False

@@ -25,7 +25,12 @@ _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _SHA256 = re.compile(r"sha256=[0-9a-fA-F]{64}")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
 _REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+
+
+#: The models that OpenAI's protocol reaches.
+OPENAI_MODELS = ("qwen_instruct", "qwen_base", "sdxl")
 
 
 def http_url(text: str) -> str:
@@ -79,6 +84,26 @@ def host_token(text: str) -> HostToken:
     if not (_HOST.fullmatch(host) and _HEADER.fullmatch(token)):
         raise ValueError("Input should be HOST=TOKEN, comma-separated")
     return HostToken(host.lower(), SecretStr(token))
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """Another name of one of this worker's models."""
+
+    name: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.model}"
+
+
+def named_model(text: str) -> NamedModel:
+    """A name and its model, from NAME=MODEL."""
+    name, _, model = (part.strip() for part in text.partition("="))
+    if not (_MODEL_NAME.fullmatch(name) and model in OPENAI_MODELS):
+        models = " or ".join(OPENAI_MODELS)
+        raise ValueError(f"Input should be NAME={models}, comma-separated")
+    return NamedModel(name, model)
 
 
 def is_bucket(text: str) -> bool:

@@ -102,6 +102,12 @@ def _host_tokens(value: object) -> object:
     return tuple(setting_checks.host_token(pair) for pair in value.split(",") if pair.strip())
 
 
+def _named_models(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(setting_checks.named_model(pair) for pair in value.split(",") if pair.strip())
+
+
 Url = Annotated[str, AfterValidator(setting_checks.http_url)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(setting_checks.header_secret)]
 
@@ -110,6 +116,9 @@ Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
 Keys = Annotated[tuple[HeaderSecret, ...], NoDecode, BeforeValidator(_keys)]
 HostTokens = Annotated[
     tuple[setting_checks.HostToken, ...], NoDecode, BeforeValidator(_host_tokens)
+]
+NamedModels = Annotated[
+    tuple[setting_checks.NamedModel, ...], NoDecode, BeforeValidator(_named_models)
 ]
 Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
 
@@ -152,6 +161,7 @@ class FixedSettings(BaseSettings):
     allowed_hosts: Annotated[Words, AfterValidator(_host_names)] = ()
     http_backlog: int = Field(16, ge=0, le=10_000)
     http_reply_timeout_s: float = Field(45.0, gt=0)
+    openai_model_names: NamedModels = ()
     register_worker: bool = False
     worker_url: Url | None = None
     page: bool | None = None

@@ -171,7 +171,10 @@ def test_a_command_that_changes_nothing_runs(line: str) -> None:
 def test_the_commands_of_the_page_about_http_get_replies() -> None:
     if not (ROOT / ".cache/pocket_chat/config.json").exists():
         pytest.skip("`make chat` builds the pocket model")
-    serve, plain, streamed, *_ = (each.line for each in COMMANDS if each.document.stem == "http")
+    serve, plain, streamed, *others = (
+        each.line for each in COMMANDS if each.document.stem == "http"
+    )
+    openai = next(line for line in others if "/v1/chat/completions" in line)
     variables = dict(re.findall(r"([A-Z_]+)=(\S+)", serve))
     port = str(free_port())
 
@@ -183,8 +186,20 @@ def test_the_commands_of_the_page_about_http_get_replies() -> None:
                 text=True,
                 timeout=PATIENCE_S,
             )
-            for line in (plain, streamed)
+            for line in (plain, streamed, openai)
         ]
+        printed = run_python(chat_block().replace(":8000", f":{port}"))
 
     assert "Paris" in json.loads(replies[0])["response"]
     assert replies[1].startswith("data: ") and "event: done" in replies[1]
+    assert "Paris" in json.loads(replies[2])["choices"][0]["message"]["content"]
+    assert f"    {printed}" in (ROOT / "docs/chat.md").read_text()
+
+
+def chat_block() -> str:
+    """The lines of Python with which the page about chat begins."""
+    return (ROOT / "docs/chat.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+def run_python(code: str) -> str:
+    return subprocess.check_output([PYTHON, "-c", code], text=True, timeout=PATIENCE_S)

@@ -58,6 +58,7 @@ export interface SdxlConfig {
   output_format?: "png" | "jpeg" | "webp" | null;
   quality?: number | null;
   upload_urls?: string[] | null;
+  inline?: boolean | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */

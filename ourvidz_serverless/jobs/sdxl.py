@@ -24,6 +24,7 @@ from ourvidz_serverless.job import (
     MAX_PICTURES,
     SEEDS,
     CheckedText,
+    Flag,
     Reference,
     Wire,
 )
@@ -118,6 +119,7 @@ class SdxlConfig(Wire):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
     upload_urls: UploadUrls | None = None
+    inline: Flag = False
     speed: Speed = "exact"
 
     @field_validator("num_inference_steps")
@@ -183,6 +185,12 @@ class SdxlJob(MediaJob):
         return self
 
     @model_validator(mode="after")
+    def _one_place_for_the_pictures(self) -> SdxlJob:
+        if self.is_inline and self.upload_urls:
+            raise ValueError("config.inline: Input should be false beside upload_urls")
+        return self
+
+    @model_validator(mode="after")
     def _weights_that_can_be_read(self) -> SdxlJob:
         _ = self.weighted_prompt, self.weighted_negative
         return self
@@ -223,6 +231,10 @@ class SdxlJob(MediaJob):
     @property
     def is_exact_copy(self) -> bool:
         return self.metadata.exact_copy_mode or self.metadata.reference_mode == "copy"
+
+    @property
+    def is_inline(self) -> bool:
+        return self.config.inline
 
     @property
     def steps(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -28,9 +29,10 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
-from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.serving import runpod_loop
+from ourvidz_serverless.serving.job_output import Arrival, Item, is_openai
+from ourvidz_serverless.serving.openai.served import Served
 from ourvidz_serverless.serving.runpod_loop import Share
 from ourvidz_serverless.serving.terminal import (
     SERVE_API,
@@ -44,7 +46,7 @@ from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
-StreamHandler = Callable[[dict[str, Any]], AsyncIterator[dict[str, Any]]]
+StreamHandler = Callable[[dict[str, Any]], AsyncIterator[Item]]
 
 #: The least time between two posts of progress, in seconds: a step may take milliseconds.
 PROGRESS_INTERVAL_S = 0.5
@@ -65,7 +67,7 @@ def serve(worker: Worker, settings: Settings) -> None:
     runpod.serverless.register_fitness_check(make_fitness_check(worker))
     runpod_loop.install(
         close=lambda: worker.close_after(settings.shutdown_grace_s),
-        keep=lambda event, result: worker.keep_result(event, read_output(result)),
+        keep=functools.partial(keep_result, worker),
         grace_s=settings.shutdown_grace_s,
         share=share_of(settings),
     )
@@ -127,8 +129,10 @@ def share_of(settings: Settings) -> Share | None:
     if not (settings.exclusive_places and settings.shared_places):
         return None
 
+    served = Served.of(settings)
+
     def is_exclusive(event: Mapping[str, Any]) -> bool:
-        return Envelope.of(event, settings.families).is_exclusive
+        return Arrival.of(event, settings, served).envelope.is_exclusive
 
     return Share(settings.exclusive_places + settings.resolved_backlog, is_exclusive)
 
@@ -163,20 +167,23 @@ def make_handler(
     Calls `replace` if the worker has lost its device.
     """
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
+    served = Served.of(settings)
 
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
+        arrival = Arrival.of(event, settings, served)
+        if arrival.items is not None:
+            return _without_events(arrival.items)
         stop, reporter = Stop(), make_reporter(event, settings)
         loop = asyncio.get_running_loop()
-        envelope = Envelope.of(event, settings.families)
         running = loop.run_in_executor(
-            threads, worker.run, envelope, stop, reporter.report, reporter.write
+            threads, worker.run, arrival.envelope, stop, reporter.report, reporter.write
         )
         try:
             document = await asyncio.shield(running)
             reporter.show(document)
             if worker.is_lost:
                 replace()
-            return document.result()
+            return arrival.output.result(document)
         except asyncio.CancelledError:
             stop.set()
             await _wait_for_end(running)
@@ -192,19 +199,25 @@ def make_stream_handler(
 ) -> StreamHandler:
     """The handler as a generator: yields what the job streams, and then the document."""
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
+    served = Served.of(settings)
 
-    async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def handler(event: dict[str, Any]) -> AsyncIterator[Item]:
+        arrival = Arrival.of(event, settings, served)
+        if arrival.items is not None:
+            for item in arrival.items:
+                yield item
+            return
         stop, reporter, deltas = Stop(), make_reporter(event, settings), Deltas()
         loop = asyncio.get_running_loop()
-        envelope = Envelope.of(event, settings.families)
         running = loop.run_in_executor(
-            threads, worker.run, envelope, stop, reporter.report, deltas.emit
+            threads, worker.run, arrival.envelope, stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
         _call_at_end_of_task(stop.set)
         try:
-            async for delta in deltas:
-                yield delta
+            async for text in deltas:
+                for item in arrival.output.piece(text):
+                    yield item
         finally:
             # The job still runs only if this handler was cancelled.
             stop.set()
@@ -214,15 +227,17 @@ def make_stream_handler(
         reporter.show(document)
         if worker.is_lost:
             replace()
-        result = document.result()
-        error = result.pop("error", None)
-        result.pop("refresh_worker", None)
-        yield result
-        # The SDK does not stream an item with an error, so the error follows the document.
-        if error:
-            yield {"error": error}
+        for item in arrival.output.end(document):
+            yield item
 
     return handler
+
+
+def _without_events(items: tuple[Item, ...]) -> dict[str, Any]:
+    """The item for a handler that streams nothing."""
+    last = items[-1]
+    assert isinstance(last, dict)
+    return dict(last)
 
 
 def _call_at_end_of_task(call: Callable[[], None]) -> None:
@@ -254,13 +269,13 @@ class Deltas:
         self._is_ended = True
         self._has_news.set()
 
-    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+    async def __aiter__(self) -> AsyncIterator[str]:
         while self._text or not self._is_ended:
             await self._has_news.wait()
             self._has_news.clear()
             text, self._text = self._text, ""
             if text:
-                yield {"delta": text}
+                yield text
 
     def _add(self, text: str) -> None:
         self._text += text
@@ -272,6 +287,14 @@ async def _wait_for_end(running: asyncio.Future[Any]) -> None:
     while not running.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([running])
+
+
+def keep_result(worker: Worker, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+    """Store a result that the platform did not take; the key of the file, if there is one.
+
+    `replay` could not post an answer of OpenAI's protocol, so that is not kept.
+    """
+    return None if is_openai(event) else worker.keep_result(event, read_output(result))
 
 
 def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -135,7 +135,7 @@ def family_schema(family: str) -> JsonSchemaValue:
     schema["title"] = f"{family.title()}Job"
     schema["required"] = sorted({*schema.get("required", ()), "type"} - {"id"})
     schema.pop("description", None)
-    _drop_unused(schema)
+    drop_unused(schema)
     return schema
 
 
@@ -209,7 +209,8 @@ def _allow_null(part: JsonSchemaValue) -> None:
             value |= {"anyOf": [*inner, {"type": "null"}], **about}
 
 
-def _drop_unused(schema: JsonSchemaValue) -> None:
+def drop_unused(schema: JsonSchemaValue) -> None:
+    """Remove the definitions that nothing refers to."""
     definitions = schema.pop("$defs", {})
     text = str(schema) + str(definitions)
     used = {name: part for name, part in definitions.items() if f"#/$defs/{name}'" in text}

@@ -98,7 +98,7 @@ class JobFiles:
             put = _traced(lambda file: urls.put(file, context.deadline), context)
             return Uploads(self._pool, _recorded(put, context), sign, has_thumbnails=False)
         store = self.storage(job)
-        if isinstance(store, InlineStorage):
+        if job.is_inline or isinstance(store, InlineStorage):
             return Inline(self._pool, _recorded(data_uri, context), sign, context.warnings)
         return Uploads(self._pool, self._storing(store, job, context), sign)
 

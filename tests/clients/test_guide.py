@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from builder.contract import FOLDER
-from ourvidz_serverless.serving.http.routes import LONG_REPLY_TOKENS
+from ourvidz_serverless.serving.http.replies import LONG_REPLY_TOKENS
 from ourvidz_serverless.settings import Settings
 from tests.clients.test_redis_bridge import accepted, bridged, env_of, rest, wait_for_jobs
 from tests.fakes.local_worker import chat_payload, sdxl_payload

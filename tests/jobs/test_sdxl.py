@@ -218,6 +218,12 @@ def test_two_pictures_may_not_go_to_one_url(local: MakeLocal) -> None:
     assert message == "config.upload_urls: Input should be different URLs"
 
 
+def test_pictures_go_into_the_document_or_to_urls_and_not_to_both(local: MakeLocal) -> None:
+    message = refusal(local, inline=True, upload_urls=upload_urls(1))
+
+    assert message == "config.inline: Input should be false beside upload_urls"
+
+
 @pytest.mark.parametrize(
     "url",
     [

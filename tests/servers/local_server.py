@@ -49,6 +49,8 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_at: int | None = None
     """The connection is closed after so many bytes of the body."""
+    pieces: Iterable[bytes] | None = None
+    """The body, instead of `body`: each piece is sent when it is there."""
 
 
 Step = int | str | tuple[int, Mapping[str, str]] | Answer
@@ -239,6 +241,9 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
+            if answer.pieces is not None:
+                self._send_pieces(answer.pieces)
+                return
             if answer.status != 204:
                 self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
@@ -246,6 +251,13 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(answer.body[: answer.cut_at])
             if answer.cut_at is not None:
                 self.close_connection = True
+
+        def _send_pieces(self, pieces: Iterable[bytes]) -> None:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in pieces:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            self.wfile.write(b"0\r\n\r\n")
 
         def _reset(self) -> None:
             # Closing with a linger of zero sends RST; an orderly shutdown would send FIN.

@@ -6,7 +6,7 @@
         assert platform.status(job)["status"] == "COMPLETED"
 
 Callers find RunPod's operations at `caller_url`, with `caller_key` as the bearer: run, runsync,
-status, stream, cancel and health of each endpoint.
+status, stream, cancel, health and `openai/v1/...` of each endpoint.
 
 It follows RunPod's documentation, and the observed behaviour of the real API:
 
@@ -29,6 +29,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -345,6 +346,8 @@ class Platform(LocalServer):
                 return json_answer({"id": id, "status": self.status(id)["status"]})
             case ["GET", "health"]:
                 return json_answer(self.health(endpoint))
+            case ["GET" | "POST", "openai", *path]:
+                return self._openai(request, endpoint, "/" + "/".join(path))
         return json_answer({"error": "not found"}, 404)
 
     def _answer_worker(self, request: Request, endpoint: str, operation: list[str]) -> Answer:
@@ -404,6 +407,41 @@ class Platform(LocalServer):
         return (
             self._runsync(request, id) if is_sync else json_answer({"id": id, "status": "IN_QUEUE"})
         )
+
+    def _openai(self, request: Request, endpoint: str, route: str) -> Answer:
+        """A call of OpenAI's protocol as a job.
+
+        RunPod documents the route for its own worker for vLLM alone. From that worker's source:
+        the job's input is `openai_route` and `openai_input`; its one item is the answer's body, or
+        its items are texts, and together the events of a stream. How RunPod answers for a job that
+        failed is documented nowhere: here it is 500 with the job's error.
+        """
+        body = json.loads(request.body) if request.body else {}
+        call = {"openai_route": route, "openai_input": body}
+        id = self.submit(call, sync=True, endpoint=endpoint)
+        if body.get("stream") is True:
+            pieces = self._events(self._jobs[id])
+            return Answer(200, headers={"Content-Type": "text/event-stream"}, pieces=pieces)
+        with self.changed:
+            self.changed.wait_for(lambda: self._jobs[id].ended or self.closing.is_set())
+        job = self._jobs[id]
+        if job.status != "COMPLETED":
+            return json_answer({"error": job.error or job.status}, 500)
+        return json_answer(job.output[0] if isinstance(job.output, list) else job.output)
+
+    def _events(self, job: PlatformJob) -> Iterator[bytes]:
+        """The items of a job that are texts, each as soon as it is there."""
+        while (news := self._next_of(job)) is not None:
+            yield from (item.encode() for item in news if isinstance(item, str))
+
+    def _next_of(self, job: PlatformJob) -> list[Any] | None:
+        """The items since the last call; None at the job's end."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: len(job.stream) > job.num_streamed or job.ended or self.closing.is_set()
+            )
+            news, job.num_streamed = job.stream[job.num_streamed :], len(job.stream)
+        return news or None
 
     def _runsync(self, request: Request, id: str) -> Answer:
         seconds = int(request.query.get("wait", RUNSYNC_WAIT_MS)) / 1000

@@ -99,6 +99,15 @@ def test_an_inline_worker_puts_each_picture_into_the_document_and_nothing_on_a_d
     assert at.stored() == []
 
 
+def test_a_job_may_ask_for_its_picture_in_the_document_of_any_worker(local: MakeLocal) -> None:
+    at = local()
+
+    (asset,) = at.run(sdxl_payload(config={"inline": True})).assets
+
+    assert bytes_in(asset.url).startswith(b"\x89PNG")
+    assert at.stored() == []
+
+
 def test_the_audit_of_an_inline_worker_has_the_digest_of_each_file(
     local: MakeLocal, caplog: pytest.LogCaptureFixture
 ) -> None:

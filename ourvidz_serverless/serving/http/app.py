@@ -1,7 +1,7 @@
 """The ASGI application: the routes, the page, the checks of each request, and error responses.
 
 Serves RunPod's load-balancing endpoints, pods and local work. Each failure is a status that is not
-2xx with the body `{"success": false, "error": "<text>", ...}`.
+2xx with the body `{"success": false, "error": "<text>", ...}`, or OpenAI's body below `/v1/`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from starlette.exceptions import HTTPException
 
 from ourvidz_serverless import __version__, logs
 from ourvidz_serverless.errors import InternalError, InvalidPrompt, JobError
-from ourvidz_serverless.serving.http import page
+from ourvidz_serverless.serving.http import openai_routes, page
 from ourvidz_serverless.serving.http.openapi import describe
+from ourvidz_serverless.serving.http.replies import NeedsKey
 from ourvidz_serverless.serving.http.request_checks import RequestChecks
 from ourvidz_serverless.serving.http.responses import error_response
-from ourvidz_serverless.serving.http.routes import NeedsKey, router
+from ourvidz_serverless.serving.http.routes import router
 from ourvidz_serverless.serving.http.service import HttpService
+from ourvidz_serverless.serving.openai.failures import ApiError
 
 
 def make_app(service: HttpService) -> FastAPI:
@@ -49,8 +51,10 @@ def make_app(service: HttpService) -> FastAPI:
         lambda: describe(described(routes=app.routes), service.settings)
     )
     app.include_router(router)
+    app.include_router(openai_routes.router)
     if page.is_wanted(service.settings):
         app.include_router(page.make_router(service.settings, NeedsKey, service.own_hosts))
+    app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(JobError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
@@ -59,21 +63,28 @@ def make_app(service: HttpService) -> FastAPI:
         RequestChecks,
         keys=service.settings.worker_api_key,
         hosts=service.own_hosts,
-        refuse=error_response,
+        refuse=_refuse,
     )
     return app
 
 
-async def _on_error(request: Request, exc: Exception) -> Response:
+def _refuse(exc: Exception, path: str) -> Response:
+    """The response for an error, in the words of the protocol that the path belongs to."""
+    if openai_routes.is_route(path):
+        return openai_routes.error_response(exc, path)
     return error_response(exc)
+
+
+async def _on_error(request: Request, exc: Exception) -> Response:
+    return _refuse(exc, request.url.path)
 
 
 async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     error = exc.errors()[0]
-    return error_response(InvalidPrompt(f"{error['loc'][-1]}: {error['msg']}"))
+    return _refuse(InvalidPrompt(f"{error['loc'][-1]}: {error['msg']}"), request.url.path)
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
     logs.bug(request.url.path, exc)
-    return error_response(InternalError("an internal error; the log says where"))
+    return _refuse(InternalError("an internal error; the log says where"), request.url.path)

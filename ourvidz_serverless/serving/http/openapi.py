@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ourvidz_serverless.serving import schema as contract
+from ourvidz_serverless.serving.openai import schemas as openai
 from ourvidz_serverless.settings import Settings
 
 #: The example of a chat call, the same as in the documents.
@@ -37,6 +38,7 @@ BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "/memory/load": ("Wish", WISH),
     "/memory/unload": ("Wish", WISH),
     "/emergency/operation": ("Emergency", {**WISH, "operation": "pressure_check"}),
+    **{path: (name, openai.EXAMPLES[name]) for path, name in openai.CALL_OF.items()},
 }
 
 #: The headers for a key. The second is for callers behind a gateway that uses the first.
@@ -47,7 +49,7 @@ SECURITY_SCHEMES = {
 KEYS: list[dict[str, list[str]]] = [{"bearer": []}, {"key": []}]
 
 #: Routes whose response may be a stream of events.
-STREAMS = ("/chat", "/chat/unrestricted", "/enhance", "/job/{job_id}/events")
+STREAMS = ("/chat", "/chat/unrestricted", "/enhance", "/job/{job_id}/events", *openai.STREAMS)
 
 #: Routes that may respond before a job has ended, and routes that need no key.
 ACCEPTING = ("/jobs", "/job/{job_id}/cancel")
@@ -94,9 +96,11 @@ def _describe(
         name, example = BODIES[path]
         content = {"schema": _reference(name), "example": example}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-    answer = {"application/json": {"schema": _reference("State" if path in OPEN else "Answer")}}
+    name = openai.ANSWER_OF.get(path, "State" if path in OPEN else "Answer")
+    answer = {"application/json": {"schema": _reference(name)}}
     stream: dict[str, Any] = {"text/event-stream": {}} if path in STREAMS else {}
-    failed = {"application/json": {"schema": _reference("Error")}}
+    error = "OpenAIError" if path in openai.ANSWER_OF else "Error"
+    failed = {"application/json": {"schema": _reference(error)}}
     operation["responses"] = {
         "200": {"description": "done", "content": {**answer, **stream}},
         "4XX": {"description": "refused", "content": failed},
@@ -146,6 +150,7 @@ def _components(target: Mapping[str, Any]) -> dict[str, Any]:
         "Error": ERROR,
         "Answer": ANSWER,
         "State": STATE,
+        **openai.schemas(),
     }
     components: dict[str, Any] = {}
     for name, part in parts.items():

@@ -45,14 +45,17 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class RequestChecks:
-    """ASGI middleware: refuses a request, or passes it on and counts it while it runs."""
+    """ASGI middleware: refuses a request, or passes it on and counts it while it runs.
+
+    `refuse` makes the response for an error and a path.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         keys: Collection[SecretStr],
         hosts: Collection[str],
-        refuse: Callable[[Exception], Response],
+        refuse: Callable[[Exception, str], Response],
     ) -> None:
         self._app, self._keys, self._hosts, self._refuse = app, keys, hosts, refuse
         self._num_running: Counter[bool] = Counter()
@@ -71,7 +74,7 @@ class RequestChecks:
             if path not in OPEN_PATHS:
                 self._check_room(has_key)
         except (HTTPException, JobError) as exc:
-            await self._refuse(exc)(scope, receive, send)
+            await self._refuse(exc, path)(scope, receive, send)
             return
         await self._pass_on(scope, receive, send, has_key)
 

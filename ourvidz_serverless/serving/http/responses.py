@@ -18,6 +18,7 @@ from ourvidz_serverless.serving.http.job_store import JobRecord
 #: Proxies close a connection that carries nothing for about a minute, so a stream sends a comment
 #: this often, in seconds.
 HEARTBEAT_S = 15.0
+HEARTBEAT = ": still here\n\n"
 
 #: The HTTP status of each failure's code.
 STATUS_OF = {
@@ -106,6 +107,23 @@ class EventStream(StreamingResponse):
             self._at_end()
 
 
+async def texts_of(record: JobRecord) -> AsyncIterator[str]:
+    """The pieces of a job's text, until its document is there; an empty one is a heartbeat."""
+    sent = 0
+    while True:
+        # Read all three at the same moment, as `events_of` does.
+        changed, text, document = record.changed, record.text, record.document
+        if len(text) > sent:
+            yield text[sent:]
+            sent = len(text)
+        if document:
+            return
+        try:
+            await asyncio.wait_for(changed.wait(), HEARTBEAT_S)
+        except TimeoutError:
+            yield ""
+
+
 async def events_of(record: JobRecord, with_status: bool = True) -> AsyncIterator[str]:
     """A job's events: `status`, `progress`, text as `{"delta": ...}`, and `done` or `error` last.
 
@@ -139,7 +157,7 @@ async def events_of(record: JobRecord, with_status: bool = True) -> AsyncIterato
         try:
             await asyncio.wait_for(changed.wait(), HEARTBEAT_S)
         except TimeoutError:
-            yield ": still here\n\n"
+            yield HEARTBEAT
 
 
 def _event(data: Mapping[str, Any], name: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.serving.http.job_store import CallThreads, JobStore
 from ourvidz_serverless.serving.http.request_checks import MAX_REQUESTS, MAX_REQUESTS_WITHOUT_KEY
+from ourvidz_serverless.serving.openai.served import Served
 from ourvidz_serverless.serving.registration import Registration
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
@@ -30,6 +31,8 @@ class HttpService:
         # Two pools: bodies are still read while every thread for administrators is busy.
         self.readers = CallThreads("read", READER_THREADS, MAX_REQUESTS + MAX_REQUESTS_WITHOUT_KEY)
         self.administrators = CallThreads("administer", ADMIN_THREADS, ADMIN_THREADS)
+        #: The models by the names of OpenAI's protocol.
+        self.openai_models = Served.of(settings)
         self.is_closing = False
         self._worker: Worker | None = None
         self._registration = Registration.of(settings)
