@@ -124,7 +124,7 @@ def imagine(rng: random.Random) -> Scene:
     )
 
 
-def paint(scene: Scene, width: int, height: int, moment: Moment = Moment()) -> Pixels:  # noqa: B008
+def paint(scene: Scene, width: int, height: int, moment: Moment = Moment()) -> Pixels:
     """The scene as (height, width, 3) RGB. The same scene has the same outlines at every size."""
     canvas = Canvas(width, height)
     rng = np.random.default_rng(scene.seed)
