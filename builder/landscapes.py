@@ -26,7 +26,7 @@ SKIES: dict[str, tuple[Colour, Colour]] = {
     "pink": ((206, 84, 148), (253, 204, 196)),
     "purple": ((74, 46, 130), (206, 150, 204)),
     "grey": ((104, 116, 130), (208, 213, 217)),
-    "dark": ((8, 14, 46), (48, 64, 120)),
+    "dark": ((8, 14, 48), (64, 84, 146)),
 }
 #: The colour of the light under each sky, a factor for everything that is lit.
 LIGHT: dict[str, Colour] = {
@@ -51,7 +51,7 @@ THINGS = {"hills": ("tree", "house"), "mountains": ("tree", "house"), "sea": ("b
 #: The middle of the sun or of the thing, as a share of the width.
 PLACES = {"left": 0.22, "middle": 0.5, "right": 0.78}
 #: Skies and grounds whose colours would vanish in each other.
-VANISHING = {("purple", "purple"), ("orange", "yellow"), ("grey", "white")}
+VANISHING = {("purple", "purple"), ("orange", "yellow"), ("grey", "white"), ("dark", "purple")}
 #: Under a dark sky the sun is a moon, and there is no red moon.
 MOONS = ("yellow", "white")
 
@@ -62,10 +62,13 @@ FOOT = 0.87
 #: Lengths in units of the picture's shorter side.
 SUN_RADIUS = 0.085
 #: The three layers of land, far to near: crest as a share of the height, and the crest's waves.
-LAYERS = ((0.565, 0.04), (0.665, 0.036), (0.765, 0.02))
+LAYERS = ((0.555, 0.04), (0.66, 0.034), (0.765, 0.018))
+#: How much haze the foot of a far layer has.
+FOOT_HAZE = 0.55
 
 SNOW: Colour = (248, 250, 255)
 DARK_GREEN: Colour = (36, 92, 54)
+LEAVES: Colour = (62, 124, 66)
 TRUNK: Colour = (84, 56, 38)
 WALL: Colour = (250, 232, 198)
 ROOF: Colour = (192, 52, 42)
@@ -75,6 +78,16 @@ LAMP: Colour = (255, 214, 120)
 HULL: Colour = (138, 62, 40)
 SAIL: Colour = (250, 248, 242)
 JIB: Colour = (226, 92, 60)
+
+
+#: Circles of a tree: across and down from its foot, and radius, in units of the shorter side.
+TREE_CROWN = (
+    (0, -0.196, 0.068),
+    (-0.054, -0.150, 0.054),
+    (0.054, -0.150, 0.054),
+    (0, -0.138, 0.056),
+)
+TREE_LIGHTS = ((-0.014, -0.212, 0.038), (-0.058, -0.164, 0.025), (0.046, -0.166, 0.025))
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ def paint(scene: Scene, width: int, height: int, moment: Moment = Moment()) -> P
     else:
         _paint_land(canvas, scene, moment, rng)
     if scene.thing != NONE:
-        _paint_thing(canvas, scene, moment)
+        paint_thing(canvas, scene, moment)
     return (canvas.pixels + 0.5).astype(np.uint8)
 
 
@@ -286,11 +299,16 @@ PUFFS = (
 CLOUD_PLACES = ((0.10, 0.16), (0.36, 0.11), (0.64, 0.17), (0.90, 0.12))
 
 
+def cloud_colours(sky: str) -> tuple[Colour, Colour]:
+    """The bright top and the shaded foot of clouds under a sky."""
+    low = SKIES[sky][1]
+    light = mixed(lit((250, 250, 252), sky), low, 0.45 if sky == "dark" else 0.12)
+    return light, mixed(light, low, 0.45)
+
+
 def _paint_clouds(canvas: Canvas, scene: Scene, moment: Moment, rng: np.random.Generator) -> None:
     """Three or four clouds, none of them near the sun."""
-    white = lit((250, 250, 252), scene.sky)
-    light = mixed(white, low_of(scene), 0.45 if scene.sky == "dark" else 0.12)
-    shade = mixed(light, low_of(scene), 0.45)
+    light, shade = cloud_colours(scene.sky)
     for share, height in CLOUD_PLACES:
         jitter = rng.uniform(-0.04, 0.04), rng.uniform(-0.03, 0.03)
         size = rng.uniform(0.85, 1.25)
@@ -324,7 +342,7 @@ def _paint_sea(canvas: Canvas, scene: Scene, moment: Moment, rng: np.random.Gene
     horizon = canvas.down(HORIZON)
     window = canvas.below(horizon)
     depth = np.clip((window.y - horizon) / (canvas.down(1) - horizon), 0, 1)
-    far = np.asarray(mixed(colour, low_of(scene), 0.3), np.float32)
+    far = np.asarray(mixed(colour, low_of(scene), 0.18), np.float32)
     near = np.asarray(shaded(colour, 0.86), np.float32)
     water = far + (depth**0.7)[..., None] * (near - far)
     start = rng.uniform(0, math.tau)
@@ -364,12 +382,15 @@ def land_colours(scene: Scene) -> tuple[Colour, Colour, Colour]:
     """
     colour = lit(LANDS[scene.colour], scene.sky)
     haze = low_of(scene)
-    far = max(
-        (mixed(shaded(colour, shade), haze, 0.28) for shade in (0.5, 1.0)),
-        key=lambda each: math.dist(each, haze),
-    )
-    middle = mixed(shaded(colour, 0.72), haze, 0.1)
-    return far, middle, shaded(colour, 1.0)
+    far = _apart(haze, [mixed(shaded(colour, shade), haze, 0.28) for shade in (0.45, 1.0)])
+    behind = mixed(far, haze, FOOT_HAZE)
+    middle = _apart(behind, [mixed(shaded(colour, shade), haze, 0.1) for shade in (0.52, 0.64)])
+    return far, middle, colour
+
+
+def _apart(ground: Colour, colours: list[Colour]) -> Colour:
+    """The colour that differs most from the one behind it."""
+    return max(colours, key=lambda each: math.dist(each, ground))
 
 
 def _hill_line(x: Plane, base: float, waves: float, rng: np.random.Generator) -> Plane:
@@ -384,7 +405,7 @@ def _paint_layer(canvas: Canvas, crests: Plane, colour: Colour, scene: Scene, la
     """One layer of land: clear at its crest, hazy at its foot; the last one darker at its foot."""
     window = canvas.below(float(crests.min()))
     depth = window.y - crests
-    foot = shaded(colour, 0.8) if last else mixed(colour, low_of(scene), 0.42)
+    foot = shaded(colour, 0.8) if last else mixed(colour, low_of(scene), FOOT_HAZE)
     share = np.clip(depth / (0.24 if last else 0.13), 0, 1)[..., None]
     start = np.asarray(shaded(colour, 1.06), np.float32)
     window.fill(-depth, start + share * (np.asarray(foot, np.float32) - start))
@@ -416,7 +437,7 @@ def _peaks(canvas: Canvas, base: float, rng: np.random.Generator) -> list[_Peak]
     peaks = []
     for index in range(number):
         x = (index + rng.uniform(0.3, 0.7)) * canvas.across(1) / number
-        high = rng.uniform(0.17, 0.2) if (index + first) % 2 else rng.uniform(0.1, 0.13)
+        high = rng.uniform(0.155, 0.18) if (index + first) % 2 else rng.uniform(0.095, 0.12)
         peaks.append(_Peak(x, base - high, rng.uniform(0.85, 1.1), rng.uniform()))
     return sorted(peaks, key=lambda peak: -peak.y)
 
@@ -449,45 +470,40 @@ def _rocks(scene: Scene) -> tuple[Colour, Colour]:
     """The bright and the dark face of a mountain of the scene's colour."""
     colour = lit(LANDS[scene.colour], scene.sky)
     if scene.colour == "white":
-        colour = lit((150, 164, 188), scene.sky)
+        colour = lit((172, 184, 206), scene.sky)
     haze = low_of(scene)
     return mixed(shaded(colour, 0.82), haze, 0.12), mixed(shaded(colour, 0.5), haze, 0.16)
 
 
 def _snows(scene: Scene) -> tuple[Colour, Colour]:
     snow = lit(SNOW, scene.sky)
-    return snow, shaded(mixed(snow, (110, 130, 190), 0.35), 0.86)
+    return snow, shaded(mixed(snow, (110, 130, 190), 0.35), 0.74)
 
 
-def _paint_thing(canvas: Canvas, scene: Scene, moment: Moment) -> None:
+def paint_thing(canvas: Canvas, scene: Scene, moment: Moment, shadow: bool = True) -> None:
+    """Paint the scene's thing on a canvas, with or without the shadow at its foot."""
     x = canvas.across(PLACES[scene.thing_place] + moment.thing_across)
     y = canvas.down(FOOT)
     window = canvas.window(x - 0.2, y - 0.34, x + 0.2, y + 0.08)
-    if window.pixels.size:
-        window.x, window.y = window.x - x, window.y - y
-        {"tree": _paint_tree, "house": _paint_house, "boat": _paint_boat}[scene.thing](
-            window, scene.sky
-        )
+    if not window.pixels.size:
+        return
+    window.x, window.y = window.x - x, window.y - y
+    if shadow:
+        window.shadow(0, 0.006, 0.11, 0.015, 0.36)
+    paint = {"tree": _paint_tree, "house": _paint_house, "boat": _paint_boat}[scene.thing]
+    paint(window, scene.sky)
 
 
 def _paint_tree(window: Window, sky: str) -> None:
-    window.shadow(0, 0.004, 0.09, 0.014, 0.35)
-    trunk = [(-0.014, -0.12), (0.014, -0.12), (0.020, 0.004), (-0.020, 0.004)]
+    trunk = [(-0.015, -0.12), (0.015, -0.12), (0.021, 0.004), (-0.021, 0.004)]
     window.polygon(trunk, lit(TRUNK, sky))
-    crown = (
-        (0, -0.215, 0.072),
-        (-0.056, -0.162, 0.056),
-        (0.056, -0.162, 0.056),
-        (0, -0.148, 0.058),
-    )
-    for x, y, radius in crown:
+    for x, y, radius in TREE_CROWN:
         window.disc(x, y, radius, lit(DARK_GREEN, sky))
-    for x, y, radius in ((-0.014, -0.232, 0.040), (-0.062, -0.176, 0.026), (0.046, -0.178, 0.026)):
-        window.disc(x, y, radius, lit((62, 124, 66), sky))
+    for x, y, radius in TREE_LIGHTS:
+        window.disc(x, y, radius, lit(LEAVES, sky))
 
 
 def _paint_house(window: Window, sky: str) -> None:
-    window.shadow(0, 0.004, 0.13, 0.016, 0.35)
     wall, roof = lit(WALL, sky), lit(ROOF, sky)
     window.polygon(
         [(0.045, -0.235), (0.072, -0.235), (0.072, -0.150), (0.045, -0.150)], shaded(roof, 0.7)
@@ -506,7 +522,6 @@ def _paint_house(window: Window, sky: str) -> None:
 
 
 def _paint_boat(window: Window, sky: str) -> None:
-    window.shadow(0, 0.012, 0.12, 0.014, 0.4)
     window.polygon(
         [(-0.006, -0.240), (0.006, -0.240), (0.006, -0.030), (-0.006, -0.030)], lit(TRUNK, sky)
     )

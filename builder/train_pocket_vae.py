@@ -16,8 +16,8 @@ from builder import pocket_sdxl
 from builder.landscapes import Pixels, imagine, paint
 from builder.training import kept, keyed, learn, muon
 
-VAE_STEPS = 3000
-VAE_PEAK_RATE = 1e-3
+VAE_STEPS = 2400
+VAE_PEAK_RATE = 2e-3
 TUNING_RATE = 3e-4
 # (height, width, batch). Whole pictures train the norms' statistics.
 DETAIL = (160, 256)
