@@ -1,7 +1,7 @@
 """Find which landscape a picture shows, by its pixels alone.
 
 `read` compares a picture with what `landscapes.paint` would draw: the gradient of each sky, the
-disc of the sun, the outline of the ground, the exact outline of a tree, a house or a boat. A picture
+disc of the sun, the outline of the ground, the outline of a tree, a house or a boat. A picture
 that fits no scene is refused, and an attribute that fits no value is None. So a blob where a house
 should be is no house, and a picture without a horizon is no landscape.
 """
@@ -264,24 +264,22 @@ class _View:
         self, sky: str, ground: str, sun: _Sun | None
     ) -> tuple[str | None, tuple[float, float] | None]:
         """The thing whose outline and colours explain the picture best, and where its foot is."""
-        best = (0.0, NONE, (0.0, 0.0))
-        for thing in THINGS[ground]:
-            for place in PLACES.values():
-                best = max(best, self._match(thing, sky, place))
-        if best[0] > 0.7:
-            return best[1], best[2]
+        score, thing, place = max(self._match(thing, sky) for thing in THINGS[ground])
+        if score > 0.7:
+            return thing, place
         return (NONE if self.front_is_empty(sky, sun) else None), None
 
-    def _match(self, thing: str, sky: str, place: float) -> tuple[float, str, tuple[float, float]]:
-        """How much of what differs from the background a thing near a place explains, 0 to 1."""
-        best = (0.0, thing, (0.0, 0.0))
+    def _match(self, thing: str, sky: str) -> tuple[float, str, tuple[float, float]]:
+        """How much of what differs from the background a thing explains, 0 to 1, and where."""
+
+        def score(x: int, y: int) -> tuple[float, int, int]:
+            return self._explained(thing, sky, x, y), x, y
+
         foot = round(FOOT * self.height)
-        for across in range(-6, 7, 1):
-            x = round(place * self.width) + across
-            for down in range(-4, 5, 2):
-                score = self._explained(thing, sky, x, foot + down)
-                best = max(best, (score, thing, (x / self.width, (foot + down) / self.height)))
-        return best
+        _, x, _ = max(score(x, foot) for x in range(0, self.width, 2))
+        near = [(x + right, foot + down) for right in range(-2, 3) for down in range(-4, 5)]
+        best, x, y = max(score(*place) for place in near)
+        return best, thing, ((x + 0.5) / self.width, y / self.height)
 
     def _explained(self, thing: str, sky: str, x: int, y: int) -> float:
         stencil = _stencil(thing, sky)
