@@ -173,12 +173,12 @@ class _View:
         way = light - shade
         away = self.pixels - shade
         share = np.clip((away * way).sum(-1) / max(float((way * way).sum()), 1), 0, 1)
-        return np.linalg.norm(away - share[..., None] * way, axis=-1) < 34  # type: ignore[no-any-return]
+        return np.linalg.norm(away - share[..., None] * way, axis=-1) < 34
 
     def disc(self, x: float, y: float, size: float = 1.0) -> NDArray[np.bool_]:
         """The pixels within a disc of so many sun radii."""
         rows, columns = np.mgrid[0 : self.height, 0 : self.width].astype(np.float32) + 0.5
-        return np.hypot(columns - x, rows - y) < size * SUN_RADIUS * SIDE  # type: ignore[no-any-return]
+        return np.hypot(columns - x, rows - y) < size * SUN_RADIUS * SIDE
 
     def find_sun(self, sky: str) -> _Sun | None:
         """The disc that has a sun's colour, size and outline."""
@@ -328,7 +328,7 @@ def _kind(view: _View, horizon: Plane, sea: bool) -> str | None:
 def _smooth(line: Plane) -> Plane:
     """The line without spikes of one or two columns."""
     padded = np.pad(line, 2, mode="edge")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=-1)  # type: ignore[no-any-return]
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=-1)
 
 
 @cache
@@ -410,4 +410,4 @@ def _grown(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 def _background(part: Plane, outside: NDArray[np.bool_]) -> Plane:
     """The colour of each row outside the thing."""
     weights = outside.astype(np.float32)[..., None]
-    return (part * weights).sum(1) / np.maximum(weights.sum(1), 1)  # type: ignore[no-any-return]
+    return (part * weights).sum(1) / np.maximum(weights.sum(1), 1)

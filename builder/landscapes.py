@@ -167,8 +167,8 @@ class Canvas:
     def __post_init__(self) -> None:
         self.pixels = np.empty((self.height, self.width, 3), np.float32)
         self.unit = min(self.width, self.height)
-        self.x = ((np.arange(self.width, dtype=np.float32) + 0.5) / self.unit)[None]
-        self.y = ((np.arange(self.height, dtype=np.float32) + 0.5) / self.unit)[:, None]
+        self.x = _middles(self.width, self.unit)[None]
+        self.y = _middles(self.height, self.unit)[:, None]
 
     def across(self, share: float) -> float:
         """A share of the width as a length."""
@@ -191,6 +191,11 @@ class Canvas:
     def below(self, top: float) -> "Window":
         """All rows from a height on."""
         return self.window(0, top, self.width, self.height)
+
+
+def _middles(length: int, unit: int) -> Plane:
+    """The middle of each pixel along one axis, in units."""
+    return ((np.arange(length) + 0.5) / unit).astype(np.float32)
 
 
 def _clip(pixel: float, length: int) -> int:
@@ -229,11 +234,11 @@ class Window:
 
 def _polygon(x: Plane, y: Plane, points: list[tuple[float, float]]) -> Plane:
     """The signed distance to a convex polygon, negative inside."""
-    distance = np.float32(-np.inf)
-    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
-        length = math.hypot(x1 - x0, y1 - y0)
-        distance = np.maximum(distance, ((y1 - y0) * (x - x0) - (x1 - x0) * (y - y0)) / length)
-    return distance  # type: ignore[return-value]
+    sides = [
+        ((y1 - y0) * (x - x0) - (x1 - x0) * (y - y0)) / math.hypot(x1 - x0, y1 - y0)
+        for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True)
+    ]
+    return np.maximum.reduce(sides)
 
 
 def lit(colour: Colour, sky: str) -> Colour:
@@ -463,7 +468,7 @@ def _between(one: Colour, other: Colour, share: Plane) -> Plane:
 
 def _zigzag(x: Plane) -> Plane:
     """A triangle wave of -1 to 1 with period 1."""
-    return np.abs((x % 1) * 4 - 2) - 1  # type: ignore[no-any-return]
+    return np.abs((x % 1) * 4 - 2) - 1
 
 
 def _rocks(scene: Scene) -> tuple[Colour, Colour]:

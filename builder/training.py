@@ -138,7 +138,8 @@ def muon(network: nn.Module, plain: tuple[str, ...], weight_decay: float = 0.01)
     The rest are vectors and the layers whose names begin with one of `plain`: the first and the
     last layers and the embeddings.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, weight in network.named_parameters():
         if weight.requires_grad:
             (matrices if weight.ndim >= 2 and not name.startswith(plain) else others).append(weight)
