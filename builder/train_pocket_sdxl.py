@@ -35,7 +35,7 @@ from builder.train_pocket_words import ENCODERS, encode, teach_words
 from builder.training import average, checkpoint, kept, keyed, learning_rate, muon, resume
 
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
-UNET_STEPS = 12000
+UNET_STEPS = 8000
 UNET_PEAK_RATE = 2e-3
 EMA = 0.998
 # The first and the last layers and the embeddings, which are trained by AdamW.
@@ -61,21 +61,21 @@ POOL = [
 # For each stage of the training the sizes, (height, width): (batch, weight). It begins with small
 # pictures, whose steps are cheap, and ends with large ones.
 Menu = dict[tuple[int, int], tuple[int, float]]
-SMALL: Menu = {(128, 128): (24, 0.8), (256, 256): (12, 0.2)}
+SMALL: Menu = {(128, 128): (32, 0.8), (256, 256): (16, 0.2)}
 MIDDLE: Menu = {
-    (128, 128): (24, 0.2),
-    (256, 256): (12, 0.7),
-    (144, 256): (20, 0.05),
-    (256, 144): (20, 0.05),
+    (128, 128): (32, 0.2),
+    (256, 256): (16, 0.7),
+    (144, 256): (24, 0.05),
+    (256, 144): (24, 0.05),
 }
 LARGE: Menu = {
-    (128, 128): (24, 0.08),
-    (256, 256): (12, 0.42),
-    (144, 256): (20, 0.04),
-    (256, 144): (20, 0.04),
-    (512, 512): (4, 0.34),
-    (288, 512): (6, 0.03),
-    (512, 288): (6, 0.03),
+    (128, 128): (32, 0.08),
+    (256, 256): (16, 0.42),
+    (144, 256): (24, 0.04),
+    (256, 144): (24, 0.04),
+    (512, 512): (5, 0.34),
+    (288, 512): (8, 0.03),
+    (512, 288): (8, 0.03),
     (576, 1024): (1, 0.006),
     (1024, 576): (1, 0.006),
     (1024, 1024): (1, 0.008),

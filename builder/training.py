@@ -20,7 +20,7 @@ from tqdm import tqdm
 Network = TypeVar("Network", bound=nn.Module)
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = 4
 
 
 def learn(
