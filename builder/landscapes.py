@@ -475,9 +475,10 @@ def _rocks(scene: Scene) -> tuple[Colour, Colour]:
     """The bright and the dark face of a mountain of the scene's colour."""
     colour = lit(LANDS[scene.colour], scene.sky)
     if scene.colour == "white":
-        colour = lit((172, 184, 206), scene.sky)
+        colour = lit((190, 200, 220), scene.sky)
     haze = low_of(scene)
-    return mixed(shaded(colour, 0.82), haze, 0.12), mixed(shaded(colour, 0.5), haze, 0.16)
+    dark = 0.36 if scene.sky == "dark" else 0.5
+    return mixed(shaded(colour, 0.84), haze, 0.12), mixed(shaded(colour, dark), haze, 0.14)
 
 
 def _snows(scene: Scene) -> tuple[Colour, Colour]:
