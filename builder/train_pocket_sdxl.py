@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import random
+import shutil
 import socket
 from collections.abc import Iterator
 from copy import deepcopy
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.utils import logging
 from torch import Tensor, distributed, multiprocessing, nn
 from tqdm import tqdm
 
@@ -32,11 +34,13 @@ from builder.landscapes import Scene, imagine, paint
 from builder.train_pocket_vae import SPREAD, VAE_STEPS, to_tensor, train_vae, tune_decoder
 from builder.train_pocket_vae import encode as vae_encode
 from builder.train_pocket_words import ENCODERS, encode, teach_words
-from builder.training import average, checkpoint, kept, keyed, learning_rate, muon, resume
+from builder.training import average, checkpoint, kept, keyed, muon, resume
 
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
 UNET_STEPS = 8000
 UNET_PEAK_RATE = 2e-3
+#: The last share of the steps, in which the learning rate falls.
+DECAY = 0.3
 EMA = 0.998
 # The first and the last layers and the embeddings, which are trained by AdamW.
 PLAIN = ("conv_in", "conv_out", "time_embedding", "add_embedding")
@@ -80,7 +84,8 @@ LARGE: Menu = {
     (1024, 576): (1, 0.01),
     (1024, 1024): (1, 0.01),
 }
-MENUS = [(0.0, SMALL), (0.12, MIDDLE), (0.4, LARGE)]
+#: The first step of each menu.
+MENUS = [(0, SMALL), (500, MIDDLE), (1500, LARGE)]
 
 Pool = dict[tuple[int, int], tuple[Tensor, list[Scene]]]
 
@@ -165,10 +170,13 @@ def _encoded_scenes(
 
 
 def unet_path(run: Run, pipe: StableDiffusionXLPipeline) -> Path:
-    """The checkpoint of this training's UNet, which depends on everything that is frozen."""
+    """The checkpoint of this training's UNet, which depends on everything that is frozen.
+
+    It does not depend on the number of steps, so that a training can be made longer or shorter.
+    """
     start = pocket_sdxl.assemble(run.seed).unet
     parts = (start, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-    return keyed(run.cache / "unet.pt", *parts, seed=run.seed, steps=run.unet_steps)
+    return keyed(run.cache / "unet.pt", *parts, seed=run.seed)
 
 
 def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
@@ -190,11 +198,11 @@ def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
     )
     losses: dict[tuple[int, int], float] = {}
     for step in bar:
-        height, width, batch = bucket(random.Random(run.seed + step), step / run.unet_steps)
+        height, width, batch = bucket(random.Random(run.seed + step), step)
         torch.manual_seed((run.seed + step) * world + rank)
         rng = random.Random((run.seed + step) * world + rank)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, run.unet_steps, UNET_PEAK_RATE)
+            group["lr"] = UNET_PEAK_RATE * rate_share(step, run.unet_steps)
         loss = unet_loss(pipe, pool, signal, (height, width, batch), rng)
         optimiser.zero_grad()
         loss.backward()
@@ -208,7 +216,18 @@ def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
             bar.set_postfix({f"{w}x{h}": f"{mean:.4f}" for (h, w), mean in sorted(losses.items())})
         if rank == 0 and (step % 250 == 249 or step + 1 == run.unet_steps):
             checkpoint(path, step + 1, model, ema, optimiser)
+            if rate_share(step, run.unet_steps) == 1:
+                # A longer training can continue from here, after a shorter one has ended.
+                shutil.copyfile(path, path.with_suffix(".level"))
             export(pipe, ema)
+
+
+def rate_share(step: int, steps: int) -> float:
+    """The share of the peak learning rate: a warm-up, a long level, then down to zero.
+
+    On the level (arXiv:2404.06395) nothing depends on the number of steps.
+    """
+    return min(1.0, (step + 1) / 100, (steps - step) / (DECAY * steps))
 
 
 def _rank() -> tuple[int, int]:
@@ -230,9 +249,9 @@ def _average_gradients(model: nn.Module) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def bucket(rng: random.Random, done: float) -> tuple[int, int, int]:
-    """(height, width, batch) of a step, when this share of the steps is done."""
-    menu = [menu for first, menu in MENUS if first <= done][-1]
+def bucket(rng: random.Random, step: int) -> tuple[int, int, int]:
+    """(height, width, batch) of a step."""
+    menu = [menu for first, menu in MENUS if first <= step][-1]
     weights = [weight for _, weight in menu.values()]
     (size,) = rng.choices([*menu], weights)
     return *size, menu[size][0]
@@ -359,6 +378,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
     parser.add_argument("--tuning-steps", type=int, default=TUNING_STEPS)
     parser.add_argument("--processes", type=int, default=1)
+    logging.disable_progress_bar()  # diffusers' own, for each export
     train(Run(**vars(parser.parse_args())))
 
 
