@@ -62,6 +62,8 @@ POOL = [
     (1024, 576, 24),
     (1024, 1024, 24),
 ]
+# The most landscapes of one file of latents.
+PART = 250
 # For each stage of the training the sizes, (height, width): (batch, weight). It begins with small
 # pictures, whose steps are cheap, and ends with large ones.
 Menu = dict[tuple[int, int], tuple[int, float]]
@@ -100,6 +102,7 @@ class Run:
     unet_steps: int = UNET_STEPS
     tuning_steps: int = TUNING_STEPS
     processes: int = 1
+    pool_share: float = 1.0
 
 
 def train(run: Run) -> None:
@@ -147,22 +150,38 @@ def _free_port() -> int:
 def latent_pool(vae: AutoencoderKL, run: Run) -> Pool:
     """Scaled latents of landscapes by (height, width) in pixels, with the scenes.
 
-    They are made once for each VAE, seed and entry of `POOL`.
+    They are made in parts, each once for a VAE and a seed.
     """
     pool = {}
     for height, width, count in POOL:
-        size = (height, width)
-        path = keyed(run.cache / f"{width}x{height}.pt", vae, seed=run.seed, count=count)
-        latents, shown = kept(path, lambda: _encoded_scenes(vae, run.seed, size, count))  # noqa: B023
-        pool[size] = latents, [Scene(**fields) for fields in shown]
+        parts = [
+            _pool_part(vae, run, (height, width), part, min(PART, count - part))
+            for part in range(0, max(1, round(count * run.pool_share)), PART)
+        ]
+        pool[height, width] = (
+            torch.cat([latents for latents, _ in parts]),
+            [Scene(**fields) for _, shown in parts for fields in shown],
+        )
     return pool
 
 
+def _pool_part(
+    vae: AutoencoderKL, run: Run, size: tuple[int, int], part: int, count: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Latents and scenes number `part` to `part + count` of one size."""
+    height, width = size
+    path = keyed(run.cache / f"{width}x{height}.pt", vae, seed=run.seed, part=part, count=count)
+    encoded: tuple[Tensor, list[dict[str, Any]]] = kept(
+        path, lambda: _encoded_scenes(vae, f"{run.seed} {size} {part}", size, count)
+    )
+    return encoded
+
+
 def _encoded_scenes(
-    vae: AutoencoderKL, seed: int, size: tuple[int, int], count: int
+    vae: AutoencoderKL, seed: str, size: tuple[int, int], count: int
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     height, width = size
-    rng = random.Random(f"{seed} {size}")
+    rng = random.Random(seed)
     shown = [imagine(rng) for _ in range(count)]
     pictures = (paint(scene, width, height) for scene in tqdm(shown, f"{width}x{height}"))
     latents = [vae_encode(vae, to_tensor([picture])) for picture in pictures]
@@ -378,6 +397,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
     parser.add_argument("--tuning-steps", type=int, default=TUNING_STEPS)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--pool-share", type=float, default=1.0, help="less than 1 for a quick try")
     logging.disable_progress_bar()  # diffusers' own, for each export
     train(Run(**vars(parser.parse_args())))
 
