@@ -92,13 +92,14 @@ def held_out(side: int, count: int) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--measure", action="store_true", help="only measure the stored one")
     options = parser.parse_args()
     vae = pocket_sdxl.load().vae.requires_grad_(False)
     if not options.measure:
-        tiny = distil(vae, CACHE / "tiny_vae.pt", options.steps, options.seed)
+        tiny = distil(vae, options.cache / "tiny_vae.pt", options.steps, options.seed)
         tiny.half().save_pretrained(FOLDER)
         (FOLDER / "diffusion_pytorch_model.safetensors").chmod(0o644)
     tiny = AutoencoderTiny.from_pretrained(FOLDER, local_files_only=True).float()
