@@ -91,23 +91,21 @@ def read(picture: Image.Image | Pixels) -> Reading | None:
         return None
     sea, colour = soil
     thing, thing_at = view.find_thing(sky, "sea" if sea else "hills", sun)
-    sun_name = NONE if sun is None and view.sky_is_empty(sky) else sun.colour if sun else None
+    sun_name = sun.colour if sun else NONE
+    if not view.sky_is_empty(sky, sun):
+        sun_name = None
     return Reading(
         sky=sky,
         ground=_kind(view, horizon, sea),
         colour=colour,
         sun=sun_name,
-        sun_place=_place(sun.x, view) if sun else sun_name,
+        sun_place=_place_of(sun.x / view.width) if sun and sun_name else sun_name,
         thing=thing,
         thing_place=_place_of(thing_at[0]) if thing_at else thing,
         clouds=view.clouds(sky, sun),
         sun_at=(sun.x / view.width, sun.y / view.height) if sun else None,
         thing_at=thing_at,
     )
-
-
-def _place(x: float, view: "_View") -> str | None:
-    return _place_of(x / view.width)
 
 
 def _place_of(share: float) -> str | None:
@@ -199,10 +197,12 @@ class _View:
         overlap = (mask & inside).sum() / ((mask | inside) & near).sum()
         return float(overlap), x, y
 
-    def sky_is_empty(self, sky: str) -> bool:
-        """Whether the sky has neither a sun nor anything like one."""
+    def sky_is_empty(self, sky: str, sun: _Sun | None) -> bool:
+        """Whether the sky has nothing that is like a sun, besides this one."""
         rows = self.rows(0.02, 0.33)
-        foreign = (self.sky_fit(sky, None) > 1.4 * SKY_TOLERANCE) & ~self.cloudy(sky)
+        foreign = (self.sky_fit(sky, sun) > 1.4 * SKY_TOLERANCE) & ~self.cloudy(sky)
+        if sun is not None:
+            foreign &= ~self.disc(sun.x, sun.y, 1.35)
         cloud_edges = 0.5 * float(self.cloudy(sky)[rows].mean())
         return float(foreign[rows].mean()) < 0.008 + cloud_edges
 
@@ -265,9 +265,9 @@ class _View:
     ) -> tuple[str | None, tuple[float, float] | None]:
         """The thing whose outline and colours explain the picture best, and where its foot is."""
         score, thing, place = max(self._match(thing, sky) for thing in THINGS[ground])
-        if score > 0.7:
-            return thing, place
-        return (NONE if self.front_is_empty(sky, sun) else None), None
+        if score < 0.7:
+            return (NONE if self.front_is_empty(sun, None) else None), None
+        return (thing, place) if self.front_is_empty(sun, place[0]) else (None, None)
 
     def _match(self, thing: str, sky: str) -> tuple[float, str, tuple[float, float]]:
         """How much of what differs from the background a thing explains, 0 to 1, and where."""
@@ -295,8 +295,11 @@ class _View:
         all_of_it = np.square(part - behind).sum(-1)[near].sum()
         return float(1 - wrong / max(all_of_it, 1.0)) if all_of_it > near.sum() * 150 else 0.0
 
-    def front_is_empty(self, sky: str, sun: _Sun | None) -> bool:
-        """Whether nothing stands on the ground or on the water, but the light of the sun."""
+    def front_is_empty(self, sun: _Sun | None, thing: float | None) -> bool:
+        """Whether nothing stands on the ground or on the water, besides a thing at this place.
+
+        The light of the sun on the water is nothing.
+        """
         rows = self.rows(0.81, 0.875)
         part = self.pixels[rows]
         away = np.linalg.norm(part - np.median(part, axis=1)[:, None], axis=-1)
@@ -306,6 +309,10 @@ class _View:
             way = np.asarray(SUNS[sun.colour], np.float32) - np.median(part, axis=1)[:, None]
             share = ((part - np.median(part, axis=1)[:, None]) * way).sum(-1) / (way**2).sum(-1)
             foreign &= ~(glitter[None] & (share > 0.05))
+        if thing is not None:
+            foreign[:, np.abs(np.arange(self.width) + 0.5 - thing * self.width) < 0.17 * SIDE] = (
+                False
+            )
         return float(foreign.mean()) < 0.012
 
 

@@ -257,6 +257,24 @@ def test_a_blob_in_a_things_colours_is_neither_a_thing_nor_none(scene: Scene) ->
     assert reading is None or reading.thing is None
 
 
+def test_a_second_sun_makes_the_sun_unsure() -> None:
+    pixels = paint(HOUSE, 256, 256)
+    pixels[40:90, 30:80] = pixels[40:90, 175:225]
+
+    reading = read(pixels)
+
+    assert reading is None or reading.sun is None
+
+
+def test_a_second_thing_makes_the_thing_unsure() -> None:
+    pixels = paint(HOUSE, 256, 256)
+    pixels[160:226, 170:230] = pixels[160:226, 26:86]
+
+    reading = read(pixels)
+
+    assert reading is None or reading.thing is None
+
+
 # --- captions ---
 
 
