@@ -91,7 +91,7 @@ def read(picture: Image.Image | Pixels) -> Reading | None:
         return None
     sea, colour = soil
     thing, thing_at = view.find_thing(sky, "sea" if sea else "hills", sun)
-    sun_name = sun.colour if sun else NONE
+    sun_name: str | None = sun.colour if sun else NONE
     if not view.sky_is_empty(sky, sun):
         sun_name = None
     return Reading(
