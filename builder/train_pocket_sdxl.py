@@ -48,6 +48,8 @@ OFFSET_NOISE = 0.1
 # How often the pooled caption is set to zero, so that the UNet uses the words too.
 POOLED_DROP = 0.2
 SNR_CAP = 5.0
+# The range of contrasts that a training latent may have too much, and how far it is below zero.
+MORE_CONTRAST, LESS_CONTRAST = 0.7, 0.1
 TUNING_STEPS = 1200
 # (height, width, landscapes) whose latents are made once, and used with new captions each time.
 POOL = [
@@ -302,11 +304,22 @@ def unet_loss(
     spread = shift * spread / (1 + (shift - 1) * spread)
     steps = (spread * len(signal)).long().clamp(max=len(signal) - 1)
     kept = signal[steps][:, None, None, None]
-    velocity = predict(pipe, _noisy(clean, noise, kept), steps, words, pooled)
-    error = (velocity - (kept.sqrt() * noise - (1 - kept).sqrt() * clean)) / SPREAD
+    noisy = _noisy(too_vivid(clean, kept), noise, kept)
+    velocity = predict(pipe, noisy, steps, words, pooled)
+    error = (velocity - (kept.sqrt() * noisy - clean) / (1 - kept).sqrt()) / SPREAD
     snr = (SPREAD**2 * kept / (1 - kept)).flatten()
     weight = (1 - kept).flatten() * (1 + snr.clamp(max=SNR_CAP))
     return (weight * error.square().mean((1, 2, 3))).mean()
+
+
+def too_vivid(clean: Tensor, kept: Tensor) -> Tensor:
+    """Half of the latents with too much contrast, or a little too little, under strong noise.
+
+    Guidance makes such states on its way. The model learns to lead them to the right colours.
+    """
+    bends = torch.rand(len(clean), 1, 1, 1) < 0.5
+    contrast = MORE_CONTRAST * torch.rand(len(clean), 1, 1, 1) - LESS_CONTRAST
+    return clean * (1 + bends * contrast * (1 - kept).sqrt())
 
 
 def offset_noise(clean: Tensor) -> Tensor:

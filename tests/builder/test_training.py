@@ -229,6 +229,19 @@ def half(rank: int, run: Run) -> None:
     torch.save(weights(pipe.unet), run.cache / f"half-{rank}")
 
 
+def test_states_under_little_noise_keep_their_contrast() -> None:
+    torch.manual_seed(0)
+    clean = torch.randn(64, 4, 8, 8)
+
+    little, much = (
+        train_pocket_sdxl.too_vivid(clean, torch.full((64, 1, 1, 1), kept)) - clean
+        for kept in (0.999, 0.01)
+    )
+
+    assert little.abs().max() < 0.1
+    assert much.abs().max() > 0.3
+
+
 def test_an_orthogonal_matrix_has_singular_values_near_one() -> None:
     torch.manual_seed(0)
 
