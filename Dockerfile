@@ -1,10 +1,12 @@
-ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG CUDA=13.0
+ARG BASE_IMAGE=nvidia/cuda:${CUDA}.1-base-ubuntu24.04
 ARG FAMILY=sdxl
 
 # Builds the image of one family. Run `make image FAMILY=sdxl`, `docker buildx bake`, or
 #
 #   docker build --build-arg FAMILY=sdxl --tag ourvidz-sdxl .
 #
+#   CUDA         13.0, or 12.8 for hosts whose driver is older than 580; it chooses base and torch
 #   BASE_IMAGE   a Debian or Ubuntu whose python3 is 3.11 or 3.12
 #   FAMILY       what the image serves unless FAMILIES is set: sdxl, chat, wan
 #   BAKE         1 bakes the family's default weights into the image (builder/models.json)
@@ -13,9 +15,11 @@ ARG FAMILY=sdxl
 #   COMPILER     1 adds gcc and Python's headers, which Triton needs for COMPILE=regional
 #   VERSION, REVISION, SOURCE   for the labels
 #
-# Why this base. torch 2.13.0's wheel is built for CUDA 13.0, which supports Blackwell (from 12.8
-# on). It requires cuBLAS, cuDNN and the other libraries as wheels. So the base is NVIDIA's smallest
-# image: a `runtime` or `cudnn` image, or one with torch, would have the same gigabytes twice. To a
+# Why these two. PyPI's wheel of torch 2.13.0 is built for CUDA 13.0, and that of 2.10.0 for 12.8;
+# 2.10.0 is the last one for 12.8 there, and from 2.12 on PyTorch builds none. Both support Blackwell.
+#
+# Why this base. The wheels require cuBLAS, cuDNN and the other libraries as wheels. So the base is
+# NVIDIA's smallest image: a `runtime` or `cudnn` image, or one with torch, would have the same gigabytes twice. To a
 # plain Ubuntu it adds NVIDIA_REQUIRE_CUDA, by which a host with too old a driver refuses the
 # container in one line, and libraries for forward compatibility.
 
@@ -58,14 +62,15 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv /opt/pip \
  && python3 -m venv --without-pip /opt/venv
-ARG TORCH=2.13.0
+ARG CUDA
 ARG TORCH_INDEX=
-COPY requirements.torch.lock /tmp/
+COPY requirements.torch.cuda${CUDA}.lock /tmp/requirements.torch.lock
 RUN if [ -z "$TORCH_INDEX" ]; then \
         /opt/pip/bin/pip install --no-compile \
             --require-hashes --requirement /tmp/requirements.torch.lock; \
     else \
-        /opt/pip/bin/pip install --no-compile --extra-index-url "$TORCH_INDEX" "torch==$TORCH"; \
+        torch="$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' /tmp/requirements.torch.lock)" \
+     && /opt/pip/bin/pip install --no-compile --extra-index-url "$TORCH_INDEX" "$torch"; \
     fi \
  && { python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/venv || true; }
 
@@ -95,8 +100,9 @@ ARG FAMILY
 ARG BAKE=0
 WORKDIR /fetch
 COPY builder/__init__.py builder/fetch_models.py builder/models.json builder/models.lock.json builder/
-COPY ourvidz_serverless/__init__.py ourvidz_serverless/
-COPY ourvidz_serverless/net/__init__.py ourvidz_serverless/net/signed_urls.py ourvidz_serverless/net/
+COPY ourvidz_serverless/__init__.py ourvidz_serverless/deadline.py ourvidz_serverless/
+COPY ourvidz_serverless/net/__init__.py ourvidz_serverless/net/hub.py \
+     ourvidz_serverless/net/retries.py ourvidz_serverless/net/signed_urls.py ourvidz_serverless/net/
 RUN --mount=type=secret,id=HF_TOKEN \
     mkdir /models \
  && if [ "$BAKE" = 1 ]; then \
@@ -119,15 +125,16 @@ RUN python -m builder.sbom --name "ourvidz-$FAMILY" --version "$VERSION" \
 # heartbeats, and asks a load-balancing worker for `/ping`.
 FROM runtime AS worker
 ARG FAMILY
+# Any user may write to `outputs` and `models`, as to /tmp: `docker run --user` has one of its own.
 WORKDIR /worker
 COPY --from=weights /models models
 COPY pocket pocket
 COPY --from=bill /sbom.cdx.json ./
-COPY NOTICE handler.py test_input*.json ./
+COPY LICENSE NOTICE handler.py test_input*.json ./
 COPY ourvidz_serverless ourvidz_serverless
 RUN python -m compileall -q --invalidation-mode unchecked-hash handler.py ourvidz_serverless \
  && if [ -f "test_input.$FAMILY.json" ]; then mv "test_input.$FAMILY.json" test_input.json; fi \
- && install --directory --owner worker outputs
+ && install --directory --mode 1777 outputs models
 ENV FAMILIES=$FAMILY \
     HF_HUB_OFFLINE=1 \
     RUNPOD_LOG_LEVEL=INFO
@@ -135,6 +142,7 @@ ARG VERSION=0
 ARG REVISION=
 ARG SOURCE=
 LABEL org.opencontainers.image.title="ourvidz-serverless $FAMILY" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.source="$SOURCE"

@@ -1,7 +1,10 @@
 # `make run` shows a picture, `make chat` gives an answer, `make video` makes a video, `make page`
 # opens a page to try all three on, `make test` runs the tests, `make quick` those that concern your
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
-# `make image FAMILY=sdxl` builds an image, `make client` the TypeScript client as a package of npm.
+# `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
+# whole document, and the log.
+# `make image FAMILY=sdxl` builds an image, and with `CUDA=12.8` one for hosts with older drivers;
+# `make client` makes the TypeScript client as a package of npm.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
@@ -9,6 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 BIN := .venv/bin
 FAMILIES ?= sdxl
 FAMILY ?= sdxl
+# 13.0, or 12.8 for hosts with older drivers.
+CUDA ?= 13.0
+IMAGE = ourvidz-$(FAMILY):dev$(if $(filter 13.0,$(CUDA)),,-cuda$(CUDA))
 # Named, since a worker on RunPod does not start without a model's name.
 SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
@@ -27,6 +33,12 @@ ifeq ($(findstring chat,$(FAMILIES))$(CHAT_INSTRUCT_MODEL),chatpocket)
 WEIGHTS := .cache/pocket_chat/config.json
 endif
 
+# Where torch comes from. For Linux PyPI has the build for CUDA alone, with 2.8 GB of libraries that
+# a machine without an NVIDIA GPU cannot use. `make run TORCH_INDEX=` takes it all the same.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell test "$$(uname -s)" != Linux || nvidia-smi -L >/dev/null 2>&1 || echo $(CPU_INDEX))
+TORCH = $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+
 # npm writes this file last.
 CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
@@ -41,10 +53,10 @@ run: .venv/run $(WEIGHTS)
 	FAMILIES=$(FAMILIES) $(MODELS) $(BIN)/python handler.py $(INPUT)
 
 chat:
-	$(MAKE) run FAMILIES=chat
+	@$(MAKE) --no-print-directory run FAMILIES=chat
 
 video:
-	$(MAKE) run FAMILIES=wan
+	@$(MAKE) --no-print-directory run FAMILIES=wan
 
 # The newcomer's own page, with all three families on their pocket models.
 page: .venv/run .cache/pocket_chat/config.json
@@ -58,10 +70,10 @@ client: $(CLIENT_CHECKS)
 test: .venv/dev .cache/pocket_chat/config.json .cache/chromium/chromium $(CLIENT_CHECKS)
 	$(BIN)/python -m pytest -p tests.affected --numprocesses $(PROCESSES) $(BY_FILE)
 
-# The tests nearest to your changes, and those that failed last time: at most 80 seconds of tests
-# in two processes.
+# The tests nearest to your changes, and those that failed last time: at most 60 seconds of tests
+# in three processes.
 quick: .venv/dev
-	$(BIN)/python -m pytest -p tests.affected --affected 80 --numprocesses 2 $(BY_FILE)
+	$(BIN)/python -m pytest -p tests.affected --affected 60 --numprocesses 3 $(BY_FILE)
 
 # What takes too long for every change: twenty times the examples of the property tests, a soak of
 # 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
@@ -78,6 +90,7 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m builder.contract --check
+	$(BIN)/python -m builder.hub_listing --check
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -86,14 +99,15 @@ format: .venv/dev
 # By Docker, or by buildah where there is none; FLAGS go to either.
 image:
 	@if docker buildx version >/dev/null 2>&1; then \
-		docker buildx bake --load $(FLAGS) $(FAMILY); \
+		CUDA=$(CUDA) docker buildx bake --load $(FLAGS) $(FAMILY); \
 	else \
-		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --tag ourvidz-$(FAMILY):dev .; \
+		buildah build --layers $(FLAGS) --build-arg FAMILY=$(FAMILY) --build-arg CUDA=$(CUDA) \
+			--tag $(IMAGE) .; \
 	fi
 
 # PROOF has more options of `tests.prove_image`, for example "--engine podman".
 proof: image .venv/dev .cache/pocket_chat/config.json
-	$(BIN)/python -m tests.prove_image --image ourvidz-$(FAMILY):dev --family $(FAMILY) \
+	$(BIN)/python -m tests.prove_image --image $(IMAGE) --family $(FAMILY) \
 		--volume "$(CURDIR)/.cache:/worker/.cache:ro" $(PROOF)
 
 clean:
@@ -107,6 +121,13 @@ clean:
 	@touch $@
 
 .venv/run: requirements.txt | .venv/made
+	@index="$(TORCH_INDEX)"; torch="$(TORCH)"; \
+	if [ -n "$$index" ] && [ -n "$$torch" ]; then \
+		echo "No NVIDIA GPU was found: $$torch for the processor comes from $$index"; \
+		$(BIN)/pip install --progress-bar on --no-deps --retries 0 --timeout 15 \
+			--index-url "$$index" "$$torch" || \
+		echo "That failed, so PyPI's torch follows, with 2.8 GB of CUDA libraries"; \
+	fi
 	$(BIN)/pip install --progress-bar on -r requirements.txt
 	@touch $@
 

@@ -1,5 +1,6 @@
 # docker buildx bake                  the images of all families
 # docker buildx bake sdxl --load      one of them, for this machine
+# CUDA=12.8 docker buildx bake        for hosts with older drivers
 # REGISTRY=ghcr.io/me VERSION=0.1.0 docker buildx bake --push
 #
 # Set a variable in the environment. `--set sdxl.args.BASE_IMAGE=...` sets any other argument of the
@@ -8,6 +9,11 @@
 # The registry for images, such as ghcr.io/me.
 variable "REGISTRY" {
   default = ""
+}
+
+# 13.0, or 12.8 for hosts with older drivers, whose tags end with -cuda12.8.
+variable "CUDA" {
+  default = "13.0"
 }
 
 # The tag and the label of the images.
@@ -47,7 +53,7 @@ variable "SOURCE" {
 
 function "tags" {
   params = [family]
-  result = ["${REGISTRY == "" ? "" : "${REGISTRY}/"}ourvidz-${family}:${VERSION}"]
+  result = ["${REGISTRY == "" ? "" : "${REGISTRY}/"}ourvidz-${family}:${VERSION}${CUDA == "13.0" ? "" : "-cuda${CUDA}"}"]
 }
 
 group "default" {
@@ -63,6 +69,7 @@ target "image" {
     BAKE        = BAKE
     C2PA        = C2PA
     COMPILER    = COMPILER
+    CUDA        = CUDA
     TORCH_INDEX = TORCH_INDEX
     VERSION     = VERSION
     REVISION    = REVISION

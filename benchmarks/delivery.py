@@ -34,9 +34,10 @@ from PIL import Image
 from benchmarks import png, report
 from benchmarks.interleaved_timing import control_ratio, time_interleaved
 from benchmarks.slow_storage import BUCKET, SlowStorage
+from ourvidz_serverless.delivery.files import File
 from ourvidz_serverless.delivery.storage.base import locate, upload
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
-from ourvidz_serverless.delivery.uploads import Delivery
+from ourvidz_serverless.delivery.uploads import Uploads
 from ourvidz_serverless.delivery.video import encode_video
 from ourvidz_serverless.models.sdxl.pipeline import to_pixels
 from ourvidz_serverless.models.wan.vae import as_uint8
@@ -167,13 +168,13 @@ def uploads(scale: Scale, upload_s: float) -> report.Table:
     with SlowStorage(upload_s) as store, ThreadPoolExecutor(DELIVERY_THREADS) as pool:
         storage = SupabaseStorage(store.url, store.service_key, BUCKET)
 
+        def send(file: File) -> str:
+            key = f"user/job/{file.name}"
+            upload(storage, key, file.data, file.mime)
+            return locate(storage, key, "path", 60)
+
         def worker() -> None:
-            with Delivery(
-                pool,
-                "user/job",
-                upload=lambda key, data, mime: upload(storage, key, data, mime),
-                url=lambda key: locate(storage, key, "path", 60),
-            ) as delivery:
+            with Uploads(pool, send) as delivery:
                 for index, picture in enumerate(pictures):
                     delivery.submit(Output(index, to_pixels(picture).numpy(), {}))
                 delivery.assets(lambda: None)

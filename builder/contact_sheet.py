@@ -133,7 +133,7 @@ def run(job: dict[str, Any], storage: Path) -> dict[str, Any]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "STORAGE_URL": f"file:{storage}", "RUNPOD_LOG_LEVEL": "ERROR"},
+        env={**os.environ, "STORAGE_URL": f"file:{storage}", "VERBOSE": "1"},
     )
     if process.returncode:
         raise SystemExit(f"{job['id']} failed:\n{process.stdout}{process.stderr}")

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from builder import typescript
-from ourvidz_serverless import jobs
+from ourvidz_serverless import job_types, jobs
 from ourvidz_serverless.document import Asset, Document, Failure
-from ourvidz_serverless.jobs import envelope
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
@@ -166,7 +165,7 @@ def types() -> str:
                 f"/** Which family serves which job type. */\nexport const FAMILY_OF = "
                 f"{json.dumps(jobs.FAMILY_OF, indent=2)} as const;",
                 "/** Other names of two of them, which the application's payloads use. */\n"
-                f"export const SYNONYMS = {json.dumps(envelope.SYNONYMS, indent=2)} as const;",
+                f"export const SYNONYMS = {json.dumps(job_types.SYNONYMS, indent=2)} as const;",
                 f"export const FAMILIES = [{names}] as const;",
                 "export type JobType = keyof typeof FAMILY_OF;",
                 "export type Family = (typeof FAMILIES)[number];",
@@ -189,7 +188,8 @@ def keep(name: str, files: list[Path]) -> None:
 
 def meaning(payload: Mapping[str, Any]) -> Any:
     """The meaning of a payload: the fields of the parsed job, under their present names."""
-    job = Envelope.of({"id": "rp-1", "input": payload}).job(Settings())
+    settings = Settings()
+    job = Envelope.of({"id": "rp-1", "input": payload}, settings.families).job(settings)
     return json.loads(job.model_dump_json(exclude={"s3_config"}, fallback=str))
 
 

@@ -108,6 +108,18 @@ def read(picture: Image.Image | Pixels) -> Reading | None:
     )
 
 
+def cloud_mask(picture: Image.Image | Pixels, sky: str) -> Plane:
+    """1 where the upper part of a picture, at the ruler's size, is as bright as a cloud, else 0."""
+    view = _View(picture)
+    light, _ = cloud_colours(sky)
+    share, rest = view.toward(sky, light)
+    mask = (share > 0.5) & (rest < 40)
+    sun = view.find_sun(sky)
+    if sun is not None:
+        mask &= ~view.disc(sun.x, sun.y, 1.7)
+    return mask[view.rows(0.02, 0.26)].astype(np.float32)
+
+
 def _place_of(share: float) -> str | None:
     place = min(PLACES, key=lambda name: abs(PLACES[name] - share))
     return place if abs(PLACES[place] - share) < 0.09 else None

@@ -5,6 +5,7 @@ python -m builder.page_pictures    writes docs/images/page-picture.png and page-
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from builder import browser
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs/images"
-SIZE = {"width": 1180, "height": 700}
+SIZE = {"width": 1280, "height": 860}
 
 #: The longest time for a job on a slow machine, in milliseconds.
 TIMEOUT_MS = 400_000
@@ -46,21 +47,31 @@ def main() -> None:
 
 
 def generate_picture(page: Page) -> None:
-    page.select_option("#type", "sdxl_image_fast")
-    page.select_option("[name='config.resolution']", "512x512")
-    page.fill("[name='config.guidance_scale']", "6")
-    page.fill("[name='config.seed']", "2026")
+    """The first picture of `make run`."""
+    job = json.loads((ROOT / "test_input.json").read_text())["input"]
+    config = job["config"]
+    page.select_option("#type", job["type"])
+    page.fill("[name='prompt']", job["prompt"])
+    page.select_option("[name='config.resolution']", config["resolution"])
+    for name in ("num_inference_steps", "guidance_scale", "seed"):
+        page.fill(f"[name='config.{name}']", f"{config[name]:g}")
     page.click("#send")
     page.wait_for_selector("figure img")
+    page.wait_for_selector("#state:has-text('Completed')")
 
 
 def ask(page: Page) -> None:
-    page.select_option("#type", "chat_conversation")
-    page.fill("[name='system']", "You are a helpful assistant. Answer in one sentence.")
-    page.fill("[name='max_tokens']", "60")
-    page.fill("[name='temperature']", "0")
+    """The first question of `make chat`."""
+    job = json.loads((ROOT / "test_input.chat.json").read_text())["input"]
+    system, question = (message["content"] for message in job["messages"])
+    page.select_option("#type", job["type"])
+    page.fill("[name='system']", system)
+    page.fill("[name='words']", question)
+    for name in ("max_tokens", "temperature"):
+        page.fill(f"[name='{name}']", str(job[name]))
     page.click("#send")
     page.wait_for_selector(".talk p:last-child:not(.growing)")
+    page.wait_for_selector("#state:has-text('Completed')")
 
 
 def take(page: Page, name: str, act: Callable[[Page], None]) -> None:

@@ -12,10 +12,7 @@ cores than one process of two threads.
 
 import argparse
 import math
-import os
 import random
-import shutil
-import socket
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -25,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils import logging
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from builder import pocket_sdxl
@@ -34,13 +31,23 @@ from builder.landscapes import Scene, imagine, paint
 from builder.train_pocket_vae import SPREAD, VAE_STEPS, to_tensor, train_vae, tune_decoder
 from builder.train_pocket_vae import encode as vae_encode
 from builder.train_pocket_words import ENCODERS, encode, teach_words
-from builder.training import average, checkpoint, kept, keyed, muon, resume
+from builder.training import (
+    average,
+    average_gradients,
+    checkpoint,
+    in_processes,
+    keep_level,
+    kept,
+    keyed,
+    muon,
+    rank,
+    rate_share,
+    resume,
+)
 
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
 UNET_STEPS = 8000
 UNET_PEAK_RATE = 2e-3
-#: The last share of the steps, in which the learning rate falls.
-DECAY = 0.3
 EMA = 0.998
 # The first and the last layers and the embeddings, which are trained by AdamW.
 PLAIN = ("conv_in", "conv_out", "time_embedding", "add_embedding")
@@ -110,11 +117,7 @@ class Run:
 def train(run: Run) -> None:
     """All stages. Those that the cache has are not repeated."""
     pipe = prepare(run)
-    if run.processes == 1:
-        train_unet(run, pipe)
-    else:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-        multiprocessing.spawn(_join, (run,), nprocs=run.processes)
+    in_processes(run.processes, _train_unet, run)
     pipe.unet.load_state_dict(torch.load(unet_path(run, pipe), weights_only=True)["ema"])
     pipe.vae = tune_decoder(
         pipe.vae,
@@ -134,18 +137,9 @@ def prepare(run: Run) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def _join(rank: int, run: Run) -> None:
-    """One of several processes that train the UNet together."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=run.processes)
+def _train_unet(run: Run) -> None:
+    """Train the UNet in this process."""
     train_unet(run, prepare(run))
-    distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @torch.no_grad()
@@ -208,26 +202,26 @@ def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
     optimiser = muon(model, PLAIN)
     start = resume(path, model, ema, optimiser)
     signal = pipe.scheduler.alphas_cumprod
-    rank, world = _rank()
+    number, world = rank()
     bar = tqdm(
         range(start, run.unet_steps),
         initial=start,
         total=run.unet_steps,
         desc="unet",
         mininterval=10,
-        disable=rank > 0,
+        disable=number > 0,
     )
     losses: dict[tuple[int, int], float] = {}
     for step in bar:
         height, width, batch = bucket(random.Random(run.seed + step), step)
-        torch.manual_seed((run.seed + step) * world + rank)
-        rng = random.Random((run.seed + step) * world + rank)
+        torch.manual_seed((run.seed + step) * world + number)
+        rng = random.Random((run.seed + step) * world + number)
         for group in optimiser.param_groups:
             group["lr"] = UNET_PEAK_RATE * rate_share(step, run.unet_steps)
         loss = unet_loss(pipe, pool, signal, (height, width, batch), rng)
         optimiser.zero_grad()
         loss.backward()
-        _average_gradients(model)
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average(ema, model, step, EMA)
@@ -235,39 +229,11 @@ def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
         losses[height, width] = last + 0.03 * (loss.item() - last)
         if step % 50 == 49:
             bar.set_postfix({f"{w}x{h}": f"{mean:.4f}" for (h, w), mean in sorted(losses.items())})
-        if rank == 0 and (step % 250 == 249 or step + 1 == run.unet_steps):
+        if number == 0 and (step % 250 == 249 or step + 1 == run.unet_steps):
             checkpoint(path, step + 1, model, ema, optimiser)
             if rate_share(step, run.unet_steps) == 1:
-                # A longer training can continue from here, after a shorter one has ended.
-                shutil.copyfile(path, path.with_suffix(".level"))
+                keep_level(path)
             export(pipe, ema)
-
-
-def rate_share(step: int, steps: int) -> float:
-    """The share of the peak learning rate: a warm-up, a long level, then down to zero.
-
-    On the level (arXiv:2404.06395) nothing depends on the number of steps.
-    """
-    return min(1.0, (step + 1) / 100, (steps - step) / (DECAY * steps))
-
-
-def _rank() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _average_gradients(model: nn.Module) -> None:
-    """Give every process the mean of all processes' gradients."""
-    if not distributed.is_initialized():
-        return
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def bucket(rng: random.Random, step: int) -> tuple[int, int, int]:

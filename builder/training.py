@@ -8,18 +8,23 @@ networks does not find them and makes its own.
 import hashlib
 import json
 import math
+import os
+import shutil
+import socket
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from tqdm import tqdm
 
 Network = TypeVar("Network", bound=nn.Module)
 
 MOMENTUM = 0.95
+#: The last share of the steps, in which the learning rate of `rate_share` falls.
+DECAY = 0.3
 NEWTON_SCHULZ_STEPS = 4
 
 
@@ -154,6 +159,56 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
 
+def rate_share(step: int, steps: int) -> float:
+    """The share of the peak learning rate: a warm-up, a long level, then down to zero.
+
+    On the level (arXiv:2404.06395) nothing depends on the number of steps, so that a training can
+    be made longer or shorter.
+    """
+    return min(1.0, (step + 1) / 100, (steps - step) / (DECAY * steps))
+
+
+def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call the function in so many processes of one thread, which `average_gradients` joins."""
+    if count == 1:
+        function(*arguments)
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    multiprocessing.spawn(_join, (count, function, arguments), nprocs=count)
+
+
+def _join(number: int, count: int, function: Callable[..., None], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=number, world_size=count)
+    function(*arguments)
+    distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rank() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if not distributed.is_initialized():
+        return
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def average(ema: nn.Module, model: nn.Module, step: int, most: float = 0.999) -> None:
     """Update the running average of the weights. It decays faster in the first steps."""
     decay = min(most, (1 + step) / (10 + step))
@@ -203,6 +258,11 @@ def checkpoint(
         "optimiser": optimiser.state_dict(),
     }
     _save(state, path)
+
+
+def keep_level(path: Path) -> None:
+    """Copy the checkpoint beside it, as `.level`: a longer training can continue from there."""
+    shutil.copyfile(path, path.with_suffix(".level"))
 
 
 def resume(

@@ -6,13 +6,20 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from pydantic import SecretStr
+try:
+    from pydantic import SecretStr
+except ModuleNotFoundError:
+    sys.exit("the worker's packages are needed: pip install 'ourvidz-serverless[worker]'")
 
 from ourvidz_serverless import logs
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.settings import Settings, read_for_worker
+from ourvidz_serverless.settings import Settings, read, read_for_worker
+
+if TYPE_CHECKING:
+    from ourvidz_serverless.models.loading.readahead import ReadAhead
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -32,15 +39,20 @@ def serve(argv: Sequence[str]) -> int:
     # of serving replace this handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = read_for_worker()
-    logs.configure(config.log_level)
-    from ourvidz_serverless.models.loading.readahead import ReadAhead
+    from ourvidz_serverless.serving import terminal
 
-    reading = ReadAhead.of(config).start()
+    if config.serve == "queue" and terminal.is_for_a_person(sdk_options):
+        # The result is enough, with what goes wrong. A LOG_LEVEL that is set still counts.
+        is_asked = "log_level" in config.model_fields_set
+        logs.configure(config.log_level if is_asked else "WARNING", audits=is_asked)
+    else:
+        logs.configure(config.log_level)
+    reader = _reader(config)
     # Import only now what takes seconds to import: meanwhile the weights are read from the disk.
     if config.serve == "http":
         from ourvidz_serverless.serving.http import server
 
-        server.serve(config, reading)
+        server.serve(config, reader)
     else:
         from ourvidz_serverless.serving import runpod_sdk
 
@@ -48,7 +60,47 @@ def serve(argv: Sequence[str]) -> int:
         from ourvidz_serverless.serving import runpod_queue
         from ourvidz_serverless.worker import Worker
 
-        runpod_queue.serve(Worker.of(config, reading), config)
+        runpod_queue.serve(Worker.of(config, reader()), config)
+    return 0
+
+
+def _reader(config: Settings) -> Callable[[], ReadAhead]:
+    """Gives the weights' read-ahead: begun now if they are there, else when they are fetched."""
+    from ourvidz_serverless.models.loading import fetch
+    from ourvidz_serverless.models.loading.readahead import ReadAhead
+
+    if not fetch.missing(config):
+        reading = ReadAhead.of(config).start()
+        return lambda: reading
+
+    def fetch_and_read() -> ReadAhead:
+        fetch.run(config)
+        return ReadAhead.of(config).start()
+
+    return fetch_and_read
+
+
+def fetch(argv: Sequence[str]) -> int:
+    """Bring the weights that the settings name, as a worker with FETCH_MODELS=true does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ourvidz_serverless fetch",
+        description=fetch.__doc__,
+        epilog="docs/deploying.md says where they are stored.",
+    )
+    # For a worker: what it starts ends with it.
+    parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    config = read()
+    logs.configure(config.log_level)
+    from ourvidz_serverless.models.loading import fetch as fetching
+
+    if args.with_parent:
+        fetching.end_with_parent()
+    changed: dict[str, object] = {"fetch_models": True}
+    if not args.with_parent and config.device == "auto":
+        # A volume may be filled on a machine without a GPU, for workers that have one.
+        changed["device"] = "cuda"
+    fetching.fetch(config.model_copy(update=changed))
     return 0
 
 
@@ -85,9 +137,13 @@ def settings(argv: Sequence[str]) -> int:
 
 def _table(config: Settings) -> Iterator[str]:
     """One line a setting: its name, its value, and its default if the environment changes it."""
+    width = max(map(len, Settings.model_fields)) + 2
     for name, field in Settings.model_fields.items():
-        value, default = _shown(getattr(config, name)), _shown(field.default)
-        yield f"{name.upper():28}{value}" + (f"    (default {default})" if value != default else "")
+        value = _shown(getattr(config, name))
+        default = _shown(field.get_default(call_default_factory=True))
+        yield f"{name.upper():{width}}{value}" + (
+            f"    (default {default})" if value != default else ""
+        )
 
 
 def _shown(value: object) -> str:
@@ -105,7 +161,13 @@ def _shown(value: object) -> str:
 
 
 #: Each command reads the rest of the line, and imports only then what it needs.
-COMMANDS = {"serve": serve, "bridge": bridge, "replay": replay, "settings": settings}
+COMMANDS = {
+    "serve": serve,
+    "fetch": fetch,
+    "bridge": bridge,
+    "replay": replay,
+    "settings": settings,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,9 +7,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.document import Asset, Document, Failure, check_result, versions
@@ -28,6 +28,32 @@ _arrivals = itertools.count()
 
 def discard(item: Mapping[str, Any]) -> None:
     """An `Emit` for a job whose stream nobody reads."""
+
+
+class Trace(Protocol):
+    """Records the parts of one job. `telemetry` has one that sends them to a collector."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of a request on behalf of the job, with which its receiver joins the trace.
+
+        They name the innermost span that is open in this thread.
+        """
+
+    def span(self, name: str, **facts: str | int) -> AbstractContextManager[object]:
+        """Record the block as a part of the job, with facts that hold no text of the caller."""
+
+
+class NoTrace:
+    """A `Trace` that records nothing."""
+
+    headers: Mapping[str, str] = {}
+
+    def span(self, name: str, **facts: str | int) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+NO_TRACE = NoTrace()
 
 
 class Stop:
@@ -114,6 +140,7 @@ class JobContext:
         #: What the content floor found in the job's texts; None until it has read them.
         self.signs: Signs | None = None
         self.timings: dict[str, float] = {}
+        self.trace: Trace = NO_TRACE
         self.progress: Mapping[str, Any] = {}
         self._report = report
         self._clock = clock
@@ -194,12 +221,13 @@ class JobContext:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Check the job, then add the seconds that the block takes to `timings`."""
+        """Check the job, then record the block as a span, and add its seconds to `timings`."""
         self.check()
         self.progress = {"stage": name}
         started = self._clock()
         try:
-            yield
+            with self.trace.span(name):
+                yield
         finally:
             spent = self.timings.get(name, 0.0) + self._clock() - started
             self.timings[name] = round(spent, 4)

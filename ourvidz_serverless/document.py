@@ -66,6 +66,8 @@ class Usage(ContractModel):
 class DocumentMetadata(ContractModel):
     """What the worker knows of the whole job; `timings` are seconds by stage.
 
+    `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`.
+
     Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is
     the number of frames in the file.
     """
@@ -78,6 +80,7 @@ class DocumentMetadata(ContractModel):
     frame_num: int | None = None
     fps: float | None = None
     vram_used: float | None = None
+    cost: float | None = None
     warnings: list[str] | None = None
     error_type: Code | None = None
     model: str | None = None
@@ -111,7 +114,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else."""
+    """One output. `url` is a path in the bucket, a link, or a `data:` URI with the whole file."""
 
     __pydantic_config__ = ContractModel.model_config
 

@@ -26,12 +26,20 @@ class Weights:
     """A setting that names weights.
 
     `what` is the name of the weights in an error. `folders` are the parts of a checkpoint that
-    hold weights; without any, the setting names a file.
+    hold weights; without any, the setting names a file. `FETCH_MODELS` brings of a repository the
+    configurations and the weights in `folders` and, beside a file, in `beside`, and the files that
+    `others` matches.
     """
 
     setting: str
     what: str
     folders: tuple[str, ...] = ()
+    #: Patterns of further files that the loader reads. One without a wildcard has to be there.
+    others: tuple[str, ...] = ()
+    #: Folders beside a file.
+    beside: tuple[str, ...] = ()
+    #: Whether the loader reads the variant `fp16`, which is half as large.
+    has_variants: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,8 @@ class Family:
     #: The names of its modules. The second one imports torch.
     jobs_module: str
     models_module: str
+    #: The type of a job that names none, on a worker of this family alone; see `type_of_unnamed`.
+    default_type: str | None = None
     #: The first one is the family's main model.
     weights: tuple[Weights, ...] = ()
     #: The main model's name in the ledger, and the specification's words for how long its weights
@@ -60,6 +70,11 @@ class Family:
     quality_tiers: tuple[str, ...] = ()
     #: The application's function that receives the address of the family's worker.
     registers_at: str = "update-worker-url"
+
+    @property
+    def type_of_unnamed(self) -> str:
+        """The type of a job that names none: `default_type`, or the first of the job types."""
+        return self.default_type or self.job_types[0]
 
     @property
     def main_setting(self) -> str | None:
@@ -83,6 +98,9 @@ WAN_TYPES = (
     "video7b_high_enhanced",
 )
 
+#: A tokenizer's files that are not JSON: merges, SentencePiece's model, a template of messages.
+TOKENIZER = ("*.txt", "*.model", "*.jinja")
+
 ROWS = (
     # One job computes while another prepares or delivers.
     Family(
@@ -91,15 +109,21 @@ ROWS = (
         jobs_module="ourvidz_serverless.jobs.sdxl",
         models_module="ourvidz_serverless.models.sdxl.loader",
         weights=(
-            Weights("SDXL_MODEL", "SDXL", ("text_encoder", "text_encoder_2", "unet", "vae")),
+            Weights(
+                "SDXL_MODEL",
+                "SDXL",
+                ("text_encoder", "text_encoder_2", "unet", "vae"),
+                others=("model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"),
+                has_variants=True,
+            ),
             Weights("SDXL_TINY_VAE", "a tiny VAE", (".",)),
-            Weights("SDXL_IP_ADAPTER", "an IP-Adapter"),
+            Weights("SDXL_IP_ADAPTER", "an IP-Adapter", beside=("image_encoder",)),
         ),
         main_model="sdxl",
         memory_policy="always loaded",
         concurrency=2,
         backlog=16,
-        batch_sizes=(1, 3, 6),
+        batch_sizes=(1, 2, 3, 4, 5, 6),
         quality_tiers=("fast", "high"),
     ),
     Family(
@@ -107,9 +131,12 @@ ROWS = (
         job_types=("chat_enhance", "chat_conversation", "chat_unrestricted"),
         jobs_module="ourvidz_serverless.jobs.chat",
         models_module="ourvidz_serverless.models.chat.loader",
+        # Who sends a prompt to a chat model expects a reply, as from any chat model, and not the
+        # prompt in other words.
+        default_type="chat_conversation",
         weights=(
-            Weights("CHAT_INSTRUCT_MODEL", "chat", (".",)),
-            Weights("CHAT_BASE_MODEL", "chat", (".",)),
+            Weights("CHAT_INSTRUCT_MODEL", "chat", (".",), others=TOKENIZER),
+            Weights("CHAT_BASE_MODEL", "chat", (".",), others=TOKENIZER),
         ),
         main_model="qwen_instruct",
         memory_policy="load when possible",
@@ -123,12 +150,29 @@ ROWS = (
         job_types=WAN_TYPES,
         jobs_module="ourvidz_serverless.jobs.wan",
         models_module="ourvidz_serverless.models.wan.loader",
+        # WAN is a video model; a frame alone is the exception.
+        default_type="video_fast",
         weights=(
-            Weights("WAN_MODEL", "WAN 2.1", ("text_encoder", "vae", "transformer")),
+            Weights(
+                "WAN_MODEL",
+                "WAN 2.1",
+                ("text_encoder", "vae", "transformer"),
+                others=("model_index.json", "scheduler/*", "tokenizer/*"),
+            ),
             Weights("WAN_VACE_MODEL", "VACE", ("transformer",)),
-            Weights("WAN_I2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-            Weights("WAN_FLF2V_MODEL", "WAN 2.1 image-to-video", ("transformer", "image_encoder")),
-            Weights("WAN_ENHANCER_MODEL", "chat", (".",)),
+            Weights(
+                "WAN_I2V_MODEL",
+                "WAN 2.1 image-to-video",
+                ("transformer", "image_encoder"),
+                others=("image_processor/*",),
+            ),
+            Weights(
+                "WAN_FLF2V_MODEL",
+                "WAN 2.1 image-to-video",
+                ("transformer", "image_encoder"),
+                others=("image_processor/*",),
+            ),
+            Weights("WAN_ENHANCER_MODEL", "chat", (".",), others=TOKENIZER),
         ),
         main_model="wan_t2v",
         quality_tiers=("fast", "high"),

@@ -39,7 +39,7 @@ Role = Literal["system", "user", "assistant"]
 KEY_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$"
 Key = Field(pattern=KEY_PATTERN)
 
-#: The user of a job that needs no user and has none.
+#: The user of a job that names none.
 ANONYMOUS = "anonymous"
 
 
@@ -153,7 +153,8 @@ class Job(Wire):
 
     id: str = Key
     type: str
-    user_id: str = Key
+    # A job needs no account. Its files are then stored under this name.
+    user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     callback_url: str | None = Field(None, max_length=MAX_CALLBACK_URL)
     s3_config: S3Config | None = Field(None, validation_alias="s3Config")
 
@@ -186,6 +187,14 @@ class Job(Wire):
     def references(self) -> dict[str, str]:
         """The reference images to fetch before the job computes: role -> URL, data URI or path."""
         return {}
+
+    @property
+    def upload_urls(self) -> tuple[str, ...]:
+        """The caller's own URLs for the job's files, one for each output; none, if there are none.
+
+        Their queries are secrets.
+        """
+        return ()
 
     @property
     def reference_consent(self) -> bool:

@@ -33,14 +33,17 @@ class _OneLine(logging.Formatter):
         return _BREAKS.sub(lambda char: ascii(char[0])[1:-1], super().format(record))
 
 
-def configure(level: str) -> None:
-    """Send our lines to stderr at `level`, and keep libraries from printing prompts."""
+def configure(level: str, audits: bool = True) -> None:
+    """Send our lines to stderr at `level`, and keep libraries from printing prompts.
+
+    `audits` is False only for one job of a person at a terminal.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(level)
     # The audit trail is complete at every level.
-    audit_trail.setLevel(logging.INFO)
+    audit_trail.setLevel(logging.INFO if audits else logging.WARNING)
     # diffusers warns about prompts longer than CLIP's 77 tokens, and quotes them.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

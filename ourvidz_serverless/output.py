@@ -18,15 +18,15 @@ class Output:
     """One picture that a model made, before it is encoded.
 
     `pixels` is uint8, shape (height, width, 3). `metadata` holds the asset's own facts (seed,
-    steps, ...), under the keys of the document. `composite`: a picture from the caller is part of
-    this one.
+    steps, ...), under the keys of the document. A WebP with the `quality` None is lossless.
+    `composite`: a picture from the caller is part of this one.
     """
 
     index: int
     pixels: np.ndarray
     metadata: Mapping[str, Any]
     format: Literal["png", "jpeg", "webp"] = "png"
-    quality: int = 95
+    quality: int | None = 95
     composite: bool = False
 
 

@@ -6,14 +6,12 @@ since it may be a secret.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
+from dataclasses import dataclass
 
 from pydantic import HttpUrl, SecretStr, TypeAdapter
 
-#: Standard Webhooks writes a secret's bytes in base64 after this prefix.
-WEBHOOK_PREFIX = "whsec_"
+from ourvidz_serverless.signatures import webhook_key
 
 #: The characters of a header's value: visible ASCII, without a space (RFC 9110, 5.5).
 _HEADER = re.compile(r"[!-~]+")
@@ -25,6 +23,8 @@ _HTTP_URL = TypeAdapter(HttpUrl)
 _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_SHA256 = re.compile(r"sha256=[0-9a-fA-F]{64}")
 _REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 
 
@@ -53,20 +53,32 @@ def signing_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def webhook_key(secret: str) -> bytes:
-    """The signing key for Standard Webhooks: the base64 after `whsec_`, else the text itself.
+def model_name(text: str) -> str:
+    """A model's name; if it is a URL, its fragment may be the file's hash and nothing else."""
+    url, _, fragment = text.partition("#")
+    is_url = _URL.fullmatch(url) and (not fragment or _SHA256.fullmatch(fragment))
+    if "://" in text and not is_url:
+        raise ValueError("Input should be a model's name, or URL or URL#sha256=64 hex digits")
+    return text
 
-    Raises ValueError if `whsec_` is followed by something other than base64.
-    """
-    if not secret.startswith(WEBHOOK_PREFIX):
-        return secret.encode()
-    try:
-        key = base64.b64decode(secret.removeprefix(WEBHOOK_PREFIX), validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if not key:
-        raise ValueError(f"Input should be base64 after {WEBHOOK_PREFIX}")
-    return key
+
+@dataclass(frozen=True, slots=True)
+class HostToken:
+    """A token that one host is sent."""
+
+    host: str
+    token: SecretStr
+
+    def __str__(self) -> str:
+        return f"{self.host}=***"
+
+
+def host_token(text: str) -> HostToken:
+    """A host, in lower case, and its token, from HOST=TOKEN."""
+    host, _, token = (part.strip() for part in text.partition("="))
+    if not (_HOST.fullmatch(host) and _HEADER.fullmatch(token)):
+        raise ValueError("Input should be HOST=TOKEN, comma-separated")
+    return HostToken(host.lower(), SecretStr(token))
 
 
 def is_bucket(text: str) -> bool:

@@ -32,6 +32,9 @@ from ourvidz_serverless.families import FAMILIES, Family
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 
+#: Where RunPod mounts a network volume: in an endpoint's workers, and in a pod.
+VOLUMES = (Path("/runpod-volume"), Path("/workspace"))
+
 #: The names of `WORKER_API_KEY` in the specification and in the application.
 OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
 KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
@@ -93,12 +96,21 @@ def _rate(value: object) -> object:
     return Rate(int(match[1]), WINDOWS_S[match[2]], f"{match[1]}/{match[2]}")
 
 
+def _host_tokens(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(setting_checks.host_token(pair) for pair in value.split(",") if pair.strip())
+
+
 Url = Annotated[str, AfterValidator(setting_checks.http_url)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(setting_checks.header_secret)]
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 Limit = Annotated[Rate | None, NoDecode, BeforeValidator(_rate)]
 Keys = Annotated[tuple[HeaderSecret, ...], NoDecode, BeforeValidator(_keys)]
+HostTokens = Annotated[
+    tuple[setting_checks.HostToken, ...], NoDecode, BeforeValidator(_host_tokens)
+]
 Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
 
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_words)]
@@ -154,19 +166,23 @@ class FixedSettings(BaseSettings):
 
     # Where weights are.
     model_dirs: Folders = MODEL_DIRS
+    fetch_models: bool = False
+    hf_token: HeaderSecret | None = None
     mmap_weights: Literal["auto", "always", "never"] = "auto"
     warm_up: Literal["auto", "always", "never"] = "auto"
 
     # SDXL.
-    sdxl_model: str = "pocket"
+    sdxl_model: Annotated[str, AfterValidator(setting_checks.model_name)] = "pocket"
     sdxl_config: Path | None = None
     sdxl_min_steps: int = Field(10, ge=1, le=10)
+    sdxl_distilled_steps: int | None = Field(None, ge=1, le=50)
     sdxl_timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     sdxl_max_batch: int = Field(6, ge=1, le=6)
     sdxl_tiny_vae: str | None = None
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None
     lora_hosts: Words = ()
+    lora_host_tokens: HostTokens = ()
     lora_cache_gb: float = Field(10.0, gt=0)
 
     # Chat.
@@ -192,7 +208,7 @@ class FixedSettings(BaseSettings):
     wan_enhancement_prompt: Path = Path(__file__).parent / "models" / "wan" / "enhancement.txt"
 
     # Where assets go.
-    storage_url: str = "file:outputs"
+    storage_url: str = Field(default_factory=lambda: default_storage())
     asset_url_style: Literal["path", "public", "presigned"] = "path"
     presigned_expiry_s: int = Field(3600, ge=60, le=604800)
     bucket_endpoint_url: Url | None = None
@@ -215,6 +231,18 @@ class FixedSettings(BaseSettings):
     job_callback_secret: (
         Annotated[SecretStr, AfterValidator(setting_checks.signing_secret)] | None
     ) = None
+
+    # Traces and metrics, in the names of OpenTelemetry's specification, and the price of a job.
+    otel_exporter_otlp_endpoint: Url | None = None
+    otel_exporter_otlp_traces_endpoint: Url | None = None
+    otel_exporter_otlp_metrics_endpoint: Url | None = None
+    otel_exporter_otlp_protocol: Literal["http/protobuf"] = "http/protobuf"
+    otel_sdk_disabled: bool = False
+    otel_traces_exporter: Literal["otlp", "none"] = "otlp"
+    otel_metrics_exporter: Literal["otlp", "none"] = "otlp"
+    otel_bsp_schedule_delay: int = Field(5000, gt=0)
+    otel_metric_export_interval: int = Field(60_000, gt=0)
+    gpu_price_per_second: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     # Keys, limits and references.
     worker_api_key: Keys = ()
@@ -289,6 +317,11 @@ class FixedSettings(BaseSettings):
         """The value of a variable, by its name in the environment."""
         return getattr(self, variable.lower())
 
+    def token_for(self, host: str) -> str | None:
+        """The token of `LORA_HOST_TOKENS` for a host."""
+        tokens = {each.host: each.token.get_secret_value() for each in self.lora_host_tokens}
+        return tokens.get(host.lower())
+
     @property
     def wan_uses_chat_model(self) -> bool:
         """Whether the chat model of this worker also enhances WAN's prompts."""
@@ -303,6 +336,20 @@ class FixedSettings(BaseSettings):
         if self.callback_url or not self.supabase_url:
             return self.callback_url
         return f"{self.supabase_url.rstrip('/')}/functions/v1/job-callback"
+
+
+def otlp_url(settings: Settings, signal: Literal["traces", "metrics"]) -> str | None:
+    """Where OpenTelemetry's traces or metrics are sent; None if they are not wanted.
+
+    It is the signal's own endpoint as it is, or the common endpoint with `/v1/traces` or
+    `/v1/metrics` (https://opentelemetry.io/docs/specs/otel/protocol/exporter/).
+    """
+    is_off = settings.otel_sdk_disabled or settings.value_of(f"OTEL_{signal}_EXPORTER") == "none"
+    if is_off:
+        return None
+    own: str | None = settings.value_of(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    common = settings.otel_exporter_otlp_endpoint
+    return own or (f"{common.rstrip('/')}/v1/{signal}" if common else None)
 
 
 def _family_fields() -> dict[str, Any]:
@@ -345,6 +392,8 @@ def read_for_worker() -> Settings:
 
 def storage_problems(settings: Settings) -> Iterator[str]:
     """Why assets cannot be stored at `STORAGE_URL`, one line for each reason."""
+    if settings.storage_url == "inline:":
+        return
     scheme, bucket, _ = storage_place(settings)
     if scheme == "s3":
         if not setting_checks.is_bucket(bucket):
@@ -355,7 +404,27 @@ def storage_problems(settings: Settings) -> Iterator[str]:
         if not (settings.supabase_url and settings.supabase_service_key):
             yield "STORAGE_URL: needs SUPABASE_URL and SUPABASE_SERVICE_KEY"
     elif scheme != "file" or settings.storage_url in ("file:", "file://"):
-        yield "STORAGE_URL: Input should be file:FOLDER, s3://BUCKET or supabase://BUCKET"
+        yield "STORAGE_URL: Input should be inline:, file:FOLDER, s3://BUCKET or supabase://BUCKET"
+
+
+def unreachable_storage(settings: Settings) -> str | None:
+    """Why nobody can read what is stored, in one line; None if somebody can."""
+    scheme, _, folder = settings.storage_url.partition(":")
+    is_elsewhere = scheme != "file" or settings.serve == "http" or not is_on_runpod()
+    if is_elsewhere or any(Path(folder.removeprefix("//")).is_relative_to(v) for v in VOLUMES):
+        return None
+    return (
+        "STORAGE_URL: nobody can reach the disk of this container on RunPod: inline: puts assets "
+        "into the document, and s3:// or supabase:// stores them in a bucket"
+    )
+
+
+def default_storage() -> str:
+    """Where assets go without `STORAGE_URL`: on RunPod into the document, else into a folder.
+
+    Nobody can reach a folder in one of RunPod's containers.
+    """
+    return "inline:" if is_on_runpod() else "file:outputs"
 
 
 def storage_place(settings: Settings) -> tuple[str, str, str]:

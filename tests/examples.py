@@ -8,6 +8,8 @@ PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "usual")
 
 #: The examples of each profile, by the number of the usual ones.
 FACTORS = {"usual": 1, "deep": 20}
+if PROFILE not in FACTORS:
+    raise ValueError(f"HYPOTHESIS_PROFILE: {PROFILE} is none of {', '.join(FACTORS)}")
 
 
 def load_profile() -> None:

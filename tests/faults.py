@@ -18,10 +18,9 @@ from typing import Any
 from PIL import Image
 
 from ourvidz_serverless.delivery.callback import Callback
-from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.document import Document
-from ourvidz_serverless.guard.rate_limits import RateLimits, RedisCounter
+from ourvidz_serverless.guard.rate_limits import FallbackCounter, RateLimits, UpstashCounter
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.references.policy import ReferencePolicy
@@ -112,23 +111,12 @@ class Dependencies:
             )
 
     def bucket(self, script: list[Fault], retry: Retry) -> Outcome:
-        def store_at(endpoint: str) -> S3Storage:
-            return S3Storage(
-                bucket=self.s3.bucket,
-                endpoint=endpoint,
-                key_id=self.s3.access_key,
-                secret=self.s3.secret_key,
-                region="us-east-1",
-                policy=retry,
-            )
-
-        direct = store_at(self.s3.endpoint)
+        direct = self.s3.storage()
         for key in sorted(direct.keys()):
             direct.delete(key)
         with BrokenProxy(self.s3.endpoint, script) as proxy:
-            return self._run(
-                proxy, sdxl_payload(), lambda: sorted(direct.keys()), storage=store_at(proxy.url)
-            )
+            store = self.s3.storage(endpoint=proxy.url, policy=retry)
+            return self._run(proxy, sdxl_payload(), lambda: sorted(direct.keys()), storage=store)
 
     def receiver(self, script: list[Fault], retry: Retry) -> Outcome:
         with CallbackReceiver() as server, BrokenProxy(server.url, script) as proxy:
@@ -143,7 +131,8 @@ class Dependencies:
         ):
             settings = Settings(rate_limit_user=str(RATE), rate_limit_fail_open=fail_open)
             redis = Upstash(proxy.url, rest_server.token)
-            limits = RateLimits({"user": RATE}, RedisCounter(redis, "e", retry))
+            shared = UpstashCounter(redis, "e", retry)
+            limits = RateLimits({"user": RATE}, FallbackCounter(shared) if fail_open else shared)
             return self._run(
                 proxy,
                 sdxl_payload(),

@@ -189,7 +189,7 @@ class Soak:
         payload = sdxl_payload(id=job, prompt=fault)
         match fault:
             case "an invalid payload":
-                payload["config"] = {"num_images": 2}
+                payload["config"] = {"num_images": 7}
             case "a text that the floor refuses":
                 payload["prompt"] = "nude child"
             case "a missing reference":

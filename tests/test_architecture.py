@@ -1,4 +1,4 @@
-"""The structure of the package: the README's map is the tree, and imports form no cycle."""
+"""docs/architecture.md: its map is the tree, its recipes work; imports form no cycle."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from tests.files import ROOT
 from tests.patience import PATIENCE_S
 
 PACKAGE = ROOT / "ourvidz_serverless"
-README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def name_of(path: Path) -> str:
@@ -36,16 +36,16 @@ def imported(path: Path) -> set[str]:
     return found & MODULES.keys() - {name_of(path)}
 
 
-def test_the_readmes_map_lists_what_lies_in_the_package() -> None:
-    block = README[README.index("    ourvidz_serverless/\n") :].split("\n\n")[0]
+def test_the_map_lists_what_lies_in_the_package() -> None:
+    block = ARCHITECTURE[ARCHITECTURE.index("    ourvidz_serverless/\n") :].split("\n\n")[0]
     listed = re.findall(r"^ {6}(\S+?)/? ", block, re.MULTILINE)
 
-    there = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
+    there = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
     assert sorted(listed) == sorted(there)
 
 
-def test_the_readmes_map_lists_folders_that_exist() -> None:
-    block = README[README.index("    handler.py") :].split("\n\n")[0]
+def test_the_map_lists_folders_that_exist() -> None:
+    block = ARCHITECTURE[ARCHITECTURE.index("    handler.py") :].split("\n\n")[0]
     folders = re.findall(r"^ {4}(\S+)/ ", block, re.MULTILINE)
 
     assert folders
@@ -71,8 +71,6 @@ def test_importlib_is_used_once_for_the_table_of_families() -> None:
 
 
 # --- the recipes of docs/architecture.md, applied to a copy ---
-
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def applied(folder: Path, title: str) -> Path:

@@ -125,7 +125,7 @@ def test_the_line_of_a_refused_reply_has_the_rule(local: MakeLocal, trail: Trail
     [
         sdxl_payload(prompt="a zebra", negative_prompt="zebra", config={"image": "zebra/x.png"}),
         sdxl_payload(prompt="zebra nude child", api_key="zebra"),
-        sdxl_payload(prompt="zebra", config={"num_images": 2}),
+        sdxl_payload(prompt="zebra", config={"num_images": 7}),
         chat_payload(messages=[{"role": "user", "content": "a zebra"}]),
         sdxl_payload(type="zebra"),
     ],

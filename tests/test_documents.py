@@ -14,10 +14,12 @@ from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "SECURITY.md", "NOTICE")),
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "NOTICE", "CHANGELOG.md")),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "AGENTS.md")),
     *sorted(ROOT.glob("docs/*.md")),
     *(ROOT / folder / "README.md" for folder in ("contract", "clients/typescript")),
     *sorted(ROOT.glob("pocket/*/README.md")),
+    ROOT / ".runpod/README.md",
 ]
 
 PACKAGE = ROOT / "ourvidz_serverless"
@@ -28,7 +30,10 @@ ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
 VARIABLES = {name.upper() for name in Settings.model_fields}
 
 #: Files of the application, and files that are built.
-ELSEWHERE = ("src/", ".cache/")
+ELSEWHERE = ("src/", ".cache/", ".venv/")
+
+#: Links to the repository's pages beside its files, as GitHub resolves them.
+ON_GITHUB = "../../actions/"
 
 MODULES = r"(?:ourvidz_serverless|builder|benchmarks|tests)"
 
@@ -64,7 +69,7 @@ def test_a_file_that_a_document_names_exists(document: Path, word: str) -> None:
     assert any(next(place, None) for place in places)
 
 
-@each(r"\]\((?!\w+:)([^)\s]+)\)")
+@each(r"\]\((?!\w+:)([^)\s]+)\)", lambda _, word: not word.startswith(ON_GITHUB))
 def test_a_link_leads_to_a_file_and_to_a_heading_in_it(document: Path, word: str) -> None:
     path, _, anchor = word.partition("#")
     target = document.parent / path if path else document
@@ -125,3 +130,61 @@ def test_the_tests_that_a_document_names_exist(document: Path) -> None:
     tests = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
 
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+@each(r'<img src="([^"]+)"')
+def test_a_picture_of_a_document_exists(document: Path, word: str) -> None:
+    assert (document.parent / word).exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_row_of_a_table_has_as_many_cells_as_its_head(document: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+
+    def num_cells(row: str) -> int:
+        # A bar splits a row also in backticks, unless it is escaped.
+        return len(re.findall(r"(?<!\\)\|", row))
+
+    assert [
+        row for head, *rows in tables for row in rows if num_cells(row) != num_cells(head)
+    ] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        found |= new
+        new = {page for each in new for page in linked(each)} - found
+
+    assert {page for page in DOCUMENTS if page not in found} == {ROOT / "AGENTS.md"}
+
+
+def linked(page: Path) -> set[Path]:
+    """The documents that a document has links to."""
+    links = re.findall(r"\]\(([\w./-]+)", page.read_text())
+    return {(page.parent / link).resolve() for link in links} & set(DOCUMENTS)
+
+
+def test_the_words_of_the_glossary_are_in_order_and_in_use() -> None:
+    glossary = ROOT / "docs/glossary.md"
+    words = re.findall(r"^\| ([a-z ]+) \| ", glossary.read_text(), re.MULTILINE)[1:]
+    others = " ".join(page.read_text().lower() for page in DOCUMENTS if page != glossary)
+
+    assert words == sorted(words)
+    assert [word for word in words if not re.search(rf"\b{word}", others)] == []
+
+
+def test_the_readmes_share_of_time_is_that_of_the_benchmark() -> None:
+    table = (
+        (ROOT / "docs/benchmarks.md").read_text().split("**Seconds lost a job under a backlog**")[1]
+    )
+    shares = re.findall(r"\| (worker|baseline handler) \|.*\| ([\d.]+) % \|", table)
+    worker, handler = (
+        [round(float(share)) for name, share in shares if name == variant]
+        for variant in ("worker", "baseline handler")
+    )
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"in use for {min(worker)} to {max(worker)} % of the time" in readme
+    assert f"for {min(handler)} to {max(handler)} % with a plain handler" in readme

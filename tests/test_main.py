@@ -93,7 +93,7 @@ def test_serve_takes_one_job_from_the_options_of_runpods_sdk(tmp_path: Path) -> 
 
     done = warm_python.run(
         ["-m", "ourvidz_serverless", "serve", "--test_input", question],
-        env=environment(**warm_python.ENVIRONMENT, STORAGE_URL=f"file:{tmp_path}"),
+        env=environment(**warm_python.ENVIRONMENT, STORAGE_URL=f"file:{tmp_path}", VERBOSE="1"),
         cwd=ROOT,
         timeout=PATIENCE_S,
     )

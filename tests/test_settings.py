@@ -1,6 +1,7 @@
 """The settings, and the document that describes them."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,38 @@ def test_whitespace_around_a_secret_is_removed(
     monkeypatch.setenv(name, value)
 
     assert getattr(settings.read(), name.lower()).get_secret_value() == value.strip()
+
+
+@pytest.mark.parametrize("value", ["civitai.com", "=token", "https://civitai.com=token", "a.b=t k"])
+def test_host_tokens_of_another_form_end_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("LORA_HOST_TOKENS", value)
+
+    with pytest.raises(ModelLoadError, match=r"^LORA_HOST_TOKENS: Input should be HOST=TOKEN"):
+        settings.read()
+
+
+def test_a_host_is_sent_its_own_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_HOST_TOKENS", "Civitai.com = hush==, huggingface.co=two")
+
+    found = settings.read()
+
+    hosts = ["civitai.com", "CIVITAI.COM", "huggingface.co", "cdn.civitai.com"]
+    assert [found.token_for(host) for host in hosts] == ["hush==", "hush==", "two", None]
+    assert "hush" not in repr(found)
+
+
+@pytest.mark.parametrize("value", ["ftp://host/x", "https://", "https://host/x#sha256=0"])
+def test_a_model_by_an_invalid_url_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("SDXL_MODEL", value)
+
+    with pytest.raises(
+        ModelLoadError, match=r"^SDXL_MODEL: Input should be a model's name, or URL"
+    ):
+        settings.read()
 
 
 @pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "WORKER_API_KEY", "RUNPOD_API_KEY"])
@@ -212,6 +245,27 @@ def test_on_runpod_the_pocket_model_may_be_named(monkeypatch: pytest.MonkeyPatch
     assert worker_settings(monkeypatch, **env).sdxl_model == "pocket"
 
 
+@pytest.mark.parametrize("variable", ON_RUNPOD)
+def test_on_runpod_assets_go_into_the_document_by_default(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    env = {"SDXL_MODEL": "pocket", variable: "something"}
+
+    assert worker_settings(monkeypatch, **env).storage_url == "inline:"
+
+
+def test_on_runpod_a_named_folder_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"RUNPOD_POD_ID": "pod", "SDXL_MODEL": "pocket", "STORAGE_URL": "file:outputs"}
+
+    assert worker_settings(monkeypatch, **env).storage_url == "file:outputs"
+
+
+def test_outside_of_runpod_assets_go_into_a_folder_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert worker_settings(monkeypatch).storage_url == "file:outputs"
+
+
 def test_outside_of_runpod_the_pocket_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_settings(monkeypatch).sdxl_model == "pocket"
 
@@ -309,3 +363,57 @@ def test_settings_override_concurrency_and_backlog(
 
     assert (settings.exclusive_places, settings.shared_places) == (exclusive, shared)
     assert settings.resolved_backlog == backlog
+
+
+# --- where telemetry is sent ---
+
+COLLECTOR, OTHER = "http://collector:4318", "https://metrics.example/otlp?key=k"
+
+
+@pytest.mark.parametrize(
+    ("values", "traces", "metrics"),
+    [
+        ({}, None, None),
+        (
+            {"otel_exporter_otlp_endpoint": COLLECTOR},
+            f"{COLLECTOR}/v1/traces",
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        (
+            {"otel_exporter_otlp_endpoint": f"{COLLECTOR}/"},
+            f"{COLLECTOR}/v1/traces",
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        (
+            {
+                "otel_exporter_otlp_endpoint": COLLECTOR,
+                "otel_exporter_otlp_metrics_endpoint": OTHER,
+            },
+            f"{COLLECTOR}/v1/traces",
+            OTHER,
+        ),
+        ({"otel_exporter_otlp_traces_endpoint": OTHER}, OTHER, None),
+        (
+            {"otel_exporter_otlp_endpoint": COLLECTOR, "otel_traces_exporter": "none"},
+            None,
+            f"{COLLECTOR}/v1/metrics",
+        ),
+        ({"otel_exporter_otlp_endpoint": COLLECTOR, "otel_sdk_disabled": True}, None, None),
+    ],
+)
+def test_each_signal_has_its_own_endpoint_or_a_path_at_the_common_one(
+    values: dict[str, Any], traces: str | None, metrics: str | None
+) -> None:
+    config = Settings(**values)
+
+    assert settings.otlp_url(config, "traces") == traces
+    assert settings.otlp_url(config, "metrics") == metrics
+
+
+def test_a_protocol_that_telemetry_does_not_speak_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+
+    with pytest.raises(ModelLoadError, match=r"OTEL_EXPORTER_OTLP_PROTOCOL: .*http/protobuf"):
+        settings.read()

@@ -26,20 +26,37 @@ export interface ClientOptions extends Connection {
  */
 export type Untyped<T extends { type: string }> = string extends T["type"] ? T : never;
 
+/**
+ * A payload that names no type. A worker of one family runs it as the family's own type, so a client
+ * takes it if it has the endpoints of one family.
+ */
+export interface Typeless {
+  type?: undefined;
+  id?: string;
+  user_id?: string | null;
+  prompt?: string | null;
+  [field: string]: unknown;
+}
+
 /** The family of a job's type, from any field that may name it. Throws TypeError for no type. */
 export function familyOf(job: Job): Family;
 export function familyOf<const T extends { type: string }>(job: T & Untyped<T>): Family;
 export function familyOf(job: object): Family {
+  const name = typeOf(job);
+  const family = FAMILY_OF[SYNONYMS[name as keyof typeof SYNONYMS] ?? name as JobType];
+  if (family === undefined) throw new TypeError(`${name} is no job type`);
+  return family;
+}
+
+/** What a job names as its type; undefined if it names nothing. */
+function typeOf(job: object): string | undefined {
   // The application's older chat payloads name the type only in `config`.
   const { type, job_type, config } = job as {
     type?: string;
     job_type?: string;
     config?: { job_type?: string };
   };
-  const name = type || job_type || config?.job_type;
-  const family = FAMILY_OF[SYNONYMS[name as keyof typeof SYNONYMS] ?? name as JobType];
-  if (family === undefined) throw new TypeError(`${name} is no job type`);
-  return family;
+  return type || job_type || config?.job_type || undefined;
 }
 
 export class Client {
@@ -50,7 +67,7 @@ export class Client {
   }
 
   /** Queue a job on its family's endpoint. Throws RequestFailed. */
-  submit(job: Job, s3Config?: object): Promise<SubmittedJob>;
+  submit(job: Job | Typeless, s3Config?: object): Promise<SubmittedJob>;
   submit<const T extends { type: string }>(
     job: T & Untyped<T>,
     s3Config?: object,
@@ -62,7 +79,7 @@ export class Client {
   }
 
   /** Submit a job and wait for its result. Throws JobFailed. */
-  run(job: Job, timeoutMs?: number, s3Config?: object): Promise<Result>;
+  run(job: Job | Typeless, timeoutMs?: number, s3Config?: object): Promise<Result>;
   run<const T extends { type: string }>(
     job: T & Untyped<T>,
     timeoutMs?: number,
@@ -73,7 +90,7 @@ export class Client {
   }
 
   /** `run` in one request, for a job that takes `waitMs` at most. Throws JobFailed. */
-  runsync(job: Job, waitMs?: number, s3Config?: object): Promise<Result>;
+  runsync(job: Job | Typeless, waitMs?: number, s3Config?: object): Promise<Result>;
   runsync<const T extends { type: string }>(
     job: T & Untyped<T>,
     waitMs?: number,
@@ -120,10 +137,19 @@ export class Client {
     return endpoints[loads.indexOf(Math.min(...loads))];
   }
 
-  /** Every worker runs admin jobs: the target's family gets the job, or else the first family. */
+  /**
+   * The family whose endpoint gets a job. Every worker runs admin jobs: the target's family gets the
+   * job, or else the first family. A job that names no type goes to the only family.
+   */
   #family(job: Job): Family {
-    const family = familyOf(job);
     const endpoints = this.#options.endpoints;
+    const [only, ...others] = (Object.keys(endpoints) as Family[])
+      .filter((each) => each !== "admin" && endpoints[each]?.length);
+    if (typeOf(job) === undefined) {
+      if (only && !others.length) return only;
+      throw new TypeError("type: needed by a client of several families");
+    }
+    const family = familyOf(job);
     if (family !== "admin" || endpoints.admin?.length) return family;
     const { config, target_worker } = job as AdminJob;
     const about = config?.target_worker ?? target_worker;

@@ -136,20 +136,22 @@ interface RequestOptions extends RequestLimits {
 
 /**
  * What `read` returns for an answer. Tries again after 408, 425, 429, 5xx and an incomplete answer:
- * with exponential backoff and jitter, and not before `Retry-After`. Throws RequestFailed.
+ * with exponential backoff and jitter, and not before `Retry-After`. Throws RequestFailed, also for
+ * an answer that `accepts` refuses: without it, one whose status is not 2xx.
  */
 export async function fetchAgain<T>(
   url: string,
   init: RequestInit,
   { retry, timeoutMs = TIMEOUT_MS, fetch = globalThis.fetch }: Omit<Connection, "apiKey">,
   read: (answer: Response) => Promise<T>,
+  accepts: (answer: Response) => boolean | Promise<boolean> = ({ ok }) => ok,
 ): Promise<T> {
   const { tries, baseMs, maxMs } = { ...RETRY, ...retry };
   for (let failures = 1;; failures++) {
     let failed: RequestFailed;
     try {
       const answer = await fetch(url, { ...init, signal: AbortSignal.timeout(timeoutMs) });
-      if (answer.ok) return await read(answer);
+      if (await accepts(answer)) return await read(answer);
       const askedMs = (Number(answer.headers.get("Retry-After")) || 0) * 1000;
       failed = new RequestFailed(answer.status, await errorText(answer), askedMs);
     } catch (error) {
@@ -162,7 +164,7 @@ export async function fetchAgain<T>(
 }
 
 /** The answer's JSON. Throws TypeError unless it is an object with this field. */
-async function documentWith<T>(answer: Response, field: string): Promise<T> {
+export async function documentWith<T>(answer: Response, field: string): Promise<T> {
   const document = await answer.json();
   if (typeof document === "object" && document !== null && field in document) return document as T;
   throw new TypeError(`the answer has no ${field}`);

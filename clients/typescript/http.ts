@@ -1,12 +1,26 @@
-// Chat over the worker's HTTP service, answered on the request.
+// The worker's HTTP service: chat, answered on the request, and jobs of any type.
 
-import { type Connection, fetchAgain, RequestFailed } from "./endpoint.ts";
-import type { ChatJob, Usage } from "./types.ts";
+import type { Typeless, Untyped } from "./client.ts";
+import {
+  type Connection,
+  documentWith,
+  fetchAgain,
+  RequestFailed,
+  type RequestLimits,
+} from "./endpoint.ts";
+import { FaceJob, type FaceJobName } from "./http_job.ts";
+import type { ChatJob, Job, Usage } from "./types.ts";
 
 /** How long to wait for a reply; twice as long if it may have more than `LONG_REPLY_TOKENS`. */
 const REPLY_MS = 45_000;
 const LONG_REPLY_TOKENS = 512;
 const STREAM_MS = 600_000;
+
+/**
+ * The header in which RunPod's load balancer names the worker that answered, and in which a caller
+ * asks for a worker (https://docs.runpod.io/serverless/load-balancing/worker-affinity).
+ */
+const WORKER_HEADER = "X-Runpod-Worker-Id";
 
 /** A chat's payload without its type, which the route decides. */
 export type ChatCall = Omit<ChatJob, "type">;
@@ -28,13 +42,39 @@ export interface FaceOptions extends Omit<Connection, "baseUrl"> {
   workerKey?: string;
 }
 
-/** Calls one worker's HTTP service. */
+/** Calls the HTTP service of one worker, or of several behind RunPod's load balancer. */
 export class Face {
   readonly #options: FaceOptions;
 
   constructor(options: FaceOptions) {
-    // A second try would come too late for the user.
-    this.#options = { retry: { tries: 1 }, ...options };
+    this.#options = options;
+  }
+
+  /** Queue a job of any type on a worker. Throws RequestFailed, also for a job that is refused. */
+  submit(job: Job | Typeless, s3Config?: object): Promise<FaceJob>;
+  submit<const T extends { type: string }>(
+    job: T & Untyped<T>,
+    s3Config?: object,
+  ): Promise<FaceJob>;
+  submit(job: object, s3Config?: object): Promise<FaceJob> {
+    const { id, job_id, user_id } = job as Job;
+    const input = { ...job, id: id || job_id || crypto.randomUUID() };
+    const request = { body: s3Config ? { input, s3Config } : { input } };
+    return this.#send("POST", "jobs", request, async (answer) => {
+      const taken = await documentWith<{ job_id: string }>(answer, "job_id");
+      const worker = answer.headers.get(WORKER_HEADER) ?? undefined;
+      return this.job({ id: taken.job_id, userId: user_id ?? undefined, worker });
+    }, namesJob);
+  }
+
+  /** A job that was submitted before. */
+  job(name: FaceJobName): FaceJob {
+    return new FaceJob(name, (method, rest, limits = {}) => {
+      const user = name.userId ? `?user_id=${encodeURIComponent(name.userId)}` : "";
+      const path = `job/${encodeURIComponent(name.id)}${rest}${user}`;
+      const request = { worker: name.worker, ...limits };
+      return this.#send(method, path, request, (answer) => documentWith(answer, "status"));
+    });
   }
 
   /** The next reply of a conversation, in `response`. Throws RequestFailed with the error's text. */
@@ -74,16 +114,42 @@ export class Face {
     timeoutMs: number,
     read: (answer: Response) => Promise<T>,
   ): Promise<T> {
+    // A second try would come too late for the user.
+    const limits = { timeoutMs, retry: { tries: 1 }, ...this.#options };
+    return this.#send("POST", route, { body: call, ...limits }, read);
+  }
+
+  #send<T>(
+    method: string,
+    path: string,
+    { body, worker, ...limits }: FaceRequest,
+    read: (answer: Response) => Promise<T>,
+    accepts?: (answer: Response) => Promise<boolean>,
+  ): Promise<T> {
     const { url, apiKey, workerKey } = this.#options;
     const headers = {
       Authorization: `Bearer ${apiKey}`,
       "Content-Type": "application/json",
       ...(workerKey ? { "X-API-Key": workerKey } : {}),
+      // Strict, since another worker does not know the job and would answer 404.
+      ...(worker ? { [WORKER_HEADER]: `strict ${worker}` } : {}),
     };
-    const init = { method: "POST", headers, body: JSON.stringify(call) };
-    const options = { timeoutMs, ...this.#options };
-    return fetchAgain(`${url.replace(/\/$/, "")}/${route}`, init, options, read);
+    const init = { method, headers, ...(body ? { body: JSON.stringify(body) } : {}) };
+    const options = { ...this.#options, ...limits };
+    return fetchAgain(`${url.replace(/\/$/, "")}/${path}`, init, options, read, accepts);
   }
+}
+
+/** Whether a job was taken. One that fails at once is answered with the status of its failure. */
+async function namesJob(answer: Response): Promise<boolean> {
+  if (answer.ok) return true;
+  const body = await answer.clone().json().catch(() => null);
+  return typeof body?.job_id === "string";
+}
+
+interface FaceRequest extends RequestLimits {
+  body?: object;
+  worker?: string;
 }
 
 async function* events(

@@ -91,7 +91,7 @@ export class SubmittedJob implements JobName {
 }
 
 /** Polls for one job until the caller's time is over. Each request is tried once. */
-class Polls {
+export class Polls {
   readonly #timeoutMs: number;
   readonly #endMs: number;
   #failed?: RequestFailed;

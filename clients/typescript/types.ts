@@ -37,10 +37,13 @@ export interface Lora {
   name?: string | null;
   url?: string | null;
   scale?: number;
+  /** made for few steps: LCM, Lightning, Hyper, DMD2; allows 1 step and more */
+  distilled?: boolean;
 }
 
 export interface SdxlConfig {
-  num_images?: 1 | 3 | 6 | null;
+  num_images?: number | null;
+  loras?: Lora[] | null;
   guidance_scale?: number | null;
   /** 1024x1024 */
   resolution?: string | null;
@@ -50,11 +53,11 @@ export interface SdxlConfig {
   image?: string | null;
   denoise_strength?: number | null;
   scheduler?: "euler" | "euler_a" | "dpmpp_2m" | "dpmpp_2m_karras" | "dpmpp_sde" | "unipc" | "ddim" | "lcm" | null;
-  loras?: Lora[] | null;
   resize_mode?: "crop" | "pad" | "stretch" | null;
   reference_required?: boolean | null;
   output_format?: "png" | "jpeg" | "webp" | null;
   quality?: number | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */
@@ -80,7 +83,7 @@ export interface SdxlJob {
   /** RunPod's own id serves where it is missing */
   id?: string;
   type: "sdxl_image_fast" | "sdxl_image_high";
-  user_id: string;
+  user_id?: string | null;
   callback_url?: string | null;
   prompt?: string | null;
   negative_prompt?: string | null;
@@ -205,6 +208,7 @@ export interface WanConfig {
   denoise_strength?: number | null;
   resize_mode?: "crop" | "pad" | "stretch" | null;
   reference_required?: boolean | null;
+  upload_urls?: string[] | null;
   speed?: "exact" | "balanced" | "fast" | null;
   num_inference_steps?: number | null;
   /** the same as config.num_inference_steps */
@@ -234,7 +238,7 @@ export interface WanJob {
   /** RunPod's own id serves where it is missing */
   id?: string;
   type: "image_fast" | "image_high" | "video_fast" | "video_high" | "image7b_fast_enhanced" | "image7b_high_enhanced" | "video7b_fast_enhanced" | "video7b_high_enhanced";
-  user_id: string;
+  user_id?: string | null;
   callback_url?: string | null;
   prompt?: string | null;
   negative_prompt?: string | null;
@@ -285,7 +289,7 @@ export interface RunRequest {
   s3Config?: Record<string, unknown>;
 }
 
-/** One output. `url` is a path in the bucket, unless the worker's ASSET_URL_STYLE says else. */
+/** One output. `url` is a path in the bucket, a link, or a `data:` URI with the whole file. */
 export interface Asset {
   type: "image" | "video" | "text";
   url: string;
@@ -313,7 +317,7 @@ export interface AssetMetadata {
   [key: string]: unknown;
 }
 
-/** What the worker knows of the whole job; `timings` are seconds by stage. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
+/** What the worker knows of the whole job; `timings` are seconds by stage. `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
 export interface DocumentMetadata {
   processing_time?: number | null;
   timings?: Record<string, number> | null;
@@ -323,6 +327,7 @@ export interface DocumentMetadata {
   frame_num?: number | null;
   fps?: number | null;
   vram_used?: number | null;
+  cost?: number | null;
   warnings?: string[] | null;
   error_type?: "CANCELLED" | "CONTENT_REFUSED" | "INTERNAL_ERROR" | "INVALID_PROMPT" | "MODEL_LOAD_ERROR" | "OOM_ERROR" | "RATE_LIMITED" | "REFERENCE_FRAME_ERROR" | "TIMEOUT_ERROR" | "UNAUTHORIZED" | "UPLOAD_ERROR" | "WORKER_UNAVAILABLE" | null;
   model?: string | null;

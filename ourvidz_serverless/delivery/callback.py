@@ -1,27 +1,26 @@
 """A document is signed and posted to the application, in several tries; no redirect is followed.
 
-There are two signatures: `X-Callback-Signature`, which the edge function verifies, and the three
-headers of Standard Webhooks (https://www.standardwebhooks.com). Both sign the posted bytes.
+`signatures` has the two signatures of a document. Both sign the posted bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import hmac
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from ourvidz_serverless.context import NO_TRACE, Trace
 from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.document import Document
 from ourvidz_serverless.net.addresses import is_listed
 from ourvidz_serverless.net.retries import Retry, is_transient, retry
 from ourvidz_serverless.net.supabase import Project
 from ourvidz_serverless.net.transport import Transport
-from ourvidz_serverless.setting_checks import webhook_key
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.signatures import signatures
 
 #: A try may take long: the receiver marks the job before it inserts the assets.
 RETRY = Retry(try_s=30.0)
@@ -35,6 +34,21 @@ _URL = re.compile(
 
 #: How long all tries of one document may take together, in seconds.
 DELIVERY_S = 75.0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A document as it is posted, and the job and status that it is about."""
+
+    body: bytes
+    job_id: str
+    status: str
+
+    @classmethod
+    def of(cls, document: Document) -> Message:
+        """The message of a document, whose values are plain JSON."""
+        body = json.dumps(document.callback(), allow_nan=False).encode()
+        return cls(body, document.job_id, document.status)
 
 
 class Callback:
@@ -70,35 +84,37 @@ class Callback:
         )
 
     def post(
-        self, document: Document, job_url: str | None = None, deadline: Deadline = NEVER
+        self,
+        document: Document,
+        job_url: str | None = None,
+        deadline: Deadline = NEVER,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Deliver a document, in three tries within `DELIVERY_S`; do nothing if there is no URL.
 
         `job_url` is the payload's own URL. It is used only if its host is allowed. Raises Fault
         with the status of the last try.
         """
-        body = json.dumps(document.callback(), allow_nan=False).encode()
-        self.deliver(body, document.job_id, document.status, job_url, deadline)
+        self.deliver(Message.of(document), job_url, deadline, trace)
 
     def deliver(
         self,
-        body: bytes,
-        job_id: str,
-        status: str,
+        message: Message,
         job_url: str | None = None,
         deadline: Deadline = NEVER,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Deliver a document whose bytes are given, as `post` does."""
         url = self._target(job_url)
         if not url:
             return
-        message_id = webhook_id(job_id, status)
-        retry(
-            lambda: self._try(url, body, message_id),
-            on=is_transient,
-            policy=self._policy,
-            deadline=deadline.within(DELIVERY_S),
-        )
+        with trace.span("callback", status=message.status):
+            retry(
+                lambda: self._try(url, message, trace.headers),
+                on=is_transient,
+                policy=self._policy,
+                deadline=deadline.within(DELIVERY_S),
+            )
 
     def _target(self, job_url: str | None) -> str | None:
         match = _URL.fullmatch(job_url) if job_url else None
@@ -106,16 +122,18 @@ class Callback:
             return job_url
         return self._url
 
-    def _try(self, url: str, body: bytes, message_id: str) -> None:
-        headers = self._headers(body, message_id, int(self._clock()))
+    def _try(self, url: str, message: Message, trace_headers: Mapping[str, str]) -> None:
+        headers = {**trace_headers, **self._headers(message, int(self._clock()))}
         if url == self._url:
             headers |= self._key
-        self._transport.send("POST", url, data=body, headers=headers, within_s=self._policy.try_s)
+        within_s = self._policy.try_s
+        self._transport.send("POST", url, data=message.body, headers=headers, within_s=within_s)
 
-    def _headers(self, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
+    def _headers(self, message: Message, timestamp: int) -> dict[str, str]:
+        message_id = webhook_id(message.job_id, message.status)
         headers = {"Content-Type": "application/json", "webhook-id": message_id}
         if self._secret:
-            headers |= signatures(self._secret, body, message_id, timestamp)
+            headers |= signatures(self._secret, message.body, message_id, timestamp)
         return headers
 
 
@@ -127,14 +145,3 @@ def webhook_id(job_id: str, status: str) -> str:
     """
     digest = hashlib.sha256(f"{job_id}.{status}".encode()).hexdigest()
     return f"msg_{digest[:32]}"
-
-
-def signatures(secret: str, body: bytes, message_id: str, timestamp: int) -> dict[str, str]:
-    """The headers with both signatures of a body. `timestamp` is in seconds, new at each try."""
-    signed = f"{message_id}.{timestamp}.".encode() + body
-    webhook = base64.b64encode(hmac.digest(webhook_key(secret), signed, "sha256")).decode()
-    return {
-        "X-Callback-Signature": f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}",
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"v1,{webhook}",
-    }

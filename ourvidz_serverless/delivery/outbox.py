@@ -59,7 +59,8 @@ class Outbox:
         The post counts towards the job's time, and ends when the job is stopped.
         """
         reason = _tried(
-            document.job_id, lambda: self._callback.post(document, url, context.deadline)
+            document.job_id,
+            lambda: self._callback.post(document, url, context.deadline, context.trace),
         )
         if reason:
             log.warning("job %s could not be announced: %s", document.job_id, reason)
@@ -74,7 +75,9 @@ class Outbox:
         has_no_key = _has_no_key(document.failure and document.failure.code)
         url = None if has_no_key else url
         deadline = self._deadline(context, DELIVERY_S)
-        reason = _tried(document.job_id, lambda: self._callback.post(document, url, deadline))
+        reason = _tried(
+            document.job_id, lambda: self._callback.post(document, url, deadline, context.trace)
+        )
         if reason is None:
             return document
         log.warning("callback of job %s was not delivered: %s", document.job_id, reason)

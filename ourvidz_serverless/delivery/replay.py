@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ourvidz_serverless import settings
-from ourvidz_serverless.delivery.callback import Callback
+from ourvidz_serverless.delivery.callback import Callback, Message
 from ourvidz_serverless.delivery.storage.base import Storage
 from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.errors import ModelLoadError
@@ -30,11 +30,9 @@ STORED = re.compile(r"(?:.*/)?callback\.(?:completed|failed)\.json")
 
 @dataclass(frozen=True, slots=True)
 class Undelivered:
-    """One undelivered document: the bytes to post, and what the post needs."""
+    """One undelivered document, and the payload's own URL for it."""
 
-    body: bytes
-    job_id: str
-    status: str
+    message: Message
     callback_url: str | None
 
 
@@ -45,7 +43,7 @@ def replay(storage: Storage, callback: Callback) -> tuple[int, int]:
     for key in sorted(filter(STORED.fullmatch, storage.keys()), reverse=True):
         try:
             document = read(storage.get(key))
-            callback.deliver(document.body, document.job_id, document.status, document.callback_url)
+            callback.deliver(document.message, document.callback_url)
             storage.delete(key)
         except (Fault, ValueError) as exc:
             print(f"{key}: left, {exc}")
@@ -62,12 +60,8 @@ def read(data: bytes) -> Undelivered:
         document = json.loads(data)
         url = document.pop("callback_url", None)
         body = json.dumps(document).encode()
-        return Undelivered(
-            body,
-            str(document["job_id"]),
-            str(document["status"]),
-            url if isinstance(url, str) else None,
-        )
+        message = Message(body, str(document["job_id"]), str(document["status"]))
+        return Undelivered(message, url if isinstance(url, str) else None)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ValueError("it is no document") from exc
 

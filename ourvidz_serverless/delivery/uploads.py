@@ -2,115 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, wait
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Self, TypeVar
 
-from ourvidz_serverless.delivery import images
+from ourvidz_serverless.delivery import files
+from ourvidz_serverless.delivery.files import File, Sign
 from ourvidz_serverless.document import Asset
 from ourvidz_serverless.output import Output, Text, Video
 
-#: Stores one object, given its key, bytes and MIME type. Raises UploadError after its tries.
-Upload = Callable[[str, bytes, str], None]
+T = TypeVar("T")
 
-#: Signs a file, given its bytes, its MIME type, and whether a picture from the caller is part of
-#: it. Returns the bytes to store.
-Sign = Callable[[bytes, str, bool], bytes]
+#: Delivers one file. Returns how the caller finds it; raises UploadError after its tries.
+Send = Callable[[File], str]
+
+#: Raises the error of a job that must stop.
+Check = Callable[[], None]
 
 
-class Delivery:
-    """The uploads of one job. As a context manager it ends only after each upload has ended."""
+class Delivery(ABC):
+    """The files of one job. As a context manager it ends only after all work on them has ended."""
+
+    def __init__(self, pool: Executor, send: Send, sign: Sign = lambda data, *_: data) -> None:
+        self._pool, self._send, self._sign = pool, send, sign
+        self._begun: list[Future[Any]] = []
+
+    @abstractmethod
+    def submit(self, output: Output | Text | Video) -> None:
+        """Start to encode an output."""
+
+    @abstractmethod
+    def assets(self, check: Check, poll_s: float = 0.1) -> tuple[Asset, ...]:
+        """All assets in order, once they are delivered. `check` is called meanwhile."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        # Wait for all work that has begun: nothing may be stored after the job has ended.
+        for future in self._begun:
+            future.cancel()
+        wait(self._begun)
+
+    def _start(self, call: Callable[..., T], *args: Any) -> Future[T]:
+        """Begin a call in a thread; the delivery does not end before it."""
+        future = self._pool.submit(call, *args)
+        self._begun.append(future)
+        return future
+
+
+class Uploads(Delivery):
+    """Sends each file, and a small WebP of it as its thumbnail, as soon as it is encoded."""
 
     def __init__(
         self,
         pool: Executor,
-        folder: str,
-        upload: Upload,
-        url: Callable[[str], str],
-        sign: Sign = lambda data, mime, composite: data,
+        send: Send,
+        sign: Sign = lambda data, *_: data,
+        has_thumbnails: bool = True,
     ) -> None:
-        self._pool, self._folder = pool, folder
-        self._upload, self._url, self._sign = upload, url, sign
+        super().__init__(pool, send, sign)
+        self._has_thumbnails = has_thumbnails
         self._assets: list[Future[Asset]] = []
-        self._thumbnails: list[Future[str]] = []
 
     def submit(self, output: Output | Text | Video) -> None:
-        """Start to encode and store an output, and a thumbnail if it has pixels."""
+        """Start to encode and send an output, and its thumbnail."""
         if isinstance(output, Text):
             # In this thread: a text is not stored, and must not wait for a thread that stores.
-            done: Future[Asset] = Future()
-            done.set_result(self._text(output))
-            self._assets.append(done)
+            self._assets.append(done(files.text_asset(output)))
         elif isinstance(output, Video):
-            self._assets.append(self._pool.submit(self._video, output))
-        else:
+            self._assets.append(self._start(self._video, output))
+        elif self._has_thumbnails:
             # The thumbnail first: it has begun when the picture's thread waits for it. So the
             # threads never all wait for one another.
-            thumbnail = self._pool.submit(self._thumbnail, output, output.pixels)
-            self._thumbnails.append(thumbnail)
-            self._assets.append(self._pool.submit(self._image, output, thumbnail))
+            thumbnail = self._start(self._thumbnail, output, output.pixels)
+            self._assets.append(self._start(self._picture, output, thumbnail))
+        else:
+            self._assets.append(self._start(self._picture, output))
 
-    def assets(self, check: Callable[[], None], poll_s: float = 0.1) -> tuple[Asset, ...]:
-        """All assets in order, once they are stored. `check` is called meanwhile, and may raise."""
-        waiting = set(self._assets)
-        while waiting:
-            done, waiting = wait(waiting, timeout=poll_s, return_when="FIRST_EXCEPTION")
-            check()  # first: a stop makes uploads fail, and its error is the cause
-            for future in done:
-                future.result()
-        return tuple(future.result() for future in self._assets)
+    def assets(self, check: Check, poll_s: float = 0.1) -> tuple[Asset, ...]:
+        return tuple(results(self._assets, check, poll_s))
 
-    def __enter__(self) -> Delivery:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        # Wait for each upload that has begun: nothing may be stored after the job has ended.
-        begun: list[Future[Any]] = [*self._assets, *self._thumbnails]
-        for future in begun:
-            future.cancel()
-        wait(begun)
-
-    def _image(self, output: Output, thumbnail: Future[str]) -> Asset:
-        image = images.encode_image(output.pixels, output.format, output.quality, output.composite)
-        key = f"{self._folder}/{output.index}.{image.extension}"
-        data = self._sign(image.data, image.mime, output.composite)
-        self._upload(key, data, image.mime)
-        facts = {"format": image.format, "file_size_bytes": len(data)}
-        return Asset("image", self._url(key), thumbnail.result(), {**output.metadata, **facts})
-
-    def _thumbnail(self, output: Output | Video, pixels: Any) -> str:
-        """Store the thumbnail of these pixels. Returns its URL."""
-        small = images.thumbnail(pixels, composite=output.composite)
-        key = f"{self._folder}/{output.index}.thumb.{small.extension}"
-        self._upload(key, small.data, small.mime)
-        return self._url(key)
+    def _picture(self, output: Output, thumbnail: Future[str] | None = None) -> Asset:
+        file = files.picture(output, self._sign)
+        url = self._send(file)
+        return file.asset(url, thumbnail.result() if thumbnail else None)
 
     def _video(self, output: Video) -> Asset:
-        # Imported here, since most families make no videos.
-        from ourvidz_serverless.delivery import video
+        file = files.video(output, self._sign)
+        url = self._send(file)
+        return file.asset(
+            url, self._thumbnail(output, file.poster) if self._has_thumbnails else None
+        )
 
-        try:
-            encoded = video.encode_video(
-                output.frames, output.width, output.height, output.fps, output.composite
-            )
-        finally:
-            output.frames.close()
-        key = f"{self._folder}/{output.index}.mp4"
-        data = self._sign(encoded.data, "video/mp4", output.composite)
-        self._upload(key, data, "video/mp4")
-        thumbnail_url = self._thumbnail(output, encoded.poster)
-        facts: dict[str, Any] = {
-            "format": "mp4",
-            "frame_num": encoded.num_frames,
-            "fps": output.fps,
-            "duration_seconds": round(encoded.num_frames / output.fps, 3),
-            "file_size_bytes": len(data),
-        }
-        return Asset("video", self._url(key), thumbnail_url, {**output.metadata, **facts})
+    def _thumbnail(self, output: Output | Video, pixels: Any) -> str:
+        return self._send(files.thumbnail(output, pixels))
 
-    def _text(self, output: Text) -> Asset:
-        # Not uploaded: the document holds the text, and a bucket for pictures may refuse text.
-        facts: dict[str, Any] = {"format": "txt", "file_size_bytes": len(output.text.encode())}
-        url = f"data:text/plain;charset=utf-8,{quote(output.text)}"
-        return Asset("text", url, None, {**output.metadata, **facts})
+
+def done(result: T) -> Future[T]:
+    """A future that has this result already."""
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
+
+
+def results(futures: Iterable[Future[T]], check: Check, poll_s: float) -> list[T]:
+    """The results of all futures, in order. `check` is called meanwhile, and may raise."""
+    all_futures = list(futures)
+    waiting = set(all_futures)
+    while waiting:
+        ended, waiting = wait(waiting, timeout=poll_s, return_when="FIRST_EXCEPTION")
+        check()  # first: a stop makes uploads fail, and its error is the cause
+        for future in ended:
+            future.result()
+    return [future.result() for future in all_futures]

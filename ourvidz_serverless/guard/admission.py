@@ -25,6 +25,10 @@ from ourvidz_serverless.settings import Settings
 MAX_CHARACTERS = 200_000
 
 
+#: Follows a verdict on the rate while Redis is away.
+OWN_COUNT = ", by this worker's own count"
+
+
 class Admission:
     """The checks that a job must pass before a worker runs it."""
 
@@ -41,7 +45,7 @@ class Admission:
     def check(self, job: Job, context: JobContext) -> None:
         """Raise InvalidPrompt, RateLimited or ContentRefused if the job must be refused.
 
-        Raises WorkerUnavailable if it cannot be counted, and `RATE_LIMIT_FAIL_OPEN` is off.
+        Raises WorkerUnavailable if it cannot be counted, not even by this worker.
         """
         _check_length(job)
         if self._limits.rates and job.is_counted:
@@ -52,14 +56,13 @@ class Admission:
     def _check_rate(self, job: Job, context: JobContext) -> None:
         try:
             self._limits.check(job.user_id, context.deadline)
-            context.audit["rate"] = "within"
+            context.audit["rate"] = f"within{OWN_COUNT if self._limits.is_away else ''}"
         except RateLimited:
-            context.audit["rate"] = "over"
+            context.audit["rate"] = f"over{OWN_COUNT if self._limits.is_away else ''}"
             raise
         except Fault as exc:
             context.audit["rate"] = f"not counted: {exc}"
-            if not self._settings.rate_limit_fail_open:
-                raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
+            raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
 
 
 def check_generated(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:

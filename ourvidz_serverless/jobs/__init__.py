@@ -12,17 +12,12 @@ from ourvidz_serverless import families
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.job import Job
+from ourvidz_serverless.job_types import ADMIN, FAMILY_OF
 from ourvidz_serverless.models import Model
 from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 
-#: Stands for the jobs about the worker itself, which no family serves.
-ADMIN = "admin"
-
-#: The specification's fourteen job types, with the family of each, or `ADMIN`.
-FAMILY_OF = {name: family.name for name, family in families.FAMILY_OF.items()} | {
-    "admin_utilities": ADMIN
-}
+__all__ = ["ADMIN", "FAMILY_OF", "is_exclusive", "model_of", "module", "parse", "prepare", "run"]
 
 
 def module(family: str) -> ModuleType:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import AliasChoices, AliasPath, Field, model_validator
 
-from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, Flag, Job
+from ourvidz_serverless.job import KEY_PATTERN, Flag, Job
 from ourvidz_serverless.settings import Settings
 
 Operation = Literal[
@@ -46,8 +46,6 @@ def _either(name: str) -> Any:
 
 class AdminJob(Job):
     type: Literal["admin_utilities"]
-    # An administrator may be no user of the application.
-    user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     operation: Operation = Field(validation_alias=_either("operation"))
     target_worker: str | None = Field(
         None, max_length=128, validation_alias=_either("target_worker")

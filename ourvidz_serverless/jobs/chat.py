@@ -26,9 +26,7 @@ from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.errors import WorkerUnavailable
 from ourvidz_serverless.guard.admission import check_generated
 from ourvidz_serverless.job import (
-    ANONYMOUS,
     JSON_NUMBER,
-    KEY_PATTERN,
     CheckedText,
     Flag,
     Job,
@@ -181,8 +179,6 @@ class ChatJob(Job):
     model_config = ConfigDict(json_schema_extra=SOMETHING_TO_ANSWER)
 
     type: Literal["chat_enhance", "chat_conversation", "chat_unrestricted"]
-    # A chat needs no account. Its texts are then stored under this name.
-    user_id: str = Field(ANONYMOUS, pattern=KEY_PATTERN)
     messages: tuple[Message, ...] = Field((), max_length=500)
     prompt: str | None = Field(None, max_length=100_000)
     config: ChatConfig = ChatConfig()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +17,11 @@ from ourvidz_serverless import jobs
 from ourvidz_serverless.context import Bounds
 from ourvidz_serverless.errors import InvalidPrompt, JobError
 from ourvidz_serverless.job import ANONYMOUS, KEY_PATTERN, MAX_CALLBACK_URL, Identity, Job
+from ourvidz_serverless.job_types import ADMIN, job_type, named_type
 from ourvidz_serverless.settings import Settings
 
 #: Fields of any payload beside those of its job type. Each must be a text.
 ALSO_TEXT = ("api_key", "job_id", "job_type")
-
-#: Other names of job types, in the application's older payloads.
-SYNONYMS = {"wan_video_fast": "video_fast", "wan_video_high": "video_high"}
 
 #: A job ends this long before RunPod's timeout: these seconds, or this share of the timeout if that
 #: is less.
@@ -51,12 +50,19 @@ class Envelope:
     identity: Identity
     api_key: str | None = field(repr=False)
     callback_url: str | None = field(repr=False)
+    #: The caller's W3C trace context: a header over HTTP, or `metadata.traceparent`. Not checked.
+    traceparent: str | None = None
+    #: When this process received the event, by `time.monotonic`.
+    arrived: float = field(default_factory=time.monotonic)
     _job: Job | None = field(default=None, repr=False)
     _is_parsed: bool = field(default=False, repr=False)
 
     @classmethod
-    def of(cls, event: Mapping[str, Any]) -> Envelope:
-        """The envelope of an event; never raises."""
+    def of(cls, event: Mapping[str, Any], families: Sequence[str] = ()) -> Envelope:
+        """The envelope of an event; never raises.
+
+        A job that names no type has the default type of the worker's `families`, if it is one.
+        """
         payload, own_id = _mapping(event.get("input")), _text(event.get("id"))
         named = _job_id(payload, own_id)
         job_id = named or new_id()
@@ -69,7 +75,9 @@ class Envelope:
             identity = Identity.of(user, key, named or own_id or job_id)
         url = _text(payload.get("callback_url"))
         url = url if url and len(url) <= MAX_CALLBACK_URL else None
-        return cls(event, job_type(payload), job_id, identity, key, url)
+        parent = event.get("traceparent") or _mapping(payload.get("metadata")).get("traceparent")
+        kind = job_type(payload, families)
+        return cls(event, kind, job_id, identity, key, url, _text(parent))
 
     @property
     def is_exclusive(self) -> bool:
@@ -117,13 +125,13 @@ class Envelope:
         return _less_margin(given_ms / 1000) if 0 < given_ms <= MAX_TIMEOUT_S * 1000 else None
 
     def _parse(self, settings: Settings) -> Job:
-        payload = self._payload()
+        payload = self._payload(settings)
         try:
             return jobs.parse(payload, settings)
         except ValidationError as exc:
             raise InvalidPrompt(_first(exc)) from None
 
-    def _payload(self) -> dict[str, Any]:
+    def _payload(self, settings: Settings) -> dict[str, Any]:
         """The input without its nulls (a null means absent), with one id and one type."""
         given = self.event.get("input")
         if not isinstance(given, Mapping):
@@ -135,28 +143,26 @@ class Envelope:
         if not _is_key(payload.get("job_id", "absent")):
             raise InvalidPrompt(f"job_id: String should match pattern '{KEY_PATTERN}'")
         payload["id"] = payload.get("id", payload.get("job_id", self.event.get("id")))
-        payload["type"] = job_type(payload)
-        if payload["type"] is None:
-            raise InvalidPrompt(f"type: Input should be one of {', '.join(jobs.FAMILY_OF)}")
+        if self.job_type is None:
+            raise InvalidPrompt(_unknown_type(named_type(payload), settings.families))
+        payload["type"] = self.job_type
         if self.event.get("s3Config"):
             payload["s3Config"] = self.event["s3Config"]
         return payload
 
 
-def job_type(payload: Mapping[str, Any]) -> str | None:
-    """The job type of a payload, from any of its fields; None if it has no known type.
-
-    The specification's chat payloads have their type only in `config`.
-    """
-    in_config = _mapping(payload.get("config")).get("job_type")
-    asked = payload.get("type") or payload.get("job_type") or in_config
-    name = SYNONYMS.get(asked, asked) if isinstance(asked, str) else None
-    return name if name in jobs.FAMILY_OF else None
-
-
 def new_id() -> str:
     """A new id, for a job without a valid one."""
     return f"unnamed-{uuid.uuid4().hex}"
+
+
+def _unknown_type(named: object, served: Sequence[str]) -> str:
+    """The error of a payload whose type is missing or unknown, with the types that are served."""
+    names = [name for name, family in jobs.FAMILY_OF.items() if family in (*served, ADMIN)]
+    types = f"one of {', '.join(names)}"
+    if named is None:
+        return f"type: Field required on a worker of several families: {types}"
+    return f"type: Input should be {types}"
 
 
 def _job_id(payload: Mapping[str, Any], own_id: str | None) -> str | None:

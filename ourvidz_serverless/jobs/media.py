@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.job import Job, has_adult_label
+from ourvidz_serverless.job import MAX_PICTURES, Job, has_adult_label
+from ourvidz_serverless.net.download import plain_url
+from ourvidz_serverless.net.retries import Refused
 from ourvidz_serverless.references import decode
 
 ResizeMode = Literal["crop", "pad", "stretch"]
@@ -21,6 +24,21 @@ Text = Field(None, max_length=20_000)
 
 #: A share, from 0 to 1.
 Strength = Field(None, ge=0.0, le=1.0)
+
+
+def _plain_url(url: SecretStr) -> SecretStr:
+    try:
+        plain_url(url.get_secret_value())
+    except Refused as exc:
+        raise ValueError(f"Input should be {str(exc).removeprefix('not ')}") from None
+    return url
+
+
+#: A presigned URL: whoever knows it may write there.
+UploadUrl = Annotated[
+    SecretStr, AfterValidator(_plain_url), Field(json_schema_extra={"pattern": "^https://"})
+]
+UploadUrls = Annotated[tuple[UploadUrl, ...], Field(min_length=1, max_length=MAX_PICTURES)]
 
 
 class MediaConfig(Protocol):
@@ -40,6 +58,9 @@ class MediaConfig(Protocol):
 
     @property
     def reference_required(self) -> bool: ...
+
+    @property
+    def upload_urls(self) -> tuple[SecretStr, ...] | None: ...
 
 
 class MediaMetadata(Protocol):
@@ -97,6 +118,28 @@ class MediaJob(Job):
         if self.prompt is None and not self.references:
             raise ValueError("prompt: Field required where no reference image is given")
         return self
+
+    @model_validator(mode="after")
+    def _an_upload_url_for_each_output(self) -> Self:
+        urls, num_outputs = self.upload_urls, self.num_outputs
+        if urls and len(urls) != num_outputs:
+            items = "1 URL" if num_outputs == 1 else f"{num_outputs} URLs"
+            raise ValueError(
+                f"config.upload_urls: Input should have {items}, one for each asset of the job, "
+                f"not {len(urls)}"
+            )
+        if len(set(urls)) != len(urls):
+            raise ValueError("config.upload_urls: Input should be different URLs")
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """How many pictures or videos the job makes."""
+        raise NotImplementedError
+
+    @property
+    def upload_urls(self) -> tuple[str, ...]:
+        return tuple(url.get_secret_value() for url in self.config.upload_urls or ())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -187,6 +230,9 @@ class JobProgress:
 
     def step(self, done: int, total: int) -> None:
         self._context.step("generate", done, total)
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        return self._context.trace.span(name)
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None:
         self._context.metadata["memory_plan"] = dict(plan)

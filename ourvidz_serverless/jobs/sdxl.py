@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -19,8 +19,23 @@ from PIL import Image
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from ourvidz_serverless.context import JobContext
-from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
-from ourvidz_serverless.jobs.media import JobProgress, MediaJob, ResizeMode, Speed, Strength, Text
+from ourvidz_serverless.job import (
+    JSON_NUMBER,
+    MAX_PICTURES,
+    SEEDS,
+    CheckedText,
+    Reference,
+    Wire,
+)
+from ourvidz_serverless.jobs.media import (
+    JobProgress,
+    MediaJob,
+    ResizeMode,
+    Speed,
+    Strength,
+    Text,
+    UploadUrls,
+)
 from ourvidz_serverless.models.sdxl import prompt_weighting
 from ourvidz_serverless.models.sdxl.request import (
     ImageModel,
@@ -33,6 +48,11 @@ from ourvidz_serverless.settings import Settings
 
 STEPS = {"sdxl_image_fast": 15, "sdxl_image_high": 25}
 MAX_STEPS = 50
+
+#: What a job below the minimum of steps lacks.
+FEWER_STEPS = (
+    'fewer need a distilled checkpoint (SDXL_DISTILLED_STEPS), or a LoRA with "distilled": true'
+)
 
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 
@@ -64,6 +84,9 @@ class Lora(Wire):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_. -]{0,127}$")
     url: str | None = Field(None, pattern=r"^https://", max_length=8192)
     scale: float = Field(1.0, ge=-2.0, le=2.0)
+    distilled: bool = Field(
+        False, description="made for few steps: LCM, Lightning, Hyper, DMD2; allows 1 step and more"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Lora:
@@ -77,7 +100,9 @@ class Lora(Wire):
 
 
 class SdxlConfig(Wire):
-    num_images: Literal[1, 3, 6] = 1
+    num_images: Annotated[int, Field(ge=1, le=MAX_PICTURES), JSON_NUMBER] = 1
+    # Before the steps, whose minimum depends on it.
+    loras: tuple[Lora, ...] = Field((), max_length=4)
     num_inference_steps: int | None = Field(
         None, le=MAX_STEPS, validation_alias=AliasChoices("num_inference_steps", "steps")
     )
@@ -88,19 +113,23 @@ class SdxlConfig(Wire):
     image: str | None = Reference
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
-    loras: tuple[Lora, ...] = Field((), max_length=4)
     resize_mode: ResizeMode = "crop"
     reference_required: bool = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
+    upload_urls: UploadUrls | None = None
     speed: Speed = "exact"
 
     @field_validator("num_inference_steps")
     @classmethod
     def _at_least_the_minimum(cls, steps: int | None, info: ValidationInfo) -> int | None:
-        least = info.context.sdxl_min_steps if info.context else 1
+        loras, settings = info.data.get("loras", ()), info.context
+        least = 1 if settings is None or _is_distilled(loras, settings) else settings.sdxl_min_steps
         if steps is not None and steps < least:
-            raise ValueError(f"Input should be greater than or equal to {least}")
+            raise ValueError(
+                f"Input should be greater than or equal to {least}"
+                f"{': ' + FEWER_STEPS if steps > 0 else ''}"
+            )
         return steps
 
     @field_validator("scheduler", mode="before")
@@ -169,6 +198,10 @@ class SdxlJob(MediaJob):
             parts = [part.text for part in self.weighted_prompt]
             texts += [CheckedText(between.join(parts), "prompt") for between in ("", " ")]
         return texts
+
+    @property
+    def num_outputs(self) -> int:
+        return self.config.num_images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -251,7 +284,24 @@ class SdxlJob(MediaJob):
 
 def parse(payload: Mapping[str, Any], settings: Settings) -> SdxlJob:
     """The job of a payload; raises pydantic's ValidationError."""
-    return SdxlJob.model_validate(payload, context=settings)
+    job = SdxlJob.model_validate(payload, context=settings)
+    return _with_distilled_defaults(job, settings)
+
+
+def _with_distilled_defaults(job: SdxlJob, settings: Settings) -> SdxlJob:
+    """The job with a distilled checkpoint's steps, and without guidance, where it names neither."""
+    config, given = job.config, job.config.model_fields_set
+    changes: dict[str, Any] = {}
+    if settings.sdxl_distilled_steps and config.num_inference_steps is None:
+        changes["num_inference_steps"] = settings.sdxl_distilled_steps
+    if _is_distilled(config.loras, settings) and "guidance_scale" not in given:
+        changes["guidance_scale"] = 1.0
+    return job.model_copy(update={"config": config.model_copy(update=changes)}) if changes else job
+
+
+def _is_distilled(loras: Iterable[Lora], settings: Settings) -> bool:
+    """Whether the checkpoint, or a LoRA, was made for few steps."""
+    return settings.sdxl_distilled_steps is not None or any(lora.distilled for lora in loras)
 
 
 def prepare(job: SdxlJob, model: ImageModel, context: JobContext) -> None:
@@ -281,6 +331,7 @@ def run(
         ),
         reference=reference,
         speed=job.config.speed,
+        has_distilled_lora=any(lora.distilled for lora in job.config.loras),
     )
     images = model.generate(request, JobProgress(context))
     # Closed here, however the loop ends: the model releases its memory before the next job has the

@@ -41,6 +41,7 @@ from ourvidz_serverless.jobs.media import (
     Speed,
     Strength,
     Text,
+    UploadUrls,
 )
 from ourvidz_serverless.jobs.video_size import (
     MAX_AREA,
@@ -140,6 +141,7 @@ class WanConfig(Wire):
     denoise_strength: float | None = Strength
     resize_mode: ResizeMode = "crop"
     reference_required: bool = False
+    upload_urls: UploadUrls | None = None
     speed: Speed = "exact"
 
     @field_validator("resolution", mode="before", json_schema_input_type=str | None)
@@ -206,6 +208,10 @@ class WanJob(MediaJob):
     @property
     def is_enhanced(self) -> bool:
         return self.type.endswith("_enhanced")
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
 
     @property
     def steps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 
@@ -14,6 +15,9 @@ class Progress(Protocol):
 
     def step(self, done: int, total: int) -> None:
         """Report that `done` of `total` denoising steps are done."""
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        """Record the block as a part of the job, such as `decode`."""
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None:
         """Report how the job was made to fit the device's memory, if not in the default way."""
@@ -28,6 +32,9 @@ class NoProgress:
     def check(self) -> None: ...
 
     def step(self, done: int, total: int) -> None: ...
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None: ...
 

@@ -40,16 +40,18 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 TRIED_STEPS = 4
 
 
-def make_scheduler(config: Any, name: str | None) -> Any:
+def make_scheduler(config: Any, name: str | None, is_distilled: bool = False) -> Any:
     """A new scheduler for one job, made from the checkpoint's configuration.
 
     `name` None is the checkpoint's own kind. A scheduler keeps the state of its run, so two jobs
-    must not share one.
+    must not share one. With `is_distilled` its first timestep is the noisiest one: distilled LoRAs
+    were trained from there, as the cards of SDXL-Lightning and Hyper-SD say ("trailing").
     """
-    if name is None:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-    kind, overrides = SCHEDULERS[name]
-    return kind.from_config(config, **overrides)
+    kind, overrides = (
+        (getattr(diffusers, config["_class_name"]), {}) if name is None else SCHEDULERS[name]
+    )
+    spacing = {"timestep_spacing": "trailing"} if is_distilled else {}
+    return kind.from_config(config, **overrides, **spacing)
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from urllib.parse import urlsplit
 
-from ourvidz_serverless.deadline import Deadline
+from ourvidz_serverless.deadline import NEVER, Deadline
 from ourvidz_serverless.net.retries import Refused
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -53,6 +53,9 @@ PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 
 
 NOT_PUBLIC = "the host's address is not public"
+
+#: How long the look-up of a name before a job computes may take, in seconds.
+LOOK_UP_S = 5.0
 
 #: The port of a URL without one.
 PORTS = {"http": 80, "https": 443}
@@ -101,6 +104,18 @@ def is_public(address: Address) -> bool:
         if address.scope_id or address not in PUBLIC_IPV6:
             return False
     return not any(address in network for network in PRIVATE_NETWORKS)
+
+
+def may_be_public(host: str, gate: Gate, resolve: Callable[[str], Iterable[str]]) -> bool:
+    """Whether every address of a host passes the gate; True too if the host has none yet.
+
+    The name may lead elsewhere later, so whoever connects has to ask the gate again.
+    """
+    deadline = NEVER.within(LOOK_UP_S)
+    try:
+        return all(map(gate, look_up(host, deadline, resolve=resolve)))
+    except OSError:
+        return True
 
 
 def resolve(host: str) -> list[str]:

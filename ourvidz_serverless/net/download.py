@@ -11,6 +11,9 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from urllib.parse import urljoin
@@ -54,8 +57,8 @@ def download(url: str, policy: Policy, deadline: Deadline | None = None) -> byte
     return retry(lambda: _try(url, policy), on=is_transient, policy=policy.retry, deadline=deadline)
 
 
-def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
-    """The host and the request target of a URL that the policy allows; raises Refused."""
+def plain_url(url: str) -> tuple[str, str]:
+    """The host and the request target of a URL that all parsers read alike; raises Refused."""
     match = _URL.fullmatch(url) if len(url) <= MAX_URL_CHARS else None
     if not match or "\\" in url or "#" in url:
         raise Refused(
@@ -63,15 +66,31 @@ def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
             f"at most {MAX_URL_CHARS} characters)"
         )
     host, target = match["host"].lower(), match["target"] or "/"
-    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
-        raise Refused("the host is not on the allow-list")
     return host, target if target.startswith("/") else f"/{target}"
 
 
-def _try(url: str, policy: Policy) -> bytes:
-    """One try, in which errors of other libraries become a Fault with a message."""
+def host_and_target(url: str, policy: Policy) -> tuple[str, str]:
+    """The host and the request target of a URL that the policy allows; raises Refused."""
+    host, target = plain_url(url)
+    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
+        raise Refused("the host is not on the allow-list")
+    return host, target
+
+
+@contextmanager
+def connected(host: str, policy: Policy, deadline: Deadline) -> Iterator[Connection]:
+    """A connection to a host whose every address the policy allows."""
+    addresses = look_up(host, deadline, policy.is_public, policy.resolve)
+    with Connection.open(addresses, policy.port, deadline) as connection:
+        connection.start_tls(policy.tls, host, deadline)
+        yield connection
+
+
+@contextmanager
+def faults(policy: Policy) -> Iterator[None]:
+    """Errors of other libraries become a Fault, with a message that anybody may read."""
     try:
-        return _get(url, policy, deadlines.current().within(policy.deadline_s))
+        yield
     except ssl.SSLCertVerificationError as exc:
         raise Refused("the host's certificate does not hold") from exc
     except ResponseTooLarge as exc:
@@ -84,25 +103,45 @@ def _try(url: str, policy: Policy) -> bytes:
         raise Fault(None, why="the connection failed") from exc
 
 
+def _try(url: str, policy: Policy) -> bytes:
+    with faults(policy):
+        return _get(url, policy, deadlines.current().within(policy.deadline_s))
+
+
 def _get(url: str, policy: Policy, deadline: Deadline) -> bytes:
     """The body behind a URL. Redirects are followed here, so that each one is checked."""
+    named, _ = host_and_target(url, policy)
+    token = policy.tokens.get(named)
     for _ in range(MAX_REDIRECTS + 1):
         host, target = host_and_target(url, policy)
-        addresses = look_up(host, deadline, policy.is_public, policy.resolve)
-        with Connection.open(addresses, policy.port, deadline) as connection:
-            connection.start_tls(policy.tls, host, deadline)
-            response = connection.exchange(_request(host, target, policy), deadline)
+        # A host that was redirected to gets no token, nor does a host that it redirects back to.
+        token = token if host == named else None
+        with connected(host, policy, deadline) as connection:
+            response = connection.exchange(_request(host, target, policy, token), deadline)
             location = response.getheader("Location")
             if response.status not in REDIRECTS or not location:
                 return _body(response, policy)
-        try:
-            url = urljoin(url, location)
-        except ValueError as exc:
-            raise Refused("the redirect is not a URL") from exc
+        url = _redirected(url, location, policy)
     raise Refused(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _request(host: str, target: str, policy: Policy) -> Request:
+def _redirected(url: str, location: str, policy: Policy) -> str:
+    """Where a response redirects to.
+
+    Raises Refused, with the host's name, for a host that is not on the allow-list: a deployer who
+    trusts it can add it.
+    """
+    try:
+        url = urljoin(url, location)
+    except ValueError as exc:
+        raise Refused("the redirect is not a URL") from exc
+    host, _ = host_and_target(url, replace(policy, allowed_hosts=frozenset()))
+    if policy.allowed_hosts and not is_listed(host, policy.allowed_hosts):
+        raise Refused(f"it redirects to {host}, which is not on the allow-list")
+    return url
+
+
+def _request(host: str, target: str, policy: Policy, token: str | None) -> Request:
     headers = {
         "Host": host,
         "Accept": policy.accept,
@@ -110,6 +149,8 @@ def _request(host: str, target: str, policy: Policy) -> Request:
         "User-Agent": USER_AGENT,
         "Connection": "close",
     }
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     return Request("GET", target, headers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ourvidz_serverless.net.addresses import Gate, is_public, resolve
@@ -20,6 +20,8 @@ class Policy:
     deadline_s: float = 20.0  # of one try, from the look-up of the name to the last byte
     accept: str = "*/*"  # the media types that are asked for
     retry: Retry = field(default_factory=Retry)
+    # Bearer tokens by host, each for the host that a URL names, not for where that redirects to.
+    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     # The world outside. A test brings its own name server, port and authority.
     resolve: Callable[[str], Iterable[str]] = resolve

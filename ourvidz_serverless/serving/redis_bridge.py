@@ -41,8 +41,10 @@ from ourvidz_serverless.client import Client
 from ourvidz_serverless.deadline import Deadline
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.families import FAMILIES
-from ourvidz_serverless.jobs.envelope import Envelope, job_type
+from ourvidz_serverless.job_types import job_type
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
+from ourvidz_serverless.net.plain_redis import PlainRedis, RedisError
 from ourvidz_serverless.net.retries import Fault, Retry, is_transient, retry
 from ourvidz_serverless.net.upstash import Upstash
 from ourvidz_serverless.settings import Settings
@@ -65,29 +67,6 @@ UNACCEPTABLE = {400, 413, 422}
 #: How long Redis may take for a command, in seconds.
 REDIS_S = 10.0
 
-#: Kinds of Redis errors that end by themselves: Redis fails over, loads its data, has no memory or
-#: replica left, cannot write to its disk, or runs a script. An error's first word is its kind.
-TRANSIENT = {
-    "BUSY",
-    "CLUSTERDOWN",
-    "LOADING",
-    "MASTERDOWN",
-    "MISCONF",
-    "NOREPLICAS",
-    "OOM",
-    "READONLY",
-    "TRYAGAIN",
-}
-
-#: Errors of the kind ERR that also end: limits (https://upstash.com/docs/redis/troubleshooting).
-TRANSIENT_LIMITS = (
-    "max number of clients",
-    "max concurrent connections",
-    "max daily request limit",
-    "max requests limit",
-    "DB capacity quota",
-)
-
 #: The largest record that Upstash holds (https://upstash.com/pricing/redis).
 MAX_BYTES = 100_000_000
 
@@ -99,20 +78,6 @@ class Redis(Protocol):
     """
 
     def call(self, *command: str) -> Any: ...
-
-
-class RedisError(Fault):
-    """An error of Redis. The message has only its kind, because the rest may quote the command."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(None)
-        self.kind, _, rest = text.partition(" ")
-        self._is_transient = self.kind in TRANSIENT or rest.startswith(TRANSIENT_LIMITS)
-        self.args = (f"Redis says {self.kind[:40]}",)
-
-    @property
-    def is_transient(self) -> bool:
-        return self._is_transient
 
 
 class NotAJob(Exception):
@@ -307,7 +272,7 @@ def _parsed(text: str) -> Any:
 def open_redis(config: Settings) -> Redis:
     """Redis by `REDIS_URL`, or else Upstash. Raises ModelLoadError if neither is set."""
     if config.redis_url:
-        return PlainRedis(_secret(config.redis_url))
+        return PlainRedis(_secret(config.redis_url), REDIS_S)
     url, token = config.upstash_redis_rest_url, config.upstash_redis_rest_token
     if url and token:
         return UpstashRedis(Upstash(url, _secret(token)))
@@ -345,48 +310,6 @@ def _error_in(body: bytes) -> str | None:
     except (ValueError, KeyError, TypeError):
         return None
     return text if isinstance(text, str) else None
-
-
-class PlainRedis:
-    """Redis by its own protocol, with redis-py."""
-
-    def __init__(self, url: str) -> None:
-        import redis  # Not needed with Upstash.
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry as RedisRetry
-
-        self._refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
-        self._error = redis.RedisError
-        try:
-            self._client = redis.Redis.from_url(
-                url,
-                socket_timeout=REDIS_S,
-                socket_connect_timeout=REDIS_S,
-                # No tries of its own (the default is three): the bridge must see a lost answer.
-                retry=RedisRetry(NoBackoff(), 0),
-                decode_responses=True,
-                # Invalid UTF-8 is sent back unchanged, so that LREM finds it.
-                encoding_errors="surrogateescape",
-            )
-        except ValueError:
-            raise ModelLoadError("REDIS_URL: Input should be a redis:// URL") from None
-
-    def call(self, *command: str) -> Any:
-        try:
-            return self._client.execute_command(*command)  # type: ignore[no-untyped-call]
-        except self._refusals as exc:
-            raise self._error_of(exc) from exc
-        except self._error as exc:
-            raise Fault(None) from exc
-
-    def _error_of(self, exc: Any) -> RedisError:
-        # redis-py removes the kind from the text if it knows the kind.
-        kind = f"{exc.status_code} " if exc.status_code else ""
-        error = RedisError(f"{kind}{exc}")
-        if error.is_transient:
-            # After a failover the host name leads to another server, but open connections do not.
-            self._client.connection_pool.disconnect()
-        return error
 
 
 def _secret(value: SecretStr) -> str:

@@ -25,7 +25,6 @@ import runpod
 from aiohttp import ClientError, ClientSession
 from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules.rp_logger import RunPodLogger
-from tqdm import tqdm
 
 from ourvidz_serverless.context import Stop
 from ourvidz_serverless.document import Document
@@ -33,6 +32,14 @@ from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.serving import runpod_loop
 from ourvidz_serverless.serving.runpod_loop import Share
+from ourvidz_serverless.serving.terminal import (
+    SERVE_API,
+    TerminalReporter,
+    is_for_a_person,
+    is_on_platform,
+    only_results_on_stdout,
+    runs_one_job,
+)
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker import Worker
 
@@ -54,10 +61,7 @@ LAST_PROGRESS_TIMEOUT_S = 5.0
 
 def serve(worker: Worker, settings: Settings) -> None:
     """Run the SDK's loop with this worker until the platform ends it."""
-    # At DEBUG, its default, the SDK logs every payload. At a terminal its INFO lines hide the
-    # result.
-    quiet = "INFO" if is_on_platform() else "WARN"
-    RunPodLogger().set_level(os.environ.get("RUNPOD_LOG_LEVEL", quiet))
+    RunPodLogger().set_level(_sdk_level())
     runpod.serverless.register_fitness_check(make_fitness_check(worker))
     runpod_loop.install(
         close=lambda: worker.close_after(settings.shutdown_grace_s),
@@ -77,7 +81,37 @@ def serve(worker: Worker, settings: Settings) -> None:
         config["refresh_worker"] = True
 
     config["handler"] = make_handler_of(worker, settings, replace)
-    runpod.serverless.start(config)
+    if is_for_a_person(sys.argv):
+        config["handler"] = _told_once(config["handler"])
+    with only_results_on_stdout() if runs_one_job(sys.argv) else contextlib.nullcontext():
+        try:
+            runpod.serverless.start(config)
+        finally:
+            # The SDK ends a single test job by SystemExit.
+            worker.flush()
+
+
+def _sdk_level() -> str:
+    """The level of the SDK's log lines: `RUNPOD_LOG_LEVEL`, if it is set.
+
+    At DEBUG, its default, the SDK logs every payload. At INFO it logs the result of a single job,
+    which may hold a picture.
+    """
+    level = os.environ.get("RUNPOD_LOG_LEVEL", "INFO" if is_on_platform() else "WARN")
+    return "WARN" if level == "INFO" and runs_one_job(sys.argv) else level
+
+
+def _told_once(handler: Handler) -> Handler:
+    """The handler of one job, whose failure the `TerminalReporter` prints."""
+
+    async def handle(event: dict[str, Any]) -> dict[str, Any]:
+        result = await handler(event)
+        if "error" in result:
+            # The SDK would print the failure again, as JSON.
+            RunPodLogger().set_level("NOTSET")
+        return result
+
+    return handle
 
 
 def num_held(settings: Settings) -> int:
@@ -92,11 +126,11 @@ def share_of(settings: Settings) -> Share | None:
     """
     if not (settings.exclusive_places and settings.shared_places):
         return None
-    return Share(settings.exclusive_places + settings.resolved_backlog, _is_exclusive)
 
+    def is_exclusive(event: Mapping[str, Any]) -> bool:
+        return Envelope.of(event, settings.families).is_exclusive
 
-def _is_exclusive(event: Mapping[str, Any]) -> bool:
-    return Envelope.of(event).is_exclusive
+    return Share(settings.exclusive_places + settings.resolved_backlog, is_exclusive)
 
 
 def make_fitness_check(
@@ -117,7 +151,7 @@ def make_fitness_check(
 
 def _streams(settings: Settings) -> bool:
     # The SDK takes no generator for a single test input.
-    has_queue = is_on_platform() or "--rp_serve_api" in sys.argv
+    has_queue = is_on_platform() or SERVE_API in sys.argv
     return has_queue and settings.shared_places > 0
 
 
@@ -131,10 +165,12 @@ def make_handler(
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> dict[str, Any]:
-        stop, reporter = Stop(), make_reporter(event)
+        stop, reporter = Stop(), make_reporter(event, settings)
         loop = asyncio.get_running_loop()
-        envelope = Envelope.of(event)
-        running = loop.run_in_executor(threads, worker.run, envelope, stop, reporter.report)
+        envelope = Envelope.of(event, settings.families)
+        running = loop.run_in_executor(
+            threads, worker.run, envelope, stop, reporter.report, reporter.write
+        )
         try:
             document = await asyncio.shield(running)
             reporter.show(document)
@@ -158,10 +194,11 @@ def make_stream_handler(
     threads = ThreadPoolExecutor(num_held(settings), thread_name_prefix="job")
 
     async def handler(event: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        stop, reporter, deltas = Stop(), make_reporter(event), Deltas()
+        stop, reporter, deltas = Stop(), make_reporter(event, settings), Deltas()
         loop = asyncio.get_running_loop()
+        envelope = Envelope.of(event, settings.families)
         running = loop.run_in_executor(
-            threads, worker.run, Envelope.of(event), stop, reporter.report, deltas.emit
+            threads, worker.run, envelope, stop, reporter.report, deltas.emit
         )
         running.add_done_callback(deltas.end)
         _call_at_end_of_task(stop.set)
@@ -249,14 +286,11 @@ def read_output(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"status": "failed", "failure": json.loads(result["error"])}
 
 
-def make_reporter(event: Mapping[str, Any]) -> PlatformReporter | TerminalReporter:
+def make_reporter(
+    event: Mapping[str, Any], settings: Settings
+) -> PlatformReporter | TerminalReporter:
     """What reports a job's progress: to RunPod, or at a terminal."""
-    return PlatformReporter(event) if is_on_platform() else TerminalReporter()
-
-
-def is_on_platform() -> bool:
-    """Whether RunPod runs this process, not a person at a terminal."""
-    return "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
+    return PlatformReporter(event) if is_on_platform() else TerminalReporter(settings)
 
 
 class PlatformReporter:
@@ -278,6 +312,9 @@ class PlatformReporter:
         """Post this progress soon; called from the job's thread."""
         self._newest = progress
         self._loop.call_soon_threadsafe(self._has_news.set)
+
+    def write(self, delta: Mapping[str, Any]) -> None:
+        """Do nothing: the platform gets a stream from a generator alone."""
 
     def show(self, document: Document) -> None:
         """Do nothing: the SDK posts what the handler returns."""
@@ -307,29 +344,3 @@ class PlatformReporter:
                 why = runpod_loop.describe(exc)
                 log.warning("progress of job %s was not posted: %s", self._event["id"], why)
             self._is_failing = True
-
-
-class TerminalReporter:
-    """A progress bar on stderr, and the result on stdout."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def report(self, progress: Mapping[str, Any]) -> None:
-        """Move the bar. It appears at the first step."""
-        if self._bar is None:
-            self._bar = tqdm(total=progress["steps"], unit="step", desc=progress["stage"])
-        self._bar.update(progress["step"] - self._bar.n)
-
-    def show(self, document: Document) -> None:
-        """Print the document as the caller gets it."""
-        self._close_bar()
-        print(json.dumps(document.result(), indent=2, ensure_ascii=False), flush=True)
-
-    async def close(self) -> None:
-        """End the bar where it is."""
-        self._close_bar()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

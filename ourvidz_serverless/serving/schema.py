@@ -18,7 +18,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from ourvidz_serverless import jobs
+from ourvidz_serverless import families, jobs
 from ourvidz_serverless.document import ContractModel, Document
 from ourvidz_serverless.job import KEY_PATTERN, Job, S3Config
 
@@ -219,6 +219,10 @@ def _drop_unused(schema: JsonSchemaValue) -> None:
 
 def _of_type(schema: JsonSchemaValue, name: str) -> JsonSchemaValue:
     schema["properties"]["type"] = {"const": name, "type": "string"}
+    family = families.FAMILIES.get(jobs.FAMILY_OF[name])
+    if family and name == family.type_of_unnamed:
+        schema["properties"]["type"]["description"] = f"may be missing if FAMILIES={family.name}"
+        schema["required"].remove("type")
     return _with_header(f"jobs:{name}", schema)
 
 

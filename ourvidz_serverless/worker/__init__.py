@@ -30,7 +30,9 @@ from ourvidz_serverless.models import Model
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.telemetry import Observed, open_telemetry
 from ourvidz_serverless.worker.administration import Administration
+from ourvidz_serverless.worker.device_cost import DeviceCost
 from ourvidz_serverless.worker.job_files import JobFiles
 from ourvidz_serverless.worker.job_table import JobTable
 from ourvidz_serverless.worker.state import Phase, WorkerState
@@ -77,7 +79,11 @@ class Worker:
         # and for the one that computes. A job without a place holds nothing but its payload.
         self._active = FairSemaphore(max(settings.exclusive_places, 1))
         self._device = FairSemaphore(1)
+        self._cost = DeviceCost(settings.gpu_price_per_second, clock)
         self._jobs, self._state = JobTable(), WorkerState()
+        self._telemetry = open_telemetry(
+            settings, Observed(worker_id, lambda: self._jobs.counts()["processing"], ledger)
+        )
         self._administration = Administration(
             settings, worker_id, tuple(models), self._jobs, self._state, ledger
         )
@@ -133,16 +139,18 @@ class Worker:
         job: Job | None = None
         outcome: tuple[Asset, ...] | Failure = ()
         announces = post is not None and self._settings.callback_processing
+        context.trace = self._telemetry.begin(envelope, context)
         with ExitStack() as places:
             try:
-                self._admission.check_key(envelope.api_key, context)
-                job = envelope.job(self._settings)
-                logs.started(job)
-                self._jobs.began(envelope.identity, job.type, context)
+                with context.trace.span("admit"):
+                    self._admission.check_key(envelope.api_key, context)
+                    job = envelope.job(self._settings)
+                    logs.started(job)
+                    self._jobs.began(envelope.identity, job.type, context)
+                    model = self._admit(job, context)
                 if isinstance(job, AdminJob):
                     self._administer(job, envelope, context, announces)
-                else:
-                    model = self._admit(job, context)
+                elif model:
                     places.enter_context(self._place(self._active, job, context))
                     self._begin(job, envelope, context, announces)
                     outcome = self._compute(job, model, context)
@@ -154,17 +162,23 @@ class Worker:
                 self._state.lose_device()
         document = context.document(envelope.job_id, self._worker_id, outcome)
         document = post(document) if post else document
+        self._telemetry.end(job, document, context)
         logs.ended(document, job, context.elapsed_s, context.audit)
         if not is_last:
             self._poison_jobs.mark_finished(envelope.identity)
         self._jobs.ended(envelope.identity, document, context.elapsed_s)
         return document
 
-    def _admit(self, job: Job, context: JobContext) -> Model:
-        """The model that serves a job, after every check that may refuse the job."""
+    def _admit(self, job: Job, context: JobContext) -> Model | None:
+        """The model that serves a job, after every check that may refuse the job.
+
+        None for an administrator's job, which needs no model.
+        """
         self._state.check_open()
-        model = jobs.model_of(job, self._models)
-        self._state.check_device()
+        model = None
+        if not isinstance(job, AdminJob):
+            model = jobs.model_of(job, self._models)
+            self._state.check_device()
         self._admission.check(job, context)
         return model
 
@@ -185,7 +199,11 @@ class Worker:
             images = self._files.references(job, context)
             jobs.prepare(job, model, context)
         with self._files.delivery(job, context) as delivery:
-            with self._place(self._device, job, context), context.stage("generate"):
+            with (
+                self._place(self._device, job, context),
+                context.stage("generate"),
+                self._cost.of(context),
+            ):
                 for output in jobs.run(job, model, images, context):
                     delivery.submit(output)
             with context.stage("deliver"):
@@ -195,8 +213,6 @@ class Worker:
         self, job: AdminJob, envelope: Envelope, context: JobContext, announces: bool
     ) -> None:
         """Answer an administrator; the document has the answer as its `result`."""
-        self._state.check_open()
-        self._admission.check(job, context)
         if announces:
             self._announce(job, context)
         with context.stage("generate"):
@@ -211,7 +227,7 @@ class Worker:
 
     def keep_result(self, event: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
         """Store a result that the platform refused beside the job's assets; the key of the file."""
-        envelope = Envelope.of(event)
+        envelope = Envelope.of(event, self._settings.families)
         read_job = functools.partial(envelope.job_or_none, self._settings)
         return self._outbox.keep_result(result, envelope.job_id, read_job)
 
@@ -241,6 +257,10 @@ class Worker:
         timer = threading.Timer(grace_s, self._end_grace)
         timer.daemon = True
         timer.start()
+
+    def flush(self) -> None:
+        """Send the telemetry that is left, within a few seconds. Call it after the last job."""
+        self._telemetry.close()
 
     def _end_grace(self) -> None:
         self._state.reach(Phase.CLOSED)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ourvidz_serverless
 from ourvidz_serverless import __version__
 from ourvidz_serverless.context import JobContext
 from ourvidz_serverless.document import versions
@@ -20,13 +19,14 @@ from ourvidz_serverless.errors import InvalidPrompt, Unauthorized, WorkerUnavail
 from ourvidz_serverless.families import FAMILIES
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs.admin import CHANGING, OPERATIONS, AdminJob
+from ourvidz_serverless.models.loading import names
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.types import LedgerRow, MoveRequest, State
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.worker.job_table import JobTable
 from ourvidz_serverless.worker.state import WorkerState
 
-PACKAGE = Path(ourvidz_serverless.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 #: Moves that end within this time are reported as done, the others as pending. In seconds.
 WAIT_S = 0.4
@@ -149,6 +149,7 @@ class Administration:
         return {
             "worker_id": self._worker_id,
             "families": list(self._families),
+            "models": self._main_models(),
             "job_types": [*types, "admin_utilities"],
             "operations": list(OPERATIONS),
             "concurrency": self._settings.resolved_concurrency,
@@ -157,13 +158,21 @@ class Administration:
             "version": __version__,
         }
 
+    def _main_models(self) -> dict[str, str]:
+        """The name of each family's main weights: `pocket`, or the last part of their place."""
+        settings = {name: FAMILIES[name].main_setting for name in self._families}
+        places = {
+            name: setting and self._settings.value_of(setting) for name, setting in settings.items()
+        }
+        return {name: names.short(place) for name, place in places.items() if place}
+
     def _enhancement_info(self, job: AdminJob) -> dict[str, Any]:
         settings, has_chat = self._settings, "chat" in self._families
         places = {
             "qwen_instruct": settings.chat_instruct_model,
             "qwen_base": settings.chat_base_model,
         }
-        sources = {name: Path(place).name for name, place in places.items() if place and has_chat}
+        sources = {name: names.short(place) for name, place in places.items() if place and has_chat}
         enhances = has_chat or any(row.name == "wan_enhancer" for row in self._rows)
         return {
             "worker_type": "pure_inference_engine",
@@ -186,7 +195,7 @@ class Administration:
         settings, served = self._settings, self._families
         wan = PACKAGE / "models/wan/pipeline.py"
         paths = {
-            "sdxl": settings.sdxl_model if "sdxl" in served else None,
+            "sdxl": names.public(settings.sdxl_model) if "sdxl" in served else None,
             "qwen": settings.chat_instruct_model if "chat" in served else None,
             "qwen_base": settings.chat_base_model if "chat" in served else None,
             "wan": settings.wan_model if "wan" in served else None,

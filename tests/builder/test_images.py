@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -10,19 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
+from builder.lock import OLDER_TORCH
 from ourvidz_serverless.families import FAMILIES
-from ourvidz_serverless.jobs.envelope import Envelope
-from ourvidz_serverless.settings import Settings
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-HUB = json.loads((ROOT / ".runpod/hub.json").read_text())
-HUB_TESTS = json.loads((ROOT / ".runpod/tests.json").read_text())
 
 
 def instructions() -> list[list[str]]:
@@ -57,14 +54,25 @@ def test_the_linters_of_the_dockerfile_and_the_workflows_report_nothing(
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_the_base_image_and_the_family_are_build_arguments() -> None:
-    assert [words[1].partition("=")[0] for words in instructions()[:2]] == ["BASE_IMAGE", "FAMILY"]
+def test_cuda_the_base_image_and_the_family_are_build_arguments() -> None:
+    assert [words[1] for words in instructions()[:3]] == [
+        "CUDA=13.0",
+        "BASE_IMAGE=nvidia/cuda:${CUDA}.1-base-ubuntu24.04",
+        "FAMILY=sdxl",
+    ]
 
 
-def test_an_image_has_the_version_of_torch_that_requirements_txt_pins() -> None:
-    pinned = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+def test_an_image_has_the_torch_of_the_lock_for_its_cuda() -> None:
+    assert ["ARG", "CUDA"] in stage("torch")
+    assert ["COPY", "requirements.torch.cuda${CUDA}.lock", LOCK] in stage("torch")
 
-    assert ["ARG", f"TORCH={pinned[1] if pinned else None}"] in stage("torch")
+
+LOCK = "/tmp/requirements.torch.lock"
+
+#: The versions of CUDA that images exist for: those with a lock.
+CUDA = [
+    re.findall(r"\d+\.\d+", path.name)[0] for path in ROOT.glob("requirements.torch.cuda*.lock")
+]
 
 
 def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() -> None:
@@ -80,8 +88,27 @@ def test_every_package_is_installed_by_its_hash_except_another_build_of_torch() 
         ["requirements.lock"],
         ["requirements-c2pa.lock"],
     ]
-    assert re.findall(r"\S+==\S+", other) == ['"torch==$TORCH"']
+    # Its version is the lock's.
+    assert other.split()[-1] == '"$torch"'
+    assert f"torch=\"$(sed -n 's/^\\(torch==[^ ]*\\).*/\\1/p' {LOCK})\"" in DOCKERFILE
     assert (env["PIP_NO_DEPS"], env["PIP_ONLY_BINARY"]) == ("1", ":all:")
+
+
+def test_the_fetcher_of_the_build_runs_with_the_files_that_its_stage_copies(tmp_path: Path) -> None:
+    for words in (words for words in stage("weights") if words[0] == "COPY"):
+        (tmp_path / words[-1]).mkdir(parents=True, exist_ok=True)
+        for source in words[1:-1]:
+            shutil.copy(ROOT / source, tmp_path / words[-1])
+
+    run = subprocess.run(
+        [sys.executable, "-m", "builder.fetch_models", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.returncode == 0, run.stderr
 
 
 def test_weights_are_copied_first_and_the_workers_code_last() -> None:
@@ -141,8 +168,9 @@ def is_sent(name: str, patterns: list[str]) -> bool:
 
 
 def test_only_the_files_of_an_image_are_sent_to_the_builder() -> None:
-    code = {"NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
-    locks = {"requirements.lock", "requirements.torch.lock", "requirements-c2pa.lock"}
+    code = {"LICENSE", "NOTICE", "handler.py", "ourvidz_serverless", "pocket"}
+    locks = {"requirements.lock", "requirements-c2pa.lock"}
+    locks |= {f"requirements.torch.cuda{each}.lock" for each in CUDA}
     scripts = {f"builder/{name}.py" for name in ("__init__", "fetch_models", "sbom")}
     weights = {"builder/models.json", "builder/models.lock.json"}
     allowed = {*locks, *scripts, *weights}
@@ -162,7 +190,7 @@ def test_every_file_that_the_dockerfile_copies_is_sent_to_the_builder() -> None:
     ]
 
     assert sources
-    for source in sources:
+    for source in (each.replace("${CUDA}", cuda) for each in sources for cuda in CUDA):
         assert [name for name in sent if fnmatchcase(name, source) or name.startswith(f"{source}/")]
 
 
@@ -247,6 +275,33 @@ def test_every_matrix_of_families_in_a_workflow_has_all_families(workflow: Path)
         assert families.split(", ") == list(FAMILIES)
 
 
+def test_every_matrix_of_images_has_every_cuda() -> None:
+    jobs = workflow("images")["jobs"]
+
+    for job in (jobs["prove"], jobs["push"]):
+        assert sorted(job["strategy"]["matrix"]["cuda"]) == sorted(CUDA)
+        (bake,) = [step for step in job["steps"] if "bake" in str(step) and "env" in step]
+        assert {**job.get("env", {}), **bake["env"]}["CUDA"] == "${{ matrix.cuda }}"
+
+
+def test_the_tag_of_an_image_says_which_cuda_it_has_if_it_is_not_the_first() -> None:
+    assert '${CUDA == "13.0" ? "" : "-cuda${CUDA}"}"]' in BAKE
+    assert re.search(r'variable "CUDA" \{\s+default = "13.0"', BAKE)
+
+
+def test_the_suite_runs_with_the_torch_of_every_image() -> None:
+    included = workflow("tests")["jobs"]["tests"]["strategy"]["matrix"]["include"]
+
+    assert [f"torch=={each['torch']}" for each in included] == [OLDER_TORCH]
+
+
+def test_the_guide_says_which_image_is_for_which_driver() -> None:
+    guide = (ROOT / "docs/deploying.md").read_text()
+
+    for cuda in CUDA:
+        assert re.search(rf"^\| `?{cuda}`? .*driver", guide, re.MULTILINE), cuda
+
+
 def workflow(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
     return loaded
@@ -286,111 +341,3 @@ def test_a_pushed_image_is_attested_with_its_provenance_and_its_bill_of_material
 
     for line in ("push: true", "provenance: mode=max", "sbom: true"):
         assert line in step
-
-
-# --- RunPod's Hub ---
-
-KEYS = {each["key"]: each["input"] for each in HUB["config"]["env"]}
-
-#: Settings that the Hub does not show: the image sets them, they belong to the HTTP service or the
-#: bridge, or they are for several families on one GPU.
-NOT_ON_THE_HUB = {
-    *("CALLBACK_HOSTS", "CALLBACK_PROCESSING", "CONCURRENCY", "DEVICE", "DTYPE", "MMAP_WEIGHTS"),
-    *("CHAT_KV_TOKENS", "CHAT_MAX_BATCH", "CHAT_PREFIX_TOKENS", "MODEL_DIRS", "SDXL_CONFIG"),
-    *("WAN_DISTILLED_SOLVER", "WAN_DISTILLED_STEPS", "WAN_DISTILLED_TIMESTEPS", "WAN_FLOW_SHIFT"),
-    *("CHAT_GRAPHS", "CHAT_QUANTIZATION", "WAN_ENHANCEMENT_PROMPT"),
-    *("PAGE", "REDIS_URL", "BRIDGE_QUEUES", "BRIDGE_TAKE_FROM", "BRIDGE_POLL_S"),
-    *("RUNPOD_API_KEY", "RUNPOD_BASE_URL"),
-    *("SDXL_ENDPOINT_ID", "CHAT_ENDPOINT_ID", "WAN_ENDPOINT_ID"),
-    *("ALLOWED_HOSTS", "HOST", "HTTP_BACKLOG", "HTTP_REPLY_TIMEOUT_S", "PORT", "PORT_HEALTH"),
-    "SERVE",
-    *("REGISTER_WORKER", "WORKER_URL"),
-    *("PRESSURE_CRITICAL", "PRESSURE_HIGH", "PRESSURE_MEDIUM", "VRAM_BUDGET_GB"),
-    *("ADMIN_REQUIRES_KEY", "PRESIGNED_EXPIRY_S", "RATE_LIMIT_FAIL_OPEN", "REFERENCE_BUCKETS"),
-    *("S3_CONFIG_HOSTS", "ATTENTION_BACKEND", "COMPILE", "COMPILE_CACHE_DIR", "WARM_UP"),
-    *("QUEUE_BACKLOG", "DEVICE_WAIT_S"),
-    *("MEMORY_FORMAT", "LORA_CACHE_GB", "WAN_WORKER_API_KEY", "CHAT_WORKER_API_KEY"),
-}
-
-
-def settings_with(values: dict[str, Any]) -> Settings:
-    """The settings with these environment variables."""
-    return Settings.model_validate(
-        {name.lower(): value for name, value in values.items() if value != ""}
-    )
-
-
-def test_every_setting_is_on_the_hub_or_listed_as_not_on_the_hub() -> None:
-    names = {name.upper() for name in Settings.model_fields}
-
-    assert set(KEYS) <= names
-    assert names - set(KEYS) == NOT_ON_THE_HUB
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_default_on_the_hub_is_a_valid_value_of_its_setting(key: str) -> None:
-    shown = KEYS[key]
-    values = [shown.get("default", ""), *(each["value"] for each in shown.get("options", []))]
-
-    for value in values:
-        settings_with({key: value})
-
-
-@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] == "number"])
-def test_a_number_on_the_hub_has_bounds_that_its_setting_accepts(key: str) -> None:
-    shown = KEYS[key]
-
-    settings_with({key: shown["min"]})
-    settings_with({key: shown["max"]})
-    assert shown["min"] <= shown["default"] <= shown["max"]
-
-
-@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key]["type"] != "huggingface"])
-def test_a_default_on_the_hub_is_the_default_of_its_setting(key: str) -> None:
-    different = {"STORAGE_URL"}
-    default = KEYS[key].get("default", "")
-    if key in different or default == "":
-        return
-
-    assert getattr(settings_with({key: default}), key.lower()) == getattr(Settings(), key.lower())
-
-
-def test_a_preset_on_the_hub_sets_existing_settings_to_valid_values() -> None:
-    for preset in HUB["config"]["presets"]:
-        settings_with(preset["defaults"])
-        assert set(preset["defaults"]) <= {name.upper() for name in Settings.model_fields}
-
-
-def test_the_hub_names_the_model_of_each_family_that_it_starts() -> None:
-    presets = [preset["defaults"] for preset in HUB["config"]["presets"]]
-    tests = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
-
-    for env in (*presets, tests):
-        assert {family.main_setting for family in settings_with(env).served} <= env.keys()
-
-
-def test_secrets_on_the_hub_have_no_default() -> None:
-    secrets = [key for key in KEYS if re.search("KEY|SECRET|TOKEN$", key)]
-
-    assert secrets
-    assert not [key for key in secrets if "default" in KEYS[key]]
-
-
-def test_the_hubs_tests_are_jobs_that_the_worker_accepts() -> None:
-    env = {each["key"]: each["value"] for each in HUB_TESTS["config"]["env"]}
-    settings = settings_with(env)
-
-    for test in HUB_TESTS["tests"]:
-        assert (
-            Envelope.of({"id": "rp", "input": test["input"]}).job(settings).id
-            == test["input"]["id"]
-        )
-    assert (
-        HUB_TESTS["tests"][0]["input"]
-        == json.loads((ROOT / "test_input.json").read_text())["input"]
-    )
-
-
-def test_settings_with_an_invalid_value_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        settings_with({"SDXL_MAX_BATCH": 7})

@@ -19,10 +19,13 @@ from builder.lock import (
     LOCK,
     LOCKS,
     OF_TORCH,
+    OLDER_TORCH,
+    OLDER_TORCH_LOCK,
     OVERRIDES,
     REQUIREMENTS,
     TORCH_LOCK,
     compiled,
+    older_torch,
 )
 
 WANTED = [
@@ -38,11 +41,12 @@ UNUSED = {Requirement(each).name for each in OVERRIDES if "never" in each}
 PYTHONS = ("3.11", "3.12")
 
 
-def locked(python: str) -> dict[str, str]:
-    """The locked versions for an image with this Python."""
+def locked(python: str, torch_lock: Path = TORCH_LOCK) -> dict[str, str]:
+    """The locked versions for an image with this Python, and the torch of a lock."""
     system = {"python_version": python, "python_full_version": f"{python}.0"}
     system |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-    entries = [each for path in LOCKS for each in ENTRY.findall(path.read_text())]
+    paths = (LOCK, C2PA_LOCK, torch_lock)
+    entries = [each for path in paths for each in ENTRY.findall(path.read_text())]
     wishes = [Requirement(entry.split("\\")[0]) for entry in entries]
     holding = [wish for wish in wishes if not wish.marker or wish.marker.evaluate(system)]
     versions = {wish.name: str(wish.specifier).removeprefix("==") for wish in holding}
@@ -64,9 +68,16 @@ def requires(name: str) -> Iterator[Requirement]:
             yield wish
 
 
+def lock_of_the_installed_torch() -> Path:
+    """CI runs the suite with the torch of each image."""
+    version = importlib.metadata.version("torch").partition("+")[0]
+    locks = (TORCH_LOCK, OLDER_TORCH_LOCK)
+    return next(path for path in locks if f"\ntorch=={version} " in path.read_text())
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_of_a_locked_package_is_locked(python: str) -> None:
-    versions = locked(python)
+    versions = locked(python, lock_of_the_installed_torch())
     here = {each.metadata["Name"] for each in importlib.metadata.distributions()}
     installed = [name for name in map(canonicalize_name, here) if name in versions]
 
@@ -92,7 +103,7 @@ def test_a_requirement_without_hashes_is_an_error_that_names_it(tmp_path: Path) 
         compiled([requirements], upgrade=False)
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, OLDER_TORCH_LOCK], ids=lambda path: path.name)
 def test_a_lock_has_only_entries_with_hashes(path: Path) -> None:
     rest = ENTRY.sub("", path.read_text())
 
@@ -104,6 +115,22 @@ def test_torch_and_the_libraries_of_its_cuda_build_have_a_lock_of_their_own() ->
 
     assert {"torch", "triton", "nvidia-cudnn-cu13"} <= set(own)
     assert not [entry for entry in ENTRY.findall(LOCK.read_text()) if OF_TORCH.match(entry)]
+
+
+def test_the_older_torch_has_a_lock_of_its_own_with_its_own_libraries() -> None:
+    entries = ENTRY.findall(OLDER_TORCH_LOCK.read_text())
+
+    assert all(OF_TORCH.match(entry) for entry in entries)
+    assert OLDER_TORCH in {entry.split()[0] for entry in entries}
+    assert {"nvidia-cudnn-cu12", "triton"} <= {entry.split("==")[0] for entry in entries}
+
+
+def test_an_older_torch_that_needs_another_version_of_a_package_is_an_error_that_names_it() -> None:
+    base, older = ["torch==2 \\\n", "numpy==2 ; x \\\n"], ["torch==1 \\\n", "numpy==2 \\\n"]
+    assert older_torch(base, older) == older[:1]
+
+    with pytest.raises(SystemExit, match="needs another version: numpy==1"):
+        older_torch(base, ["torch==1 \\\n", "numpy==1 \\\n"])
 
 
 def test_packages_that_no_image_imports_are_in_no_lock() -> None:
@@ -135,7 +162,7 @@ from diffusers import StableDiffusionXLPipeline, WanPipeline, WanVACEPipeline
 LEFT_OUT = (
     *("InquirerPy", "prettytable", "watchdog", "typer", "fastapi_cli", "fastapi_cloud_cli"),
     *("sentry_sdk", "rignore", "email_validator", "multipart", "httpx", "itsdangerous"),
-    *("websockets", "watchfiles", "httptools", "rich", "opentelemetry.sdk"),
+    *("websockets", "watchfiles", "httptools", "rich"),
 )
 
 

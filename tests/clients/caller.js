@@ -29,6 +29,16 @@ const ACTIONS = {
     });
     return client.verifyCallback(request, given.secret, given.options);
   },
+  overHttp: async () => {
+    const face = new client.Face(given.service);
+    const taken = await Promise.all(given.jobs.map((job) => face.submit(job)));
+    const stored = JSON.parse(JSON.stringify(taken));
+    const jobs = stored.map((name) => face.job(name));
+    const statuses = (await Promise.all(jobs.map((job) => job.status()))).length;
+    const results = await Promise.all(jobs.map((job) => job.result(given.timeoutMs)));
+    await Promise.all(jobs.map((job) => job.cancel()));
+    return { stored, statuses, results };
+  },
   reply: () => new client.Face(given.service)[given.method](given.call),
   streamReply: () => all(new client.Face(given.service).stream(given.call)),
 };

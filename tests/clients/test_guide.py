@@ -56,7 +56,7 @@ def test_the_guides_variables_of_the_bridge_are_settings() -> None:
 
     names = set(re.findall(r"\b[A-Z_]{6,}\b", script))
     assert names and names <= {name.upper() for name in Settings.model_fields}
-    assert script.splitlines()[-1] == "python -m ourvidz_serverless bridge"
+    assert script.splitlines()[-1] == ".venv/bin/python -m ourvidz_serverless bridge"
 
 
 def test_every_link_in_the_guide_leads_somewhere() -> None:

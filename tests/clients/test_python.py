@@ -1,4 +1,4 @@
-"""The Python client over the real SDK, against the platform and the real worker's loop."""
+"""The Python client against the platform and the real worker's loop."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 from builder.contract import FOLDER
 from ourvidz_serverless import errors, jobs
 from ourvidz_serverless.client import Client, SubmittedJob, read_outcome
-from ourvidz_serverless.jobs.envelope import SYNONYMS
+from ourvidz_serverless.job_types import SYNONYMS
 from ourvidz_serverless.net.retries import Fault, Retry
 from tests.clients.streaming_platform import DOCUMENT, PIECES, StreamingPlatform
 from tests.fakes.local_worker import chat_payload, sdxl_payload
@@ -76,6 +76,17 @@ def test_a_job_without_an_endpoint_raises_value_error(
         client(platform).submit({"type": name})
 
 
+def test_a_job_without_a_type_goes_to_the_only_family(platform: Platform) -> None:
+    one = client(platform, endpoints={"wan": "videos", "admin": "chats", "sdxl": ""})
+
+    assert one.submit({"prompt": "Hello World"}).endpoint == "videos"
+
+
+def test_a_client_of_several_families_needs_a_type(platform: Platform) -> None:
+    with pytest.raises(ValueError, match="type: needed by a client of several families"):
+        client(platform, endpoints=EMPTY).submit({"prompt": "Hello World"})
+
+
 def test_the_endpoint_with_the_shortest_queue_gets_the_job(platform: Platform) -> None:
     for _ in range(2):
         platform.submit(sdxl_payload(), endpoint="long")
@@ -128,22 +139,17 @@ def test_a_reply_comes_in_one_request(platform: Platform) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_a_reply_is_streamed_and_ends_with_its_document(platform: Platform) -> None:
-    stream = client(platform).submit(chat_payload(stream=True, max_tokens=300)).stream()
-    pieces = []
+    job = client(platform).submit(chat_payload(stream=True, max_tokens=300))
 
-    with pytest.raises(StopIteration) as ended:
-        while True:
-            pieces.append(next(stream))
-
-    assert "".join(pieces) == ended.value.value["response"]
+    assert "".join(job.stream()) == job.result()["response"]
 
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("way", ["run", "runsync"])
 def test_a_failed_job_raises_the_workers_error(platform: Platform, way: str) -> None:
-    payload = sdxl_payload(config={"num_images": 2})
+    payload = sdxl_payload(config={"num_images": 7})
 
-    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be 1"):
+    with pytest.raises(errors.InvalidPrompt, match=r"config\.num_images: Input should be less"):
         getattr(client(platform), way)(payload)
 
 
@@ -224,13 +230,8 @@ def streaming_platform() -> Iterator[StreamingPlatform]:
 
 
 def read_stream(job: SubmittedJob, **options: Any) -> tuple[list[str], Any]:
-    """The pieces of a stream, and the document at its end."""
-    stream, pieces = job.stream(**options), []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
+    """The pieces of a stream, and the document after its end."""
+    return list(job.stream(**options)), job.result()
 
 
 #: A proxy's answer that ends too soon, although its length is right.

@@ -13,9 +13,10 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder.contract import FOLDER
 from ourvidz_serverless import jobs
-from ourvidz_serverless.delivery.callback import signatures, webhook_id
-from ourvidz_serverless.jobs.envelope import SYNONYMS
+from ourvidz_serverless.delivery.callback import webhook_id
+from ourvidz_serverless.job_types import SYNONYMS
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.signatures import signatures
 from tests.clients.streaming_platform import DOCUMENT, PIECES, StreamingPlatform
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload, wan_payload
@@ -138,6 +139,22 @@ def test_a_job_of_a_family_without_an_endpoint_throws_an_error(
     assert result["error"]["message"] == "no endpoint serves wan"
 
 
+def test_a_job_without_a_type_goes_to_the_only_family(platform: Platform) -> None:
+    client = caller(platform, endpoints={"wan": "videos", "admin": "chats", "sdxl": ""})
+
+    result = call("deno", "submit", client=client, job={"prompt": "Hello World"})
+
+    assert result["value"]["endpoint"] == "videos"
+
+
+def test_a_client_of_several_families_needs_a_type(platform: Platform) -> None:
+    client = caller(platform, endpoints=EMPTY)
+
+    result = call("deno", "submit", client=client, job={"prompt": "Hello World"})
+
+    assert result["error"]["message"] == "type: needed by a client of several families"
+
+
 def test_a_job_goes_to_the_endpoint_with_the_least_load(platform: Platform, runtime: str) -> None:
     busy, free = f"busy-{runtime}", f"free-{runtime}"
     for _ in range(3):
@@ -184,14 +201,14 @@ def test_a_reply_is_streamed_and_ends_with_its_result(platform: Platform, runtim
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("action", ["run", "runsync", "stream"])
 def test_a_job_that_fails_throws_its_failure(platform: Platform, runtime: str, action: str) -> None:
-    job = sdxl_payload(id="fails", config={"num_images": 2})
+    job = sdxl_payload(id="fails", config={"num_images": 7})
 
     error = call(runtime, action, client=caller(platform), job=job)["error"]
 
     assert error["name"] == "JobFailed"
     assert error["failure"] == {
         "code": "INVALID_PROMPT",
-        "message": "config.num_images: Input should be 1, 3 or 6",
+        "message": "config.num_images: Input should be less than or equal to 6",
         "retryable": False,
     }
 
@@ -673,7 +690,7 @@ def test_an_edge_function_receives_what_the_real_loop_posts(
     for payload in (
         sdxl_payload(id="callback-picture", api_key="worker-key"),
         chat_payload(id="callback-reply", api_key="worker-key"),
-        sdxl_payload(id="callback-refusal", api_key="worker-key", config={"num_images": 2}),
+        sdxl_payload(id="callback-refusal", api_key="worker-key", config={"num_images": 7}),
     ):
         platform.result(platform.submit(payload), 60)
 
@@ -684,7 +701,7 @@ def test_an_edge_function_receives_what_the_real_loop_posts(
     assert (lines[1]["job"], lines[1]["type"]) == ("callback-reply", "text")
     assert lines[2] == {
         "job": "callback-refusal",
-        "failed": "config.num_images: Input should be 1, 3 or 6",
+        "failed": "config.num_images: Input should be less than or equal to 6",
     }
 
 
@@ -805,11 +822,19 @@ def test_the_applications_payload_compiles_without_a_cast(tmp_path: Path, use: s
 
 
 @pytest.mark.parametrize(
+    "job", ['{ prompt: "Hello World" }', '{ type: "video_fast", prompt: "Hello World" }']
+)
+def test_a_minimal_payload_compiles(tmp_path: Path, job: str) -> None:
+    assert type_errors(tmp_path, f"await client.submit({job});") == ""
+
+
+@pytest.mark.parametrize(
     "job",
     [
         '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
         '{ type: "poem", user_id: "u" }',
-        '{ type: "sdxl_image_fast", prompt: "a red circle" }',
+        '{ type: "sdxl_image_fast", prompt: "a red circle", config: { num_images: "3" } }',
+        "{ prompt: 1 }",
     ],
 )
 def test_a_wrong_job_whose_type_is_known_does_not_compile(tmp_path: Path, job: str) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from ourvidz_serverless.delivery.storage.base import Storage, read_reference, upload
 from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.delivery.storage.inline import InlineStorage
 from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import PAGE, SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError, UploadError
@@ -35,23 +36,12 @@ def supabase() -> Iterator[SupabaseServer]:
         yield server
 
 
-def s3_storage(s3: SeaweedServer, prefix: str = "", secret: str | None = None) -> S3Storage:
-    return S3Storage(
-        bucket=s3.bucket,
-        endpoint=s3.endpoint,
-        key_id=s3.access_key,
-        secret=secret or s3.secret_key,
-        region="us-east-1",
-        prefix=prefix,
-    )
-
-
 @pytest.fixture(params=["directory", "s3", "supabase"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "directory":
         return DirectoryStorage(tmp_path)
     if request.param == "s3":
-        return s3_storage(request.getfixturevalue("s3"), prefix="assets")
+        return request.getfixturevalue("s3").storage(prefix="assets")
     server = request.getfixturevalue("supabase")
     return SupabaseStorage(server.url, server.service_key, "workspace-temp", "assets")
 
@@ -121,7 +111,7 @@ def test_the_path_of_an_asset_is_its_key_in_the_bucket(store: Storage) -> None:
 
 
 def test_a_presigned_s3_url_gives_the_asset_to_anybody(s3: SeaweedServer) -> None:
-    store = s3_storage(s3)
+    store = s3.storage()
     store.put("user/signed/0.png", b"picture", "image/png")
 
     answer = requests.get(store.url("user/signed/0.png", "presigned", 60), timeout=PATIENCE_S)
@@ -151,7 +141,7 @@ def test_a_presigned_supabase_url_gives_the_asset_to_anybody(supabase: SupabaseS
 
 
 def test_a_public_url_names_bucket_and_key(s3: SeaweedServer, supabase: SupabaseServer) -> None:
-    of_s3 = s3_storage(s3).url("a/b/0.png", "public", 60)
+    of_s3 = s3.storage().url("a/b/0.png", "public", 60)
     of_supabase = SupabaseStorage(supabase.url, "key", "assets").url("a/b/0.png", "public", 60)
 
     assert of_s3 == f"{s3.endpoint}/{s3.bucket}/a/b/0.png"
@@ -162,7 +152,7 @@ ODD_PREFIX = "our assets/50%25 (a+b)"
 
 
 def test_a_public_s3_url_quotes_as_the_client_does(s3: SeaweedServer) -> None:
-    store = s3_storage(s3, prefix=ODD_PREFIX)
+    store = s3.storage(prefix=ODD_PREFIX)
 
     public, signed = (store.url("a/0.png", style, 60) for style in ("public", "presigned"))
 
@@ -255,7 +245,7 @@ def test_a_try_to_store_in_s3_is_one_request() -> None:
 
 def test_a_wrong_secret_is_an_upload_error_without_the_secret(s3: SeaweedServer) -> None:
     with pytest.raises(UploadError) as error:
-        upload(s3_storage(s3, secret="wrong-secret"), "u/j/0.png", b"x", "image/png", QUICK)
+        upload(s3.storage(secret="wrong-secret"), "u/j/0.png", b"x", "image/png", QUICK)
 
     assert error.value.message == "storage did not take an asset (HTTP 403)"
 
@@ -281,7 +271,7 @@ def test_a_job_stores_in_the_bucket_of_its_s3_config(s3: SeaweedServer) -> None:
 
     store.put("own/bucket/0.png", b"picture", "image/png")
 
-    assert s3_storage(s3).get("own/bucket/0.png") == b"picture"
+    assert s3.storage().get("own/bucket/0.png") == b"picture"
 
 
 @pytest.mark.parametrize("listed", ["LocalHost", "localhost."])
@@ -336,20 +326,13 @@ def test_no_upload_connects_to_a_host_whose_name_later_means_an_inner_address(
 ) -> None:
     # As `job_storage` opens it for a name that was public at that time.
     config = own_bucket(s3)
-    store = S3Storage(
-        bucket=config.bucketName,
-        endpoint=config.endpointUrl,
-        key_id=s3.access_key,
-        secret=s3.secret_key,
-        region="us-east-1",
-        gate=is_public,
-    )
+    store = s3.storage(bucket=config.bucketName, endpoint=config.endpointUrl, gate=is_public)
 
     with pytest.raises(UploadError, match="address is not public"):
         upload(store, "own/bucket/rebound.png", b"x", "image/png", QUICK)
 
     with pytest.raises(Fault, match="HTTP 404"):
-        s3_storage(s3).get("own/bucket/rebound.png")
+        s3.storage().get("own/bucket/rebound.png")
 
 
 @pytest.mark.parametrize(
@@ -357,6 +340,7 @@ def test_no_upload_connects_to_a_host_whose_name_later_means_an_inner_address(
     [
         ("file:outputs", DirectoryStorage),
         ("file:///data/outputs", DirectoryStorage),
+        ("inline:", InlineStorage),
         ("s3://bucket", S3Storage),
         ("s3://bucket/pre/fix", S3Storage),
         ("supabase://workspace-temp", SupabaseStorage),
@@ -374,7 +358,9 @@ def test_the_storage_url_names_the_kind(url: str, kind: type) -> None:
     assert isinstance(open_storage(settings), kind)
 
 
-@pytest.mark.parametrize("url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b"])
+@pytest.mark.parametrize(
+    "url", ["outputs", "s3://", "file:", "ftp://host", "supabase://b", "inline:x", "inline"]
+)
 def test_an_invalid_storage_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ModelLoadError, match="STORAGE_URL"):
         open_storage(Settings(storage_url=url))
@@ -405,3 +391,20 @@ def test_a_file_that_cannot_be_stored_leaves_no_temporary_file(tmp_path: Path) -
         DirectoryStorage(tmp_path).put("user/job/0.png", b"picture", "image/png")
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.put("a/b/0.png", b"", "image/png"),
+        lambda store: store.get("a/b/0.png"),
+        lambda store: store.keys(),
+        lambda store: store.delete("a/b/0.png"),
+        lambda store: store.url("a/b/0.png", "path", 60),
+    ],
+)
+def test_an_inline_storage_says_that_nothing_is_stored(call: Callable[[Storage], object]) -> None:
+    with pytest.raises(Fault, match="with STORAGE_URL=inline: nothing is stored") as fault:
+        call(InlineStorage())
+
+    assert not fault.value.is_transient

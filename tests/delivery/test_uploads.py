@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ourvidz_serverless.context import Stop
-from ourvidz_serverless.delivery.uploads import Delivery
+from ourvidz_serverless.delivery.files import File
+from ourvidz_serverless.delivery.uploads import Uploads
 from ourvidz_serverless.errors import Cancelled, UploadError
 from ourvidz_serverless.output import FrameQueue, Output, Text, Video
 from tests.patience import PATIENCE_S
@@ -21,11 +22,15 @@ def picture(index: int = 0) -> Output:
     return Output(index, np.full((8, 8, 3), index, np.uint8), {"seed": index})
 
 
-def deliver(upload: Callable[[str, bytes, str], None], threads: int, count: int = 1) -> list[str]:
+def name_of(file: File) -> str:
+    return file.name
+
+
+def deliver(send: Callable[[File], str], threads: int, count: int = 1) -> list[str]:
     """The URLs of so many pictures and their thumbnails."""
     with (
         ThreadPoolExecutor(threads) as pool,
-        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+        Uploads(pool, send) as delivery,
     ):
         for index in range(count):
             delivery.submit(picture(index))
@@ -48,15 +53,23 @@ class RecordingPool(ThreadPoolExecutor):
 def test_a_picture_and_its_thumbnail_are_stored_side_by_side() -> None:
     both = threading.Barrier(2, timeout=PATIENCE_S)
 
-    urls = deliver(lambda *file: both.wait() and None, threads=2)
+    def send(file: File) -> str:
+        both.wait()
+        return file.name
 
-    assert urls == ["user/job/0.png", "user/job/0.thumb.webp"]
+    urls = deliver(send, threads=2)
+
+    assert urls == ["0.png", "0.thumb.webp"]
 
 
 def test_one_thread_is_enough_for_any_number_of_pictures() -> None:
     stored: list[str] = []
 
-    urls = deliver(lambda key, data, mime: stored.append(key), threads=1, count=6)
+    def send(file: File) -> str:
+        stored.append(file.name)
+        return file.name
+
+    urls = deliver(send, threads=1, count=6)
 
     assert sorted(urls) == sorted(stored)
     assert len(urls) == 12
@@ -64,26 +77,28 @@ def test_one_thread_is_enough_for_any_number_of_pictures() -> None:
 
 @pytest.mark.parametrize("failing", ["0.png", "0.thumb.webp"])
 def test_a_job_fails_if_its_picture_or_its_thumbnail_cannot_be_stored(failing: str) -> None:
-    def upload(key: str, data: bytes, mime: str) -> None:
-        if key.endswith(failing):
+    def send(file: File) -> str:
+        if file.name == failing:
             raise UploadError("storage did not take an asset")
+        return file.name
 
     with pytest.raises(UploadError):
-        deliver(upload, threads=2)
+        deliver(send, threads=2)
 
 
 def test_a_job_that_ends_early_waits_for_the_uploads_that_have_begun() -> None:
     begun, go_on, stored = threading.Event(), threading.Event(), list[str]()
 
-    def upload(key: str, data: bytes, mime: str) -> None:
+    def send(file: File) -> str:
         begun.set()
         go_on.wait(PATIENCE_S)
         # Code that does not wait for this upload would not see it stored.
         time.sleep(0.05)
-        stored.append(key)
+        stored.append(file.name)
+        return file.name
 
     with RecordingPool(1) as pool:
-        with Delivery(pool, "user/job", upload, url=lambda key: key) as delivery:
+        with Uploads(pool, send) as delivery:
             for index in range(3):
                 delivery.submit(picture(index))
             assert begun.wait(PATIENCE_S)
@@ -91,7 +106,7 @@ def test_a_job_that_ends_early_waits_for_the_uploads_that_have_begun() -> None:
             last_thumbnail, _ = pool.futures[-2:]
             last_thumbnail.add_done_callback(lambda _: go_on.set())
 
-        assert stored == ["user/job/0.thumb.webp"]
+        assert stored == ["0.thumb.webp"]
 
 
 def test_a_text_does_not_wait_for_a_thread() -> None:
@@ -99,7 +114,7 @@ def test_a_text_does_not_wait_for_a_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(go_on.wait, PATIENCE_S)
         try:
-            with Delivery(pool, "user/job", lambda *file: None, url=lambda key: key) as delivery:
+            with Uploads(pool, name_of) as delivery:
                 delivery.submit(Text(0, "a reply", {}))
                 (asset,) = delivery.assets(lambda: next(looks) and None)
         finally:
@@ -108,16 +123,29 @@ def test_a_text_does_not_wait_for_a_thread() -> None:
     assert asset.url == "data:text/plain;charset=utf-8,a%20reply"
 
 
+def test_uploads_without_thumbnails_send_the_pictures_alone() -> None:
+    with ThreadPoolExecutor(1) as pool, Uploads(pool, name_of, has_thumbnails=False) as delivery:
+        delivery.submit(picture())
+        delivery.submit(video())
+        assets = delivery.assets(lambda: None)
+
+    assert [(asset.url, asset.thumbnail_url) for asset in assets] == [
+        ("0.png", None),
+        ("0.mp4", None),
+    ]
+
+
 # --- a stop ---
 
 
 def test_a_stop_is_heard_while_uploads_run() -> None:
     begun, go_on, stored = threading.Event(), threading.Event(), list[str]()
 
-    def upload(key: str, data: bytes, mime: str) -> None:
+    def send(file: File) -> str:
         begun.set()
         go_on.wait(PATIENCE_S)
-        stored.append(key)
+        stored.append(file.name)
+        return file.name
 
     def check() -> None:
         if begun.is_set():
@@ -125,7 +153,7 @@ def test_a_stop_is_heard_while_uploads_run() -> None:
 
     with (
         ThreadPoolExecutor(1) as pool,
-        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+        Uploads(pool, send) as delivery,
     ):
         delivery.submit(picture())
         try:
@@ -141,18 +169,19 @@ def test_a_stop_is_heard_while_uploads_run() -> None:
 def test_an_upload_that_fails_ends_the_job_while_others_run() -> None:
     running, go_on, stored = threading.Event(), threading.Event(), list[str]()
 
-    def upload(key: str, data: bytes, mime: str) -> None:
-        if key.endswith("0.png"):
+    def send(file: File) -> str:
+        if file.name == "0.png":
             running.wait(PATIENCE_S)
             raise UploadError("storage did not take an asset")
-        if key.endswith("1.png"):
+        if file.name == "1.png":
             running.set()
             go_on.wait(PATIENCE_S)
-        stored.append(key)
+        stored.append(file.name)
+        return file.name
 
     with (
         ThreadPoolExecutor(4) as pool,
-        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+        Uploads(pool, send) as delivery,
     ):
         for index in range(2):
             delivery.submit(picture(index))
@@ -163,13 +192,13 @@ def test_an_upload_that_fails_ends_the_job_while_others_run() -> None:
         finally:
             go_on.set()
 
-    assert "user/job/1.png" not in stored_before_the_end
+    assert "1.png" not in stored_before_the_end
 
 
 def test_a_stop_that_makes_an_upload_fail_is_the_error_of_the_job() -> None:
     stop = Stop()
 
-    def upload(key: str, data: bytes, mime: str) -> None:
+    def send(file: File) -> str:
         stop.set()
         raise UploadError("storage did not take an asset")
 
@@ -179,7 +208,7 @@ def test_a_stop_that_makes_an_upload_fail_is_the_error_of_the_job() -> None:
 
     with (
         ThreadPoolExecutor(2) as pool,
-        Delivery(pool, "user/job", upload, url=lambda key: key) as delivery,
+        Uploads(pool, send) as delivery,
     ):
         delivery.submit(picture())
         with pytest.raises(Cancelled):
@@ -209,22 +238,20 @@ def test_what_is_stored_and_measured_is_the_signed_file(
 ) -> None:
     stored: dict[str, bytes] = {}
 
+    def send(file: File) -> str:
+        stored[file.name] = file.data
+        return file.name
+
     def sign(data: bytes, mime: str, composite: bool) -> bytes:
         return data + f"|{mime}|{composite}".encode()
 
     with (
         ThreadPoolExecutor(2) as pool,
-        Delivery(
-            pool,
-            "user/job",
-            lambda key, data, mime: stored.update({key: data}),
-            url=lambda key: key,
-            sign=sign,
-        ) as delivery,
+        Uploads(pool, send, sign) as delivery,
     ):
         delivery.submit(output())
         (asset,) = delivery.assets(lambda: None)
 
-    signed = stored[f"user/job/{name}"]
+    signed = stored[name]
     assert signed.endswith(f"|{mime}|True".encode())
     assert asset.metadata["file_size_bytes"] == len(signed)

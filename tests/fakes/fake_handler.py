@@ -1,7 +1,8 @@
 """`handler.py` with a fake model: the real worker and loop, ready in a second or two.
 
 It runs as `python -m tests.fakes.fake_handler`. If `FAMILIES` names chat, a `FakeChat` answers
-chats; the start then takes longer, since it imports torch.
+chats, and if it names wan, a `GreyWan` makes videos; the start then takes longer, since they
+import torch.
 
 The variable `HOLD` is a path. Files at that path hold a job at a stage:
 
@@ -71,6 +72,18 @@ class BlockingSdxl:
             yield np.full((height, width, 3), seed % 256, dtype=np.uint8).view(BlockingPixels)
 
 
+def grey_wan() -> Any:
+    """A WAN model whose videos are grey."""
+    from tests.fakes.fake_wan import FakeWan
+
+    class GreyWan(FakeWan):
+        def generate(self, request: Any, progress: Progress) -> Generator[np.ndarray]:
+            width, height = request.size
+            yield np.full((request.num_frames, height, width, 3), 128, dtype=np.uint8)
+
+    return GreyWan()
+
+
 def clock() -> float:
     return time.monotonic() + LATER_S * os.path.exists(f"{os.environ['HOLD']}.later")
 
@@ -83,6 +96,8 @@ def main() -> None:
         from tests.fakes.fake_chat import FakeChat
 
         models["chat"] = FakeChat("Water.")
+    if "wan" in config.families:
+        models["wan"] = grey_wan()
     worker = Worker(config, models, Parts.of(config), "worker-1", clock=clock)
     runpod_queue.serve(worker, config)
 

@@ -17,6 +17,7 @@ from ourvidz_serverless.guard.poison_jobs import PoisonJobs
 from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.references.policy import ReferencePolicy
 from ourvidz_serverless.settings import Settings
@@ -95,12 +96,15 @@ class LocalWorker:
     streamed: list[Any] = field(default_factory=list)
     limits: RateLimits | None = None
     policy: ReferencePolicy | None = None
+    upload_policy: Policy | None = None
     credentials: Credentials | None = None
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self.storage = self.storage or DirectoryStorage(self.root)
-        self.files = JobFiles(self.settings, self.storage, self.credentials, self.policy)
+        self.files = JobFiles(
+            self.settings, self.storage, self.credentials, self.policy, self.upload_policy
+        )
         parts = Parts(
             self.files,
             self.callback,
@@ -114,7 +118,10 @@ class LocalWorker:
         """Run a payload, `sdxl_payload()` if none is given, as the platform's job `rp-1`."""
         event = {"id": "rp-1", "input": sdxl_payload() if payload is None else payload, **top}
         return self.worker.run(
-            Envelope.of(event), stop or self.stop, self.progress.append, self.streamed.append
+            Envelope.of(event, self.settings.families),
+            stop or self.stop,
+            self.progress.append,
+            self.streamed.append,
         )
 
     def stored(self) -> list[str]:

@@ -1,6 +1,7 @@
 """A `Progress` that keeps what a generation reports, and can stop the generation."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ class RecordedProgress:
     def step(self, done: int, total: int) -> None:
         self.steps.append((done, total))
         self.on_step(done, total)
+
+    def span(self, name: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def memory_plan(self, plan: Mapping[str, Any]) -> None:
         self.memory_plans.append(plan)

@@ -127,6 +127,6 @@ def test_the_handler_refuses_a_wrong_key_and_shows_no_key(tmp_path: Path) -> Non
         LOG_LEVEL="DEBUG",
     )
 
-    assert "UNAUTHORIZED" in run.stdout
+    assert "UNAUTHORIZED" in run.stderr
     assert KEY not in run.stdout + run.stderr
     assert "brought-along" not in run.stdout + run.stderr

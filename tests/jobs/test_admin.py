@@ -137,7 +137,7 @@ def test_a_worker_without_a_ledger_has_no_device_and_no_pressure(
 
 
 def test_status_names_the_batches_that_a_family_accepts(site: Site) -> None:
-    assert site.ask("status", target_worker="sdxl")["batch_support"] == [1, 3, 6]
+    assert site.ask("status", target_worker="sdxl")["batch_support"] == [1, 2, 3, 4, 5, 6]
     assert site.ask("status", target_worker="chat")["batch_support"] == [1]
 
 
@@ -194,6 +194,12 @@ def test_enhancement_info_lists_the_chat_models_and_capabilities(site: Site) -> 
     assert set(info["capabilities"]) == set(SPECIFICATION["capabilities"])
 
 
+def test_info_names_the_main_model_of_each_family(local: Callable[..., LocalWorker]) -> None:
+    site = Site(local, chat_instruct_model="/models/Qwen2.5-7B-Instruct")
+
+    assert site.ask("info")["models"] == {"sdxl": "pocket", "chat": "Qwen2.5-7B-Instruct"}
+
+
 def test_no_answer_shows_a_secret_and_debug_env_has_paths_and_versions_only(
     local: Callable[..., LocalWorker],
 ) -> None:
@@ -248,7 +254,7 @@ def test_questions_are_answered_while_a_picture_is_generated(site: Site) -> None
 
 def test_job_status_reports_how_a_job_ended(site: Site) -> None:
     site.at.run()
-    site.at.run(sdxl_payload(id="job-2", config={"num_images": 2}))
+    site.at.run(sdxl_payload(id="job-2", config={"num_images": 7}))
     site.at.run(sdxl_payload(id="job-3", reference_required=True, type="video_fast"))
 
     assert site.ask("job_status", job_id="job-1", user_id="user-1")["status"] == "completed"

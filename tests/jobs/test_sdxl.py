@@ -178,3 +178,59 @@ def test_a_lower_quality_makes_a_smaller_file(local: MakeLocal, name: str) -> No
 
     assert sizes == sorted(set(sizes))
     assert num_bytes() == sizes[2]
+
+
+# --- the caller's own URLs ---
+
+
+def refusal(local: MakeLocal, **config: Any) -> str:
+    at = local()
+    failure = at.run(sdxl_payload(config=config)).failure
+    assert failure and failure.code == "INVALID_PROMPT"
+    assert at.fake_sdxl.requests == []
+    return failure.message
+
+
+def upload_urls(count: int) -> list[str]:
+    return [f"https://bucket.example/{index}.png?signature=hush" for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "count", "asked"), [(1, 3, "1 URL"), (3, 1, "3 URLs"), (6, 5, "6 URLs")]
+)
+def test_a_job_needs_one_upload_url_for_each_of_its_pictures(
+    local: MakeLocal, num_images: int, count: int, asked: str
+) -> None:
+    message = refusal(local, num_images=num_images, upload_urls=upload_urls(count))
+
+    assert message == (
+        f"config.upload_urls: Input should have {asked}, one for each asset of the job, not {count}"
+    )
+
+
+def test_a_list_without_upload_urls_is_refused(local: MakeLocal) -> None:
+    assert refusal(local, upload_urls=[]).startswith("config.upload_urls: ")
+
+
+def test_two_pictures_may_not_go_to_one_url(local: MakeLocal) -> None:
+    message = refusal(local, num_images=3, upload_urls=upload_urls(1) * 3)
+
+    assert message == "config.upload_urls: Input should be different URLs"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://bucket.example/0.png?s=hush", "https://127.0.0.1/0.png?s=hush"),
+        *("https://user:hush@bucket.example/0.png", "https://bucket.example:8443/0.png?s=hush"),
+        *("https://localhost/0.png?s=hush", "s3://bucket/0.png?s=hush", "file:///0.png?s=hush"),
+        *("https://bucket.example/\\0.png?s=hush", "https://bucket.example/0.png?s=hush#x", "hush"),
+    ],
+)
+def test_an_upload_url_that_is_not_plain_is_refused_without_being_repeated(
+    local: MakeLocal, url: str
+) -> None:
+    message = refusal(local, upload_urls=[url])
+
+    assert message.startswith("config.upload_urls.0: Input should be a plain https URL")
+    assert "hush" not in message

@@ -136,6 +136,15 @@ def test_the_applications_payload_of_each_type_makes_an_asset(
     assert "warnings" not in document.metadata
 
 
+@pytest.mark.parametrize("name", ["video_fast", "image_fast"])
+def test_a_job_takes_one_upload_url_however_many_images_it_asks_for(name: str) -> None:
+    urls = [f"https://bucket.example/{index}" for index in range(3)]
+
+    assert refusal(type=name, config={"num_images": 3, "upload_urls": urls}) == (
+        "config.upload_urls: Input should have 1 URL, one for each asset of the job, not 3"
+    )
+
+
 def test_wan_has_exactly_the_types_of_the_specification() -> None:
     assert len(TYPES) == 8
     assert sorted(WanJob.model_fields["type"].annotation.__args__) == sorted(TYPES)
@@ -1041,7 +1050,7 @@ def test_a_failing_encoder_fails_its_job_and_not_the_next_one(
 ) -> None:
     at = local(models={"wan": wan})
     with monkeypatch.context() as broken:
-        broken.setattr("ourvidz_serverless.delivery.video.X264", {"preset": "no such preset"})
+        broken.setattr("ourvidz_serverless.delivery.video.PRESET", "no such preset")
         document = at.run(wan_payload(config={"frames": 33}))
 
     assert code(document) == "INTERNAL_ERROR"

@@ -494,13 +494,58 @@ def test_a_redirect_out_of_the_allow_list_is_refused(fetch: Fetch, site: HttpsSe
 
     refusal = fetch.refusal(allowed_hosts=frozenset({"images.example"}))
 
-    assert refusal == "the host is not on the allow-list"
+    assert refusal == "it redirects to cdn.example, which is not on the allow-list"
 
 
 def test_a_redirect_without_a_location_is_refused(fetch: Fetch, site: HttpsServer) -> None:
     site.script = [answer("302 Found")]
 
     assert fetch.refusal() == "HTTP 302"
+
+
+# --- tokens ---
+
+TOKENS = {"images.example": SECRET, "cdn.example": "another"}
+
+
+def tokens_sent(site: HttpsServer) -> list[str | None]:
+    """The bearer token of each request."""
+    found = [re.search(r"^authorization: bearer (\S+)", head, re.I | re.M) for head in site.heads]
+    return [match and match[1] for match in found]
+
+
+def test_a_hosts_token_is_sent_to_it_also_after_a_redirect_to_itself(
+    fetch: Fetch, site: HttpsServer
+) -> None:
+    site.script = [redirect("/again"), answer(body=IMAGE)]
+    fetch(tokens=TOKENS)
+
+    assert tokens_sent(site) == [SECRET, SECRET]
+
+
+def test_no_token_is_sent_to_or_after_another_host(fetch: Fetch, site: HttpsServer) -> None:
+    site.script = [
+        redirect("https://cdn.example/a.png"),
+        redirect("https://images.example/b.png"),
+        answer(body=IMAGE),
+    ]
+    fetch(tokens=TOKENS)
+
+    assert tokens_sent(site) == [SECRET, None, None]
+
+
+def test_a_host_without_a_token_of_its_own_is_sent_none(fetch: Fetch, site: HttpsServer) -> None:
+    site.script = [answer(body=IMAGE)]
+    fetch(tokens={"example": SECRET, "cdn.images.example": SECRET})
+
+    assert tokens_sent(site) == [None]
+
+
+def test_no_error_has_a_token(fetch: Fetch, site: HttpsServer) -> None:
+    site.script = [answer("401 Unauthorized")]
+
+    assert fetch.refusal(tokens=TOKENS) == "HTTP 401"
+    assert SECRET not in repr(replace(fetch.policy, tokens=TOKENS))
 
 
 # --- answers ---

@@ -1,4 +1,7 @@
-"""The hub's side of its protocol, as far as a download goes: metadata, redirects, ranges, tokens.
+"""The Hub's side of its protocol, as far as a download goes: metadata, redirects, ranges, tokens.
+
+It answers what `huggingface_hub` asks, with the headers that the Hub sends:
+https://huggingface.co/docs/hub/api, and `hf_raise_for_status` of that package for its errors.
 
 Large files lie in a storage on another host, to which the hub redirects and which must never see
 the token.
@@ -55,6 +58,7 @@ class Hub(LocalServer):
         self.repository = repository
         self.files = dict(files)
         self.gated = False
+        self.requests: list[Request] = []
         self._large = {name for name, data in files.items() if len(data) > large}
         self.storage = Storage({name: files[name] for name in self._large})
 
@@ -67,19 +71,39 @@ class Hub(LocalServer):
         super().stop()
 
     def answer(self, request: Request) -> Answer:
+        with self.changed:
+            self.requests.append(request)
         if self.gated and request.headers["Authorization"] != f"Bearer {TOKEN}":
-            return json_answer({"error": "gated"}, 401)
+            return refusal(401, "GatedRepo")
         api = f"/api/models/{self.repository}"
+        if request.path.startswith(f"{api}/tree/"):
+            return json_answer([self._entry(name, data) for name, data in self.files.items()])
         if request.path in (api, f"{api}/revision/main", f"{api}/revision/{REVISION}"):
             return json_answer(self._info())
+        if request.path.startswith(f"{api}/revision/"):
+            return refusal(404, "RevisionNotFound")
+        if request.path.startswith("/api/"):
+            # So that nobody learns which private repositories exist.
+            return refusal(401, "RepoNotFound")
         name = request.path.removeprefix(f"/{self.repository}/resolve/{REVISION}/")
-        if name in self._large:
-            # The host has another name, so that it is another one.
-            url = self.storage.url.replace("127.0.0.1", "localhost")
-            return Answer(302, b"", {"Location": f"{url}/{name}?signature=secret"})
-        if name in self.files:
-            return _ranged(self.files[name], request)
-        return json_answer({"error": "not found"}, 404)
+        return self._file(name) if name in self.files else refusal(404, "EntryNotFound")
+
+    def _file(self, name: str) -> Answer:
+        data = self.files[name]
+        headers = {"X-Repo-Commit": REVISION}
+        if name not in self._large:
+            return Answer(200, data, {**headers, "ETag": f'"{git_blob(data)}"'})
+        linked = {"X-Linked-ETag": strong_etag(data), "X-Linked-Size": str(len(data))}
+        # The host has another name, so that it is another one.
+        url = self.storage.url.replace("127.0.0.1", "localhost")
+        return Answer(302, b"", {**headers, **linked, "Location": f"{url}/{name}?signature=secret"})
+
+    def _entry(self, name: str, data: bytes) -> dict[str, Any]:
+        sibling = self._sibling(name, data)
+        oid = {"type": "file", "path": name, "size": len(data), "oid": sibling["blobId"]}
+        if lfs := sibling.get("lfs"):
+            oid["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": 134}
+        return oid
 
     def _info(self) -> dict[str, Any]:
         siblings = [self._sibling(name, data) for name, data in self.files.items()]
@@ -91,6 +115,11 @@ class Hub(LocalServer):
             sha256 = hashlib.sha256(data).hexdigest()
             info["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
         return info
+
+
+def refusal(status: int, code: str) -> Answer:
+    """An error of the Hub's, which the client tells by a header."""
+    return Answer(status, b"", {"X-Error-Code": code})
 
 
 def git_blob(data: bytes) -> str:

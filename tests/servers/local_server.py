@@ -209,7 +209,7 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
             answer = server.respond(self._request())
             self._send(answer) if answer else self._reset()
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = serve
 
         def _request(self) -> Request:
             url = urlsplit(self.path)

@@ -400,7 +400,10 @@ class Platform(LocalServer):
             return json_answer({"error": str(exc)}, 400)
         except (ValueError, KeyError, TypeError):
             return json_answer({"error": "input is missing"}, 400)
-        return self._runsync(request, id) if is_sync else json_answer(self.status(id))
+        # Also if a worker has taken the job by now.
+        return (
+            self._runsync(request, id) if is_sync else json_answer({"id": id, "status": "IN_QUEUE"})
+        )
 
     def _runsync(self, request: Request, id: str) -> Answer:
         seconds = int(request.query.get("wait", RUNSYNC_WAIT_MS)) / 1000

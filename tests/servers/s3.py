@@ -22,6 +22,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from tests.patience import PATIENCE_S
 
 STARTS = 3
@@ -66,6 +67,17 @@ class SeaweedServer:
                 proxies={},
             ),
         )
+
+    def storage(self, **changes: Any) -> S3Storage:
+        """The worker's storage in this bucket, with some of its arguments changed."""
+        arguments: dict[str, Any] = {
+            "bucket": self.bucket,
+            "endpoint": self.endpoint,
+            "key_id": self.access_key,
+            "secret": self.secret_key,
+            "region": "us-east-1",
+        }
+        return S3Storage(**arguments | changes)
 
     def __enter__(self) -> Self:
         for _ in range(STARTS):

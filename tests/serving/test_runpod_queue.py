@@ -104,7 +104,7 @@ def test_the_callback_equals_the_returned_document(
 
 @pytest.mark.usefixtures("worker")
 def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) -> None:
-    job = platform.submit(sdxl_payload(config={"num_images": 2}))
+    job = platform.submit(sdxl_payload(config={"num_images": 7}))
 
     platform.result(job)
 
@@ -112,7 +112,7 @@ def test_a_refusal_is_a_runpod_failure_whose_text_is_json(platform: Platform) ->
     assert status["status"] == "FAILED"
     assert failure(status) == {
         "code": "INVALID_PROMPT",
-        "message": "config.num_images: Input should be 1, 3 or 6",
+        "message": "config.num_images: Input should be less than or equal to 6",
         "retryable": False,
     }
     assert status["output"]["failure"] == failure(status)
@@ -292,7 +292,7 @@ def test_a_failed_jobs_result_that_the_platform_refuses_is_stored_too(
 ) -> None:
     platform.script([400])
 
-    platform.submit(sdxl_payload(id="twice-refused", config={"num_images": 2}))
+    platform.submit(sdxl_payload(id="twice-refused", config={"num_images": 7}))
 
     worker.wait_for_log("kept at undelivered/twice-refused/result.failed.json")
     kept = outputs / "undelivered/twice-refused/result.failed.json"
@@ -427,14 +427,56 @@ def test_supabase_holds_the_assets(receiver: CallbackReceiver) -> None:
 # --- without a platform ---
 
 
-def test_the_handler_runs_a_test_input_and_shows_its_result(tmp_path: Path) -> None:
+def test_the_handler_runs_a_test_input_and_prints_where_its_picture_is(tmp_path: Path) -> None:
     payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, cwd=tmp_path, STORAGE_URL="file:pictures")
+
+    assert run.returncode == 0, run.stderr
+    path, facts = run.stdout.split(": ")
+    assert path == "pictures/user-1/job-1/0.png"
+    assert re.fullmatch(r"64x64, seed \d+, \d+\.\d s\n", facts)
+    assert (tmp_path / path).exists()
+
+
+def test_a_test_input_with_its_picture_in_the_document_prints_no_picture() -> None:
+    payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, STORAGE_URL="inline:", RUNPOD_LOG_LEVEL="INFO")
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("png in the document, which VERBOSE=1 prints: 64x64, seed 7, ")
+    assert "base64" not in run.stdout + run.stderr
+
+
+def test_the_handler_says_in_one_line_why_a_test_input_failed(tmp_path: Path) -> None:
+    payload = json.dumps({"input": sdxl_payload(config={"num_images": 7})})
 
     run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}")
 
-    assert run.returncode == 0, run.stderr
-    assert "user-1/job-1/0.png" in run.stdout
-    assert (tmp_path / "user-1/job-1/0.png").exists()
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.splitlines()[-1] == (
+        "failed: INVALID_PROMPT: config.num_images: Input should be less than or equal to 6"
+    )
+
+
+def test_verbose_prints_the_document_of_a_test_input_and_its_line_of_the_audit_trail(
+    tmp_path: Path,
+) -> None:
+    payload = json.dumps({"input": sdxl_payload()})
+
+    run = run_handler("--test_input", payload, STORAGE_URL=f"file:{tmp_path}", VERBOSE="1")
+
+    document = json.loads(run.stdout[run.stdout.index("{") :])
+    assert document["assets"][0]["url"] == "user-1/job-1/0.png"
+    assert '"audit": "job"' in run.stderr
+
+
+def test_a_test_input_without_an_input_is_reported(tmp_path: Path) -> None:
+    run = run_handler("--test_input", '{"prompt": "a circle"}', STORAGE_URL=f"file:{tmp_path}")
+
+    assert run.returncode == 1
+    assert "Job has no input parameter" in run.stderr
 
 
 def test_the_log_has_no_prompt(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from jsonschema import Draft202012Validator as Validator
 
 from builder import contract as artefacts
 from ourvidz_serverless import errors, jobs
-from ourvidz_serverless.jobs.envelope import SYNONYMS, Envelope
+from ourvidz_serverless.job_types import SYNONYMS
+from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import schema as contract
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import FakeChat
@@ -93,7 +94,7 @@ def test_a_payload_of_an_earlier_version_is_valid_today(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "at"),
     [
-        ({"config": {"num_images": 2}}, "config"),
+        ({"config": {"num_images": 7}}, "config"),
         ({"config": {"guidance_scale": 21}}, "config"),
         ({"config": {"resolution": [512, 512]}}, "config"),
         ({"config": {"num_inference_steps": "many"}}, "config"),
@@ -163,7 +164,7 @@ def test_the_schemas_list_every_error_code() -> None:
     [
         sdxl_payload(),
         sdxl_payload(config={"num_images": 6}),
-        sdxl_payload(config={"num_images": 2}),
+        sdxl_payload(config={"num_images": 7}),
         chat_payload(),
         chat_payload(type="chat_enhance", truncate="oldest"),
         chat_payload(type="chat_unrestricted", messages=[]),

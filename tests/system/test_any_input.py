@@ -9,6 +9,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ourvidz_serverless.document import Document
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving import runpod_queue
 from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.telemetry import exports
 from tests import files
 from tests.examples import examples
 from tests.fakes.fake_chat import FakeChat
@@ -138,11 +140,26 @@ def _put(payload: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> LocalWorker:
-    """A worker for every family. The only host that it may fetch from does not exist."""
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWorker]:
+    """A worker for every family, with traces. The only host that it may fetch from does not exist.
+
+    It sends no traces: the exporter draws from `random`, which Hypothesis forbids meanwhile.
+    """
+    settings = Settings(
+        reference_hosts=("nowhere.invalid",),
+        otel_exporter_otlp_endpoint="http://127.0.0.1:9",
+        otel_bsp_schedule_delay=3_600_000,
+        otel_metric_export_interval=3_600_000,
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(exports, "BATCH", 1_000_000)
+        yield _local(tmp_path_factory.mktemp("any"), settings)
+
+
+def _local(root: Path, settings: Settings) -> LocalWorker:
     return LocalWorker(
-        tmp_path_factory.mktemp("any"),
-        settings=Settings(reference_hosts=("nowhere.invalid",)),
+        root,
+        settings=settings,
         models={
             "sdxl": FakeSdxl(),
             "chat": FakeChat("A reply ", "of words."),

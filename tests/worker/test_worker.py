@@ -169,7 +169,7 @@ def test_a_picture_is_stored_while_the_next_one_is_generated(
 
 
 def test_a_failed_document_has_every_field_of_the_specification(local: MakeLocal) -> None:
-    document = local().run(sdxl_payload(config={"num_images": 2}))
+    document = local().run(sdxl_payload(config={"num_images": 7}))
 
     assert sorted(document.callback()) == sorted(SPECIFICATION["failed_document"])
     assert document.callback()["metadata"]["error_type"] == "INVALID_PROMPT"
@@ -628,7 +628,7 @@ def test_an_unforeseen_error_of_a_callback_loses_no_document(
     assert (document.status, callback["delivered"]) == ("completed", False)
     assert callback["reason"] == "an internal error; the worker's log says where"
     assert callback["kept"] in at.stored()
-    assert "job job-1 met a bug: ValueError at setting_checks.py:" in caplog.text
+    assert "job job-1 met a bug: ValueError at signatures.py:" in caplog.text
 
 
 def test_an_unforeseen_error_of_a_callback_leaves_no_running_job(
@@ -852,7 +852,7 @@ def test_a_success_clears_the_error_of_an_earlier_try_in_the_applications_row(
     local: MakeLocal,
 ) -> None:
     payload = sdxl_payload()
-    refused = local().run({**payload, "config": {"num_images": 2}})
+    refused = local().run({**payload, "config": {"num_images": 7}})
     done = local().run(payload)
 
     row: dict[str, Any] = {}

@@ -14,8 +14,16 @@ export async function receive(request: Request): Promise<Response> {
     }
     jobs.set(document.job_id, document);
     for (const { type, url, thumbnail_url, metadata } of document.assets) {
+      // With STORAGE_URL=inline: the URL is the whole file. `fetch(url)` reads both kinds.
+      const where = url.startsWith("data:") ? "in the document" : url;
       console.log(
-        JSON.stringify({ job: document.job_id, type, url, thumbnail_url, seed: metadata.seed }),
+        JSON.stringify({
+          job: document.job_id,
+          type,
+          url: where,
+          thumbnail_url,
+          seed: metadata.seed,
+        }),
       );
     }
     if (document.status === "failed") {

@@ -6,21 +6,18 @@ import functools
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ourvidz_serverless.deadline import NEVER
 from ourvidz_serverless.delivery.storage.base import Storage
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
+from ourvidz_serverless.delivery.storage.inline import InlineStorage
 from ourvidz_serverless.delivery.storage.s3 import S3Storage
 from ourvidz_serverless.delivery.storage.supabase import SupabaseStorage
 from ourvidz_serverless.errors import InvalidPrompt, ModelLoadError
 from ourvidz_serverless.job import S3Config
-from ourvidz_serverless.net.addresses import Gate, is_listed, is_public, look_up
+from ourvidz_serverless.net.addresses import is_listed, is_public, may_be_public, resolve
 from ourvidz_serverless.settings import Settings, storage_place, storage_problems
 
 #: The payload's field for the host of its own bucket.
 ENDPOINT = "s3Config.endpointUrl"
-
-#: How long the lookup of that host's name may take, in seconds.
-LOOK_UP_S = 5.0
 
 
 def open_storage(settings: Settings) -> Storage:
@@ -31,6 +28,8 @@ def open_storage(settings: Settings) -> Storage:
     for problem in storage_problems(settings):
         raise ModelLoadError(problem)
     scheme, bucket, prefix = storage_place(settings)
+    if scheme == "inline":
+        return InlineStorage()
     if scheme == "s3":
         return S3Storage.of(settings, bucket, prefix)
     if scheme == "supabase":
@@ -50,7 +49,7 @@ def job_storage(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()
         endpoint = urlsplit(config.endpointUrl or "")
         host, _ = endpoint.hostname, endpoint.port  # an impossible port raises ValueError
         gate = None if host and is_listed(host, inner_hosts) else is_public
-        if host and gate and not _may_be_public(host, gate):
+        if host and gate and not may_be_public(host, gate, resolve):
             raise InvalidPrompt(f"{ENDPOINT}: Input should be a host of the public internet")
         return S3Storage(
             bucket=config.bucketName,
@@ -62,10 +61,3 @@ def job_storage(config: S3Config, region: str, inner_hosts: tuple[str, ...] = ()
         )
     except ValueError as exc:
         raise InvalidPrompt(f"{ENDPOINT}: Input should be the URL of a host") from exc
-
-
-def _may_be_public(host: str, gate: Gate) -> bool:
-    try:
-        return all(map(gate, look_up(host, NEVER.within(LOOK_UP_S))))
-    except OSError:
-        return True  # the name may be known later: each upload looks it up again

@@ -5,6 +5,7 @@
     stabilityai/stable-diffusion-xl-base-1.0    a repository of the hub, in one of `MODEL_DIRS`
     Qwen/Qwen2.5-7B-Instruct@a09a35458c70...    a revision of one
     h94/IP-Adapter/sdxl_models/x.safetensors    a file in one
+    https://example.com/x.safetensors           what `FETCH_MODELS` has brought from a URL
 
 Repositories have the layout of the hub's own cache, `models--{org}--{name}/snapshots/{revision}`,
 whether they are in the image, in RunPod's model cache, or on a network volume.
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models.loading import names
+from ourvidz_serverless.models.loading.names import HubName, UrlName
 
 #: Network file systems. RunPod's volumes are MooseFS, mounted by FUSE.
 REMOTE_FILESYSTEMS = (
@@ -50,7 +53,9 @@ def find(variable: str, name: str | Path, folders: Sequence[Path]) -> Path:
     Raises ModelLoadError with one line that names the variable if there is none, or if a repository
     has several revisions and no main one.
     """
-    path = Path(name)
+    parsed = names.parse(name)
+    # A URL is no path: as one it would lose a slash.
+    path = parsed.place if isinstance(parsed, UrlName) else Path(name)
     if path.exists():
         return path
     if path.is_absolute():
@@ -58,22 +63,17 @@ def find(variable: str, name: str | Path, folders: Sequence[Path]) -> Path:
     for folder in folders:
         if (folder / path).exists():
             return folder / path
-        cached = _cached(variable, folder, path)
+        cached = _cached(variable, folder, parsed) if isinstance(parsed, HubName) else None
         if cached and cached.exists():
             return cached
     places = ", ".join(map(str, folders))
-    raise ModelLoadError(f"{variable}: there is no {path} here nor in {places}")
+    raise ModelLoadError(f"{variable}: there is no {names.public(name)} here nor in {places}")
 
 
-def _cached(variable: str, folder: Path, name: Path) -> Path | None:
+def _cached(variable: str, folder: Path, name: HubName) -> Path | None:
     """The path of a repository, or of a file in one, in a cache of the hub's layout."""
-    if len(name.parts) < 2:
-        return None
-    organisation, repository, *inside = name.parts
-    repository, _, revision = repository.partition("@")
-    cache = folder / f"models--{organisation}--{repository}"
-    snapshot = _snapshot(variable, cache, revision)
-    return snapshot.joinpath(*inside) if snapshot else None
+    snapshot = _snapshot(variable, folder / name.cache, name.revision)
+    return snapshot / name.inside if snapshot else None
 
 
 def _snapshot(variable: str, cache: Path, revision: str) -> Path | None:
@@ -112,6 +112,12 @@ def check(folder: Path) -> None:
 
     For libraries whose loaders have no clear message.
     """
+    for path in files_of(folder):
+        header(path)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """A folder's files of weights; raises ValueError if there are none, or not all of an index."""
     files = sorted(folder.glob("*.safetensors"))
     named = {
         folder / name
@@ -122,8 +128,7 @@ def check(folder: Path) -> None:
         raise ValueError(f"there is no {path.name} in {folder.name}")
     if not files:
         raise ValueError(f"there are no .safetensors in {folder.name}")
-    for path in files:
-        header(path)
+    return files
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:

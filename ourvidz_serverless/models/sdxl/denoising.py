@@ -98,7 +98,9 @@ class Denoiser:
 
         A `lean` loop takes less memory: it computes the prompt's keys and values in every step.
         """
-        scheduler = make_scheduler(self.scheduler_config, self.request.scheduler)
+        scheduler = make_scheduler(
+            self.scheduler_config, self.request.scheduler, self.request.has_distilled_lora
+        )
         set_steps(scheduler, self.request.steps, self.device.name)
         skipped = (self.request.steps - self.num_steps) * scheduler.order
         timesteps = scheduler.timesteps[skipped:]

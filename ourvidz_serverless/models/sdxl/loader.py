@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ourvidz_serverless.models.loading import checkpoints, weight_files
+from ourvidz_serverless.models.loading import checkpoints, fetch, names, weight_files
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -53,7 +53,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> SdxlModel:
     read = functools.partial(_read_parts, settings, device)
     parts = MovableParts(networks.parts(), device, read, stages)
     # The specification calls SDXL "always loaded": its weights are the last to leave the device.
-    source = Path(settings.sdxl_model).name
+    source = names.short(settings.sdxl_model)
     handle = ledger.register(parts, "sdxl", "sdxl", source=source, is_pinned=True)
     ledger.preload(parts)
     return SdxlModel(
@@ -89,8 +89,10 @@ def read_networks(settings: Settings, device: Device) -> SdxlNetworks:
         path = checkpoints.find("SDXL_MODEL", settings.sdxl_model, settings.model_dirs)
     with checkpoints.loading("SDXL_MODEL", path, "SDXL"):
         pipe = _read_pipe(path, settings, device.dtype)
-    if settings.sdxl_timestep_spacing:
-        pipe.scheduler.register_to_config(timestep_spacing=settings.sdxl_timestep_spacing)
+    # A distilled checkpoint was trained from pure noise, where its spacing begins.
+    own_spacing = "trailing" if settings.sdxl_distilled_steps else None
+    if spacing := settings.sdxl_timestep_spacing or own_spacing:
+        pipe.scheduler.register_to_config(timestep_spacing=spacing)
     if settings.memory_format == "channels_last":
         # Here, so that weights that are read again have the same memory format.
         for network in (pipe.unet, pipe.vae):
@@ -138,8 +140,8 @@ def _read_pipe(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
 def _config_folder(path: Path, settings: Settings) -> Path:
     """The folder with a single file's configurations and tokenizers: the file has weights only."""
     folder = path.with_suffix("")
-    if settings.sdxl_config:
-        folder = checkpoints.find("SDXL_CONFIG", settings.sdxl_config, settings.model_dirs)
+    if name := settings.sdxl_config or fetch.sdxl_config(settings):
+        folder = checkpoints.find("SDXL_CONFIG", name, settings.model_dirs)
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(f"no configuration in {folder.name}, see SDXL_CONFIG")
     return folder

@@ -41,7 +41,8 @@ class LoraStore:
     @classmethod
     def of(cls, settings: Settings) -> LoraStore:
         hosts = frozenset(settings.lora_hosts)
-        policy = Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S)
+        tokens = {each.host: each.token.get_secret_value() for each in settings.lora_host_tokens}
+        policy = Policy(hosts, max_bytes=MAX_BYTES, deadline_s=DOWNLOAD_S, tokens=tokens)
         max_cached_bytes = int(settings.lora_cache_gb * (1 << 30))
         return cls(settings.sdxl_lora_dir, policy if hosts else None, max_cached_bytes)
 

@@ -106,7 +106,9 @@ class SdxlModel:
                     progress.speed(stats.report(request.speed, decoder.lever))
                 for latent in latents:
                     decode = functools.partial(self.decode, decoder, latent)
-                    yield fallback.run(self.handle, "decode", decode)
+                    with progress.span("decode"):
+                        pixels = fallback.run(self.handle, "decode", decode)
+                    yield pixels
             fallback.succeeded()
             lease.measured_bytes = self._working_bytes(others)
 

@@ -47,7 +47,7 @@ class ImageRequest:
 
     Without a `negative` the unconditional embedding is the checkpoint's own. `scheduler` is the
     checkpoint's own where it is None. `loras` are files with their scales, and `speed` is a preset
-    of `models.speed`.
+    of `models.speed`. `has_distilled_lora`: one of the LoRAs was made for few steps.
     """
 
     prompt: Prompt
@@ -60,6 +60,7 @@ class ImageRequest:
     loras: tuple[tuple[Path, float], ...] = ()
     reference: StartImage | IpAdapterImage | None = None
     speed: str = "exact"
+    has_distilled_lora: bool = False
 
     @property
     def start(self) -> StartImage | None:

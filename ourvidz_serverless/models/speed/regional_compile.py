@@ -30,7 +30,7 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.settings import Settings
 
-#: How many shapes are compiled for one network. SDXL has two for each size of image.
+#: How many shapes are compiled for one network. SDXL has two for each size and number of images.
 MAX_SHAPES = 16
 
 #: How many shapes are remembered that came only once.

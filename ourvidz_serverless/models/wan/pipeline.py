@@ -122,7 +122,7 @@ class _Generation:
     def frames(self) -> Generator[np.ndarray]:
         with translate_out_of_memory():
             latents = self._denoise(self._encode_prompts(), self._encode_references())
-            with self._using(self._wan.vae.handle, self._shape):
+            with self._progress.span("decode"), self._using(self._wan.vae.handle, self._shape):
                 yield from self._decode(latents)
             self._fallback.succeeded()
 

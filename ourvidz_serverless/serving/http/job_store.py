@@ -2,8 +2,9 @@
 
 RunPod's queue keeps jobs and their status outside the worker. Behind plain HTTP the worker does it
 itself: it has as many threads as it runs jobs at once, a bounded backlog, and the documents of the
-last jobs, in memory. Callers that need a document for longer use the callback. Jobs that need the
-device alone have threads and a backlog of their own, so that no other job waits behind them.
+last jobs, in memory, within a limit. Callers that need a document for longer use the callback. Jobs
+that need the device alone have threads and a backlog of their own, so that no other job waits
+behind them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from ourvidz_serverless.worker import Worker
 
 #: How many ended jobs are remembered.
 MAX_ENDED = 500
+
+#: How many characters the documents of ended jobs may have in their assets' URLs together: with
+#: `STORAGE_URL=inline:` one has up to ten million. The last ended job is remembered in any case.
+MAX_ENDED_CHARS = 200_000_000
 
 #: The `Retry-After`, in seconds, when every thread and every place in the backlog is taken.
 RETRY_AFTER_S = 2
@@ -203,9 +208,13 @@ class JobStore:
     def _remember(self, identity: Identity, record: JobRecord) -> None:
         self._records.pop(identity, None)
         self._records[identity] = record
-        ended = [name for name, old in self._records.items() if old.document]
-        for name in ended[:-MAX_ENDED]:
-            del self._records[name]
+        num_ended = num_chars = 0
+        for name, old in reversed(tuple(self._records.items())):
+            if old.document:
+                num_ended += 1
+                num_chars += sum(len(asset.url) for asset in old.document.assets)
+                if num_ended > MAX_ENDED or (num_chars > MAX_ENDED_CHARS and num_ended > 1):
+                    del self._records[name]
 
 
 class CallThreads:

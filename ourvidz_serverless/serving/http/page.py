@@ -27,7 +27,8 @@ FOLDER = Path(__file__).parent / "static"
 
 #: The page's parts, and the files of a storage that it may show. It shows no other file, such as a
 #: document that was not delivered.
-PARTS = {"page.css": "text/css", "page.js": "text/javascript", "job.js": "text/javascript"}
+SCRIPTS = ("page.js", "dom.js", "form.js", "job.js", "pictures.js", "stage.js", "worker.js")
+PARTS = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 MEDIA = {
     ".png": "image/png",
     ".jpg": "image/jpeg",

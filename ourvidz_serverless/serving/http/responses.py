@@ -106,21 +106,26 @@ class EventStream(StreamingResponse):
             self._at_end()
 
 
-async def events_of(record: JobRecord) -> AsyncIterator[str]:
-    """A job's events: `data: {"delta": ...}` for text, `progress`, and `done` or `error` last.
+async def events_of(record: JobRecord, with_status: bool = True) -> AsyncIterator[str]:
+    """A job's events: `status`, `progress`, text as `{"delta": ...}`, and `done` or `error` last.
 
-    The first events of a late reader are the text so far and the newest progress.
+    `status` is sent at the start and when `queued` becomes `processing`. The first events of a late
+    reader are the status, the text so far and the newest progress.
     """
-    sent = 0
+    sent, status = 0, ""
     progress: Mapping[str, Any] = {}
     while True:
-        # Read all four at the same moment: the job goes on while an event is sent.
-        changed, text, now, document = (
+        # Read all five at the same moment: the job goes on while an event is sent.
+        changed, text, now, document, is_at = (
             record.changed,
             record.text,
             record.progress,
             record.document,
+            record.status,
         )
+        if with_status and is_at != status and not document:
+            yield _event({"status": is_at}, "status")
+            status = is_at
         if len(text) > sent:
             yield _event({"delta": text[sent:]})
             sent = len(text)

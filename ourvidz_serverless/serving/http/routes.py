@@ -165,7 +165,7 @@ async def job(job_id: str, request: Request, service: Service, user_id: User = N
 async def job_events(
     job_id: str, request: Request, service: Service, user_id: User = None
 ) -> Response:
-    """A job's progress and its end, as server-sent events."""
+    """A job's status, its progress and its end, as server-sent events."""
     return EventStream(events_of(_find(service, request, job_id, user_id)))
 
 
@@ -256,11 +256,13 @@ def _envelope_of(request: Request, payload: object, s3_config: object = None) ->
     event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
     if s3_config is not None:
         event["s3Config"] = s3_config
+    if traceparent := request.headers.get("traceparent"):
+        event["traceparent"] = traceparent
     if isinstance(payload, Mapping):
         own = payload.get("api_key")
         key = key_of(request.headers) if own in (None, "") else own
         event["input"] = {**payload, "api_key": key}
-    return Envelope.of(event)
+    return Envelope.of(event, _service(request).settings.families)
 
 
 def _check_key_of(envelope: Envelope, service: HttpService) -> None:
@@ -296,7 +298,8 @@ async def _reply(request: Request, service: HttpService, payload: Mapping[str, A
     # is already complete is sent as events all the same.
     if record.document and (record.document.failure or not streams):
         return document_response(record.document, with_assets=False)
-    return EventStream(events_of(record), at_end=stop)
+    # Without `status` events: some callers read each event of a chat as a piece of its text.
+    return EventStream(events_of(record, with_status=False), at_end=stop)
 
 
 def reply_timeout_s(settings: Settings, job: Job) -> float:

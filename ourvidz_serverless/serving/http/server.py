@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -67,8 +68,10 @@ def make_server(service: HttpService) -> Server:
     return Server(config, service)
 
 
-def serve(settings: Settings, reading: ReadAhead | None = None) -> None:
+def serve(settings: Settings, read: Callable[[], ReadAhead | None] = lambda: None) -> None:
     """Answer requests until SIGTERM. Running jobs then have `SHUTDOWN_GRACE_S`, as on the queue.
+
+    `read` begins to read the models' files, and may fetch them first.
 
     Raises ModelLoadError if an address cannot be used or the models do not load.
     """
@@ -82,7 +85,7 @@ def serve(settings: Settings, reading: ReadAhead | None = None) -> None:
 
     def load() -> None:
         try:
-            service.open(Worker.of(settings, reading))
+            service.open(Worker.of(settings, read()))
             log.info("ready")
         except BaseException as exc:
             errors.append(exc)
@@ -90,6 +93,7 @@ def serve(settings: Settings, reading: ReadAhead | None = None) -> None:
 
     threading.Thread(target=load, daemon=True, name="load").start()
     server.run(sockets)
+    service.flush()
     if errors:
         raise errors[0]
 

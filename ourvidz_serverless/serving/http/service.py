@@ -78,3 +78,8 @@ class HttpService:
         await self.job_store.close()
         self.readers.close()
         self.administrators.close()
+
+    def flush(self) -> None:
+        """Send the worker's telemetry that is left, within a few seconds."""
+        if self._worker:
+            self._worker.flush()

@@ -166,7 +166,7 @@ def test_two_models_that_replace_each_other_fit_the_device(place: str, tmp_path:
     chat = load(place, 4, chat_base_model=tiny_folder(tmp_path))
 
     for model in get_args(ModelName):
-        assert rest_of(ask(chat, ("user", "x"), model=model, max_tokens=3))
+        assert rest_of(ask(chat, ("user", "x"), model=model, max_tokens=3, temperature=0))
     assert claimed(chat) <= chat.ledger.memory.total_bytes
 
 
@@ -179,7 +179,7 @@ def test_on_a_cpu_the_cache_fits_the_memory_of_the_host(
 
     chat = load(place, 0, vram_budget_gb=None)
 
-    assert rest_of(ask(chat, ("user", "x"), max_tokens=3))
+    assert rest_of(ask(chat, ("user", "x"), max_tokens=3, temperature=0))
     assert claimed(chat) <= 6 << 20
 
 
@@ -190,7 +190,7 @@ def test_wans_enhancer_has_a_shorter_context_if_memory_is_short(place: str) -> N
 
     chat = chat_loader.load_enhancer(place, settings, device, ledger)
 
-    assert rest_of(ask(chat, ("user", "x" * 900), max_tokens=3))
+    assert rest_of(ask(chat, ("user", "x" * 900), max_tokens=3, temperature=0))
     assert claimed(chat) <= ledger.memory.total_bytes
     with pytest.raises(InvalidPrompt):
         ask(chat, ("user", "x" * 4000), max_tokens=3)

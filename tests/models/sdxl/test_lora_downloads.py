@@ -85,6 +85,18 @@ def fetch(shelf: LoraStore) -> Callable[..., Path]:
     return lambda path, user="ann": shelf.fetch(HOST + path, user, NEVER)
 
 
+def test_a_store_sends_a_host_the_token_of_the_settings() -> None:
+    settings = Settings.model_validate(
+        {"lora_hosts": "civitai.com", "lora_host_tokens": "Civitai.com=secret, other.example=x"}
+    )
+
+    policy = LoraStore.of(settings).policy
+
+    assert policy
+    assert policy.tokens == {"civitai.com": "secret", "other.example": "x"}
+    assert policy.allowed_hosts == {"civitai.com"}
+
+
 def number(path: Path) -> float:
     return float(load_file(path)["lora"][0])
 

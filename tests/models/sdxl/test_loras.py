@@ -157,6 +157,20 @@ def test_a_tensor_whose_name_is_a_regular_expression_is_refused(sdxl: Any, tmp_p
         render(sdxl, (path, 1.0))
 
 
+def test_a_job_with_a_distilled_lora_makes_its_picture_in_one_step(
+    sdxl: Any, store: LoraStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdxl, "loras", store)
+    config = {"num_inference_steps": 1, "loras": [{"name": "bold", "distilled": True}]}
+    job = Envelope.of({"input": sdxl_payload(config=config)}).job(Settings())
+    context = JobContext(Stop(), lambda progress: None, Bounds(60))
+
+    (picture,) = jobs.run(job, sdxl, {}, context)
+
+    assert picture.metadata["steps"] == 1
+    assert picture.pixels.std() > 10
+
+
 def test_a_lora_is_gone_after_its_job(sdxl: Any, store: LoraStore) -> None:
     before = render(sdxl)
     render(sdxl, (store.path("bold", "ann"), 1.0))

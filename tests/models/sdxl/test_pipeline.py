@@ -21,7 +21,7 @@ from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress
-from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler
+from ourvidz_serverless.models.schedulers import SCHEDULERS, make_scheduler, set_steps
 from ourvidz_serverless.models.sdxl import loader
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_encoder import PromptEncoder, chunks
@@ -130,6 +130,19 @@ def test_no_pixel_depends_on_how_a_batch_is_split(
 
     for one, other in zip(render(split, **SIX), batch, strict=True):
         assert distance(one, other) <= ROUNDING
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_any_number_of_pictures_is_split_in_parts_that_differ_by_one_at_most(
+    count: int, max_batch: int
+) -> None:
+    size = SdxlMemoryPlan(max_batch).size(count)
+
+    parts = [min(size, count - first) for first in range(0, count, size)]
+
+    assert max(parts) <= max_batch
+    assert max(parts) - min(parts) <= 1
 
 
 def test_a_batch_is_split_in_equal_parts(sdxl: Any) -> None:
@@ -273,13 +286,25 @@ def test_one_jobs_scheduler_does_not_change_the_next_job(sdxl: Any) -> None:
     assert distance(render(sdxl)[0], before[0]) == 0
 
 
-def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler() -> None:
-    model = loader.load(Settings(sdxl_timestep_spacing="trailing"))
+@pytest.mark.parametrize(
+    "chosen", [{"sdxl_timestep_spacing": "trailing"}, {"sdxl_distilled_steps": 4}]
+)
+def test_the_timestep_spacing_of_the_settings_reaches_every_scheduler(chosen: Any) -> None:
+    model = loader.load(Settings(**chosen))
     scheduler = make_scheduler(model.networks.pipe.scheduler.config, "dpmpp_2m")
 
     scheduler.set_timesteps(4)
 
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+def test_the_first_step_of_a_distilled_lora_begins_at_pure_noise(sdxl: Any, name: str) -> None:
+    scheduler = make_scheduler(sdxl.networks.pipe.scheduler.config, name, is_distilled=True)
+
+    set_steps(scheduler, 1)
+
+    assert scheduler.timesteps[0] == 999
 
 
 # --- prompts ---

@@ -16,6 +16,7 @@ import pytest
 import requests
 
 from ourvidz_serverless import errors
+from ourvidz_serverless.delivery.storage.choose import open_storage
 from ourvidz_serverless.job import Identity
 from ourvidz_serverless.jobs import admin
 from ourvidz_serverless.jobs.envelope import Envelope
@@ -23,6 +24,7 @@ from ourvidz_serverless.models.chat.request import ChatReply, ChatRequest
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.serving.http import (
     connections,
+    job_store,
     openapi,
     request_body,
     request_checks,
@@ -367,7 +369,7 @@ def test_a_failed_job_is_an_error_status_for_wait_and_a_document_for_its_status_
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"input": sdxl_payload(config={"num_images": 2})}, "config.num_images: "),
+        ({"input": sdxl_payload(config={"num_images": 7})}, "config.num_images: "),
         ({"input": sdxl_payload(), "s3Config": {"bucketName": "b"}}, "s3Config.bucketName: "),
         ({}, "input: Input should be an object"),
     ],
@@ -391,8 +393,9 @@ def test_a_jobs_progress_and_end_are_sent_as_events(
     stream = service.get("/job/job-1/events?user_id=user-1", stream=True)
     local.fake_sdxl.go_on.set()
 
-    *progress, (name, last) = events(stream)
+    (first, status), *progress, (name, last) = events(stream)
 
+    assert (first, json.loads(status)) == ("status", {"status": "processing"})
     steps = [json.loads(data)["step"] for _, data in progress]
     assert {name for name, _ in progress} == {"progress"}
     assert steps == sorted(steps) and steps[-1] == 10
@@ -405,7 +408,7 @@ def test_a_quiet_stream_of_events_has_a_comment_now_and_then(
     monkeypatch.setattr(responses, "HEARTBEAT_S", 0.01)
 
     async def first_event() -> str:
-        return await anext(responses.events_of(JobRecord("job-1")))
+        return await anext(responses.events_of(JobRecord("job-1"), with_status=False))
 
     async def in_time() -> str:
         return await asyncio.wait_for(first_event(), PATIENCE_S)
@@ -413,13 +416,32 @@ def test_a_quiet_stream_of_events_has_a_comment_now_and_then(
     assert asyncio.run(in_time()).startswith(":")
 
 
-def test_the_first_event_of_a_late_reader_is_the_newest_progress() -> None:
-    async def first_event() -> str:
+def test_the_first_events_of_a_late_reader_are_the_status_and_the_newest_progress() -> None:
+    async def late() -> list[str]:
         record = JobRecord("job-1")
+        record.update(status="processing")
         record.update(progress={"step": 3})
-        return await anext(responses.events_of(record))
+        stream = responses.events_of(record)
+        return [await anext(stream), await anext(stream)]
 
-    assert asyncio.run(first_event()) == 'event: progress\ndata: {"step": 3}\n\n'
+    assert asyncio.run(late()) == [
+        'event: status\ndata: {"status": "processing"}\n\n',
+        'event: progress\ndata: {"step": 3}\n\n',
+    ]
+
+
+def test_a_job_that_begins_to_compute_is_told_before_its_first_step() -> None:
+    async def both() -> list[str]:
+        record = JobRecord("job-1")
+        stream = responses.events_of(record)
+        queued = await anext(stream)
+        record.update(status="processing")
+        return [queued, await anext(stream)]
+
+    assert asyncio.run(both()) == [
+        'event: status\ndata: {"status": "queued"}\n\n',
+        'event: status\ndata: {"status": "processing"}\n\n',
+    ]
 
 
 def test_a_job_can_be_cancelled(service: ServedHttp, local: LocalWorker) -> None:
@@ -861,6 +883,24 @@ def test_only_the_last_jobs_are_remembered(
         200,
         200,
     ]
+
+
+def test_documents_with_large_pictures_are_remembered_within_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(storage_url="inline:")
+    at = LocalWorker(tmp_path, settings=settings, storage=open_storage(settings))
+    with ServedHttp(settings, at.worker) as service:
+        first = service.post("/jobs?wait=150", {"input": sdxl_payload(id="a")}).json()
+        num_chars = len(first["assets"][0]["url"])
+        monkeypatch.setattr(job_store, "MAX_ENDED_CHARS", 2 * num_chars)
+        for name in ("b", "c", "d"):
+            service.post("/jobs?wait=150", {"input": sdxl_payload(id=name)})
+
+        remembered = {name: service.get(f"/job/{name}?user_id=user-1") for name in "abcd"}
+
+    assert [each.status_code for each in remembered.values()] == [404, 200, 200, 200]
+    assert remembered["d"].json()["assets"] == first["assets"]
 
 
 def test_a_body_that_is_too_long_is_refused(

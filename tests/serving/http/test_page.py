@@ -1,45 +1,31 @@
-"""The page at `/`: who gets it, which files it sends, its logic, and a real browser."""
+"""The page at `/`: who gets it, which files it sends, and its logic without a browser."""
 
 import json
 import re
 import subprocess
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, Route
 
 from ourvidz_serverless import jobs
 from ourvidz_serverless.delivery.storage.directory import DirectoryStorage
 from ourvidz_serverless.jobs.envelope import Envelope
-from ourvidz_serverless.models.progress import Progress
-from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.serving.http import page, routes
 from ourvidz_serverless.settings import Settings
-from tests.fakes.fake_chat import EndlessChat, FakeChat
-from tests.fakes.fake_sdxl import FakeSdxl
-from tests.fakes.fake_wan import FakeWan
-from tests.fakes.local_worker import LocalWorker, chat_payload, sdxl_payload
+from tests.fakes.fake_chat import FakeChat
+from tests.fakes.local_worker import LocalWorker, sdxl_payload
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 from tests.servers.http_service import ServedHttp
 from tests.servers.javascript import DENO, deno_environment
+from tests.serving.http.page_worker import page_worker
 
 KEY = {"Authorization": "Bearer a-key"}
-
-
-class GreyFrames(FakeWan):
-    """A `FakeWan` of nine grey frames."""
-
-    def generate(self, request: VideoRequest, progress: Progress) -> Generator[np.ndarray]:
-        width, height = request.size
-        yield np.full((9, height, width, 3), 128, dtype=np.uint8)
 
 
 @pytest.fixture
@@ -49,20 +35,7 @@ def fake_chat() -> FakeChat:
 
 @pytest.fixture
 def local(tmp_path: Path, fake_chat: FakeChat) -> LocalWorker:
-    return make_bench(tmp_path, fake_chat)
-
-
-def make_bench(folder: Path, chat: Any, **settings: Any) -> LocalWorker:
-    """A worker for all families, whose storage the page can read."""
-    config = Settings(
-        families=("sdxl", "chat", "wan"),
-        host="127.0.0.1",
-        storage_url=f"file:{folder / 'stored'}",
-        **settings,
-    )
-    fake_sdxl = FakeSdxl()
-    models = {"sdxl": fake_sdxl, "chat": chat, "wan": GreyFrames(FakeChat("More."))}
-    return LocalWorker(folder / "stored", settings=config, fake_sdxl=fake_sdxl, models=models)
+    return page_worker(tmp_path, fake_chat)
 
 
 @pytest.fixture
@@ -116,7 +89,7 @@ def test_the_page_names_no_host_and_has_all_its_parts() -> None:
     files = {path.name: path.read_text() for path in page.FOLDER.iterdir()}
 
     assert set(files) == {"index.html", *page.PARTS}
-    assert not re.findall(r"https?://|url\(|//[a-z]+\.[a-z]", "".join(files.values()))
+    assert not re.findall(r"https?://|\burl\(|//[a-z]+\.[a-z]", "".join(files.values()))
     assert set(re.findall(r'(?:src|href)="page/([^"]+)"', files["index.html"])) <= set(page.PARTS)
 
 
@@ -219,7 +192,7 @@ def test_no_asset_key_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_assets_need_the_key_of_the_worker(tmp_path: Path) -> None:
-    locked = make_bench(tmp_path, FakeChat(), worker_api_key="a-key")
+    locked = page_worker(tmp_path, FakeChat(), worker_api_key="a-key")
     key = locked.run(sdxl_payload(api_key="a-key")).assets[0].url
     with ServedHttp(locked.settings, locked.worker) as service:
         without, wrong, right = (
@@ -229,6 +202,21 @@ def test_assets_need_the_key_of_the_worker(tmp_path: Path) -> None:
         page_itself = service.get("/").status_code
 
     assert (without, wrong, right, page_itself) == (401, 401, 200, 200)
+
+
+def test_the_page_reads_a_picture_in_the_document_by_itself() -> None:
+    urls = ["data:image/webp;base64,cGl4ZWxz", "data:text/plain,words", "user-1/job-1/0.png"]
+
+    assert logic("files", urls=urls) == [["image/webp", "pixels"], None, None]
+
+
+def test_a_download_has_the_name_of_its_job_or_of_its_place_in_the_document() -> None:
+    facts = {"asset_index": 2, "format": "webp"}
+    urls = ["user-1/job-1/2.webp", "data:image/webp;base64,cGl4ZWxz"]
+
+    names = logic("names", assets=[{"url": url, "metadata": facts} for url in urls])
+
+    assert names == ["job-1-2.webp", "2.webp"]
 
 
 def test_assets_in_a_bucket_are_not_sent(local: LocalWorker) -> None:
@@ -247,11 +235,17 @@ def test_assets_in_a_bucket_are_not_sent(local: LocalWorker) -> None:
 # --- its logic, without a browser ---
 
 
+TYPES = [*jobs.FAMILY_OF]
+POCKET = dict.fromkeys(("sdxl", "chat", "wan"), "pocket")
+PIXEL = "data:image/png;base64,AAAA"
+
+
 def logic(action: str, **given: Any) -> Any:
     """The result of an action of `pagejob.js`."""
     script = ROOT / "tests/serving/http/pagejob.js"
     done = subprocess.run(
-        [DENO, "run", "--no-prompt", f"--allow-read={ROOT}", script, action, json.dumps(given)],
+        [DENO, "run", "--no-prompt", f"--allow-read={ROOT}", script, action],
+        input=json.dumps(given),
         capture_output=True,
         text=True,
         env=deno_environment(),
@@ -262,17 +256,16 @@ def logic(action: str, **given: Any) -> Any:
 
 
 def test_the_page_knows_the_family_of_every_job_type() -> None:
-    assert logic("families", types=list(jobs.FAMILY_OF)) == jobs.FAMILY_OF
-    assert set(logic("fields")) == set(jobs.FAMILY_OF.values())
+    assert logic("families", types=TYPES) == jobs.FAMILY_OF
 
 
 def filled(field: dict[str, Any]) -> Any:
     """A value that a person might enter."""
     if "choices" in field:
-        return field["choices"][-1]
-    if field.get("number"):
-        return {"temperature": 0.5, "config.width": 64, "config.height": 64}.get(field["at"], 12)
-    return True if field.get("check") else "sdxl"
+        return field["choices"][-1]["value"]
+    if "number" in field:
+        return {"temperature": 0.5, "config.denoise_strength": 0.25}.get(field["at"], 12)
+    return PIXEL if "picture" in field else True if "check" in field else "sdxl"
 
 
 def parsed(payload: dict[str, Any]) -> dict[str, Any]:
@@ -281,13 +274,11 @@ def parsed(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_field_of_every_form_is_a_field_of_the_job() -> None:
-    fields = logic("fields")
     forms, whole = [], []
-    for name, family in jobs.FAMILY_OF.items():
-        values = {field["at"]: filled(field) for field in fields[family]}
+    for name, fields in logic("fields", types=TYPES).items():
+        values = {field["at"]: filled(field) for field in fields}
         # Without these fields a job is refused, which proves that it reads them.
-        needed = {"prompt", "words", "config.width", "config.height", "config.operation"}
-        for without in set(values) - needed:
+        for without in set(values) - {"words", "config.operation"}:
             forms.append({"type": name, "values": {**values, without: ""}})
         whole.append({"type": name, "values": values})
     complete = {each["type"]: each for each in logic("payloads", forms=whole)}
@@ -296,12 +287,58 @@ def test_every_field_of_every_form_is_a_field_of_the_job() -> None:
         assert parsed(payload) != parsed(complete[payload["type"]]), payload
 
 
+@pytest.mark.parametrize("models", [{}, POCKET], ids=["full models", "pocket models"])
+def test_the_worker_accepts_every_form_as_it_opens(models: dict[str, str]) -> None:
+    forms = [
+        {"type": name, "values": logic("defaults", type=name, models=models)}
+        for name in ("sdxl_image_high", "image_fast", "video_fast", "chat_enhance")
+    ]
+
+    for payload in logic("payloads", forms=forms):
+        parsed(payload)
+
+
+def test_the_sizes_of_a_form_follow_the_model_that_is_served() -> None:
+    places = ("config.resolution", "config.width config.height", "config.frames", "config.fps")
+
+    def shown(kind: str, model: str) -> list[Any]:
+        values = logic("defaults", type=kind, models={"sdxl": model, "wan": model})
+        return [values[place] for place in places if place in values]
+
+    assert shown("sdxl_image_fast", "pocket") == ["512x512"]
+    assert shown("sdxl_image_fast", "RealVisXL") == ["1024x1024"]
+    assert shown("video_fast", "pocket") == ["128x128", 17, 8]
+    assert shown("video_fast", "Wan2.1") == ["832x480", 81, 16]
+
+
+def test_a_form_shows_the_steps_and_guidance_that_the_worker_would_take() -> None:
+    from ourvidz_serverless.jobs import sdxl, wan
+
+    for name, (steps, guidance) in {
+        **{kind: (count, 7) for kind, count in sdxl.STEPS.items()},
+        "video_fast": (wan.STEPS["fast"], wan.GUIDANCE_SCALE),
+        "image7b_high_enhanced": (wan.STEPS["high"], wan.GUIDANCE_SCALE),
+    }.items():
+        values = logic("defaults", type=name)
+        assert values["config.num_inference_steps"] == steps
+        assert values["config.guidance_scale"] == guidance
+
+
 def test_an_empty_form_is_a_payload_with_the_workers_defaults() -> None:
     form = {"type": "sdxl_image_fast", "values": {"prompt": "", "config.seed": ""}}
 
     (payload,) = logic("payloads", forms=[form])
 
     assert payload == {"type": "sdxl_image_fast", "user_id": "page"}
+
+
+def test_a_size_is_sent_as_width_and_height_and_read_from_them() -> None:
+    place = "config.width config.height"
+
+    (payload,) = logic("payloads", forms=[{"type": "video_fast", "values": {place: "192x128"}}])
+
+    assert payload["config"] == {"width": 192, "height": 128}
+    assert logic("valuesIn", payload=payload, places=[place, "prompt"]) == ["192x128", None]
 
 
 def test_a_conversation_is_sent_with_its_earlier_messages() -> None:
@@ -318,6 +355,50 @@ def test_a_conversation_is_sent_with_its_earlier_messages() -> None:
     assert payload["messages"] == [system, *said, {**words, "content": "And now?"}]
 
 
+def test_the_name_of_a_picture_is_sent_as_the_picture() -> None:
+    text = json.dumps({"prompt": "<a.png>!", "config": {"image": "<a.png>", "seed": 1}})
+
+    payload = logic("read", text=text, pictures={"<a.png>": PIXEL})
+
+    assert payload == {"prompt": "<a.png>!", "config": {"image": PIXEL, "seed": 1}}
+
+
+def test_a_repeated_request_makes_the_one_picture_of_a_seed_as_a_new_job() -> None:
+    sent = sdxl_payload(config={"num_images": 6})
+
+    again = logic("repeated", payload=sent, seed=9)
+
+    expected = sdxl_payload(config={"seed": 9})
+    del expected["id"]
+    assert again == expected
+
+
+def test_the_command_for_curl_names_the_keys_variable_and_holds_no_key() -> None:
+    given = {"payload": sdxl_payload(api_key="a-secret"), "url": "http://localhost/jobs"}
+
+    command = logic("curl", **given, needsKey=False)
+
+    assert "$WORKER_API_KEY" in command
+    assert "a-secret" not in command
+
+
+def test_the_command_for_curl_runs_the_job(
+    service: ServedHttp, local: LocalWorker, tmp_path: Path
+) -> None:
+    picture = f"data:image/png;base64,{'A' * 200_000}"
+    payload = sdxl_payload(prompt="it's $HOME\n`here`", config={"image": picture})
+    url = f"{service.url}/jobs?wait={PATIENCE_S}"
+    command = logic("curl", payload=payload, url=url, needsKey=False)
+
+    done = subprocess.run(
+        ["bash"], input=command, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+
+    assert json.loads(done.stdout)["status"] == "completed", done.stdout
+    (fragment,) = local.fake_sdxl.requests[0].prompt
+    assert fragment.text == payload["prompt"]
+
+
 def test_events_are_read_wherever_the_network_splits_them() -> None:
     text = ': still here\n\nevent: progress\ndata: {"step": 1}\n\ndata: {"delta": "Wätér 💧"}\n\n'
 
@@ -331,21 +412,66 @@ def test_events_are_read_wherever_the_network_splits_them() -> None:
     assert all(each == whole for each in read)
 
 
-def test_progress_and_end_are_shown_in_words() -> None:
+def test_a_lost_connection_ends_the_events() -> None:
+    text = 'event: status\ndata: {"status": "queued"}\n\nevent: progress\ndata: {"st'
+
+    assert logic("cut", text=text) == [{"event": "status", "data": {"status": "queued"}}]
+
+
+def test_progress_is_shown_in_words() -> None:
     progress = [
+        {"stage": "wait", "step": 0, "steps": 2},
+        {"stage": "wait", "step": 1, "steps": 2},
         {"stage": "generate", "step": 3, "steps": 12},
         {"stage": "generate", "step": 6, "steps": 12, "remaining_s": 7.2},
-    ]
-    documents = [
-        {"status": "completed", "metadata": {"processing_time": 3.26}},
-        {"status": "failed", "code": "OOM_ERROR", "error": "no room"},
+        {"stage": "generate", "step": 6, "steps": 12, "remaining_s": 400},
+        {"stage": "generate", "step": 12, "steps": 12, "remaining_s": 0},
     ]
 
     assert logic("tell", progress=progress) == [
-        {"words": "generate 3 of 12", "share": 0.25},
-        {"words": "generate 6 of 12, 8 s left", "share": 0.5},
+        {"state": "Waiting", "words": "behind 2 other jobs"},
+        {"state": "Waiting", "words": "behind 1 other job"},
+        {"state": "Processing", "words": "step 3 of 12", "share": 0.25},
+        {"state": "Processing", "words": "step 6 of 12, 8 s left", "share": 0.5},
+        {"state": "Processing", "words": "step 6 of 12, 7 min left", "share": 0.5},
+        {"state": "Processing", "words": "all 12 steps done, finishing", "share": 1},
     ]
-    assert logic("ending", documents=documents) == ["completed in 3.3 s", "OOM_ERROR: no room"]
+
+
+def test_the_end_of_a_job_is_shown_in_words() -> None:
+    failed = {"status": "failed", "error": "no room", "code": "OOM_ERROR"}
+    documents = [
+        {"status": "completed", "metadata": {"processing_time": 3.26}},
+        {"status": "completed", "metadata": {"processing_time": 0.023}},
+        {**failed, "retryable": True},
+        {**failed, "code": "INVALID_PROMPT"},
+        {**failed, "code": "CANCELLED"},
+    ]
+
+    assert logic("ending", documents=documents) == [
+        "Completed in 3.3 s.",
+        "Completed in 0.02 s.",
+        "Failed: no room (OOM_ERROR) You can try again.",
+        "Failed: no room (INVALID_PROMPT)",
+        "Stopped.",
+    ]
+
+
+def test_the_page_says_which_families_are_served_and_with_which_models() -> None:
+    all_three = {"families": ["sdxl", "chat", "wan"], "device": "cpu"}
+    workers = [
+        {**all_three, "models": POCKET},
+        {**all_three, "models": {**POCKET, "wan": "Wan2.1"}},
+        {"families": ["sdxl"], "models": {"sdxl": "pocket"}, "device": "cpu"},
+        {"families": ["sdxl"], "models": {"sdxl": "RealVisXL"}, "device": "NVIDIA L4"},
+    ]
+
+    assert logic("served", workers=workers) == [
+        "Serves SDXL, chat and WAN with pocket models (cpu).",
+        "Serves SDXL, chat and WAN (cpu). SDXL and chat: pocket models.",
+        "Serves SDXL with a pocket model (cpu).",
+        "Serves SDXL (NVIDIA L4).",
+    ]
 
 
 def test_only_assets_that_the_worker_stores_itself_are_requested() -> None:
@@ -372,257 +498,3 @@ def test_the_page_is_formatted_and_linted(check: list[str]) -> None:
     done = subprocess.run([DENO, *check, *options, *files], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-
-
-# --- a real browser ---
-
-
-Visit = Callable[[ServedHttp], Page]
-
-
-@pytest.fixture
-def visit(chromium: Browser) -> Iterator[Visit]:
-    """Opens a service's page; at the end it has reported no error and called no other host."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(1000 * PATIENCE_S)
-    complaints: list[str] = []
-    asked: set[str] = set()
-    services: list[str] = []
-
-    def open_page(service: ServedHttp) -> Page:
-        tab = context.new_page()
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("console", lambda line: complaints.append(line.text))
-        tab.on("request", lambda request: asked.add(request.url))
-        services.append(service.url)
-        tab.goto(service.url)
-        return tab
-
-    yield open_page
-    context.close()
-    # The browser logs refused requests by itself; the page shows them in its own words.
-    assert not [each for each in complaints if "Failed to load resource" not in each]
-    local = (*services, "data:", "blob:")
-    assert not [url for url in asked if not url.startswith(local)]
-
-
-def choose(tab: Page, kind: str, **fields: str) -> None:
-    tab.wait_for_selector("#send:enabled")
-    tab.select_option("#type", kind)
-    for name, value in fields.items():
-        tab.fill(f"[name='{name}'], [name='config.{name}']", value)
-
-
-def run(tab: Page) -> None:
-    tab.click("#send")
-
-
-def wait_for_state(tab: Page, words: str) -> None:
-    tab.wait_for_selector(f"#state:has-text('{words}')")
-
-
-def said(tab: Page) -> Any:
-    return json.loads(tab.inner_text("#document"))
-
-
-#: The middle pixel of the first picture or video, as the browser shows it.
-MIDDLE = """() => {
-  const seen = document.querySelector("figure img, figure video");
-  const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
-  canvas.getContext("2d").drawImage(seen, 0, 0, 1, 1);
-  return [...canvas.getContext("2d").getImageData(0, 0, 1, 1).data];
-}"""
-
-
-def test_a_picture_is_submitted_with_progress_and_shown(
-    visit: Visit, service: ServedHttp, local: LocalWorker
-) -> None:
-    local.fake_sdxl.hold()
-    tab = visit(service)
-    choose(tab, "sdxl_image_fast", prompt="a grey square", seed="77", num_inference_steps="10")
-    tab.select_option("[name='config.resolution']", "512x512")
-    tab.select_option("[name='config.num_images']", "3")
-    run(tab)
-    wait_for_state(tab, "generate 0 of 10")
-    local.fake_sdxl.go_on.set()
-    wait_for_state(tab, "completed in")
-    tab.wait_for_selector("figure:nth-of-type(3) img")
-
-    assert tab.evaluate(MIDDLE) == [77, 77, 77, 255]
-    assert tab.inner_text("figure:nth-of-type(1) figcaption") == "512 × 512 · seed 77 · 10 steps"
-    document = said(tab)
-    assert document["status"] == "completed"
-    assert [asset["metadata"]["seed"] for asset in document["assets"]] == [77, 78, 79]
-    (fragment,) = local.fake_sdxl.requests[0].prompt
-    assert fragment.text == "a grey square"
-
-
-def test_a_video_plays(visit: Visit, service: ServedHttp) -> None:
-    tab = visit(service)
-    choose(tab, "video_fast", width="64", height="64", frames="9", fps="8")
-    run(tab)
-    tab.wait_for_selector("figure video")
-    tab.wait_for_function("() => document.querySelector('video').currentTime > 0")
-
-    assert tab.evaluate(MIDDLE)[:3] == pytest.approx([128] * 3, abs=3)
-    assert "9 frames at 8 a second" in tab.inner_text("figcaption")
-
-
-def test_a_reply_is_streamed_and_the_conversation_goes_on(
-    visit: Visit, service: ServedHttp, fake_chat: FakeChat
-) -> None:
-    tab = visit(service)
-    choose(tab, "chat_conversation", words="What is rain?")
-    run(tab)
-    wait_for_state(tab, "completed in")
-    first, left = tab.inner_text(".talk"), tab.input_value("[name='words']")
-    fake_chat.pieces = ["Frozen."]
-    tab.fill("[name='words']", "And snow?")
-    run(tab)
-    tab.wait_for_selector(".talk:has-text('Frozen.')")
-
-    assert (first.split("\n\n"), left) == (["What is rain?", "Water that falls."], "")
-    assert said(tab)["response"] == "Frozen."
-    assert fake_chat.calls[1].messages == (
-        ("user", "What is rain?"),
-        ("assistant", "Water that falls."),
-        ("user", "And snow?"),
-    )
-
-
-def test_a_running_job_is_stopped_on_the_page(visit: Visit, tmp_path: Path) -> None:
-    endless = EndlessChat()
-    chatty = make_bench(tmp_path, endless)
-    with ServedHttp(chatty.settings, chatty.worker) as service:
-        tab = visit(service)
-        choose(tab, "chat_conversation")
-        run(tab)
-        tab.wait_for_selector(".growing:has-text('word word')")
-        tab.click("#stop")
-        wait_for_state(tab, "CANCELLED")
-
-        assert endless.stopped.wait(PATIENCE_S)
-        tab.wait_for_selector("#send:enabled")
-
-
-def test_a_job_cannot_be_stopped_before_it_is_accepted(visit: Visit, service: ServedHttp) -> None:
-    tab = visit(service)
-    shown: list[bool] = []
-
-    def look(route: Route) -> None:
-        shown.append(tab.is_visible("#stop"))
-        route.continue_()
-
-    tab.route("**/jobs", look)
-    choose(tab, "chat_conversation")
-    run(tab)
-    wait_for_state(tab, "completed in")
-
-    assert shown == [False]
-
-
-def test_text_typed_during_a_reply_is_kept(
-    visit: Visit, service: ServedHttp, fake_chat: FakeChat
-) -> None:
-    tab, go_on = visit(service), threading.Event()
-
-    def pieces() -> Iterator[str]:
-        yield "Water "
-        assert go_on.wait(PATIENCE_S)
-        yield "falls."
-
-    fake_chat.pieces = pieces()
-    choose(tab, "chat_conversation", words="What is rain?")
-    run(tab)
-    tab.wait_for_selector(".growing:has-text('Water')")
-    tab.fill("[name='words']", "And snow?")
-    go_on.set()
-    wait_for_state(tab, "completed in")
-
-    assert tab.input_value("[name='words']") == "And snow?"
-    said_by = [turn["role"] for turn in json.loads(tab.input_value("#payload"))["messages"]]
-    assert said_by == ["user", "assistant", "user"]
-
-
-def test_a_payload_written_by_hand_is_sent(
-    visit: Visit, service: ServedHttp, local: LocalWorker
-) -> None:
-    tab = visit(service)
-    tab.wait_for_selector("#send:enabled")
-    tab.click("summary")
-    tab.fill("#payload", json.dumps(sdxl_payload(id="by-hand", config={"seed": 9})))
-    run(tab)
-    wait_for_state(tab, "completed in")
-
-    assert said(tab)["job_id"] == "by-hand"
-    assert local.fake_sdxl.requests[0].seeds == (9,)
-
-
-REFUSED = chat_payload(
-    type="chat_unrestricted", messages=[{"role": "user", "content": "explicit story, she is 15"}]
-)
-
-
-@pytest.mark.parametrize(
-    ("payload", "says"),
-    [
-        ("{", "The payload is not JSON"),
-        (json.dumps(sdxl_payload(config={"num_images": 2})), "config.num_images: Input should be"),
-        (json.dumps(REFUSED), "content policy"),
-    ],
-)
-def test_a_refusal_is_shown_in_the_workers_words(
-    visit: Visit, service: ServedHttp, payload: str, says: str
-) -> None:
-    tab = visit(service)
-    tab.wait_for_selector("#send:enabled")
-    tab.click("summary")
-    tab.fill("#payload", payload)
-    run(tab)
-
-    tab.wait_for_selector(f"#refused:has-text('{says}'), #state.wrong:has-text('{says}')")
-    tab.wait_for_selector("#send:enabled")
-
-
-def test_the_key_is_asked_for_kept_in_memory_and_sent_with_every_request(
-    visit: Visit, tmp_path: Path
-) -> None:
-    locked = make_bench(tmp_path, FakeChat("Rain."), worker_api_key="a-key")
-    with ServedHttp(locked.settings, locked.worker) as service:
-        tab = visit(service)
-        tab.wait_for_selector("#key-form:visible")
-        for key in ("wrong", "a-key"):
-            tab.fill("#key", key)
-            tab.click("#key-form button")
-            words = "does not know this key" if key == "wrong" else "serves"
-            tab.wait_for_selector(f"#worker:has-text('{words}')")
-        choose(tab, "sdxl_image_fast", seed="7")
-        tab.select_option("[name='config.resolution']", "512x512")
-        run(tab)
-        tab.wait_for_selector("figure img")
-        kept = tab.evaluate("() => [{...localStorage}, {...sessionStorage}, document.cookie]")
-        tab.reload()
-        tab.wait_for_selector("#key-form:visible")
-
-    assert kept == [{}, {}, ""]
-    assert "a-key" not in tab.url
-
-
-def test_a_visitor_during_loading_can_use_the_page_when_the_models_are_loaded(
-    visit: Visit, local: LocalWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with ServedHttp(local.settings) as service:
-        tab = visit(service)
-        tab.wait_for_selector("#worker:has-text('being loaded')")
-        service.service.open(local.worker)
-        tab.wait_for_selector("#worker:has-text('serves sdxl, chat, wan')")
-
-        assert tab.locator("#type option").count() == len(jobs.FAMILY_OF)
-
-
-def test_on_a_narrow_screen_nothing_is_cut_off(visit: Visit, service: ServedHttp) -> None:
-    tab = visit(service)
-    tab.set_viewport_size({"width": 360, "height": 700})
-    choose(tab, "sdxl_image_fast")
-
-    assert tab.evaluate("() => document.documentElement.scrollWidth") <= 360

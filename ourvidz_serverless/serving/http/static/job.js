@@ -1,55 +1,125 @@
-// A job without the page: the fields of its form, its payload, its events, its document as text.
+// A job without the page: its form's fields, its payload, its events, and its document as text.
 
-const RESOLUTIONS = ["1024x1024", "1024x576", "576x1024", "512x512"];
+/** The sizes that a form offers, for the small pocket models and for full ones. The first is set. */
+const SIZES = {
+  sdxl: {
+    pocket: ["512x512", "512x320", "320x512", "256x256"],
+    full: ["1024x1024", "1216x832", "832x1216", "1344x768", "768x1344"],
+  },
+  wan: {
+    pocket: ["128x128", "192x128", "128x192"],
+    full: ["832x480", "480x832", "624x624", "1280x720"],
+  },
+};
+const FAMILY_NAMES = { sdxl: "SDXL", wan: "WAN", chat: "chat" };
 const OPERATIONS = [
   ...["health", "info", "status", "memory_status", "memory_report", "pressure_check"],
   ...["debug_env", "enhancement_info", "memory_load", "memory_unload"],
 ];
+/** What a picture is for; without a value it is the start of the new one. */
+const USES = [
+  { value: "", label: "starting point (image-to-image)" },
+  { value: "style", label: "style" },
+  { value: "composition", label: "composition" },
+  { value: "character", label: "character" },
+];
 
-/** The fields of each family's form: their place in the payload, their label and their choices. */
-export const FIELDS = {
-  sdxl: [
-    { at: "prompt", label: "Prompt", rows: 3, value: "a red circle on a blue background" },
-    { at: "negative_prompt", label: "Negative prompt", rows: 1 },
-    { at: "config.resolution", label: "Resolution", choices: RESOLUTIONS, half: true },
-    { at: "config.num_images", label: "Pictures", choices: [1, 3, 6], half: true },
-    { at: "config.num_inference_steps", label: "Steps", number: true, half: true },
-    { at: "config.guidance_scale", label: "Guidance", number: true, half: true },
-    { at: "config.seed", label: "Seed", number: true, half: true, hint: "drawn" },
-  ],
-  wan: [
+const LANDSCAPE = "yellow mountains under an orange sky, a yellow sun on the right, " +
+  "a house on the left";
+const VOYAGE = "a boat sails left over a blue sea under an orange sky";
+
+const prompt = (value) => ({ at: "prompt", label: "Prompt", rows: 3, value });
+const NEGATIVE = { at: "negative_prompt", label: "Negative prompt", rows: 1 };
+const number = (at, label, rest) => ({ at, label, number: true, half: true, ...rest });
+const STEPS = "config.num_inference_steps";
+const guidance = (value) => number("config.guidance_scale", "Guidance", { value, min: 1, max: 20 });
+const SEED = number("config.seed", "Seed", { hint: "random", min: 0 });
+
+function sizes(at, family, isPocket) {
+  const choices = SIZES[family][isPocket ? "pocket" : "full"];
+  return {
+    at,
+    label: "Size",
+    choices: choices.map((value) => ({ value, label: sizeLabel(value) })),
+  };
+}
+
+function sizeLabel(size) {
+  const [width, height] = size.split("x").map(Number);
+  const shape = width > height ? "landscape" : width < height ? "portrait" : "square";
+  return `${width} × ${height}, ${shape}`;
+}
+
+/**
+ * The form of each family: the fields with their place in the payload and their labels.
+ * A field with `needs` counts only if that picture is given.
+ */
+const FORMS = {
+  sdxl: ({ isPocket, isHigh }) => [
+    prompt(LANDSCAPE),
+    NEGATIVE,
+    { at: "config.image", label: "Picture to start from", picture: true },
+    { at: "metadata.reference_type", label: "Use it as", choices: USES, needs: "config.image" },
     {
-      at: "prompt",
-      label: "Prompt",
-      rows: 3,
-      value: "a red circle moving right on a blue background",
+      ...number("config.denoise_strength", "Change, from 0 to 1", { min: 0, max: 1, step: 0.05 }),
+      hint: "by its use",
+      needs: "config.image",
     },
-    { at: "negative_prompt", label: "Negative prompt", rows: 1 },
-    { at: "config.width", label: "Width", number: true, half: true, hint: "480" },
-    { at: "config.height", label: "Height", number: true, half: true, hint: "832" },
-    { at: "config.frames", label: "Frames", number: true, half: true, hint: "81" },
-    { at: "config.fps", label: "Frames a second", number: true, half: true, hint: "16" },
-    { at: "config.num_inference_steps", label: "Steps", number: true, half: true },
-    { at: "config.seed", label: "Seed", number: true, half: true, hint: "drawn" },
+    sizes("config.resolution", "sdxl", isPocket),
+    {
+      at: "config.num_images",
+      label: "Pictures",
+      choices: options([1, 2, 3, 4, 5, 6]),
+      half: true,
+    },
+    number(STEPS, "Steps", { value: isHigh ? 25 : 15, min: 1, max: 50 }),
+    guidance(7),
+    SEED,
   ],
-  chat: [
+  wan: ({ isPocket, isHigh, isVideo }) => [
+    prompt(VOYAGE),
+    NEGATIVE,
+    ...(isVideo
+      ? [
+        { at: "config.first_frame", label: "First frame", picture: true },
+        { at: "config.last_frame", label: "Last frame", picture: true },
+      ]
+      : [{ at: "config.image", label: "Picture of the subject", picture: true }]),
+    sizes("config.width config.height", "wan", isPocket),
+    ...(isVideo
+      ? [
+        number("config.frames", "Frames", { value: isPocket ? 17 : 81, min: 1, max: 81, step: 4 }),
+        number("config.fps", "Frames a second", { value: isPocket ? 8 : 16, min: 8, max: 24 }),
+      ]
+      : []),
+    number(STEPS, "Steps", { value: isHigh ? 50 : 25, min: 1, max: 100 }),
+    guidance(5),
+    SEED,
+  ],
+  chat: ({ type }) => [
     { at: "system", label: "System prompt", rows: 2 },
-    { at: "words", label: "Message", rows: 3, value: "Why is the sky blue?" },
-    { at: "max_tokens", label: "Most tokens", number: true, half: true, value: 200 },
-    { at: "temperature", label: "Temperature", number: true, half: true, hint: "0.7" },
-    { at: "stream", label: "Word by word", check: true, value: true },
+    {
+      at: "words",
+      label: "Message",
+      rows: 3,
+      value: type === "chat_enhance" ? "a boat on a lake" : "Why is the sky blue?",
+    },
+    number("max_tokens", "Tokens, at most", { value: 200, min: 1 }),
+    number("temperature", "Temperature", { value: 0.7, min: 0, max: 2, step: 0.1 }),
+    { at: "stream", label: "Show the reply while it is written", check: true, value: true },
   ],
-  admin: [
-    { at: "config.operation", label: "Operation", choices: OPERATIONS },
+  admin: () => [
+    { at: "config.operation", label: "Operation", choices: options(OPERATIONS) },
     { at: "config.target_worker", label: "About", hint: "sdxl, chat, wan, or a model" },
   ],
 };
 
-/** The fields of a family without a form of its own. */
-export const COMMON_FIELDS = [
-  { at: "prompt", label: "Prompt", rows: 3, value: "a red circle on a blue background" },
-  { at: "config.seed", label: "Seed", number: true, half: true, hint: "drawn" },
-];
+/** The form of a family that has none of its own. */
+const OTHER_FORM = () => [prompt(LANDSCAPE), SEED];
+
+function options(values) {
+  return values.map((value) => ({ value, label: `${value}` }));
+}
 
 /** The family of a job type. */
 export function familyOf(type) {
@@ -57,13 +127,25 @@ export function familyOf(type) {
   return /^(image|video)/.test(first) ? "wan" : first;
 }
 
-/** The fields of a job type's form. */
-export function fieldsOf(type) {
-  return FIELDS[familyOf(type)] ?? COMMON_FIELDS;
+/** The fields of a job type's form. `models` has the name of each family's model. */
+export function fieldsOf(type, models = {}) {
+  const family = familyOf(type);
+  const form = FORMS[family] ?? OTHER_FORM;
+  return form({
+    type,
+    isPocket: models[family] === "pocket",
+    isHigh: type.includes("high"),
+    isVideo: type.startsWith("video"),
+  });
+}
+
+/** What a field shows before anybody changes it. */
+export function defaultOf({ value, choices }) {
+  return value ?? choices?.[0].value ?? "";
 }
 
 /**
- * The payload of a form: `values` at the places of FIELDS, without the empty ones.
+ * The payload of a form: `values` at the places of its fields, without the empty ones.
  * `earlier` are the earlier messages of a conversation.
  */
 export function payloadOf(type, values, earlier = []) {
@@ -75,20 +157,59 @@ export function payloadOf(type, values, earlier = []) {
   }
   for (const [place, value] of Object.entries(rest)) {
     if (value === "" || value === undefined || value === false) continue;
-    const names = place.split(".");
-    const last = names.pop();
-    const home = names.reduce((part, name) => part[name] ??= {}, payload);
-    home[last] = value;
+    const places = place.split(" ");
+    const parts = places.length > 1 ? value.split("x").map(Number) : [value];
+    places.forEach((each, index) => put(payload, each, parts[index]));
   }
   return payload;
 }
 
-/** The server-sent events of a response's body, as `{event, data}`. */
+function put(payload, place, value) {
+  const names = place.split(".");
+  const last = names.pop();
+  const home = names.reduce((part, name) => part[name] ??= {}, payload);
+  home[last] = value;
+}
+
+/** The value of a field in a payload; undefined if it is not there. */
+export function valueIn(payload, place) {
+  const parts = place.split(" ").map((each) =>
+    each.split(".").reduce((part, name) => part?.[name], payload)
+  );
+  return parts.includes(undefined) ? undefined : parts.length > 1 ? parts.join("x") : parts[0];
+}
+
+/** The payload of a request's text. A string that is a name in `pictures` becomes that picture. */
+export function readPayload(text, pictures = {}) {
+  const whole = (_, value) => Object.hasOwn(pictures, value) ? pictures[value] : value;
+  return JSON.parse(text, whole);
+}
+
+/** The same request with one picture, of this seed. */
+export function repeated(payload, seed) {
+  const { id: _id, job_id: _job, ...rest } = payload;
+  const { num_images: _number, ...config } = payload.config ?? {};
+  return { ...rest, config: { ...config, seed } };
+}
+
+/** A request as a command for curl. It names the key's variable and never holds a key. */
+export function curlOf(payload, url, needsKey) {
+  const { api_key: key, ...rest } = payload;
+  const header = needsKey || key ? ' -H "Authorization: Bearer $WORKER_API_KEY"' : "";
+  const body = JSON.stringify({ input: rest }, null, 2);
+  // By a here-document: a picture is too long for an argument, and a prompt may have quotes.
+  return `curl -s "${url}"${header} --json @- <<'JSON'\n${body}\nJSON\n`;
+}
+
+/**
+ * The server-sent events of a response's body, as `{event, data}`. They end when the connection
+ * is cut, too.
+ */
 export async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(() => ({ done: true }));
     if (done) return;
     held += value;
     const blocks = held.split("\n\n");
@@ -103,17 +224,51 @@ export async function* eventsOf(body) {
   }
 }
 
-/** Progress as text, and as a number from 0 to 1. */
+/** Progress as text: the state and the step. `share`, from 0 to 1, is missing while the job waits. */
 export function tell({ stage, step, steps, remaining_s: left }) {
-  const rest = left === undefined ? "" : `, ${Math.ceil(left)} s left`;
-  return { words: `${stage} ${step} of ${steps}${rest}`, share: steps ? step / steps : 0 };
+  const ahead = steps - step;
+  if (stage === "wait" && ahead > 0) {
+    return { state: "Waiting", words: `behind ${ahead} other ${ahead === 1 ? "job" : "jobs"}` };
+  }
+  const state = "Processing";
+  if (stage === "wait") return { state, words: "" };
+  if (ahead <= 0) return { state, words: `all ${steps} steps done, finishing`, share: 1 };
+  const rest = left === undefined ? "" : `, ${duration(left)} left`;
+  return { state, words: `step ${step} of ${steps}${rest}`, share: step / steps };
+}
+
+function duration(seconds) {
+  return seconds < 100 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
 }
 
 /** The end of a job as text. */
-export function ending(document) {
-  if (document.status === "failed") return `${document.code ?? "failed"}: ${document.error}`;
-  const seconds = document.metadata?.processing_time;
-  return seconds === undefined ? "completed" : `completed in ${Math.round(seconds * 10) / 10} s`;
+export function ending({ status, code, error, retryable, metadata }) {
+  if (code === "CANCELLED") return "Stopped.";
+  if (status === "failed") {
+    return `Failed: ${error} (${code ?? "no code"})${retryable ? " You can try again." : ""}`;
+  }
+  const seconds = metadata?.processing_time;
+  if (!seconds) return "Completed.";
+  return `Completed in ${Number(seconds < 1 ? seconds.toPrecision(1) : seconds.toFixed(1))} s.`;
+}
+
+/** What the worker serves, in words. */
+export function served({ families, models = {}, device }) {
+  const isPocket = (family) => models[family] === "pocket";
+  const pocket = families.filter(isPocket);
+  const all = pocket.length === families.length;
+  const parts = [
+    `Serves ${listed(families)}`,
+    all && ` with ${families.length > 1 ? "pocket models" : "a pocket model"}`,
+    device && ` (${device})`,
+  ];
+  const rest = !all && pocket.length ? ` ${listed(pocket)}: pocket models.` : "";
+  return `${parts.filter(Boolean).join("")}.${rest}`;
+}
+
+function listed(families) {
+  const names = families.map((family) => FAMILY_NAMES[family] ?? family);
+  return names.length < 2 ? names.join() : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
 }
 
 /** The caption of a picture or a video. */
@@ -124,15 +279,28 @@ export function caption({ width, height, seed, steps, frame_num: frames, fps }) 
 }
 
 /** The path of a job at the worker. A job with a user is found only with that user. */
-export function pathOf({ id, user }, part) {
+export function pathOf({ id, user }, part = "") {
   const query = typeof user === "string" ? `?user_id=${encodeURIComponent(user)}` : "";
-  return `job/${encodeURIComponent(id)}/${part}${query}`;
+  return `job/${encodeURIComponent(id)}${part && `/${part}`}${query}`;
+}
+
+/** The file in a `data:` URI of base64, for a policy that lets no script fetch one; else undefined. */
+export function fileIn(url) {
+  const [, type, data] = /^data:([^,;]*);base64,(.*)$/s.exec(url) ?? [];
+  if (data === undefined) return undefined;
+  return new Blob([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], { type });
 }
 
 /** The path of an asset at the worker; undefined for an asset that is stored elsewhere. */
 export function addressOf({ type, url }) {
   const isHere = type !== "text" && !/^[a-z][a-z0-9+.-]*:/i.test(url);
   return isHere ? `assets/${url.split("/").map(encodeURIComponent).join("/")}` : undefined;
+}
+
+/** A file name for an asset: its job and its own name. */
+export function fileNameOf({ url, metadata }) {
+  if (url.startsWith("data:")) return `${metadata.asset_index ?? 0}.${metadata.format}`;
+  return url.split("/").slice(-2).join("-");
 }
 
 /** A document as text. Embedded data is replaced by its length. */
