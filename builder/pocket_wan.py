@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from builder import landscape_videos
+from builder import moving_drawings
 
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 FOLDER = POCKET / "wan"
@@ -46,13 +46,13 @@ TEXT = {
 }
 TRANSFORMER = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 5,
+    "num_attention_heads": 4,
     "attention_head_dim": 32,  # 12 numbers for time, 10 for height, 10 for width
     "in_channels": 16,
     "out_channels": 16,
     "text_dim": TEXT["d_model"],
     "freq_dim": 256,
-    "ffn_dim": 480,
+    "ffn_dim": 384,
     "num_layers": 5,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -113,7 +113,7 @@ def with_references(base: WanTransformer3DModel, seed: int = 0) -> WanVACETransf
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A T5 tokenizer that spells any text, in bytes if need be, and knows the landscapes' words.
+    """A T5 tokenizer that spells any text, in bytes if need be, and knows the drawings' words.
 
     T5's own three specials in T5's own places, one piece for each word in small letters, one for
     each sign of ASCII, and 256 bytes for everything else. Capitals are read as small letters.
@@ -121,7 +121,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     pieces = [(special, 0.0) for special in (PAD, EOS, UNK)]
     pieces += [(f"<0x{byte:02X}>", -30.0) for byte in range(256)]
     pieces += [("▁", -4.0), *((chr(code), -10.0) for code in range(33, 127))]
-    pieces += [(f"▁{word}", -2.0) for word in landscape_videos.vocabulary()]
+    pieces += [(f"▁{word}", -2.0) for word in moving_drawings.vocabulary()]
     spelling = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=True))
     spelling.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     spelling.pre_tokenizer = pre_tokenizers.Sequence(

@@ -3,21 +3,17 @@
 There are five stages. The VAE's decoder is trained to draw edges. The text encoder is trained to
 represent the content of captions, and is frozen. The transformer is trained to find the place of a
 patch in the video, and then on videos with captions. Last, VACE's blocks are trained to continue
-known frames, together with the base. Each stage continues from its last checkpoint in the cache
-folder. Every 250 steps the weights are exported to `pocket/wan/`.
-
-With `--processes 2` two processes of one thread each train together.
+known frames, together with the base. Each stage resumes from `.cache/pocket_wan/`. At its end the
+weights are exported to `pocket/wan/`.
 """
 
 import argparse
 import math
 import random
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanVACETransformer3DModel
@@ -25,169 +21,62 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from builder import landscape_videos, pocket_wan
-from builder.landscape_captions import Caption
-from builder.landscape_videos import Video
-from builder.landscapes import GROUNDS, LANDS, PLACES, SEAS, SKIES, SUNS, THINGS, Scene
+from builder import drawings, moving_drawings, pocket_wan
+from builder.moving_drawings import MovingDrawing
 from builder.train_pocket_wan_vae import IDLE, USED, VAE_STEPS, encode, to_tensor, train_vae
-from builder.training import (
-    average,
-    average_gradients,
-    checkpoint,
-    in_processes,
-    keep_level,
-    kept,
-    keyed,
-    learning_rate,
-    muon,
-    rank,
-    rate_share,
-    resume,
-)
+from builder.training import average, checkpoint, kept, keyed, learning_rate, resume
 
 CACHE = pocket_wan.POCKET.parent / ".cache" / "pocket_wan"
-#: The values of each attribute that a caption can name. A sun may have no colour in a caption.
-VALUES: dict[str, list[Any]] = {
-    "sky": [*SKIES],
-    "ground": [*GROUNDS],
-    "colour": sorted({*LANDS, *SEAS}),
-    "sun": [*SUNS],
-    "any_sun": [True],
-    "sun_place": [*PLACES],
-    "thing": sorted({thing for things in THINGS.values() for thing in things}),
-    "thing_place": [*PLACES],
-    "clouds": [True],
-    "action": [*landscape_videos.ACTIONS],
+ATTRIBUTES = {
+    "shape": list(drawings.SHAPES),
+    "colour": list(drawings.COLOURS),
+    "background": list(drawings.COLOURS),
+    "direction": list(moving_drawings.DIRECTIONS),
 }
-WORD_STEPS = 2500
-WORD_BATCH = 48
+WORD_STEPS = 800
+WORD_BATCH = 64
 WORD_PEAK_RATE = 2e-3
 PLACE_STEPS = 300
 PLACE_PEAK_RATE = 2e-3
-PLACE_WEIGHT = 0.2  # of the error in places while videos are trained
-PLACE_DEPTH = 2  # blocks after which a patch's place is predicted
-BASE_STEPS = 4000
-PADDING_STEPS = 1000  # until a caption is padded to WAN's full length
-VACE_STEPS = 2500
-PEAK_RATE = 2e-3
-EMA = 0.998
-# The layers that are trained by AdamW: the first, the last, the embeddings.
-PLAIN = (
-    "patch_embedding",
-    "condition_embedder",
-    "proj_out",
-    "scale_shift_table",
-    "vace_patch_embedding",
-)
+PLACE_WEIGHT = 0.5  # of the error in places while videos are trained
+PLACE_DEPTH = 3  # blocks after which a patch's place is predicted
+BASE_STEPS = 8000
+BASE_PEAK_RATE = 1.5e-3
+PADDING_STEPS = 1500  # until a caption is padded to WAN's full length
 SHIFTED = 0.75  # how often the noise has the distribution of WAN's schedule
-# The range of contrasts that a training latent may have too much, and how far it is below zero.
-MORE_CONTRAST, LESS_CONTRAST = 0.5, 0.1
-ALONE = 0.5  # how often the base is trained alone while VACE's blocks are trained
+VACE_STEPS = 3000
+VACE_PEAK_RATE = 1e-3
+OWN_PACE = 2.5  # the learning rate of VACE's blocks, in units of the base's
+PLAIN = 0.5  # how often the base is trained alone while VACE's blocks are trained
 KNOWN_WEIGHT = 4.0  # of the error in latents of a known frame
-# (frames, height, width, videos): videos whose latents are made once, and used with new captions.
-POOL = [
-    (17, 128, 128, 4000),
-    (17, 96, 160, 300),
-    (17, 160, 96, 300),
-    (9, 128, 128, 300),
-    (33, 128, 128, 100),
-    (1, 128, 128, 1000),
-    (1, 256, 256, 300),
-    (9, 256, 256, 60),
-    (5, 240, 416, 60),
-    (1, 480, 832, 30),
+# ((frames, height, width, batch), weight)
+MENU = [
+    ((17, 128, 128, 6), 0.62),
+    ((9, 128, 128, 10), 0.08),
+    ((1, 128, 128, 30), 0.06),
+    ((17, 64, 64, 16), 0.05),
+    ((17, 96, 160, 6), 0.05),
+    ((17, 160, 96, 6), 0.05),
+    ((33, 128, 128, 3), 0.02),
+    ((1, 256, 256, 7), 0.02),
+    ((9, 256, 256, 2), 0.02),
+    ((5, 240, 416, 2), 0.02),
+    ((1, 480, 832, 1), 0.01),
 ]
-# The most videos of one file of latents.
-PART = 250
-Size = tuple[int, int, int]
-# (batch, weight) by (frames, height, width).
-MENU: dict[Size, tuple[int, float]] = {
-    (17, 128, 128): (12, 0.66),
-    (17, 96, 160): (12, 0.06),
-    (17, 160, 96): (12, 0.06),
-    (9, 128, 128): (20, 0.05),
-    (33, 128, 128): (6, 0.02),
-    (1, 128, 128): (48, 0.06),
-    (1, 256, 256): (14, 0.04),
-    (9, 256, 256): (4, 0.02),
-    (5, 240, 416): (4, 0.02),
-    (1, 480, 832): (2, 0.01),
-}
-# The sizes of those that have known frames.
-VACE_MENU: dict[Size, tuple[int, float]] = {
-    (17, 128, 128): (9, 0.76),
-    (17, 96, 160): (9, 0.08),
-    (17, 160, 96): (9, 0.08),
-    (9, 128, 128): (16, 0.08),
-}
-# Which frames are known to VACE, and how often. "subject" is a reference picture instead.
+VACE_MENU = [
+    ((17, 128, 128, 5), 0.72),
+    ((9, 128, 128, 8), 0.1),
+    ((17, 64, 64, 14), 0.06),
+    ((17, 96, 160, 5), 0.06),
+    ((17, 160, 96, 5), 0.06),
+]
+# Which frames are known to VACE, and how often. "subject" is a reference image instead.
 KNOWN = {"none": 0.05, "first": 0.32, "last": 0.25, "both": 0.28, "many": 0.05, "subject": 0.05}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training: its length, its seed and where its stages are kept."""
-
-    cache: Path = CACHE
-    seed: int = 0
-    vae_steps: int = VAE_STEPS
-    base_steps: int = BASE_STEPS
-    vace_steps: int = VACE_STEPS
-    processes: int = 1
-    pool_share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Clips:
-    """Videos of one size and their latents, all channels.
-
-    `videos` is (count, 16, frames, height, width). `last` is the last latent frame of a grey video
-    whose last frame is known, `still` that of the last frame alone; both have one frame.
-    """
-
-    shown: list[Video]
-    videos: Tensor
-    last: Tensor
-    still: Tensor
-
-
-Pool = dict[Size, Clips]
-
-
-def train(run: Run) -> None:
-    """All stages. Those that the cache has are not repeated."""
-    train_vae(run.cache / "vae.pt", run.vae_steps, run.seed, run.processes)
-    in_processes(run.processes, train_transformer, run)
-
-
-def train_transformer(run: Run) -> None:
-    """Train the transformer, then VACE's blocks, in this process alone or with others."""
-    pipe = prepare(run)
-    pool = latent_pool(pipe.vae, run)
-    torch.manual_seed(run.seed)
-    places = Places(pipe.transformer)
-    teach_places(pipe.transformer, places, run)
-    train_base(pipe, places, pool, run)
-    train_vace(pipe, places, pool, run)
-
-
-def prepare(run: Run) -> WanPipeline:
-    """The pipeline with a trained VAE and a trained text encoder."""
-    pipe = pocket_wan.assemble(run.seed)
-    pipe.vae = train_vae(run.cache / "vae.pt", run.vae_steps, run.seed)
-    teach_words(pipe, run)
-    return pipe
-
-
-# --- videos and their latents ---
-
-
 class LinearVideoEncoder:
-    """Encodes videos without the VAE's network.
-
-    That encoder is linear, so one convolution does the same. The kernel is the encoder's output for
-    each pixel alone.
-    """
+    """Encodes videos without the VAE's network. That encoder is linear, so one convolution does the
+    same. The kernel is the encoder's output for each pixel alone."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -208,65 +97,31 @@ class LinearVideoEncoder:
         return torch.cat(parts, 2)
 
 
-@torch.no_grad()
-def latent_pool(vae: AutoencoderKLWan, run: Run) -> Pool:
-    """Videos and their latents by size. They are made in parts, each once for a VAE and a seed."""
-    encoder = LinearVideoEncoder(vae)
-    pool = {}
-    for frames, height, width, count in POOL:
-        size = frames, height, width
-        parts = [
-            _pool_part(encoder, run, size, part, min(PART, count - part))
-            for part in range(0, max(1, round(count * run.pool_share)), PART)
-        ]
-        pool[size] = Clips(
-            [Video(Scene(**fields.pop("scene")), **fields) for part in parts for fields in part[0]],
-            *(torch.cat([part[k] for part in parts]) for k in (1, 2, 3)),
-        )
-    return pool
-
-
-def _pool_part(
-    encoder: LinearVideoEncoder, run: Run, size: Size, part: int, count: int
-) -> tuple[list[dict[str, Any]], Tensor, Tensor, Tensor]:
-    """The videos number `part` to `part + count` of one size, and their three kinds of latents."""
-    name = "x".join(map(str, size))
-    # The encoder depends on nothing that is trained.
-    facts = {"seed": run.seed, "part": part, "count": count, "kernel": encoder.kernel.sum().item()}
-    made: tuple[list[dict[str, Any]], Tensor, Tensor, Tensor] = kept(
-        keyed(run.cache / f"{name}.pt", **facts),
-        lambda: _encoded(encoder, f"{run.seed} {size} {part}", size, count),
-    )
-    return made
-
-
-def _encoded(
-    encoder: LinearVideoEncoder, seed: str, size: Size, count: int
-) -> tuple[list[dict[str, Any]], Tensor, Tensor, Tensor]:
-    frames, height, width = size
-    rng = random.Random(seed)
-    shown = [landscape_videos.imagine(rng) for _ in range(count)]
-    bar = tqdm(shown, "x".join(map(str, size)), mininterval=10)
-    latents = [
-        latents_of(encoder, to_tensor([landscape_videos.draw(video, frames, width, height)]))
-        for video in bar
+def random_videos(
+    count: int,
+    frames: int,
+    height: int,
+    width: int,
+    rng: random.Random,
+    aside: float = moving_drawings.ASIDE,
+) -> tuple[list[MovingDrawing], Tensor]:
+    """Drawings, and their videos as (count, 3, frames, height, width) of -1 to 1."""
+    shown = [moving_drawings.imagine(rng) for _ in range(count)]
+    videos = [
+        moving_drawings.draw_video(drawing, frames, width, height, rng, aside) for drawing in shown
     ]
-    videos, last, still = (torch.cat(each) for each in zip(*latents, strict=True))
-    return [*map(asdict, shown)], videos, last, still
+    return shown, to_tensor(videos)
 
 
-def latents_of(encoder: LinearVideoEncoder, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The latents of some videos, and what `Clips` has as `last` and as `still`."""
-    only_last = torch.zeros_like(pixels)
-    only_last[:, :, -1] = pixels[:, :, -1]
-    return encoder(pixels), encoder(only_last)[:, :, -1:], encoder(pixels[:, :, -1:])
-
-
-def captions_of(shown: list[Video], rng: random.Random) -> list[Caption]:
-    return [landscape_videos.caption(video, rng) for video in shown]
-
-
-# --- words ---
+def captions_of(shown: list[MovingDrawing], rng: random.Random) -> list[str]:
+    """A caption for each drawing. One in 25 describes nothing, as a negative prompt."""
+    empty = drawings.BLEMISHES + drawings.DECORATIONS
+    return [
+        ", ".join(rng.sample(empty, rng.randint(1, 12)))
+        if rng.random() < 0.04
+        else moving_drawings.caption(drawing, rng)
+        for drawing in shown
+    ]
 
 
 class PaddedText(WanAttnProcessor):
@@ -295,12 +150,12 @@ def encode_captions(pipe: WanPipeline, captions: list[str]) -> Tensor:
     return F.pad(states, (0, 0, 0, 1))
 
 
-def teach_words(pipe: WanPipeline, run: Run) -> None:
+def teach_words(pipe: WanPipeline, seed: int) -> None:
     """Train the text encoder, or load the stored one, and freeze it."""
-    path = keyed(run.cache / "words.pt", pipe.text_encoder, seed=run.seed, steps=WORD_STEPS)
+    path = keyed(CACHE / "words.pt", pipe.text_encoder, seed=seed, steps=WORD_STEPS)
 
     def trained() -> dict[str, Any]:
-        train_words(pipe, WORD_STEPS, run.seed)
+        train_words(pipe, WORD_STEPS, seed)
         return pipe.text_encoder.state_dict()
 
     pipe.text_encoder.load_state_dict(kept(path, trained))
@@ -317,7 +172,7 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
     torch.manual_seed(seed)
     classifiers = nn.ModuleDict({
         name: nn.Linear(pocket_wan.TEXT["d_model"], len(values) + 1)
-        for name, values in VALUES.items()
+        for name, values in ATTRIBUTES.items()
     })  # fmt: skip
     weights = [*pipe.text_encoder.parameters(), *classifiers.parameters()]
     optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
@@ -325,46 +180,34 @@ def train_words(pipe: WanPipeline, steps: int, seed: int) -> None:
     for step in (bar := tqdm(range(steps), "words", mininterval=10)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, WORD_PEAK_RATE)
-        shown = [landscape_videos.imagine(rng) for _ in range(WORD_BATCH)]
+        shown = [moving_drawings.imagine(rng) for _ in range(WORD_BATCH)]
         captions = captions_of(shown, rng)
-        states = encode_captions(pipe, [each.text for each in captions])
+        states = encode_captions(pipe, captions)
         is_token = states.abs().sum(-1) > 0
         mean = states.sum(1) / is_token.sum(1, keepdim=True)
-        answers = {name: classifiers[name](mean) for name in VALUES}
-        labels = {name: _labels(name, shown, captions) for name in VALUES}
-        loss = torch.stack([F.cross_entropy(answers[name], labels[name]) for name in VALUES]).sum()
+        loss = sum(
+            F.cross_entropy(classifiers[name](mean), _labels(name, shown, captions))
+            for name in ATTRIBUTES
+        )
         # Keeps the states near one, independently of the classifiers' weights.
         loss = loss + 0.1 * (states[is_token].square().mean() - 1).square()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
-        if step % 50 == 49:
-            right = {
-                name: (answers[name].argmax(1) == labels[name]).float().mean().item()
-                for name in VALUES
-            }
-            worst = min(right, key=lambda name: right[name])
-            bar.set_postfix(loss=f"{loss.item():.3f}", worst=f"{worst} {right[worst]:.2f}")
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def _labels(name: str, shown: list[Video], captions: list[Caption]) -> Tensor:
+def _labels(name: str, shown: list[MovingDrawing], captions: list[str]) -> Tensor:
     """For each caption the index of the attribute's value, or the next one if it is omitted."""
-    values = VALUES[name]
-    numbers = [
-        values.index(_value(video, name)) if name in caption.says else len(values)
-        for video, caption in zip(shown, captions, strict=True)
-    ]
-    return torch.tensor(numbers)
-
-
-def _value(video: Video, name: str) -> Any:
-    if name == "action":
-        return video.action
-    return getattr(landscape_videos.at_first(video), name, True)
-
-
-# --- places ---
+    values = ATTRIBUTES[name]
+    return torch.tensor([
+        values.index(getattr(drawing, name))
+        if moving_drawings.says(caption, drawing, name)
+        else len(values)
+        for drawing, caption in zip(shown, captions, strict=True)
+    ])  # fmt: skip
 
 
 class Places(nn.Module):
@@ -373,42 +216,42 @@ class Places(nn.Module):
     Rotary positions give the distance of two patches, and not where the video begins or ends. In
     noise alone all places are the same. Only the noise of other patches on each side distinguishes
     a border. With a separate loss this is learned in minutes, with videos alone not in hours. So a
-    linear layer must predict a patch's place. Training on videos alone would undo this, so the loss
-    remains. The layer is dropped at the end.
+    linear layer must predict a patch's place. One block later another layer must predict its
+    offset from the shape's middle, which under strong noise depends on the caption's direction.
+    Training on videos alone would undo this, so the loss remains. The two layers are dropped at the
+    end.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
-        self.reader = nn.Linear(transformer.norm_out.normalized_shape[0], 3)
-        self.recorded: Tensor | None = None
-        transformer.blocks[PLACE_DEPTH - 1].register_forward_hook(self._record)
+        width = transformer.norm_out.normalized_shape[0]
+        self.reader, self.way = nn.Linear(width, 3), nn.Linear(width, 2)
+        self.recorded: list[Tensor] = []
+        for depth in (PLACE_DEPTH, PLACE_DEPTH + 1):
+            transformer.blocks[depth - 1].register_forward_hook(self._record)
 
     def _record(self, block: nn.Module, inputs: Any, states: Tensor) -> None:
-        self.recorded = F.layer_norm(states, states.shape[-1:])
+        self.recorded = [*self.recorded[-1:], F.layer_norm(states, states.shape[-1:])]
 
-    def error(self, size: torch.Size) -> Tensor:
-        """The mean squared error, in half sides, for the latents of the last forward."""
-        assert self.recorded is not None
-        # A module that holds a step's graph cannot be copied.
-        states, self.recorded = self.recorded, None
-        return (self.reader(states) - places_of(*size[2:])).square().mean()
-
-
-def places_of(frames: int, height: int, width: int) -> Tensor:
-    """(patches, 3): the place in time, down and across, from -1 to 1; 0 on an axis of one patch."""
-    sides = (frames, height // 2, width // 2)
-    axes = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in sides]
-    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
+    def error(self, clean: Tensor, moving: bool = True) -> Tensor:
+        """The mean squared error, in half sides, for the videos of the last forward."""
+        here = places(*clean.shape[2:])
+        early, late = self.recorded
+        self.recorded = []  # a module that holds a step's graph cannot be copied
+        error = (self.reader(early) - here).square().mean()
+        if moving:
+            error = error + (self.way(late) - (middles(clean) - here[:, 1:])).square().mean()
+        return error
 
 
-def teach_places(transformer: nn.Module, places: Places, run: Run) -> None:
+def teach_places(transformer: nn.Module, reader: Places, seed: int) -> None:
     """Train the transformer to find places in noise, or load the stored one."""
-    model = nn.ModuleList([transformer, places])
-    path = keyed(run.cache / "places.pt", model, seed=run.seed, steps=PLACE_STEPS)
+    model = nn.ModuleList([transformer, reader])
+    path = keyed(CACHE / "places.pt", model, seed=seed, steps=PLACE_STEPS)
 
     def trained() -> dict[str, Any]:
         _open(transformer)
-        train_places(transformer, places, PLACE_STEPS, run.seed)
+        train_places(transformer, reader, PLACE_STEPS, seed)
         return model.state_dict()
 
     model.load_state_dict(kept(path, trained))
@@ -423,87 +266,75 @@ def _open(transformer: nn.Module) -> None:
         transformer.proj_out.bias.zero_()
 
 
-def train_places(transformer: nn.Module, places: Places, steps: int, seed: int) -> None:
-    model = nn.ModuleDict({"transformer": transformer, "places": places})
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
-    speed_up(transformer)
+def train_places(transformer: nn.Module, reader: Places, steps: int, seed: int) -> None:
+    weights = [*transformer.parameters(), *reader.parameters()]
+    optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
+    prepare(transformer)
     for step in (bar := tqdm(range(steps), "places", mininterval=10)):
         torch.manual_seed(seed + step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, PLACE_PEAK_RATE)
-        (frames, height, width), batch = _bucket(MENU, random.Random(seed + step))
+        frames, height, width, batch = _bucket(MENU, random.Random(seed + step))
+        size = 1 + frames // 4, height // 8, width // 8
         silence = torch.zeros(batch, 2, pocket_wan.TEXT["d_model"])
-        noise = torch.randn(batch, 16, 1 + frames // 4, height // 8, width // 8)
+        noise = torch.randn(batch, 16, *size)
         transformer(noise, torch.rand(batch) * 1000, silence)
-        loss = places.error(noise.shape)
+        loss = reader.error(noise, moving=False)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         if step % 25 == 24:
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-# --- videos ---
+def places(frames: int, height: int, width: int) -> Tensor:
+    """(patches, 3): the place in time, down and across, from -1 to 1; 0 on an axis of one patch."""
+    sides = (frames, height // 2, width // 2)
+    axes = [torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1) for side in sides]
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
 
 
-def train_base(pipe: WanPipeline, places: Places, pool: Pool, run: Run) -> None:
-    """Train the transformer by rectified flow. `pipe` gets the running averages."""
-    model = nn.ModuleDict({"transformer": pipe.transformer, "places": places})
-
-    def loss(dice: Dice) -> Tensor:
-        return plain_loss(pipe, places, pool, dice)
-
-    def export(ema: nn.Module) -> None:
-        _export(pipe, pocket_wan.with_references(ema["transformer"], run.seed))
-
-    path = keyed(run.cache / "base.pt", model, pipe.text_encoder, pipe.vae, seed=run.seed)
-    stage = Stage(path, run.base_steps, run.seed, PADDING_STEPS)
-    model.load_state_dict(_train(model, loss, stage, export).state_dict())
+def middles(clean: Tensor) -> Tensor:
+    """(batch, patches, 2): down and across, where the shape's middle is in each patch's frame."""
+    colours = clean[:, :3]
+    foreign = (colours - colours[..., :1, :1]).square().sum(1)
+    sides = [torch.linspace(-1, 1, side) for side in clean.shape[3:]]
+    mass = foreign.sum((2, 3)) + 1e-6
+    down = (foreign.sum(3) * sides[0]).sum(2) / mass
+    across = (foreign.sum(2) * sides[1]).sum(2) / mass
+    patches = clean.shape[3] * clean.shape[4] // 4
+    return torch.stack([down, across], -1).repeat_interleave(patches, 1)
 
 
-def train_vace(pipe: WanPipeline, places: Places, pool: Pool, run: Run) -> None:
-    """Train VACE's blocks and the base, alternately with references and without.
+def train_base(pipe: WanPipeline, steps: int, seed: int) -> Places:
+    """Train the text encoder, then the transformer by rectified flow. `pipe` gets the averages."""
+    transformer = pipe.transformer
+    torch.manual_seed(seed)
+    reader = Places(transformer)
+    teach_words(pipe, seed)
+    teach_places(transformer, reader, seed)
+    encoder = LinearVideoEncoder(pipe.vae)
+    model = nn.ModuleDict({"transformer": transformer, "places": reader})
 
-    Both transformers have the modules of the base in common.
-    """
-    base = pipe.transformer
-    vace = pocket_wan.with_references(base, run.seed)
-    for name, part in [*base.named_children(), ("scale_shift_table", base.scale_shift_table)]:
-        setattr(vace, name, part)
+    def loss(rng: random.Random, step: int) -> Tensor:
+        return plain_loss(pipe, reader, encoder, rng)
 
-    def loss(dice: Dice) -> Tensor:
-        if dice.common.random() < ALONE:
-            return plain_loss(pipe, places, pool, dice)
-        return reference_loss(pipe, vace, places, pool, dice)
-
-    def export(ema: nn.Module) -> None:
-        _export(pipe, ema["transformer"])
-
-    model = nn.ModuleDict({"transformer": vace, "places": places})
-    path = keyed(run.cache / "vace.pt", model, pipe.text_encoder, pipe.vae, seed=run.seed)
-    _train(model, loss, Stage(path, run.vace_steps, run.seed), export)
+    groups = [{"params": [*model.parameters()], "pace": 1.0}]
+    pace = (steps, BASE_PEAK_RATE, PADDING_STEPS)
+    parts = (model, pipe.text_encoder, pipe.vae)
+    path = keyed(CACHE / "base.pt", *parts, seed=seed, steps=steps)
+    model.load_state_dict(_train(model, groups, loss, path, pace, seed).state_dict())
+    return reader
 
 
-def _export(pipe: WanPipeline, vace: WanVACETransformer3DModel) -> None:
-    """Store the pocket WAN with this transformer, and without VACE's blocks as the base."""
-    stored = pocket_wan.assemble()
-    shared = set(stored.transformer.state_dict())
-    stored.transformer.load_state_dict(
-        {name: weight for name, weight in vace.state_dict().items() if name in shared}
-    )
-    stored.vae, stored.text_encoder = pipe.vae, pipe.text_encoder
-    pocket_wan.save(stored, vace)
-
-
-def _bucket(menu: dict[Size, tuple[int, float]], rng: random.Random) -> tuple[Size, int]:
-    (size,) = rng.choices([*menu], [weight for _, weight in menu.values()])
-    return size, menu[size][0]
+def _bucket(menu: list[tuple[Any, float]], rng: random.Random) -> tuple[int, int, int, int]:
+    return rng.choices([bucket for bucket, _ in menu], [weight for _, weight in menu])[0]
 
 
 def flow_loss(
     transformer: nn.Module,
-    places: Places,
+    reader: Places,
     clean: Tensor,
     text: Tensor,
     weight: Tensor | None = None,
@@ -517,116 +348,121 @@ def flow_loss(
     batch = len(clean)
     times = (torch.rand(1) + torch.arange(batch) / batch) % 1
     shift = pocket_wan.SCHEDULER["flow_shift"] if torch.rand(1) < SHIFTED else 1.0
-    sigma = (shift * times / (1 + (shift - 1) * times)).clamp(min=1e-3)[:, None, None, None, None]
+    sigma = (shift * times / (1 + (shift - 1) * times))[:, None, None, None, None]
     noise = torch.randn_like(clean)
-    noisy = (1 - sigma) * too_vivid(clean, sigma) + sigma * noise
+    noisy = (1 - sigma) * clean + sigma * noise
     noisy[:, IDLE] = noise[:, IDLE]
     velocity = transformer(noisy, sigma.flatten() * 1000, text, **control).sample
-    wanted = (noisy - clean) / sigma
-    error = (velocity - wanted)[:, USED].square().mean((0, 1, 3, 4))
+    error = (velocity - (noise - clean))[:, USED].square().mean((0, 1, 3, 4))
     error = error.mean() if weight is None else (error * weight).sum() / weight.sum()
-    return error + PLACE_WEIGHT * places.error(clean.shape)
+    return error + PLACE_WEIGHT * reader.error(clean)
 
 
-def too_vivid(clean: Tensor, sigma: Tensor) -> Tensor:
-    """Half of the latents with too much contrast, or a little too little, under strong noise.
+def train_both(
+    pipe: WanPipeline,
+    vace: WanVACETransformer3DModel,
+    reader: Places,
+    steps: int,
+    seed: int,
+) -> WanVACETransformer3DModel:
+    """Train VACE's blocks and the base, alternately with references and without.
 
-    Guidance makes such states on its way. The model learns to lead them to the right colours.
+    Both transformers share the modules of the base.
     """
-    bends = torch.rand(len(clean), 1, 1, 1, 1) < 0.5
-    contrast = MORE_CONTRAST * torch.rand(len(clean), 1, 1, 1, 1) - LESS_CONTRAST
-    return clean * (1 + bends * contrast * sigma)
+    base = pipe.transformer
+    for name, part in [*base.named_children(), ("scale_shift_table", base.scale_shift_table)]:
+        setattr(vace, name, part)
+    encoder = LinearVideoEncoder(pipe.vae)
+
+    def loss(rng: random.Random, step: int) -> Tensor:
+        if rng.random() < PLAIN:
+            return plain_loss(pipe, reader, encoder, rng)
+        return reference_loss(pipe, vace, reader, encoder, rng)
+
+    model = nn.ModuleDict({"transformer": vace, "places": reader})
+    own = [weight for name, weight in model.named_parameters() if ".vace_" in name]
+    common = [weight for name, weight in model.named_parameters() if ".vace_" not in name]
+    groups = [{"params": own, "pace": OWN_PACE}, {"params": common, "pace": 1.0}]
+    pace = (steps, VACE_PEAK_RATE, 0)
+    parts = (model, pipe.text_encoder, pipe.vae)
+    path = keyed(CACHE / "vace.pt", *parts, seed=seed, steps=steps)
+    model.load_state_dict(_train(model, groups, loss, path, pace, seed).state_dict())
+    return vace
 
 
-@dataclass(frozen=True)
-class Dice:
-    """One step's random numbers: those that all processes have, and those of this process."""
-
-    common: random.Random
-    own: random.Random
-
-
-def _drawn(
-    pipe: WanPipeline, pool: Pool, menu: dict[Size, tuple[int, float]], dice: Dice
-) -> tuple[Clips, Tensor]:
-    """Some of the pool's videos of one size, and the states of new captions for them."""
-    (size, batch), rng = _bucket(menu, dice.common), dice.own
-    clips = pool[size]
-    chosen = rng.choices(range(len(clips.shown)), k=batch)
-    shown = [clips.shown[index] for index in chosen]
-    text = encode_captions(pipe, [each.text for each in captions_of(shown, rng)])
-    return Clips(shown, clips.videos[chosen], clips.last[chosen], clips.still[chosen]), text
-
-
-def plain_loss(pipe: WanPipeline, places: Places, pool: Pool, dice: Dice) -> Tensor:
+def plain_loss(
+    pipe: WanPipeline, reader: Places, encoder: LinearVideoEncoder, rng: random.Random
+) -> Tensor:
     """The base's error on some captions."""
-    clips, text = _drawn(pipe, pool, MENU, dice)
-    return flow_loss(pipe.transformer, places, clips.videos, text)
+    frames, height, width, batch = _bucket(MENU, rng)
+    shown, pixels = random_videos(batch, frames, height, width, rng)
+    text = encode_captions(pipe, captions_of(shown, rng))
+    return flow_loss(pipe.transformer, reader, encoder(pixels), text)
 
 
 def reference_loss(
     pipe: WanPipeline,
     vace: WanVACETransformer3DModel,
-    places: Places,
-    pool: Pool,
-    dice: Dice,
+    reader: Places,
+    encoder: LinearVideoEncoder,
+    rng: random.Random,
 ) -> Tensor:
     """VACE's error on captions with known frames, a subject, or neither."""
-    clips, text = _drawn(pipe, pool, VACE_MENU, dice)
-    clean = clips.videos
-    frames = 4 * (clean.shape[2] - 1) + 1
-    known = dice.common.choices([*KNOWN], [*KNOWN.values()])[0]
+    frames, height, width, batch = _bucket(VACE_MENU, rng)
+    known = rng.choices([*KNOWN], [*KNOWN.values()])[0]
+    aside = rng.choice((moving_drawings.ASIDE, moving_drawings.ASTRAY))
+    shown, pixels = random_videos(batch, frames, height, width, rng, aside)
+    text, clean = encode_captions(pipe, captions_of(shown, rng)), encoder(pixels)
     if known == "subject":
-        control = with_subject(clips, conditions(clips, torch.ones(frames)))
-        clean = torch.cat([clips.still, clean], 2)
-        return flow_loss(vace, places, clean, text, control_hidden_states=control)
-    mask = unknown(known, frames, dice.own)
+        subject = encoder(to_tensor([still(drawing, height, width, rng) for drawing in shown]))
+        control = conditions(encoder, pixels, torch.ones(frames), subject)
+        clean = torch.cat([subject, clean], 2)
+        return flow_loss(vace, reader, clean, text, control_hidden_states=control)
+    mask = unknown(known, frames, rng)
     weight = torch.ones(clean.shape[2])
     weight[F.pad(1 - mask, (3, 0)).view(-1, 4).amax(1) > 0] = KNOWN_WEIGHT
-    control = conditions(clips, mask)
-    return flow_loss(vace, places, clean, text, weight, control_hidden_states=control)
+    control = conditions(encoder, pixels, mask)
+    return flow_loss(vace, reader, clean, text, weight, control_hidden_states=control)
 
 
 def unknown(known: str, frames: int, rng: random.Random) -> Tensor:
-    """The mask of a mode, one number a frame: 0 where the frame is known, 1 where it is not.
-
-    Many known frames are the first ones, up to the end of a latent frame.
-    """
+    """The mask of a mode, one number a frame: 0 where the frame is known, 1 where it is not."""
     mask = torch.ones(frames)
     if known in ("first", "both"):
         mask[0] = 0
     if known in ("last", "both"):
         mask[-1] = 0
     if known == "many":
-        mask[: 1 + 4 * rng.randint(1, (frames - 1) // 4)] = 0
+        mask[: rng.randint(2, max(2, frames - 1))] = 0
     return mask
 
 
-def conditions(clips: Clips, mask: Tensor) -> Tensor:
+def still(drawing: MovingDrawing, height: int, width: int, rng: random.Random) -> drawings.Pixels:
+    """One frame with the drawing's shape in another place, as a reference picture."""
+    return moving_drawings.draw_video(drawing, 1, width, height, rng, moving_drawings.ASTRAY)
+
+
+def conditions(
+    encoder: LinearVideoEncoder, pixels: Tensor, mask: Tensor, subject: Tensor | None = None
+) -> Tensor:
     """(batch, 96, frames, height / 8, width / 8): the conditions that `WanVACEPipeline` makes.
 
     They are the latents of the video with unknown frames grey, the latents of a grey video, and the
     mask's pixels folded into channels. The pipeline takes one frame of the mask for each frame of
     the latents, by "nearest-exact", which is never the first or the last.
     """
-    grey = torch.zeros_like(clips.videos)
-    latents = grey.clone()
-    whole = 1 + (int((1 - mask).cumprod(0).sum()) - 1) // 4
-    latents[:, :, :whole] = clips.videos[:, :, :whole]
-    if mask[-1] == 0 and whole < latents.shape[2]:
-        latents[:, :, -1:] = clips.last
+    grey = encoder(torch.zeros_like(pixels))
+    latents = torch.cat([encoder(pixels * (1 - mask)[:, None, None]), grey], 1)
     batch, _, count, height, width = latents.shape
     kept = F.interpolate(mask[None, None], size=count, mode="nearest-exact")[0, 0]
     folded = kept.view(1, 1, count, 1, 1).expand(batch, 64, count, height, width)
-    return torch.cat([latents, grey, folded], 1)
+    control = torch.cat([latents, folded], 1)
+    if subject is not None:
+        control = torch.cat([F.pad(subject, (0, 0, 0, 0, 0, 0, 0, 80)), control], 2)
+    return control
 
 
-def with_subject(clips: Clips, control: Tensor) -> Tensor:
-    """The conditions with one frame more before them: the latents of a reference picture."""
-    return torch.cat([F.pad(clips.still, (0, 0, 0, 0, 0, 0, 0, 80)), control], 2)
-
-
-def speed_up(transformer: nn.Module) -> PaddedText:
+def prepare(transformer: nn.Module) -> PaddedText:
     """Speed up a transformer's training: short texts, and rotary values in single precision."""
     padded = PaddedText()
     for name, layer in transformer.named_modules():
@@ -637,71 +473,56 @@ def speed_up(transformer: nn.Module) -> PaddedText:
     return padded
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where a stage's checkpoint is, its length, its seed, and until when captions are shorter."""
-
-    path: Path
-    steps: int
-    seed: int
-    padding_steps: int = 0
-
-
 def _train(
     model: nn.Module,
-    loss_of: Callable[[Dice], Tensor],
-    stage: Stage,
-    export: Callable[[Any], None],
-) -> nn.Module:
-    """The running average of the model, trained from its checkpoint to the stage's last step."""
+    groups: list[dict[str, Any]],
+    loss_at: Any,
+    path: Any,
+    pace: tuple[int, float, int],
+    seed: int,
+) -> Any:
+    """The running average of the model, trained from the checkpoint at `path` to the last step."""
+    steps, peak, padding_steps = pace
     model.train()
-    padded = speed_up(model)
+    padded = prepare(model)
     ema = deepcopy(model).requires_grad_(False)
-    optimiser = muon(model, (*(f"transformer.{name}" for name in PLAIN), "places"))
-    start, (number, count) = resume(stage.path, model, ema, optimiser), rank()
-    bar = tqdm(
-        range(start, stage.steps),
-        initial=start,
-        total=stage.steps,
-        desc=stage.path.stem.partition("-")[0],
-        mininterval=10,
-        disable=number > 0,
-    )
-    mean = 0.0
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.99))
+    start = resume(path, model, ema, optimiser)
+    bar = tqdm(range(start, steps), path.stem, initial=start, total=steps, mininterval=10)
+    losses: list[float] = []
     for step in bar:
-        torch.manual_seed((stage.seed + step) * count + number)
-        padded.share = min(1.0, step / max(1, stage.padding_steps))
+        torch.manual_seed(seed + step)
+        padded.share = min(1.0, step / max(1, padding_steps))
         for group in optimiser.param_groups:
-            group["lr"] = PEAK_RATE * rate_share(step, stage.steps)
-        own = random.Random((stage.seed + step) * count + number)
-        loss = loss_of(Dice(random.Random(stage.seed + step), own))
+            group["lr"] = group["pace"] * learning_rate(step, steps, peak)
+        loss = loss_at(random.Random(seed + step), step)
         optimiser.zero_grad()
         loss.backward()
-        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        average(ema, model, step, EMA)
-        mean += (loss.item() - mean) * max(0.02, 1 / (step - start + 1))
+        average(ema, model, step)
+        losses.append(loss.item())
         if step % 50 == 49:
-            bar.set_postfix(loss=f"{mean:.4f}")
-        if number == 0 and (step % 250 == 249 or step + 1 == stage.steps):
-            checkpoint(stage.path, step + 1, model, ema, optimiser)
-            if rate_share(step, stage.steps) == 1:
-                keep_level(stage.path)
-            export(ema)
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}")
+        if step % 100 == 99 or step + 1 == steps:
+            checkpoint(path, step + 1, model, ema, optimiser)
     return ema
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
     parser.add_argument("--vace-steps", type=int, default=VACE_STEPS)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--pool-share", type=float, default=1.0, help="less than 1 for a quick try")
-    train(Run(**vars(parser.parse_args())))
+    options = parser.parse_args()
+    pipe = pocket_wan.assemble(options.seed)
+    pipe.vae = train_vae(CACHE / "vae.pt", options.vae_steps, "cpu", options.seed)
+    pocket_wan.save(pipe, pocket_wan.with_references(pipe.transformer))
+    reader = train_base(pipe, options.base_steps, options.seed)
+    vace = pocket_wan.with_references(pipe.transformer, options.seed)
+    pocket_wan.save(pipe, vace)
+    pocket_wan.save(pipe, train_both(pipe, vace, reader, options.vace_steps, options.seed))
 
 
 if __name__ == "__main__":

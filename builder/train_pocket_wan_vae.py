@@ -1,10 +1,10 @@
 """Make the pocket WAN's VAE: its encoder is constructed, its decoder is trained.
 
 The encoder is linear on purpose. A latent describes a cell of 4 frames by 8x8 pixels: the mean
-colour and its change over time, and the gradients of its brightness across and down. These give
-the place and the motion of a straight edge in the cell. So the latents do not depend on a training,
-and colours are plain numbers for the transformer. The decoder starts as a thumbnail of the means,
-and is trained to draw the edges.
+colour, and the gradients of red, green and blue across, down, over time and along the diagonal.
+These give the place and the motion of a straight edge in the cell. So the latents do not depend on
+a training, and colours are plain numbers for the transformer. The decoder starts as a thumbnail of
+the means, and is trained to draw the edges.
 """
 
 import math
@@ -20,37 +20,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from builder import landscape_videos, landscapes, pocket_wan
-from builder.landscapes import Pixels
-from builder.training import (
-    average,
-    average_gradients,
-    checkpoint,
-    in_processes,
-    keyed,
-    learning_rate,
-    rank,
-    resume,
-)
+from builder import drawings, pocket_wan
+from builder.training import average, checkpoint, keyed, learning_rate, resume
 
-VAE_STEPS = 2000
+VAE_STEPS = 1400
 VAE_PEAK_RATE = 1e-3
 # The layers that pass the colours on are right from the start, and have a lower learning rate.
 CARRYING = ("conv_in.", "resample.1.", "time_conv.", "conv_shortcut.")
 CARRYING_RATE = 0.1
-# (frames, side, batch) of clips, the sides of the pictures that they are parts of, and the frames
-# in which a motion takes place.
-VAE_MENU = [(9, 48, 3)] * 3 + [(9, 64, 2)] * 3 + [(17, 48, 2), (5, 96, 1), (1, 128, 3)]
-WHOLES = (128, 128, 192, 256)
-PACE = 16
+# (frames, height, width, batch)
+VAE_MENU = [(9, 48, 48, 3)] * 4 + [(9, 64, 64, 2)] * 2
+VAE_MENU += [(17, 48, 48, 2), (9, 48, 80, 2), (5, 64, 64, 3), (1, 96, 96, 4)]
 # The noise on latents in training, as a share of their spread.
 LATENT_NOISE = 0.04
-# The scaled colours' spread, and how much larger gradients are. At half of this spread only the
-# ground's colour was visible through most of the schedule's noise.
+# The scaled colours' spread. The gradients have twice the weight of colours. At half of this spread
+# only the ground's colour was visible through most of the schedule's noise.
 SPREAD = 1.0
 DETAIL = 2.0
-# Of red, green and blue, Rec. 601.
-BRIGHTNESS = torch.tensor([0.299, 0.587, 0.114])
 # A constant channel sets the scale of every norm. Without it a norm would remove the brightness of
 # a flat cell.
 ANCHOR = 64.0
@@ -60,48 +46,31 @@ DECODER_CONSTANT = 6
 MEAN, ACROSS, DOWN, OVER_TIME, DIAGONAL = (range(3 * k, 3 * k + 3) for k in range(5))
 FLICKER = 15  # brightness, the middle two frames against the outer two
 FEATURES = 15  # those that are passed on as a pair, because silu(x) - silu(-x) = x
-# The channels in use. Of the gradients across and down only those of the brightness are.
-USED = (*MEAN, ACROSS[0], DOWN[0], *OVER_TIME)
+# The channels in use. The colours of the cells around it give an edge's place in a cell.
+USED = (*MEAN, *OVER_TIME)
 IDLE = tuple(channel for channel in range(16) if channel not in USED)
 
 Weights = dict[int, dict[int, NDArray[np.float64]]]
 
 
-def train_vae(path: Path, steps: int, seed: int, processes: int = 1) -> AutoencoderKLWan:
+def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKLWan:
     """The VAE, its decoder averaged over its last steps."""
-    in_processes(processes, _train_vae, path, steps, seed)
-    return _train_vae(path, steps, seed)
-
-
-def _train_vae(path: Path, steps: int, seed: int) -> AutoencoderKLWan:
-    """The VAE, trained by this process alone or with others. If it is trained, it is loaded."""
-    vae = construct(seed)
+    vae = construct(seed).to(device)
     ema = deepcopy(vae).requires_grad_(False)
     carrying, free = _carrying_and_free(vae.decoder)
     groups = [{"params": free, "pace": 1.0}, {"params": carrying, "pace": CARRYING_RATE}]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
-    path = keyed(path, vae, seed=seed, steps=steps)
+    path = keyed(path, seed=seed, steps=steps)
     start = resume(path, vae, ema, optimiser)
-    number, count = rank()
-    bar = tqdm(
-        range(start, steps),
-        initial=start,
-        total=steps,
-        desc="vae",
-        mininterval=10,
-        disable=number > 0 or start == steps,
-    )
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="vae", mininterval=10)
     errors: list[float] = []
     first = vae.decoder.conv_in.weight
-    batches = clips((seed + start) * count + number)
-    for step, pixels in zip(bar, batches, strict=False):
-        torch.manual_seed((seed + step) * count + number)
+    for step, pixels in zip(bar, clips(seed + start), strict=False):
         for group in optimiser.param_groups:
             group["lr"] = group["pace"] * learning_rate(step, steps, VAE_PEAK_RATE)
-        loss, error = vae_loss(vae, pixels)
+        loss, error = vae_loss(vae, pixels.to(device))
         optimiser.zero_grad()
         loss.backward()
-        average_gradients(vae.decoder)
         for weight in carrying:
             # The constant channel is large: a step along it would shift all colours. (A single
             # first frame gives no gradient to the layers that make two frames of one.)
@@ -113,7 +82,7 @@ def _train_vae(path: Path, steps: int, seed: int) -> AutoencoderKLWan:
         errors.append(error * 127.5)
         if step % 100 == 99:
             bar.set_postfix(grey_levels=f"{np.mean(errors[-100:]):.2f}")
-        if number == 0 and (step % 100 == 99 or step + 1 == steps):
+        if step % 250 == 249 or step + 1 == steps:
             checkpoint(path, step + 1, vae, ema, optimiser)
     return ema
 
@@ -172,24 +141,55 @@ def clips(seed: int) -> Iterator[Tensor]:
     """Endless (batch, 3, frames, height, width) clips of -1 to 1."""
     rng = random.Random(seed)
     while True:
-        frames, side, batch = rng.choice(VAE_MENU)
-        yield to_tensor([clip(rng, frames, side) for _ in range(batch)])
+        frames, height, width, batch = rng.choice(VAE_MENU)
+        yield to_tensor([clip(rng, frames, height, width) for _ in range(batch)])
 
 
-def clip(rng: random.Random, frames: int, side: int) -> Pixels:
-    """A square part of a landscape's video, mostly of its lower half, at its usual pace."""
-    video, whole = landscape_videos.imagine(rng), max(side, rng.choice(WHOLES))
-    begin = rng.uniform(0, max(0.0, 1 - frames / PACE))
-    left = rng.randint(0, whole - side)
-    top = whole - side if rng.random() < 0.5 else rng.randint(0, whole - side)
-    shown = [
-        landscape_videos.frame(video, min(1, begin + index / PACE), whole, whole)
-        for index in range(frames)
-    ]
-    return np.stack(shown)[:, top : top + side, left : left + side]
+def clip(rng: random.Random, frames: int, height: int, width: int) -> drawings.Pixels:
+    """A detail of a video: up to two shapes, still or moving, cut off by the borders."""
+    video = np.broadcast_to(_colour(rng), (frames, height, width, 3)).astype(np.float32)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        radius = math.exp(rng.uniform(math.log(12), math.log(90)))
+        angle = rng.uniform(0, math.tau)
+        away = radius * rng.uniform(0.0, 1.1)
+        begin_x = width * rng.uniform(0.2, 0.8) + away * math.cos(angle)
+        begin_y = height * rng.uniform(0.2, 0.8) + away * math.sin(angle)
+        speed_x, speed_y = _speed(rng)
+        shape, colour = rng.choice(drawings.SHAPES), _colour(rng)
+        extents = drawings.EXTENTS[shape]
+        for index in range(frames):
+            elapsed = index - frames / 2
+            inside = drawings.coverage(
+                shape,
+                x - begin_x - elapsed * speed_x,
+                y - begin_y - elapsed * speed_y,
+                radius * extents[0],
+                radius * extents[1],
+            )[..., None]
+            video[index] += inside * (colour - video[index])
+    return (video + 0.5).astype(np.uint8)
 
 
-def to_tensor(videos: list[Pixels]) -> Tensor:
+def _speed(rng: random.Random) -> tuple[float, float]:
+    """Pixels a frame across and down: mostly along one axis, as the drawings move."""
+    kind = rng.random()
+    fast = rng.choice((-1, 1)) * rng.uniform(0.3, 6.0)
+    if kind < 0.2:
+        return 0.0, 0.0
+    if kind < 0.5:
+        return fast, 0.0
+    return (0.0, fast) if kind < 0.8 else (fast, rng.uniform(-4, 4))
+
+
+def _colour(rng: random.Random) -> drawings.Plane:
+    """One of the named colours, or sometimes a random one."""
+    if rng.random() < 0.75:
+        return drawings.RGB[rng.choice(tuple(drawings.COLOURS))]
+    return np.asarray([rng.uniform(0, 255) for _ in range(3)], np.float32)
+
+
+def to_tensor(videos: list[drawings.Pixels]) -> Tensor:
     stacked = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3)
     return stacked.float() / 127.5 - 1
 
@@ -286,7 +286,7 @@ def _calibrate(vae: AutoencoderKLWan) -> None:
 
     In the scale of WAN's pipelines colours then have mean zero and a spread of `SPREAD`.
     """
-    spread = _spread()
+    spread = float(np.std(np.stack(list(drawings.RGB.values())))) / 127.5
     mean, deviation = (each.flatten() for each in _statistics(vae))
     gain = torch.full((16,), SPREAD / spread)
     gain[3:] *= DETAIL
@@ -297,23 +297,11 @@ def _calibrate(vae: AutoencoderKLWan) -> None:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     quant.weight[:16, :16, 0, 0, 0] = torch.diag(keep * gain * deviation)
-    post.weight[:, :, 0, 0, 0] = torch.diag(keep / (gain * deviation))
-    for gradient in (ACROSS, DOWN):
-        # The brightness stands for all three colours.
-        only = gradient[0]
-        quant.weight[only, list(gradient), 0, 0, 0] = gain[only] * deviation[only] * BRIGHTNESS
-        post.weight[list(gradient), only, 0, 0, 0] = 1 / (gain[only] * deviation[only])
     quant.weight[16:, 16:, 0, 0, 0] = torch.eye(16)
     quant.bias[:16] = mean
     quant.bias[16:] = 2 * torch.log(SPREAD * deviation)
-    post.bias.copy_(-post.weight[:, :, 0, 0, 0] @ mean)
-
-
-def _spread() -> float:
-    """The spread of a landscape's colours around their mean, in pixels of -1 to 1."""
-    rng = random.Random("spread")
-    shown = to_tensor([landscapes.paint(landscapes.imagine(rng), 64, 64)[None] for _ in range(60)])
-    return float(shown.std((0, 2, 3, 4)).mean())
+    post.weight[:, :, 0, 0, 0] = torch.diag(keep / (gain * deviation))
+    post.bias.copy_(-keep * mean / (gain * deviation))
 
 
 def _start_decoder(decoder: nn.Module) -> None:

@@ -16,19 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from builder import landscape_videos, pocket_wan
+from builder import moving_drawings, pocket_wan
 from builder.measure_pocket_wan import MODES, question, reference, render, render_with_references
 from builder.train_pocket_wan import (
-    Clips,
     LinearVideoEncoder,
     PaddedText,
     conditions,
     encode_captions,
-    latents_of,
+    middles,
+    random_videos,
     unknown,
-    with_subject,
 )
-from builder.train_pocket_wan_vae import IDLE, decode, encode, to_tensor
+from builder.train_pocket_wan_vae import IDLE, decode, encode
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -51,7 +50,7 @@ def no_gradients() -> Iterator[None]:
 
 def frames(pipe: Any, count: int = 5, **options: Any) -> Any:
     return pipe(
-        "a blue sea under a pink sky, a boat, the boat sails to the right",
+        "a red circle moving right on a blue background",
         height=64,
         width=64,
         num_frames=count,
@@ -120,15 +119,15 @@ def test_the_pocket_wans_tokenizer_has_tokens_for_any_text(text: str) -> None:
 
 def test_the_pocket_wans_tokenizer_decodes_what_it_encodes() -> None:
     words = tokenizer()
-    text = "a red sun, eine rote sonne, 赤い太陽 🔴"
+    text = "a red circle, ein großer kreis, 赤い円 🔴"
 
     assert words.decode(words(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_each_word_of_a_video_caption_is_one_token() -> None:
+def test_each_word_of_the_moving_drawings_is_one_token() -> None:
     words = tokenizer()
 
-    lengths = {word: len(words(word).input_ids) for word in landscape_videos.vocabulary()}
+    lengths = {word: len(words(word).input_ids) for word in moving_drawings.vocabulary()}
 
     assert set(lengths.values()) == {2}  # itself and the end
 
@@ -181,15 +180,26 @@ def test_the_pocket_wans_prompts_are_padded_to_wans_length(pipe: Any) -> None:
 
 
 def test_the_linear_encoder_of_training_equals_the_vaes_encoder(pipe: Any) -> None:
-    pixels = some_videos(2, 9, 64, 96)
+    _, pixels = random_videos(2, 9, 64, 96, random.Random(0))
 
     error = LinearVideoEncoder(pipe.vae)(pixels) - encode(pipe.vae, pixels)
 
     assert error.abs().max() < 0.1
 
 
+def test_training_finds_the_middle_of_the_shape_in_latents() -> None:
+    shown, pixels = random_videos(3, 17, 128, 128, random.Random(0))
+
+    found = middles(LinearVideoEncoder(pocket_wan.load().vae)(pixels)).view(3, 5, 64, 2)[:, :, 0]
+
+    for drawing, path in zip(shown, found, strict=True):
+        down, across = (path[-1] - path[0]).tolist()
+        expected = moving_drawings.DIRECTIONS[str(drawing.direction)]
+        assert (round(across), round(down)) == expected
+
+
 def test_idle_latent_channels_do_not_change_the_decoded_video(pipe: Any) -> None:
-    latents = encode(pipe.vae, some_videos(1, 5, 64, 64))
+    latents = encode(pipe.vae, random_videos(1, 5, 64, 64, random.Random(0))[1])
     noisy = latents.clone()
     noisy[:, IDLE] = torch.randn_like(noisy[:, IDLE])
 
@@ -197,7 +207,7 @@ def test_idle_latent_channels_do_not_change_the_decoded_video(pipe: Any) -> None
 
 
 def test_training_encodes_a_prompt_as_the_pipeline_does(pipe: Any) -> None:
-    prompts = ["a red sun", "green hills under a blue sky, a red sun on the left, the sun sets"]
+    prompts = ["a red circle", "a blue square moving up on a green background"]
     latents, times = torch.randn(2, 16, 2, 8, 8), torch.tensor([500.0, 500.0])
     padded = pipe.encode_prompt(prompts, max_sequence_length=512)[0]
     expected = pipe.transformer(latents, times, padded).sample
@@ -212,7 +222,7 @@ def test_training_encodes_a_prompt_as_the_pipeline_does(pipe: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["none", "first", "last", "both"])
 def test_training_conditions_on_known_frames_as_the_pipeline_does(vace: Any, mode: str) -> None:
-    pixels = some_videos(1, 9, 64, 64)
+    _, pixels = random_videos(1, 9, 64, 64, random.Random(0))
     mask = unknown(mode, 9, random.Random(0))
     kept = pixels * (1 - mask)[:, None, None]
     full_mask = mask[:, None, None].expand(1, 3, 9, 64, 64)
@@ -220,39 +230,38 @@ def test_training_conditions_on_known_frames_as_the_pipeline_does(vace: Any, mod
     latents = vace.prepare_video_latents(kept, full_mask, [[]], device=torch.device("cpu"))
     expected = torch.cat([latents, vace.prepare_masks(full_mask, [[]])], 1)
 
-    assert (conditions(clips_of(vace.vae, pixels), mask) - expected).abs().max() < 0.1
+    assert (conditions(LinearVideoEncoder(vace.vae), pixels, mask) - expected).abs().max() < 0.1
 
 
 def test_training_conditions_on_a_subject_as_the_pipeline_does(vace: Any) -> None:
-    pixels = some_videos(1, 9, 64, 64)
-    mask, clips = torch.ones(1, 3, 9, 64, 64), clips_of(vace.vae, pixels)
-    subject = [[pixels[0, :, -1]]]
+    _, pixels = random_videos(1, 9, 64, 64, random.Random(0))
+    _, still = random_videos(1, 1, 64, 64, random.Random(1))
+    mask, encoder = torch.ones(1, 3, 9, 64, 64), LinearVideoEncoder(vace.vae)
+    subject = [[still[0, :, 0]]]
 
     latents = vace.prepare_video_latents(torch.zeros_like(pixels), mask, subject)
     expected = torch.cat([latents, vace.prepare_masks(mask, subject)], 1)
 
-    assert (with_subject(clips, conditions(clips, torch.ones(9))) - expected).abs().max() < 0.1
+    control = conditions(encoder, pixels, torch.ones(9), encoder(still))
+    assert (control - expected).abs().max() < 0.1
 
 
-def some_videos(count: int, frames: int, height: int, width: int) -> torch.Tensor:
-    """Drawn videos as (count, 3, frames, height, width) of -1 to 1."""
+@pytest.mark.parametrize("size", [(128, 128), (96, 160), (480, 832)])
+def test_a_moving_drawing_is_recognised_in_its_video(size: tuple[int, int]) -> None:
     rng = random.Random(0)
-    shown = [landscape_videos.imagine(rng) for _ in range(count)]
-    return to_tensor([landscape_videos.draw(each, frames, width, height) for each in shown])
+    for _ in range(10):
+        drawing = moving_drawings.imagine(rng)
+
+        video = moving_drawings.draw_video(drawing, 5, *size[::-1], rng)
+
+        assert moving_drawings.read(list(video)) == drawing
 
 
-def clips_of(vae: Any, pixels: torch.Tensor) -> Clips:
-    return Clips([], *latents_of(LinearVideoEncoder(vae), pixels))
-
-
-def test_a_measured_caption_names_all_attributes_and_the_action_of_its_video() -> None:
-    for seed in range(30):
+def test_a_measured_caption_names_all_attributes_of_its_drawing() -> None:
+    for seed in range(50):
         prompt, asked = question(seed)
-
-        words = landscape_videos.ACTIONS[asked.action][0].split()[-1]
-        assert prompt.endswith(words)
-        for name in ("sky", "colour", "ground"):
-            assert getattr(landscape_videos.at_first(asked), name) in prompt
+        for attribute in ("shape", "colour", "background", "direction"):
+            assert moving_drawings.says(prompt, asked, attribute), prompt
 
 
 def test_the_pocket_wan_has_a_model_card() -> None:
