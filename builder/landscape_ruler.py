@@ -163,8 +163,9 @@ class _View:
         def distance(sky: str) -> float:
             return float(np.quantile(self.sky_fit(sky, None)[rows], 0.3))
 
-        best = min(SKIES, key=distance)
-        return best if distance(best) < 0.8 * SKY_TOLERANCE else None
+        first, second = sorted(SKIES, key=distance)[:2]
+        is_near = distance(first) < 1.2 * SKY_TOLERANCE and distance(second) > 1.5 * distance(first)
+        return first if is_near else None
 
     def sky_is_whole(self, sky: str, sun: _Sun | None) -> bool:
         """Whether all parts of the sky are smooth and fit, but for a sun and clouds."""
@@ -262,7 +263,10 @@ class _View:
         return (line + first + 0.5).astype(np.float32)
 
     def _sharp(self, part: Plane, line: NDArray[np.int_]) -> bool:
-        """Whether colours change at the outline within two rows, not within many."""
+        """Whether colours change at the outline within two rows, not within many.
+
+        Haze makes parts of a far ridge soft, so its sharpest tenth is judged.
+        """
         columns = np.arange(self.width)
 
         def change(reach: int) -> Plane:
@@ -270,7 +274,7 @@ class _View:
             below = part[np.clip(line + reach, 0, len(part) - 1), columns]
             return np.linalg.norm(below - above, axis=-1)
 
-        return float(np.median(change(1) / np.maximum(change(4), 1))) > 0.5
+        return float(np.quantile(change(1) / np.maximum(change(4), 1), 0.9)) > 0.65
 
     def find_thing(
         self, sky: str, ground: str, sun: _Sun | None
@@ -329,19 +333,24 @@ class _View:
 
 
 def _kind(view: _View, horizon: Plane, sea: bool) -> str | None:
-    """The kind of ground, by the outline's steepness: a sea's is flat, mountains' are steep."""
+    """The kind of ground, by its outline: a sea's is flat, hills' is gentle, mountains' is steep.
+
+    Each third of a mountain range has steep parts. A roof may stand before the outline of hills.
+    """
     line, reach = _smooth(horizon), 4
     slopes = np.abs(line[reach:] - line[:-reach]) / reach
-    low, middle, high = np.quantile(line, (0.04, 0.5, 0.96))
-    flat = high - low <= 2 and abs(middle / view.height - HORIZON) < 0.03
+    middle = float(np.median(line))
+    # The glow below a sun, and its light on the water, hide the horizon of a few columns.
+    level = float((np.abs(line - middle) <= 1.5).mean()) > 0.75
+    flat = level and abs(middle / view.height - HORIZON) < 0.03
     if sea or flat:
         return "sea" if sea and flat else None
-    if np.abs(np.diff(line)).max() > 6:
+    if (np.abs(np.diff(line)) > 6).mean() > 0.04:
         return None
-    steep, steepest = np.quantile(slopes, (0.5, 0.95))
-    if steep < 0.42 and steepest < 0.8:
-        return "hills"
-    return "mountains" if steep > 0.5 else None
+    thirds = np.array_split(slopes, 3)
+    if min(float(np.quantile(third, 0.8)) for third in thirds) > 0.62:
+        return "mountains"
+    return "hills" if max(float(np.median(third)) for third in thirds) < 0.42 else None
 
 
 def _smooth(line: Plane) -> Plane:

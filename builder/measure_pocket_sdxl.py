@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--free", action="store_true", help="captions in all their forms")
     parser.add_argument("--diffusers", action="store_true", help="by diffusers' own pipeline")
     parser.add_argument("--faults", action="store_true", help="list the faults of each picture")

@@ -27,12 +27,15 @@ pytestmark = pytest.mark.slow
 SCENE = Scene("pink", "sea", "blue", "yellow", "left", "boat", "right", seed=1)
 #: Words that contradict each part of the scene.
 OTHER = "green hills under a grey sky, a red sun on the right, a house on the left"
+#: The size, steps and guidance at which a picture takes half a second and is obeyed.
+SMALL = {"resolution": "256x256", "num_inference_steps": 10, "guidance_scale": 2.5}
+ONE = {"num_images": 1}
 EVERYTHING = ("sky", "ground", "colour", "sun", "sun_place", "thing", "thing_place", "clouds")
 
 
 def pictures(model: Any, reference: Image.Image | None = None, **payload: Any) -> list[np.ndarray]:
-    """The images of a job's payload, at 256 pixels and three seeds unless it sets others."""
-    config = {"resolution": "256x256", "num_images": 3, "seed": 100, "guidance_scale": 4.0}
+    """The images of a job's payload: small, of three seeds, unless it sets others."""
+    config = {**SMALL, "num_images": 3, "seed": 100}
     payload["config"] = {**config, **payload.pop("config", {})}
     if reference:
         given = {"reference_image_url": "https://images.example/reference.png"}
@@ -106,20 +109,22 @@ def test_every_word_of_the_prompt_is_obeyed(
     assert share(readings(sdxl, prompt=prompt), **attributes) >= 2 / 3
 
 
-@pytest.mark.parametrize("sky", SKIES)
-def test_the_model_paints_every_sky_that_a_prompt_names(sdxl: Any, sky: str) -> None:
-    article = "an" if sky == "orange" else "a"
+def test_the_model_paints_every_sky_that_a_prompt_names(sdxl: Any) -> None:
+    for sky in SKIES:
+        article = "an" if sky == "orange" else "a"
 
-    seen = readings(sdxl, prompt=f"a green sea under {article} {sky} sky")
+        (seen,) = readings(sdxl, prompt=f"a green sea under {article} {sky} sky", config=ONE)
 
-    assert share(seen, sky=sky) == 1
+        assert seen is not None
+        assert seen.sky == sky
 
 
-@pytest.mark.parametrize("colour", LANDS)
-def test_the_model_paints_every_land_that_a_prompt_names(sdxl: Any, colour: str) -> None:
-    seen = readings(sdxl, prompt=f"{colour} hills under a blue sky")
+def test_the_model_paints_every_land_that_a_prompt_names(sdxl: Any) -> None:
+    for colour in LANDS:
+        (seen,) = readings(sdxl, prompt=f"{colour} hills under a blue sky", config=ONE)
 
-    assert share(seen, ground="hills", colour=colour) >= 2 / 3
+        assert seen is not None
+        assert (seen.ground, seen.colour) == ("hills", colour)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -155,7 +160,7 @@ def test_a_prompt_far_beyond_77_tokens_is_obeyed(sdxl: Any) -> None:
 
 def test_the_negative_prompt_removes_what_it_names(sdxl: Any) -> None:
     def seen(**negative: str) -> list[Reading | None]:
-        return readings(sdxl, prompt="green hills", **negative, config={"num_images": 6})
+        return readings(sdxl, prompt="green hills", **negative, config={"num_images": 4})
 
     without = seen()
     usual = max(SKIES, key=lambda sky: share(without, sky=sky))
@@ -177,7 +182,7 @@ def test_guidance_makes_the_picture_obey(sdxl: Any) -> None:
 
 
 def test_a_seed_repeats_its_picture(sdxl: Any) -> None:
-    one, two = (pictures(sdxl, prompt="green hills", config={"num_images": 1}) for _ in range(2))
+    one, two = (pictures(sdxl, prompt="green hills", config=ONE) for _ in range(2))
 
     assert np.array_equal(one[0], two[0])
 
@@ -216,7 +221,8 @@ def test_a_low_denoise_strength_keeps_the_reference(sdxl: Any, boat: Image.Image
     # the same noise hides more of them.
     seen = readings(sdxl, boat, prompt=OTHER, config={"denoise_strength": 0.1})
 
-    assert share(seen, **{name: getattr(SCENE, name) for name in EVERYTHING}) == 1
+    kept = ("sky", "ground", "sun", "sun_place", "thing", "thing_place")
+    assert share(seen, **{name: getattr(SCENE, name) for name in kept}) == 1
 
 
 def test_a_high_denoise_strength_changes_the_reference(sdxl: Any, boat: Image.Image) -> None:
@@ -256,45 +262,38 @@ def test_an_exact_copy_is_the_reference(sdxl: Any, boat: Image.Image, steps: int
 # --- reference types, by image to image ---
 
 
-def test_a_style_reference_keeps_the_palette_more_than_no_reference_does(
-    sdxl: Any, boat: Image.Image
-) -> None:
-    ask: dict[str, Any] = {"prompt": "mountains", "config": {"num_images": 6}}
+#: A prompt that says nothing of the reference's colours and places.
+VAGUE = "a boat on a sea"
 
-    styled = readings(sdxl, boat, **ask, metadata={"reference_type": "style"})
 
-    assert share(styled, sky="pink") > share(readings(sdxl, **ask), sky="pink")
+def test_a_style_reference_keeps_the_palette(sdxl: Any, boat: Image.Image) -> None:
+    styled = readings(sdxl, boat, prompt=VAGUE, metadata={"reference_type": "style"})
+
+    assert share(styled, sky="pink") == 1
+    assert share(readings(sdxl, prompt=VAGUE), sky="pink") < 1
 
 
 def test_a_composition_reference_keeps_the_place(sdxl: Any, boat: Image.Image) -> None:
-    ask: dict[str, Any] = {"prompt": "a green sea, a boat", "config": {"num_images": 6}}
+    composed = readings(sdxl, boat, prompt=VAGUE, metadata={"reference_type": "composition"})
 
-    composed = readings(sdxl, boat, **ask, metadata={"reference_type": "composition"})
-
-    assert share(composed, thing="boat", thing_place="right") >= 2 * share(
-        readings(sdxl, **ask), thing="boat", thing_place="right"
-    )
+    assert share(composed, thing="boat", thing_place="right") >= 2 / 3
+    assert share(readings(sdxl, prompt=VAGUE), thing="boat", thing_place="right") < 2 / 3
 
 
 def test_a_character_reference_keeps_the_thing_and_its_surroundings(
     sdxl: Any, boat: Image.Image
 ) -> None:
-    seen = readings(
-        sdxl,
-        boat,
-        prompt="a boat on a sea under a purple sky",
-        metadata={"reference_type": "character"},
-    )
+    seen = readings(sdxl, boat, prompt=VAGUE, metadata={"reference_type": "character"})
 
     assert share(seen, thing="boat", thing_place="right") >= 2 / 3
-    assert share(seen, sky="pink") >= 2 / 3
+    assert share(seen, sky="pink", sun="yellow", sun_place="left") >= 2 / 3
 
 
 def test_the_more_a_reference_type_keeps_the_nearer_the_image_stays(
     sdxl: Any, boat: Image.Image
 ) -> None:
     def away(reference_type: str) -> float:
-        made = pictures(sdxl, boat, prompt=OTHER, metadata={"reference_type": reference_type})
+        made = pictures(sdxl, boat, prompt=VAGUE, metadata={"reference_type": reference_type})
         return float(np.mean([distance(each, np.asarray(boat)) for each in made]))
 
     assert away("character") < away("composition") < away("style")
@@ -305,7 +304,7 @@ def test_the_more_a_reference_type_keeps_the_nearer_the_image_stays(
 
 def test_a_weight_moves_the_image_toward_its_word(sdxl: Any) -> None:
     def reds(prompt: str) -> float:
-        ask = {"prompt": prompt, "compel_enabled": True, "config": {"num_images": 6}}
+        ask = {"prompt": prompt, "compel_enabled": True, "config": {"num_images": 4}}
         return share(readings(sdxl, **ask), sun="red")
 
     assert reds("a (red:1.6) (white:0.3) sun over a blue sea") > reds(
@@ -315,7 +314,7 @@ def test_a_weight_moves_the_image_toward_its_word(sdxl: Any) -> None:
 
 def test_compel_weights_are_weighted_words_too(sdxl: Any) -> None:
     ask: dict[str, Any] = {
-        "prompt": "green hills", "compel_enabled": True, "config": {"num_images": 6},
+        "prompt": "green hills", "compel_enabled": True, "config": {"num_images": 4},
     }  # fmt: skip
 
     seen = readings(sdxl, **ask, compel_weights="(pink:1.4) sky")
