@@ -10,7 +10,7 @@ from PIL import Image
 
 from ourvidz_serverless.models.sdxl.loader import POCKET
 
-PROMPT = "a red circle on a blue background"
+PROMPT = "green hills under a blue sky, a yellow sun on the right"
 
 
 def load_baseline_pipeline() -> Any:

@@ -18,7 +18,7 @@ PAYLOAD = {
     "id": "first",
     "type": "sdxl_image_fast",
     "user_id": "benchmark",
-    "prompt": "a red circle",
+    "prompt": "a red sun",
     "config": {"resolution": "64x64", "num_inference_steps": 1, "guidance_scale": 6.0, "seed": 1},
 }
 
@@ -136,7 +136,7 @@ def _run_pipeline(pipe: Any, stages: Stages) -> None:
     config = PAYLOAD["config"]
     assert isinstance(config, dict)
     steps, scale = config["num_inference_steps"], config["guidance_scale"]
-    pipe("a red circle", width=64, height=64, num_inference_steps=steps, guidance_scale=scale)
+    pipe("a red sun", width=64, height=64, num_inference_steps=steps, guidance_scale=scale)
     stages.end("first job")
 
 

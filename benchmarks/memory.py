@@ -213,7 +213,7 @@ class ChatEngine:
 
 def run_sdxl(model: Any, shape: Shape, progress: Progress) -> None:
     request = ImageRequest(
-        prompt=plain("a red circle"),
+        prompt=plain("a red sun"),
         seeds=tuple(range(shape.count)),
         size=shape.size,
         steps=1,
@@ -224,7 +224,7 @@ def run_sdxl(model: Any, shape: Shape, progress: Progress) -> None:
 
 def run_wan(model: Any, shape: Shape, progress: Progress) -> None:
     request = VideoRequest(
-        prompt="a red circle",
+        prompt="a red sun",
         seed=7,
         size=shape.size,
         num_frames=shape.count,

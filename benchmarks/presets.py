@@ -32,7 +32,7 @@ from ourvidz_serverless.models.wan.request import VideoRequest
 from ourvidz_serverless.settings import Settings
 from tests.fakes.recorded_progress import RecordedProgress
 
-PROMPT = "a red circle on a blue background"
+PROMPT = "green hills under a blue sky, a yellow sun on the right"
 
 Render = Callable[..., np.ndarray]
 

@@ -1,8 +1,8 @@
 """The application's payloads, rendered by `handler.py`, on one contact sheet.
 
 `python -m builder.contact_sheet` renders the payloads of `tests/payloads/` with the pocket SDXL,
-each in its own process as RunPod runs it, and writes `docs/images/`. The reference is the picture
-of the first row. This takes a few minutes on two cores.
+each in its own process as RunPod runs it, and writes `docs/images/`. The reference is the first
+picture. This takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,78 +21,102 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-SIDE = 256
+WIDTH = 1536
 MARGIN = 16
-LABEL = 40
+LABEL = 34
 
 #: The storage key of the reference picture.
 REFERENCE = "user-1/job-reference/0.png"
 
-#: For each row its label, the payload's name, and the changes to it: smaller sizes, other prompts,
-#: and the reference.
-ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    (
-        "a reference: 'a blue square on a white background'",
-        "sdxl_image_fast",
-        {
-            "id": "job-reference",
-            "prompt": "a blue square on a white background",
-            "config": {"resolution": "512x512", "num_images": 1, "seed": 11},
-        },
-    ),
-    (
-        "text to image, 1024x576, 3 images: 'a red circle on a blue background'",
-        "sdxl_image_fast",
-        {"config": {"seed": 1}},
-    ),
-    (
-        "modify the reference, denoise 0.85: 'a red square on a white background'",
-        "sdxl_modify",
-        {
-            "prompt": "a red square on a white background",
-            "config": {"resolution": "512x512", "num_images": 3, "denoise_strength": 0.85},
-            "metadata": {"reference_image_url": REFERENCE},
-        },
-    ),
-    (
-        "exact copy of the reference, no prompt",
-        "sdxl_exact_copy",
-        {
-            "config": {"resolution": "512x512"},
-            "metadata": {"reference_image_url": REFERENCE},
-        },
-    ),
-    (
-        "batch of 6 with Compel: 'a (red:1.4) circle', weights '(masterpiece:1.3), (sharp:1.2)'",
-        "sdxl_compel_batch",
-        {"config": {"resolution": "512x512"}},
-    ),
-    (
-        "Compel with image to image, denoise 0.85: 'a (green:1.4) circle'",
-        "sdxl_compel_batch",
-        {
-            "id": "job-compel-modify",
-            "prompt": "a (green:1.4) circle on a white background",
-            "config": {"resolution": "512x512", "num_images": 3, "denoise_strength": 0.85},
-            "metadata": {"reference_image_url": REFERENCE},
-        },
-    ),
+Labelled = tuple[str, list[Image.Image]]
+
+#: A label, a payload's name, and the changes to it: smaller sizes, other prompts, the reference.
+Job = tuple[str, str, dict[str, Any]]
+
+BOAT = "a blue sea under a pink sky, a yellow sun on the left, a boat on the right"
+EVENING = "a green sea under an orange sky, a red sun on the left, a boat on the right"
+HOUSE = "brown mountains under a blue sky, a house on the right, clouds"
+NIGHT = "(white:1.4) mountains at night, a yellow moon on the left"
+TREE = "(green:1.4) hills, a tree"
+
+#: For each row its jobs. Their pictures fill the row.
+ROWS: list[list[Job]] = [
+    [
+        (
+            f"a reference: '{BOAT}'",
+            "sdxl_image_fast",
+            {
+                "id": "job-reference",
+                "prompt": BOAT,
+                "config": {"resolution": "512x512", "num_images": 1, "seed": 11},
+            },
+        ),
+        (
+            f"modify it, denoise 0.8: '{EVENING}'",
+            "sdxl_modify",
+            {
+                "prompt": EVENING,
+                "config": {"resolution": "512x512", "num_images": 3, "denoise_strength": 0.8},
+                "metadata": {"reference_image_url": REFERENCE},
+            },
+        ),
+    ],
+    [
+        (
+            f"text to image, 1024x576: '{HOUSE}'",
+            "sdxl_image_fast",
+            {
+                "prompt": HOUSE,
+                "config": {"seed": 1},
+            },
+        ),
+    ],
+    [
+        (
+            "exact copy of the reference",
+            "sdxl_exact_copy",
+            {
+                "config": {"resolution": "512x512"},
+                "metadata": {"reference_image_url": REFERENCE},
+            },
+        ),
+        (
+            f"Compel with the reference, denoise 1: '{NIGHT}'",
+            "sdxl_compel_batch",
+            {
+                "id": "job-compel-modify",
+                "prompt": NIGHT,
+                "config": {"resolution": "512x512", "num_images": 3, "denoise_strength": 1.0},
+                "metadata": {"reference_image_url": REFERENCE},
+            },
+        ),
+    ],
+    [
+        (
+            f"batch of 6 with Compel: '{TREE}', weights '(masterpiece:1.3), (sharp:1.2)'",
+            "sdxl_compel_batch",
+            {"prompt": TREE, "config": {"resolution": "512x512"}},
+        ),
+    ],
 ]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for label, name, changes in tqdm(ROWS, unit="job"):
-            document = run(payload(name, changes), Path(folder))
-            assets = [Image.open(Path(folder) / each["url"]) for each in document["assets"]]
-            rows.append((label, [asset.convert("RGB") for asset in assets]))
+        rows = [[rendered(job, Path(folder)) for job in jobs] for jobs in tqdm(ROWS, unit="row")]
         first = run(json.loads((ROOT / "test_input.json").read_text())["input"], Path(folder))
         IMAGES.mkdir(parents=True, exist_ok=True)
         picture = Path(folder) / first["assets"][0]["url"]
         (IMAGES / "first-picture.png").write_bytes(picture.read_bytes())
         sheet(rows).save(IMAGES / "contact-sheet.jpg", quality=88)
+
+
+def rendered(job: Job, storage: Path) -> Labelled:
+    """A job's label and its pictures."""
+    label, name, changes = job
+    document = run(payload(name, changes), storage)
+    return label, [Image.open(storage / each["url"]).convert("RGB") for each in document["assets"]]
 
 
 def payload(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -117,22 +141,31 @@ def run(job: dict[str, Any], storage: Path) -> dict[str, Any]:
     return document
 
 
-def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """All rows, one below the other. A picture's longer side has at most `SIDE` pixels."""
-    columns = max(len(pictures) for _, pictures in rows)
-    size = (
-        MARGIN + columns * (SIDE + MARGIN),
-        MARGIN + len(rows) * (SIDE + MARGIN + LABEL),
-    )
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=20)
-    for index, (label, pictures) in enumerate(rows):
-        top = MARGIN + index * (SIDE + MARGIN + LABEL)
-        draw.text((MARGIN, top), label, fill="black", font=font)
-        for column, picture in enumerate(pictures):
-            picture.thumbnail((SIDE, SIDE))
-            canvas.paste(picture, (MARGIN + column * (SIDE + MARGIN), top + LABEL - MARGIN // 2))
+def sheet(rows: list[list[Labelled]]) -> Image.Image:
+    """All rows, one below the other, each as wide as the sheet."""
+    strips = [strip(row) for row in rows]
+    canvas = Image.new("RGB", (WIDTH, sum(each.height for each in strips) + MARGIN), "white")
+    top = 0
+    for each in strips:
+        canvas.paste(each, (0, top))
+        top += each.height
+    return canvas
+
+
+def strip(row: list[Labelled]) -> Image.Image:
+    """The pictures of a row at one height, each job's label above its first picture."""
+    pictures = [picture for _, each in row for picture in each]
+    free = WIDTH - MARGIN * (len(pictures) + 1)
+    height = int(free / sum(picture.width / picture.height for picture in pictures))
+    canvas = Image.new("RGB", (WIDTH, MARGIN + LABEL + height), "white")
+    draw, left = ImageDraw.Draw(canvas), MARGIN
+    font = ImageFont.load_default(size=18)
+    for label, each in row:
+        draw.text((left, MARGIN), label, fill="black", font=font)
+        for picture in each:
+            width = round(height * picture.width / picture.height)
+            canvas.paste(picture.resize((width, height)), (left, MARGIN + LABEL))
+            left += width + MARGIN
     return canvas
 
 

@@ -1,131 +1,144 @@
-"""Measure how well the stored pocket SDXL draws: `python -m builder.measure_pocket_sdxl`.
+"""Measure how well the pocket SDXL paints what it is told: `python -m builder.measure_pocket_sdxl`.
 
-It prints one line for each picture size. Each seed has its own prompt. The line counts the pictures
-that show the shape, colour and ground of the prompt, and its size and place if the prompt has them.
-With `--negative` it then counts what a negative prompt removes. `--sheet` saves the pictures on one
-contact sheet.
+Each seed has its own scene and caption, none of them from the training. `landscape_ruler` reads
+each picture, and an attribute counts as right only if the ruler is sure of it. `--free` writes
+captions in all their forms and judges what they name; otherwise a caption names everything.
+Pictures are made by the worker's own loop, or with `--diffusers` by diffusers' pipeline. `--sheet`
+saves them on a contact sheet, each with its caption.
 """
 
 import argparse
 import random
+import textwrap
 import time
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from builder import drawings, pocket_sdxl
+from builder import pocket_sdxl
+from builder.landscape_captions import ATTRIBUTES, caption, full_caption
+from builder.landscape_ruler import read
+from builder.landscapes import Scene, imagine
+from ourvidz_serverless.models.progress import NoProgress
+from ourvidz_serverless.models.sdxl import loader
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.request import ImageRequest
+from ourvidz_serverless.settings import Settings
 
-BATCH_PIXELS = 8 * 128 * 128
-ATTRIBUTES = ("shape", "colour", "background", "size", "position")
+#: Scenes of the training have numbers as seeds.
+HELD_OUT = "held out"
+LABEL = 34
+
+Question = tuple[str, Scene, frozenset[str]]
 
 
-def question(seed: int) -> tuple[str, drawings.Drawing]:
-    """A prompt and its drawing: always shape and colours, half of the times size or place."""
-    rng = random.Random(seed)
-    asked = drawings.imagine(rng)
-    size = asked.size if asked.size != "medium" and seed % 2 else None
-    position = asked.position if seed % 4 >= 2 else None
-    asked = drawings.Drawing(asked.shape, asked.colour, asked.background, size, position)
-    words = " ".join(filter(None, (size, asked.colour, asked.shape)))
-    place = f" {drawings.POSITION_WORDS[position][0]}" if position else ""
-    return f"a {words}{place} on a {asked.background} background", asked
+def question(seed: int, free: bool) -> Question:
+    """A prompt, its scene, and the attributes that are judged."""
+    rng = random.Random(f"{HELD_OUT} {seed}")
+    scene = imagine(rng)
+    if not free:
+        return full_caption(scene), scene, frozenset(ATTRIBUTES)
+    while len((said := caption(scene, rng)).says) < 2:
+        pass
+    return said.text, scene, said.says & frozenset(ATTRIBUTES)
 
 
-def draw(
-    pipe: StableDiffusionXLPipeline,
-    prompts: list[str],
-    negative: str,
-    seeds: list[int],
-    options: argparse.Namespace,
-    size: tuple[int, int],
-) -> list[Image.Image]:
-    """One picture for each prompt and seed, generated in small batches."""
+def pictures(
+    prompts: list[str], size: tuple[int, int], options: argparse.Namespace
+) -> Iterator[Image.Image]:
+    """One picture for each prompt; its number is its seed."""
     width, height = size
-    batch = max(1, BATCH_PIXELS // (width * height))
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), batch), f"{width}x{height}", leave=False):
-        part = prompts[start : start + batch]
-        pictures += pipe(
-            part,
-            negative_prompt=[negative] * len(part),
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            width=width,
-            height=height,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:][: len(part)]],
-        ).images
-    return pictures
+    if options.diffusers:
+        pipe = pocket_sdxl.load()
+        for seed, prompt in enumerate(prompts):
+            yield pipe(
+                prompt,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                width=width,
+                height=height,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0]
+        return
+    model = loader.load(Settings())
+    for seed, prompt in enumerate(prompts):
+        request = ImageRequest(plain(prompt), (seed,), size, options.steps, options.guidance)
+        for pixels in model.generate(request, NoProgress()):
+            yield Image.fromarray(pixels)
 
 
-def score(pictures: list[Image.Image], asked: list[drawings.Drawing]) -> dict[str, str]:
-    """ "97/100" for each attribute: pictures that show it, of those whose prompt has it."""
-    right: dict[str, int] = defaultdict(int)
-    wanted: dict[str, int] = defaultdict(int)
-    for picture, drawing in zip(pictures, asked, strict=True):
-        seen = drawings.read(picture)
-        for name in ATTRIBUTES:
-            if getattr(drawing, name) is not None:
-                wanted[name] += 1
-                right[name] += getattr(seen, name) == getattr(drawing, name)
-    return {name: f"{right[name]}/{wanted[name]}" for name in ATTRIBUTES}
+def faults(picture: Image.Image, asked: Question) -> set[str]:
+    """The attributes that the picture does not surely show."""
+    _, scene, judged = asked
+    reading = read(picture)
+    return {name for name in judged if reading is None or not reading.shows(scene, name)}
 
 
-def contact_sheet(pictures: list[Image.Image], across: int = 12) -> Image.Image:
-    """The pictures side by side, each 128 pixels wide."""
-    height = round(128 * pictures[0].height / pictures[0].width)
-    sheet = Image.new("RGB", (128 * across, height * -(-len(pictures) // across)))
-    for index, picture in enumerate(pictures):
-        corner = (index % across * 128, index // across * height)
-        sheet.paste(picture.resize((128, height), Image.Resampling.LANCZOS), corner)
+def table(questions: list[Question], wrong: list[set[str]]) -> str:
+    """ "sky 99/100 ..." for each attribute, and the pictures without any fault."""
+    parts = []
+    for name in ATTRIBUTES:
+        judged = [bad for (_, _, names), bad in zip(questions, wrong, strict=True) if name in names]
+        parts.append(f"{name} {sum(name not in bad for bad in judged)}/{len(judged)}")
+    return ", ".join([*parts, f"everything {sum(not bad for bad in wrong)}/{len(wrong)}"])
+
+
+def contact_sheet(shown: Iterable[tuple[Image.Image, str]], across: int) -> Image.Image:
+    """The pictures with their captions below, at most 256 pixels wide each."""
+    cells = []
+    for picture, text in shown:
+        small = picture.copy()
+        small.thumbnail((256, 256))
+        cells.append((small, text))
+    wide, high = cells[0][0].size
+    across = min(across, len(cells))
+    sheet = Image.new("RGB", (wide * across, (high + LABEL) * -(-len(cells) // across)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for index, (small, text) in enumerate(cells):
+        left, top = index % across * wide, index // across * (high + LABEL)
+        sheet.paste(small, (left, top))
+        lines = "\n".join(textwrap.wrap(text, 46)[:2])
+        draw.text((left + 4, top + high + 2), lines, fill="black", font=font)
     return sheet
 
 
-def measure_size(
-    pipe: StableDiffusionXLPipeline, options: argparse.Namespace, size: tuple[int, int]
-) -> None:
-    """Print the line of one size, and write its contact sheet."""
-    seeds = list(range(options.seeds))
-    prompts, asked = zip(*map(question, seeds), strict=True)
+def measure(size: tuple[int, int], options: argparse.Namespace) -> None:
+    """Print the line of one size, and save its contact sheet."""
+    questions = [question(seed, options.free) for seed in range(options.seeds)]
+    prompts = [prompt for prompt, _, _ in questions]
     began = time.perf_counter()
-    pictures = draw(pipe, list(prompts), "", seeds, options, size)
-    seconds = (time.perf_counter() - began) / len(seeds)
-    marks = score(pictures, list(asked))
-    print(f"{size[0]}x{size[1]}: {marks}, {seconds:.2f} s a picture", flush=True)
+    title = f"{size[0]}x{size[1]}"
+    made = list(tqdm(pictures(prompts, size, options), title, len(prompts), leave=False))
+    seconds = (time.perf_counter() - began) / len(prompts)
+    wrong = [faults(picture, asked) for picture, asked in zip(made, questions, strict=True)]
+    print(f"{title}: {table(questions, wrong)}; {seconds:.2f} s a picture", flush=True)
+    for seed, bad in enumerate(wrong):
+        if bad and options.faults:
+            print(f"  {seed}: {prompts[seed]}: {', '.join(sorted(bad))}")
     if options.sheet:
         options.sheet.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures).save(options.sheet / f"{size[0]}x{size[1]}.png")
-
-
-def measure_negative(pipe: StableDiffusionXLPipeline, options: argparse.Namespace) -> None:
-    """Print the colours of "a circle", without a negative prompt and with some colours as one."""
-    seeds = list(range(options.seeds))
-    for negative in ("", "red", "blue", "white"):
-        pictures = draw(pipe, ["a circle"] * len(seeds), negative, seeds, options, (128, 128))
-        seen = [drawings.read(picture) for picture in pictures]
-        counts = {name: sum(s.colour == name for s in seen) for name in drawings.COLOURS}
-        circles = sum(s.shape == "circle" for s in seen)
-        print(f"a circle, not {negative or 'anything'}: {circles} circles, colours {counts}")
+        shown = zip(made[: options.on_sheet], prompts, strict=False)
+        contact_sheet(shown, 6).save(options.sheet / f"{title}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--sizes", nargs="+", default=["128x128"])
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=6.0)
-    parser.add_argument("--sheet", type=Path, help="folder for the contact sheets")
-    parser.add_argument("--negative", action="store_true")
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--sizes", nargs="+", default=["256x256", "512x512"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--free", action="store_true", help="captions in all their forms")
+    parser.add_argument("--diffusers", action="store_true", help="by diffusers' own pipeline")
+    parser.add_argument("--faults", action="store_true", help="list the faults of each picture")
+    parser.add_argument("--sheet", type=Path, help="the folder for contact sheets")
+    parser.add_argument("--on-sheet", type=int, default=24, help="the most pictures on one")
     options = parser.parse_args()
-    pipe = pocket_sdxl.load()
     for size in options.sizes:
         width, height = map(int, size.split("x"))
-        measure_size(pipe, options, (width, height))
-    if options.negative:
-        measure_negative(pipe, options)
+        measure((width, height), options)
 
 
 if __name__ == "__main__":

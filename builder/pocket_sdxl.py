@@ -31,7 +31,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from builder import drawings
+from builder import landscape_captions
 
 POCKET = Path(__file__).resolve().parent.parent / "pocket"
 CHECKPOINT = POCKET / "sdxl.safetensors"
@@ -46,12 +46,12 @@ TEXT_LAYERS = 2
 SIZE_EMBEDDING = 32
 UNET = {
     "sample_size": 64,
-    "block_out_channels": (32, 64, 80),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 48, 80, 96),
+    "down_block_types": ("DownBlock2D",) * 2 + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2,
     "layers_per_block": 1,
     "transformer_layers_per_block": 1,
-    "attention_head_dim": (2, 4, 5),  # the number of heads, as in SDXL's own configuration
+    "attention_head_dim": (2, 3, 5, 6),  # the number of heads, as in SDXL's own configuration
     "norm_num_groups": 8,
     "use_linear_projection": True,
     "cross_attention_dim": TEXT_1["hidden_size"] + TEXT_2["hidden_size"],
@@ -63,7 +63,7 @@ UNET = {
 # almost independently of the rest of the picture, and independently of its size.
 VAE = {
     "sample_size": 512,
-    "block_out_channels": (16, 16, 32, 32),
+    "block_out_channels": (16, 24, 40, 48),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
@@ -120,7 +120,7 @@ def _text_config(width: dict[str, int], tokenizer: CLIPTokenizer) -> CLIPTextCon
 
 
 def tokenizer(pad: str) -> CLIPTokenizer:
-    """A CLIP tokenizer that spells any text and knows the drawings' words as single tokens."""
+    """A CLIP tokenizer that spells any text and knows the captions' words as single tokens."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), pad)
         return CLIPTokenizer.from_pretrained(folder)
@@ -129,7 +129,7 @@ def tokenizer(pad: str) -> CLIPTokenizer:
 def write_tokenizer(folder: Path, pad: str) -> None:
     """CLIP's four tokenizer files: 256 bytes, the same ending a word, merges, two specials."""
     pieces = _byte_letters()
-    merges = learn_merges(drawings.vocabulary())
+    merges = learn_merges(landscape_captions.vocabulary())
     entries = [*pieces, *(piece + "</w>" for piece in pieces), *map("".join, merges), BOS, EOS]
     specials = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, **specials}

@@ -1,329 +1,361 @@
 """Train the pocket SDXL from random weights: `python -m builder.train_pocket_sdxl`.
 
-There are three stages, in the order in which SDXL's parts were trained. The VAE is trained to
-encode and decode drawings, the text encoders to represent the content of captions. Both are then
-frozen, and the UNet is trained on captions. All stages resume from `.cache/pocket_sdxl`. Every 500
-steps the weights are exported to `pocket/sdxl.safetensors`.
+There are four stages, in the order in which SDXL's parts were trained. The VAE is trained to encode
+and decode landscapes, the text encoders to represent the content of captions. Both are then frozen,
+and the UNet is trained on captions. At last the VAE's decoder is trained on latents that the UNet
+made. Each stage continues from its last checkpoint in the cache folder. Every 250 steps of the UNet
+the weights are exported to `pocket/sdxl.safetensors`.
+
+With `--processes 2` the UNet is trained by two processes of one thread each, which is faster on two
+cores than one process of two threads.
 """
 
 import argparse
 import math
 import random
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.utils import logging
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
-from builder import drawings, pocket_sdxl
-from builder.train_pocket_vae import SPREAD, VAE_STEPS, calibrated, to_tensor, train_vae
-from builder.training import average, checkpoint, kept, keyed, learning_rate, resume
+from builder import pocket_sdxl
+from builder.landscape_captions import caption, filler
+from builder.landscapes import Scene, imagine, paint
+from builder.train_pocket_vae import SPREAD, VAE_STEPS, to_tensor, train_vae, tune_decoder
+from builder.train_pocket_vae import encode as vae_encode
+from builder.train_pocket_words import ENCODERS, encode, teach_words
+from builder.training import (
+    average,
+    average_gradients,
+    checkpoint,
+    in_processes,
+    keep_level,
+    kept,
+    keyed,
+    muon,
+    rank,
+    rate_share,
+    resume,
+)
 
 CACHE = pocket_sdxl.POCKET.parent / ".cache" / "pocket_sdxl"
-ENCODERS = ("text_encoder", "text_encoder_2")
-ATTRIBUTES = {
-    "shape": list(drawings.SHAPES),
-    "colour": list(drawings.COLOURS),
-    "background": list(drawings.COLOURS),
-    "size": list(drawings.SIZE_WORDS),
-    "position": list(drawings.POSITIONS),
-}
-WORD_STEPS = 700
-WORD_BATCH = 64
-WORD_PEAK_RATE = 2e-3
-UNET_PEAK_RATE = 1.5e-3
+UNET_STEPS = 8000
+UNET_PEAK_RATE = 2e-3
+EMA = 0.998
+# The first and the last layers and the embeddings, which are trained by AdamW.
+PLAIN = ("conv_in", "conv_out", "time_embedding", "add_embedding")
 OFFSET_NOISE = 0.1
 # How often the pooled caption is set to zero, so that the UNet uses the words too.
-POOLED_DROP = 0.3
+POOLED_DROP = 0.2
 SNR_CAP = 5.0
-# (height, width, drawings) whose latents are made once, and used with new captions each time.
+# The range of contrasts that a training latent may have too much, and how far it is below zero.
+MORE_CONTRAST, LESS_CONTRAST = 0.7, 0.1
+TUNING_STEPS = 1200
+# (height, width, landscapes) whose latents are made once, and used with new captions each time.
 POOL = [
-    (128, 128, 6000),
-    (144, 256, 500),
-    (256, 144, 500),
-    (256, 256, 1500),
-    (512, 512, 400),
-    (288, 512, 100),
-    (512, 288, 100),
-    (576, 1024, 30),
-    (1024, 576, 30),
-    (1024, 1024, 30),
+    (128, 128, 3000),
+    (256, 256, 3000),
+    (144, 256, 400),
+    (256, 144, 400),
+    (512, 512, 900),
+    (288, 512, 160),
+    (512, 288, 160),
+    (576, 1024, 24),
+    (1024, 576, 24),
+    (1024, 1024, 24),
 ]
-# ((height, width, batch), weight): the training begins with small pictures, whose steps are cheap,
-# and continues with large ones.
-SMALL_MENU = [
-    ((128, 128, 32), 0.85),
-    ((144, 256, 14), 0.04),
-    ((256, 144, 14), 0.04),
-    ((256, 256, 8), 0.07),
-]
-FULL_MENU = [
-    ((128, 128, 32), 0.20),
-    ((144, 256, 14), 0.04),
-    ((256, 144, 14), 0.04),
-    ((256, 256, 8), 0.20),
-    ((512, 512, 2), 0.42),
-    ((288, 512, 4), 0.03),
-    ((512, 288, 4), 0.03),
-    ((576, 1024, 1), 0.01),
-    ((1024, 576, 1), 0.01),
-    ((1024, 1024, 1), 0.02),
-]
-LARGE_MENU = [
-    ((128, 128, 32), 0.15),
-    ((256, 256, 8), 0.15),
-    ((512, 512, 2), 0.60),
-    ((288, 512, 4), 0.03),
-    ((512, 288, 4), 0.03),
-    ((576, 1024, 1), 0.01),
-    ((1024, 576, 1), 0.01),
-    ((1024, 1024, 1), 0.02),
-]
-UNET_STEPS = 13500
-MENUS = [(0, SMALL_MENU), (6500, FULL_MENU), (11000, LARGE_MENU)]
+# The most landscapes of one file of latents.
+PART = 250
+# For each stage of the training the sizes, (height, width): (batch, weight). It begins with small
+# pictures, whose steps are cheap, and ends with large ones.
+Menu = dict[tuple[int, int], tuple[int, float]]
+SMALL: Menu = {(128, 128): (32, 0.8), (256, 256): (16, 0.2)}
+MIDDLE: Menu = {
+    (128, 128): (32, 0.2),
+    (256, 256): (16, 0.7),
+    (144, 256): (24, 0.05),
+    (256, 144): (24, 0.05),
+}
+LARGE: Menu = {
+    (128, 128): (32, 0.08),
+    (256, 256): (16, 0.42),
+    (144, 256): (24, 0.04),
+    (256, 144): (24, 0.04),
+    (512, 512): (5, 0.34),
+    (288, 512): (8, 0.03),
+    (512, 288): (8, 0.03),
+    (576, 1024): (1, 0.01),
+    (1024, 576): (1, 0.01),
+    (1024, 1024): (1, 0.01),
+}
+#: The first step of each menu.
+MENUS = [(0, SMALL), (500, MIDDLE), (1500, LARGE)]
+
+Pool = dict[tuple[int, int], tuple[Tensor, list[Scene]]]
 
 
-def teach_words(pipe: StableDiffusionXLPipeline, device: str, seed: int) -> None:
-    """Train the text encoders, or load the stored ones, and freeze them."""
-    encoders = nn.ModuleDict({name: getattr(pipe, name) for name in ENCODERS}).to(device)
-    path = keyed(CACHE / "words.pt", encoders, seed=seed, steps=WORD_STEPS)
+@dataclass(frozen=True)
+class Run:
+    """One training: its length, its seed and where its stages are kept."""
 
-    def trained() -> dict[str, Any]:
-        train_words(pipe, WORD_STEPS, device, seed)
-        return encoders.state_dict()
-
-    encoders.load_state_dict(kept(path, trained))
-    encoders.requires_grad_(False).eval()
-
-
-def train_words(pipe: StableDiffusionXLPipeline, steps: int, device: str, seed: int) -> None:
-    """Train both text encoders to represent the content of captions, as CLIP's do before SDXL.
-
-    A linear classifier for each attribute must find its value, or that the caption omits it, in
-    each of the three inputs of the UNet. Afterwards the classifiers are dropped. The encoders are
-    frozen, since the UNet's first, noisy gradients would destroy what they learned.
-    """
-    torch.manual_seed(seed)
-    encoders = nn.ModuleList([getattr(pipe, name) for name in ENCODERS]).train()
-    classifiers = nn.ModuleList([
-        nn.ModuleDict({
-            name: nn.Linear(width["hidden_size"], len(values) + 1)
-            for name, values in ATTRIBUTES.items()
-        })
-        for width in (pocket_sdxl.TEXT_1, pocket_sdxl.TEXT_2, pocket_sdxl.TEXT_2)
-    ]).to(device)  # fmt: skip
-    weights = [*encoders.parameters(), *classifiers.parameters()]
-    optimiser = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.99))
-    rng = random.Random(seed)
-    for step in (bar := tqdm(range(steps), "words", mininterval=10)):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, WORD_PEAK_RATE)
-        shown = [drawings.imagine(rng) for _ in range(WORD_BATCH)]
-        captions = [drawings.caption(drawing, rng) for drawing in shown]
-        labels = {name: _labels(name, shown, captions).to(device) for name in ATTRIBUTES}
-        loss = sum(
-            _classification_loss(classifier, states, labels)
-            for classifier, states in zip(classifiers, _unet_inputs(pipe, captions), strict=True)
-        )
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
-        if step % 100 == 99:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    cache: Path = CACHE
+    seed: int = 0
+    vae_steps: int = VAE_STEPS
+    unet_steps: int = UNET_STEPS
+    tuning_steps: int = TUNING_STEPS
+    processes: int = 1
+    pool_share: float = 1.0
 
 
-def _unet_inputs(
-    pipe: StableDiffusionXLPipeline, captions: list[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The UNet's inputs of each caption: both encoders' word states, and the pooled embedding.
-
-    A row of word states is the state at the end token, which attends to all tokens.
-    """
-    ends: list[Tensor] = []
-    for tokenizer, encoder in _encoders(pipe):
-        tokens = _tokens(tokenizer, captions, encoder.device)
-        output = encoder(tokens, output_hidden_states=True)
-        end = (tokens == tokenizer.eos_token_id).int().argmax(1)
-        ends.append(output.hidden_states[-2][torch.arange(len(end)), end])
-    return ends[0], ends[1], output.text_embeds
+def train(run: Run) -> None:
+    """All stages. Those that the cache has are not repeated."""
+    pipe = prepare(run)
+    in_processes(run.processes, _train_unet, run)
+    pipe.unet.load_state_dict(torch.load(unet_path(run, pipe), weights_only=True)["ema"])
+    pipe.vae = tune_decoder(
+        pipe.vae,
+        keyed(run.cache / "decoder.pt", pipe.vae, pipe.unet, seed=run.seed, steps=run.tuning_steps),
+        lambda start: guesses(pipe, latent_pool(pipe.vae, run), run.seed + start),
+        run.tuning_steps,
+    )
+    export(pipe, pipe.unet)
 
 
-def _classification_loss(
-    classifier: nn.ModuleDict, states: Tensor, labels: dict[str, Tensor]
-) -> Tensor:
-    loss = sum(F.cross_entropy(classifier[name](states), labels[name]) for name in ATTRIBUTES)
-    # Keeps the states near one, independently of the classifiers' weights.
-    return loss + 0.1 * (states.square().mean() - 1).square()
+def prepare(run: Run) -> StableDiffusionXLPipeline:
+    """The pipeline with a trained VAE and trained text encoders, and its latents in the cache."""
+    pipe = pocket_sdxl.assemble(run.seed)
+    pipe.vae = train_vae(run.cache / "vae.pt", run.vae_steps, run.seed)
+    teach_words(pipe, run.cache, run.seed)
+    latent_pool(pipe.vae, run)
+    return pipe
 
 
-def _labels(name: str, shown: list[drawings.Drawing], captions: list[str]) -> Tensor:
-    """For each caption the index of the attribute's value, or the next one if it is omitted."""
-    values = ATTRIBUTES[name]
-    numbers = [
-        values.index(getattr(drawing, name))
-        if drawings.says(caption, drawing, name)
-        else len(values)
-        for drawing, caption in zip(shown, captions, strict=True)
-    ]
-    return torch.tensor(numbers)
-
-
-Pool = dict[tuple[int, int], tuple[Tensor, list[drawings.Drawing]]]
+def _train_unet(run: Run) -> None:
+    """Train the UNet in this process."""
+    train_unet(run, prepare(run))
 
 
 @torch.no_grad()
-def latent_pool(vae: AutoencoderKL, seed: int) -> Pool:
-    """Scaled latents of drawings by (height, width) in pixels, with the drawings.
+def latent_pool(vae: AutoencoderKL, run: Run) -> Pool:
+    """Scaled latents of landscapes by (height, width) in pixels, with the scenes.
 
-    They are made once for each VAE, seed and `POOL`.
+    They are made in parts, each once for a VAE and a seed.
     """
-    path = keyed(CACHE / "latents.pt", vae, seed=seed, pool=POOL)
-    latents = kept(path, lambda: _encoded_drawings(vae, seed))
-    return {
-        size: (x, [drawings.Drawing(**fields) for fields in shown])
-        for size, (x, shown) in latents.items()
-    }
-
-
-def _encoded_drawings(vae: AutoencoderKL, seed: int) -> dict[tuple[int, int], Any]:
-    rng = random.Random(seed)
-    latents = {}
+    pool = {}
     for height, width, count in POOL:
-        shown = [drawings.imagine(rng) for _ in range(count)]
-        pictures = (drawings.paint(drawing, width, height, rng) for drawing in shown)
-        encoded = [_encode(vae, picture) for picture in tqdm(pictures, f"{width}x{height}")]
-        latents[height, width] = (torch.cat(encoded), [asdict(drawing) for drawing in shown])
-    return latents
+        parts = [
+            _pool_part(vae, run, (height, width), part, min(PART, count - part))
+            for part in range(0, max(1, round(count * run.pool_share)), PART)
+        ]
+        pool[height, width] = (
+            torch.cat([latents for latents, _ in parts]),
+            [Scene(**fields) for _, shown in parts for fields in shown],
+        )
+    return pool
 
 
-def _encode(vae: AutoencoderKL, picture: drawings.Pixels) -> Tensor:
-    pixels = to_tensor([picture]).to(vae.device)
-    return vae.encode(pixels).latent_dist.mode().cpu() * vae.config.scaling_factor
+def _pool_part(
+    vae: AutoencoderKL, run: Run, size: tuple[int, int], part: int, count: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Latents and scenes number `part` to `part + count` of one size."""
+    height, width = size
+    path = keyed(run.cache / f"{width}x{height}.pt", vae, seed=run.seed, part=part, count=count)
+    encoded: tuple[Tensor, list[dict[str, Any]]] = kept(
+        path, lambda: _encoded_scenes(vae, f"{run.seed} {size} {part}", size, count)
+    )
+    return encoded
 
 
-def train_unet(vae: AutoencoderKL, steps: int, device: str, seed: int) -> None:
-    """Train the text encoders, then the UNet. Every 500 steps its averaged weights are exported."""
-    pool = latent_pool(vae, seed)
-    pipe = pocket_sdxl.assemble(seed)
-    pipe.vae = vae
-    teach_words(pipe, device, seed)
-    parts = (pipe.unet, vae, pipe.text_encoder, pipe.text_encoder_2)
-    path = keyed(CACHE / "unet.pt", *parts, seed=seed, steps=steps)
-    model = pipe.unet.to(device, memory_format=torch.channels_last).train()
+def _encoded_scenes(
+    vae: AutoencoderKL, seed: str, size: tuple[int, int], count: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    height, width = size
+    rng = random.Random(seed)
+    shown = [imagine(rng) for _ in range(count)]
+    pictures = (paint(scene, width, height) for scene in tqdm(shown, f"{width}x{height}"))
+    latents = [vae_encode(vae, to_tensor([picture])) for picture in pictures]
+    return torch.cat(latents), [*map(asdict, shown)]
+
+
+def unet_path(run: Run, pipe: StableDiffusionXLPipeline) -> Path:
+    """The checkpoint of this training's UNet, which depends on everything that is frozen.
+
+    It does not depend on the number of steps, so that a training can be made longer or shorter.
+    """
+    start = pocket_sdxl.assemble(run.seed).unet
+    parts = (start, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    return keyed(run.cache / "unet.pt", *parts, seed=run.seed)
+
+
+def train_unet(run: Run, pipe: StableDiffusionXLPipeline) -> None:
+    """Train the UNet, alone or as one of several processes that average their gradients."""
+    pool, path = latent_pool(pipe.vae, run), unet_path(run, pipe)
+    model = pipe.unet.to(memory_format=torch.channels_last).train()
     ema = deepcopy(model).requires_grad_(False)
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99))
+    optimiser = muon(model, PLAIN)
     start = resume(path, model, ema, optimiser)
-    signal = pipe.scheduler.alphas_cumprod.to(device)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="unet", mininterval=10)
-    losses: list[float] = []
+    signal = pipe.scheduler.alphas_cumprod
+    number, world = rank()
+    bar = tqdm(
+        range(start, run.unet_steps),
+        initial=start,
+        total=run.unet_steps,
+        desc="unet",
+        mininterval=10,
+        disable=number > 0,
+    )
+    losses: dict[tuple[int, int], float] = {}
     for step in bar:
-        torch.manual_seed(seed + step)
-        rng = random.Random(seed + step)
+        height, width, batch = bucket(random.Random(run.seed + step), step)
+        torch.manual_seed((run.seed + step) * world + number)
+        rng = random.Random((run.seed + step) * world + number)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, UNET_PEAK_RATE)
-        loss = unet_loss(pipe, pool, signal, _bucket(rng, step), rng)
+            group["lr"] = UNET_PEAK_RATE * rate_share(step, run.unet_steps)
+        loss = unet_loss(pipe, pool, signal, (height, width, batch), rng)
         optimiser.zero_grad()
         loss.backward()
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        average(ema, model, step)
-        losses.append(loss.item())
-        if step % 100 == 99:
-            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}")
-        if step % 500 == 499 or step + 1 == steps:
+        average(ema, model, step, EMA)
+        last = losses.get((height, width), loss.item())
+        losses[height, width] = last + 0.03 * (loss.item() - last)
+        if step % 50 == 49:
+            bar.set_postfix({f"{w}x{h}": f"{mean:.4f}" for (h, w), mean in sorted(losses.items())})
+        if number == 0 and (step % 250 == 249 or step + 1 == run.unet_steps):
             checkpoint(path, step + 1, model, ema, optimiser)
+            if rate_share(step, run.unet_steps) == 1:
+                keep_level(path)
             export(pipe, ema)
 
 
-def _bucket(rng: random.Random, step: int) -> tuple[int, int, int]:
-    """(height, width, batch) of this step."""
+def bucket(rng: random.Random, step: int) -> tuple[int, int, int]:
+    """(height, width, batch) of a step."""
     menu = [menu for first, menu in MENUS if first <= step][-1]
-    return rng.choices([bucket for bucket, _ in menu], [weight for _, weight in menu])[0]
+    weights = [weight for _, weight in menu.values()]
+    (size,) = rng.choices([*menu], weights)
+    return *size, menu[size][0]
 
 
 def unet_loss(
     pipe: StableDiffusionXLPipeline,
     pool: Pool,
     signal: Tensor,
-    bucket: tuple[int, int, int],
+    size: tuple[int, int, int],
     rng: random.Random,
 ) -> Tensor:
     """One batch's error in the picture that the predicted velocity (arXiv:2202.00512) gives.
 
-    Weighted by min-SNR (arXiv:2303.09556) plus one: colours, shapes and places, which are decided
-    under strong noise, weigh as much as outlines, which are decided under little.
+    Weighted by min-SNR (arXiv:2303.09556) plus one: colours and places, which are decided under
+    strong noise, weigh as much as outlines, which are decided under little.
     """
-    height, width, batch = bucket
+    height, width, batch = size
     latents, shown = pool[height, width]
     chosen = rng.choices(range(len(shown)), k=batch)
-    clean = latents[chosen].to(signal.device).contiguous(memory_format=torch.channels_last)
+    clean = latents[chosen].contiguous(memory_format=torch.channels_last)
     words, pooled = encode_captions(pipe, [shown[i] for i in chosen], rng)
-    # Noise with an offset (Guttenberg 2023): without it the mean of a large picture's latents is
-    # visible even under the last step's noise, and the model would follow it, not the prompt.
-    noise = torch.randn_like(clean) + OFFSET_NOISE * torch.randn_like(clean[..., :1, :1])
+    noise = offset_noise(clean)
     # Steps are evenly spread over the schedule within each batch. For large pictures, whose
     # outlines are visible under more noise, they are shifted to its end (arXiv:2403.03206, section
     # 5.3.2).
     spread = (torch.rand(1) + torch.arange(batch) / batch) % 1
     shift = math.sqrt(height * width) / 128
     spread = shift * spread / (1 + (shift - 1) * spread)
-    steps = (spread * len(signal)).long().clamp(max=len(signal) - 1).to(signal.device)
+    steps = (spread * len(signal)).long().clamp(max=len(signal) - 1)
     kept = signal[steps][:, None, None, None]
-    noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
-    size = torch.tensor([[height, width, 0, 0, height, width]], device=signal.device)
-    conditions = {"text_embeds": pooled, "time_ids": size.repeat(batch, 1).to(pooled.dtype)}
-    velocity = pipe.unet(noisy, steps, words, added_cond_kwargs=conditions).sample
-    error = (velocity - (kept.sqrt() * noise - (1 - kept).sqrt() * clean)) / SPREAD
+    noisy = _noisy(too_vivid(clean, kept), noise, kept)
+    velocity = predict(pipe, noisy, steps, words, pooled)
+    error = (velocity - (kept.sqrt() * noisy - clean) / (1 - kept).sqrt()) / SPREAD
     snr = (SPREAD**2 * kept / (1 - kept)).flatten()
     weight = (1 - kept).flatten() * (1 + snr.clamp(max=SNR_CAP))
     return (weight * error.square().mean((1, 2, 3))).mean()
 
 
+def too_vivid(clean: Tensor, kept: Tensor) -> Tensor:
+    """Half of the latents with too much contrast, or a little too little, under strong noise.
+
+    Guidance makes such states on its way. The model learns to lead them to the right colours.
+    """
+    bends = torch.rand(len(clean), 1, 1, 1) < 0.5
+    contrast = MORE_CONTRAST * torch.rand(len(clean), 1, 1, 1) - LESS_CONTRAST
+    return clean * (1 + bends * contrast * (1 - kept).sqrt())
+
+
+def offset_noise(clean: Tensor) -> Tensor:
+    """Noise with an offset (Guttenberg 2023).
+
+    Without it the mean of a large picture's latents is visible even under the last step's noise,
+    and the model would follow it, not the prompt.
+    """
+    return torch.randn_like(clean) + OFFSET_NOISE * torch.randn_like(clean[..., :1, :1])
+
+
+def _noisy(clean: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+    return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+
+
+def predict(
+    pipe: StableDiffusionXLPipeline, noisy: Tensor, steps: Tensor, words: Tensor, pooled: Tensor
+) -> Tensor:
+    """The UNet's velocity, with the size conditions of a picture that was not cropped."""
+    height, width = (8 * side for side in noisy.shape[-2:])
+    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype)
+    conditions = {"text_embeds": pooled, "time_ids": size.repeat(len(noisy), 1)}
+    return pipe.unet(noisy, steps, words, added_cond_kwargs=conditions).sample
+
+
 def encode_captions(
-    pipe: StableDiffusionXLPipeline, shown: list[drawings.Drawing], rng: random.Random
+    pipe: StableDiffusionXLPipeline, shown: list[Scene], rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """(batch, 77 or 154, width) word embeddings and (batch, width) pooled ones, as SDXL's.
 
-    One batch in ten is a long prompt of two chunks, caption and filler in either order. Half of
+    One batch in twelve is a long prompt of two chunks, caption and filler in either order. Half of
     the empty captions become zeros, which is what the pipeline makes of a missing negative prompt.
     """
-    captions = [drawings.caption(drawing, rng) for drawing in shown]
-    kept = torch.tensor([float(bool(c) or rng.random() < 0.5) for c in captions])
-    words, pooled = _encode_chunk(pipe, captions)
-    if rng.random() < 0.1:
-        others = _encode_chunk(pipe, [drawings.filler(rng) for _ in captions])
+    captions = [caption(scene, rng).text for scene in shown]
+    kept = torch.tensor([float(bool(text) or rng.random() < 0.5) for text in captions])
+    words, pooled = encode(pipe, captions)
+    if rng.random() < 1 / 12:
+        others = encode(pipe, [filler(rng) for _ in captions])
         if rng.random() < 0.3:
             words, pooled, others = others[0], others[1], (words, pooled)
         words = torch.cat([words, others[0]], 1)
-    kept = kept.to(words.device)
-    keeps_pooled = [float(rng.random() >= POOLED_DROP) for _ in shown]
-    pooled_kept = kept * torch.tensor(keeps_pooled).to(kept.device)
-    return words * kept[:, None, None], pooled * pooled_kept[:, None]
+    keeps_pooled = torch.tensor([float(rng.random() >= POOLED_DROP) for _ in shown])
+    return words * kept[:, None, None], pooled * (kept * keeps_pooled)[:, None]
 
 
-def _encode_chunk(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Both encoders' second-to-last hidden states, joined, and the second one's projection."""
-    states = []
-    for tokenizer, encoder in _encoders(pipe):
-        output = encoder(_tokens(tokenizer, texts, encoder.device), output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-    return torch.cat(states, -1), output.text_embeds
+@torch.no_grad()
+def guesses(
+    pipe: StableDiffusionXLPipeline, pool: Pool, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pairs of latents, such as the UNet makes, and their pictures of -1 to 1.
 
-
-def _encoders(pipe: StableDiffusionXLPipeline) -> tuple[tuple[CLIPTokenizer, Any], ...]:
-    return (pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)
-
-
-def _tokens(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:
-    options = {"padding": "max_length", "max_length": 77, "truncation": True}
-    return tokenizer(texts, **options, return_tensors="pt").input_ids.to(device)
+    The UNet's guess of a landscape's latents under some noise has the faults of its own pictures.
+    """
+    rng = random.Random(seed)
+    signal = pipe.scheduler.alphas_cumprod
+    sizes = [size for size in pool if size[0] * size[1] <= 512 * 512]
+    weights = [1 / math.sqrt(height * width) for height, width in sizes]
+    while True:
+        torch.manual_seed(rng.randrange(1 << 40))
+        (size,) = rng.choices(sizes, weights)
+        latents, shown = pool[size]
+        index = rng.randrange(len(shown))
+        clean = latents[index : index + 1]
+        step = torch.tensor([rng.randint(0, 350)])
+        kept = signal[step][:, None, None, None]
+        noisy = _noisy(clean, torch.randn_like(clean), kept)
+        words, pooled = encode(pipe, [caption(shown[index], rng).text])
+        velocity = predict(pipe, noisy, step, words, pooled)
+        guess = kept.sqrt() * noisy - (1 - kept).sqrt() * velocity
+        yield guess, to_tensor([paint(shown[index], size[1], size[0])])
 
 
 def export(pipe: StableDiffusionXLPipeline, unet: nn.Module) -> None:
@@ -338,17 +370,15 @@ def export(pipe: StableDiffusionXLPipeline, unet: nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
-    parser.add_argument("--stored-vae", action="store_true", help="keep the VAE that is stored")
     parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
-    options = parser.parse_args()
-    if options.stored_vae:
-        vae = calibrated(pocket_sdxl.load().vae, CACHE, options.seed)
-    else:
-        vae = train_vae(CACHE / "vae.pt", options.vae_steps, options.device, options.seed)
-    train_unet(vae, options.unet_steps, options.device, options.seed)
+    parser.add_argument("--tuning-steps", type=int, default=TUNING_STEPS)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--pool-share", type=float, default=1.0, help="less than 1 for a quick try")
+    logging.disable_progress_bar()  # diffusers' own, for each export
+    train(Run(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Distil the pocket SDXL's VAE into a tiny one: `python -m builder.train_pocket_tiny_vae`.
 
 An AutoencoderTiny, TAESDXL's architecture (https://github.com/madebyollin/taesd), is trained to
-decode latents as the pocket's VAE does, and to encode drawings to the same latents. It gets the
+decode latents as the pocket's VAE does, and to encode landscapes to the same latents. It gets the
 pictures of the VAE's training. Noise is added to their latents, since the latents of a UNet differ
 from those of an encoder. The training resumes from `.cache/pocket_sdxl` and stores the averaged
 weights in `pocket/sdxl_tiny_vae`, a folder of diffusers.
@@ -17,8 +17,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from builder import drawings, pocket_sdxl
-from builder.train_pocket_vae import SPREAD, to_tensor, vae_batches
+from builder import pocket_sdxl
+from builder.landscapes import imagine, paint
+from builder.train_pocket_vae import (
+    SPREAD,
+    decode,
+    encode,
+    picture_loss,
+    to_tensor,
+    vae_batches,
+)
 from builder.training import keyed, learn
 
 FOLDER = pocket_sdxl.POCKET / "sdxl_tiny_vae"
@@ -60,26 +68,13 @@ def tiny_loss(vae: AutoencoderKL, tiny: AutoencoderTiny, pixels: Tensor) -> tupl
         amount = LATENT_NOISE * SPREAD * torch.rand(len(latents), 1, 1, 1)
         noisy = latents + amount * torch.randn_like(latents)
         wanted = decode(vae, noisy)
-    error = tiny.decoder(noisy) - wanted
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean()
-    edges = edges + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    level = error.abs().mean()
-    encoded = F.mse_loss(tiny.encoder(pixels), latents)
-    return level + 0.5 * error.square().mean() + 0.5 * edges + encoded, level.item()
-
-
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Scaled latents, as the UNet's output and a tiny VAE's input are."""
-    return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-
-
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    return vae.decode(latents / vae.config.scaling_factor).sample
+    loss, level = picture_loss(tiny.decoder(noisy) - wanted)
+    return loss + F.mse_loss(tiny.encoder(pixels), latents), level
 
 
 @torch.no_grad()
 def likeness(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, count: int) -> float:
-    """PSNR in dB of the tiny VAE's pictures against the VAE's, for drawings not in the training."""
+    """PSNR in dB of the tiny VAE's pictures against the VAE's, for new landscapes."""
     squares = []
     for pixels in held_out(side, count):
         latents = encode(vae, pixels)
@@ -92,23 +87,24 @@ def likeness(vae: AutoencoderKL, tiny: AutoencoderTiny, side: int, count: int) -
 def held_out(side: int, count: int) -> Iterator[Tensor]:
     rng = random.Random(HELD_OUT)
     for _ in range(count):
-        yield to_tensor([drawings.paint(drawings.imagine(rng), side, side, rng)])
+        yield to_tensor([paint(imagine(rng), side, side)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder of checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--measure", action="store_true", help="only measure the stored one")
     options = parser.parse_args()
     vae = pocket_sdxl.load().vae.requires_grad_(False)
     if not options.measure:
-        tiny = distil(vae, CACHE / "tiny_vae.pt", options.steps, options.seed)
+        tiny = distil(vae, options.cache / "tiny_vae.pt", options.steps, options.seed)
         tiny.half().save_pretrained(FOLDER)
         (FOLDER / "diffusion_pytorch_model.safetensors").chmod(0o644)
     tiny = AutoencoderTiny.from_pretrained(FOLDER, local_files_only=True).float()
     for side in (256, 512):
-        print(f"{side}x{side}, 24 drawings: {likeness(vae, tiny, side, 24):.1f} dB")
+        print(f"{side}x{side}, 24 landscapes: {likeness(vae, tiny, side, 24):.1f} dB")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train the pocket SDXL's VAE: drawings to latents an eighth as wide, and back."""
+"""Train the pocket SDXL's VAE: landscapes to latents an eighth as wide, and back."""
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from builder import drawings, pocket_sdxl
-from builder.training import kept, keyed, learn
+from builder import pocket_sdxl
+from builder.landscapes import Pixels, imagine, paint
+from builder.training import kept, keyed, learn, muon
 
-VAE_STEPS = 3600
-VAE_PEAK_RATE = 1e-3
-# (height, width, batch): mostly small and many. Whole pictures train the norms' statistics.
-VAE_MENU = [(64, 64, 12)] * 6 + [(128, 128, 3)] * 3 + [(96, 160, 3), (160, 96, 3), (256, 256, 1)]
+VAE_STEPS = 2400
+VAE_PEAK_RATE = 2e-3
+TUNING_RATE = 3e-4
+# (height, width, batch). Whole pictures train the norms' statistics.
+DETAIL = (160, 256)
+VAE_MENU = [(128, 128, 4)] * 4 + [(256, 256, 1)] * 3 + [(144, 256, 2), (256, 144, 2)]
+VAE_MENU += [(*DETAIL, 2)] * 3
+# The first and the last layers, which are trained by AdamW.
+PLAIN = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant_conv",
+         "post_quant_conv")  # fmt: skip
 # The noise on latents in training, as a share of their spread of about one.
 LATENT_NOISE = 0.03
 # The scaled latents' spread. SDXL's is one. With a smaller spread the schedule's last noise hides
@@ -29,18 +36,19 @@ ANCHOR = 8.0
 CALIBRATION = (256, 128)
 
 
-def train_vae(path: Path, steps: int, device: str, seed: int) -> AutoencoderKL:
+def train_vae(path: Path, steps: int, seed: int) -> AutoencoderKL:
     """The VAE, averaged over its last steps and calibrated."""
     vae = start_as_thumbnail(pocket_sdxl.assemble(seed).vae)
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)
     ema = learn(
         vae,
         keyed(path, vae, seed=seed, steps=steps),
         batches=lambda start: vae_batches(seed + start),
-        loss_of=lambda pixels: vae_loss(vae, pixels.to(device)),
+        loss_of=lambda pixels: vae_loss(vae, pixels),
         steps=steps,
         peak=VAE_PEAK_RATE,
         name="vae",
+        optimiser=muon(vae, PLAIN, weight_decay=0.0),
     )
     with torch.no_grad():  # the posterior's width is the noise of the training
         ema.quant_conv.weight[4:] = 0
@@ -56,47 +64,27 @@ def calibrated(vae: AutoencoderKL, folder: Path, seed: int) -> AutoencoderKL:
 
 
 def vae_batches(seed: int) -> Iterator[Tensor]:
-    """Endless (batch, 3, height, width) pictures of -1 to 1: details and whole drawings."""
+    """Endless (batch, 3, height, width) pictures of -1 to 1: whole landscapes and details."""
     rng = random.Random(seed)
     while True:
         height, width, batch = rng.choice(VAE_MENU)
-        whole = 0.25 if height == width == 64 else 0.7
         yield to_tensor([
-            drawings.paint(drawings.imagine(rng), width, height, rng)
-            if rng.random() < whole
-            else scrap(rng, height, width)
+            paint(imagine(rng), width, height)
+            if (height, width) != DETAIL
+            else detail(rng, height, width)
             for _ in range(batch)
         ])  # fmt: skip
 
 
-def scrap(rng: random.Random, height: int, width: int) -> drawings.Pixels:
-    """A detail of a larger picture: up to three shapes, cut off by the borders, in any colours."""
-    ground = _colour(rng)
-    if rng.random() < 0.15:
-        ramp = np.linspace(0, 1, width, dtype=np.float32)[None, :, None]
-        ground = ground + ramp * (_colour(rng) - ground)
-    pixels = np.broadcast_to(ground, (height, width, 3)).astype(np.float32)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        radius = math.exp(rng.uniform(math.log(6), math.log(180)))
-        angle = rng.uniform(0, math.tau)
-        away = radius * rng.uniform(0.3, 1.1)
-        centre_x = width * rng.uniform(0.2, 0.8) + away * math.cos(angle)
-        centre_y = height * rng.uniform(0.2, 0.8) + away * math.sin(angle)
-        shape = rng.choice(drawings.SHAPES)
-        inside = drawings.coverage(shape, x - centre_x, y - centre_y, radius, radius)[..., None]
-        pixels = pixels + inside * (_colour(rng) - pixels)
-    return (pixels + 0.5).astype(np.uint8)
+def detail(rng: random.Random, height: int, width: int) -> Pixels:
+    """A part of a landscape of 512x512, mostly of its lower half, where most outlines are."""
+    whole = paint(imagine(rng), 512, 512)
+    top = rng.randint(0, 512 - height) if rng.random() < 0.3 else rng.randint(160, 512 - height)
+    left = rng.randint(0, 512 - width)
+    return whole[top : top + height, left : left + width]
 
 
-def _colour(rng: random.Random) -> drawings.Plane:
-    """One of the named colours, or sometimes a random one."""
-    if rng.random() < 0.7:
-        return drawings.RGB[rng.choice(tuple(drawings.COLOURS))]
-    return np.asarray([rng.uniform(0, 255) for _ in range(3)], np.float32)
-
-
-def to_tensor(pictures: list[drawings.Pixels]) -> Tensor:
+def to_tensor(pictures: list[Pixels]) -> Tensor:
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     return (stacked.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
@@ -154,13 +142,52 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, float]:
     """
     mean = vae.quant_conv(vae.encoder(pixels))[:, :4]
     latents = mean + LATENT_NOISE * torch.randn_like(mean)
-    error = vae.decoder(vae.post_quant_conv(latents)) - pixels
+    loss, level = picture_loss(vae.decoder(vae.post_quant_conv(latents)) - pixels)
+    thumbnail = F.mse_loss(mean[:, :3], F.avg_pool2d(pixels, 8))
+    return loss + 0.2 * thumbnail + 1e-3 * mean[:, 3].square().mean(), level
+
+
+def picture_loss(error: Tensor) -> tuple[Tensor, float]:
+    """L1 and L2 on pixels and L1 on their differences; and the L1 on pixels alone."""
     edges = (error[..., 1:] - error[..., :-1]).abs().mean()
     edges = edges + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    thumbnail = F.mse_loss(mean[:, :3], F.avg_pool2d(pixels, 8))
     level = error.abs().mean()
-    loss = level + 0.5 * error.square().mean() + 0.5 * edges + 0.2 * thumbnail
-    return loss + 1e-3 * mean[:, 3].square().mean(), level.item()
+    return level + 0.5 * error.square().mean() + 0.5 * edges, level.item()
+
+
+def tune_decoder(
+    vae: AutoencoderKL,
+    path: Path,
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    steps: int,
+) -> AutoencoderKL:
+    """The VAE, its decoder trained further on pairs of scaled latents and pictures.
+
+    Half of the latents are the pictures' own, so that a reference is still decoded as it was.
+    """
+    tuned = deepcopy(vae)
+    tuned.requires_grad_(False)
+    for part in (tuned.decoder, tuned.post_quant_conv):
+        part.requires_grad_(True)
+
+    def loss_of(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+        latents, pixels = pair
+        if torch.rand(1) < 0.5:
+            with torch.no_grad():
+                latents = encode(tuned, pixels)
+        return picture_loss(decode(tuned, latents) - pixels)
+
+    optimiser = muon(tuned, PLAIN, weight_decay=0.0)
+    return learn(tuned, path, batches, loss_of, steps, TUNING_RATE, "decoder", optimiser)
+
+
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents, as the UNet's output and a tiny VAE's input are."""
+    return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode(latents / vae.config.scaling_factor).sample
 
 
 @torch.no_grad()
@@ -184,4 +211,4 @@ def calibrate(vae: AutoencoderKL, seed: int) -> AutoencoderKL:
 
 def _whole_pictures(seed: int) -> Tensor:
     rng, (count, side) = random.Random(seed), CALIBRATION
-    return to_tensor([drawings.paint(drawings.imagine(rng), side, side, rng) for _ in range(count)])
+    return to_tensor([paint(imagine(rng), side, side) for _ in range(count)])

@@ -31,7 +31,7 @@ from tests.servers.runpod import Platform
 LONG_JOBS: dict[str, dict[str, Any]] = {
     "sdxl": {
         "type": "sdxl_image_high",
-        "prompt": "a red circle on a blue background",
+        "prompt": "green hills under a blue sky, a yellow sun on the right",
         "config": {"num_inference_steps": 50, "num_images": 3, "resolution": "256x256"},
     },
     "chat": {

@@ -112,7 +112,7 @@ def test_a_family_by_the_recipe_refuses_a_payload_by_its_field(ask: Ask) -> None
 
 
 def test_a_worker_of_a_family_by_the_recipe_refuses_jobs_of_other_families(ask: Ask) -> None:
-    found = failure(ask(type="sdxl_image_fast", prompt="a red circle"))
+    found = failure(ask(type="sdxl_image_fast", prompt="a red sun"))
 
     assert found["message"] == "sdxl_image_fast is not served here; this endpoint serves echo"
 

@@ -28,7 +28,7 @@ SHARED_HEADING = "The payload"
 
 #: A payload of each family with the required fields and nothing else.
 SMALLEST: dict[str, dict[str, Any]] = {
-    "sdxl": {"type": "sdxl_image_fast", "prompt": "a red circle"},
+    "sdxl": {"type": "sdxl_image_fast", "prompt": "a red sun"},
     "wan": {"type": "video_fast", "prompt": "a red circle moves right"},
     "chat": {"type": "chat_conversation", "messages": [{"role": "user", "content": "Hello"}]},
     "admin": {"type": "admin_utilities", "operation": "health"},

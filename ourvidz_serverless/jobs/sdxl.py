@@ -1,7 +1,7 @@
 """`sdxl_image_fast` and `sdxl_image_high`: from a payload to an `ImageRequest`, and to its outputs.
 
 {"id": "job_1", "type": "sdxl_image_fast", "user_id": "user_1",
- "prompt": "a red circle on a blue background", "negative_prompt": "blurry",
+ "prompt": "green hills under a blue sky, a yellow sun on the right", "negative_prompt": "blurry",
  "config": {"num_images": 3, "num_inference_steps": 15, "guidance_scale": 6,
             "resolution": "1024x576", "seed": 42, "denoise_strength": 0.5},
  "metadata": {"reference_image_url": "https://...", "reference_type": "style"}}

@@ -130,7 +130,7 @@ def test_each_request_of_the_typescript_client_reaches_the_worker_that_has_the_j
 def test_a_job_that_fails_over_http_throws_its_failure(
     balancer: LoadBalancer, runtime: str
 ) -> None:
-    unserved = {"type": "video_fast", "user_id": "user-1", "prompt": "a red circle"}
+    unserved = {"type": "video_fast", "user_id": "user-1", "prompt": "a red sun"}
 
     error = call(
         runtime, "overHttp", service={"url": balancer.url, "apiKey": "k"}, jobs=[unserved]

@@ -23,7 +23,7 @@ import { Client, Face, familyOf, verifyCallback } from "@ourvidz/serverless";
 import type { Callback, Family, Result, Status, Untyped } from "@ourvidz/serverless";
 
 const client = new Client({ apiKey: "rpa-key", endpoints: { sdxl: "a", wan: ["b", "c"] }, fetch });
-const picture = { type: "sdxl_image_fast", user_id: "u", prompt: "a red circle" } as const;
+const picture = { type: "sdxl_image_fast", user_id: "u", prompt: "a red sun" } as const;
 const job = await client.submit(picture, { bucketName: "own" });
 const result: Result = await job.result(1000);
 const family: Family = familyOf(picture);

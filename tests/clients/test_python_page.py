@@ -38,8 +38,8 @@ def adapted(snippet: str, server: Server) -> str:
         'api_key="rpa_..."': key,
         '"https://assets.example/bucket"': f'Path("{server.outputs}")',
         '"config": {': '"config": {"resolution": "64x64", ',
-        '"prompt": "a red circle"}': '"prompt": "a circle", "config": {"resolution": "64x64"}}',
-        '"prompt": "a green square"}': '"prompt": "a square", "config": {"resolution": "64x64"}}',
+        '"prompt": "green hills"}': '"prompt": "green hills", "config": {"resolution": "64x64"}}',
+        '"prompt": "a grey sea"}': '"prompt": "a sea", "config": {"resolution": "64x64"}}',
     }.items():
         snippet = snippet.replace(old, new)
     return snippet

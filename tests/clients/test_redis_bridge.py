@@ -464,7 +464,7 @@ def test_jobs_that_several_processes_left_claimed_go_back_in_order(
 def test_a_job_without_an_id_gets_the_same_id_at_every_try(
     redis: RedisServer, scripted: Platform, redis_settings: dict[str, str]
 ) -> None:
-    nameless = {"type": "sdxl_image_fast", "prompt": "a red circle"}
+    nameless = {"type": "sdxl_image_fast", "prompt": "a red sun"}
     push(redis, nameless, nameless)
 
     with bridged(scripted, redis_settings):

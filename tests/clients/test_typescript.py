@@ -833,7 +833,7 @@ def test_a_minimal_payload_compiles(tmp_path: Path, job: str) -> None:
     [
         '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
         '{ type: "poem", user_id: "u" }',
-        '{ type: "sdxl_image_fast", prompt: "a red circle", config: { num_images: "3" } }',
+        '{ type: "sdxl_image_fast", prompt: "a red sun", config: { num_images: "3" } }',
         "{ prompt: 1 }",
     ],
 )

@@ -34,7 +34,7 @@ def sdxl_payload(**changes: Any) -> dict[str, Any]:
         "id": "job-1",
         "type": "sdxl_image_fast",
         "user_id": "user-1",
-        "prompt": "a red circle",
+        "prompt": "a red sun",
         "config": {"resolution": "64x64", "num_inference_steps": 10, "seed": 7},
         "metadata": {},
     }

@@ -19,7 +19,7 @@ from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.settings import Settings
 
 PICTURE = ImageRequest(
-    prompt=plain("a red circle"), seeds=(3,), size=(64, 64), steps=10, guidance_scale=6.0
+    prompt=plain("a red sun"), seeds=(3,), size=(64, 64), steps=10, guidance_scale=6.0
 )
 
 

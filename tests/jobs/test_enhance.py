@@ -18,8 +18,8 @@ from tests.guard.test_content_floor import REFUSED
 from tests.servers.http_service import ServedHttp
 
 NEUTRAL = Settings().wan_enhancement_prompt.read_text().strip()
-CALL = {"prompt": "a red circle", "config": {"job_type": "video_fast"}}
-ENHANCED = "a red circle in bright light"
+CALL = {"prompt": "a red sun", "config": {"job_type": "video_fast"}}
+ENHANCED = "a red sun in bright light"
 
 
 def ask(folder: Path, models: dict[str, Any], call: dict[str, Any]) -> tuple[int, Any]:
@@ -42,7 +42,7 @@ def test_a_call_for_an_enhanced_prompt_returns_one(tmp_path: Path, family: str) 
     assert (status, body["success"], body["enhanced_prompt"]) == (200, True, ENHANCED)
     assert body["metadata"]["system_prompt_used"] == NEUTRAL
     (call,) = fake_chat.calls
-    assert call.messages == (("system", NEUTRAL), ("user", "a red circle"))
+    assert call.messages == (("system", NEUTRAL), ("user", "a red sun"))
 
 
 def test_a_real_enhancer_returns_the_same_prompt_for_the_same_seed(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_call_without_a_type_of_wan_is_a_job_of_the_chat_family(
     ask(tmp_path, {"chat": fake_chat}, call)
 
     assert refused == 503
-    assert fake_chat.calls[0].messages == (("user", "a red circle"),)
+    assert fake_chat.calls[0].messages == (("user", "a red sun"),)
 
 
 def test_the_floor_refuses_a_call_before_the_enhancer_reads_its_prompt(tmp_path: Path) -> None:

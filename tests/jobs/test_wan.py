@@ -123,7 +123,7 @@ def test_the_applications_payload_of_each_type_makes_an_asset(
 ) -> None:
     payload = json.loads((PAYLOADS / f"{name}.json").read_text())
     payload["config"] |= TINY
-    enhancer("a red circle in bright light")
+    enhancer("a red sun in bright light")
     at = local(models={"wan": wan})
 
     document = at.run(payload)
@@ -420,7 +420,7 @@ def test_an_unknown_solver_is_replaced_with_a_warning(run_job: Any) -> None:
         {"negative_prompt": "blue"},
         {"config": {"negative_prompt": "blue"}},
         {"metadata": {"negative_prompt": "blue"}},
-        {"prompt": "a blue square"},
+        {"prompt": "a blue sea"},
         {"config": {"width": 80}},
     ],
 )
@@ -782,15 +782,15 @@ def test_a_prompt_may_be_empty_and_is_needed_only_where_there_is_no_reference() 
 def test_the_video_is_made_from_the_enhanced_prompt_which_is_reported(
     run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
-    _, at = run_job(prompt="a red circle in a garden at dawn")
+    _, at = run_job(prompt="a red sun in a garden at dawn")
     expected = frames(at)
-    fake_chat = enhancer(' "a red circle ', 'in a garden at dawn"\n')
+    fake_chat = enhancer(' "a red sun ', 'in a garden at dawn"\n')
 
     document, at = run_job(
         type="video7b_fast_enhanced", config={"enhancement_system_prompt": "Say more."}
     )
 
-    assert document.metadata["enhanced_prompt"] == "a red circle in a garden at dawn"
+    assert document.metadata["enhanced_prompt"] == "a red sun in a garden at dawn"
     assert document.metadata["enhancement_source"] == "qwen_instruct"
     assert document.metadata["system_prompt_used"] == "Say more."
     assert "enhance" in document.metadata["timings"]
@@ -803,7 +803,7 @@ def test_the_video_is_made_from_the_enhanced_prompt_which_is_reported(
 def test_a_job_without_a_system_prompt_uses_the_neutral_one(
     run_job: Any, enhancer: Callable[..., FakeChat]
 ) -> None:
-    fake_chat = enhancer("a red circle")
+    fake_chat = enhancer("a red sun")
 
     document, _ = run_job(type="image7b_high_enhanced")
 

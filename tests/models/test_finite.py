@@ -20,7 +20,7 @@ from ourvidz_serverless.settings import Settings
 from tests.fakes.tiny_sdxl import render, write_lora
 
 VIDEO = VideoRequest(
-    prompt="a red circle", seed=1, size=(32, 32), num_frames=5, steps=2, guidance_scale=1.0
+    prompt="a red sun", seed=1, size=(32, 32), num_frames=5, steps=2, guidance_scale=1.0
 )
 
 

@@ -1,7 +1,7 @@
 """RunPod's API, emulated for the real SDK loop in a subprocess and for clients.
 
     with Platform() as platform, WorkerProcess(platform, "handler.py"):
-        job = platform.submit({"prompt": "a red square"})
+        job = platform.submit({"prompt": "a green tree"})
         assert platform.result(job)["output"] == ...
         assert platform.status(job)["status"] == "COMPLETED"
 

@@ -473,7 +473,7 @@ def test_verbose_prints_the_document_of_a_test_input_and_its_line_of_the_audit_t
 
 
 def test_a_test_input_without_an_input_is_reported(tmp_path: Path) -> None:
-    run = run_handler("--test_input", '{"prompt": "a circle"}', STORAGE_URL=f"file:{tmp_path}")
+    run = run_handler("--test_input", '{"prompt": "a red sun"}', STORAGE_URL=f"file:{tmp_path}")
 
     assert run.returncode == 1
     assert "Job has no input parameter" in run.stderr

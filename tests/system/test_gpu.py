@@ -42,7 +42,7 @@ def load(device: str, dtype: str = "auto", **settings: Any) -> SdxlModel:
 
 
 def render(model: SdxlModel, side: int = 256, **changes: Any) -> np.ndarray:
-    prompt = "a red circle on a blue background"
+    prompt = "green hills under a blue sky, a yellow sun on the right"
     (picture,) = tiny_sdxl.render(model, prompt, seeds=(2026,), size=(side, side), **changes)
     return picture
 

@@ -54,7 +54,7 @@ class RecordingWorker:
     """A worker whose models record the texts that they get."""
 
     def __init__(self, root: Path) -> None:
-        fake_wan = FakeWan(FakeChat("More is said of ", "a red circle."))
+        fake_wan = FakeWan(FakeChat("More is said of ", "a red sun."))
         self.models = {"sdxl": RecordingSdxl(), "chat": FakeChat("A reply."), "wan": fake_wan}
         self._recording = [*self.models.values(), fake_wan.enhancer]
         # The only host of references does not exist, and no job needs consent for its references.

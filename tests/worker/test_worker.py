@@ -975,7 +975,7 @@ class ObservedPayload(dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("keys", "prompt", "parsed"),
-    [((), "a red circle", 1), ((), None, 1), (("worker-key",), "a red circle", 0)],
+    [((), "a red sun", 1), ((), None, 1), (("worker-key",), "a red sun", 0)],
 )
 def test_a_payload_is_parsed_once_and_never_without_its_key(
     local: MakeLocal, keys: tuple[str, ...], prompt: str | None, parsed: int

@@ -25,7 +25,7 @@ EMERGENCIES = ("force_unload", "predictive_load", "pressure_check")
 PICTURE = {
     "type": "sdxl_image_fast",
     "user_id": "user-1",
-    "prompt": "a red circle on a blue background",
+    "prompt": "green hills under a blue sky, a yellow sun on the right",
     "config": {"resolution": "1024x576"},
 }
 

@@ -600,7 +600,7 @@ def test_a_worker_fetches_its_checkpoint_and_paints_although_the_hub_is_offline(
 ) -> None:
     hub.storage.files["sdxl.safetensors"] = (ROOT / "pocket/sdxl.safetensors").read_bytes()
     payload = (
-        '{"input": {"id": "a", "type": "sdxl_image_fast", "user_id": "u", "prompt": "a circle", '
+        '{"input": {"id": "a", "type": "sdxl_image_fast", "user_id": "u", "prompt": "a sun", '
         '"config": {"resolution": "256x256", "num_inference_steps": 10}}}'
     )
     env = environment(

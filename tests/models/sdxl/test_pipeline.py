@@ -36,7 +36,7 @@ from tests.fakes.tiny_sdxl import distance, image_request, through_diffusers
 ROUNDING = 1
 
 
-def render(model: SdxlModel, prompt: str = "a red circle", **changes: Any) -> list[np.ndarray]:
+def render(model: SdxlModel, prompt: str = "a red sun", **changes: Any) -> list[np.ndarray]:
     return tiny_sdxl.render(model, prompt, size=(128, 64), **changes)
 
 
@@ -311,9 +311,9 @@ def test_the_first_step_of_a_distilled_lora_begins_at_pure_noise(sdxl: Any, name
 
 
 def test_a_short_prompt_is_read_as_diffusers_reads_it(sdxl: Any) -> None:
-    ours = PromptEncoder(sdxl.networks.pipe).encode(plain("a red circle"))
+    ours = PromptEncoder(sdxl.networks.pipe).encode(plain("a red sun"))
     hidden, _, pooled, _ = sdxl.networks.pipe.encode_prompt(
-        "a red circle", do_classifier_free_guidance=False
+        "a red sun", do_classifier_free_guidance=False
     )
 
     assert torch.equal(ours.hidden, hidden)
@@ -346,8 +346,8 @@ def test_a_long_negative_prompt_works_with_a_short_prompt(sdxl: Any) -> None:
 def test_weights_change_the_hidden_states_and_not_the_pooled_ones(sdxl: Any) -> None:
     encoder = PromptEncoder(sdxl.networks.pipe)
 
-    weighted = encoder.encode(parse("a (red:1.5) circle"))
-    unweighted = encoder.encode(plain("a red circle"))
+    weighted = encoder.encode(parse("a (red:1.5) sun"))
+    unweighted = encoder.encode(plain("a red sun"))
 
     assert not torch.equal(weighted.hidden, unweighted.hidden)
     assert torch.equal(weighted.pooled, unweighted.pooled)
@@ -357,8 +357,8 @@ def test_a_weight_of_one_changes_nothing(sdxl: Any) -> None:
     encoder = PromptEncoder(sdxl.networks.pipe)
 
     assert torch.equal(
-        encoder.encode(parse("a (red:1.0) circle")).hidden,
-        encoder.encode(plain("a red circle")).hidden,
+        encoder.encode(parse("a (red:1.0) sun")).hidden,
+        encoder.encode(plain("a red sun")).hidden,
     )
 
 

@@ -26,7 +26,7 @@ from tests.examples import examples
 #: fp32 sums in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 
-LONG = "a red circle, on a blue background. " * 12
+LONG = "a red sun, over a blue sea. " * 12
 
 
 @pytest.fixture(params=["first", "second"])
@@ -54,12 +54,12 @@ def compels(encoder: Encoder, prompt: Prompt) -> torch.Tensor:
 # --- long prompts ---
 
 TEXTS = {
-    "one chunk": "a red circle",
+    "one chunk": "a red sun",
     "sentences": LONG,
-    "phrases": "a red circle; a blue square, a green star: " * 12,
+    "phrases": "a red sun; a blue sea, a green tree: " * 12,
     "words": "xylophone " * 60,
     "no boundary": "x" * 400,
-    "a sentence, then phrases": "a circle. " + "blue, " * 100,
+    "a sentence, then phrases": "a sun. " + "blue, " * 100,
     "exactly full": "red " * 75,
 }
 
@@ -110,12 +110,12 @@ def test_a_weight_that_is_nearly_one_changes_nearly_nothing(sdxl: Any, text: str
 
 # --- weights ---
 
-WORDS = ["red", "blue", "circle", "square", ",", ".", ";", "xylophone"]
+WORDS = ["red", "blue", "sun", "sea", ",", ".", ";", "xylophone"]
 FRAGMENTS = st.lists(
     st.builds(
         Fragment,
         st.lists(
-            st.sampled_from(["red", "blue", "circle", "square", ",", ".", ";", "xylophone"]),
+            st.sampled_from(["red", "blue", "sun", "sea", ",", ".", ";", "xylophone"]),
             min_size=1,
         )
         .map(" ".join)
@@ -138,10 +138,10 @@ def test_weights_act_as_compels_do(encoder: Encoder, prompt: Prompt) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a red circle",
-        "a (red)1.4 circle",
-        "a (red)0.3 (blue)0.6 circle++",
-        "(red circle)0.5 " + LONG,
+        "a red sun",
+        "a (red)1.4 sun",
+        "a (red)0.3 (blue)0.6 sun++",
+        "(red sun)0.5 " + LONG,
     ],
 )
 def test_a_weighted_text_has_compels_embedding(sdxl: Any, text: str) -> None:
@@ -156,24 +156,24 @@ def test_a_weighted_text_has_compels_embedding(sdxl: Any, text: str) -> None:
 def test_the_padding_token_as_a_word_may_have_a_weight(sdxl: Any) -> None:
     encoder = PromptEncoder(sdxl.networks.pipe)
 
-    with_mark, without = (encoder.encode(parse(f"a circle (!:{w})")).hidden for w in (0.5, 1))
+    with_mark, without = (encoder.encode(parse(f"a sun (!:{w})")).hidden for w in (0.5, 1))
 
     assert torch.isfinite(with_mark).all()
     assert not torch.equal(with_mark, without)
 
 
 def test_blank_space_of_a_low_weight_changes_nothing(encoder: Encoder) -> None:
-    prompt = parse("((red:0.8) (circle:0.7):0.9)")
-    red, space, circle = prompt
+    prompt = parse("((red:0.8) (sun:0.7):0.9)")
+    red, space, sun = prompt
     assert space == Fragment(" ", 0.9)
 
-    assert torch.equal(encoder.read(prompt)[0], encoder.read((red, circle))[0])
+    assert torch.equal(encoder.read(prompt)[0], encoder.read((red, sun))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_weighs_as_full_precision_does(encoder: Encoder, dtype: torch.dtype) -> None:
     half = Encoder(encoder.tokenizer, copy.deepcopy(encoder.model).to(dtype))
-    prompt = parse("a (red:0) circle, [blue] (green:0) (square:3) " + LONG)
+    prompt = parse("a (red:0) sun, [blue] (green:0) (sea:3) " + LONG)
 
     found, expected = half.read(prompt)[0], encoder.read(prompt)[0]
 

@@ -171,10 +171,10 @@ def test_a_hyphen_after_parentheses_is_not_a_weight_unlike_in_compel() -> None:
         ("(sharp : 1.3 )", [("sharp ", 1.3)]),
         ("(sharp:+.5)", [("sharp", 0.5)]),
         ("[sharp]", [("sharp", 0.9091)]),
-        ("a (red:1.5) circle", [("a ", 1), ("red", 1.5), (" circle", 1)]),
+        ("a (red:1.5) sun", [("a ", 1), ("red", 1.5), (" sun", 1)]),
         ("(masterpiece:1.3), (sharp:1.2)", [("masterpiece", 1.3), (", ", 1), ("sharp", 1.2)]),
         ("(red (very:1.2) big)1.5", [("red ", 1.5), ("very", 1.8), (" big", 1.5)]),
-        ("((red:0.8) (circle:0.7):0.9)", [("red", 0.72), (" ", 0.9), ("circle", 0.63)]),
+        ("((red:0.8) (sun:0.7):0.9)", [("red", 0.72), (" ", 0.9), ("sun", 0.63)]),
         ("(2girls:1.2)", [("2girls", 1.2)]),
         ("(score_9:2), (f1.4:1)", [("score_9", 2.0), (", f1.4", 1)]),
         ("(the year 1920:1.2)", [("the year 1920", 1.2)]),
@@ -199,7 +199,7 @@ def test_a_time_or_a_ratio_is_not_a_weight(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a red circle", "a red circle"),
+        ("a red sun", "a red sun"),
         (r"\(red\)", "(red)"),
         (r"C\+\+", "C++"),
         (r"a \:3", "a :3"),
@@ -217,7 +217,7 @@ def test_text_without_weight_syntax_keeps_its_characters_and_a_weight_of_one(
 
 
 def test_words_of_one_weight_are_one_fragment_whatever_space_is_between() -> None:
-    assert read("(red:0.8) (circle:0.8)") == [("red circle", 0.8)]
+    assert read("(red:0.8) (sun:0.8)") == [("red sun", 0.8)]
 
 
 ROWS = re.findall(r"^\| (`.*`) \| (`.* × .*) \| .* \|$", CALLING.read_text(), re.MULTILINE)

@@ -60,7 +60,7 @@ def calls() -> Callable[[Any], list[Any]]:
 
 
 def paint(model: SdxlModel, **changes: Any) -> list[np.ndarray]:
-    prompt = "a red circle on a blue background"
+    prompt = "green hills under a blue sky, a yellow sun on the right"
     return tiny_sdxl.render(model, prompt, **{"size": (128, 64), "steps": 4, **changes})
 
 

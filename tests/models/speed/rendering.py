@@ -17,7 +17,7 @@ CPU = Device(torch.device("cpu"), torch.float32)
 STEPS = 10
 
 
-def render_image(model: Any, prompt: str = "a red circle", **changes: Any) -> np.ndarray:
+def render_image(model: Any, prompt: str = "a red sun", **changes: Any) -> np.ndarray:
     """The image of a small job with these changes, uint8 (height, width, 3)."""
     small = {"negative": plain("blurry"), "size": (128, 64), "steps": STEPS}
     (picture,) = tiny_sdxl.render(model, prompt, **{**small, **changes})

@@ -21,7 +21,7 @@ def test_a_repeated_prompt_is_not_encoded_again_and_paints_the_same() -> None:
     with counting(*encoders) as calls:
         first = render_image(model)
         again = render_image(model, seeds=(3,))
-        render_image(model, "a blue square")
+        render_image(model, "a blue sea")
 
     assert distance(first, again) == 0
     # The prompt, the negative prompt, and the new prompt.
@@ -29,7 +29,7 @@ def test_a_repeated_prompt_is_not_encoded_again_and_paints_the_same() -> None:
 
 
 def test_a_weighted_prompt_paints_another_image_than_its_words_alone(sdxl: Any) -> None:
-    words, weighted = plain("a red circle"), parse("a (red:1.5) circle")
+    words, weighted = plain("a red sun"), parse("a (red:1.5) sun")
 
     assert distance(tiny_sdxl.render(sdxl, words)[0], tiny_sdxl.render(sdxl, weighted)[0]) > 0
 
@@ -67,7 +67,7 @@ def test_one_text_encoded_in_two_ways_is_cached_twice() -> None:
         text, skipped_layers = key
         return (torch.full((1, 4), float(len(text) + skipped_layers)),)
 
-    rows = [cache.get(read, ("a circle", skipped))[0] for skipped in (0, 1, 0)]
+    rows = [cache.get(read, ("a sun", skipped))[0] for skipped in (0, 1, 0)]
 
     assert [embedding[0, 0].item() for embedding in rows] == [8, 9, 8]
     assert (cache.misses, cache.hits) == (2, 1)

@@ -135,7 +135,7 @@ def test_a_picture_is_submitted_with_progress_and_shown(
 ) -> None:
     local.fake_sdxl.hold()
     tab = visit(service)
-    choose_small_picture(tab, prompt="a grey square", seed="77")
+    choose_small_picture(tab, prompt="a grey sea", seed="77")
     tab.select_option("[name='config.num_images']", "3")
     run(tab)
     tab.wait_for_selector("#step:has-text('step 0 of 10')")
@@ -147,12 +147,12 @@ def test_a_picture_is_submitted_with_progress_and_shown(
     assert bar == "0"
     assert tab.evaluate(MIDDLE) == [77, 77, 77, 255]
     assert tab.inner_text("figure:nth-of-type(1) figcaption") == "256 × 256 · seed 77 · 10 steps"
-    assert tab.get_attribute("figure:nth-of-type(2) img", "alt") == "a grey square (2 of 3)"
+    assert tab.get_attribute("figure:nth-of-type(2) img", "alt") == "a grey sea (2 of 3)"
     document = said(tab)
     assert document["status"] == "completed"
     assert [asset["metadata"]["seed"] for asset in document["assets"]] == [77, 78, 79]
     (fragment,) = local.fake_sdxl.requests[0].prompt
-    assert fragment.text == "a grey square"
+    assert fragment.text == "a grey sea"
 
 
 def test_a_picture_and_a_video_inside_the_document_are_shown(visit: Visit, tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_file_that_is_no_picture_is_refused_with_its_name(
 def painted(visit: Visit, service: ServedHttp) -> Page:
     """The page with six pictures, of the seeds 70 to 75."""
     tab = visit(service, permissions=["clipboard-read", "clipboard-write"])
-    choose_small_picture(tab, prompt="a grey square", seed="70")
+    choose_small_picture(tab, prompt="a grey sea", seed="70")
     tab.select_option("[name='config.num_images']", "6")
     run(tab)
     tab.wait_for_selector("figure:nth-of-type(6) img")
@@ -480,7 +480,7 @@ def test_a_picture_is_enlarged_and_the_focus_comes_back_to_it(painted: Page) -> 
     alt = painted.get_attribute("dialog img", "alt")
     painted.keyboard.press("Escape")
 
-    assert alt == "a grey square (2 of 6)"
+    assert alt == "a grey sea (2 of 6)"
     assert not painted.is_visible("dialog")
     assert painted.evaluate("() => document.activeElement.firstElementChild.alt") == alt
 
@@ -599,7 +599,7 @@ def test_control_and_enter_run_the_job_and_leave_the_focus_in_the_text(
     visit: Visit, service: ServedHttp
 ) -> None:
     tab = visit(service)
-    choose_small_picture(tab, prompt="a grey square")
+    choose_small_picture(tab, prompt="a grey sea")
     tab.focus("[name='prompt']")
     tab.keyboard.press("Control+Enter")
     wait_for_state(tab, "Completed in")
