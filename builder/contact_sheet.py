@@ -43,7 +43,7 @@ TREE = "(green:1.4) hills, a tree"
 ROWS: list[list[Job]] = [
     [
         (
-            f"a reference: '{BOAT}'",
+            "a reference",
             "sdxl_image_fast",
             {
                 "id": "job-reference",
@@ -63,11 +63,11 @@ ROWS: list[list[Job]] = [
     ],
     [
         (
-            f"text to image, 1024x576: '{HOUSE}'",
+            f"text to image, 512x288: '{HOUSE}'",
             "sdxl_image_fast",
             {
                 "prompt": HOUSE,
-                "config": {"seed": 1},
+                "config": {"resolution": "512x288", "seed": 1},
             },
         ),
     ],

@@ -72,8 +72,8 @@ def test_a_checkpoint_with_fewer_blocks_than_sdxl_generates_as_the_trials_does(
         {
             **published.unet.config,
             "mid_block_type": "UNetMidBlock2D",
-            "transformer_layers_per_block": [0, [1], [2]],
-            "reverse_transformer_layers_per_block": [[2, 1], [1, 1], 0],
+            "transformer_layers_per_block": [0, 0, [1], [2]],
+            "reverse_transformer_layers_per_block": [[2, 1], [1, 1], 0, 0],
         }
     ).save_pretrained(tmp_path / "unet")
 

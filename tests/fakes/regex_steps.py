@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import re._constants as op
 import re._parser as parser
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +28,8 @@ class CountedPattern:
         assert bool(found) is self._tried(text, start)
         return found
 
-    def search(self, text: str, start: int = 0) -> re.Match[str] | None:
-        found = self._real.search(text, start)
+    def search(self, text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
+        found, text = self._real.search(text, start, end), text[:end]
         for each in range(start, found.start() + 1 if found else len(text) + 1):
             self._tried(text, each)
         return found

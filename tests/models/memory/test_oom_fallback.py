@@ -16,7 +16,7 @@ from tests.fakes.recorded_progress import RecordedProgress
 from tests.patience import PATIENCE_S
 
 MIB = 1 << 20
-WEIGHTS = 11147772
+WEIGHTS = 16915068
 
 
 # --- plans ---

@@ -178,7 +178,8 @@ def test_half_precision_weighs_as_full_precision_does(encoder: Encoder, dtype: t
     found, expected = half.read(prompt)[0], encoder.read(prompt)[0]
 
     assert found.dtype == dtype
-    assert (found.float() - expected).abs().max() < 0.01 * expected.abs().max()
+    # bfloat16 rounds by 0.4 % at each layer.
+    assert (found.float() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 # --- cost ---

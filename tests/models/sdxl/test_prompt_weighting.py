@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from compel.prompt_parser import PromptParser
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.models.sdxl import prompt_weighting
@@ -368,6 +368,7 @@ def test_a_text_with_every_mark_escaped_is_unchanged(text: str) -> None:
     assert read(escaped) == [(text, 1.0)]
 
 
+@example("(:9:1)")
 @given(HOSTILE)
 def test_reading_takes_steps_in_proportion_to_the_text(text: str) -> None:
     assert steps_of(text) < 200 + 100 * len(text)
