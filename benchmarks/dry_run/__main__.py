@@ -24,7 +24,7 @@ QUICK: tuple[Work, ...] = (
 )
 TINY: tuple[Work, ...] = (
     (sdxl, sdxl.Job(side=256, steps=2)),
-    (wan, wan.Job(frames=5, size=(96, 64), steps=2)),
+    (wan, wan.Job(frames=1, size=(96, 64), steps=2)),
     (chat, chat.Job(1, 16)),
 )
 FULL: tuple[Work, ...] = (
@@ -40,7 +40,7 @@ FULL: tuple[Work, ...] = (
 ALONE: tuple[Work, ...] = (
     *((sdxl, sdxl.Job(steps=13, speed=name)) for name in ("balanced", "fast")),
     (sdxl, sdxl.Job(is_low_vram=True)),
-    *((sdxl, sdxl.Job(scheduler=name)) for name in sdxl.SCHEDULERS),
+    *((sdxl, sdxl.Job(scheduler=name)) for name in sdxl.SCHEDULERS if name != "euler"),
     (wan, wan.Job(speed="fast", steps=4)),
     *((wan, wan.Job(solver=name)) for name in ("dpm++", "euler")),
     *((chat, chat.Job(1, tokens, is_chunked=True)) for tokens in (1000, 8000)),

@@ -69,6 +69,9 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
         for each in generations:
             "".join(each)
         stages.mark_last()
+        # A process that ends while the engine's thread is inside torch is aborted.
+        with fake.on():
+            engine.free_caches()
     return Run(str(job), "worker", weight_bytes, stages.stages)
 
 

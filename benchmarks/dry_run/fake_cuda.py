@@ -8,12 +8,12 @@ real, so tokenizers, schedulers, numpy and random generators work as they always
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,41 +81,39 @@ COMPOSITE = "CompositeImplicitAutograd"
 
 Truth = Callable[[set[str]], bool]
 
+#: The functions that usually read False: a prompt has no weights.
+UNTRUE_IN = frozenset({"Rows.is_weighted"})
+
+
+def usual_truth(readers: set[str]) -> bool:
+    """What the host reads as a truth: that numbers are finite, that a mask is all ones."""
+    return UNTRUE_IN.isdisjoint(readers)
+
+
 #: What a handler of one operation returns if the operation takes the usual way.
 USUAL = object()
 
 
-@dataclass(frozen=True, slots=True)
 class Call:
-    """One operation: torch's overload, and its arguments."""
+    """One operation: torch's overload, its arguments, and what of them matters here.
 
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    `target` is the device that the operation names, if it names one.
+    """
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.name = str(func.overloadpacket.__name__)
+        leaves = tree_leaves((args, kwargs))
+        self.tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
+        self.fakes = [each for each in self.tensors if isinstance(each, FakeTensor)]
+        self.target = next((each for each in leaves if isinstance(each, torch.device)), None)
 
     def __call__(self) -> Any:
         return self.func(*self.args, **self.kwargs)
 
     @property
-    def name(self) -> str:
-        return str(self.func.overloadpacket.__name__)
-
-    @property
-    def leaves(self) -> list[Any]:
-        return tree_leaves((self.args, self.kwargs))
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [each for each in self.leaves if isinstance(each, torch.Tensor)]
-
-    @property
-    def target(self) -> torch.device | None:
-        """The device that the operation names, if it names one."""
-        return next((each for each in self.leaves if isinstance(each, torch.device)), None)
-
-    @property
     def reads_device(self) -> bool:
-        return any(isinstance(each, FakeTensor) and each.is_cuda for each in self.tensors)
+        return any(each.is_cuda for each in self.fakes)
 
 
 class FakeCuda(TorchDispatchMode):
@@ -127,7 +125,7 @@ class FakeCuda(TorchDispatchMode):
     qualified names of the functions that read it. Each thread that computes must be in `on()`.
     """
 
-    def __init__(self, card: Card = CARDS["H200"], truth: Truth = lambda readers: True) -> None:
+    def __init__(self, card: Card = CARDS["H200"], truth: Truth = usual_truth) -> None:
         guard.load()
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -183,7 +181,7 @@ class FakeCuda(TorchDispatchMode):
         if handler and (made := handler(self, call)) is not USUAL:
             return made
         is_for_cuda = call.target is not None and call.target.type == "cuda"
-        if not is_for_cuda and not any(isinstance(each, FakeTensor) for each in call.tensors):
+        if not is_for_cuda and not call.fakes:
             return self._on_host(call)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
             # In inference mode an operation arrives here before torch has taken it apart. Not
@@ -205,7 +203,7 @@ class FakeCuda(TorchDispatchMode):
     def _compute(self, call: Call) -> Any:
         """Compute shapes, and count the operation and what it allocates on the device."""
         self._note_mixed(call)
-        given = {_key(each) for each in call.tensors if isinstance(each, FakeTensor)}
+        given = {_key(each) for each in call.fakes}
         with self.fake:
             made = call()
         outputs = [each for each in tree_leaves(made) if isinstance(each, FakeTensor)]
@@ -220,8 +218,8 @@ class FakeCuda(TorchDispatchMode):
 
     def _note_kernel(self, call: Call, outputs: list[FakeTensor]) -> None:
         tensors = list({id(each): each for each in call.tensors}.values())
-        written = sum(each.nbytes for each in outputs)
-        moved = written + sum(each.nbytes for each in tensors)
+        written = sum(map(_num_bytes, outputs))
+        moved = written + sum(map(_num_bytes, tensors))
         if call.name in GATHERS:
             moved = 2 * written
         elif call.name.startswith("index_put"):
@@ -375,7 +373,12 @@ class FakeCuda(TorchDispatchMode):
             self._note_up(source.nbytes, self.is_pinned(source), is_async)
             return target
         if source.is_cuda and not target.is_cuda:
-            self._note_down(target.nbytes, self.is_pinned(target), is_async)
+            is_pinned = self.is_pinned(target)
+            self._note_down(target.nbytes, is_pinned, is_async)
+            # Not pinned memory: evicted weights, which nobody reads, would then take real memory.
+            if not is_pinned and not isinstance(target, FakeTensor):
+                with unset_fake_temporarily():
+                    target.zero_()
             return target
         return USUAL
 
@@ -423,6 +426,12 @@ HANDLERS: dict[str, Callable[[FakeCuda, Call], Any]] = {
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """The bytes of a tensor's own elements. Those that it repeats by `expand` count once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) * tensor.itemsize
 
 
 def _flops(call: Call, outputs: list[FakeTensor]) -> int:

@@ -66,13 +66,9 @@ def fit(job: Any, card: Card) -> str:
         found = run_of(job)(job, FakeCuda(card))
     except OutOfMemory:
         return "no"
-    if not found.plans or job.is_low_vram:
-        return "moves"
-    plan = found.plans[-1]
-    names = ("tiled_decode", "offload", "lean")
-    return (
-        " and ".join(name.replace("_", " ") for name in names if plan.get(name)) or "smaller batch"
-    )
+    smaller = found.plans[-1] if found.plans and not job.is_low_vram else {}
+    names = ("tiled_decode", "offload")
+    return " and ".join(name.replace("_", " ") for name in names if smaller.get(name)) or "moves"
 
 
 def run_of(job: Any) -> Callable[..., Run]:

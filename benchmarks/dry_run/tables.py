@@ -61,7 +61,10 @@ def counts(runs: Sequence[Run]) -> report.Table:
         ]
         for each, found in long_stages(runs)
     ]
-    note = "Copies: their number and MB, and how many are pinned. A peak includes the weights."
+    note = (
+        "Copies: their number and MB, and how many are pinned. A peak includes the weights. "
+        "A stage that is not here has the counts of the same stage further up."
+    )
     return report.table(COUNTS, headers, rows, note)
 
 
@@ -127,9 +130,13 @@ def stages(runs: Sequence[Run]) -> Iterator[tuple[Names, Counts]]:
 
 
 def long_stages(runs: Sequence[Run]) -> Iterator[tuple[Names, Counts]]:
-    for names, found in stages(runs):
-        if names[2] in LONG_STAGES and found.kernels >= FEW_OPERATIONS:
-            yield names, found
+    """Without the stages whose counts equal those of an earlier job."""
+    seen: set[object] = set()
+    for (work, who, stage), found in stages(runs):
+        facts = who, stage, found.kernels, found.num_bytes, found.num_waits, found.peak_bytes >> 24
+        if stage in LONG_STAGES and found.kernels >= FEW_OPERATIONS and facts not in seen:
+            seen.add(facts)
+            yield (work, who, stage), found
 
 
 def copies(found: Copies) -> str | None:
