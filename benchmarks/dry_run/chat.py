@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 
 PREFILL, DECODE, FEWER_ROWS = "prefill", "one token of each reply", "one token of some replies"
+
+#: The most seconds until all requests are submitted.
+SUBMIT_S = 60.0
 
 #: Tokens of each reply. The first one belongs to the prefill.
 REPLY = 4
@@ -63,12 +67,14 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
             weight_bytes = fake.live_bytes
             _mark_forwards(stages, network.base_model)
             engine = Engine(network, device, [1], job.limits)
-        generations = [_generation(job, index) for index in range(job.rows)]
+        # The engine calls `check` before each step. So all requests are there in the first one.
+        are_submitted = threading.Event()
+        generations = [_generation(job, index, are_submitted) for index in range(job.rows)]
         for each in generations:
             engine.submit(each)
+        are_submitted.set()
         for each in generations:
             "".join(each)
-        stages.mark_last()
         # A process that ends while the engine's thread is inside torch is aborted.
         with fake.on():
             engine.free_caches()
@@ -97,8 +103,7 @@ def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
                 repetition_penalty=job.penalty,
                 pad_token_id=0,
             )
-            stages.mark_last()
-    return Run(str(job), "transformers", weight_bytes, stages.stages)
+        return Run(str(job), "transformers", weight_bytes, stages.stages)
 
 
 def _network(fake: FakeCuda) -> Any:
@@ -108,7 +113,7 @@ def _network(fake: FakeCuda) -> Any:
     return network
 
 
-def _generation(job: Job, index: int) -> Generation:
+def _generation(job: Job, index: int, are_submitted: threading.Event) -> Generation:
     sampling = SamplingParams(
         max_tokens=REPLY,
         temperature=0.7,
@@ -117,7 +122,11 @@ def _generation(job: Job, index: int) -> Generation:
         repetition_penalty=job.penalty,
     )
     prompt = list(range(5, 5 + job.tokens))
-    return Generation(prompt, sampling, lambda ids: " " * len(ids))
+
+    def check() -> None:
+        are_submitted.wait(SUBMIT_S)
+
+    return Generation(prompt, sampling, lambda ids: " " * len(ids), check)
 
 
 @dataclass(eq=False)
@@ -125,23 +134,20 @@ class Forwards(Stages):
     """Stages that begin with a forward and end with the tokens that are drawn from it.
 
     All forwards over more than one token of a row are the prefill. Of the others the last one
-    stays that has all rows.
+    stays that has all rows, and after which no reply ends.
     """
 
     rows: int = 1
     name: str = ""
 
     def begin(self, shape: tuple[int, ...]) -> None:
-        self.mark_last()
-        rows, tokens = shape
-        self.name = PREFILL if tokens > 1 else DECODE if rows == self.rows else FEWER_ROWS
-
-    def mark_last(self) -> None:
-        """End the stage of the last forward."""
+        """End the stage of the last forward, and begin that of one of (rows, tokens)."""
         if self.name != PREFILL:
             self.stages.pop(self.name, None)
         if self.name:
             self.mark(self.name)
+        rows, tokens = shape
+        self.name = PREFILL if tokens > 1 else DECODE if rows == self.rows else FEWER_ROWS
 
 
 class _EndsAfter:
