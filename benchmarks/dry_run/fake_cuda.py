@@ -140,20 +140,24 @@ class FakeCuda(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._pinned_blocks: dict[int, int] = {}
         self._pinned_storages: set[int] = set()
-        self._thread = threading.local()
+        self._thread, self._turn = threading.local(), threading.Lock()
 
     @contextmanager
     def on(self) -> Iterator[FakeCuda]:
-        """A context in which this thread's tensors on CUDA are fake, and counted."""
+        """A context in which this thread's tensors on CUDA are fake, and counted.
+
+        One thread at a time is in it: FakeTensorMode keeps what it replaced on itself.
+        """
         if getattr(self._thread, "is_on", False):
             yield self
             return
-        self._thread.is_on = True
-        try:
-            with self.fake, self, self._attention:
-                yield self
-        finally:
-            self._thread.is_on = False
+        with self._turn:
+            self._thread.is_on = True
+            try:
+                with self.fake, self, self._attention:
+                    yield self
+            finally:
+                self._thread.is_on = False
 
     def take(self) -> Counts:
         """What was counted since the last `take`. From now on the peak is what is there now."""

@@ -254,7 +254,7 @@ RECORDED = {
     ("video", STEP): (506, 14.0),
     ("vace_video", STEP): (696, 4.30),
     ("replies", chat.PREFILL): (170, 31.8),
-    ("replies", chat.DECODE): (180, 2.31),
+    ("replies", chat.DECODE): (152, 2.21),
 }
 
 
