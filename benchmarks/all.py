@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,6 @@ NAMES = (
     "memory",
 )
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def start(command: Sequence[str]) -> int:
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None, start: Callable[[Sequence[str]], int
         command = " ".join(["python -m benchmarks.all", *(f"--{each}" for each in size)])
         machine = report.machine_line(documents[0]["machine"])
         head = f"By `{command}`, on {machine}; the load before it began was {load:.1f}."
-        write(DOCUMENT, f"{head}\n\n{tables_of(documents)}")
+        report.write(DOCUMENT, "tables", f"{head}\n\n{tables_of(documents)}")
 
 
 def run(
@@ -88,16 +86,6 @@ def tables_of(documents: Sequence[dict[str, Any]]) -> str:
         parts.append(f"### `python -m benchmarks.{document['benchmark']}`\n")
         parts += [str(report.from_dict(table)) for table in document["tables"]]
     return "\n".join(parts)
-
-
-def write(path: Path, tables: str) -> None:
-    """Put the tables between the document's markers. Raises ValueError if it has none."""
-    text = path.read_text(encoding="utf-8")
-    section = f"{BEGIN}\n\n{tables}\n{END}"
-    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not marked.search(text):
-        raise ValueError(f"{path.name} has no {BEGIN}")
-    path.write_text(marked.sub(lambda _: section, text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from benchmarks.cards import CARDS
+
 POCKET = Path(__file__).parents[1] / "pocket"
 
 SDXL_UNET: dict[str, Any] = {
@@ -93,6 +95,26 @@ WAN_TRANSFORMER: dict[str, Any] = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
 }
+#: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers: its transformer, and its image encoder, which is OpenCLIP's
+#: ViT-H/14.
+WAN_I2V_14B: dict[str, Any] = {
+    **WAN_TRANSFORMER,
+    "num_attention_heads": 40,
+    "in_channels": 36,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "image_dim": 1280,
+    "added_kv_proj_dim": 5120,
+}
+WAN_IMAGE_ENCODER: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
 #: The defaults of the class are WAN 2.1's values.
 WAN_VAE: dict[str, Any] = {}
 WAN_TEXT: dict[str, Any] = {
@@ -115,15 +137,6 @@ QWEN_7B: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-}
-
-#: By GPU: dense FLOP/s in bf16 and fp16, and bytes/s of memory, both from the data sheet.
-GPUS = {
-    "H200": (989e12, 4.8e12),
-    "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.0e12),
-    "L40S": (362e12, 0.864e12),
-    "RTX 4090": (165e12, 1.008e12),
 }
 
 
@@ -220,13 +233,14 @@ def wan_flops(width: int, height: int, frames: int, steps: int) -> int:
 
 
 def gpu() -> tuple[float, float] | None:
-    """FLOP/s and bytes/s of this machine's GPU; None for one that is not in `GPUS`."""
+    """FLOP/s in 16 bits and bytes/s of this machine's GPU; None if it is not among the `CARDS`."""
     name = torch.cuda.get_device_name()
-    return next((facts for known, facts in GPUS.items() if known in name), None)
+    card = next((each for known, each in CARDS.items() if known in name), None)
+    return card and (card.half, card.bytes_s)
 
 
 def peak(tflops: float | None) -> float | None:
-    """Peak FLOP/s of this machine's GPU: `tflops` if given, else by `GPUS`; None if unknown."""
+    """Peak FLOP/s of this machine's GPU: `tflops` if given, else by `CARDS`; None if unknown."""
     if tflops:
         return tflops * 1e12
     found = gpu()

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,17 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
     cores, threads = machine["cores"], machine["threads"]
     return f"{machine['cpu']}, {cores} cores, {threads} thread(s), {gpu}; {versions}"
+
+
+def write(path: Path, section: str, text: str) -> None:
+    """Put a text between a document's markers of a section. Raises ValueError if it has none."""
+    document = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+    marked = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if not marked.search(document):
+        raise ValueError(f"{path.name} has no {begin}")
+    written = f"{begin}\n\n{text}\n{end}"
+    path.write_text(marked.sub(lambda _: written, document), encoding="utf-8")
 
 
 def _cpu() -> str:

@@ -53,14 +53,12 @@ def test_the_tables_are_written_between_the_documents_markers_and_nowhere_else(
     tmp_path: Path,
 ) -> None:
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"before\n{all_benchmarks.BEGIN}\nold\n{all_benchmarks.END}\nafter\n")
+    begin, end = "<!-- tables: begin -->", "<!-- tables: end -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
 
-    all_benchmarks.write(document, "new \\1")
+    report.write(document, "tables", "new \\1")
 
-    assert (
-        document.read_text()
-        == f"before\n{all_benchmarks.BEGIN}\n\nnew \\1\n{all_benchmarks.END}\nafter\n"
-    )
+    assert document.read_text() == f"before\n{begin}\n\nnew \\1\n{end}\nafter\n"
 
 
 def test_a_document_without_markers_is_not_changed(tmp_path: Path) -> None:
@@ -68,7 +66,7 @@ def test_a_document_without_markers_is_not_changed(tmp_path: Path) -> None:
     document.write_text("nothing")
 
     with pytest.raises(ValueError, match="has no"):
-        all_benchmarks.write(document, "new")
+        report.write(document, "tables", "new")
 
     assert document.read_text() == "nothing"
 

@@ -42,7 +42,8 @@ POLL_S = 0.05
 #: For how many shapes of jobs a model's working memory is remembered.
 MAX_SHAPES = 64
 
-#: A job of an unknown shape is assumed to need one part in so many of the device.
+#: A job that was never measured, and that expects nothing, is assumed to need one part in so many
+#: of the device.
 UNKNOWN_SHAPE_DIVISOR = 5
 
 
@@ -54,10 +55,13 @@ class ModelHandle:
     model: Movable
 
     def using(
-        self, check: Check = lambda: None, shape: Hashable = None
+        self,
+        check: Check = lambda: None,
+        shape: Hashable = None,
+        expected_bytes: int | None = None,
     ) -> AbstractContextManager[Lease]:
         """See `Ledger.using`."""
-        return self.ledger.using(self.model, check, shape)
+        return self.ledger.using(self.model, check, shape, expected_bytes)
 
     def prefetch(self) -> None:
         """See `Ledger.prefetch`."""
@@ -120,15 +124,23 @@ class Ledger:
             if fits:
                 self.release(model, self.acquire(model))
 
-    def acquire(self, model: Movable, check: Check = lambda: None, shape: Hashable = None) -> Lease:
+    def acquire(
+        self,
+        model: Movable,
+        check: Check = lambda: None,
+        shape: Hashable = None,
+        expected_bytes: int | None = None,
+    ) -> Lease:
         """Have a model on the device until `release`.
 
-        The device then has room for what earlier jobs of this `shape` took beside the weights.
+        The device then has room for what earlier jobs of this `shape` took beside the weights, or,
+        if there was none, for `expected_bytes`.
+
         Waits in the queue; an error that `check` raises ends the waiting. Raises OutOfMemory for a
         model that is larger than the device, and ModelLoadError for one that does not load at the
         second try.
         """
-        lease = Lease(shape)
+        lease = Lease(shape, expected_bytes)
         with self._changed:
             entry = self._entries[model]
             self._waiting.append(lease)
@@ -139,7 +151,7 @@ class Ledger:
             finally:
                 self._waiting.remove(lease)
                 self._changed.notify_all()
-            lease.reserved_bytes = self._expected_working_bytes(entry, shape)
+            lease.reserved_bytes = self._expected_working_bytes(entry, lease)
             entry.leases.append(lease)
         try:
             lease.swap_s = self._mover.carry_out(moves)
@@ -161,10 +173,14 @@ class Ledger:
 
     @contextmanager
     def using(
-        self, model: Movable, check: Check = lambda: None, shape: Hashable = None
+        self,
+        model: Movable,
+        check: Check = lambda: None,
+        shape: Hashable = None,
+        expected_bytes: int | None = None,
     ) -> Iterator[Lease]:
         """`acquire` a model, and `release` it when the block ends."""
-        lease = self.acquire(model, check, shape)
+        lease = self.acquire(model, check, shape, expected_bytes)
         try:
             yield lease
         finally:
@@ -254,7 +270,7 @@ class Ledger:
         if not is_next or entry.moving_to or self._mover.is_leaving(entry):
             return None
         self._check_size(entry)
-        victims = self._victims(entry, self._expected_working_bytes(entry, lease.shape))
+        victims = self._victims(entry, self._expected_working_bytes(entry, lease))
         if victims is None:
             return None
         moves = self._evictions(victims)
@@ -340,15 +356,20 @@ class Ledger:
         fits = self.memory.host_free_bytes() - taken >= entry.model.num_bytes
         return "host" if fits and not self.memory.is_host else "disk"
 
-    def _expected_working_bytes(self, entry: LedgerEntry, shape: Hashable) -> int:
-        """What a job of this shape needs beside the weights, at most what is left of the device.
+    def _expected_working_bytes(self, entry: LedgerEntry, lease: Lease) -> int:
+        """What a job needs beside the weights, at most what is left of the device.
 
-        For a shape that was never measured it is a share of the device.
+        It is what the last job of its shape took. Before there was one it is what the job expects,
+        or a share of the device. On a CPU nothing is measured, and nothing is set aside.
         """
-        is_measured = shape is None or shape in entry.working or self.memory.is_host
-        guess = 0 if is_measured else self.memory.total_bytes // UNKNOWN_SHAPE_DIVISOR
+        if self.memory.is_host or lease.shape is None:
+            expected = 0
+        elif lease.expected_bytes is None:
+            expected = self.memory.total_bytes // UNKNOWN_SHAPE_DIVISOR
+        else:
+            expected = lease.expected_bytes
         left = self.memory.total_bytes - entry.size
-        return min(entry.working.get(shape, guess), max(left, 0))
+        return min(entry.working.get(lease.shape, expected), max(left, 0))
 
     @staticmethod
     def _remember(entry: LedgerEntry, shape: Hashable, measured: int) -> None:

@@ -112,10 +112,12 @@ class Lease:
     """One job's use of a model, from `Ledger.acquire` to `Ledger.release`.
 
     `reserved_bytes` of the device are set aside for the job beside the weights. The job sets
-    `measured_bytes` to what it really took. `swap_s` is the time that moving the model took.
+    `measured_bytes` to what it really took. `expected_bytes` is what it expects to take, which
+    counts until a job of its shape was measured. `swap_s` is the time that moving the model took.
     """
 
     shape: Hashable = None
+    expected_bytes: int | None = None
     reserved_bytes: int = 0
     measured_bytes: int | None = None
     swap_s: float = 0.0

@@ -31,6 +31,7 @@ from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncod
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 from ourvidz_serverless.models.sdxl.request import ImageRequest, IpAdapterImage
 from ourvidz_serverless.models.sdxl.vae import Decoder, Vae
+from ourvidz_serverless.models.sdxl.working_memory import decoding_bytes, denoising_bytes
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
 from ourvidz_serverless.models.speed.presets import SDXL, ForwardStats, SpeedPreset
 from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks
@@ -93,7 +94,11 @@ class SdxlModel:
             else nullcontext()
         )
         with (
-            self.handle.using(progress.check, f"{shape} x{len(request.seeds)}") as lease,
+            self.handle.using(
+                progress.check,
+                f"{shape} x{len(request.seeds)}",
+                self._expected_bytes(request, decoder, self._plans.get(shape)),
+            ) as lease,
             applied(self.networks.pipe, request.loras),
             compiled,
         ):
@@ -155,6 +160,17 @@ class SdxlModel:
         """The job's peak without all weights and what `others` hold, in bytes; None on a CPU."""
         peak = self.device.peak_bytes()
         return None if peak is None else max(peak - others - self.parts.num_bytes, 0)
+
+    def _expected_bytes(self, request: ImageRequest, decoder: Decoder, plan: SdxlMemoryPlan) -> int:
+        """What a job will take beside the weights, by the counts of its largest stage."""
+        (width, height), networks = request.size, self.networks
+        cells = width * height // networks.pipe.vae_scale_factor**2
+        rows = plan.size(len(request.seeds)) * (2 if request.guidance_scale > 1 else 1)
+        denoising = denoising_bytes(networks.unet, rows, cells)
+        if plan.tiled_decode:
+            return denoising
+        dtype = self.device.dtype if decoder.lever else networks.vae.dtype
+        return max(denoising, decoding_bytes(networks.vae, dtype, width * height))
 
     def _decoder(self, preset: SpeedPreset) -> Decoder:
         """The decoder of a job: the VAE as it is, unless the preset allows a smaller one."""

@@ -15,6 +15,9 @@ from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.models.speed.regional_compile import CompiledBlocks
 from ourvidz_serverless.models.wan.conditioning import Conditioning
 
+#: For what a count of tensors does not see: fragments, and the libraries' workspaces.
+MARGIN = 1.25
+
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
@@ -47,6 +50,21 @@ class WanNetwork:
     @property
     def is_vace(self) -> bool:
         return isinstance(self.transformer, WanVACETransformer3DModel)
+
+    def expected_bytes(self, latent_shape: Sequence[int]) -> int:
+        """What a forward takes beside the weights, before one was measured.
+
+        `python -m benchmarks.dry_run` counted it: at each token two tensors of the feed-forward's
+        width and five of the network's own, and one more for each of VACE's layers.
+        """
+        config = self.transformer.config
+        frames, height, width = latent_shape[2:]
+        _, rows, columns = config.patch_size
+        tokens = frames * (height // rows) * (width // columns)
+        own = config.num_attention_heads * config.attention_head_dim
+        layers = len(config.vace_layers) if self.is_vace else 0
+        per_token = 2 * config.ffn_dim + (5 + layers) * own
+        return int(MARGIN * tokens * per_token * self.transformer.dtype.itemsize)
 
     def compiled(self) -> AbstractContextManager[None]:
         """A context in which blocks that are already compiled are used."""

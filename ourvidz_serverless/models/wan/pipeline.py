@@ -127,10 +127,12 @@ class _Generation:
             self._fallback.succeeded()
 
     @contextmanager
-    def _using(self, handle: ModelHandle, shape: str) -> Iterator[None]:
+    def _using(
+        self, handle: ModelHandle, shape: str, expected_bytes: int | None = None
+    ) -> Iterator[None]:
         """Have a model on the device for one stage, and measure the memory that the stage takes."""
         device = self._wan.device
-        with handle.using(self._progress.check, shape) as lease:
+        with handle.using(self._progress.check, shape, expected_bytes) as lease:
             before = device.begin_stage()
             yield
             lease.measured_bytes = device.stage_peak_bytes(before)
@@ -161,7 +163,8 @@ class _Generation:
     def _denoise(self, guidance: Guidance, conditioning: Conditioning) -> torch.Tensor:
         """Latents (1, channels, frames, h, w) in fp32."""
         speed, network = self._request.speed, self._network
-        with self._using(network.handle, self._shape), network.compiled():
+        expected = network.expected_bytes(self._noise_shape(conditioning))
+        with self._using(network.handle, self._shape, expected), network.compiled():
             conditioning = self._with_image_embeddings(conditioning)
             latents, stats = self._fallback.run(
                 network.handle, "denoise", lambda plan: self._take_steps(guidance, conditioning)

@@ -98,14 +98,20 @@ def refuse_to_wait() -> None:
 class BoundedLedger(Ledger):
     """A ledger with which a job that would wait for ever fails."""
 
-    def acquire(self, model: Any, check: Check = lambda: None, shape: Hashable = None) -> Lease:
+    def acquire(
+        self,
+        model: Any,
+        check: Check = lambda: None,
+        shape: Hashable = None,
+        expected_bytes: int | None = None,
+    ) -> Lease:
         end = time.monotonic() + PATIENCE_S
 
         def check_time() -> None:
             assert time.monotonic() < end, "the job got no model"
             check()
 
-        return super().acquire(model, check_time, shape)
+        return super().acquire(model, check_time, shape, expected_bytes)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -335,6 +341,21 @@ def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(
     assert places(models) == ["device", "device"]
     with ledger.using(models[0], shape="large"):
         assert places(models) == ["device", "host"]
+
+
+def test_models_are_evicted_for_the_memory_that_a_job_expects_until_its_shape_is_measured(
+    make: Any,
+) -> None:
+    ledger, models = make(10, 10)
+    use(ledger, *models)
+
+    with ledger.using(models[0], shape="large", expected_bytes=8) as lease:
+        assert places(models) == ["device", "host"]
+        lease.measured_bytes = 2
+    use(ledger, models[1])
+
+    with ledger.using(models[0], shape="large", expected_bytes=8):
+        assert places(models) == ["device", "device"]
 
 
 def test_the_shape_that_was_measured_longest_ago_is_forgotten_first(

@@ -1,0 +1,184 @@
+"""SDXL on a fake device: the worker's code and diffusers' pipelines, on the same networks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from PIL import Image
+
+from benchmarks import architectures
+from benchmarks.dry_run.fake_cuda import FakeCuda
+from benchmarks.dry_run.installed import device_of, installed
+from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Run, Stages
+from ourvidz_serverless.models import schedulers
+from ourvidz_serverless.models.memory.device_memory import CudaMemory
+from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.movable_tensors import MovableParts
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.sdxl.loader import STAGES, low_vram_plans
+from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
+from ourvidz_serverless.models.sdxl.pipeline import MAX_BATCH, SdxlModel
+from ourvidz_serverless.models.sdxl.prompt_weighting import plain
+from ourvidz_serverless.models.sdxl.request import ImageRequest, StartImage
+from ourvidz_serverless.models.speed import attention
+
+#: Those that jobs may name.
+SCHEDULERS = tuple(schedulers.SCHEDULERS)
+
+PROMPT, NEGATIVE = "a red circle on a table", "blurred"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Pictures of one request. With a `strength` they start from an image."""
+
+    count: int = 1
+    side: int = 1024
+    steps: int = 3
+    strength: float | None = None
+    scheduler: str | None = None
+    speed: str = "exact"
+    is_low_vram: bool = False
+
+    def __str__(self) -> str:
+        noun = "picture" if self.count == 1 else "pictures"
+        facts = [
+            f"SDXL, {self.count} {noun} of {self.side}x{self.side}",
+            "image-to-image" if self.strength else "",
+            self.scheduler or "",
+            f"{self.speed}, a shallow step" if self.speed != "exact" else "",
+            "LOW_VRAM" if self.is_low_vram else "",
+        ]
+        return ", ".join(filter(None, facts))
+
+
+def ours(job: Job, fake: FakeCuda | None = None) -> Run:
+    """What the worker does."""
+    fake = fake or FakeCuda()
+    with installed(fake):
+        pipe = networks(fake)
+        device = device_of(fake, torch.float16)
+        with fake.on():
+            attention.set_backend(pipe.unet, "native", device)
+            model = _model(pipe, device, job.is_low_vram)
+            stages = Stages(fake)
+            model.parts.to_device()
+            stages.mark(WEIGHTS)
+            weight_bytes = fake.live_bytes
+            _mark_networks(stages, pipe)
+            deque(model.generate(_request(job), stages), maxlen=0)
+            stages.mark(DECODING)
+    return Run(str(job), "worker", weight_bytes, stages.stages, tuple(stages.plans))
+
+
+def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
+    """What diffusers' pipeline does."""
+    fake = fake or FakeCuda()
+    with installed(fake):
+        pipe = networks(fake)
+        # diffusers loads the VAE in fp16 too, and widens it for each decode.
+        with fake.fake:
+            pipe.vae.half()
+        pipe.set_progress_bar_config(disable=True)
+        with fake.on():
+            stages = Stages(fake)
+            pipe.to("cuda")
+            stages.mark(WEIGHTS)
+            weight_bytes = fake.live_bytes
+            _mark_networks(stages, pipe)
+            _call(pipe, job, stages)
+            stages.mark(DECODING)
+    return Run(str(job), "diffusers", weight_bytes, stages.stages)
+
+
+def moves() -> Run:
+    """The weights to the device, to the host's memory, and to the device again."""
+    fake = FakeCuda()
+    with installed(fake):
+        pipe = networks(fake)
+        parts = MovableParts(SdxlNetworks(pipe).parts(), device_of(fake, torch.float16))
+        with fake.on():
+            stages = Stages(fake)
+            parts.to_device()
+            stages.mark("to the device")
+            parts.to_host()
+            stages.mark("to the host")
+            parts.to_device()
+            stages.mark("to the device again")
+    return Run("SDXL's weights", "worker", 0, stages.stages)
+
+
+def networks(fake: FakeCuda) -> Any:
+    """SDXL in fp16, its VAE in fp32, in the fake host's memory."""
+    with fake.fake:
+        with architectures.made_on("cpu", torch.float16):
+            pipe = architectures.sdxl()
+        pipe.vae.float()
+        for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            each.requires_grad_(False).eval()
+    # The scheduler's tensors are the host's, which are real.
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _model(pipe: Any, device: Any, is_low_vram: bool) -> SdxlModel:
+    ledger = Ledger(CudaMemory(device.name, 0))
+    all_networks = SdxlNetworks(pipe)
+    stages = STAGES if is_low_vram else ()
+    parts = MovableParts(all_networks.parts(), device, stages=stages)
+    plans = low_vram_plans() if is_low_vram else MemoryPlans(SdxlMemoryPlan(MAX_BATCH))
+    return SdxlModel(
+        all_networks, device, handle=ledger.register(parts, "sdxl", "sdxl"), plans=plans
+    )
+
+
+def _mark_networks(stages: Stages, pipe: Any) -> None:
+    stages.after_each(pipe.text_encoder, PROMPTS)
+    stages.after_each(pipe.text_encoder_2, PROMPTS)
+    stages.before_first(pipe.unet, REFERENCES)
+
+
+def _request(job: Job) -> ImageRequest:
+    reference = StartImage(_image(job), job.strength) if job.strength else None
+    return ImageRequest(
+        prompt=plain(PROMPT),
+        negative=plain(NEGATIVE),
+        seeds=tuple(range(job.count)),
+        size=(job.side, job.side),
+        steps=job.steps,
+        guidance_scale=6.0,
+        scheduler=job.scheduler,
+        reference=reference,
+        speed=job.speed,
+    )
+
+
+def _call(pipe: Any, job: Job, stages: Stages) -> None:
+    options: dict[str, Any] = {"width": job.side, "height": job.side}
+    if job.strength:
+        pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"image": _image(job), "strength": job.strength}
+
+    def on_step(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        stages.step(index + 1, job.steps)
+        return kwargs
+
+    pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_images_per_prompt=job.count,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(job.count)],
+        num_inference_steps=job.steps,
+        guidance_scale=6.0,
+        callback_on_step_end=on_step,
+        **options,
+    )
+
+
+def _image(job: Job) -> Image.Image:
+    return Image.new("RGB", (job.side, job.side), "grey")

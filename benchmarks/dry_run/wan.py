@@ -1,0 +1,275 @@
+"""WAN on a fake device: the worker's code and diffusers' pipelines, on the same networks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+)
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from benchmarks import architectures
+from benchmarks.dry_run.fake_cuda import FakeCuda
+from benchmarks.dry_run.installed import device_of, installed
+from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Run, Stages
+from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device_memory import CudaMemory
+from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, WanMemoryPlan
+from ourvidz_serverless.models.memory.types import Movable
+from ourvidz_serverless.models.speed import attention
+from ourvidz_serverless.models.wan.network import ImageEncoder, WanNetwork
+from ourvidz_serverless.models.wan.pipeline import WanModel
+from ourvidz_serverless.models.wan.request import References, SamplingDefaults, VideoRequest
+from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder, block_by_block
+from ourvidz_serverless.models.wan.vae import VideoVae
+
+PROMPT, NEGATIVE = "a red circle on a table", "blurred"
+CONFIG = architectures.POCKET / "wan"
+
+Route = Literal["t2v", "vace", "i2v"]
+
+NAMES: dict[Route, str] = {
+    "t2v": "WAN T2V 1.3B",
+    "vace": "WAN VACE 1.3B, first and last frame",
+    "i2v": "WAN I2V 14B",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """WAN's networks, in the fake host's memory. I2V alone has an image encoder."""
+
+    text: Any
+    vae: Any
+    transformer: Any
+    image_encoder: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One video. VACE gets its first and its last frame, I2V its first one."""
+
+    route: Route = "t2v"
+    size: tuple[int, int] = (832, 480)
+    frames: int = 81
+    steps: int = 3
+    solver: str = "unipc"
+    speed: str = "exact"
+    is_low_vram: bool = False
+
+    def __str__(self) -> str:
+        width, height = self.size
+        facts = [
+            NAMES[self.route],
+            f"{self.frames} frames of {width}x{height}",
+            self.solver if self.solver != "unipc" else "",
+            f"{self.speed}, a shallow step" if self.speed != "exact" else "",
+            "LOW_VRAM" if self.is_low_vram else "",
+        ]
+        return ", ".join(filter(None, facts))
+
+
+def ours(job: Job, fake: FakeCuda | None = None) -> Run:
+    """What the worker does. All its models are on the device when the job begins."""
+    fake = fake or FakeCuda()
+    with installed(fake):
+        modules = networks(fake, job.route)
+        device = device_of(fake, torch.bfloat16)
+        with fake.on():
+            attention.set_backend(modules.transformer, "native", device)
+            ledger = Ledger(CudaMemory(device.name, 0))
+            model = _model(job, device, ledger, modules)
+            stages = Stages(fake)
+            ledger.preload(*_movables(model))
+            stages.mark(WEIGHTS)
+            weight_bytes = fake.live_bytes
+            _mark_networks(stages, modules)
+            deque(model.generate(_request(job), stages), maxlen=0)
+            stages.mark(DECODING)
+    return Run(str(job), "worker", weight_bytes, stages.stages, tuple(stages.plans))
+
+
+def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
+    """What diffusers' pipeline does, with its VAE in fp32, as its documentation says."""
+    fake = fake or FakeCuda()
+    with installed(fake):
+        modules = networks(fake, job.route)
+        pipe = _pipe(job.route, modules)
+        pipe.set_progress_bar_config(disable=True)
+        with fake.on():
+            stages = Stages(fake)
+            pipe.to("cuda")
+            stages.mark(WEIGHTS)
+            weight_bytes = fake.live_bytes
+            _mark_networks(stages, modules)
+            _call(pipe, job, stages)
+            stages.mark(DECODING)
+    return Run(str(job), "diffusers", weight_bytes, stages.stages)
+
+
+def networks(fake: FakeCuda, route: Route) -> Modules:
+    """UMT5 and the transformer in bf16, the VAE and the image encoder in fp32."""
+    with fake.fake:
+        with architectures.made_on("cpu", torch.bfloat16):
+            text = UMT5EncoderModel(UMT5Config(**architectures.WAN_TEXT))
+            transformer = _transformer(route)
+        vae, image_encoder = AutoencoderKLWan(**architectures.WAN_VAE), None
+        if route == "i2v":
+            image_encoder = CLIPVisionModel(CLIPVisionConfig(**architectures.WAN_IMAGE_ENCODER))
+        for each in filter(None, (text, vae, transformer, image_encoder)):
+            each.requires_grad_(False).eval()
+        _keep_in_fp32(transformer)
+    return Modules(text, vae, transformer, image_encoder)
+
+
+def _transformer(route: Route) -> Any:
+    if route == "i2v":
+        return WanTransformer3DModel(**architectures.WAN_I2V_14B)
+    config = architectures.WAN_TRANSFORMER
+    if route == "t2v":
+        return WanTransformer3DModel(**config)
+    return WanVACETransformer3DModel(
+        **config, vace_layers=list(range(0, config["num_layers"], 2)), vace_in_channels=96
+    )
+
+
+def _pipe(route: Route, modules: Modules) -> Any:
+    """diffusers' pipeline of these networks."""
+    kinds = {"t2v": WanPipeline, "vace": WanVACEPipeline, "i2v": WanImageToVideoPipeline}
+    extra: dict[str, Any] = {}
+    if modules.image_encoder:
+        extra = {"image_encoder": modules.image_encoder, "image_processor": CLIPImageProcessorPil()}
+    return kinds[route](
+        tokenizer=_tokenizer(),
+        text_encoder=modules.text,
+        transformer=modules.transformer,
+        vae=modules.vae,
+        scheduler=UniPCMultistepScheduler.from_pretrained(CONFIG / "scheduler"),
+        **extra,
+    )
+
+
+def _keep_in_fp32(transformer: Any) -> None:
+    """Have in fp32 what diffusers' `from_pretrained` leaves in it."""
+    for name, parameter in transformer.named_parameters():
+        if any(part in name.split(".") for part in transformer._keep_in_fp32_modules):
+            module, _, leaf = name.rpartition(".")
+            wide = torch.nn.Parameter(parameter.float(), requires_grad=False)
+            setattr(transformer.get_submodule(module), leaf, wide)
+
+
+def _model(job: Job, device: Device, ledger: Ledger, modules: Modules) -> WanModel:
+    text, vae = modules.text, modules.vae
+
+    def handle(name: str, *parts: Any) -> ModelHandle:
+        if job.is_low_vram and name == "text":
+            return ledger.register(block_by_block(text, device, lambda: text), name, "wan")
+        return ledger.register(MovableTensors(parts, device), name, "wan")
+
+    return WanModel(
+        device=device,
+        text_encoder=WanTextEncoder(_tokenizer(), text, device, handle("text", text)),
+        vae=VideoVae(vae, device, handle("vae", vae)),
+        networks={job.route: _network(modules, handle)},
+        scheduler_config=UniPCMultistepScheduler.load_config(CONFIG / "scheduler"),
+        sampling=SamplingDefaults(solver=job.solver, flow_shift=3.0),
+        plans=MemoryPlans(WanMemoryPlan(offload=job.is_low_vram)),
+        enhancement_prompt="",
+        enhancer=None,
+    )
+
+
+def _network(modules: Modules, handle: Callable[..., ModelHandle]) -> WanNetwork:
+    transformer, encoder = modules.transformer, modules.image_encoder
+    if encoder is None:
+        return WanNetwork(transformer, handle("network", transformer))
+    image_encoder = ImageEncoder(CLIPImageProcessorPil(), encoder)
+    return WanNetwork(transformer, handle("network", transformer, encoder), image_encoder)
+
+
+def _movables(model: WanModel) -> list[Movable]:
+    """The models of the ledger, in the order in which the worker loads them."""
+    networks = [each.handle for each in model.networks.values()]
+    handles = (*networks, model.vae.handle, model.text_encoder.handle)
+    return [each.model for each in handles]
+
+
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(CONFIG / "tokenizer")
+
+
+def _mark_networks(stages: Stages, modules: Modules) -> None:
+    stages.after_each(modules.text, PROMPTS)
+    stages.before_first(modules.transformer, REFERENCES)
+
+
+def _request(job: Job) -> VideoRequest:
+    image = _image(job)
+    references = {
+        "t2v": References(),
+        "vace": References(first=image, last=image),
+        "i2v": References(first=image),
+    }
+    return VideoRequest(
+        prompt=PROMPT,
+        negative=NEGATIVE,
+        seed=0,
+        size=job.size,
+        num_frames=job.frames,
+        steps=job.steps,
+        guidance_scale=5.0,
+        speed=job.speed,
+        references=references[job.route],
+    )
+
+
+def _call(pipe: Any, job: Job, stages: Stages) -> None:
+    def on_step(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        stages.step(index + 1, job.steps)
+        return kwargs
+
+    width, height = job.size
+    options: dict[str, Any] = {"image": _image(job)} if job.route == "i2v" else {}
+    if job.route == "vace":
+        image, grey = _image(job), Image.new("RGB", job.size, (128, 128, 128))
+        known, unknown = Image.new("L", job.size, 0), Image.new("L", job.size, 255)
+        between = job.frames - 2
+        options["video"] = [image, *[grey] * between, image]
+        options["mask"] = [known, *[unknown] * between, known]
+    pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        width=width,
+        height=height,
+        num_frames=job.frames,
+        num_inference_steps=job.steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=on_step,
+        **options,
+    )
+
+
+def _image(job: Job) -> Image.Image:
+    return Image.new("RGB", job.size, "grey")
