@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ourvidz_serverless.errors import (
@@ -256,9 +257,35 @@ def to_device_async(
 ) -> torch.Tensor:
     """Numbers as a tensor on a device. The host does not wait for the GPU's earlier work."""
     here = torch.as_tensor(numbers, dtype=dtype)
-    if device.type != "cuda":
-        return here.to(device)
-    return here.pin_memory().to(device, non_blocking=True)
+    return _pinned_for(device, here).to(device, non_blocking=True)
+
+
+class AsyncTransfers(TorchFunctionMode):
+    """A context in which `Tensor.to` sends the host's tensors to a GPU without a wait.
+
+    It is for libraries that make a tensor on the host and send it in the usual way, after which
+    the host waits for all of the GPU's earlier work.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and args[0].device.type == "cpu":
+            target = next(
+                (each for each in (*args[1:], *kwargs.values()) if _is_device(each)), None
+            )
+            if target is not None:
+                here = _pinned_for(torch.device(target), args[0])
+                return func(here, *args[1:], **{**kwargs, "non_blocking": True})
+        return func(*args, **kwargs)
+
+
+def _is_device(argument: Any) -> bool:
+    return isinstance(argument, (torch.device, str))
+
+
+def _pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from which a GPU copies while the host goes on; the same one for other devices."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def select_rows(rows: torch.Tensor, which: Sequence[int]) -> torch.Tensor:

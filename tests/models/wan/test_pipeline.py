@@ -557,7 +557,7 @@ def test_a_dmd_checkpoint_takes_its_own_timesteps(settings: Settings) -> None:
 
 
 def test_a_dmd_step_predicts_the_clean_video_and_adds_new_noise() -> None:
-    scheduler = make_dmd_scheduler((1000, 757, 522), "cpu")
+    scheduler = make_dmd_scheduler((1000, 757, 522))
     sample, velocity = torch.randn(2, 1, 4, 2, 4, 4).unbind()
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(7))
     step = scheduler.step(
