@@ -59,6 +59,10 @@ class ModelHandle:
         """See `Ledger.using`."""
         return self.ledger.using(self.model, check, shape)
 
+    def expect(self, shape: Hashable, num_bytes: int) -> None:
+        """See `Ledger.expect`."""
+        self.ledger.expect(self.model, shape, num_bytes)
+
     def prefetch(self) -> None:
         """See `Ledger.prefetch`."""
         self.ledger.prefetch(self.model)
@@ -147,6 +151,14 @@ class Ledger:
             self.release(model, lease)
             raise
         return lease
+
+    def expect(self, model: Movable, shape: Hashable, num_bytes: int) -> None:
+        """Have jobs of a shape take about so many bytes beside the weights, until it is measured.
+
+        Without it the first job of a shape is assumed to need a share of the device.
+        """
+        with self._changed:
+            self._entries[model].working.setdefault(shape, num_bytes)
 
     def release(self, model: Movable, lease: Lease) -> None:
         """End a lease. `measured_bytes` is remembered if no other job used the model meanwhile."""

@@ -125,6 +125,7 @@ class _Generation:
     def frames(self) -> Generator[np.ndarray]:
         with translate_out_of_memory():
             latents = self._denoise(self._encode_prompts(), self._encode_references())
+            self._expect_decode()
             with self._progress.span("decode"), self._using(self._wan.vae.handle, self._shape):
                 yield from self._decode(latents)
             self._fallback.succeeded()
@@ -153,8 +154,12 @@ class _Generation:
         if not request.references:
             return Conditioning()
 
+        # Its layers are those of the decoder, the other way round.
+        shape = f"{self._shape} in"
+        vae.handle.expect(shape, vae.decode_bytes(request.size, is_tiled=False))
+
         def encode(plan: WanMemoryPlan) -> Conditioning:
-            with self._using(vae.handle, f"{self._shape} in"):
+            with self._using(vae.handle, shape):
                 if network.is_vace:
                     return vace_conditioning(request, network.transformer, vae)
                 return i2v_conditioning(request, vae)
@@ -224,10 +229,21 @@ class _Generation:
         shape = self._wan.vae.latent_shape(self._request.num_frames, height, width)
         return (*shape[:2], shape[2] + conditioning.leading_frames, *shape[3:])
 
+    def _expect_decode(self) -> None:
+        """Tell the ledger what the decode will take. It is tiled if whole frames cannot fit."""
+        vae, fallback = self._wan.vae, self._fallback
+        handle, size = vae.handle, self._request.size
+        room = handle.ledger.memory.total_bytes - handle.model.num_bytes
+        if vae.decode_bytes(size, fallback.plan.tiled_decode) > room:
+            fallback.shrink("decode")
+        handle.expect(self._shape, vae.decode_bytes(size, fallback.plan.tiled_decode))
+
     def _decode(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """The frames, piece by piece. If one does not fit, decoding begins again with more room."""
-        vae = self._wan.vae
-        pieces = _RestartablePieces(lambda: vae.decode(latents))
+        vae, check = self._wan.vae, self._progress.check
+        pieces = _RestartablePieces(
+            lambda: vae.decode(latents, self._fallback.plan.tiled_decode, check)
+        )
         while piece := self._fallback.run(vae.handle, "decode", lambda plan: pieces.next()):
             self._progress.check()
             yield piece[0]

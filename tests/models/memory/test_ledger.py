@@ -337,6 +337,23 @@ def test_models_are_evicted_for_the_memory_that_a_job_of_that_shape_took_before(
         assert places(models) == ["device", "host"]
 
 
+def test_models_are_evicted_for_what_a_job_is_expected_to_take_until_it_is_measured(
+    make: Any,
+) -> None:
+    ledger, models = make(10, 10)
+    use(ledger, *models)
+    ledger.expect(models[0], "large", 8)
+
+    with ledger.using(models[0], shape="large") as lease:
+        assert places(models) == ["device", "host"]
+        lease.measured_bytes = 2
+    ledger.expect(models[0], "large", 8)
+    use(ledger, models[1])
+
+    with ledger.using(models[0], shape="large"):
+        assert places(models) == ["device", "device"]
+
+
 def test_the_shape_that_was_measured_longest_ago_is_forgotten_first(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

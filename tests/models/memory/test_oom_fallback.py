@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan, WanMemoryPlan
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
@@ -36,6 +36,15 @@ def test_the_first_smaller_plan_for_decoding_is_tiled() -> None:
 
     assert tiled == SdxlMemoryPlan(6, tiled_decode=True)
     assert tiled.smaller("decode") == SdxlMemoryPlan(6, tiled_decode=True, offload=True, lean=True)
+
+
+def test_a_video_that_does_not_fit_is_only_decoded_in_another_way() -> None:
+    plan = WanMemoryPlan()
+
+    assert plan.smaller("condition") is plan.smaller("denoise") is None
+    tiled = plan.smaller("decode")
+    assert tiled == WanMemoryPlan(tiled_decode=True)
+    assert tiled.smaller("decode") is None
 
 
 def test_a_plan_that_succeeded_is_used_for_the_next_job_of_that_shape() -> None:
