@@ -22,6 +22,7 @@ from ourvidz_serverless.errors import (
 )
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.pinned import PinnedBlock
+from ourvidz_serverless.models.memory.uploads import Fence, Uploads
 from ourvidz_serverless.settings import Settings
 
 #: The errors after which, by CUDA's documentation, "the process must be terminated and relaunched",
@@ -221,6 +222,27 @@ class Device:
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor's copy on a GPU. The copy may be incomplete until `wait` returns."""
         return tensor.to(self.name, non_blocking=True)
+
+    def uploads(self) -> Uploads:
+        """A context that sends many tensors to a GPU."""
+        return Uploads(self)
+
+    def is_pageable(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in host memory that a GPU cannot read by itself."""
+        return tensor.device.type == "cpu" and not tensor.is_pinned()
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory on the device for a tensor's copy."""
+        return torch.empty_like(tensor, device=self.name)
+
+    def begin_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy from pinned memory. The copy may be incomplete until `wait` returns."""
+        target.copy_(source, non_blocking=True)
+
+    def fence(self) -> Fence:
+        """A mark behind the copies that have begun on a GPU."""
+        with torch.cuda.device(self.name):
+            return torch.cuda.Event()
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on a GPU."""
