@@ -19,10 +19,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
-    UniPCMultistepScheduler,
 )
 
 from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.models.memory.device import AsyncTransfers, to_device_async
+from ourvidz_serverless.models.unipc import HostUniPC
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {}),
@@ -30,11 +31,14 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_sde": (DPMSolverSinglestepScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
+    "unipc": (HostUniPC, {}),
     # By default it clips latents as if they were pixels.
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "lcm": (LCMScheduler, {}),
 }
+
+#: Our own schedulers, in place of those that a checkpoint names.
+OWN = {"UniPCMultistepScheduler": HostUniPC}
 
 #: More than two, since consistency models' schedulers treat two steps in a special way.
 TRIED_STEPS = 4
@@ -47,25 +51,61 @@ def make_scheduler(config: Any, name: str | None, is_distilled: bool = False) ->
     must not share one. With `is_distilled` its first timestep is the noisiest one: distilled LoRAs
     were trained from there, as the cards of SDXL-Lightning and Hyper-SD say ("trailing").
     """
-    kind, overrides = (
-        (getattr(diffusers, config["_class_name"]), {}) if name is None else SCHEDULERS[name]
-    )
+    kind, overrides = (_own_kind(config), {}) if name is None else SCHEDULERS[name]
     spacing = {"timestep_spacing": "trailing"} if is_distilled else {}
     return kind.from_config(config, **overrides, **spacing)
 
 
-def set_steps(scheduler: Any, steps: int, device: torch.device | None = None) -> None:
-    """Set the number of a scheduler's steps.
+def _own_kind(config: Any) -> Any:
+    name = config["_class_name"]
+    return OWN.get(name) or getattr(diffusers, name)
+
+
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Set the number of a scheduler's steps. Its schedule stays on the host.
 
     Raises InvalidPrompt if the scheduler cannot take so many. Schedulers of distilled checkpoints
     have a limit.
     """
     try:
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps)
     except ValueError as exc:
         raise InvalidPrompt(
             f"config.num_inference_steps: the scheduler of this checkpoint takes no {steps} steps"
         ) from exc
+
+
+def timestep_pairs(
+    scheduler: Any, device: torch.device, skipped: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each timestep after the `skipped` ones, twice: on the host and on the device.
+
+    The scheduler takes the first, the network the second. A scheduler compares its timesteps, so
+    the host would wait for one on the device. It also begins at the first of these timesteps.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        # Otherwise it searches for the first timestep.
+        scheduler.set_begin_index(skipped)
+    timesteps = scheduler.timesteps[skipped:]
+    return list(zip(timesteps, to_device_async(timesteps, device), strict=True))
+
+
+def take_step(
+    scheduler: Any,
+    predicted: torch.Tensor,
+    timestep: torch.Tensor,
+    latents: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """The latents after one step of a scheduler, without a wait for the device.
+
+    `timestep` is on the host. New noise is drawn on the host too, by the generators of `options`.
+    """
+    with AsyncTransfers():
+        stepped: torch.Tensor = scheduler.step(
+            predicted, timestep, latents, **options, return_dict=False
+        )[0]
+    return stepped
 
 
 def try_one_step(config: Any) -> None:
@@ -85,7 +125,7 @@ def try_one_step(config: Any) -> None:
 
 #: WAN's solvers, for the straight paths of flow matching (arXiv:2210.02747).
 SOLVERS: dict[str, Any] = {
-    "unipc": UniPCMultistepScheduler,
+    "unipc": HostUniPC,
     "dpm++": DPMSolverMultistepScheduler,
     "euler": FlowMatchEulerDiscreteScheduler,
 }
@@ -111,12 +151,12 @@ def make_flow_scheduler(config: Any, solver: str, flow_shift: float) -> Any:
     return kind.from_config(config, **flow, flow_shift=flow_shift)
 
 
-def make_dmd_scheduler(timesteps: Sequence[int], device: Any) -> Any:
+def make_dmd_scheduler(timesteps: Sequence[int]) -> Any:
     """A scheduler that is set to a DMD checkpoint's own timesteps (arXiv:2405.14867).
 
     Each step predicts the clean video, and adds new noise for the next timestep.
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
     train = scheduler.config.num_train_timesteps
-    scheduler.set_timesteps(sigmas=[each / train for each in timesteps], device=device)
+    scheduler.set_timesteps(sigmas=[each / train for each in timesteps])
     return scheduler

@@ -9,6 +9,7 @@ import torch
 
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.pinned import PinnedBlock
+from ourvidz_serverless.models.memory.uploads import Uploads
 
 
 class FakeMemory:
@@ -113,24 +114,74 @@ class TorchPinnedAllocator:
         self._free.append(size)
 
 
+class FakeFence:
+    """A mark behind the copies of a `FakeGpu` that have begun."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu, self._mark = gpu, 0
+
+    def record(self) -> None:
+        self._mark = self._gpu.num_completed + self._gpu.num_begun
+
+    def synchronize(self) -> None:
+        self._gpu.complete_copies(max(self._mark - self._gpu.num_completed, 0))
+
+
 class FakeGpu:
     """A GPU for `MovableTensors`, whose memory is a part of the host's.
 
-    It allocates at the lowest free address. Like CUDA's allocator, it reuses freed memory.
+    It allocates at the lowest free address. Like CUDA's allocator, it reuses freed memory. A copy
+    that begins reads its source as late as it may: when somebody waits for it.
     """
 
     is_cuda = True
 
-    def __init__(self, num_bytes: int = 1 << 24, runtime: FakeCudaRuntime | None = None) -> None:
+    def __init__(
+        self,
+        num_bytes: int = 1 << 24,
+        runtime: FakeCudaRuntime | None = None,
+        buffer_bytes: int = 1000,
+    ) -> None:
         self._memory = memoryview(bytearray(num_bytes))
         self._allocated: dict[int, int] = {}
         self.runtime = runtime or FakeCudaRuntime()
+        self._buffer_bytes, self.num_direct_copies = buffer_bytes, 0
+        self._begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_completed = 0
 
     @property
     def used_bytes(self) -> int:
         return sum(self._allocated.values())
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.num_direct_copies += 1
+        return self.empty_like(tensor).copy_(tensor)
+
+    def uploads(self) -> Uploads:
+        return Uploads(self, self._buffer_bytes)
+
+    def is_pageable(self, tensor: torch.Tensor) -> bool:
+        pages = self.runtime.pages.values()
+        return not self.has(tensor) and not any(tensor.data_ptr() // PAGE in each for each in pages)
+
+    def begin_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._begun.append((target, source))
+
+    def fence(self) -> FakeFence:
+        return FakeFence(self)
+
+    def complete_copies(self, count: int | None = None) -> None:
+        """Complete the first `count` copies that have begun."""
+        for target, source in self._begun[:count]:
+            target.copy_(source)
+            self.num_completed += 1
+        del self._begun[:count]
+
+    @property
+    def num_begun(self) -> int:
+        return len(self._begun)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         start = self._free_address(tensor.nbytes)
         copy = torch.frombuffer(
             self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=start
@@ -138,7 +189,7 @@ class FakeGpu:
         self._allocated[start] = tensor.nbytes
         weakref.finalize(copy.untyped_storage(), self._allocated.pop, start)
         strides = torch.empty_like(tensor).stride()
-        return copy.as_strided(tensor.shape, strides).copy_(tensor)
+        return copy.as_strided(tensor.shape, strides)
 
     def has(self, tensor: torch.Tensor) -> bool:
         start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
@@ -154,11 +205,13 @@ class FakeGpu:
             return None
 
     def unpin(self, block: PinnedBlock) -> None:
+        self.complete_copies()
         block.release()
 
     def count_bytes(self, num_bytes: int) -> None: ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        self.complete_copies()
 
     def free_memory(self) -> None: ...
 

@@ -994,8 +994,8 @@ def test_frames_are_encoded_while_later_frames_are_decoded(
         encoded.release()
         return encode(*frame)
 
-    def held(latents: Any) -> Iterator[np.ndarray]:
-        pieces = decode(latents)
+    def held(latents: Any, *how: Any) -> Iterator[np.ndarray]:
+        pieces = decode(latents, *how)
         for _ in range(8):
             yield next(pieces)
         # The first frame, and four of each further piece. Without encoding meanwhile, this would
@@ -1020,9 +1020,9 @@ def test_a_deadline_ends_a_job_while_frames_are_decoded(
     at = local(models={"wan": wan}, settings=Settings(job_timeout_s=60), clock=clock)
     decode = wan.vae.decode
 
-    def slow(latents: Any) -> Iterator[np.ndarray]:
+    def slow(latents: Any, *how: Any) -> Iterator[np.ndarray]:
         for _ in range(10):
-            for piece in decode(latents):
+            for piece in decode(latents, *how):
                 clock.advance(10)
                 yield piece
 

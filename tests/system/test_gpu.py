@@ -18,8 +18,11 @@ from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
 from ourvidz_serverless.models.chat.model import ChatModel
 from ourvidz_serverless.models.chat.request import SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler, sample
+from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CudaMemory, open_memory
+from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.memory.uploads import BUFFER_BYTES
 from ourvidz_serverless.models.sdxl import loader as sdxl_loader
 from ourvidz_serverless.models.sdxl import vae as decoders
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
@@ -82,6 +85,21 @@ def test_a_unet_runs_on_a_gpu_in_fp16_without_autocast() -> None:
         render(model)
 
     assert seen == {(torch.float16, False)}
+
+
+def test_mapped_weights_arrive_bit_for_bit_and_come_back_from_pinned_memory() -> None:
+    torch.manual_seed(0)
+    before = torch.randn(3 * BUFFER_BYTES // 4 + 1), torch.randn(5, 7).t(), torch.randn(())
+    weights = [torch.nn.Parameter(each.clone(), requires_grad=False) for each in before]
+    module = torch.nn.ParameterList(weights)
+    model = MovableTensors([module], Device(torch.device("cuda"), torch.float32))
+
+    for _ in range(2):
+        model.to_device()
+        assert all(each.is_cuda for each in module)
+        assert all(map(torch.equal, [each.cpu() for each in module], before))
+        model.to_host()
+        assert all(each.is_pinned() for each in module)
 
 
 def decode(model: SdxlModel, decoder: Any, latent: torch.Tensor) -> tuple[np.ndarray, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ourvidz_serverless.errors import (
@@ -21,6 +22,7 @@ from ourvidz_serverless.errors import (
 )
 from ourvidz_serverless.models.memory.device_memory import CountedMemory
 from ourvidz_serverless.models.memory.pinned import PinnedBlock
+from ourvidz_serverless.models.memory.uploads import Fence, Uploads
 from ourvidz_serverless.settings import Settings
 
 #: The errors after which, by CUDA's documentation, "the process must be terminated and relaunched",
@@ -221,6 +223,27 @@ class Device:
         """A tensor's copy on a GPU. The copy may be incomplete until `wait` returns."""
         return tensor.to(self.name, non_blocking=True)
 
+    def uploads(self) -> Uploads:
+        """A context that sends many tensors to a GPU."""
+        return Uploads(self)
+
+    def is_pageable(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in host memory that a GPU cannot read by itself."""
+        return tensor.device.type == "cpu" and not tensor.is_pinned()
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory on the device for a tensor's copy."""
+        return torch.empty_like(tensor, device=self.name)
+
+    def begin_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy from pinned memory. The copy may be incomplete until `wait` returns."""
+        target.copy_(source, non_blocking=True)
+
+    def fence(self) -> Fence:
+        """A mark behind the copies that have begun on a GPU."""
+        with torch.cuda.device(self.name):
+            return torch.cuda.Event()
+
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on a GPU."""
         return tensor.is_cuda
@@ -256,9 +279,35 @@ def to_device_async(
 ) -> torch.Tensor:
     """Numbers as a tensor on a device. The host does not wait for the GPU's earlier work."""
     here = torch.as_tensor(numbers, dtype=dtype)
-    if device.type != "cuda":
-        return here.to(device)
-    return here.pin_memory().to(device, non_blocking=True)
+    return _pinned_for(device, here).to(device, non_blocking=True)
+
+
+class AsyncTransfers(TorchFunctionMode):
+    """A context in which `Tensor.to` sends the host's tensors to a GPU without a wait.
+
+    It is for libraries that make a tensor on the host and send it in the usual way, after which
+    the host waits for all of the GPU's earlier work.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and args[0].device.type == "cpu":
+            target = next(
+                (each for each in (*args[1:], *kwargs.values()) if _is_device(each)), None
+            )
+            if target is not None:
+                here = _pinned_for(torch.device(target), args[0])
+                return func(here, *args[1:], **{**kwargs, "non_blocking": True})
+        return func(*args, **kwargs)
+
+
+def _is_device(argument: Any) -> bool:
+    return isinstance(argument, (torch.device, str))
+
+
+def _pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from which a GPU copies while the host goes on; the same one for other devices."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def select_rows(rows: torch.Tensor, which: Sequence[int]) -> torch.Tensor:

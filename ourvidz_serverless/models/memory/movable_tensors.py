@@ -71,11 +71,16 @@ class MovableTensors:
             self._device.count_bytes(self._num_bytes)
             self._is_on_device = True
             try:
-                self._apply(self._device.send)
+                self._upload()
             except BaseException:
                 self.to_host()
                 raise
             self._device.wait()
+
+    def _upload(self) -> None:
+        if self._device.is_cuda:
+            with self._device.uploads() as uploads:
+                self._apply(uploads.send)
 
     def to_host(self) -> None:
         if self._is_on_device:

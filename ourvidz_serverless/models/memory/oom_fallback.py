@@ -61,21 +61,27 @@ class SdxlMemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class WanMemoryPlan:
-    """How WAN saves memory. `offload`: the text encoder comes to the device block by block.
+    """How WAN saves memory.
 
-    There is no smaller plan: WAN's networks come one at a time anyway, its VAE decodes frame by
-    frame, and each half of guidance is a forward. `lean` is always true, since WAN caches nothing
-    to be faster; the job's document has the field.
+    `offload`: the text encoder comes to the device block by block.
+    `tiled_decode`: the VAE decodes in tiles.
+    `lean` is always true, since WAN caches nothing to be faster; the job's document has the field.
+
+    No plan makes denoising smaller: WAN's networks come one at a time anyway, and each half of
+    guidance is a forward.
     """
 
     offload: bool = False
     lean: bool = True
+    tiled_decode: bool = False
 
     @property
     def too_large(self) -> str:
         return "a video of this size and length does not fit the device's memory"
 
     def smaller(self, stage: Stage, num_images: int = 1) -> WanMemoryPlan | None:
+        if stage == "decode" and not self.tiled_decode:
+            return replace(self, tiled_decode=True)
         return None
 
 
@@ -144,6 +150,13 @@ class OomFallback(Generic[MemoryPlan]):
             if result is not None:
                 return result
             self._fall_back(handle, stage, num_images)
+
+    def shrink(self, stage: Stage) -> None:
+        """Choose the smaller plan before a stage that cannot fit, if there is one."""
+        smaller = self.plan.smaller(stage)
+        if smaller is not None:
+            self.plan = smaller
+            self._report_plan()
 
     def succeeded(self) -> None:
         """Remember the plan, at the end of the job."""

@@ -57,6 +57,11 @@ class PinnedBlock:
     def num_bytes(self) -> int:
         return self._memory.nbytes
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of its bytes, as uint8."""
+        return self._memory
+
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor in the next free part, with the same strides if it has no gaps."""
         start = self._used

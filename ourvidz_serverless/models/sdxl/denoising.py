@@ -16,7 +16,12 @@ from typing import Any
 import torch
 
 from ourvidz_serverless.models.memory.device import Device
-from ourvidz_serverless.models.schedulers import make_scheduler, set_steps
+from ourvidz_serverless.models.schedulers import (
+    make_scheduler,
+    set_steps,
+    take_step,
+    timestep_pairs,
+)
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.presets import ForwardStats, SpeedPreset
@@ -101,14 +106,12 @@ class Denoiser:
         scheduler = make_scheduler(
             self.scheduler_config, self.request.scheduler, self.request.has_distilled_lora
         )
-        set_steps(scheduler, self.request.steps, self.device.name)
+        set_steps(scheduler, self.request.steps)
         skipped = (self.request.steps - self.num_steps) * scheduler.order
-        timesteps = scheduler.timesteps[skipped:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
+        timesteps = timestep_pairs(scheduler, self.device.name, skipped)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = self._first_latents(scheduler, timesteps[:1], generators)
+        latents = self._first_latents(scheduler, timesteps[0][0], generators)
         inputs = self.conditioning.unet_inputs(len(seeds))
         # As in diffusers' pipelines, the step adds no noise of its own; TCD's does by default.
         options = _accepted(scheduler.step, generator=generators, eta=0.0)
@@ -116,12 +119,12 @@ class Denoiser:
         cache, count = DeepCache(self.unet, self.preset.deep_cache_interval, warmup), ForwardStats()
         remembering = nullcontext() if is_lean else attention.cached_prompt_keys(self.unet)
         with remembering, cache.enabled():
-            for index, timestep in enumerate(timesteps):
+            for index, (timestep, sent) in enumerate(timesteps):
                 cache.begin_forward(index)
-                predicted = self._predict(scheduler, latents, timestep, inputs)
-                latents = scheduler.step(
-                    predicted, timestep, latents, **options, return_dict=False
-                )[0]
+                rows = torch.cat([latents] * self.conditioning.rows)
+                rows = scheduler.scale_model_input(rows, timestep)
+                predicted = self._predict(rows, sent, inputs)
+                latents = take_step(scheduler, predicted, timestep, latents, **options)
                 count.count(self.conditioning.rows, cache.is_full)
                 on_step((index + 1) // scheduler.order)
         stats.add(count)
@@ -140,11 +143,9 @@ class Denoiser:
         return scheduler.add_noise(start, noise, timestep.expand(len(generators)))
 
     def _predict(
-        self, scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any]
+        self, rows: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any]
     ) -> torch.Tensor:
         """The UNet's prediction for one step, with classifier-free guidance (arXiv:2207.12598)."""
-        rows = torch.cat([latents] * self.conditioning.rows)
-        rows = scheduler.scale_model_input(rows, timestep)
         predicted = self.unet(rows, timestep, **inputs, return_dict=False)[0]
         if not self.conditioning.is_guided:
             return predicted

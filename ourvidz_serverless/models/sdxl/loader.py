@@ -76,10 +76,11 @@ def check(settings: Settings, ledger: Ledger) -> None:
 
 
 def low_vram_plans() -> MemoryPlans[SdxlMemoryPlan]:
-    """The plan with the smallest memory: one image, one stage of the networks, a tiled VAE."""
-    return MemoryPlans(
-        SdxlMemoryPlan(1, tiled_decode=True, offload=True, lean=True), always_report=True
-    )
+    """The plan with the smallest memory: one image, and one stage of the networks at a time.
+
+    The VAE decodes in tiles where a whole decode would take more than the UNet.
+    """
+    return MemoryPlans(SdxlMemoryPlan(1, offload=True, lean=True), always_report=True)
 
 
 def read_networks(settings: Settings, device: Device) -> SdxlNetworks:

@@ -104,6 +104,7 @@ class SdxlModel:
         ):
             others = self.device.allocated_bytes() - self.parts.device_bytes
             fallback = OomFallback(self._plans, shape, self.device, progress.memory_plan)
+            self._choose_decode(fallback, decoder, request.size)
             denoiser = self._denoiser(request, preset, fallback, progress.check)
             stats = ForwardStats()
             for latents in self._denoise(denoiser, fallback, progress, stats):
@@ -155,6 +156,16 @@ class SdxlModel:
             self.parts.to_device_only(*parts)
         else:
             self.parts.to_device()
+
+    def _choose_decode(
+        self, fallback: OomFallback[SdxlMemoryPlan], decoder: Decoder, size: tuple[int, int]
+    ) -> None:
+        """By a plan that offloads, decode in tiles if a whole decode takes more than the UNet."""
+        plan, parts = fallback.plan, self.parts.parts
+        if plan.offload and not plan.tiled_decode:
+            room = parts["unet"].num_bytes - parts[decoder.part].num_bytes
+            if decoder.whole_bytes(*size) > room:
+                fallback.shrink("decode")
 
     def _working_bytes(self, others: int) -> int | None:
         """The job's peak without all weights and what `others` hold, in bytes; None on a CPU."""

@@ -33,6 +33,11 @@ from ourvidz_serverless.settings import Settings
 POCKET = Path(__file__).parents[3] / "pocket" / "sdxl_tiny_vae"
 
 
+#: A decode holds at most so many tensors of its largest layer: before a norm, after it, and after
+#: the activation.
+LARGE_TENSORS = 3
+
+
 class Decoder(Protocol):
     """Decodes latents. `part` is the part of the model that it needs on the device.
 
@@ -50,6 +55,9 @@ class Decoder(Protocol):
 
         A tiled decode takes less of the device's memory. Its image is in the host's memory.
         """
+
+    def whole_bytes(self, width: int, height: int) -> int:
+        """About what a decode that is not tiled takes, beside the weights."""
 
 
 def normalised(latent: torch.Tensor, config: Any) -> torch.Tensor:
@@ -107,6 +115,10 @@ class Vae:
                 return tiled_vae.decode(self.vae, latent, self.device)[0]
             return self.vae.decode(latent, return_dict=False)[0][0]
 
+    def whole_bytes(self, width: int, height: int) -> int:
+        channels = self.vae.decoder.up_blocks[-1].resnets[0].conv1.in_channels
+        return LARGE_TENSORS * channels * width * height * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class TinyVae:
@@ -129,6 +141,11 @@ class TinyVae:
         if is_tiled:
             return tiled_vae.decode_tiny(self.network, latent, self.device)[0]
         return self.network(latent)[0]
+
+    def whole_bytes(self, width: int, height: int) -> int:
+        convolutions = (m for m in self.network.modules() if isinstance(m, torch.nn.Conv2d))
+        channels = max(each.in_channels for each in convolutions)
+        return LARGE_TENSORS * channels * width * height * self.device.dtype.itemsize
 
 
 def in_bf16(vae: Any, device: Device) -> Vae:

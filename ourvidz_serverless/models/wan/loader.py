@@ -71,7 +71,8 @@ def load(settings: Settings, ledger: Ledger | None = None) -> WanModel:
         scheduler_config=loader.scheduler_config,
         sampling=sampling_defaults(settings, loader.scheduler_config),
         plans=MemoryPlans(
-            WanMemoryPlan(offload=settings.low_vram), always_report=settings.low_vram
+            WanMemoryPlan(offload=settings.low_vram, tiled_decode=settings.low_vram),
+            always_report=settings.low_vram,
         ),
         enhancement_prompt=read_enhancement_prompt(settings),
         enhancer=load_enhancer(settings, device, ledger),

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ourvidz_serverless.models.memory.device import Device, translate_out_of_mem
 from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, OomFallback, WanMemoryPlan
 from ourvidz_serverless.models.progress import NoProgress, Progress
+from ourvidz_serverless.models.schedulers import take_step, timestep_pairs
 from ourvidz_serverless.models.speed.presets import EXACT, WAN, ForwardStats
 from ourvidz_serverless.models.speed.step_cache import FirstBlockCache
 from ourvidz_serverless.models.wan.conditioning import (
@@ -41,8 +43,9 @@ from ourvidz_serverless.models.wan.sampling import Guidance, make_scheduler
 from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder
 from ourvidz_serverless.models.wan.vae import VideoVae
 
-#: Two latent frames: the VAE decodes the first one differently from all later ones.
-WARM_UP_FRAMES = 5
+#: Two latent frames: the VAE decodes the first one differently from all later ones. With three
+#: steps, UniPC, which is WAN's own solver, takes a step of each order.
+WARM_UP_FRAMES, WARM_UP_STEPS = 5, 3
 
 
 @dataclass(eq=False)
@@ -74,7 +77,7 @@ class WanModel(VideoModel):
         return "vace" if "vace" in self.networks else None
 
     def warm_up(self) -> None:
-        """Generate a few frames in one step by each network, and a text by WAN's own enhancer."""
+        """Generate a few frames by each network, and a text by WAN's own enhancer."""
         size = (832, 480) if self.device.is_cuda else (32, 32)
         grey = Image.new("RGB", size, "grey")
         references: dict[Route, References] = {
@@ -90,7 +93,7 @@ class WanModel(VideoModel):
                 seed=0,
                 size=size,
                 num_frames=WARM_UP_FRAMES,
-                steps=1,
+                steps=WARM_UP_STEPS,
                 guidance_scale=2.0,
                 references=references[route],
             )
@@ -122,7 +125,8 @@ class _Generation:
     def frames(self) -> Generator[np.ndarray]:
         with translate_out_of_memory():
             latents = self._denoise(self._encode_prompts(), self._encode_references())
-            with self._progress.span("decode"), self._using(self._wan.vae.handle, self._shape):
+            vae, expected = self._wan.vae.handle, self._expected_in_decode()
+            with self._progress.span("decode"), self._using(vae, self._shape, expected):
                 yield from self._decode(latents)
             self._fallback.succeeded()
 
@@ -152,8 +156,11 @@ class _Generation:
         if not request.references:
             return Conditioning()
 
+        # The encoder's layers are those of the decoder, the other way round.
+        expected = vae.decode_bytes(request.size, is_tiled=False)
+
         def encode(plan: WanMemoryPlan) -> Conditioning:
-            with self._using(vae.handle, f"{self._shape} in"):
+            with self._using(vae.handle, f"{self._shape} in", expected):
                 if network.is_vace:
                     return vace_conditioning(request, network.transformer, vae)
                 return i2v_conditioning(request, vae)
@@ -191,7 +198,7 @@ class _Generation:
     ) -> tuple[torch.Tensor, ForwardStats]:
         """The denoising loop: the latents that the seed's noise becomes, and counted forwards."""
         wan, request, network = self._wan, self._request, self._network
-        scheduler = make_scheduler(wan.scheduler_config, wan.sampling, request, wan.device)
+        scheduler = make_scheduler(wan.scheduler_config, wan.sampling, request)
         # Drawn on the CPU and in fp32: then a seed gives the same video on every device.
         generator = torch.Generator().manual_seed(request.seed)
         noise = torch.randn(self._noise_shape(conditioning), generator=generator)
@@ -205,19 +212,18 @@ class _Generation:
             ForwardStats(),
         )
 
-        def forward(branch: str, prompt: torch.Tensor) -> torch.Tensor:
+        def forward(timestep: torch.Tensor, branch: str, prompt: torch.Tensor) -> torch.Tensor:
             cache.begin_forward(branch)
             predicted = network.predict(latents, timestep, prompt, conditioning)
             stats.count(1, cache.is_full)
             return predicted
 
         with cache.enabled():
-            for done, timestep in enumerate(scheduler.timesteps, start=1):
-                predicted = guidance.predict(forward)
-                latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[
-                    0
-                ]
-                self._progress.step(done, len(scheduler.timesteps))
+            timesteps = timestep_pairs(scheduler, wan.device.name)
+            for done, (timestep, sent) in enumerate(timesteps, start=1):
+                predicted = guidance.predict(partial(forward, sent))
+                latents = take_step(scheduler, predicted, timestep, latents, **extra)
+                self._progress.step(done, len(timesteps))
         return latents[:, :, conditioning.leading_frames :], stats
 
     def _noise_shape(self, conditioning: Conditioning) -> tuple[int, ...]:
@@ -225,10 +231,21 @@ class _Generation:
         shape = self._wan.vae.latent_shape(self._request.num_frames, height, width)
         return (*shape[:2], shape[2] + conditioning.leading_frames, *shape[3:])
 
+    def _expected_in_decode(self) -> int:
+        """The bytes that the decode will take. It is tiled if whole frames cannot fit."""
+        vae, fallback = self._wan.vae, self._fallback
+        handle, size = vae.handle, self._request.size
+        room = handle.ledger.memory.total_bytes - handle.model.num_bytes
+        if vae.decode_bytes(size, fallback.plan.tiled_decode) > room:
+            fallback.shrink("decode")
+        return vae.decode_bytes(size, fallback.plan.tiled_decode)
+
     def _decode(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
         """The frames, piece by piece. If one does not fit, decoding begins again with more room."""
-        vae = self._wan.vae
-        pieces = _RestartablePieces(lambda: vae.decode(latents))
+        vae, check = self._wan.vae, self._progress.check
+        pieces = _RestartablePieces(
+            lambda: vae.decode(latents, self._fallback.plan.tiled_decode, check)
+        )
         while piece := self._fallback.run(vae.handle, "decode", lambda plan: pieces.next()):
             self._progress.check()
             yield piece[0]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.schedulers import (
     default_flow_shift,
     default_solver,
@@ -27,21 +26,19 @@ def sampling_defaults(settings: Settings, config: Any) -> SamplingDefaults:
     return SamplingDefaults(solver, shift, len(timesteps) or steps, timesteps)
 
 
-def make_scheduler(
-    config: Any, defaults: SamplingDefaults, request: VideoRequest, device: Device
-) -> Any:
+def make_scheduler(config: Any, defaults: SamplingDefaults, request: VideoRequest) -> Any:
     """A scheduler with the timesteps of a request set, made from a checkpoint's `config`."""
     if defaults.distilled_timesteps:
-        return make_dmd_scheduler(defaults.distilled_timesteps, device.name)
+        return make_dmd_scheduler(defaults.distilled_timesteps)
     solver = request.solver or defaults.solver
     scheduler = make_flow_scheduler(config, solver, request.flow_shift or defaults.flow_shift)
     if defaults.is_distilled and solver == "euler":
         # The last timestep that diffusers sets is almost free of noise. Among few steps that is
         # one step wasted.
         sigmas = [1 - step / request.steps for step in range(request.steps)]
-        scheduler.set_timesteps(sigmas=sigmas, device=device.name)
+        scheduler.set_timesteps(sigmas=sigmas)
     else:
-        scheduler.set_timesteps(request.steps, device=device.name)
+        scheduler.set_timesteps(request.steps)
     return scheduler
 
 

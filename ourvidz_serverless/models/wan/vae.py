@@ -2,7 +2,7 @@
 
 The VAE is causal: it decodes one latent frame at a time, and a feature cache holds what it needs
 of the frames before. `AutoencoderKLWan.decode` runs that loop to its end and concatenates the
-pieces. Here each piece is given out at once, with the same bits.
+pieces. Here each piece is given out as soon as it is complete, with the same bits.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from PIL import Image
 
 from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import ModelHandle
+from ourvidz_serverless.models.memory.types import Check
+from ourvidz_serverless.models.wan.tiled_vae import Part, SplitDecoder
 
 
 class VideoVae:
@@ -31,7 +32,7 @@ class VideoVae:
         self.channels: int = model.config.z_dim
         self.spatial: int = model.config.scale_factor_spatial
         self.temporal: int = model.config.scale_factor_temporal
-        self._convolutions = sum(isinstance(m, WanCausalConv3d) for m in model.decoder.modules())
+        self.decoder = SplitDecoder(model.decoder, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,24 +55,31 @@ class VideoVae:
         )
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> Iterator[np.ndarray]:
+    def decode(
+        self, latents: torch.Tensor, is_tiled: bool = False, check: Check = lambda: None
+    ) -> Iterator[np.ndarray]:
         """The frames of normalised latents, uint8 (frames, height, width, 3), a few at a time.
 
         The first piece has one frame, each further one has four. Device and host hold one piece
-        at a time, however long the video is.
+        at a time, however long the video is. A tiled decode takes less of the device's memory and
+        more of the host's, and gives out the first piece late; meanwhile it calls `check`.
         """
         latents = check_finite(latents, "the latent").to(self.dtype)
         latents = latents / self._scale(self.dtype) + self._per_channel("latents_mean", self.dtype)
         hidden = self.model.post_quant_conv(latents)
-        cache: list[torch.Tensor | None] = [None] * self._convolutions
-        for index in range(hidden.shape[2]):
-            piece = self.model.decoder(
-                hidden[:, :, index : index + 1],
-                feat_cache=cache,
-                feat_idx=[0],
-                first_chunk=index == 0,
-            )
-            yield as_uint8(check_finite(piece[0], "the decoded video").clamp(-1.0, 1.0))
+        size = [side * self.spatial for side in hidden.shape[3:]]
+        pieces: dict[int, np.ndarray] = {}
+        for part in self.decoder.tiled(hidden) if is_tiled else self.decoder.whole(hidden):
+            _paint(part, pieces, size)
+            if part.is_last:
+                yield pieces.pop(part.frame)
+            else:
+                check()
+
+    def decode_bytes(self, size: tuple[int, int], is_tiled: bool) -> int:
+        """About what `decode` takes beside the weights, for frames of a width and a height."""
+        width, height = size
+        return self.decoder.num_bytes(height // self.spatial, width // self.spatial, is_tiled)
 
     def video_of(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images of one size as a video (1, 3, frames, height, width) from -1 to 1, in fp32."""
@@ -84,6 +92,14 @@ class VideoVae:
     def _per_channel(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         values = torch.tensor(self.model.config[name], device=self.device, dtype=dtype)
         return values.view(1, -1, 1, 1, 1)
+
+
+def _paint(part: Part, pieces: dict[int, np.ndarray], size: Sequence[int]) -> None:
+    """Put a part's pixels in their place among the pieces, which are made at the first part."""
+    pixels = as_uint8(check_finite(part.pixels, "the decoded video").clamp(-1.0, 1.0))
+    if part.frame not in pieces:
+        pieces[part.frame] = np.empty((len(pixels), *size, 3), dtype=np.uint8)
+    pieces[part.frame][:, part.rows, part.columns] = pixels
 
 
 def as_uint8(frames: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ourvidz_serverless.errors import OutOfMemory
-from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan, WanMemoryPlan
 from ourvidz_serverless.models.progress import Progress
 from ourvidz_serverless.models.sdxl import loader as models
 from ourvidz_serverless.settings import Settings
@@ -36,6 +36,15 @@ def test_the_first_smaller_plan_for_decoding_is_tiled() -> None:
 
     assert tiled == SdxlMemoryPlan(6, tiled_decode=True)
     assert tiled.smaller("decode") == SdxlMemoryPlan(6, tiled_decode=True, offload=True, lean=True)
+
+
+def test_a_video_that_does_not_fit_is_only_decoded_in_another_way() -> None:
+    plan = WanMemoryPlan()
+
+    assert plan.smaller("condition") is plan.smaller("denoise") is None
+    tiled = plan.smaller("decode")
+    assert tiled == WanMemoryPlan(tiled_decode=True)
+    assert tiled.smaller("decode") is None
 
 
 def test_a_plan_that_succeeded_is_used_for_the_next_job_of_that_shape() -> None:
@@ -143,8 +152,19 @@ def test_low_vram_renders_on_a_device_smaller_than_the_weights(
     for one, other in zip(pictures, pictures_that_fit, strict=True):
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert model.device.counted.peak_bytes <= model.device.counted.total_bytes
-    smallest = {"max_batch": 1, "tiled_decode": True, "offload": True, "lean": True}
+    smallest = {"max_batch": 1, "tiled_decode": False, "offload": True, "lean": True}
     assert progress.memory_plans == [{**smallest, "alone": False, "retries": 0}]
+
+
+@pytest.mark.parametrize(("side", "is_tiled"), [(32, False), (256, True)])
+def test_low_vram_decodes_in_tiles_where_a_whole_decode_takes_more_than_the_unet(
+    side: int, is_tiled: bool
+) -> None:
+    model, progress = models.load(Settings(low_vram=True)), RecordedProgress()
+
+    tiny_sdxl.render(model, size=(side, side), steps=1, progress=progress)
+
+    assert progress.memory_plans[-1]["tiled_decode"] == is_tiled
 
 
 def test_under_low_vram_a_model_counts_as_its_largest_stage() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
 from ourvidz_serverless.models.sdxl import loader as sdxl_models
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 from ourvidz_serverless.models.sdxl.request import StartImage
@@ -83,7 +84,7 @@ def test_weights_are_channels_last_again_after_they_were_dropped_and_read() -> N
 
 
 def test_channels_last_works_with_tiled_decoding(channels_last: Any, sdxl: Any) -> None:
-    plans = sdxl_models.low_vram_plans()
+    plans = MemoryPlans(SdxlMemoryPlan(1, tiled_decode=True, offload=True, lean=True))
     small = SdxlModel(channels_last.networks, channels_last.device, plans=plans)
 
     assert distance(render_image(small), render_image(sdxl)) <= 1

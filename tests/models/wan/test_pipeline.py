@@ -339,7 +339,7 @@ def test_after_out_of_memory_a_video_is_made_with_no_other_model_on_the_device(
     }
     assert distance(video, usual) == 0
     assert progress.memory_plans == [
-        {"offload": False, "lean": True, "alone": True, "retries": 1},
+        {"offload": False, "lean": True, "tiled_decode": False, "alone": True, "retries": 1},
     ]
 
 
@@ -392,7 +392,7 @@ def test_low_vram_makes_the_same_video_and_reports_its_plan(
 
     assert distance(video, usual) == 0
     assert progress.memory_plans == [
-        {"offload": True, "lean": True, "alone": False, "retries": 0},
+        {"offload": True, "lean": True, "tiled_decode": True, "alone": False, "retries": 0},
     ]
 
 
@@ -408,7 +408,7 @@ def test_a_video_that_fits_in_no_way_is_out_of_memory_and_the_next_one_is_made(
 def test_running_out_of_memory_in_the_decoder_raises_our_error(
     wan: WanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decode(latents: torch.Tensor) -> Iterator[np.ndarray]:
+    def decode(*call: Any) -> Iterator[np.ndarray]:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         yield
 
@@ -557,7 +557,7 @@ def test_a_dmd_checkpoint_takes_its_own_timesteps(settings: Settings) -> None:
 
 
 def test_a_dmd_step_predicts_the_clean_video_and_adds_new_noise() -> None:
-    scheduler = make_dmd_scheduler((1000, 757, 522), "cpu")
+    scheduler = make_dmd_scheduler((1000, 757, 522))
     sample, velocity = torch.randn(2, 1, 4, 2, 4, 4).unbind()
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(7))
     step = scheduler.step(
