@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.dry_run.fake_cuda import FakeCuda
 from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.uploads import Fence
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,22 @@ class FakeDevice(Device):
     def counting(self) -> Any:
         assert self.fake
         return self.fake.on()
+
+    def fence(self) -> Fence:
+        assert self.fake
+        return _Fence(self.fake)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fence:
+    """A mark behind copies; waiting for them is counted."""
+
+    fake: FakeCuda
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None:
+        self.fake.note_wait("waits for copies of weights")
 
 
 def device_of(fake: FakeCuda, dtype: torch.dtype) -> FakeDevice:
