@@ -3,7 +3,7 @@
 /** The sizes that a form offers, for the small pocket models and for full ones. The first is set. */
 const SIZES = {
   sdxl: {
-    pocket: ["512x512", "512x320", "320x512", "256x256"],
+    pocket: ["512x512", "512x288", "288x512", "256x256"],
     full: ["1024x1024", "1216x832", "832x1216", "1344x768", "768x1344"],
   },
   wan: {
