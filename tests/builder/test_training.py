@@ -30,18 +30,22 @@ from builder.training import Muon, keyed, learn, muon, orthogonal
 
 @pytest.fixture(autouse=True)
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, tmp_path)
+
+
+def shorten(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Every stage at its smallest, in its own folder."""
-    monkeypatch.setattr(train_pocket_sdxl, "POOL", [(64, 64, 2)])
-    monkeypatch.setattr(train_pocket_vae, "CALIBRATION", (2, 64))
-    monkeypatch.setattr(train_pocket_vae, "VAE_MENU", [(64, 64, 1)])
-    monkeypatch.setattr(train_pocket_wan, "CACHE", tmp_path)
+    patch.setattr(train_pocket_sdxl, "POOL", [(64, 64, 2)])
+    patch.setattr(train_pocket_vae, "CALIBRATION", (2, 64))
+    patch.setattr(train_pocket_vae, "VAE_MENU", [(64, 64, 1)])
+    patch.setattr(train_pocket_wan, "CACHE", folder)
     for module in (train_pocket_words, train_pocket_wan):
-        monkeypatch.setattr(module, "WORD_STEPS", 1)
-        monkeypatch.setattr(module, "WORD_BATCH", 2)
-    monkeypatch.setattr(train_pocket_wan, "PLACE_STEPS", 1)
-    monkeypatch.setattr(train_pocket_wan, "MENU", [((1, 64, 64, 1), 1.0)])
-    monkeypatch.setattr(train_pocket_wan, "VACE_MENU", [((5, 64, 64, 1), 1.0)])
-    monkeypatch.setattr(train_pocket_sdxl, "MENUS", [(0, {(64, 64): (1, 1.0)})])
+        patch.setattr(module, "WORD_STEPS", 1)
+        patch.setattr(module, "WORD_BATCH", 2)
+    patch.setattr(train_pocket_wan, "PLACE_STEPS", 1)
+    patch.setattr(train_pocket_wan, "MENU", [((1, 64, 64, 1), 1.0)])
+    patch.setattr(train_pocket_wan, "VACE_MENU", [((5, 64, 64, 1), 1.0)])
+    patch.setattr(train_pocket_sdxl, "MENUS", [(0, {(64, 64): (1, 1.0)})])
 
 
 @pytest.fixture
@@ -206,8 +210,8 @@ def test_a_trained_pocket_is_loaded_as_a_single_file_and_paints(run: Run) -> Non
 @pytest.mark.usefixtures("exported")
 def test_two_processes_train_one_model(run: Run) -> None:
     train_pocket_sdxl.prepare(run)
-    # Spawned processes import the modules anew, so they get the fixture's settings by fork.
-    context = multiprocessing.get_context("fork")
+    # A forked process could not train: its parent may have begun autograd's threads.
+    context = multiprocessing.get_context("spawn")
     ends = [context.Process(target=half, args=(rank, run)) for rank in range(2)]
     for end in ends:
         end.start()
@@ -224,8 +228,10 @@ def half(rank: int, run: Run) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{run.cache}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    pipe = train_pocket_sdxl.prepare(run)
-    train_pocket_sdxl.train_unet(run, pipe)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, run.cache.parent)
+        pipe = train_pocket_sdxl.prepare(run)
+        train_pocket_sdxl.train_unet(run, pipe)
     torch.save(weights(pipe.unet), run.cache / f"half-{rank}")
 
 
