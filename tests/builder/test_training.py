@@ -56,12 +56,16 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a training stores the model, instead of in the project's own folder."""
     stored = tmp_path / "stored" / "sdxl.safetensors"
     stored.parent.mkdir()
-    monkeypatch.setattr(pocket_sdxl, "CHECKPOINT", stored)
-    monkeypatch.setattr(pocket_sdxl, "CONFIG", stored.with_suffix(""))
+    store_at(stored, monkeypatch)
     return stored
+
+
+def store_at(stored: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have a training store the model there, instead of in the project's own folder."""
+    patch.setattr(pocket_sdxl, "CHECKPOINT", stored)
+    patch.setattr(pocket_sdxl, "CONFIG", stored.with_suffix(""))
 
 
 def vae(scale: float = 1.0) -> Any:
@@ -207,12 +211,11 @@ def test_a_trained_pocket_is_loaded_as_a_single_file_and_paints(run: Run) -> Non
     assert picture.images[0].size == (64, 64)
 
 
-@pytest.mark.usefixtures("exported")
-def test_two_processes_train_one_model(run: Run) -> None:
+def test_two_processes_train_one_model(run: Run, exported: Path) -> None:
     train_pocket_sdxl.prepare(run)
     # A forked process could not train: its parent may have begun autograd's threads.
     context = multiprocessing.get_context("spawn")
-    ends = [context.Process(target=half, args=(rank, run)) for rank in range(2)]
+    ends = [context.Process(target=half, args=(rank, run, exported)) for rank in range(2)]
     for end in ends:
         end.start()
     for end in ends:
@@ -223,13 +226,14 @@ def test_two_processes_train_one_model(run: Run) -> None:
     assert torch.equal(one, other)
 
 
-def half(rank: int, run: Run) -> None:
+def half(rank: int, run: Run, stored: Path) -> None:
     """One of two processes that train together. It stores the weights that it ends with."""
     torch.set_num_threads(1)
     meeting = f"file://{run.cache}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch, run.cache.parent)
+        store_at(stored, patch)
         pipe = train_pocket_sdxl.prepare(run)
         train_pocket_sdxl.train_unet(run, pipe)
     torch.save(weights(pipe.unet), run.cache / f"half-{rank}")
