@@ -1,13 +1,11 @@
 """Drawings of one coloured shape on a coloured ground, for training and for tests.
 
-`imagine` chooses a random drawing, `paint` draws its pixels at any size, `caption` describes some
-of it in words, and `read` finds which drawing a picture shows.
+`imagine` chooses a random drawing, `paint` draws its pixels at any size, and `read` finds which
+drawing a picture shows. `vocabulary` has the words of their captions.
 """
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +53,6 @@ POSITION_WORDS = {
     "bottom": ("at the bottom", "at the bottom", "on the bottom", "bottom"),
     "centre": ("in the centre", "in the center", "in the middle", "centred", "centered"),
 }
-WORDS: dict[str, Mapping[Any, tuple[str, ...]]] = {
-    "shape": SHAPE_WORDS,
-    "size": SIZE_WORDS,
-    "position": POSITION_WORDS,
-}
-PLACING = {"on", "the", "at", "in", "side"}
 GROUND_WORDS = (
     "on a {} background",
     "on a {} background",
@@ -147,92 +139,6 @@ def coverage(shape: str, x: Plane, y: Plane, half_x: float, half_y: float) -> Pl
         flanks = (2 * half_y * np.abs(x) - half_x * (y + half_y)) / slope
         distance = np.maximum(flanks, y - half_y)
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
-
-
-def caption(drawing: Drawing, rng: random.Random) -> str:
-    """The drawing in words. It may omit any attribute and add words without meaning."""
-    kind = rng.random()
-    if kind < 0.10:
-        return ""
-    if kind < 0.14:
-        return ", ".join(rng.sample(BLEMISHES + DECORATIONS, rng.randint(1, 12)))
-    words = _bare_words(drawing, rng) if kind < 0.22 else _sentence(drawing, rng)
-    return _decorated(words, rng) if rng.random() < 0.45 else words
-
-
-def _bare_words(drawing: Drawing, rng: random.Random) -> str:
-    """One attribute alone, as in negative prompts. A colour alone is the shape's."""
-    options = [
-        str(drawing.colour),
-        str(drawing.colour),
-        rng.choice(SHAPE_WORDS[drawing.shape]),
-        f"{drawing.background} background",
-        rng.choice(POSITION_WORDS[str(drawing.position)]),
-    ]
-    if drawing.size in SIZE_WORDS:
-        options.append(rng.choice(SIZE_WORDS[drawing.size]))
-    return rng.choice(options)
-
-
-def _sentence(drawing: Drawing, rng: random.Random) -> str:
-    """ "a small red circle on the left on a blue background", in one of its many forms."""
-    says_size = drawing.size in SIZE_WORDS and rng.random() < 0.5
-    adjectives = [rng.choice(SIZE_WORDS[str(drawing.size)])] if says_size else []
-    adjectives += [str(drawing.colour)] if rng.random() < 0.82 else []
-    noun = rng.choice(SHAPE_WORDS[drawing.shape if rng.random() < 0.85 else None])
-    thing = " ".join([*adjectives, noun])
-    if rng.random() < 0.85:
-        thing = ("an " if thing[0] in "aeio" else "a ") + thing
-    place = rng.choice(POSITION_WORDS[str(drawing.position)]) if rng.random() < 0.35 else ""
-    ground = ""
-    if rng.random() < 0.78:
-        ground = rng.choice(GROUND_WORDS).format(drawing.background)
-        ground = ground.replace("a orange", "an orange")
-    return _joined(thing, place, ground, drawing.background, rng)
-
-
-def _joined(thing: str, place: str, ground: str, background: str, rng: random.Random) -> str:
-    """The three parts in one of the usual orders."""
-    order = rng.random()
-    if ground and order < 0.12:
-        return ", ".join(filter(None, (f"{background} background", thing, place)))
-    if ground and order < 0.3:
-        return ", ".join(filter(None, (" ".join(filter(None, (thing, place))),
-                                       f"{background} background")))  # fmt: skip
-    if order < 0.65:
-        return " ".join(filter(None, (thing, ground, place)))
-    return " ".join(filter(None, (thing, place, ground)))
-
-
-def _decorated(words: str, rng: random.Random) -> str:
-    """The words, with openings and decorations that say nothing about the drawing."""
-    if rng.random() < 0.5:
-        words = f"{rng.choice(OPENINGS)} {words}"
-    before = _decorations(rng, 3) if rng.random() < 0.35 else []
-    after = _decorations(rng, 8) if rng.random() < 0.75 else []
-    return ", ".join([*before, words, *after])
-
-
-def _decorations(rng: random.Random, most: int) -> list[str]:
-    """One to `most` decorations. Some are invented words that no vocabulary has."""
-    chosen = rng.sample(DECORATIONS, rng.randint(1, most))
-    if rng.random() < 0.25:
-        invented = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
-        chosen[rng.randrange(len(chosen))] = invented
-    return chosen
-
-
-def says(text: str, drawing: Drawing, attribute: str) -> bool:
-    """Whether a caption of this drawing names this attribute of it."""
-    value = getattr(drawing, attribute)
-    phrases = WORDS[attribute].get(value, ()) if attribute in WORDS else (value,)
-    telling = {word for phrase in phrases for word in phrase.split()} - PLACING
-    return bool(telling & set(text.replace(",", " ").split()))
-
-
-def filler(rng: random.Random) -> str:
-    """The second part of a long prompt: only decorations, perhaps none."""
-    return ", ".join(rng.sample(DECORATIONS, rng.randint(0, 20)))
 
 
 def vocabulary() -> list[str]:
