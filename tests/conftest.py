@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # As in a worker whose chat models are not quantised: transformers, diffusers and peft import
 # torchao if it is installed, which takes seconds. A test that needs it starts a process.
 sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+# jsonschema imports it to check IRIs, which no schema has. It takes a second to build its grammar.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Imports leave no garbage worth a search. `pytest_collection_finish` begins to search again.
 gc.disable()
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from ourvidz_serverless.serving import runpod_sdk
 from ourvidz_serverless.settings import Settings
 from tests import examples
 from tests.fakes.local_worker import LocalWorker
@@ -32,6 +35,8 @@ for name in [name for name in os.environ if name.startswith("RUNPOD_")]:
     del os.environ[name]
 
 examples.load_profile()
+# Without a Python that finds the processor's name, which takes a second.
+runpod_sdk.load()
 
 
 def pytest_collection_finish() -> None:

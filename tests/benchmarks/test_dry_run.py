@@ -321,6 +321,7 @@ def test_the_documents_have_the_tables(page: str, titles: Any) -> None:
     assert not [title for title in titles if f"**{title}**" not in text]
 
 
+@pytest.mark.deep
 def test_the_command_counts_each_family_and_its_peer(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
 

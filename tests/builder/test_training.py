@@ -3,7 +3,6 @@
 Each training here has one step. No test checks that it learns.
 """
 
-import multiprocessing
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -26,6 +25,7 @@ from builder.train_pocket_sdxl import Run
 from builder.train_pocket_tiny_vae import distil
 from builder.train_pocket_vae import calibrated
 from builder.training import Muon, keyed, learn, muon, orthogonal
+from tests.servers import warm_python
 
 
 @pytest.fixture(autouse=True)
@@ -213,11 +213,8 @@ def test_a_trained_pocket_is_loaded_as_a_single_file_and_paints(run: Run) -> Non
 
 def test_two_processes_train_one_model(run: Run, exported: Path) -> None:
     train_pocket_sdxl.prepare(run)
-    # A forked process could not train: its parent may have begun autograd's threads.
-    context = multiprocessing.get_context("spawn")
-    ends = [context.Process(target=half, args=(rank, run, exported)) for rank in range(2)]
-    for end in ends:
-        end.start()
+    # The tests' own process may have begun autograd's threads, and a fork of it could not train.
+    ends = [warm_python.call(half, rank, run, exported) for rank in range(2)]
     for end in ends:
         end.join(120)
 

@@ -799,43 +799,53 @@ REQUEST = (
 )
 
 
-def type_errors(folder: Path, body: str) -> str:
-    """The messages of Deno's compiler for a function that uses a client."""
-    file = folder / "caller.ts"
-    client = ROOT / "clients/typescript/mod.ts"
-    file.write_text(
-        f'import {{ type Client, familyOf }} from "{client}";\n'
-        f"export async function call(client: Client, {ROW}, {REQUEST}) {{{body}}}\n"
-        "export { familyOf };\n"
-    )
+USES = ("await client.submit(payload);", "await client.run(payload);", "familyOf(payload);")
+MINIMAL_JOBS = ('{ prompt: "Hello World" }', '{ type: "video_fast", prompt: "Hello World" }')
+WRONG_JOBS = (
+    '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
+    '{ type: "poem", user_id: "u" }',
+    '{ type: "sdxl_image_fast", prompt: "a red sun", config: { num_images: "3" } }',
+    "{ prompt: 1 }",
+)
+
+
+@pytest.fixture(scope="module")
+def type_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The messages of Deno's compiler for a function that makes each use or submits each job."""
+    folder, client = tmp_path_factory.mktemp("callers"), ROOT / "clients/typescript/mod.ts"
+    bodies = {use: f"{QUEUE_PAYLOAD}\n{use}" for use in USES}
+    bodies |= {job: f"await client.submit({job});" for job in (*MINIMAL_JOBS, *WRONG_JOBS)}
+    files = {key: folder / f"caller-{number}.ts" for number, key in enumerate(bodies)}
+    for key, file in files.items():
+        file.write_text(
+            f'import {{ type Client, familyOf }} from "{client}";\n'
+            f"export async function call(client: Client, {ROW}, {REQUEST}) {{{bodies[key]}}}\n"
+            "export { familyOf };\n"
+        )
     done = subprocess.run(
-        [DENO, "check", file], capture_output=True, text=True, env=deno_environment()
+        [DENO, "check", *files.values()], capture_output=True, text=True, env=deno_environment()
     )
-    return "" if done.returncode == 0 else done.stderr
+    messages = done.stderr.split("\n\n")
+    return {
+        key: "\n".join(each for each in messages if f"at {file.as_uri()}:" in each)
+        for key, file in files.items()
+    }
 
 
-@pytest.mark.parametrize(
-    "use", ["await client.submit(payload);", "await client.run(payload);", "familyOf(payload);"]
-)
-def test_the_applications_payload_compiles_without_a_cast(tmp_path: Path, use: str) -> None:
-    assert type_errors(tmp_path, f"{QUEUE_PAYLOAD}\n{use}") == ""
+@pytest.mark.parametrize("use", USES)
+def test_the_applications_payload_compiles_without_a_cast(
+    type_errors: dict[str, str], use: str
+) -> None:
+    assert type_errors[use] == ""
 
 
-@pytest.mark.parametrize(
-    "job", ['{ prompt: "Hello World" }', '{ type: "video_fast", prompt: "Hello World" }']
-)
-def test_a_minimal_payload_compiles(tmp_path: Path, job: str) -> None:
-    assert type_errors(tmp_path, f"await client.submit({job});") == ""
+@pytest.mark.parametrize("job", MINIMAL_JOBS)
+def test_a_minimal_payload_compiles(type_errors: dict[str, str], job: str) -> None:
+    assert type_errors[job] == ""
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
-        '{ type: "sdxl_image_fast", user_id: "u", prompt: 1 }',
-        '{ type: "poem", user_id: "u" }',
-        '{ type: "sdxl_image_fast", prompt: "a red sun", config: { num_images: "3" } }',
-        "{ prompt: 1 }",
-    ],
-)
-def test_a_wrong_job_whose_type_is_known_does_not_compile(tmp_path: Path, job: str) -> None:
-    assert "TS2769" in type_errors(tmp_path, f"await client.submit({job});")
+@pytest.mark.parametrize("job", WRONG_JOBS)
+def test_a_wrong_job_whose_type_is_known_does_not_compile(
+    type_errors: dict[str, str], job: str
+) -> None:
+    assert "TS2769" in type_errors[job]

@@ -1,16 +1,19 @@
 """The TypeScript client in real Deno and Node, and edge functions in Deno."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
@@ -24,6 +27,9 @@ RUNTIMES = ("deno", "node")
 
 #: The tools of `tests/clients/npm/`, which `make test` installs.
 NPM = ROOT / ".cache/npm/node_modules"
+
+#: What npm makes in the client's folder.
+OUTPUTS = ("dist", "node_modules")
 
 #: The secret with which the worker signs callbacks and the edge function verifies them.
 SECRET = "whsec_YSBzZWNyZXQgb2Ygb3VyIG93bg=="
@@ -70,29 +76,52 @@ def built() -> Path:
 
 
 def packed() -> Path:
-    """The file that `npm publish` would send, built once in this process."""
-    (file,) = Path(_pack().name).glob("*.tgz")
+    """The file that `npm publish` would send. It is built once for these sources."""
+    (file,) = _pack().glob("*.tgz")
     return file
 
 
 @functools.cache
-def _pack() -> "tempfile.TemporaryDirectory[str]":
-    """A copy of the client's folder in which `npm pack` has run. It is removed at the exit."""
+def _pack() -> Path:
+    """A copy of the client's folder in which `npm pack` has run."""
     needed(shutil.which("npm") is not None, "npm is not on this machine")
     needed((NPM / ".bin/tsc").exists(), "tsc is not in .cache/npm; `make test` installs it")
-    folder = tempfile.TemporaryDirectory()
-    ignored = shutil.ignore_patterns("dist", "node_modules")
-    shutil.copytree(CLIENT, folder.name, ignore=ignored, dirs_exist_ok=True)
+    home = ROOT / ".cache/client" / _digest()
+    home.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes of the tests need it at the same time.
+    with FileLock(home.with_suffix(".lock")):
+        if not home.exists():
+            with tempfile.TemporaryDirectory(dir=home.parent) as folder:
+                _npm_pack(Path(folder) / "client")
+                (Path(folder) / "client").rename(home)
+    return home
+
+
+def _digest() -> str:
+    """A name for the sources of the client and the versions of its tools."""
+    found = hashlib.sha256((NPM / ".package-lock.json").read_bytes())
+    for file in sorted(path for path in _sources() if path.is_file()):
+        found.update(f"{file.relative_to(CLIENT)}:".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _sources() -> Iterator[Path]:
+    for path in CLIENT.rglob("*"):
+        if not {*OUTPUTS} & {*path.relative_to(CLIENT).parts}:
+            yield path
+
+
+def _npm_pack(folder: Path) -> None:
+    shutil.copytree(CLIENT, folder, ignore=shutil.ignore_patterns(*OUTPUTS))
     done = subprocess.run(
         ["npm", "pack", "--no-update-notifier"],
-        cwd=folder.name,
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": f"{NPM / '.bin'}:{os.environ['PATH']}"},
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def edge_function(name: str, **env: str) -> WorkerProcess:

@@ -171,6 +171,7 @@ class Platform(LocalServer):
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
         self._jobs: dict[str, PlatformJob] = {}
         self._stops: defaultdict[str, list[str]] = defaultdict(list)
+        self._removals: Counter[str] = Counter()
         self._seen: dict[str, float] = {}
         self._skipped = 0.0
 
@@ -310,6 +311,12 @@ class Platform(LocalServer):
             if job.status not in ("COMPLETED", "FAILED", "TIMED_OUT"):
                 job.status, job.output = "CANCELLED", None
                 job.ended_at = job.ended_at or self._now()
+            self.changed.notify_all()
+
+    def remove(self, worker: str) -> None:
+        """End the held polls of a worker that is gone. A new one may have its id."""
+        with self.changed:
+            self._removals[worker] += 1
             self.changed.notify_all()
 
     def stop(self) -> None:
@@ -465,10 +472,13 @@ class Platform(LocalServer):
             self.polls[worker] += 1
             self._workers[endpoint].add(worker)
             self.changed.notify_all()
-            self.changed.wait_for(
-                lambda: self._queues[endpoint] or self.closing.is_set(), self.hold
-            )
-            if self.closing.is_set():
+            removals = self._removals[worker]
+
+            def is_over() -> bool:
+                return self.closing.is_set() or self._removals[worker] > removals
+
+            self.changed.wait_for(lambda: self._queues[endpoint] or is_over(), self.hold)
+            if is_over():
                 return []
             queue = self._queues[endpoint]
             given = [queue.popleft() for _ in range(min(count, len(queue)))]

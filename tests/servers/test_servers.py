@@ -326,6 +326,16 @@ def test_a_job_counts_as_in_progress_though_its_worker_disconnected(script: Path
         platform.wait_for_status(job, "IN_PROGRESS")
 
 
+def test_a_job_is_not_given_to_a_worker_that_was_removed(script: Path) -> None:
+    with Platform(hold=60) as platform:
+        with WorkerProcess(platform, script):
+            pass
+        with WorkerProcess(platform, script):
+            job = platform.submit({"n": 1})
+
+            assert platform.result(job)["output"]
+
+
 def test_sigterm_lets_the_running_job_finish_and_the_worker_exits(script: Path) -> None:
     with Platform() as platform, WorkerProcess(platform, script) as worker:
         job = platform.submit({"do": "progress"})

@@ -12,10 +12,11 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.process import BaseProcess
 from typing import TextIO
 
 import pytest
@@ -29,6 +30,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.servers.preloaded"])
 _STARTING = threading.Lock()
+
+
+def call(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that has begun to call the function. The function must be a module's own."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    with _STARTING:
+        _start(process)
+    return process
 
 
 class WarmProcess:
@@ -110,7 +119,7 @@ def _pipe() -> tuple[TextIO, Connection]:
     return os.fdopen(os.dup(ours.fileno()), errors="replace", encoding="utf-8"), theirs
 
 
-def _start(process: multiprocessing.process.BaseProcess) -> None:
+def _start(process: BaseProcess) -> None:
     # The first start starts the fork server too, a Python of its own, which must find `preloaded`.
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}.items():

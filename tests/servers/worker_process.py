@@ -77,6 +77,8 @@ class WorkerProcess:
         if error is not None:
             error.add_note(f"log of {self.worker_id} (exit code {self.returncode}):\n{self.tail}")
         self.kill()
+        if self.platform:
+            self.platform.remove(self.worker_id)
 
     @property
     def pid(self) -> int:

@@ -927,7 +927,7 @@ def test_a_refusal_is_audited_by_rule_and_hash(
 
     local().run(sdxl_payload(prompt="nude child"))
 
-    line = next(json.loads(each.message) for each in caplog.records if "content" in each.message)
+    line = next(json.loads(each.message) for each in caplog.records if each.name.endswith("audit"))
     assert (line["user_id"], line["type"]) == ("user-1", "sdxl_image_fast")
     assert (line["content"], len(line["texts_sha256"])) == ("minor+sexual", 64)
     assert "nude" not in caplog.text

@@ -180,6 +180,8 @@ def test_the_video_that_the_form_shows_at_first_is_made_and_plays(
     run(tab)
     tab.wait_for_selector("figure video")
     tab.wait_for_function("() => document.querySelector('video').currentTime > 0")
+    # A browser without time to show a frame draws transparent black.
+    tab.wait_for_function(f"() => ({MIDDLE})()[3] > 0")
 
     assert tab.evaluate(MIDDLE)[:3] == pytest.approx([128] * 3, abs=3)
     assert "128 × 128 · 17 frames at 8 a second" in tab.inner_text("figcaption")
@@ -398,6 +400,39 @@ def test_a_removed_picture_is_not_sent_and_neither_is_its_use(
     assert given["metadata"] == {"reference_type": "style"}
     assert {"metadata", "image"}.isdisjoint({**request_of(tab), **request_of(tab)["config"]})
     assert not tab.is_visible("[name='metadata.reference_type']")
+
+
+CONSENT = "[name='metadata.reference_consent']"
+
+
+def test_consent_is_sent_with_the_picture_for_which_it_was_given(
+    visit: Visit, service: ServedHttp
+) -> None:
+    tab = visit(service)
+    choose_small_picture(tab)
+    give(tab, "choose", ".picture", picture_file("orange"))
+    unasked = request_of(tab)
+    tab.check(CONSENT)
+    given = request_of(tab)
+    tab.click("text=Remove")
+    give(tab, "choose", ".picture", picture_file("navy"))
+
+    assert given["metadata"] == {"reference_consent": True}
+    assert "metadata" not in unasked
+    assert not tab.is_checked(CONSENT)
+    assert "metadata" not in request_of(tab)
+
+
+def test_a_video_asks_for_consent_once_it_has_a_frame(visit: Visit, service: ServedHttp) -> None:
+    tab = visit(service)
+    choose(tab, "video_fast")
+    before = tab.is_visible(CONSENT)
+    # The second of the two fields.
+    give(tab, "choose", ".picture:nth-of-type(2)", picture_file())
+    tab.check(CONSENT)
+
+    assert not before
+    assert request_of(tab)["metadata"] == {"reference_consent": True}
 
 
 def test_a_start_and_an_end_frame_are_sent_and_survive_a_change_of_type(

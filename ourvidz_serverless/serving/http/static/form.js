@@ -80,8 +80,9 @@ function fields() {
   return fieldsOf(at("type").value, models);
 }
 
-/** A prompt is the same for all families, a number of steps is not. */
-function nameOf({ at: place }) {
+/** A prompt is the same for all families, a number of steps is not, and a consent is its picture's. */
+function nameOf({ at: place, needs, isOfPicture }) {
+  if (isOfPicture) return `${place} ${needs}`;
   return place.includes(".") ? `${familyOf(at("type").value)} ${place}` : place;
 }
 
@@ -115,11 +116,25 @@ function draw() {
 function pictured({ at: place, label }) {
   const field = pictureField(label, pictures, (name) => {
     attached[place] = name;
+    askAnew(place);
     write();
   });
   field.show(attached[place] ?? "");
   pictureFields.push(field);
   return field.element;
+}
+
+/** Forget what was said of a field's earlier picture. */
+function askAnew(place) {
+  for (const field of fields()) {
+    if (!field.isOfPicture || !field.needs.includes(place)) continue;
+    delete typed[nameOf(field)];
+    inputs[field.at].checked = defaultOf(field);
+  }
+}
+
+function isNeeded({ needs }) {
+  return !needs || needs.some((place) => attached[place]);
 }
 
 function labelled(field) {
@@ -164,8 +179,7 @@ function tellEarlier() {
 
 /** What the form says now, by field. */
 function values() {
-  const shown = fields().filter(({ needs }) => !needs || attached[needs]);
-  return Object.fromEntries(shown.map((field) => [field.at, entered(field)]));
+  return Object.fromEntries(fields().filter(isNeeded).map((field) => [field.at, entered(field)]));
 }
 
 function entered(field) {
@@ -184,8 +198,8 @@ function keep({ target }) {
 }
 
 function write() {
-  for (const { at: place, needs } of fields()) {
-    if (needs) inputs[place].parentElement.hidden = !attached[needs];
+  for (const field of fields()) {
+    if (field.needs) inputs[field.at].parentElement.hidden = !isNeeded(field);
   }
   const payload = payloadOf(at("type").value, values(), earlier);
   at("payload").value = JSON.stringify(payload, null, 2);

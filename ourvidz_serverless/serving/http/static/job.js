@@ -50,21 +50,32 @@ function sizeLabel(size) {
   return `${width} × ${height}, ${shape}`;
 }
 
+/** It is asked anew for each picture. */
+const consent = (...needs) => ({
+  at: "metadata.reference_consent",
+  label: "Whoever is in the picture agreed to this use of it",
+  check: true,
+  value: false,
+  needs,
+  isOfPicture: true,
+});
+
 /**
  * The form of each family: the fields with their place in the payload and their labels.
- * A field with `needs` counts only if that picture is given.
+ * A field with `needs` counts only if one of these pictures is given.
  */
 const FORMS = {
   sdxl: ({ isPocket, isHigh }) => [
     prompt(LANDSCAPE),
     NEGATIVE,
     { at: "config.image", label: "Picture to start from", picture: true },
-    { at: "metadata.reference_type", label: "Use it as", choices: USES, needs: "config.image" },
+    { at: "metadata.reference_type", label: "Use it as", choices: USES, needs: ["config.image"] },
     {
       ...number("config.denoise_strength", "Change, from 0 to 1", { min: 0, max: 1, step: 0.05 }),
       hint: "by its use",
-      needs: "config.image",
+      needs: ["config.image"],
     },
+    consent("config.image"),
     sizes("config.resolution", "sdxl", isPocket),
     {
       at: "config.num_images",
@@ -85,6 +96,7 @@ const FORMS = {
         { at: "config.last_frame", label: "Last frame", picture: true },
       ]
       : [{ at: "config.image", label: "Picture of the subject", picture: true }]),
+    consent(...(isVideo ? ["config.first_frame", "config.last_frame"] : ["config.image"])),
     sizes("config.width config.height", "wan", isPocket),
     ...(isVideo
       ? [
