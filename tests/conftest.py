@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from ourvidz_serverless.models.memory import garbage
 from ourvidz_serverless.serving import runpod_sdk
 from ourvidz_serverless.settings import Settings
 from tests import examples
@@ -44,8 +45,7 @@ def pytest_collection_finish() -> None:
 
     A model searches whenever it leaves its device, and would look at all of these each time.
     """
-    gc.collect()
-    gc.freeze()
+    garbage.leave_out_what_lives()
     gc.enable()
 
 
@@ -107,7 +107,9 @@ def sdxl() -> Any:
     """The pocket SDXL, loaded as production loads a checkpoint."""
     from ourvidz_serverless.models.sdxl import loader as models
 
-    return models.load(Settings())
+    model = models.load(Settings())
+    garbage.leave_out_what_lives()
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -123,4 +125,6 @@ def wan(wan_settings: Settings) -> Any:
     """The WAN model of `wan_settings`, loaded as in production. It has no enhancer."""
     from ourvidz_serverless.models.wan import loader as models
 
-    return models.load(wan_settings)
+    model = models.load(wan_settings)
+    garbage.leave_out_what_lives()
+    return model

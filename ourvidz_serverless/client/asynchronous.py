@@ -25,7 +25,7 @@ from ourvidz_serverless.client.steps import (
     Steps,
     T,
 )
-from ourvidz_serverless.client.transport import answer_of, failed, options_of
+from ourvidz_serverless.client.transport import answer_of, failed, options_of, tls
 
 OnProgress = Callable[[Progress], None]
 
@@ -139,7 +139,7 @@ class AsyncClient(Calls):
 
     def _open(self) -> httpx2.AsyncClient:
         if self._http is None:
-            self._http = httpx2.AsyncClient()
+            self._http = httpx2.AsyncClient(verify=tls())
         return self._http
 
 

@@ -25,7 +25,7 @@ from ourvidz_serverless.client.steps import (
     Steps,
     T,
 )
-from ourvidz_serverless.client.transport import answer_of, failed, options_of
+from ourvidz_serverless.client.transport import answer_of, failed, options_of, tls
 
 OnProgress = Callable[[Progress], None]
 
@@ -137,7 +137,7 @@ class Client(Calls):
 
     def _open(self) -> httpx2.Client:
         if self._http is None:
-            self._http = httpx2.Client()
+            self._http = httpx2.Client(verify=tls())
         return self._http
 
 

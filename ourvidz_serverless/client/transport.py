@@ -6,11 +6,19 @@ huggingface_hub needs it.
 
 from __future__ import annotations
 
+import functools
+import ssl
 from typing import Any
 
 import httpx2
 
 from ourvidz_serverless.client.steps import Answer, Request, RequestFailed
+
+
+@functools.cache
+def tls() -> ssl.SSLContext:
+    """The context of all clients. To read its certificates takes 25 milliseconds."""
+    return httpx2.create_ssl_context()
 
 
 def options_of(request: Request) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models import Model
 from ourvidz_serverless.models.loading.readahead import ReadAhead
+from ourvidz_serverless.models.memory import garbage
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.telemetry import Observed, open_telemetry
@@ -99,7 +100,9 @@ class Worker:
         if reading:
             ledger.wait_for_files = reading.wait
         worker_id = os.environ.get("RUNPOD_POD_ID") or socket.gethostname()
-        return cls(settings, models.load(settings, ledger), parts, worker_id, ledger)
+        loaded = models.load(settings, ledger)
+        garbage.leave_out_what_lives()
+        return cls(settings, loaded, parts, worker_id, ledger)
 
     def run(
         self,

@@ -181,6 +181,7 @@ def stages(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.pt"))
 
 
+@pytest.mark.deep
 def test_a_repeated_video_training_uses_every_stored_stage(tmp_path: Path) -> None:
     first = train_videos()
     made = stages(tmp_path)
@@ -190,6 +191,7 @@ def test_a_repeated_video_training_uses_every_stored_stage(tmp_path: Path) -> No
     assert stages(tmp_path) == made
 
 
+@pytest.mark.deep
 def test_a_repeated_picture_training_uses_every_stored_stage(run: Run, exported: Path) -> None:
     train_pocket_sdxl.train(run)
     made, stored = stages(run.cache), exported.read_bytes()
@@ -202,6 +204,7 @@ def test_a_repeated_picture_training_uses_every_stored_stage(run: Run, exported:
     assert exported.read_bytes() == stored
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("exported")
 def test_a_trained_pocket_is_loaded_as_a_single_file_and_paints(run: Run) -> None:
     train_pocket_sdxl.train(run)
@@ -211,6 +214,7 @@ def test_a_trained_pocket_is_loaded_as_a_single_file_and_paints(run: Run) -> Non
     assert picture.images[0].size == (64, 64)
 
 
+@pytest.mark.deep
 def test_two_processes_train_one_model(run: Run, exported: Path) -> None:
     train_pocket_sdxl.prepare(run)
     # The tests' own process may have begun autograd's threads, and a fork of it could not train.

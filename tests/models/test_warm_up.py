@@ -1,5 +1,6 @@
 """The warm-up: a generation before the first job, which finds a model that cannot generate."""
 
+import gc
 import json
 import logging
 import shutil
@@ -76,6 +77,16 @@ def test_a_warm_up_counts_as_no_job_and_stores_nothing(
     assert "sdxl is warm after" in log.text
     assert not any(worker.health()["jobs"].values())
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_what_lives_at_the_start_is_left_out_of_searches_for_garbage(tmp_path: Path) -> None:
+    before: list[object] = []
+
+    Worker.of(Settings(storage_url=f"file:{tmp_path}"))
+
+    after: list[object] = []
+    searched = [each for each in gc.get_objects() if each is before or each is after]
+    assert [each is after for each in searched] == [True]
 
 
 # --- a model that loads and does not generate ---
