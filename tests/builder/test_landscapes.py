@@ -78,7 +78,7 @@ def test_clouds_and_waves_move_too() -> None:
     "size", [(256, 256), (512, 512), (128, 128), (256, 144), (144, 256), (1024, 576)]
 )
 def test_every_word_of_a_painted_scene_is_read_back(size: tuple[int, int]) -> None:
-    asked = scenes(12)
+    asked = scenes(6)
 
     wrong = [scene for scene in asked if not shows(read(paint(scene, *size)), scene)]
 
