@@ -18,7 +18,13 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import core_schema
 
 from ourvidz_serverless import __version__
-from ourvidz_serverless.errors import Code, DeviceLost, InternalError, JobError
+from ourvidz_serverless.errors import (
+    Code,
+    DeviceLost,
+    InternalError,
+    JobError,
+    PromptTooLong,
+)
 
 #: RunPod drops a larger result of `/run` without an error (10 MB; `/runsync` allows 20).
 MAX_RESULT_BYTES = 10_000_000
@@ -136,11 +142,19 @@ class Failure:
     retry_after: float | None = None
     #: Whether the worker can do no further job. No document holds it.
     ends_worker: SkipJsonSchema[bool] = False
+    #: Whether a prompt is longer than the context. OpenAI's protocol has a code for it.
+    is_too_long: SkipJsonSchema[bool] = False
 
     @classmethod
     def of(cls, error: JobError) -> Failure:
-        is_end = isinstance(error, DeviceLost)
-        return cls(error.code, error.message, error.retryable, error.retry_after, is_end)
+        return cls(
+            error.code,
+            error.message,
+            error.retryable,
+            error.retry_after,
+            ends_worker=isinstance(error, DeviceLost),
+            is_too_long=isinstance(error, PromptTooLong),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         body = {"code": self.code, "message": self.message, "retryable": self.retryable}

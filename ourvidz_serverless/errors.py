@@ -2,6 +2,7 @@
 
     JobError
     ├── InvalidPrompt          INVALID_PROMPT
+    │   └── PromptTooLong      INVALID_PROMPT
     ├── ContentRefused         CONTENT_REFUSED
     ├── Unauthorized           UNAUTHORIZED
     ├── RateLimited            RATE_LIMITED           retryable
@@ -57,6 +58,10 @@ class InvalidPrompt(JobError):
     """Raised when the payload does not validate; the message names the field."""
 
     code = "INVALID_PROMPT"
+
+
+class PromptTooLong(InvalidPrompt):
+    """Raised when a conversation and its reply are longer than the model's context."""
 
 
 class ContentRefused(JobError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.errors import PromptTooLong
 from ourvidz_serverless.models.chat.request import ChatRequest, Message
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 
@@ -26,7 +26,7 @@ class Prompt:
 def build_prompt(tokenizer: ChatTokenizer, request: ChatRequest, context: int) -> Prompt:
     """The prompt of a request for a model with a `context` of that many tokens.
 
-    Raises InvalidPrompt with the counts if prompt and reply are longer than the context.
+    Raises PromptTooLong with the counts if prompt and reply are longer than the context.
     """
     messages = request.messages
     before, encoded, after = _encode(tokenizer, messages, is_plain=request.model == "qwen_base")
@@ -70,7 +70,7 @@ def _kept_messages(request: ChatRequest, lengths: Sequence[int], limit: int) -> 
         kept = [index for index in kept if index not in oldest]
         total -= sum(lengths[index] for index in oldest)
     if total > limit:
-        raise InvalidPrompt(
+        raise PromptTooLong(
             f"messages: {total} tokens, where the context has room for {max(limit, 0)} "
             "beside max_tokens"
         )

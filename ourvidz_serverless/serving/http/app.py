@@ -18,10 +18,11 @@ from starlette.exceptions import HTTPException
 
 from ourvidz_serverless import __version__, logs
 from ourvidz_serverless.errors import InternalError, InvalidPrompt, JobError
-from ourvidz_serverless.serving.http import openai_routes, page
+from ourvidz_serverless.serving.http import openai_routes, page, request_ids
 from ourvidz_serverless.serving.http.openapi import describe
 from ourvidz_serverless.serving.http.replies import NeedsKey
 from ourvidz_serverless.serving.http.request_checks import RequestChecks
+from ourvidz_serverless.serving.http.request_ids import RequestIds
 from ourvidz_serverless.serving.http.responses import error_response
 from ourvidz_serverless.serving.http.routes import router
 from ourvidz_serverless.serving.http.service import HttpService
@@ -65,6 +66,8 @@ def make_app(service: HttpService) -> FastAPI:
         hosts=service.own_hosts,
         refuse=_refuse,
     )
+    # Outermost, so that the checks' own responses have an id too.
+    app.add_middleware(RequestIds)
     return app
 
 
@@ -87,4 +90,7 @@ async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
     logs.bug(request.url.path, exc)
-    return _refuse(InternalError("an internal error; the log says where"), request.url.path)
+    answer = _refuse(InternalError("an internal error; the log says where"), request.url.path)
+    # Such a response passes no middleware.
+    answer.headers[request_ids.HEADER] = request_ids.id_of(request.scope)
+    return answer

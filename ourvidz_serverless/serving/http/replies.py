@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.serving.http.job_store import JobRecord
 from ourvidz_serverless.serving.http.request_body import read_json
 from ourvidz_serverless.serving.http.request_checks import is_known, key_of
+from ourvidz_serverless.serving.http.request_ids import id_of
 from ourvidz_serverless.serving.http.service import HttpService
 from ourvidz_serverless.settings import Settings
 
@@ -57,7 +57,7 @@ async def read_body(request: Request, service: HttpService) -> dict[str, Any]:
 
 def envelope_of(request: Request, payload: object, s3_config: object = None) -> Envelope:
     """The event that RunPod would give to the worker, with the caller's key in the payload."""
-    event: dict[str, Any] = {"id": uuid.uuid4().hex, "input": payload}
+    event: dict[str, Any] = {"id": id_of(request.scope), "input": payload}
     if s3_config is not None:
         event["s3Config"] = s3_config
     if traceparent := request.headers.get("traceparent"):

@@ -32,6 +32,7 @@ SERVER_ERROR = "server_error"
 INVALID_VALUE = Kind(400, INVALID_REQUEST, "invalid_value")
 UNSUPPORTED_PARAMETER = Kind(400, INVALID_REQUEST, "unsupported_parameter")
 UNSUPPORTED_VALUE = Kind(400, INVALID_REQUEST, "unsupported_value")
+CONTEXT_LENGTH_EXCEEDED = Kind(400, INVALID_REQUEST, "context_length_exceeded")
 MISSING = Kind(400, INVALID_REQUEST, "missing_required_parameter")
 MODEL_NOT_FOUND = Kind(404, INVALID_REQUEST, "model_not_found")
 ID_IN_USE = Kind(409, INVALID_REQUEST, "id_in_use")
@@ -122,7 +123,7 @@ def of_failure(failure: Failure, name_of: Callable[[str], str] = lambda name: na
         param = name_of(field[1])
         message = f"{param}: {message[field.end() :]}"
     return ApiError(
-        KINDS[failure.code],
+        CONTEXT_LENGTH_EXCEEDED if failure.is_too_long else KINDS[failure.code],
         message,
         param,
         retry_after=failure.retry_after,

@@ -18,6 +18,7 @@ from ourvidz_serverless.serving.http import replies, responses
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_chat import EndlessChat, FakeChat
 from tests.fakes.local_worker import LocalWorker
+from tests.fakes.tiny_chat import tiny_chat
 from tests.patience import PATIENCE_S
 from tests.servers.http_service import ServedHttp
 from tests.servers.supabase import CallbackReceiver
@@ -306,3 +307,34 @@ def test_what_is_not_served_below_v1_is_an_error_in_openais_shape(
 
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_each_answer_has_an_id_that_the_log_has_too(
+    client: OpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    whole = ask(client)
+    with client.chat.completions.with_streaming_response.create(
+        model="qwen_instruct", messages=RAIN, stream=True
+    ) as stream:
+        streamed = stream.headers["x-request-id"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, temperature=9)
+
+    ids = {whole._request_id, streamed, refused.value.request_id}
+    assert len(ids) == 3 and None not in ids
+    assert whole.id == f"chatcmpl-{whole._request_id}"
+    assert f"chat_conversation({whole._request_id})" in caplog.text
+
+
+def test_a_prompt_that_is_too_long_has_openais_own_code(tmp_path: Path) -> None:
+    settings = Settings(families=("chat",))
+    made = LocalWorker(tmp_path, settings=settings, models={"chat": tiny_chat(context=64)})
+    with (
+        ServedHttp(settings, made.worker) as service,
+        pytest.raises(openai.BadRequestError) as refused,
+    ):
+        ask(client_of(service), max_tokens=60)
+
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+    assert "tokens, where the context has room for" in refused.value.message
