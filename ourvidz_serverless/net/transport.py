@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -24,6 +24,7 @@ from ourvidz_serverless.net.connection import (
     USER_AGENT,
     Connection,
     Request,
+    ResponseTooLarge,
     default_tls,
     read_body,
 )
@@ -34,6 +35,9 @@ MAX_IDLE = 64
 
 #: The largest response, unless the caller allows more.
 MAX_BYTES = 1_000_000
+
+#: Bytes of one read of a streamed body, at most.
+READ_BYTES = 1 << 16
 
 #: What a URL's path and query may hold unquoted, and `%`, which begins what is quoted already.
 URL_MARKS = "!#$%&'()*+,/:;=?@[]~"
@@ -62,6 +66,42 @@ class Server:
     scheme: str
     host: str
     port: int
+
+
+class Stream:
+    """A response with a 2xx status whose body is read as it arrives.
+
+    `close` ends it early, by closing its connection, which the server notices.
+    """
+
+    def __init__(self, response: HTTPResponse, connection: Connection) -> None:
+        self._response, self._connection = response, connection
+
+    def lines(self, max_bytes: int = MAX_BYTES) -> Iterator[bytes]:
+        """The body's lines, without their line breaks. The connection is closed after the last one.
+
+        Raises Fault if the body breaks off, or if a line is longer than `max_bytes`. What the
+        request's deadline raises ends the iteration.
+        """
+        rest = b""
+        try:
+            # `read1`, as in `read_body`: it returns what has arrived.
+            while piece := self._response.read1(READ_BYTES):
+                *lines, rest = (rest + piece).split(b"\n")
+                if len(rest) > max_bytes:
+                    raise ResponseTooLarge
+                yield from lines
+            if self._response.length:  # bytes that were announced and did not arrive
+                raise ConnectionError
+            if rest:
+                yield rest
+        except (OSError, HTTPException, ValueError) as exc:
+            raise Fault(None) from exc
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 class Transport:
@@ -103,6 +143,29 @@ class Transport:
         found = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, found, body)
 
+    def stream(self, method: str, url: str, *, data: bytes, deadline: Deadline) -> Stream:
+        """The response to one request, as soon as its head is there, on a connection of its own.
+
+        The deadline ends the request and each read of the body; an error that its `remaining_s`
+        raises passes through. Raises Fault as `send` does.
+        """
+        try:
+            server, target, from_url = parse_url(url)
+            length = {"Content-Length": str(len(data)), "Connection": "close"}
+            headers = _merged(self._headers, length, from_url)
+            connection = self._connect(server, deadline)
+            try:
+                response = connection.exchange(Request(method, target, headers, data), deadline)
+                if not 200 <= response.status < 300:
+                    body = read_body(response, MAX_BYTES)
+                    raise Fault(response.status, response.getheader("Retry-After"), body)
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, HTTPException, ValueError) as exc:
+            raise Fault(None) from exc
+        return Stream(response, connection)
+
     def _exchange(
         self, server: Server, request: Request, deadline: Deadline, max_bytes: int
     ) -> tuple[HTTPResponse, bytes]:
@@ -127,6 +190,9 @@ class Transport:
             while (connection := idle.pop()).is_dropped:
                 connection.close()
             return connection
+        return self._connect(server, deadline)
+
+    def _connect(self, server: Server, deadline: Deadline) -> Connection:
         addresses = look_up(server.host, deadline, self._gate)
         connection = Connection.open(addresses, server.port, deadline)
         if server.scheme == "https":

@@ -131,6 +131,66 @@ def test_a_response_of_exactly_the_limit_is_accepted(echo: Echo) -> None:
     assert len(answer.body) == MAX_BYTES
 
 
+def lines_of(url: str, check: Callable[[], float] = lambda: AGES_S) -> Iterator[bytes]:
+    return Transport().stream("POST", url, data=b"{}", deadline=Deadline(check)).lines()
+
+
+def test_the_lines_of_a_stream_are_read_as_they_arrive() -> None:
+    sent = threading.Event()
+
+    def act(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\na\nb\nc\r\n")
+        sent.wait(PATIENCE_S)
+        client.sendall(b"2\r\nd\n\r\n0\r\n\r\n")
+
+    with server(act) as url:
+        lines = lines_of(url)
+        first = [next(lines), next(lines)]
+        sent.set()
+
+        assert [*first, *lines] == [b"a", b"b", b"cd"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\na\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000002\r\n\r\n" + b"x" * 1_000_002,
+    ],
+    ids=["a failure", "chunks without an end", "a body without an end", "a long line"],
+)
+def test_a_stream_that_fails_or_breaks_off_is_a_fault(answer: bytes) -> None:
+    with server(lambda client: client.sendall(answer)) as url, pytest.raises(Fault) as fault:
+        list(lines_of(url))
+
+    assert fault.value.status == (500 if b"oops" in answer else None)
+
+
+def test_what_the_deadline_of_a_stream_raises_closes_its_connection() -> None:
+    closed, stopped = threading.Event(), threading.Event()
+
+    def act(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\na\n")
+        client.recv(1)
+        closed.set()
+
+    def check() -> float:
+        if stopped.is_set():
+            raise LookupError
+        return AGES_S
+
+    with server(act) as url:
+        lines = lines_of(url, check)
+        assert next(lines) == b"a"
+        stopped.set()
+        with pytest.raises(LookupError):
+            next(lines)
+
+        assert closed.wait(PATIENCE_S)
+
+
 def test_a_request_ends_when_its_job_has_no_time_left() -> None:
     asked, left_s = threading.Event(), [AGES_S]
 
