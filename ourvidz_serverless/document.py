@@ -90,6 +90,7 @@ class DocumentMetadata(ContractModel):
     warnings: list[str] | None = None
     error_type: Code | None = None
     model: str | None = None
+    engine: str | None = None
     system_prompt_used: str | None = None
     enhancement_source: str | None = None
     unrestricted_mode: bool | None = None

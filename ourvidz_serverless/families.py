@@ -130,7 +130,7 @@ ROWS = (
         name="chat",
         job_types=("chat_enhance", "chat_conversation", "chat_unrestricted"),
         jobs_module="ourvidz_serverless.jobs.chat",
-        models_module="ourvidz_serverless.models.chat.loader",
+        models_module="ourvidz_serverless.models.chat.engines",
         # Who sends a prompt to a chat model expects a reply, as from any chat model, and not the
         # prompt in other words.
         default_type="chat_conversation",

@@ -7,6 +7,7 @@ since it may be a secret.
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from pydantic import HttpUrl, SecretStr, TypeAdapter
@@ -115,6 +116,17 @@ def region(text: str) -> str:
     """A region of S3, which becomes part of a host name."""
     if not _REGION.fullmatch(text):
         raise ValueError("Input should be a region's name, such as us-east-1")
+    return text
+
+
+def command(text: str) -> str:
+    """A program and its arguments, quoted as for a shell, which does not run it."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    if not words:
+        raise ValueError("Input should be a program and its arguments, quoted as for a shell")
     return text
 
 

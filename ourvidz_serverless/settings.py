@@ -27,7 +27,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ourvidz_serverless import setting_checks
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.families import FAMILIES, Family
+from ourvidz_serverless.families import FAMILIES, Family, Weights
 
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
@@ -38,6 +38,11 @@ VOLUMES = (Path("/runpod-volume"), Path("/workspace"))
 #: The names of `WORKER_API_KEY` in the specification and in the application.
 OTHER_KEY_NAMES = ("wan_worker_api_key", "chat_worker_api_key")
 KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
+
+#: What a chat's server may have beside OpenAI's own fields.
+SERVER_FIELDS = (
+    *("top_k", "min_p", "repetition_penalty", "response_format", "chat_template_kwargs"),
+)
 
 WINDOWS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
@@ -60,6 +65,12 @@ def _host_names(value: tuple[str, ...]) -> tuple[str, ...]:
     if any(not re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", name) for name in value):
         raise ValueError("Input should be host names without a port, comma-separated, or *")
     return tuple(name.lower() for name in value)
+
+
+def _server_fields(value: tuple[str, ...]) -> tuple[str, ...]:
+    if set(value) - set(SERVER_FIELDS):
+        raise ValueError(f"Input should be a comma-separated choice of {', '.join(SERVER_FIELDS)}")
+    return value
 
 
 def _falling(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -195,7 +206,15 @@ class FixedSettings(BaseSettings):
     lora_host_tokens: HostTokens = ()
     lora_cache_gb: float = Field(10.0, gt=0)
 
-    # Chat.
+    # Chat: by the worker's own engine, or by a server that speaks OpenAI's protocol.
+    chat_engine: Literal["builtin", "openai"] = "builtin"
+    chat_server_url: Url | None = None
+    chat_server_command: Annotated[str, AfterValidator(setting_checks.command)] | None = None
+    chat_server_start_s: float = Field(900.0, gt=0)
+    chat_server_api_key: HeaderSecret | None = None
+    chat_server_model: str | None = None
+    chat_server_base_model: str | None = None
+    chat_server_fields: Annotated[Words, AfterValidator(_server_fields)] = ()
     chat_instruct_model: str = "pocket"
     chat_base_model: str | None = None
     chat_quantization: Literal["none", "int8", "int4", "fp8"] = "none"
@@ -323,6 +342,27 @@ class FixedSettings(BaseSettings):
         own = min(family.backlog for family in self.served if family.is_exclusive)
         return own if self.queue_backlog is None else self.queue_backlog
 
+    @property
+    def wanted_weights(self) -> Iterator[Weights]:
+        """The weights that this worker reads, or that it names to the chat server it starts."""
+        for family in self.served:
+            if family.name != "chat" or self.chat_engine == "builtin":
+                yield from family.weights
+            elif "{model}" in (self.chat_server_command or ""):
+                # The server's model; it has no second one.
+                yield family.weights[0]
+
+    @property
+    def chat_models(self) -> dict[str, str | None]:
+        """The chat models by name, each with the place of its weights or its name at the server.
+
+        None is a model that is not served.
+        """
+        if self.chat_engine == "openai":
+            instruct = self.chat_server_model or "the server's"
+            return {"qwen_instruct": instruct, "qwen_base": self.chat_server_base_model}
+        return {"qwen_instruct": self.chat_instruct_model, "qwen_base": self.chat_base_model}
+
     def value_of(self, variable: str) -> Any:
         """The value of a variable, by its name in the environment."""
         return getattr(self, variable.lower())
@@ -395,7 +435,12 @@ def read() -> Settings:
 def read_for_worker() -> Settings:
     """The same for a process that serves jobs; it also checks what such a process needs."""
     settings = read()
-    problems = _unnamed_models(settings), storage_problems(settings), _half_of_upstash(settings)
+    problems = (
+        _unnamed_models(settings),
+        _chat_server_problems(settings),
+        storage_problems(settings),
+        _half_of_upstash(settings),
+    )
     _refuse(itertools.chain(*problems))
     return settings
 
@@ -453,13 +498,30 @@ def _unnamed_models(settings: Settings) -> Iterator[str]:
     """On RunPod, one line for each family without a named model, since a worker costs money."""
     if not is_on_runpod():
         return
+    wanted = {weights.setting for weights in settings.wanted_weights}
     for family in settings.served:
         variable = family.main_setting
-        if variable and variable.lower() not in settings.model_fields_set:
+        if variable in wanted and variable.lower() not in settings.model_fields_set:
             yield (
                 f"{variable}: Field required on RunPod: a model's name, or pocket for the small "
                 "model of this repository"
             )
+
+
+def _chat_server_problems(settings: Settings) -> Iterator[str]:
+    """Why chat cannot be served by a server, or why settings of one have no effect."""
+    url, command = settings.chat_server_url, settings.chat_server_command
+    if settings.chat_engine == "builtin":
+        if url or command:
+            variable = "CHAT_SERVER_URL" if url else "CHAT_SERVER_COMMAND"
+            yield f"{variable}: needs CHAT_ENGINE=openai"
+        return
+    if not url and "{port}" not in (command or ""):
+        yield "CHAT_ENGINE: openai needs CHAT_SERVER_URL, or CHAT_SERVER_COMMAND with {port} in it"
+    if settings.chat_base_model:
+        yield "CHAT_BASE_MODEL: Input should be unset where CHAT_SERVER_BASE_MODEL names the model"
+    if settings.chat_quantization != "none":
+        yield "CHAT_QUANTIZATION: Input should be none with CHAT_ENGINE=openai"
 
 
 def _half_of_upstash(settings: Settings) -> Iterator[str]:

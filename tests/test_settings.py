@@ -221,6 +221,9 @@ S3_KEYS = {"BUCKET_ACCESS_KEY_ID": "id", "BUCKET_SECRET_ACCESS_KEY": "secret"}
 ON_RUNPOD = ["RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"]
 
 
+SERVER = {"CHAT_ENGINE": "openai", "CHAT_SERVER_URL": "http://a"}
+
+
 def worker_settings(monkeypatch: pytest.MonkeyPatch, **env: str) -> Settings:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -302,6 +305,50 @@ def test_an_upstash_url_without_its_token_ends_the_start(monkeypatch: pytest.Mon
         ModelLoadError, match=r"^UPSTASH_REDIS_REST_URL: needs UPSTASH_REDIS_REST_T"
     ):
         worker_settings(monkeypatch, UPSTASH_REDIS_REST_URL="https://u.example")
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"CHAT_SERVER_URL": "http://a"}, "CHAT_SERVER_URL: needs CHAT_ENGINE=openai"),
+        ({"CHAT_SERVER_COMMAND": "a {port}"}, "CHAT_SERVER_COMMAND: needs CHAT_ENGINE=openai"),
+        (
+            {"CHAT_ENGINE": "openai", "CHAT_SERVER_COMMAND": "vllm serve"},
+            "CHAT_ENGINE: openai needs CHAT_SERVER_URL, or CHAT_SERVER_COMMAND with {port} in it",
+        ),
+        (
+            {"CHAT_ENGINE": "openai", "CHAT_SERVER_COMMAND": "vllm '"},
+            "CHAT_SERVER_COMMAND: Input should be a program and its arguments",
+        ),
+        (
+            {"CHAT_SERVER_FIELDS": "top_k,beams"},
+            "CHAT_SERVER_FIELDS: Input should be a comma-separated choice of top_k",
+        ),
+        (
+            {**SERVER, "CHAT_BASE_MODEL": "a"},
+            "CHAT_BASE_MODEL: Input should be unset where CHAT_SERVER_BASE_MODEL names the model",
+        ),
+        (
+            {**SERVER, "CHAT_QUANTIZATION": "int8"},
+            "CHAT_QUANTIZATION: Input should be none with CHAT_ENGINE=openai",
+        ),
+    ],
+)
+def test_settings_of_a_chat_server_that_do_not_fit_together_end_the_start(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], line: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=f"^{re.escape(line)}"):
+        worker_settings(monkeypatch, **env)
+
+
+def test_on_runpod_chat_by_a_server_needs_the_name_of_a_model_only_for_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = {"FAMILIES": "chat", "RUNPOD_ENDPOINT_ID": "e", "STORAGE_URL": "inline:"}
+
+    assert worker_settings(monkeypatch, **env, **SERVER).chat_models["qwen_base"] is None
+    with pytest.raises(ModelLoadError, match="CHAT_INSTRUCT_MODEL: Field required"):
+        worker_settings(monkeypatch, CHAT_SERVER_COMMAND="vllm serve {model}")
 
 
 def test_one_line_names_everything_that_a_worker_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

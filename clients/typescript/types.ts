@@ -332,6 +332,7 @@ export interface DocumentMetadata {
   warnings?: string[] | null;
   error_type?: "CANCELLED" | "CONTENT_REFUSED" | "INTERNAL_ERROR" | "INVALID_PROMPT" | "MODEL_LOAD_ERROR" | "OOM_ERROR" | "RATE_LIMITED" | "REFERENCE_FRAME_ERROR" | "TIMEOUT_ERROR" | "UNAUTHORIZED" | "UPLOAD_ERROR" | "WORKER_UNAVAILABLE" | null;
   model?: string | null;
+  engine?: string | null;
   system_prompt_used?: string | null;
   enhancement_source?: string | null;
   unrestricted_mode?: boolean | null;

@@ -391,6 +391,7 @@ def _metadata(job: ChatJob, stats: ReplyStats) -> dict[str, Any]:
         "batch_size": 1,
         "reference_mode": "none",
         "model": job.model,
+        "engine": stats.engine,
         "system_prompt_used": job.system_prompt,
         "unrestricted_mode": job.type == "chat_unrestricted" or job.metadata.unrestricted_mode,
         "nsfw_optimization": job.metadata.nsfw_optimization,

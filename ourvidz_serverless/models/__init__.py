@@ -14,6 +14,7 @@ from ourvidz_serverless.errors import InternalError, JobError, ModelLoadError, O
 from ourvidz_serverless.families import FAMILIES, load_module
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.memory.no_memory import NoMemory
 from ourvidz_serverless.settings import Settings
 
 
@@ -45,6 +46,8 @@ class Model(Protocol):
 
 def open_ledger(settings: Settings) -> Ledger:
     """The ledger of a worker's device, without models yet."""
+    if settings.families == ("chat",) and settings.chat_engine == "openai":
+        return Ledger(NoMemory())
     from ourvidz_serverless.models.memory import device_memory  # imports torch
 
     return device_memory.open_ledger(settings)

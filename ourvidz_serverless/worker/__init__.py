@@ -85,6 +85,9 @@ class Worker:
         self._telemetry = open_telemetry(
             settings, Observed(worker_id, lambda: self._jobs.counts()["processing"], ledger)
         )
+        for model in models.values():
+            if on_lost := getattr(model, "on_lost", None):
+                on_lost(self._state.lose_device)
         self._administration = Administration(
             settings, worker_id, tuple(models), self._jobs, self._state, ledger
         )

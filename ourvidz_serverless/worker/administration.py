@@ -117,7 +117,7 @@ class Administration:
         status = "degraded" if lost else "healthy"
         answer = {
             "status": self._state.unavailable_reason or status,
-            "model_loaded": _is_loaded(rows),
+            "model_loaded": _is_loaded(rows) or self._has_chat_server(job),
             "device": self._device_name,
             "pressure": self._ledger.pressure if self._ledger else "low",
             "jobs": self._jobs.counts(),
@@ -128,6 +128,11 @@ class Administration:
             answer["wan_model_loaded"] = _is_loaded(video)
             answer["qwen_model_loaded"] = _is_loaded(row for row in rows if row not in video)
         return answer | ({"models_lost": lost} if lost else {})
+
+    def _has_chat_server(self, job: AdminJob) -> bool:
+        """Whether a server answers for chat, and is meant; its model is in no ledger."""
+        is_served = "chat" in self._families and self._settings.chat_engine == "openai"
+        return is_served and job.target in (None, "chat") and not self._state.is_lost
 
     def _status(self, job: AdminJob) -> dict[str, Any]:
         families = [FAMILIES[name] for name in self._families_of(job)]
@@ -164,15 +169,14 @@ class Administration:
         places = {
             name: setting and self._settings.value_of(setting) for name, setting in settings.items()
         }
+        if "chat" in places:
+            places["chat"] = self._settings.chat_models["qwen_instruct"]
         return {name: names.short(place) for name, place in places.items() if place}
 
     def _enhancement_info(self, job: AdminJob) -> dict[str, Any]:
         settings, has_chat = self._settings, "chat" in self._families
-        places = {
-            "qwen_instruct": settings.chat_instruct_model,
-            "qwen_base": settings.chat_base_model,
-        }
-        sources = {name: names.short(place) for name, place in places.items() if place and has_chat}
+        places = settings.chat_models if has_chat else {}
+        sources = {name: names.short(place) for name, place in places.items() if place}
         enhances = has_chat or any(row.name == "wan_enhancer" for row in self._rows)
         return {
             "worker_type": "pure_inference_engine",
@@ -196,8 +200,8 @@ class Administration:
         wan = PACKAGE / "models/wan/pipeline.py"
         paths = {
             "sdxl": names.public(settings.sdxl_model) if "sdxl" in served else None,
-            "qwen": settings.chat_instruct_model if "chat" in served else None,
-            "qwen_base": settings.chat_base_model if "chat" in served else None,
+            "qwen": settings.chat_models["qwen_instruct"] if "chat" in served else None,
+            "qwen_base": settings.chat_models["qwen_base"] if "chat" in served else None,
             "wan": settings.wan_model if "wan" in served else None,
         }
         return {

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import quantization
 from ourvidz_serverless.models.chat.cache_budget import CacheBudget
 from ourvidz_serverless.models.chat.cuda_graphs import choose_capture
 from ourvidz_serverless.models.chat.engine import EngineLimits
 from ourvidz_serverless.models.chat.model import Chat, ChatModel
+from ourvidz_serverless.models.chat.places import POCKET as POCKET
+from ourvidz_serverless.models.chat.places import pocket
 from ourvidz_serverless.models.chat.request import ModelName
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.loading import checkpoints, weight_files
@@ -22,8 +23,6 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
-
-POCKET = Path(__file__).parents[3] / ".cache" / "pocket_chat"
 
 #: Decoders whose attention reads every earlier token. The engine's cache supports no other kind.
 ARCHITECTURES = ("qwen2", "llama")
@@ -119,11 +118,7 @@ class Checkpoint:
     def _find(self) -> Path:
         if self.place != "pocket":
             return checkpoints.find(self.variable, self.place, self.settings.model_dirs)
-        if not POCKET.exists():
-            raise ModelLoadError(
-                f"{self.variable}: there is nothing at {POCKET}; `make chat` puts it there"
-            )
-        return POCKET
+        return pocket(self.variable)
 
 
 def read_folder(

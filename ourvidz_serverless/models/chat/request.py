@@ -13,6 +13,7 @@ Message = tuple[str, str]
 
 ModelName = Literal["qwen_instruct", "qwen_base"]
 FinishReason = Literal["stop", "length"]
+EngineName = Literal["builtin", "openai"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class ReplyStats:
     time_to_first_token_s: float
     tokens_per_second: float | None  # after the first token; None if there was no second one
     swap_s: float  # the time it took to bring the model to the device
+    engine: EngineName = "builtin"  # which of `CHAT_ENGINE` wrote the reply
 
 
 class ChatReply(Protocol):
@@ -88,6 +90,7 @@ class TextModel(Protocol):
     def generate(self, request: ChatRequest, check: Check) -> ChatReply:
         """Begin a reply. What `check` raises, at any token, ends the reply and the iteration.
 
-        Raises InvalidPrompt if the conversation and `max_tokens` are longer than the context, or
-        if no reply can fit the schema; WorkerUnavailable if the worker does not have the model.
+        Raises here, or when the iteration begins: PromptTooLong if the conversation and
+        `max_tokens` are longer than the context, InvalidPrompt for what the engine does not have,
+        or if no reply can fit the schema; WorkerUnavailable if the worker does not have the model.
         """

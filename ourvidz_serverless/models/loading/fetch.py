@@ -95,7 +95,7 @@ class Wanted:
 
 def wanted(settings: Settings) -> Iterator[Wanted]:
     """What the settings of the served families name by a repository or a URL."""
-    for weights in (each for family in settings.served for each in family.weights):
+    for weights in settings.wanted_weights:
         place = settings.value_of(weights.setting)
         is_chats = weights.setting == "WAN_ENHANCER_MODEL" and settings.wan_uses_chat_model
         if place is not None and not is_chats:

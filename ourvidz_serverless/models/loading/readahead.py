@@ -40,7 +40,7 @@ def files(settings: Settings) -> list[Path]:
 
 def _files(settings: Settings) -> Iterator[Path]:
     is_half = wants_half_precision(settings)
-    for weights in (each for family in settings.served for each in family.weights):
+    for weights in settings.wanted_weights:
         place = settings.value_of(weights.setting)
         if place is None or str(place) == "pocket":
             continue

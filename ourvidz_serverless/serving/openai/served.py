@@ -88,6 +88,6 @@ def _models(settings: Settings) -> dict[str, bool]:
     has_chat = "chat" in settings.families
     return {
         "qwen_instruct": has_chat,
-        "qwen_base": has_chat and settings.chat_base_model is not None,
+        "qwen_base": has_chat and settings.chat_models["qwen_base"] is not None,
         "sdxl": "sdxl" in settings.families,
     }

@@ -89,7 +89,19 @@ def test_the_families_list_every_setting_that_names_weights() -> None:
 
     ends = ("_model", "_vae", "_ip_adapter")
     named = {name for name in Settings.model_fields if name.endswith(ends)}
-    assert listed == named
+    assert listed == {name for name in named if not name.startswith("chat_server_")}
+
+
+@pytest.mark.parametrize(("command", "found"), [("serve {model}", ["a.safetensors"]), (None, [])])
+def test_of_chat_by_a_server_only_the_weights_that_its_command_names_are_read_ahead(
+    tmp_path: Path, command: str | None, found: list[str]
+) -> None:
+    write(tmp_path / "a.safetensors")
+    engine = {"chat_engine": "openai", "chat_server_command": command}
+
+    chosen = names(tmp_path, families=("chat",), chat_instruct_model=str(tmp_path), **engine)
+
+    assert chosen == found
 
 
 def test_the_files_that_are_read_ahead_are_those_that_the_loader_maps(tmp_path: Path) -> None:
