@@ -1,6 +1,7 @@
 ARG CUDA=13.0
 ARG BASE_IMAGE=nvidia/cuda:${CUDA}.1-base-ubuntu24.04
 ARG FAMILY=sdxl
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 # Builds the image of one family. Run `make image FAMILY=sdxl`, `docker buildx bake`, or
 #
@@ -13,6 +14,7 @@ ARG FAMILY=sdxl
 #   TORCH_INDEX  an index with another build of torch, such as https://download.pytorch.org/whl/cpu;
 #                that wheel is then chosen by version, since the lock has hashes of PyPI's only
 #   COMPILER     1 adds gcc and Python's headers, which Triton needs for COMPILE=regional
+#   VLLM_IMAGE   vLLM's published image, for the target chat-vllm alone
 #   VERSION, REVISION, SOURCE   for the labels
 #
 # Why these two. PyPI's wheel of torch 2.13.0 is built for CUDA 13.0, and that of 2.10.0 for 12.8;
@@ -119,6 +121,45 @@ COPY builder/sbom.py builder/
 COPY pocket pocket
 RUN python -m builder.sbom --name "ourvidz-$FAMILY" --version "$VERSION" \
         --weights /models pocket --dest /sbom.cdx.json
+
+
+# `docker buildx bake chat-vllm`: vLLM's published image with this worker beside it. The worker starts
+# vLLM and asks it over HTTP, and imports no torch. So it has an environment of its own, without
+# torch, and neither side's versions concern the other. Its packages are for Python 3.12, which that
+# image has; with another one the build ends at the first command.
+FROM ${VLLM_IMAGE} AS chat-vllm
+RUN python3 -c 'import sys; assert sys.version_info[:2] == (3, 12), sys.version' \
+ && python3 -m venv --without-pip /opt/worker \
+ && useradd --uid 10001 --create-home worker
+COPY --from=packages /opt/packages /opt/worker
+WORKDIR /worker
+COPY --from=weights /models models
+COPY LICENSE NOTICE handler.py ./
+COPY test_input.chat.json test_input.json
+COPY ourvidz_serverless ourvidz_serverless
+RUN /opt/worker/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        handler.py ourvidz_serverless \
+ && install --directory --mode 1777 outputs models \
+ && CHAT_ENGINE=openai /opt/worker/bin/python -c \
+        'import handler, ourvidz_serverless.worker, ourvidz_serverless.serving.runpod_queue'
+# The folder of the weights and a free port are put in for {model} and {port}.
+ENV CHAT_ENGINE=openai \
+    CHAT_SERVER_COMMAND="vllm serve {model} --host 127.0.0.1 --port {port}" \
+    FAMILIES=chat \
+    HF_HUB_OFFLINE=1 \
+    PYTHONUNBUFFERED=1 \
+    RUNPOD_LOG_LEVEL=INFO \
+    VLLM_NO_USAGE_STATS=1
+ARG VERSION=0
+ARG REVISION=
+ARG SOURCE=
+LABEL org.opencontainers.image.title="ourvidz-serverless chat-vllm" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.source="$SOURCE"
+USER 10001
+ENTRYPOINT ["/opt/worker/bin/python", "handler.py"]
 
 
 # No HEALTHCHECK, since nothing would read it: RunPod checks a worker of a queue by its polls and

@@ -1,5 +1,6 @@
 # docker buildx bake                  the images of all families
 # docker buildx bake sdxl --load      one of them, for this machine
+# docker buildx bake chat-vllm        chat by vLLM, on vLLM's own image
 # CUDA=12.8 docker buildx bake        for hosts with older drivers
 # REGISTRY=ghcr.io/me VERSION=0.1.0 docker buildx bake --push
 #
@@ -94,4 +95,13 @@ target "wan" {
   inherits = ["image"]
   args     = { FAMILY = "wan" }
   tags     = tags("wan")
+}
+
+# Not in a group, since it is much larger than the others: most of it is vLLM's image. For another version of
+# vLLM: `--set chat-vllm.args.VLLM_IMAGE=vllm/vllm-openai:TAG`; the tag decides which CUDA it is.
+target "chat-vllm" {
+  inherits = ["image"]
+  target   = "chat-vllm"
+  args     = { FAMILY = "chat" }
+  tags     = ["${REGISTRY == "" ? "" : "${REGISTRY}/"}ourvidz-chat-vllm:${VERSION}"]
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from builder.lock import OLDER_TORCH
 from ourvidz_serverless.families import FAMILIES
+from ourvidz_serverless.settings import read_for_worker
 from tests.files import ROOT
 from tests.patience import PATIENCE_S
 
@@ -141,6 +143,44 @@ def test_the_environment_of_an_image_is_that_of_the_platform() -> None:
     (env,) = [words[1:] for words in stage("worker") if words[0] == "ENV"]
 
     assert env == ["FAMILIES=$FAMILY", "HF_HUB_OFFLINE=1", "RUNPOD_LOG_LEVEL=INFO"]
+
+
+# --- vLLM's image with a worker ---
+
+
+def test_the_image_for_vllm_is_built_on_a_version_of_vllms_own_and_by_a_target_of_bake() -> None:
+    (image,) = [words[1] for words in instructions() if words[1].startswith("VLLM_IMAGE=")]
+
+    assert re.fullmatch(r"VLLM_IMAGE=vllm/vllm-openai:v\d+\.\d+\.\d+", image)
+    assert ["FROM", "${VLLM_IMAGE}", "AS", "chat-vllm"] in instructions()
+    assert re.search(r'target "chat-vllm" \{[^}]*target +?= "chat-vllm"', BAKE)
+
+
+def test_a_build_without_a_target_makes_the_image_of_a_family() -> None:
+    assert [words for words in instructions() if words[0] == "FROM"][-1][-1] == "worker"
+
+
+def test_the_worker_beside_vllm_has_an_environment_without_torch() -> None:
+    copied = [words[1:-1] for words in stage("chat-vllm") if words[0] == "COPY"]
+    *_, user, entrypoint = stage("chat-vllm")
+
+    assert ["--from=packages", "/opt/packages"] in copied
+    assert not [words for words in copied if "/opt/venv" in words or "--from=torch" in words]
+    assert user == ["USER", "10001"]
+    assert json.loads(" ".join(entrypoint[1:])) == ["/opt/worker/bin/python", "handler.py"]
+
+
+def test_the_environment_of_vllms_image_is_one_that_a_worker_starts_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (env,) = [" ".join(words[1:]) for words in stage("chat-vllm") if words[0] == "ENV"]
+    for pair in shlex.split(env):
+        monkeypatch.setenv(*pair.split("=", 1))
+
+    settings = read_for_worker()
+
+    assert (settings.families, settings.chat_engine) == (("chat",), "openai")
+    assert [weights.setting for weights in settings.wanted_weights] == ["CHAT_INSTRUCT_MODEL"]
 
 
 # --- .dockerignore ---
