@@ -78,11 +78,13 @@ quick: .venv/dev
 	$(BIN)/python -m pytest -p tests.affected --affected 60 --numprocesses 3 $(BY_FILE)
 
 # What takes too long for every change: twenty times the examples of the property tests, whole
-# benchmarks, a soak of 10,000 jobs, and an image of each family, which is built and checked. FLAGS and PROOF are for `proof`.
+# benchmarks, a soak of 10,000 jobs, chat by a real vLLM, and an image of each family, which is built
+# and checked. FLAGS and PROOF are for `proof`.
 test-deep: .venv/dev .cache/pocket_chat/config.json
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -m hypothesis --timeout=3600 --numprocesses $(PROCESSES)
 	$(BIN)/python -m pytest -m deep
 	$(BIN)/python -m tests.soak 10000
+	$(BIN)/python -m tests.prove_vllm
 	$(MAKE) proof FAMILY=sdxl
 	$(MAKE) proof FAMILY=chat
 	$(MAKE) proof FAMILY=wan
