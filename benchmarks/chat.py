@@ -5,12 +5,13 @@
     python -m benchmarks.chat --model FOLDER
 
 Decoding is greedy, so that the tokens can be compared. Both get the same prompts. No two prompts
-begin alike, so both compute every token of them. `with cached prefixes` is the engine on prompts
-with one common first half, which is cached from an earlier request. `generate` has no prefix cache,
-so this figure is compared with nothing. On CUDA the engine replays CUDA graphs; a second engine
-without graphs is timed between its runs. `decoding` is the tokens a second of one reply after its
-first token, `late` the time to the first token of a request that comes while all others run. The
-floor of one stream's decoding is the time to read the weights from memory, once a token.
+begin alike, and the engine keeps none, so both compute every token of them. `with cached prefixes`
+is an engine on prompts with one common first half, which is cached from an earlier request.
+`generate` has no prefix cache, so this figure is compared with nothing. On CUDA the engine replays
+CUDA graphs; a second engine without graphs is timed between its runs. `decoding` is the tokens a
+second of one reply after its first token, `late` the time to the first token of a request that
+comes while all others run. The floor of one stream's decoding is the time to read the weights from
+memory, once a token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,7 +145,7 @@ class Comparison:
         self.model, self.device, self.scale, self.capture = model, device, scale, capture
         size = (model.config.vocab_size, max(AT_ONCE) + 1, scale.prompt)
         self.prompts = make_prompts(*size)
-        self.prefixed = with_common_prefix(self.prompts)
+        self.num_rounds = 0
 
     def rows(self, at_once: Sequence[int]) -> list[list[object]]:
         return [self.row(count) for count in at_once]
@@ -158,7 +159,8 @@ class Comparison:
         uncaptured = self.engine(count, None) if self.capture else None
         if uncaptured:
             self.answer_all(uncaptured, prompts)
-        self.answer_all(engine, self.prefixed[:count], caches_prefix=True)
+        keeping = self.engine(count, self.capture, keeps_pages=True)
+        self.answer_all(keeping, self.prefixed(count))
         batched: list[float] = []
         cached: list[float] = []
         eager: list[float] = []
@@ -169,8 +171,7 @@ class Comparison:
             singly = [self.generate(one_by_one) for _ in range(2)]
             if uncaptured:
                 eager += [self.answer_all(uncaptured, prompts).tokens_s for _ in range(2)]
-            prefixed = self.answer_all(engine, self.prefixed[:count], caches_prefix=True)
-            cached.append(prefixed.tokens_s)
+            cached.append(self.answer_all(keeping, self.prefixed(count)).tokens_s)
             again = self.answer_all(engine, prompts)
             batched += [together.tokens_s, again.tokens_s]
             sequential += [each.tokens_s for each in singly]
@@ -191,8 +192,15 @@ class Comparison:
             1000 * self.late_s(engine, count),
         ]
 
-    def engine(self, count: int, capture: Capture | None) -> Engine:
+    def prefixed(self, count: int) -> list[list[int]]:
+        """Prompts with one first half, the same each time, and second halves that are new."""
+        self.num_rounds += 1
+        return with_common_prefix(self.prompts[:count], self.num_rounds)
+
+    def engine(self, count: int, capture: Capture | None, keeps_pages: bool = False) -> Engine:
         limits = EngineLimits(max_batch=count + 1)
+        if not keeps_pages:
+            limits = replace(limits, prefix_tokens=0)
         return Engine(self.model, self.device, eos_ids=[], limits=limits, capture=capture)
 
     def generate(self, prompts: Sequence[list[int]]) -> Answers:
@@ -205,12 +213,10 @@ class Comparison:
             replies.append(reply[len(prompt) :].tolist())
         return Answers(replies, time.monotonic() - began)
 
-    def answer_all(
-        self, engine: Engine, prompts: Sequence[list[int]], caches_prefix: bool = False
-    ) -> Answers:
+    def answer_all(self, engine: Engine, prompts: Sequence[list[int]]) -> Answers:
         """The engine's replies to all prompts at once."""
         began = time.monotonic()
-        asked = [self.ask(engine, prompt, caches_prefix) for prompt in prompts]
+        asked = [self.ask(engine, prompt) for prompt in prompts]
         with ThreadPoolExecutor(len(asked)) as threads:
             list(threads.map("".join, asked))
         first_s = [each.time_to_first_token_s for each in asked]
@@ -228,14 +234,10 @@ class Comparison:
             list(threads.map("".join, [*pieces, iter(late)]))
         return late.time_to_first_token_s
 
-    def ask(self, engine: Engine, prompt: list[int], caches_prefix: bool = False) -> Generation:
-        """Submit a prompt. With `caches_prefix` its first half is taken from the prefix cache, or
-        stored there."""
+    def ask(self, engine: Engine, prompt: list[int]) -> Generation:
+        """Submit a prompt."""
         sampling = SamplingParams(max_tokens=self.scale.reply, temperature=0)
-        num_shared = len(prompt) // 2 if caches_prefix else 0
-        generation = Generation(
-            prompt, sampling, decode=lambda ids: "x" * len(ids), num_shared=num_shared
-        )
+        generation = Generation(prompt, sampling, decode=lambda ids: "x" * len(ids))
         engine.submit(generation)
         return generation
 
@@ -267,10 +269,10 @@ def make_prompts(vocabulary: int, requests: int, length: int) -> list[list[int]]
     return rows.tolist()
 
 
-def with_common_prefix(prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The prompts with one common first half, which none of them had before."""
+def with_common_prefix(prompts: Sequence[list[int]], number: int) -> list[list[int]]:
+    """The prompts with one common first half, and second halves that no other `number` has."""
     half = len(prompts[0]) // 2
-    return [prompts[0][-half:] + each[half:] for each in prompts]
+    return [[*prompts[0][-half:], 100 + number, *each[half + 1 :]] for each in prompts]
 
 
 if __name__ == "__main__":

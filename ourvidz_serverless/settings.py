@@ -218,7 +218,7 @@ class FixedSettings(BaseSettings):
     chat_instruct_model: str = "pocket"
     chat_base_model: str | None = None
     chat_quantization: Literal["none", "int8", "int4", "fp8"] = "none"
-    chat_graphs: Literal["auto", "off"] = "auto"
+    chat_graphs: Literal["auto", "off"] = "off"
     chat_context: int = Field(8192, ge=256)
     chat_max_batch: int = Field(64, ge=1, le=256)
     chat_kv_tokens: int | None = Field(None, ge=256)

@@ -199,9 +199,8 @@ def new_generation(
     """A request to continue `shared + prompt`, greedy unless `sampling` says otherwise."""
     params = SamplingParams(**{"max_tokens": 12, "temperature": 0, **sampling})
     ids = model.tokenizer.encode(shared + prompt)
-    num_shared = len(model.tokenizer.encode(shared))
     options = {"check": check} if check else {}
-    return Generation(ids, params, model.tokenizer.decode, num_shared=num_shared, **options)
+    return Generation(ids, params, model.tokenizer.decode, **options)
 
 
 def text_of(engine: Engine, generation: Generation) -> str:

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 
 from ourvidz_serverless.errors import ModelLoadError
+from ourvidz_serverless.models.chat.attention import gathered_bytes_per_token
 from ourvidz_serverless.models.chat.engine import EngineLimits
-from ourvidz_serverless.models.chat.kv_cache import (
-    BLOCK,
-    attention_bytes_per_token,
-    bytes_per_token,
-    rounded_shape,
-)
+from ourvidz_serverless.models.chat.kv_cache import BLOCK, bytes_per_token, rounded
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
@@ -57,12 +53,12 @@ class CacheBudget:
         self._sizes = [MovableTensors([each], device).num_bytes for each in networks.values()]
         configs = [each.config for each in networks.values()]
         self._token_bytes = max(
-            bytes_per_token(each, device.dtype) + attention_bytes_per_token(each, device.dtype)
+            bytes_per_token(each, device.dtype) + gathered_bytes_per_token(each, device)
             for each in configs
         )
         longest = max(each.max_position_embeddings for each in configs)
         #: The tokens of the longest conversation, which runs alone if it must.
-        self.context = rounded_shape(1, min(settings.chat_context, longest))[1]
+        self.context = rounded(min(settings.chat_context, longest))
         self._forward_bytes = max(_forward_bytes(each, device, self.context) for each in configs)
         for variable, size in zip(networks, self._sizes, strict=True):
             self._check(variable, size)

@@ -2,15 +2,17 @@
 
 One token of a 7B model is a thousand small kernel launches from Python. The host needs several
 times as long for them as the GPU needs to read the weights. A CUDA graph is all of them in one
-launch. A graph computes on the same addresses each time. So a step is a function of a few tensors
-that never move, in a few shapes, the *buckets*: the number of rows, and the length that they read,
-are rounded up to powers of two. Spare rows write at position 0, where nothing is computed yet, and
-their results are dropped.
+launch. A graph computes on the same addresses each time. So a step is a function of one tensor that
+never moves, in a few shapes, the *buckets*: the number of rows, and where attention reads whole
+tables of pages also their width, are rounded up to powers of two. Spare rows write to page 0, which
+holds no text, and their results are dropped.
 
-The first step of a bucket is computed without a graph. The second one too, and then it is captured.
-The third one is computed in both ways and compared. From then on the graph replaces the forward. If
-a graph computes something else, or if capturing fails, there is one warning and no graph any more:
-replies go on without.
+`record` captures all buckets, which the warm-up asks for; after that nothing is captured and
+nothing is dropped while requests are answered. Graphs are dropped with the weights, and when the
+cache moves. From then on a bucket is captured again when it is needed: its first step is computed
+without a graph, the second one too, and then it is captured. The third one is computed in both ways
+and compared. From then on the graph replaces the forward. If a graph computes something else, or if
+capturing fails, there is one warning and no graph any more: replies go on without.
 """
 
 from __future__ import annotations
@@ -23,17 +25,16 @@ from typing import Any, Literal
 import torch
 
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.models.chat.kv_cache import BLOCK, next_power_of_two
+from ourvidz_serverless.models.chat.kv_cache import next_power_of_two
 from ourvidz_serverless.models.memory.device import (
     Device,
     device_wide_lock,
-    select_rows,
     to_device_async,
 )
 
-#: The most graphs that are kept; the one that was not used longest is dropped. Seven sizes of a
-#: batch of up to 64, times six lengths of up to 8192 tokens, are two more.
-MAX_GRAPHS = 40
+#: The most graphs that are kept; the one that was not used longest is dropped. A batch of up to 64
+#: has seven sizes; where the width of tables matters, times six lengths of up to 8192 tokens.
+MAX_GRAPHS = 42
 
 #: Runs before a capture, in which libraries load their kernels and allocate their workspaces.
 WARM_UPS = 2
@@ -41,8 +42,11 @@ WARM_UPS = 2
 #: Position embeddings that read the positions on the host, or change their own tables.
 UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
-#: Hidden states (rows, hidden) from token ids and positions, (rows, 1) each, and the cache length.
-Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+#: Hidden states (rows, hidden) from (rows, 2 + pages): each row's token id, position and pages.
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+#: The inputs of one row.
+Row = Sequence[int]
 
 #: From a function without arguments to its replay, which computes the same on the same tensors. A
 #: replay returns the same tensor each time, with new contents.
@@ -88,15 +92,40 @@ class CudaGraphs:
         return replay
 
 
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The shapes of steps: up to `max_rows` rows, with `least` to `most` pages each."""
+
+    max_rows: int
+    least: int
+    most: int
+
+    def of(self, rows: Sequence[Row]) -> tuple[int, int] | None:
+        """The rows and pages of the smallest bucket; None if a row has more pages than `most`."""
+        pages = max(map(len, rows)) - 2
+        if pages > self.most or len(rows) > next_power_of_two(self.max_rows):
+            return None
+        width = self.least * next_power_of_two(-(-pages // self.least))
+        return next_power_of_two(len(rows)), min(width, self.most)
+
+    def all(self) -> list[tuple[int, int]]:
+        """Every bucket, those of few rows and short texts first."""
+        rows = 1 << torch.arange(next_power_of_two(self.max_rows).bit_length())
+        widths = [self.least]
+        while widths[-1] < self.most:
+            widths.append(min(2 * widths[-1], self.most))
+        return [(count, width) for width in widths for count in rows.tolist()]
+
+
 @dataclass(slots=True)
 class _Graph:
-    #: Token ids and positions, (2, rows), which `replay` reads.
+    #: The rows that `replay` reads, (rows, 2 + pages).
     inputs: torch.Tensor
     replay: Callable[[], torch.Tensor]
     is_trusted: bool = False
 
-    def __call__(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
-        self.inputs.copy_(to_device_async(inputs, self.inputs.device))
+    def __call__(self, rows: Sequence[Row]) -> torch.Tensor:
+        self.inputs.copy_(to_device_async(rows, self.inputs.device))
         return self.replay()
 
 
@@ -106,8 +135,9 @@ class GraphReplay:
     `num_captured` and `num_replayed` count. After a failure `is_off` is true, for good.
     """
 
-    def __init__(self, step: Step, device: Device, capture: Capture) -> None:
+    def __init__(self, step: Step, device: Device, capture: Capture, shapes: Buckets) -> None:
         self._step, self._device, self._capture = step, device, capture
+        self.shapes = shapes
         self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
         self._seen: set[tuple[int, int]] = set()
         self._version: object = None
@@ -116,7 +146,7 @@ class GraphReplay:
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """The rows and lengths that are captured now."""
+        """The rows and pages that are captured now."""
         return list(self._graphs)
 
     def clear(self) -> None:
@@ -124,25 +154,37 @@ class GraphReplay:
         self._graphs.clear()
         self._seen.clear()
 
-    def hidden_states(
-        self,
-        tokens: Sequence[tuple[int, int]],
-        wanted: Sequence[int],
-        cache_length: int,
-        cache_version: object,
-        compute: Callable[[], torch.Tensor],
-    ) -> torch.Tensor:
-        """The hidden states of the `wanted` rows, by a graph, or else by `compute`.
+    def record(self, cache_version: object) -> None:
+        """Capture every bucket, and compare it with the step that it replaces.
 
-        `tokens` are each row's next token and its position. Graphs of another version of the cache
-        are dropped. Raises WrongReplay.
+        The steps write to page 0, which holds no text.
         """
-        if self.is_off:
+        self.clear()
+        self._version = cache_version
+        for rows, width in self.shapes.all()[:MAX_GRAPHS]:
+            if self.is_off:
+                return
+            self._add((rows, width), padded([[0, 0, 0]], rows, width))
+            # Other numbers than those that were captured.
+            other = padded([[1, 1, 0]] * rows, rows, width)
+            if graph := self._graphs.get((rows, width)):
+                expected = self._step(to_device_async(other, self._device.name))
+                self._compare(graph, other, expected)
+
+    def hidden_states(
+        self, rows: Sequence[Row], cache_version: object, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """The hidden states of the rows, by a graph, or else by `compute`.
+
+        Graphs of another version of the cache are dropped. Raises WrongReplay.
+        """
+        bucket = self.shapes.of(rows)
+        if self.is_off or bucket is None:
             return compute()
         if cache_version != self._version:
             self.clear()
             self._version = cache_version
-        bucket, inputs = bucket_of(tokens, cache_length)
+        inputs = padded(rows, *bucket)
         graph = self._graphs.get(bucket)
         if graph is not None and graph.is_trusted:
             try:
@@ -152,21 +194,19 @@ class GraphReplay:
                 return compute()
             self._graphs.move_to_end(bucket)
             self.num_replayed += 1
-            return select_rows(hidden, wanted)
+            return hidden[: len(rows)]
         hidden = compute()
         if graph is not None:
-            self._compare(graph, inputs, wanted, hidden)
+            self._compare(graph, inputs, hidden)
         elif bucket in self._seen:
             self._add(bucket, inputs)
         self._seen.add(bucket)
         return hidden
 
-    def _add(self, bucket: tuple[int, int], inputs: Sequence[Sequence[int]]) -> None:
-        length, on_device = bucket[1], to_device_async(inputs, self._device.name)
+    def _add(self, bucket: tuple[int, int], inputs: Sequence[Row]) -> None:
+        on_device = to_device_async(inputs, self._device.name)
         try:
-            replay = self._capture(
-                lambda: self._step(on_device[0, :, None], on_device[1, :, None], length)
-            )
+            replay = self._capture(lambda: self._step(on_device))
         except Exception as exc:
             why = type(exc).__name__
         else:
@@ -178,16 +218,10 @@ class GraphReplay:
         # Not inside the `except`: there the traceback still pins the tensors that did not fit.
         self._turn_off(why)
 
-    def _compare(
-        self,
-        graph: _Graph,
-        inputs: Sequence[Sequence[int]],
-        wanted: Sequence[int],
-        expected: torch.Tensor,
-    ) -> None:
+    def _compare(self, graph: _Graph, inputs: Sequence[Row], expected: torch.Tensor) -> None:
         """Trust a graph if it computes what was expected, for another step than the captured."""
         try:
-            graph.is_trusted = _are_close(select_rows(graph(inputs), wanted), expected)
+            graph.is_trusted = _are_close(graph(inputs)[: len(expected)], expected)
         except RuntimeError as exc:
             self._turn_off(type(exc).__name__)
             return
@@ -202,18 +236,10 @@ class GraphReplay:
         self._device.free_memory()
 
 
-def bucket_of(
-    tokens: Sequence[tuple[int, int]], cache_length: int
-) -> tuple[tuple[int, int], list[list[int]]]:
-    """The rows and length of a step's bucket, and its inputs: ids and positions, 0 in spare rows.
-
-    `tokens` are each row's token id and position.
-    """
-    ids, positions = map(list, zip(*tokens, strict=True))
-    blocks = next_power_of_two(-(-(max(positions) + 1) // BLOCK))
-    rows, length = next_power_of_two(len(ids)), min(blocks * BLOCK, cache_length)
-    spare = [0] * (rows - len(ids))
-    return (rows, length), [ids + spare, positions + spare]
+def padded(rows: Sequence[Row], num_rows: int, width: int) -> list[list[int]]:
+    """The rows as the inputs of a bucket: spare numbers are 0, so spare pages are page 0."""
+    spare = [[0] * (2 + width)] * (num_rows - len(rows))
+    return [[*row, *[0] * (2 + width - len(row))] for row in rows] + spare
 
 
 def _are_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

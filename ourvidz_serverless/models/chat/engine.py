@@ -1,18 +1,27 @@
 """One causal language model, many requests at once: continuous batching in a thread of its own.
 
-Each step of the loop removes requests that were stopped, admits waiting ones, prefills one bounded
-chunk of prompts, and decodes one token of every running reply. So a long prompt delays the next
-token of the others by one chunk, not by its whole length, and a cancelled request is gone at the
-next token.
+Each step of the loop removes requests that were stopped, admits waiting ones, computes one bounded
+packed batch of prompts, and decodes one token of every running reply. So a long prompt delays the
+next token of the others by one batch, not by its whole length, and a cancelled request is gone at
+the next token.
 
-A request is its tokens: the prompt, and the reply so far. The cache can be computed again from
-them, which is what happens after an out-of-memory, in a smaller batch.
+A request is its tokens: the prompt, and the reply so far. Keys and values can be computed again
+from them, which is what happens after an out-of-memory, in a smaller batch.
 
-The costs: the cache has one row for each request, as long as the longest (see `kv_cache`), and the
-host prepares every forward in Python, except those that `graphs` replays. The gain: transformers'
-own models, unchanged except for `norms`, and sampling parameters for each request. A batch of
-another size rounds the last bits differently, so a text can differ where two tokens are almost
-equally likely.
+A request has pages for the tokens that are computed, not for those that its limit allows (see
+`pages`). It is admitted when the pages that are left hold its tokens, and one page more of each
+running request. When a running request needs a page and none is left, the request that was admitted
+last gives its pages back and waits, before all others that wait. It keeps the tokens of its reply,
+and goes on where it was as soon as its tokens fit again. If it is itself the last one, it waits
+with its pages. The request that was admitted first never waits. A request that is longer than the
+whole cache is admitted when nothing else runs, and runs alone.
+
+Requests that begin alike compute that beginning once. A request whose beginning another one is
+about to compute waits until it can share it: whole pages in the same forward, a part of a page,
+which it copies, one step later.
+
+A batch of another size rounds the last bits differently, so a text can differ where two tokens are
+almost equally likely.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +39,20 @@ import torch
 
 from ourvidz_serverless.errors import JobError, OutOfMemory
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.models.chat import norms
+from ourvidz_serverless.models.chat import attention, norms
 from ourvidz_serverless.models.chat.batch_limit import BatchLimit
-from ourvidz_serverless.models.chat.cuda_graphs import Capture, GraphReplay, WrongReplay
+from ourvidz_serverless.models.chat.cuda_graphs import Buckets, Capture, GraphReplay, WrongReplay
 from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.kv_cache import (
-    CacheView,
+    BLOCK,
+    Batch,
     KVCache,
-    PrefixCache,
+    Span,
     bytes_per_token,
-    rounded_shape,
+    one_token_each,
+    packed,
 )
+from ourvidz_serverless.models.chat.pages import Found, Page, Pages, common_length
 from ourvidz_serverless.models.chat.sampling import sample
 from ourvidz_serverless.models.memory.device import (
     Device,
@@ -47,18 +60,23 @@ from ourvidz_serverless.models.memory.device import (
     is_lost,
     is_out_of_memory,
     select_rows,
-    to_device_async,
 )
 
 #: How often `free_caches` looks whether the last request has left, in seconds.
 IDLE_POLL_S = 0.01
+
+#: transformers takes a mask of four dimensions as it is, and makes none of its own. The attention
+#: over pages reads none.
+NO_MASK = torch.zeros(1, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """How much is computed and cached at once.
 
-    A request may be longer than `kv_tokens`. It then runs alone.
+    Running requests have pages for `kv_tokens` together. A request may be longer, and then runs
+    alone. Pages of `prefix_tokens` that no request uses any more are kept for later ones. A forward
+    computes at most `prefill_tokens` of prompts.
     """
 
     max_batch: int = 64
@@ -81,16 +99,22 @@ class Engine:
         self.limits = limits or EngineLimits()
         self.num_computed = 0
         norms.fuse(network)
+        attention.install(network)
         #: The network without its last layer, from token ids to hidden states.
         self.decoder = network.base_model
         self._head = network.get_output_embeddings()
         self._device = device
         self._eos_ids = frozenset(eos_ids)
-        self._cache = KVCache(network.config, device.name, device.dtype)
+        self._context = network.config.max_position_embeddings
+        self._attention = attention.choose(network.config, device)
+        size = self._attention.page_tokens
+        self._cache = KVCache(network.config, device.name, device.dtype, size)
         self._token_bytes = bytes_per_token(network.config, device.dtype)
-        self._prefixes = PrefixCache(self.limits.prefix_tokens)
-        self.graphs = capture and GraphReplay(self._graph_step, device, capture)
+        kept = self.limits.prefix_tokens // size
+        self.pages = Pages(size, max(self.limits.kv_tokens // size, 1), kept)
+        self.graphs = capture and GraphReplay(self._graph_step, device, capture, self._buckets())
         self.batch_limit = BatchLimit(self.limits.max_batch)
+        self._records = False
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._changed = threading.Condition()
@@ -99,20 +123,22 @@ class Engine:
 
     def submit(self, generation: Generation) -> None:
         """Answer a request, from the next step on or as soon as it fits."""
-        if generation.num_shared > self.limits.prefix_tokens:
-            generation.num_shared = 0
         with self._changed:
             self._waiting.append(generation)
             self._changed.notify()
 
     @property
     def cache_bytes(self) -> int:
-        """The most that keys and values may take, those of the prefix cache included."""
+        """The most that keys and values may take, those that are kept for later included."""
         return self._token_bytes * (self.limits.kv_tokens + self.limits.prefix_tokens)
 
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    def record_graphs(self) -> None:
+        """Capture all decode steps before the next one is computed, if the engine replays steps."""
+        self._records = self.graphs is not None
 
     def free_caches(self) -> None:
         """Free the caches when the last request has left. Nobody may submit meanwhile."""
@@ -122,8 +148,9 @@ class Engine:
             self._clear_caches()
 
     def _clear_caches(self) -> None:
+        self._forget_pages()
+        self._attention.clear()
         self._cache.clear()
-        self._prefixes.clear()
         if self.graphs:
             self.graphs.clear()
 
@@ -168,128 +195,211 @@ class Engine:
         while self._waiting and self._fits(self._waiting[0]):
             with self._changed:
                 self._running.append(self._waiting.popleft())
-        if self._running:
-            longest = max(each.max_length for each in self._running)
-            # A graph is valid only until the cache moves, so the cache should move seldom.
-            spare_tokens = self.limits.kv_tokens if self.graphs else 0
-            self._cache.reserve(len(self._running), longest, spare_tokens)
 
     def _prefill(self) -> None:
-        """Compute one chunk of prompts: as many tokens as may delay the running replies."""
+        """Compute the next tokens of prompts, packed: as many as may delay the running replies.
+
+        A prompt that is longer than that is computed in parts. Others are not cut.
+        """
         batch: list[Generation] = []
         counts: list[int] = []
-        for generation in self._running:
-            if generation.num_pending == 1 or self._waits_for_prefix(generation):
+        for generation in list(self._running):
+            if generation not in self._running or generation.num_pending == 1:
                 continue
-            count = self._next_chunk(generation)
-            if batch and (len(batch) + 1) * max(*counts, count) > self.limits.prefill_tokens:
-                break
-            batch.append(generation)
-            counts.append(count)
+            if not generation.pages and not self._begin(generation):
+                continue
+            num_left = self.limits.prefill_tokens - sum(counts)
+            if generation.num_pending == 1 or (batch and generation.num_pending > num_left):
+                continue
+            count = min(generation.num_pending, num_left)
+            if self._reserve(generation, count):
+                batch.append(generation)
+                counts.append(count)
         if batch:
             self._advance(batch, counts, self._forward(batch, counts))
-        for generation in batch:
-            self._cache_prefix(generation)
 
     def _decode(self) -> None:
         """Compute the next token of every reply whose prompt is computed."""
         growing = [each for each in self._running if each.num_pending == 1]
+        # To reserve pages for one request may make a later one leave.
+        growing = [each for each in growing if each in self._running and self._reserve(each, 1)]
         if not growing:
             return
         ones = [1] * len(growing)
         try:
             hidden = self._replay(growing) if self.graphs else self._forward(growing, ones)
         except WrongReplay:
-            for generation in self._running:
-                generation.num_computed = 0
+            self._forget_pages()
             return
         num_running = len(self._running)
         self._advance(growing, ones, hidden)
         if self.batch_limit.note_step(num_running):
             log.info("at most %d requests at once from now on", self.batch_limit.size)
 
-    # --- admission and prefixes ---
+    # --- admission and pages ---
 
     def _fits(self, newcomer: Generation) -> bool:
-        if not self._running:
-            return True
-        num_rows = len(self._running) + 1
-        longest = max(each.max_length for each in [newcomer, *self._running])
-        rows, length = rounded_shape(num_rows, longest)
-        return num_rows <= self.batch_limit.size and rows * length <= self.limits.kv_tokens
-
-    def _next_chunk(self, generation: Generation) -> int:
-        """How many tokens to compute next. A shared prefix is copied, or is a chunk of its own."""
-        if generation.num_computed == 0:
-            found, prefix = self._prefixes.find(generation.ids[: generation.num_prompt - 1])
-            if found:
-                self._cache.write_prefix(self._running.index(generation), prefix)
-                generation.num_computed = generation.num_reused = found
-        count = min(generation.num_pending, self.limits.prefill_tokens)
-        num_shared_left = generation.num_shared - generation.num_computed
-        return min(count, num_shared_left) if num_shared_left > 0 else count
-
-    def _waits_for_prefix(self, generation: Generation) -> bool:
-        """Whether an earlier request is computing the same shared prefix now."""
-        num_shared = generation.num_shared
-        if not num_shared or generation.num_computed:
+        if self._running and len(self._running) >= self.batch_limit.size:
             return False
-        return any(
-            other.num_computed < num_shared and other.shared_prefix == generation.shared_prefix
-            for other in self._running[: self._running.index(generation)]
-        )
+        expected = newcomer.num_expected_pages = self._num_expected(newcomer)
+        num_left = self.pages.num_left - sum(map(self._num_promised, self._running))
+        return not self._running or expected + len(self._running) <= num_left
 
-    def _cache_prefix(self, generation: Generation) -> None:
-        """Copy a shared prefix to the prefix cache when it is computed, and nothing after it."""
-        num_shared = generation.num_shared
-        if 0 < num_shared == generation.num_computed > generation.num_reused:
-            prefix = self._cache.read_prefix(self._running.index(generation), num_shared)
-            self._prefixes.add(generation.shared_prefix, prefix)
+    def _num_expected(self, newcomer: Generation) -> int:
+        """The pages that a request will take for its tokens, beside those that others use."""
+        found = self.pages.find(newcomer.ids[:-1])
+        in_use = sum(page.num_users > 0 for page in found.pages)
+        being_read = max(
+            (self._common(newcomer, other) for other in self._running if other.num_pending > 1),
+            default=0,
+        )
+        num_shared = max(in_use, being_read // self.pages.size)
+        return self.pages.count(len(newcomer.ids) + 1) - num_shared
+
+    def _num_promised(self, generation: Generation) -> int:
+        """The pages that a running request has not taken yet for the tokens that it has."""
+        if not generation.pages:
+            return generation.num_expected_pages
+        return max(self.pages.count(len(generation.ids)) - len(generation.pages), 0)
+
+    def _common(self, one: Generation, other: Generation) -> int:
+        """The tokens that one request can have from the pages of another."""
+        return self.pages.shareable(common_length(one.ids[:-1], other.ids))
+
+    def _begin(self, generation: Generation) -> bool:
+        """Share the pages of an equal beginning. Returns False if the request has to wait.
+
+        It waits for a request before it that is about to compute more of that beginning, or for
+        pages.
+        """
+        found = self.pages.find(generation.ids[:-1])
+        earlier = self._running[: self._running.index(generation)]
+        if any(
+            other.num_pending > 1 and self._common(generation, other) > found.num_tokens
+            for other in earlier
+        ):
+            return False
+        if not self._make_room(generation, self.pages.num_new(found)):
+            return False
+        # To make room may have dropped pages that were found; the rest is computed.
+        found = self.pages.find(generation.ids[:-1])
+        self._share(generation, found)
+        return True
+
+    def _share(self, generation: Generation, found: Found) -> None:
+        generation.pages = self.pages.share(found.pages)
+        if found.tail:
+            page = self._take_page(generation)
+            self._cache.reserve(*self._cache_size)
+            self._cache.copy_page(found.tail.index, page.index)
+            page.tokens = found.tail.tokens[: found.num_tail]
+            page.num_written = found.num_tail
+        generation.num_computed = found.num_tokens
+        if not generation.num_completion:
+            generation.num_reused = found.num_tokens
+
+    def _reserve(self, generation: Generation, count: int) -> bool:
+        """Take the pages of a request's next tokens. Returns False if it has to wait for them."""
+        length = generation.num_computed + count
+        num_new = self.pages.count(length) - len(generation.pages)
+        if not self._make_room(generation, num_new):
+            return False
+        for _ in range(num_new):
+            self._take_page(generation)
+        # From now on these tokens can be shared, by requests in the same forward too.
+        size = self.pages.size
+        for at in range(generation.num_computed // size, len(generation.pages)):
+            generation.pages[at].tokens = generation.ids[at * size : min(length, (at + 1) * size)]
+        return True
+
+    def _take_page(self, generation: Generation) -> Page:
+        page = self.pages.take(generation.pages[-1] if generation.pages else None)
+        generation.pages.append(page)
+        return page
+
+    def _make_room(self, generation: Generation, num_pages: int) -> bool:
+        """Let the requests after this one give pages back until so many are left.
+
+        Returns False if that is not enough. A request that runs alone may have all it needs.
+        """
+        while num_pages > self.pages.num_left and len(self._running) > 1:
+            last = self._running[-1]
+            if last is generation:
+                return False
+            self._running.pop()
+            self._give_back(last)
+            with self._changed:
+                self._waiting.appendleft(last)
+        return True
+
+    def _give_back(self, generation: Generation) -> None:
+        """Take all pages from a request, which then has to be computed again."""
+        self.pages.release(generation.pages)
+        generation.pages = []
+        generation.recompute()
+
+    def _forget_pages(self) -> None:
+        """Compute all requests again, and share nothing that is in the cache now."""
+        for generation in self._running:
+            generation.pages = []
+            generation.recompute()
+        self.pages.clear()
 
     # --- forwards ---
 
+    @property
+    def _cache_size(self) -> tuple[int, int, bool]:
+        """The pages that the cache needs now, those it may have, and whether to take all now."""
+        most = 1 + self.pages.max_used + self.pages.max_kept
+        # A graph is valid only until the cache moves, so the cache should never move.
+        return self.pages.num_made, most, self.graphs is not None
+
     def _forward(self, batch: Sequence[Generation], counts: Sequence[int]) -> torch.Tensor:
         """The hidden states of the last tokens, after the next `counts` tokens of each request."""
-        width = max(counts)
-        rows = [self._running.index(each) for each in batch]
-        # Shorter rows are padded with their last token at its own position. It writes there what
-        # is there already, so no mask has to hide the padding.
-        positions = [
-            [each.num_computed + min(i, count - 1) for i in range(width)]
+        self._cache.reserve(*self._cache_size)
+        spans = [
+            Span(
+                each.ids[each.num_computed : each.num_computed + count],
+                each.num_computed,
+                [page.index for page in each.pages],
+            )
             for each, count in zip(batch, counts, strict=True)
         ]
-        ids = [[each.ids[at] for at in row] for each, row in zip(batch, positions, strict=True)]
-
-        view = self._cache.view(rows, positions)
-        return self._hidden_states(to_device_async(ids, self._device.name), view)
+        return self._hidden_states(packed(spans, self.pages.size, self._device.name))
 
     def _replay(self, growing: Sequence[Generation]) -> torch.Tensor:
-        """The hidden states of a decode step, by a CUDA graph if there is one.
-
-        A graph computes all rows. A row whose prompt is not computed yet gets its next token too,
-        at its own position, which does no harm.
-        """
+        """The hidden states of a decode step, by a CUDA graph if there is one."""
         assert self.graphs
-        return self.graphs.hidden_states(
-            [(each.ids[each.num_computed], each.num_computed) for each in self._running],
-            [row for row, each in enumerate(self._running) if each.num_pending == 1],
-            self._cache.length,
-            self._cache.version,
-            lambda: self._forward(growing, [1] * len(growing)),
-        )
+        self._cache.reserve(*self._cache_size)
+        if self._records:
+            self._records = False
+            self.graphs.record(self._cache.version)
+        rows = [
+            [each.ids[-1], each.num_computed, *(page.index for page in each.pages)]
+            for each in growing
+        ]
+        compute = partial(self._forward, growing, [1] * len(growing))
+        return self.graphs.hidden_states(rows, self._cache.version, compute)
 
-    def _graph_step(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        return self._hidden_states(ids, self._cache.view_of_first_rows(positions, length))
+    def _graph_step(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._hidden_states(one_token_each(inputs, self.pages.size))
 
-    def _hidden_states(self, ids: torch.Tensor, view: CacheView) -> torch.Tensor:
+    def _buckets(self) -> Buckets:
+        """The shapes of decode steps: lengths matter only where attention reads whole tables."""
+        limits = self.limits
+        longest = max(min(limits.kv_tokens, self._context), BLOCK)
+        least = longest if self._attention.reads_only_used else BLOCK
+        return Buckets(limits.max_batch, self.pages.count(least), self.pages.count(longest))
+
+    def _hidden_states(self, batch: Batch) -> torch.Tensor:
         out = self.decoder(
-            input_ids=ids,
-            position_ids=view.positions,
-            attention_mask=view.mask(),
-            past_key_values=view,
-            use_cache=True,
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=NO_MASK,
+            use_cache=False,
+            pages=attention.Forward(self._attention, self._cache, batch),
         )
-        return out.last_hidden_state[:, -1]
+        return out.last_hidden_state[0].index_select(0, batch.last)
 
     # --- what a forward changes ---
 
@@ -299,7 +409,10 @@ class Engine:
         """Count the computed tokens, and sample one for each request with none left to compute."""
         self.num_computed += sum(counts)
         for generation, count in zip(batch, counts, strict=True):
+            first = generation.num_computed // self.pages.size
             generation.num_computed += count
+            for page in generation.pages[first:]:
+                page.num_written = len(page.tokens)
         ready = [row for row, each in enumerate(batch) if each.num_pending == 0]
         if not ready:
             return
@@ -324,11 +437,9 @@ class Engine:
             if generation in self._waiting:
                 self._waiting.remove(generation)
                 return
-        row, last = self._running.index(generation), len(self._running) - 1
-        if row != last:
-            self._cache.copy_row(last, row)
-            self._running[row] = self._running[last]
-        self._running.pop()
+        self._running.remove(generation)
+        self.pages.release(generation.pages)
+        generation.pages = []
 
     def _recover(self, error: Exception) -> None:
         """After an out-of-memory run the same requests in a smaller batch; else fail them."""
@@ -342,8 +453,6 @@ class Engine:
         if is_out_of_memory(error) and len(failed) > 1:
             self.batch_limit.shrink(len(failed))
             log.warning("out of memory: at most %d requests at once for now", self.batch_limit.size)
-            for generation in failed:
-                generation.recompute()
             with self._changed:
                 self._waiting.extendleft(reversed(failed))
             return

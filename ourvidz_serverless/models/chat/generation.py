@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from ourvidz_serverless.errors import InternalError
 from ourvidz_serverless.models.chat.grammar import Matcher
+from ourvidz_serverless.models.chat.pages import Page
 from ourvidz_serverless.models.chat.request import FinishReason, SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler
 from ourvidz_serverless.models.chat.text_stream import Decode, TextStream
 from ourvidz_serverless.models.memory.types import Check
-
-#: A shorter shared prefix is computed faster than it is looked up and copied.
-MIN_SHARED_PREFIX = 16
 
 
 class Generation:
@@ -31,13 +29,14 @@ class Generation:
         sampling: SamplingParams,
         decode: Decode,
         check: Check = lambda: None,
-        num_shared: int = 0,
         grammar: Matcher | None = None,
     ) -> None:
         self.ids = list(prompt)
         self.num_prompt = len(prompt)
         self.sampling = sampling
-        self.num_shared = num_shared if MIN_SHARED_PREFIX <= num_shared < len(prompt) else 0
+        #: The pages of its tokens in the KV cache. At first, how many it is expected to take.
+        self.pages: list[Page] = []
+        self.num_expected_pages = 0
         self.num_computed = 0
         self.num_reused = 0
         self.sampler = Sampler(sampling, prompt, grammar)
@@ -66,16 +65,6 @@ class Generation:
     def num_pending(self) -> int:
         """Tokens that are not in the KV cache yet: 1 if only the newest is missing."""
         return len(self.ids) - self.num_computed
-
-    @property
-    def max_length(self) -> int:
-        """The tokens of the prompt and of the longest possible reply."""
-        return self.num_prompt + self.sampling.max_tokens
-
-    @property
-    def shared_prefix(self) -> list[int]:
-        """The first tokens of the prompt, which other requests are likely to begin with."""
-        return self.ids[: self.num_shared]
 
     @property
     def time_to_first_token_s(self) -> float:

@@ -1,26 +1,26 @@
-"""Keys and values of all running requests: one row a request, one pair of tensors a layer.
+"""Keys and values of all requests, in pages: two tensors a layer, and the batches that use them.
 
-A row is as long as the longest conversation in the batch. So memory is rows x longest, not the sum
-of lengths. In return a decoding batch is a plain slice of these tensors, read without a copy, and
-the index of a token is its position: there is no padding on the left, and nothing moves when a
-request is added. When a request leaves, the last row moves into its place.
+A request has as many pages as its tokens need, anywhere in the tensors. So memory is the sum of the
+requests' lengths, and no request is padded to the length of another one. `pages` decides which page
+belongs to whom; here is what the pages hold.
+
+A forward computes a packed batch: the next tokens of several requests, one request after another in
+one row, without padding. The prompts of requests may have different lengths.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from ourvidz_serverless.models.memory.device import to_device_async
+from ourvidz_serverless.models.memory.device import is_out_of_memory, to_device_async
 
-#: Lengths are rounded up to a multiple of this, so that the cache does not grow at each token.
+#: The lengths of CUDA graphs and the context are multiples of this; pages divide it.
 BLOCK = 256
-
-#: Keys and values (heads, tokens, dim) of each layer.
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def next_power_of_two(number: int) -> int:
@@ -28,174 +28,176 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def rounded_shape(rows: int, length: int) -> tuple[int, int]:
-    """The rows and tokens that a cache for `rows` requests of `length` tokens allocates."""
-    return next_power_of_two(rows), -(-length // BLOCK) * BLOCK
+def rounded(length: int) -> int:
+    """The tokens of the whole blocks that a text of that length takes."""
+    return -(-length // BLOCK) * BLOCK
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """The bytes of one token in the cache, in all layers."""
-    heads, dim = _shape(config)
+    heads, dim = head_shape(config)
     return 2 * config.num_hidden_layers * heads * dim * dtype.itemsize
 
 
-def attention_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """The bytes that attention needs beside the cache to read one token, in one layer.
-
-    Several query heads share keys and values. With a mask, transformers repeats them for each head.
-    """
-    _, dim = _shape(config)
-    return 2 * int(config.num_attention_heads) * dim * dtype.itemsize
-
-
-def _shape(config: Any) -> tuple[int, int]:
+def head_shape(config: Any) -> tuple[int, int]:
+    """The number of heads that have keys and values, and the size of each."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, dim
 
 
 class KVCache:
-    """The cache of a batch. `reserve` before writing.
+    """The pages' keys and values, (pages, tokens, heads, dim) each. `reserve` before writing.
 
     Its tensors keep their addresses as long as `version` is the same.
     """
 
-    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Any, device: torch.device, dtype: torch.dtype, page_tokens: int
+    ) -> None:
         self._options = {"device": device, "dtype": dtype}
-        self._shape = _shape(config)
+        self._shape = (page_tokens, *head_shape(config))
         self._num_layers = config.num_hidden_layers
         self.version = 0
         self.clear()
 
     def clear(self) -> None:
         """Free the memory."""
-        self.rows = self.length = 0
-        self.version += 1
-        self.layers = [(self._empty(0, 0), self._empty(0, 0)) for _ in range(self._num_layers)]
+        self._resize(0)
 
-    def reserve(self, rows: int, length: int, spare_tokens: int = 0) -> None:
-        """Allocate at least that many rows and tokens. What the cache holds stays.
+    def reserve(self, num_pages: int, most: int, at_once: bool = False) -> None:
+        """Allocate at least `num_pages`. What the cache holds stays.
 
-        As long as rows x length is not more than `spare_tokens`, the length is a power of two and
-        neither rows nor length shrink: the cache then moves seldom.
+        It doubles, up to `most` pages, so that it moves seldom. With `at_once` all of these are
+        allocated where there is room, so that it never moves.
         """
-        if rows <= self.rows and length <= self.length:
+        if num_pages <= self.num_pages:
             return
-        least = rounded_shape(rows, length)
-        ample = max(least[0], self.rows), max(next_power_of_two(least[1]), self.length)
-        self.rows, self.length = ample if ample[0] * ample[1] <= spare_tokens else least
+        ample = most if at_once else min(next_power_of_two(num_pages), most)
+        if ample <= num_pages or not self._has_resized(ample):
+            self._resize(num_pages)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Overwrite page `target` with page `source`."""
+        for layer in self.layers:
+            for each in layer:
+                each[target].copy_(each[source])
+
+    def _has_resized(self, num_pages: int) -> bool:
+        try:
+            self._resize(num_pages)
+        except Exception as exc:
+            if not is_out_of_memory(exc):
+                raise
+            return False
+        return True
+
+    def _resize(self, num_pages: int) -> None:
         self.version += 1
-        # One layer at a time, so that the old and the new cache are never both there.
+        if not num_pages:
+            self.layers = [(self._empty(0), self._empty(0)) for _ in range(self._num_layers)]
+        # One tensor at a time, so that the old and the new cache are never both there.
         for index, (keys, values) in enumerate(self.layers):
-            self.layers[index] = (self._resized(keys), self._resized(values))
+            keys = self._resized(keys, num_pages)
+            self.layers[index] = (keys, values)
+            self.layers[index] = (keys, self._resized(values, num_pages))
+        self.num_pages = num_pages
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Overwrite row `target` with row `source`."""
-        for keys, values in self.layers:
-            keys[target].copy_(keys[source])
-            values[target].copy_(values[source])
+    def _empty(self, num_pages: int) -> torch.Tensor:
+        # Not `empty`: a masked token counts zero times its value, which must be a number.
+        return torch.zeros((num_pages, *self._shape), **self._options)
 
-    def read_prefix(self, row: int, length: int) -> Prefix:
-        """A copy of the first `length` tokens of a row."""
-        return [(k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in self.layers]
-
-    def write_prefix(self, row: int, prefix: Prefix) -> None:
-        """Write what `read_prefix` returned to the beginning of a row."""
-        for (keys, values), (k, v) in zip(self.layers, prefix, strict=True):
-            keys[row, :, : k.shape[1]].copy_(k)
-            values[row, :, : v.shape[1]].copy_(v)
-
-    def view(self, rows: Sequence[int], positions: Sequence[Sequence[int]]) -> CacheView:
-        """The cache for one forward of some rows, at positions (rows, tokens)."""
-        device = self.layers[0][0].device
-        row_ids = to_device_async(rows, device)
-        # A slice needs no copy; other rows are gathered.
-        in_order = list(rows) == list(range(len(rows)))
-        read_rows = slice(0, len(rows)) if in_order else row_ids
-        length = max(map(max, positions)) + 1
-        return CacheView(
-            self.layers, row_ids, read_rows, to_device_async(positions, device), length
-        )
-
-    def view_of_first_rows(self, positions: torch.Tensor, length: int) -> CacheView:
-        """The cache for one forward of the first rows, which reads `length` tokens of each.
-
-        The host needs no number from the device, so a CUDA graph can capture the forward.
-        """
-        rows = torch.arange(len(positions), device=positions.device)
-        return CacheView(self.layers, rows, slice(0, len(positions)), positions, length)
-
-    def _empty(self, rows: int, length: int) -> torch.Tensor:
-        heads, dim = self._shape
-        return torch.zeros((rows, heads, length, dim), **self._options)
-
-    def _resized(self, old: torch.Tensor) -> torch.Tensor:
-        new = self._empty(self.rows, self.length)
-        rows, length = min(self.rows, old.shape[0]), min(self.length, old.shape[2])
-        new[:rows, :, :length] = old[:rows, :, :length]
+    def _resized(self, old: torch.Tensor, num_pages: int) -> torch.Tensor:
+        if len(old) == num_pages:
+            return old
+        new, both = self._empty(num_pages), min(num_pages, len(old))
+        new[:both] = old[:both]
         return new
 
 
-class CacheView:
-    """The `past_key_values` that transformers gets for one forward."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The next `ids` of one text, of which `start` tokens are computed, and all its pages so far.
 
-    def __init__(
-        self,
-        layers: list[tuple[torch.Tensor, torch.Tensor]],
-        rows: torch.Tensor,
-        read_rows: slice | torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-    ) -> None:
-        self._layers, self._rows, self._read_rows = layers, rows, read_rows
-        self.positions, self.length = positions, length
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (rows, heads, tokens, dim) at the positions. Returns all tokens of the rows."""
-        all_keys, all_values = self._layers[layer_idx]
-        where = (self._rows[:, None], slice(None), self.positions)
-        all_keys[where] = keys.transpose(1, 2)
-        all_values[where] = values.transpose(1, 2)
-        return (
-            all_keys[self._read_rows, :, : self.length],
-            all_values[self._read_rows, :, : self.length],
-        )
-
-    def mask(self) -> torch.Tensor:
-        """The causal mask that is added to attention's scores, (rows, 1, tokens, length).
-
-        Not as booleans: every layer would convert them again.
-        """
-        columns = torch.arange(self.length, device=self.positions.device)
-        is_later = (columns > self.positions[..., None])[:, None]
-        dtype = self._layers[0][0].dtype
-        return torch.zeros_like(is_later, dtype=dtype).masked_fill_(is_later, -torch.inf)
-
-
-class PrefixCache:
-    """Keys and values of prefixes that many requests share.
-
-    If they have more than `max_tokens` together, those that were not used longest are removed.
+    The pages have room for these tokens too.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+    ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
 
-    def find(self, ids: Sequence[int]) -> tuple[int, Prefix]:
-        """The longest prefix of `ids` that is cached: its number of tokens, its keys and values."""
-        matching = [key for key in self._prefixes if tuple(ids[: len(key)]) == key]
-        if not matching:
-            return 0, []
-        key = max(matching, key=len)
-        self._prefixes.move_to_end(key)
-        return len(key), self._prefixes[key]
+    @property
+    def length(self) -> int:
+        """The tokens of the text after the forward."""
+        return self.start + len(self.ids)
 
-    def add(self, ids: Sequence[int], prefix: Prefix) -> None:
-        self._prefixes[tuple(ids)] = prefix
-        while sum(map(len, self._prefixes)) > self.max_tokens:
-            self._prefixes.popitem(last=False)
 
-    def clear(self) -> None:
-        self._prefixes.clear()
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one forward, and where their keys and values are. All numbers are int64.
+
+    `ids` and `positions` are (1, tokens). `slots` (tokens) are where each token is written: the
+    tensors of the cache as one row of tokens. `tables` (texts, pages) are the pages of each text,
+    0 behind its last one; `lengths` (texts) its tokens after the forward. The text's tokens in the
+    batch are those from `ends[i]` to `ends[i + 1]` (texts + 1). `last` (texts) are the last tokens'
+    indices in the batch, in the order of the spans that the batch was made of.
+
+    `spans` are what the host knows of the texts, in the order of `tables` and `lengths`. A batch
+    for a CUDA graph has none: it has one token of each text, and the tables have one width.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    ends: torch.Tensor
+    last: torch.Tensor
+    spans: Sequence[Span] = ()
+
+    @property
+    def counts(self) -> list[int]:
+        """The tokens of each text in this forward."""
+        return [len(each.ids) for each in self.spans] or [1] * len(self.lengths)
+
+
+def packed(spans: Sequence[Span], page_tokens: int, device: torch.device) -> Batch:
+    """The batch of these spans, those of one token first, and short texts before long ones.
+
+    All numbers go to the device in one copy.
+    """
+    order = sorted(range(len(spans)), key=lambda at: (len(spans[at].ids) > 1, spans[at].length))
+    ordered = [spans[at] for at in order]
+    ends = dict(zip(order, accumulate(len(each.ids) for each in ordered), strict=True))
+    positions = [at for each in ordered for at in range(each.start, each.length)]
+    slots = [
+        each.pages[at // page_tokens] * page_tokens + at % page_tokens
+        for each in ordered
+        for at in range(each.start, each.length)
+    ]
+    width = max(len(each.pages) for each in ordered)
+    tables = [at for each in ordered for at in (*each.pages, *[0] * (width - len(each.pages)))]
+    parts = [
+        [token for each in ordered for token in each.ids],
+        positions,
+        slots,
+        tables,
+        [each.length for each in ordered],
+        [0, *ends.values()],
+        [ends[at] - 1 for at in range(len(spans))],
+    ]
+    numbers = to_device_async([number for part in parts for number in part], device, torch.long)
+    ids, at, slot, pages, lengths, end, last = numbers.split([len(part) for part in parts])
+    pages = pages.view(-1, width)
+    return Batch(ids[None], at[None], slot, pages, lengths, end, last, ordered)
+
+
+def one_token_each(inputs: torch.Tensor, page_tokens: int) -> Batch:
+    """The batch of one token a text: `inputs` (texts, 2 + pages) are id, position and pages.
+
+    The host needs no number from the device, so a CUDA graph can capture what it is used for.
+    """
+    ids, positions, tables = inputs[:, 0], inputs[:, 1], inputs[:, 2:]
+    page = tables.gather(1, positions[:, None] // page_tokens)[:, 0]
+    slots = page * page_tokens + positions % page_tokens
+    ends = torch.arange(len(inputs) + 1, device=inputs.device)
+    return Batch(ids[None], positions[None], slots, tables, positions + 1, ends, ends[:-1])

@@ -107,8 +107,9 @@ class Chat:
         self._context = context
 
     def warm_up(self) -> None:
-        """Generate five tokens with each model: so many that a GPU captures its first graph."""
-        for name in self.models:
+        """Generate five tokens with each model. A GPU that replays graphs captures all of them."""
+        for name, model in self.models.items():
+            model.engine.record_graphs()
             hello = ChatRequest((("user", "Hello"),), SamplingParams(max_tokens=5), name)
             deque(self.generate(hello), maxlen=0)
 
@@ -129,7 +130,6 @@ class Chat:
             request.sampling,
             model.tokenizer.decode,
             check,
-            num_shared=prompt.num_shared,
             grammar=None if schema is None else model.grammars.matcher(schema),
         )
         use = self.ledger.acquire(model, check)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -119,9 +120,9 @@ def test_replies_are_the_same_when_they_cross_buckets_and_the_cache_grows(plain:
         ]
 
     assert both(model) == both(plain)
-    # The cache moves for the second text, which uses both lengths. The third one needs no capture.
-    assert model.engine.graphs.buckets == [(1, 512), (1, 256)]
-    assert fake_graphs.num_captured == 3
+    # 8 and 16 pages of 32 tokens. The cache does not move, so the third text needs no capture.
+    assert model.engine.graphs.buckets == [(1, 16), (1, 8)]
+    assert fake_graphs.num_captured == 2
 
 
 def test_a_llama_is_replayed_too() -> None:
@@ -185,8 +186,8 @@ def operations(layers: int) -> int:
     return counts[0]
 
 
-def test_one_layer_takes_26_operations() -> None:
-    assert operations(layers=3) - operations(layers=2) == 26
+def test_one_layer_takes_28_operations_of_which_two_copy_pages() -> None:
+    assert operations(layers=3) - operations(layers=2) == 28
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_after_an_out_of_memory_graphs_are_captured_again(plain: ChatModel) -> N
     is_full = [True]
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs["input_ids"].shape == (2, 1) and is_full[0]:
+        if kwargs["pages"].batch.counts == [1, 1] and is_full[0]:
             is_full[0] = False
             raise torch.OutOfMemoryError("full")
 
@@ -239,26 +240,92 @@ def test_after_an_out_of_memory_graphs_are_captured_again(plain: ChatModel) -> N
     assert not model.engine.graphs.is_off
 
 
-def test_the_cache_moves_seldom_while_memory_is_left() -> None:
-    cache = KVCache(tiny_network().config, CPU.name, CPU.dtype)
+def test_a_cache_for_graphs_never_moves_where_there_is_room() -> None:
+    cache = KVCache(tiny_network().config, CPU.name, CPU.dtype, page_tokens=32)
     sizes = []
-    for rows, length in [(1, 700), (2, 300), (1, 1000), (1, 1100), (3, 100), (1, 2100)]:
-        cache.reserve(rows, length, spare_tokens=8192)
-        sizes.append((cache.rows, cache.length))
+    for num_pages in (1, 20, 300):
+        cache.reserve(num_pages, most=300, at_once=True)
+        sizes.append((cache.num_pages, cache.version))
 
-    # The last shape gets exactly what it needs: powers of two would be more than 8192 tokens.
-    assert sizes == [(1, 1024), (2, 1024), (2, 1024), (2, 2048), (4, 2048), (1, 2304)]
-    assert cache.version == 6
+    assert sizes == [(300, 2)] * 3
+
+
+def test_a_cache_for_graphs_grows_as_it_is_needed_where_room_is_short() -> None:
+    cache = KVCache(tiny_network().config, CPU.name, CPU.dtype, page_tokens=32)
+    with Refusing(most_numbers=100 * 32 * 16):
+        sizes = []
+        for num_pages in (1, 20, 90):
+            cache.reserve(num_pages, most=300, at_once=True)
+            sizes.append(cache.num_pages)
+
+    assert sizes == [1, 20, 90]
+    assert {len(each) for layer in cache.layers for each in layer} == {90}
+
+
+class Refusing(TorchDispatchMode):
+    """Refuses to make tensors of more than so many numbers."""
+
+    def __init__(self, most_numbers: int) -> None:
+        super().__init__()
+        self.most_numbers = most_numbers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.numel() > self.most_numbers:
+            raise torch.OutOfMemoryError("full")
+        return made
 
 
 def test_all_steps_fall_into_42_buckets() -> None:
-    shapes = {
-        cuda_graphs.bucket_of([(1, length - 1)] * rows, 8192)[0]
-        for rows, length in itertools.product(range(1, 65), range(1, 8193, 100))
+    shapes = cuda_graphs.Buckets(max_rows=64, least=8, most=256)
+    used = {
+        shapes.of([[0, 0, *[1] * pages]] * rows)
+        for rows, pages in itertools.product(range(1, 65), range(1, 257, 3))
     }
 
-    assert len(shapes) == 42
-    assert all(rows & (rows - 1) == 0 for rows, _ in shapes)
+    assert used == set(shapes.all())
+    assert len(used) == 42
+
+
+def test_steps_of_an_attention_that_reads_only_what_is_used_fall_into_seven_buckets() -> None:
+    shapes = cuda_graphs.Buckets(max_rows=64, least=32, most=32)
+
+    assert shapes.all() == [(rows, 32) for rows in (1, 2, 4, 8, 16, 32, 64)]
+
+
+def test_a_text_with_more_pages_than_any_bucket_is_computed_without_a_graph() -> None:
+    shapes = cuda_graphs.Buckets(max_rows=4, least=8, most=16)
+
+    assert shapes.of([[0, 0, *[1] * 17]]) is None
+
+
+def test_after_the_warm_up_no_step_is_captured_and_none_is_computed_by_python(
+    plain: ChatModel,
+) -> None:
+    network, fake_graphs = tiny_network(), FakeCudaGraphs()
+    model = tiny_chat_model(network, fake_graphs, max_batch=4, prefill_tokens=4096)
+    model.engine.record_graphs()
+    generate_text(model, "hello")
+    recorded = fake_graphs.num_captured
+    alone = [text_of(plain.engine, make(plain, at)) for at in range(6)]
+    computed: list[int] = []
+    network.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: computed.append(max(kwargs["pages"].batch.counts)), with_kwargs=True
+    )
+
+    assert texts_of(model.engine, [make(model, at) for at in range(6)]) == alone
+    # One, two and four rows, and texts of up to 256 and 512 tokens.
+    assert fake_graphs.num_captured == recorded == 6
+    assert min(computed) > 1
+    assert not model.engine.graphs.is_off
+
+
+def test_a_capture_that_fails_in_the_warm_up_loses_no_reply(plain: ChatModel) -> None:
+    model = tiny_chat_model(capture=capture_result)
+    model.engine.record_graphs()
+
+    assert generate_text(model, "hello") == generate_text(plain, "hello")
+    assert model.engine.graphs.is_off
 
 
 def test_the_least_recently_used_graph_is_dropped(

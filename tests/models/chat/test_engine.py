@@ -234,19 +234,30 @@ def test_one_token_of_qwen_7b_takes_56_kib_of_the_cache() -> None:
     assert bytes_per_token(config, torch.bfloat16) == 56 * 1024
 
 
-def test_a_shared_prefix_is_computed_once() -> None:
+def test_a_beginning_that_requests_share_is_computed_once() -> None:
     own = tiny_chat_model()
-    first = texts_of(
-        own.engine, [new_generation(own, text, shared=SYSTEM) for text in PROMPTS[:10]]
-    )
+    asked = [new_generation(own, text, shared=SYSTEM) for text in PROMPTS[:10]]
+    first = texts_of(own.engine, asked)
     read = own.engine.num_computed
     later = new_generation(own, PROMPTS[0], shared=SYSTEM)
 
     assert text_of(own.engine, later) == first[0]
 
-    own_tokens = sum(len(text) + 11 for text in PROMPTS[:10])
-    assert read == len(SYSTEM) + own_tokens
-    assert later.num_reused == len(SYSTEM)
+    reused = [each.num_reused for each in asked]
+    assert reused[0] == 0 and min(reused[1:]) >= len(SYSTEM)
+    assert read + sum(reused) == sum(each.num_prompt + 11 for each in asked)
+    assert later.num_reused == later.num_prompt - 1
+
+
+def test_the_next_turn_of_a_conversation_reuses_the_reply_before_it() -> None:
+    own = tiny_chat_model()
+    first = new_generation(own, "hello there", max_tokens=106)
+    text = text_of(own.engine, first)
+
+    text_of(own.engine, second := new_generation(own, f"hello there{text} and then"))
+
+    # The last token of a reply is never read.
+    assert second.num_reused == first.num_prompt + 105
 
 
 def test_the_least_recently_used_prefix_is_removed() -> None:
@@ -261,24 +272,21 @@ def test_the_least_recently_used_prefix_is_removed() -> None:
 
 
 def test_a_prefix_that_was_used_stays_longer_than_one_that_was_not() -> None:
-    own = tiny_chat_model(prefix_tokens=100)
-    asked = [new_generation(own, "x", shared=letter * 40) for letter in "abaca"]
+    own = tiny_chat_model(prefix_tokens=192)
+    asked = [new_generation(own, "x", shared=letter * 64) for letter in "abaca"]
     for each in asked:
         text_of(own.engine, each)
 
-    assert [each.num_reused for each in asked] == [0, 0, 40, 0, 40]
+    assert [each.num_reused for each in asked] == [0, 0, 64, 0, 64]
 
 
-def test_a_shared_beginning_that_is_too_long_to_keep_displaces_no_other() -> None:
-    own = tiny_chat_model(prefix_tokens=100)
-    generate_text(own, "x", shared="a" * 60)
-    long = [new_generation(own, "x", shared="b" * 101) for _ in range(2)]
-    kept = [new_generation(own, "x", shared="a" * 60), new_generation(own, "x", shared="c" * 100)]
-    for each in [*long, *kept, again := new_generation(own, "x", shared="c" * 100)]:
+def test_of_a_text_that_is_too_long_to_keep_the_beginning_is_kept() -> None:
+    own = tiny_chat_model(prefix_tokens=96)
+    asked = [new_generation(own, "x", shared="b" * 300) for _ in range(2)]
+    for each in asked:
         text_of(own.engine, each)
 
-    assert [each.num_reused for each in long] == [0, 0]
-    assert [each.num_reused for each in [*kept, again]] == [60, 0, 100]
+    assert [each.num_reused for each in asked] == [0, 96]
 
 
 def test_a_shared_prefix_that_is_longer_than_a_chunk_is_kept_whole() -> None:
@@ -287,10 +295,10 @@ def test_a_shared_prefix_that_is_longer_than_a_chunk_is_kept_whole() -> None:
     for each in asked:
         text_of(own.engine, each)
 
-    assert [each.num_reused for each in asked] == [0, 60]
+    assert [each.num_reused for each in asked] == [0, 64]
 
 
-def test_requests_that_wait_for_a_shared_prefix_are_computed_together_in_the_next_step() -> None:
+def test_requests_that_begin_alike_are_computed_in_one_forward() -> None:
     network = tiny_network()
     own = tiny_chat_model(network)
     gate = Gate(steps=1)
@@ -304,7 +312,63 @@ def test_requests_that_wait_for_a_shared_prefix_are_computed_together_in_the_nex
     gate.open()
 
     assert all(rest_of(each) for each in [running, *asked])
-    assert prefills == [1, 3]
+    assert prefills == [3]
+    # Four pages of 32 tokens.
+    assert [each.num_reused for each in asked] == [0, 128, 128]
+
+
+def test_a_request_waits_for_the_part_of_a_page_that_it_can_copy() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network)
+    prefills = rows_of_each_forward(network, least_tokens=2)
+    gate = Gate(steps=0)
+    first = new_generation(own, "x", shared="a" * 60, check=gate)
+    asked = [new_generation(own, text, shared="a" * 60) for text in "yz"]
+    for each in [first, *asked]:
+        own.engine.submit(each)
+    gate.open()
+
+    assert all(rest_of(each) for each in [first, *asked])
+    # One token each is left to compute, which no prefill does.
+    assert prefills == [1]
+    assert [each.num_reused for each in asked] == [60, 60]
+
+
+def test_requests_go_on_when_the_one_that_they_share_with_is_cancelled() -> None:
+    own = tiny_chat_model(prefill_tokens=8)
+    alone = [generate_text(own, text, shared=SYSTEM) for text in ("one", "two")]
+    again = tiny_chat_model(prefill_tokens=8)
+    gate = Gate(steps=5)
+    leaving = new_generation(again, "six", shared=SYSTEM, check=gate)
+    staying = [new_generation(again, text, shared=SYSTEM) for text in ("one", "two")]
+    for each in [leaving, *staying]:
+        again.engine.submit(each)
+    until(lambda: gate.is_blocking)
+    gate.is_cancelled = True
+    gate.open()
+
+    assert [rest_of(each) for each in staying] == alone
+    with pytest.raises(Cancelled):
+        rest_of(leaving)
+
+
+def test_prompts_of_different_lengths_are_packed_without_padding() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network, prefill_tokens=64)
+    sizes: list[int] = []
+    network.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    gate = Gate(steps=0)
+    texts = ["a" * 40, "b" * 7, "c" * 100]
+    asked = [new_generation(own, text, check=gate, max_tokens=1) for text in texts]
+    for each in asked:
+        own.engine.submit(each)
+    gate.open()
+
+    assert all(rest_of(each) for each in asked)
+    # The third prompt does not fit beside the others, and is longer than a batch.
+    assert sizes == [47, 64, 36]
 
 
 def rows_of_each_forward(network: Any, least_tokens: int = 1) -> list[int]:
@@ -312,30 +376,72 @@ def rows_of_each_forward(network: Any, least_tokens: int = 1) -> list[int]:
     rows: list[int] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        num_rows, num_tokens = kwargs["input_ids"].shape
-        if num_tokens >= least_tokens:
-            rows.append(num_rows)
+        counts = kwargs["pages"].batch.counts
+        if max(counts) >= least_tokens:
+            rows.append(len(counts))
 
     network.base_model.register_forward_pre_hook(note, with_kwargs=True)
     return rows
 
 
-def test_no_more_requests_run_at_once_than_the_caches_tokens_hold() -> None:
+def test_no_more_requests_run_at_once_than_the_pages_hold() -> None:
     network = tiny_network()
     rows = rows_of_each_forward(network)
-    own = tiny_chat_model(network, kv_tokens=1024)
+    own = tiny_chat_model(network, kv_tokens=256)
 
-    texts_of(own.engine, [new_generation(own, "hello", max_tokens=40) for _ in range(12)])
+    texts_of(own.engine, [new_generation(own, f"{at} hello", max_tokens=40) for at in range(12)])
 
-    # A request takes a block of 256 tokens.
+    # Eight pages: one for each prompt, and one more for each reply.
     assert max(rows) == 4
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 16384])
+def test_replies_that_outgrow_the_pages_are_the_same(model: ChatModel, prefix_tokens: int) -> None:
+    params: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.2, "seed": 4},
+        {"frequency_penalty": 0.7, "repetition_penalty": 1.3},
+    ]
+
+    def make(at: int) -> Generation:
+        options = {"max_tokens": 60 + 20 * (at % 4), **params[at % 3]}
+        return new_generation(model, f"question {at}", **options)
+
+    network = tiny_network()
+    own, most_used = tiny_chat_model(network, kv_tokens=256, prefix_tokens=prefix_tokens), [0]
+
+    def note(*_: Any) -> None:
+        most_used[0] = max(most_used[0], own.engine.pages.num_used)
+
+    network.base_model.register_forward_pre_hook(note)
+    alone = [text_of(model.engine, make(at)) for at in range(9)]
+    asked = [make(at) for at in range(9)]
+
+    assert texts_of(own.engine, asked) == alone
+    # Eight pages at any time, which are too few: some requests were computed again.
+    assert most_used == [8]
+    assert own.engine.num_computed > sum(len(each.ids) - 1 for each in asked) - 9 * 32
+    assert own.engine.pages.num_used == 0
+
+
+def test_the_request_that_came_first_is_never_computed_again() -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network, kv_tokens=256, prefix_tokens=0)
+    asked = [new_generation(own, f"bye {at}", max_tokens=200) for at in range(5)]
+    computed: list[int] = []
+    network.base_model.register_forward_pre_hook(lambda *_: computed.append(asked[0].num_computed))
+
+    assert all(len(text) == 200 for text in texts_of(own.engine, asked))
+    assert computed == sorted(computed)
+    # Others were.
+    assert own.engine.num_computed > sum(len(each.ids) - 1 for each in asked)
 
 
 def test_a_request_that_is_longer_than_the_cache_runs_alone() -> None:
     network = tiny_network()
     own = tiny_chat_model(network, kv_tokens=256)
     gate = Gate(steps=3)
-    long = new_generation(own, "hello", check=gate, max_tokens=400)
+    long = new_generation(own, "a" * 300, check=gate, max_tokens=40)
     own.engine.submit(long)
     until(lambda: gate.is_blocking)
     rows = rows_of_each_forward(network)
@@ -372,7 +478,7 @@ def failing(network: Any, error: Exception, rows: int, times: list[int]) -> Any:
     """The network, which raises `error` for more than `rows` rows, `times` times."""
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs["input_ids"].shape[0] > rows and times[0]:
+        if len(kwargs["pages"].batch.counts) > rows and times[0]:
             times[0] -= 1
             raise error
 
@@ -464,9 +570,9 @@ def test_a_batch_grows_again_after_an_out_of_memory(monkeypatch: pytest.MonkeyPa
     network, sizes = tiny_network(), [0]
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        rows, width = kwargs["input_ids"].shape
-        if width == 1 and rows != sizes[-1]:
-            sizes.append(rows)
+        counts = kwargs["pages"].batch.counts
+        if max(counts) == 1 and len(counts) != sizes[-1]:
+            sizes.append(len(counts))
 
     network.base_model.register_forward_pre_hook(note, with_kwargs=True)
     own = tiny_chat_model(failing(network, torch.OutOfMemoryError("full"), rows=7, times=[1]))
