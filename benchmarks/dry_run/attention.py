@@ -17,6 +17,9 @@ import torch.nn.functional as F
 #: The operations whose FLOPs are those of attention.
 KERNELS = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
 
+#: The operation of `torch.nn.attention.varlen`, which is one kernel.
+PAGED = "_varlen_attn"
+
 #: The efficient kernel reads a mask whose rows begin at multiples of so many elements.
 MASK_ALIGNMENT = 16
 
@@ -68,6 +71,20 @@ def flops(query: Any, key: Any, value: Any) -> int:
     """Two products: of queries and keys, and of their weights and the values."""
     rows, heads, tokens, size = query.shape
     return int(2 * rows * heads * tokens * key.shape[2] * (size + value.shape[-1]))
+
+
+def paged_flops(call: Any) -> int:
+    """Two products for each query, as if every text were as long as the longest."""
+    query, longest = call.args[0], call.args[6]
+    tokens, heads, size = query.shape
+    return int(4 * tokens * heads * longest * size)
+
+
+def paged_bytes(call: Any, written: int) -> int:
+    """The queries, the result, and keys and values of the pages in the tables, once."""
+    query, keys = call.args[:2]
+    tables = next(each for each in reversed(call.args) if isinstance(each, torch.Tensor))
+    return int(query.nbytes + written + 2 * tables.numel() * keys[0].nbytes)
 
 
 def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

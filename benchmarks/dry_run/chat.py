@@ -121,7 +121,8 @@ def _generation(job: Job, index: int, are_submitted: threading.Event) -> Generat
         seed=index,
         repetition_penalty=job.penalty,
     )
-    prompt = list(range(5, 5 + job.tokens))
+    # No two prompts begin alike, so none has its beginning from another one's pages.
+    prompt = [5 + index, *range(100, 99 + job.tokens)]
 
     def check() -> None:
         are_submitted.wait(SUBMIT_S)
@@ -140,13 +141,12 @@ class Forwards(Stages):
     rows: int = 1
     name: str = ""
 
-    def begin(self, shape: tuple[int, ...]) -> None:
-        """End the stage of the last forward, and begin that of one of (rows, tokens)."""
+    def begin(self, rows: int, tokens: int) -> None:
+        """End the stage of the last forward, and begin that of so many tokens of each row."""
         if self.name != PREFILL:
             self.stages.pop(self.name, None)
         if self.name:
             self.mark(self.name)
-        rows, tokens = shape
         self.name = PREFILL if tokens > 1 else DECODE if rows == self.rows else FEWER_ROWS
 
 
@@ -165,6 +165,9 @@ class _EndsAfter:
 
 def _mark_forwards(stages: Forwards, decoder: Any) -> None:
     def begin(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
-        stages.begin(tuple(kwargs["input_ids"].shape))
+        rows, tokens = kwargs["input_ids"].shape
+        if pages := kwargs.get("pages"):
+            rows, tokens = len(pages.batch.spans), max(pages.batch.counts)
+        stages.begin(rows, tokens)
 
     decoder.register_forward_pre_hook(begin, with_kwargs=True)

@@ -228,6 +228,11 @@ class FakeCuda(TorchDispatchMode):
             moved = 2 * written
         elif call.name.startswith("index_put"):
             moved = 2 * call.args[2].nbytes
+        elif call.name == "index_copy_":
+            moved = 2 * call.args[3].nbytes
+        elif call.name == attention.PAGED:
+            moved = attention.paged_bytes(call, written)
+            self.note_attention(f"flash, paged: {call.args[0].shape[0]} queries")
         self.note_kernel(call.name, moved, _flops(call, outputs), _precision(call.name, tensors))
 
     def note_kernel(self, name: str, num_bytes: int, flops: int, precision: Precision) -> None:
@@ -442,6 +447,8 @@ def _flops(call: Call, outputs: list[FakeTensor]) -> int:
     """The FLOPs of products, convolutions and attention, as torch's FlopCounterMode counts them."""
     if call.name in attention.KERNELS:
         return attention.flops(*call.args[:3])
+    if call.name == attention.PAGED:
+        return attention.paged_flops(call)
     formula = flop_registry.get(call.func.overloadpacket)
     made = outputs[0] if len(outputs) == 1 else tuple(outputs)
     return int(formula(*call.args, **call.kwargs, out_val=made)) if formula else 0

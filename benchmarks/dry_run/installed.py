@@ -59,6 +59,8 @@ def installed(fake: FakeCuda) -> Iterator[FakeCuda]:
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: fake.note_wait("synchronizes"),
         "is_bf16_supported": lambda including_emulation=True: True,
+        # A Hopper: attention over pages has its own kernel from (8, 0) on.
+        "get_device_capability": lambda device=None: (9, 0),
         "cudart": lambda: _Runtime(fake),
     }
     with ExitStack() as stack:

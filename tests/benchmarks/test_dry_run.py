@@ -253,8 +253,8 @@ RECORDED = {
     ("video", PROMPTS): (165, 2.51),
     ("video", STEP): (506, 14.0),
     ("vace_video", STEP): (696, 4.30),
-    ("replies", chat.PREFILL): (170, 31.8),
-    ("replies", chat.DECODE): (152, 2.21),
+    ("replies", chat.PREFILL): (167, 30.6),
+    ("replies", chat.DECODE): (150, 2.21),
 }
 
 
