@@ -13,19 +13,24 @@ forwards of the same network compute attention as before.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ourvidz_serverless.models.chat.kv_cache import Batch, KVCache, Span, head_shape
 from ourvidz_serverless.models.memory.device import Device
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
 
 #: The name of this attention in transformers.
 NAME = "ourvidz_pages"
@@ -89,8 +94,14 @@ def choose(config: Any, device: Device) -> PagedAttention:
         and dim % VARLEN_HEAD == 0
         and dim <= MAX_VARLEN_HEAD
         and torch.cuda.get_device_capability(device.name) >= VARLEN_CAPABILITY
+        and has_kernel_for_pages()
     )
     return VarlenAttention() if runs else GatheredAttention(config, device)
+
+
+def has_kernel_for_pages() -> bool:
+    """Whether this torch's flash kernel reads pages; that of torch 2.10 does not."""
+    return varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
 
 
 def gathered_bytes_per_token(config: Any, device: Device) -> int:

@@ -201,6 +201,18 @@ def test_what_the_kernel_for_pages_is_given_describes_the_same_attention(
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_pages_are_gathered_where_torchs_kernel_does_not_read_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_an_older_torch(query: Any, key: Any, value: Any) -> None:
+        raise AssertionError
+
+    assert attention.has_kernel_for_pages()
+    for kernel in (None, of_an_older_torch):
+        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        assert not attention.has_kernel_for_pages()
+
+
 def test_a_cpu_gathers_pages() -> None:
     assert isinstance(attention.choose(CONFIG, CPU), GatheredAttention)
 
