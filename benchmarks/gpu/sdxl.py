@@ -14,17 +14,25 @@ from benchmarks.dry_run.stages import DECODING, Marks
 from benchmarks.gpu.findings import Fact, Findings
 from benchmarks.gpu.models import choose_device, sdxl_pair
 from benchmarks.gpu.sizes import Size
-from benchmarks.gpu.stopwatch import Comparison
+from benchmarks.gpu.stopwatch import Comparison, Run
+from ourvidz_serverless.models.chat.cuda_graphs import CudaGraphs
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
 
 
 def run(device_name: str, size: Size, findings: Findings) -> None:
     device, ledger = choose_device(device_name, torch.float16)
     model, peer = sdxl_pair(device, ledger)
+    models = {"worker": model}
+    if device.is_cuda:
+        capture = CudaGraphs(device.name)
+        models["worker, graphs"] = SdxlModel(
+            model.networks, device, handle=model.handle, capture=capture
+        )
     for job in size.sdxl:
-        runs = {"worker": partial(_ours, model, job), "diffusers": partial(_theirs, peer, job)}
+        runs: dict[str, Run] = {who: partial(_ours, each, job) for who, each in models.items()}
+        runs["diffusers"] = partial(_theirs, peer, job)
         made = Comparison(str(job), device.name, findings).of(runs, size.rounds)
-        if len(made) == len(runs):
+        if {"worker", "diffusers"} <= set(made):
             differs = np.abs(made["worker"][0].astype(int) - made["diffusers"][0])
             findings.add(Fact(f"{job}: mean difference", float(differs.mean()), "grey levels"))
     if device.is_cuda:

@@ -71,6 +71,20 @@ def test_each_picture_of_several_is_the_one_of_its_seed_alone() -> None:
 
 
 @needs_cuda
+def test_pictures_from_graphs_are_those_of_eager_steps() -> None:
+    eager, replayed = load("cuda"), load("cuda", sdxl_graphs="auto")
+    jobs = [{}, {"steps": 12}, {"seeds": (7,)}]
+
+    for job in jobs:
+        made = [tiny_sdxl.render(model, "a tree", **job)[0] for model in (eager, replayed)]
+        assert difference(*made) < MAX_DIFFERENCE["float16"]
+
+    graphs = replayed.graphs
+    assert graphs is not None and not graphs.is_off
+    assert graphs.num_replayed > graphs.num_captured == 1
+
+
+@needs_cuda
 def test_the_host_waits_for_no_step_of_a_picture() -> None:
     model = load("cuda")
     render(model)
