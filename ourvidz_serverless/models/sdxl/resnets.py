@@ -1,4 +1,4 @@
-"""SDXL's residual blocks without a pass over memory that changes nothing, and with less memory.
+"""SDXL's residual blocks without a pass over memory that changes nothing.
 
 diffusers divides each block's sum by `output_scale_factor`, which is 1 in all of SDXL's networks:
 a kernel that reads and writes the whole picture and changes no bit. What only the next kernel reads
