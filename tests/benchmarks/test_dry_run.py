@@ -269,13 +269,13 @@ def test_no_operation_mixes_dtypes(name: str, request: pytest.FixtureRequest) ->
 #: By family and stage: operations, and GB that they read and write.
 RECORDED = {
     ("pictures", PROMPTS): (166, 0.289),
-    ("pictures", STEP): (358, 48.4),
-    ("pictures", DECODING): (1014, 403),
+    ("pictures", STEP): (347, 46.9),
+    ("pictures", DECODING): (912, 365),
     ("video", PROMPTS): (165, 2.51),
-    ("video", STEP): (506, 14.0),
-    ("vace_video", STEP): (696, 4.30),
-    ("replies", chat.PREFILL): (170, 31.8),
-    ("replies", chat.DECODE): (152, 2.21),
+    ("video", STEP): (283, 8.57),
+    ("vace_video", STEP): (395, 2.81),
+    ("replies", chat.PREFILL): (135, 21.4),
+    ("replies", chat.DECODE): (117, 2.20),
 }
 
 
