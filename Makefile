@@ -3,6 +3,7 @@
 # changes, `make test-deep` what takes an hour. Each makes what it needs, once.
 # `run`, `chat` and `video` end with the file's place, or with the answer; `VERBOSE=1` prints the
 # whole document, and the log.
+# `make gpu` tests and measures a machine's GPU in at most nine minutes; `make gpu DEVICE=cpu` tries it.
 # `make image FAMILY=sdxl` builds an image, and with `CUDA=12.8` one for hosts with older drivers;
 # `make client` makes the TypeScript client as a package of npm.
 
@@ -20,6 +21,8 @@ SDXL_MODEL ?= pocket
 CHAT_INSTRUCT_MODEL ?= pocket
 WAN_MODEL ?= pocket
 MODELS = SDXL_MODEL=$(SDXL_MODEL) CHAT_INSTRUCT_MODEL=$(CHAT_INSTRUCT_MODEL) WAN_MODEL=$(WAN_MODEL)
+# Of `gpu`: cuda, cuda:1, or cpu to try the command on small networks.
+DEVICE ?= cuda
 # How many tests run side by side; a file's tests stay together. Some wait for servers, so four fill
 # two cores.
 PROCESSES ?= 4
@@ -46,7 +49,7 @@ CLIENT_CHECKS := .cache/npm/node_modules/.package-lock.json
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run chat video page client test quick test-deep check format image proof clean
+.PHONY: run chat video page client test quick test-deep check format gpu image proof clean
 
 # With `make -j` two pips would write to one environment.
 .NOTPARALLEL:
@@ -88,6 +91,12 @@ test-deep: .venv/dev .cache/pocket_chat/config.json
 	$(MAKE) proof FAMILY=sdxl
 	$(MAKE) proof FAMILY=chat
 	$(MAKE) proof FAMILY=wan
+
+# The first thing to run where there is a CUDA device. It leaves outputs/gpu: what works, what is
+# slow, and what is not as it was counted. FLAGS are the command's, for example
+# FLAGS="--minutes 5 --only machine,sdxl". PYTHON_GPU is another interpreter that has the packages.
+gpu: $(if $(PYTHON_GPU),,.venv/dev)
+	$(or $(PYTHON_GPU),$(BIN)/python) -m benchmarks.gpu --device $(DEVICE) $(FLAGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .

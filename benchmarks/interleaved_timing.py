@@ -44,8 +44,8 @@ class InterleavedTiming:
 
     @property
     def trusted_ratio(self) -> float | str:
-        """The ratio, or `report.UNSTEADY` if the control is off."""
-        return report.trusted(self.ratio, self.control)
+        """The ratio, or `report.ABOUT_ONE`, or `report.UNSTEADY` if the control is off."""
+        return report.trusted_ratio(self.ratio, self.control)
 
 
 def time_interleaved(

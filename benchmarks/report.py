@@ -28,6 +28,12 @@ NOT_MEASURED = "not measured yet"
 #: A control ratio may differ from 1 by this factor. Beyond it the report has no figure.
 CONTROL = 1.1
 
+#: A ratio that differs from 1 by less than this factor claims nothing.
+NOTHING_UNDER = 1.05
+
+#: The text instead of such a ratio.
+ABOUT_ONE = "about 1"
+
 #: The text instead of a figure whose control is further from 1, or is missing.
 UNSTEADY = "control off, no figure"
 
@@ -68,6 +74,13 @@ def trusted(figure: float, *controls: float | None) -> float | str:
     """The figure if all its controls are near 1, else `UNSTEADY`."""
     is_steady = all(each is not None and 1 / CONTROL <= each <= CONTROL for each in controls)
     return figure if is_steady else UNSTEADY
+
+
+def trusted_ratio(ratio: float, *controls: float | None) -> float | str:
+    """`trusted`, and `ABOUT_ONE` for a ratio that is so near 1 that it claims nothing."""
+    is_about_one = 1 / NOTHING_UNDER < ratio < NOTHING_UNDER
+    found = trusted(ratio, *controls)
+    return ABOUT_ONE if is_about_one and found != UNSTEADY else found
 
 
 def cell(value: object) -> str:
@@ -136,7 +149,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
 
 
@@ -157,6 +170,13 @@ def write(path: Path, section: str, text: str) -> None:
         raise ValueError(f"{path.name} has no {begin}")
     written = f"{begin}\n\n{text}\n{end}"
     path.write_text(marked.sub(lambda _: written, document), encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _cpu() -> str:

@@ -199,6 +199,7 @@ class FixedSettings(BaseSettings):
     sdxl_distilled_steps: int | None = Field(None, ge=1, le=50)
     sdxl_timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     sdxl_max_batch: int = Field(6, ge=1, le=6)
+    sdxl_graphs: Literal["off", "auto"] = "off"
     sdxl_tiny_vae: str | None = None
     sdxl_ip_adapter: Path | None = None
     sdxl_lora_dir: Path | None = None

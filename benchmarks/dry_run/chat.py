@@ -130,7 +130,6 @@ def _generation(job: Job, index: int, are_submitted: threading.Event) -> Generat
     return Generation(prompt, sampling, lambda ids: " " * len(ids), check)
 
 
-@dataclass(eq=False)
 class Forwards(Stages):
     """Stages that begin with a forward and end with the tokens that are drawn from it.
 
@@ -138,8 +137,9 @@ class Forwards(Stages):
     stays that has all rows, and after which no reply ends.
     """
 
-    rows: int = 1
-    name: str = ""
+    def __init__(self, fake: FakeCuda, rows: int) -> None:
+        super().__init__(fake)
+        self.rows, self.name = rows, ""
 
     def begin(self, rows: int, tokens: int) -> None:
         """End the stage of the last forward, and begin that of so many tokens of each row."""

@@ -75,6 +75,11 @@ WITHOUT_KERNEL = frozenset(
     }
 )
 
+#: Operations that CUDA computes in one kernel, and that other devices take apart
+#: (`_fused_rms_norm_cuda` in torch's native_functions.yaml). torch calls this one if the weight has
+#: the dtype of the input.
+FUSED_ON_CUDA = frozenset({"_fused_rms_norm"})
+
 OWN_FOLDER = str(Path(__file__).parent)
 
 COMPOSITE = "CompositeImplicitAutograd"
@@ -187,7 +192,8 @@ class FakeCuda(TorchDispatchMode):
         is_for_cuda = call.target is not None and call.target.type == "cuda"
         if not is_for_cuda and not call.fakes:
             return self._on_host(call)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+        is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
+        if is_composite and call.name not in FUSED_ON_CUDA:
             # In inference mode an operation arrives here before torch has taken it apart. Not
             # `func.decompose`: torch has other rules for its compiler, by which a dropout that does
             # nothing is a copy.
@@ -221,7 +227,9 @@ class FakeCuda(TorchDispatchMode):
         return made
 
     def _note_kernel(self, call: Call, outputs: list[FakeTensor]) -> None:
-        tensors = list({id(each): each for each in call.tensors}.values())
+        # What an operation is given only to write to is not read.
+        target = call.kwargs.get("out")
+        tensors = list({id(each): each for each in call.tensors if each is not target}.values())
         written = sum(map(_num_bytes, outputs))
         moved = written + sum(map(_num_bytes, tensors))
         if call.name in GATHERS:

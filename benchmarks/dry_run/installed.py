@@ -56,6 +56,7 @@ def installed(fake: FakeCuda) -> Iterator[FakeCuda]:
         "max_memory_allocated": lambda device=None: fake.device_peak_bytes,
         "reset_peak_memory_stats": lambda device=None: fake.reset_peak(),
         "mem_get_info": lambda device=None: (fake.free_bytes, fake.total_bytes),
+        "memory_snapshot": list,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: fake.note_wait("synchronizes"),
         "is_bf16_supported": lambda including_emulation=True: True,

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import architectures
 from benchmarks.dry_run.fake_cuda import FakeCuda
 from benchmarks.dry_run.installed import device_of, installed
-from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Run, Stages
+from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Marks, Run, Stages
 from ourvidz_serverless.models import schedulers
 from ourvidz_serverless.models.memory.device_memory import CudaMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -24,6 +24,7 @@ from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
 from ourvidz_serverless.models.sdxl.pipeline import MAX_BATCH, SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
 from ourvidz_serverless.models.sdxl.request import ImageRequest, StartImage
+from ourvidz_serverless.models.sdxl.resnets import move_fewer_bytes
 from ourvidz_serverless.models.speed import attention
 
 #: Those that jobs may name.
@@ -63,14 +64,14 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
         pipe = networks(fake)
         device = device_of(fake, torch.float16)
         with fake.on():
-            attention.set_backend(pipe.unet, "native", device)
-            model = _model(pipe, device, job.is_low_vram)
+            prepare(pipe, device)
+            model = model_of(pipe, device, Ledger(CudaMemory(device.name, 0)), job.is_low_vram)
             stages = Stages(fake)
             model.parts.to_device()
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
-            _mark_networks(stages, pipe)
-            deque(model.generate(_request(job), stages), maxlen=0)
+            mark_networks(stages, pipe)
+            deque(model.generate(request(job), stages), maxlen=0)
             stages.mark(DECODING)
     return Run(str(job), "worker", weight_bytes, stages.stages, tuple(stages.plans))
 
@@ -83,14 +84,13 @@ def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
         # diffusers loads the VAE in fp16 too, and widens it for each decode.
         with fake.fake:
             pipe.vae.half()
-        pipe.set_progress_bar_config(disable=True)
         with fake.on():
             stages = Stages(fake)
             pipe.to("cuda")
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
-            _mark_networks(stages, pipe)
-            _call(pipe, job, stages)
+            mark_networks(stages, pipe)
+            call(pipe, job, stages)
             stages.mark(DECODING)
     return Run(str(job), "diffusers", weight_bytes, stages.stages)
 
@@ -115,18 +115,32 @@ def moves() -> Run:
 def networks(fake: FakeCuda) -> Any:
     """SDXL in fp16, its VAE in fp32, in the fake host's memory."""
     with fake.fake:
-        with architectures.made_on("cpu", torch.float16):
-            pipe = architectures.sdxl()
-        pipe.vae.float()
-        for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-            each.requires_grad_(False).eval()
+        pipe = made("cpu", torch.float16)
     # The scheduler's tensors are the host's, which are real.
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
-def _model(pipe: Any, device: Any, is_low_vram: bool) -> SdxlModel:
-    ledger = Ledger(CudaMemory(device.name, 0))
+def made(device: str, dtype: torch.dtype) -> Any:
+    """diffusers' pipeline with random weights on a device in `dtype`, its VAE in fp32."""
+    with architectures.made_on(device, dtype):
+        pipe = architectures.sdxl()
+    pipe.vae.float()
+    for each in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        each.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prepare(pipe: Any, device: Any) -> None:
+    """Have diffusers' networks compute as the worker's loader has them."""
+    for network in (pipe.unet, pipe.vae):
+        move_fewer_bytes(network)
+    attention.set_backend(pipe.unet, "native", device)
+
+
+def model_of(pipe: Any, device: Any, ledger: Ledger, is_low_vram: bool = False) -> SdxlModel:
+    """The worker's model of these networks."""
     all_networks = SdxlNetworks(pipe)
     stages = STAGES if is_low_vram else ()
     parts = MovableParts(all_networks.parts(), device, stages=stages)
@@ -136,16 +150,17 @@ def _model(pipe: Any, device: Any, is_low_vram: bool) -> SdxlModel:
     )
 
 
-def _mark_networks(stages: Stages, pipe: Any) -> None:
+def mark_networks(stages: Marks, pipe: Any) -> None:
     stages.after_each(pipe.text_encoder, PROMPTS)
     stages.after_each(pipe.text_encoder_2, PROMPTS)
     stages.before_first(pipe.unet, REFERENCES)
 
 
-def _request(job: Job) -> ImageRequest:
+def request(job: Job, prompt: str = PROMPT) -> ImageRequest:
+    """The job for the worker."""
     reference = StartImage(_image(job), job.strength) if job.strength else None
     return ImageRequest(
-        prompt=plain(PROMPT),
+        prompt=plain(prompt),
         negative=plain(NEGATIVE),
         seeds=tuple(range(job.count)),
         size=(job.side, job.side),
@@ -157,7 +172,8 @@ def _request(job: Job) -> ImageRequest:
     )
 
 
-def _call(pipe: Any, job: Job, stages: Stages) -> None:
+def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
+    """The job for diffusers' pipeline; returns its images."""
     options: dict[str, Any] = {"width": job.side, "height": job.side}
     if job.strength:
         pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
@@ -168,8 +184,8 @@ def _call(pipe: Any, job: Job, stages: Stages) -> None:
         stages.step(index + 1, job.steps)
         return kwargs
 
-    pipe(
-        prompt=PROMPT,
+    return pipe(
+        prompt=prompt,
         negative_prompt=NEGATIVE,
         num_images_per_prompt=job.count,
         generator=[torch.Generator().manual_seed(seed) for seed in range(job.count)],
@@ -177,7 +193,7 @@ def _call(pipe: Any, job: Job, stages: Stages) -> None:
         guidance_scale=6.0,
         callback_on_step_end=on_step,
         **options,
-    )
+    ).images
 
 
 def _image(job: Job) -> Image.Image:

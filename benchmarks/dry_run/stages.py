@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.dry_run.counts import Counts
@@ -40,31 +40,25 @@ WEIGHTS, PROMPTS, REFERENCES = "weights", "prompts", "references"
 FIRST_STEP, STEP, DECODING = "first step", "each further step", "decoding"
 
 
-@dataclass(eq=False)
-class Stages(NoProgress):
-    """Divides what a device counts into stages: each `mark` ends one. It is a job's progress too.
+class Marks(NoProgress):
+    """Divides a job into stages: each `mark` ends one. It is a job's progress too.
 
-    A stage that is marked twice is one with all counts, except a step: the last one stays.
+    `done` puts the networks back as they were.
     """
 
-    fake: FakeCuda
-    stages: dict[str, Counts] = field(default_factory=dict)
-    plans: list[Mapping[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.fake.take()
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+        self._is_first_step = True
 
     def mark(self, name: str) -> None:
-        taken = self.fake.take()
-        if name in self.stages and name != STEP:
-            taken = self.stages[name] + taken
-        self.stages[name] = taken
+        """End a stage, which has this name. Nothing is kept of it here."""
+
+    def repeated(self, name: str, times: int, seconds: float) -> None:
+        """Report that an ended stage is the same thing several times, each in so many seconds."""
 
     def step(self, done: int, total: int) -> None:
-        self.mark(STEP if FIRST_STEP in self.stages else FIRST_STEP)
-
-    def memory_plan(self, plan: Mapping[str, Any]) -> None:
-        self.plans.append(plan)
+        self.mark(FIRST_STEP if self._is_first_step else STEP)
+        self._is_first_step = False
 
     def before_first(self, network: Any, name: str) -> None:
         """End a stage when a network is called for the first time in this job."""
@@ -74,7 +68,35 @@ class Stages(NoProgress):
             self.mark(name)
 
         hook = network.register_forward_pre_hook(mark)
+        self._hooks.append(hook)
 
     def after_each(self, network: Any, name: str) -> None:
         """End a stage, or a part of it, whenever a network has computed."""
-        network.register_forward_hook(lambda *_: self.mark(name))
+        self._hooks.append(network.register_forward_hook(lambda *_: self.mark(name)))
+
+    def done(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Stages(Marks):
+    """The counts of a fake device by stage.
+
+    A stage that is marked twice is one with all counts, except a step: the last one stays.
+    """
+
+    def __init__(self, fake: FakeCuda) -> None:
+        super().__init__()
+        self.fake = fake
+        self.stages: dict[str, Counts] = {}
+        self.plans: list[Mapping[str, Any]] = []
+        self.fake.take()
+
+    def mark(self, name: str) -> None:
+        taken = self.fake.take()
+        if name in self.stages and name != STEP:
+            taken = self.stages[name] + taken
+        self.stages[name] = taken
+
+    def memory_plan(self, plan: Mapping[str, Any]) -> None:
+        self.plans.append(plan)

@@ -30,7 +30,7 @@ from transformers import (
 from benchmarks import architectures
 from benchmarks.dry_run.fake_cuda import FakeCuda
 from benchmarks.dry_run.installed import device_of, installed
-from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Run, Stages
+from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Marks, Run, Stages
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import CudaMemory
 from ourvidz_serverless.models.memory.ledger import Ledger, ModelHandle
@@ -38,11 +38,14 @@ from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, WanMemoryPlan
 from ourvidz_serverless.models.memory.types import Movable
 from ourvidz_serverless.models.speed import attention
+from ourvidz_serverless.models.speed.regional_compile import compile_blocks
+from ourvidz_serverless.models.wan.blocks import move_fewer_bytes
 from ourvidz_serverless.models.wan.network import ImageEncoder, WanNetwork
 from ourvidz_serverless.models.wan.pipeline import WanModel
 from ourvidz_serverless.models.wan.request import References, SamplingDefaults, VideoRequest
 from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder, block_by_block
 from ourvidz_serverless.models.wan.vae import VideoVae
+from ourvidz_serverless.settings import Settings
 
 PROMPT, NEGATIVE = "a red circle on a table", "blurred"
 CONFIG = architectures.POCKET / "wan"
@@ -97,15 +100,15 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
         modules = networks(fake, job.route)
         device = device_of(fake, torch.bfloat16)
         with fake.on():
-            attention.set_backend(modules.transformer, "native", device)
+            prepare(modules, device)
             ledger = Ledger(CudaMemory(device.name, 0))
-            model = _model(job, device, ledger, modules)
+            model = model_of(job, device, ledger, modules)
             stages = Stages(fake)
-            ledger.preload(*_movables(model))
+            ledger.preload(*movables(model))
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
-            _mark_networks(stages, modules)
-            deque(model.generate(_request(job), stages), maxlen=0)
+            mark_networks(stages, modules)
+            deque(model.generate(request(job), stages), maxlen=0)
             stages.mark(DECODING)
     return Run(str(job), "worker", weight_bytes, stages.stages, tuple(stages.plans))
 
@@ -115,31 +118,37 @@ def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
     fake = fake or FakeCuda()
     with installed(fake):
         modules = networks(fake, job.route)
-        pipe = _pipe(job.route, modules)
+        pipe = pipe_of(job.route, modules)
         pipe.set_progress_bar_config(disable=True)
         with fake.on():
             stages = Stages(fake)
             pipe.to("cuda")
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
-            _mark_networks(stages, modules)
-            _call(pipe, job, stages)
+            mark_networks(stages, modules)
+            call(pipe, job, stages)
             stages.mark(DECODING)
     return Run(str(job), "diffusers", weight_bytes, stages.stages)
 
 
 def networks(fake: FakeCuda, route: Route) -> Modules:
-    """UMT5 and the transformer in bf16, the VAE and the image encoder in fp32."""
+    """The modules in the fake host's memory: UMT5 and the transformer in bf16, the rest in fp32."""
     with fake.fake:
-        with architectures.made_on("cpu", torch.bfloat16):
-            text = UMT5EncoderModel(UMT5Config(**architectures.WAN_TEXT))
-            transformer = _transformer(route)
+        return made("cpu", torch.bfloat16, route)
+
+
+def made(device: str, dtype: torch.dtype, route: Route) -> Modules:
+    """Modules with random weights on a device, the VAE and the image encoder in fp32."""
+    with architectures.made_on(device, dtype):
+        text = UMT5EncoderModel(UMT5Config(**architectures.WAN_TEXT))
+        transformer = _transformer(route)
+    with torch.device(device):
         vae, image_encoder = AutoencoderKLWan(**architectures.WAN_VAE), None
         if route == "i2v":
             image_encoder = CLIPVisionModel(CLIPVisionConfig(**architectures.WAN_IMAGE_ENCODER))
-        for each in filter(None, (text, vae, transformer, image_encoder)):
-            each.requires_grad_(False).eval()
-        _keep_in_fp32(transformer)
+    for each in filter(None, (text, vae, transformer, image_encoder)):
+        each.requires_grad_(False).eval()
+    keep_in_fp32(transformer)
     return Modules(text, vae, transformer, image_encoder)
 
 
@@ -154,7 +163,7 @@ def _transformer(route: Route) -> Any:
     )
 
 
-def _pipe(route: Route, modules: Modules) -> Any:
+def pipe_of(route: Route, modules: Modules) -> Any:
     """diffusers' pipeline of these networks."""
     kinds = {"t2v": WanPipeline, "vace": WanVACEPipeline, "i2v": WanImageToVideoPipeline}
     extra: dict[str, Any] = {}
@@ -170,7 +179,7 @@ def _pipe(route: Route, modules: Modules) -> Any:
     )
 
 
-def _keep_in_fp32(transformer: Any) -> None:
+def keep_in_fp32(transformer: Any) -> None:
     """Have in fp32 what diffusers' `from_pretrained` leaves in it."""
     for name, parameter in transformer.named_parameters():
         if any(part in name.split(".") for part in transformer._keep_in_fp32_modules):
@@ -179,7 +188,20 @@ def _keep_in_fp32(transformer: Any) -> None:
             setattr(transformer.get_submodule(module), leaf, wide)
 
 
-def _model(job: Job, device: Device, ledger: Ledger, modules: Modules) -> WanModel:
+def prepare(modules: Modules, device: Device) -> None:
+    """Have diffusers' networks compute as the worker's loader has them."""
+    move_fewer_bytes(modules.transformer)
+    attention.set_backend(modules.transformer, "native", device)
+
+
+def model_of(
+    job: Job,
+    device: Device,
+    ledger: Ledger,
+    modules: Modules,
+    settings: Settings | None = None,
+) -> WanModel:
+    """The worker's model of these modules. `settings` are those by which blocks are compiled."""
     text, vae = modules.text, modules.vae
 
     def handle(name: str, *parts: Any) -> ModelHandle:
@@ -191,7 +213,7 @@ def _model(job: Job, device: Device, ledger: Ledger, modules: Modules) -> WanMod
         device=device,
         text_encoder=WanTextEncoder(_tokenizer(), text, device, handle("text", text)),
         vae=VideoVae(vae, device, handle("vae", vae)),
-        networks={job.route: _network(modules, handle)},
+        networks={job.route: _network(modules, handle, device, settings or Settings())},
         scheduler_config=UniPCMultistepScheduler.load_config(CONFIG / "scheduler"),
         sampling=SamplingDefaults(solver=job.solver, flow_shift=3.0),
         plans=MemoryPlans(WanMemoryPlan(offload=job.is_low_vram)),
@@ -200,15 +222,18 @@ def _model(job: Job, device: Device, ledger: Ledger, modules: Modules) -> WanMod
     )
 
 
-def _network(modules: Modules, handle: Callable[..., ModelHandle]) -> WanNetwork:
+def _network(
+    modules: Modules, handle: Callable[..., ModelHandle], device: Device, settings: Settings
+) -> WanNetwork:
     transformer, encoder = modules.transformer, modules.image_encoder
-    if encoder is None:
-        return WanNetwork(transformer, handle("network", transformer))
-    image_encoder = ImageEncoder(CLIPImageProcessorPil(), encoder)
-    return WanNetwork(transformer, handle("network", transformer, encoder), image_encoder)
+    parts = [transformer, encoder] if encoder else [transformer]
+    own = handle("network", *parts)
+    image_encoder = ImageEncoder(CLIPImageProcessorPil(), encoder) if encoder else None
+    blocks = compile_blocks(transformer, own, device, settings)
+    return WanNetwork(transformer, own, image_encoder, blocks)
 
 
-def _movables(model: WanModel) -> list[Movable]:
+def movables(model: WanModel) -> list[Movable]:
     """The models of the ledger, in the order in which the worker loads them."""
     networks = [each.handle for each in model.networks.values()]
     handles = (*networks, model.vae.handle, model.text_encoder.handle)
@@ -219,12 +244,13 @@ def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(CONFIG / "tokenizer")
 
 
-def _mark_networks(stages: Stages, modules: Modules) -> None:
+def mark_networks(stages: Marks, modules: Modules) -> None:
     stages.after_each(modules.text, PROMPTS)
     stages.before_first(modules.transformer, REFERENCES)
 
 
-def _request(job: Job) -> VideoRequest:
+def request(job: Job, prompt: str = PROMPT) -> VideoRequest:
+    """The job for the worker."""
     image = _image(job)
     references = {
         "t2v": References(),
@@ -232,7 +258,7 @@ def _request(job: Job) -> VideoRequest:
         "i2v": References(first=image),
     }
     return VideoRequest(
-        prompt=PROMPT,
+        prompt=prompt,
         negative=NEGATIVE,
         seed=0,
         size=job.size,
@@ -244,7 +270,9 @@ def _request(job: Job) -> VideoRequest:
     )
 
 
-def _call(pipe: Any, job: Job, stages: Stages) -> None:
+def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
+    """The job for diffusers' pipeline; returns its frames."""
+
     def on_step(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         stages.step(index + 1, job.steps)
         return kwargs
@@ -257,8 +285,8 @@ def _call(pipe: Any, job: Job, stages: Stages) -> None:
         between = job.frames - 2
         options["video"] = [image, *[grey] * between, image]
         options["mask"] = [known, *[unknown] * between, known]
-    pipe(
-        prompt=PROMPT,
+    return pipe(
+        prompt=prompt,
         negative_prompt=NEGATIVE,
         width=width,
         height=height,
@@ -267,8 +295,9 @@ def _call(pipe: Any, job: Job, stages: Stages) -> None:
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(0),
         callback_on_step_end=on_step,
+        output_type="np",
         **options,
-    )
+    ).frames[0]
 
 
 def _image(job: Job) -> Image.Image:

@@ -6,6 +6,7 @@ that it serves: each of them imports torch, and diffusers or transformers.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Protocol
@@ -16,6 +17,16 @@ from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.no_memory import NoMemory
 from ourvidz_serverless.settings import Settings
+
+#: The names by which torch's allocator is configured, the newest first.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+# torch reads this once, before its first allocation, and this package is imported before torch.
+# Jobs of many sizes, and models that leave and return, cut ordinary segments into pieces that no
+# large tensor fits any more. Expandable segments grow and shrink page by page
+# (https://docs.pytorch.org/docs/stable/notes/cuda.html). What the deployer sets stays as it is.
+if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+    os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 class ModelDevice(Protocol):

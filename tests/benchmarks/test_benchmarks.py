@@ -27,8 +27,11 @@ from benchmarks import (
     sdxl,
     wan,
 )
+from benchmarks.baselines import load_baseline_pipeline
+from benchmarks.dry_run.depth import small
 from benchmarks.interleaved_timing import InterleavedTiming, control_ratio, time_interleaved
 from benchmarks.slow_storage import Upload, union_s
+from ourvidz_serverless.models.sdxl import loader as sdxl_loader
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import FakeCudaGraphs
 from tests.fakes.tiny_chat import CPU, tiny_network
@@ -167,59 +170,10 @@ def test_the_worker_and_its_baseline_give_the_same_results(name: str, tmp_path: 
 
 
 @pytest.fixture
-def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def shrunk() -> Iterator[None]:
     """The full-size configurations, made small enough for a CPU."""
-    smaller: dict[str, dict[str, Any]] = {
-        "SDXL_UNET": {
-            "block_out_channels": (32, 64, 64),
-            "layers_per_block": 1,
-            "transformer_layers_per_block": 1,
-            "attention_head_dim": [2, 4, 4],
-            "cross_attention_dim": 96,
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 64 + 6 * 8,
-        },
-        "SDXL_VAE": {"block_out_channels": (32,) * 4, "layers_per_block": 1},
-        "SDXL_TEXT": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        "SDXL_TEXT_2": {
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "projection_dim": 64,
-        },
-        "WAN_TRANSFORMER": {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "text_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 1,
-        },
-        "WAN_VAE": {"base_dim": 8, "num_res_blocks": 1},
-        "WAN_TEXT": {
-            "vocab_size": 2000,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 32,
-            "num_layers": 1,
-            "num_heads": 4,
-        },
-        "QWEN_7B": {
-            "vocab_size": 500,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-    }
-    for name, changes in smaller.items():
-        monkeypatch.setattr(architectures, name, {**getattr(architectures, name), **changes})
+    with small():
+        yield
 
 
 def test_exact_levers_change_no_pixel_by_more_than_one_grey_level() -> None:
@@ -426,6 +380,24 @@ def test_a_ratio_is_reported_if_the_control_is_near_one(control: float) -> None:
 @pytest.mark.parametrize("control", [2.7, 0.4, None])
 def test_no_ratio_is_reported_if_the_control_is_off_or_missing(control: float | None) -> None:
     assert report.trusted(1.63, 1.0, control) == report.UNSTEADY
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"), [(0.97, "about 1"), (1.04, "about 1"), (0.94, 0.94), (1.06, 1.06)]
+)
+def test_a_ratio_that_claims_nothing_is_about_1(ratio: float, said: float | str) -> None:
+    assert report.trusted_ratio(ratio, 1.0) == said
+    assert report.trusted_ratio(ratio, 2.0) == report.UNSTEADY
+
+
+def test_sdxl_is_timed_with_another_prompt_in_each_run() -> None:
+    model, pipe = sdxl_loader.load(Settings()), load_baseline_pipeline()
+
+    with sdxl.counted(model.networks.pipe) as counts:
+        sdxl.measure(model, pipe, sdxl.Shape(1, 64, 1), rounds=1)
+
+    # One run that is compared and two that are timed, each by both text encoders.
+    assert counts["text"] == 3 * 2
 
 
 def test_interleaved_timing_has_no_trusted_ratio_if_the_control_is_off() -> None:

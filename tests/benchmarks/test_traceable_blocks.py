@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel, WanTransformer3DModel, WanVACETransf
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.regional_compile import repeated_blocks
+from ourvidz_serverless.models.wan.blocks import move_fewer_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,7 @@ def vace() -> tuple[Any, dict[str, Any]]:
 def test_each_repeated_block_is_one_graph(make: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
     network, inputs = make()
     network.eval()
+    move_fewer_bytes(network)
     attention.set_backend(network, "native", Device(torch.device("cpu"), torch.float32))
     expected = network(**inputs).sample
     blocks = list(repeated_blocks(network))

@@ -99,6 +99,8 @@ def compiled_blocks(network: torch.nn.Module, folder: Path) -> CompiledBlocks:
     handle = standalone_handle(MovableTensors([network], device))
     blocks = compile_blocks(network, handle, device, settings)
     assert blocks is not None
+    with handle.using():
+        """The network is on its device, as a job's is. Otherwise nothing is compiled."""
     return blocks
 
 

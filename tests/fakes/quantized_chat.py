@@ -1,7 +1,8 @@
 """Loads quantised chat models, asks them something, and prints a report as JSON.
 
-It runs as `python -m tests.fakes.quantized_chat pocket`, or with `tiny FOLDER`, in a process that
-may import torchao: the tests' own may not. FOLDER is empty, for a checkpoint.
+It runs as `python -m tests.fakes.quantized_chat pocket`, or with `tiny FOLDER` or `device FOLDER
+DEVICE`, in a process that may import torchao: the tests' own may not. FOLDER is empty, for a
+checkpoint.
 """
 
 import json
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import loader
 from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.settings import Settings
@@ -78,5 +80,29 @@ def pocket() -> dict[str, Any]:
     }
 
 
+def device(folder: str, name: str) -> dict[str, Any]:
+    """What a model on a device replies by each quantisation: before and after it was on the host.
+
+    It is so wide that its linear layers outweigh its embeddings.
+    """
+    place = tiny_folder(Path(folder), layers=2, hidden=512)
+
+    def replies(quantization: str) -> dict[str, Any]:
+        try:
+            chat, num_bytes = load(
+                quantization, chat_instruct_model=place, device=name, dtype="bfloat16"
+            )
+        except ModelLoadError as exc:
+            return {"error": exc.message}
+        before = reply(chat)
+        move = chat.ledger.request_move("qwen_instruct", "host", force=True)
+        assert move.is_done.wait(PATIENCE_S)
+        return {"before": before, "after": reply(chat), "bytes": num_bytes}
+
+    return {each: replies(each) for each in ("none", "int8", "fp8", "int4")}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"tiny": tiny, "pocket": pocket}[sys.argv[1]](*sys.argv[2:])))
+    print(
+        json.dumps({"tiny": tiny, "pocket": pocket, "device": device}[sys.argv[1]](*sys.argv[2:]))
+    )

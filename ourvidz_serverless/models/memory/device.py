@@ -208,8 +208,16 @@ class Device:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """A context to compute in: `counting`, and without gradients."""
-        with torch.inference_mode(), self.counting():
+        with torch.inference_mode(), self.counting(), self._current():
             yield
+
+    def _current(self) -> AbstractContextManager[object]:
+        """A context in which a GPU is this thread's current one.
+
+        torch's own operations find their GPU by their tensors. Libraries and compiled code launch
+        on the current one, which is the first GPU in each new thread.
+        """
+        return torch.cuda.device(self.name) if self.name.index else nullcontext()
 
     def copy_to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor's copy in the host's memory."""
@@ -241,8 +249,7 @@ class Device:
 
     def fence(self) -> Fence:
         """A mark behind the copies that have begun on a GPU."""
-        with torch.cuda.device(self.name):
-            return torch.cuda.Event()
+        return StreamFence(self.name)
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on a GPU."""
@@ -272,6 +279,23 @@ class Device:
         if self.is_cuda:
             with device_wide_lock:
                 torch.cuda.synchronize(self.name)
+
+
+class StreamFence:
+    """A mark in a GPU's current stream.
+
+    `torch.cuda.Event.record` takes the stream of the thread's current GPU, which may be another
+    one. Copies to the second GPU would not be waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, torch.cuda.Event()
+
+    def record(self) -> None:
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
 
 
 def to_device_async(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,44 @@ class CudaMemory:
         self._device = torch.device(self.name)
         total = torch.cuda.mem_get_info(self._device)[1]
         self.total_bytes = min(budget or total, total)
+        # Bytes that the allocator had reserved when it was last asked what graphs keep of them.
+        self._asked_at, self._kept_by_graphs = -1, 0
         if budget:
             torch.cuda.set_per_process_memory_fraction(self.total_bytes / total, self._device)
 
     def free_bytes(self) -> int:
-        # Memory that the allocator keeps without a tensor in it counts as free.
+        # Memory that the allocator keeps without a tensor in it counts as free, unless CUDA graphs
+        # compute in it.
         allocated = torch.cuda.memory_allocated(self._device)
-        kept = torch.cuda.memory_reserved(self._device) - allocated
-        free = torch.cuda.mem_get_info(self._device)[0] + kept
-        return max(min(free, self.total_bytes - allocated), 0)
+        reserved = torch.cuda.memory_reserved(self._device)
+        in_graphs = self._bytes_in_graphs(reserved)
+        free = torch.cuda.mem_get_info(self._device)[0] + reserved - allocated - in_graphs
+        return max(min(free, self.total_bytes - allocated - in_graphs), 0)
+
+    def _bytes_in_graphs(self, reserved: int) -> int:
+        """`unused_in_graphs` of this device, asked again only if the allocator's memory changed."""
+        if reserved != self._asked_at:
+            segments = torch.cuda.memory_snapshot()
+            self._kept_by_graphs = unused_in_graphs(segments, self._device.index)
+            self._asked_at = reserved
+        return self._kept_by_graphs
 
     def host_free_bytes(self) -> int:
         return max(host_memory()[1] - HOST_RESERVE, 0)
+
+
+def unused_in_graphs(segments: Iterable[Mapping[str, Any]], device: int) -> int:
+    """Bytes without a tensor that torch's allocator keeps for CUDA graphs.
+
+    A graph computes on the same addresses at each replay, so nothing else may have them, although
+    no tensor is there between two replays. `segments` are those of `torch.cuda.memory_snapshot`;
+    all but the ordinary pool (0, 0) belong to graphs.
+    """
+    return sum(
+        each["total_size"] - each["allocated_size"]
+        for each in segments
+        if each["device"] == device and tuple(each["segment_pool_id"]) != (0, 0)
+    )
 
 
 class CountedMemory:

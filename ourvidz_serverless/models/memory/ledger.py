@@ -63,6 +63,10 @@ class ModelHandle:
         """See `Ledger.using`."""
         return self.ledger.using(self.model, check, shape, expected_bytes)
 
+    def using_where_it_is(self) -> AbstractContextManager[bool]:
+        """See `Ledger.using_where_it_is`."""
+        return self.ledger.using_where_it_is(self.model)
+
     def prefetch(self) -> None:
         """See `Ledger.prefetch`."""
         self.ledger.prefetch(self.model)
@@ -185,6 +189,24 @@ class Ledger:
             yield lease
         finally:
             self.release(model, lease)
+
+    @contextmanager
+    def using_where_it_is(self, model: Movable) -> Iterator[bool]:
+        """Keep a model on the device while the block runs, if it is there and no job waits.
+
+        It moves nothing and waits for nothing. The block gets False if it must do without.
+        """
+        lease = Lease()
+        with self._changed:
+            entry = self._entries[model]
+            is_there = entry.is_on_device and not self._mover.is_leaving(entry)
+            if is_used := is_there and not self._waiting:
+                entry.leases.append(lease)
+        try:
+            yield is_used
+        finally:
+            if is_used:
+                self.release(model, lease)
 
     def prefetch(self, model: Movable) -> None:
         """Start to bring a model that a waiting job will need, as far up as there is room now.

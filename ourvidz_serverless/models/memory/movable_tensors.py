@@ -147,6 +147,8 @@ class MovableParts:
     ) -> None:
         self.parts = {name: MovableTensors(modules, device) for name, modules in parts.items()}
         self._read, self._stages = read, stages
+        #: Called before the weights leave the device: what refers to their addresses must go.
+        self.on_leave: Callable[[], None] = lambda: None
 
     @property
     def num_bytes(self) -> int:
@@ -180,10 +182,12 @@ class MovableParts:
             raise
 
     def to_host(self) -> None:
+        self.on_leave()
         for part in self.parts.values():
             part.to_host()
 
     def drop(self) -> None:
+        self.on_leave()
         for part in self.parts.values():
             part.drop()
 

@@ -23,6 +23,7 @@ from ourvidz_serverless.models.schedulers import (
     timestep_pairs,
 )
 from ourvidz_serverless.models.sdxl.request import ImageRequest
+from ourvidz_serverless.models.sdxl.step_graphs import StepGraphs
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.presets import ForwardStats, SpeedPreset
 from ourvidz_serverless.models.speed.step_cache import DeepCache
@@ -85,6 +86,8 @@ class Denoiser:
     latent_shape: tuple[int, int, int]
     start: torch.Tensor | None
     preset: SpeedPreset
+    #: The graphs of the UNet's forwards, if this job may use them.
+    graphs: StepGraphs | None = None
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +104,8 @@ class Denoiser:
     ) -> torch.Tensor:
         """Latents (len(seeds), 4, h, w), each made from its own seed alone.
 
-        A `lean` loop takes less memory: it computes the prompt's keys and values in every step.
+        A `lean` loop takes less memory: it computes the prompt's keys and values in every step, as
+        a loop with graphs does too, and uses no graphs.
         """
         scheduler = make_scheduler(
             self.scheduler_config, self.request.scheduler, self.request.has_distilled_lora
@@ -117,13 +121,16 @@ class Denoiser:
         options = _accepted(scheduler.step, generator=generators, eta=0.0)
         warmup = self.preset.warmup_steps(len(timesteps))
         cache, count = DeepCache(self.unet, self.preset.deep_cache_interval, warmup), ForwardStats()
-        remembering = nullcontext() if is_lean else attention.cached_prompt_keys(self.unet)
+        graphs = None if is_lean else self.graphs
+        # A graph would compute with the keys of the prompt with which it was captured.
+        is_caching = not is_lean and graphs is None
+        remembering = attention.cached_prompt_keys(self.unet) if is_caching else nullcontext()
         with remembering, cache.enabled():
             for index, (timestep, sent) in enumerate(timesteps):
                 cache.begin_forward(index)
                 rows = torch.cat([latents] * self.conditioning.rows)
                 rows = scheduler.scale_model_input(rows, timestep)
-                predicted = self._predict(rows, sent, inputs)
+                predicted = self._predict(rows, sent, inputs, graphs)
                 latents = take_step(scheduler, predicted, timestep, latents, **options)
                 count.count(self.conditioning.rows, cache.is_full)
                 on_step((index + 1) // scheduler.order)
@@ -143,10 +150,17 @@ class Denoiser:
         return scheduler.add_noise(start, noise, timestep.expand(len(generators)))
 
     def _predict(
-        self, rows: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any]
+        self,
+        rows: torch.Tensor,
+        timestep: torch.Tensor,
+        inputs: dict[str, Any],
+        graphs: StepGraphs | None,
     ) -> torch.Tensor:
         """The UNet's prediction for one step, with classifier-free guidance (arXiv:2207.12598)."""
-        predicted = self.unet(rows, timestep, **inputs, return_dict=False)[0]
+        if graphs:
+            predicted = graphs.forward(rows, timestep, inputs)
+        else:
+            predicted = self.unet(rows, timestep, **inputs, return_dict=False)[0]
         if not self.conditioning.is_guided:
             return predicted
         negative, positive = predicted.chunk(2)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ourvidz_serverless.models.chat.cuda_graphs import Capture, CudaGraphs
 from ourvidz_serverless.models.loading import checkpoints, fetch, names, weight_files
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
@@ -22,6 +23,7 @@ from ourvidz_serverless.models.sdxl.ip_adapter import IpAdapter
 from ourvidz_serverless.models.sdxl.loras import LoraStore
 from ourvidz_serverless.models.sdxl.networks import SdxlNetworks, check_networks
 from ourvidz_serverless.models.sdxl.pipeline import SdxlModel
+from ourvidz_serverless.models.sdxl.resnets import move_fewer_bytes
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.regional_compile import check_cache_dir, compile_blocks
 from ourvidz_serverless.settings import Settings
@@ -48,6 +50,8 @@ def load(settings: Settings, ledger: Ledger | None = None) -> SdxlModel:
     ledger = ledger or open_ledger(settings)
     device = Device.choose(settings, on_gpu=torch.float16, memory=ledger.memory)
     networks = read_networks(settings, device)
+    for network in (networks.unet, networks.vae):
+        move_fewer_bytes(network)
     attention.set_backend(networks.unet, settings.attention_backend, device)
     stages = STAGES if settings.low_vram else ()
     read = functools.partial(_read_parts, settings, device)
@@ -65,7 +69,14 @@ def load(settings: Settings, ledger: Ledger | None = None) -> SdxlModel:
         if settings.low_vram
         else MemoryPlans(SdxlMemoryPlan(settings.sdxl_max_batch)),
         compiled_blocks=compile_blocks(networks.unet, handle, device, settings),
+        capture=_capture(settings, device),
     )
+
+
+def _capture(settings: Settings, device: Device) -> Capture | None:
+    """The capture that `SDXL_GRAPHS` asks for; None for none. Compiled blocks have no graphs."""
+    is_asked = settings.sdxl_graphs == "auto" and settings.compile == "off"
+    return CudaGraphs(device.name) if is_asked and device.is_cuda else None
 
 
 def check(settings: Settings, ledger: Ledger) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ourvidz_serverless.models.chat.cuda_graphs import Capture
 from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import standalone_handle
@@ -30,6 +31,7 @@ from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
 from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncoder, same_length
 from ourvidz_serverless.models.sdxl.prompt_weighting import Prompt, plain
 from ourvidz_serverless.models.sdxl.request import ImageRequest, IpAdapterImage
+from ourvidz_serverless.models.sdxl.step_graphs import StepGraphs
 from ourvidz_serverless.models.sdxl.vae import Decoder, Vae
 from ourvidz_serverless.models.sdxl.working_memory import decoding_bytes, denoising_bytes
 from ourvidz_serverless.models.speed.embedding_cache import EmbeddingCache
@@ -46,7 +48,8 @@ MAX_BATCH = 6
 class SdxlModel:
     """One SDXL checkpoint on one device. It generates for one job at a time.
 
-    `compiled_blocks` are the UNet's compiled blocks, or None where nothing is compiled.
+    `compiled_blocks` are the UNet's compiled blocks, or None where nothing is compiled. With
+    `capture` the steps of exact jobs are replayed as CUDA graphs.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SdxlModel:
         handle: ModelHandle | None = None,
         plans: MemoryPlans[SdxlMemoryPlan] | None = None,
         compiled_blocks: CompiledBlocks | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.networks = networks
         self.device = device
@@ -67,6 +71,9 @@ class SdxlModel:
         self._plans = plans or MemoryPlans(SdxlMemoryPlan(MAX_BATCH))
         self._prompt_encoder = PromptEncoder(networks.pipe)
         self._embeddings = EmbeddingCache(device)
+        self.graphs = StepGraphs(networks.unet, capture) if capture else None
+        if self.graphs:
+            self.parts.on_leave = self.graphs.clear
 
     @property
     def has_ip_adapter(self) -> bool:
@@ -86,6 +93,8 @@ class SdxlModel:
         """
         preset = SDXL[request.speed]
         decoder = self._decoder(preset)
+        if self.graphs:
+            self.graphs.begin_job()
         shape = _shape(request, decoder)
         # A LoRA's layers are none of those that are compiled.
         compiled = (
@@ -223,7 +232,13 @@ class SdxlModel:
             latent_shape=(unet.config.in_channels, height // factor, width // factor),
             start=start,
             preset=preset,
+            graphs=self._graphs_for(request),
         )
+
+    def _graphs_for(self, request: ImageRequest) -> StepGraphs | None:
+        """The graphs, unless a job changes the network: with a preset, a LoRA or an IP-Adapter."""
+        is_usual = request.speed == "exact" and not request.loras and not self.has_ip_adapter
+        return self.graphs if is_usual else None
 
     def _denoise(
         self,
@@ -242,6 +257,9 @@ class SdxlModel:
             def on_step(done: int) -> None:
                 progress.step(finished * num_steps + done * len(batch), num_steps * len(seeds))
 
+            if plan.lean and self.graphs:
+                # The memory is short, and this plan may move the weights.
+                self.graphs.clear()
             self._to_device(plan, "unet")
             return denoiser.denoise(batch, on_step, stats, plan.lean)
 

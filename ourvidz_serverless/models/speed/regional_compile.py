@@ -6,6 +6,10 @@ jobs that begin after that use the compiled code. Every other shape stays eager,
 that a LoRA or an adapter has changed, by torch's own guards. If the compiler fails, the worker logs
 one warning and stays eager.
 
+Compiling never moves a model. If the network has left the device, or if a job waits for another
+model, its shapes stay queued until its next job. If compiling runs out of memory, the shape is
+forgotten, and may come again.
+
 Compiled code is kept in `COMPILE_CACHE_DIR`, by the machine and the versions that made it, and the
 next worker finds it there. Whoever can write there can run code in the worker.
 """
@@ -26,7 +30,7 @@ import torch
 
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.logs import log
-from ourvidz_serverless.models.memory.device import Device
+from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
 from ourvidz_serverless.models.memory.ledger import ModelHandle
 from ourvidz_serverless.settings import Settings
 
@@ -76,7 +80,12 @@ def _patch_tracer() -> None:
 
 def repeated_blocks(network: Any) -> Iterator[Any]:
     """The blocks that a denoising network consists of, by diffusers' own list."""
-    return (each for each in network.modules() if type(each).__name__ in network._repeated_blocks)
+    names = frozenset(network._repeated_blocks)
+    return (
+        each
+        for each in network.modules()
+        if not names.isdisjoint(kind.__name__ for kind in type(each).__mro__)
+    )
 
 
 class CompiledBlocks:
@@ -107,6 +116,11 @@ class CompiledBlocks:
             block.forward = functools.partial(self._call, block, own, kind)
 
     @property
+    def is_compiling(self) -> bool:
+        """Whether a shape is compiled now, or waits for that."""
+        return self._is_compiling
+
+    @property
     def num_ready(self) -> int:
         """How many shapes are compiled."""
         return len(self._ready)
@@ -119,6 +133,8 @@ class CompiledBlocks:
         """
         self._jobs += 1
         with ExitStack() as stack:
+            # Last of all, when the lock is free: what had to wait is compiled now.
+            stack.callback(self._compile_later)
             has_lock = _stance_lock.acquire(blocking=False)
             if has_lock:
                 stack.callback(_stance_lock.release)
@@ -160,40 +176,60 @@ class CompiledBlocks:
 
         with self._lock:
             self._queue.append((shape, compute))
-            if not self._is_compiling:
+        self._compile_later()
+
+    def _compile_later(self) -> None:
+        """Compile what is queued in a thread of its own, once the running job has ended."""
+        with self._lock:
+            if self._queue and not self._is_compiling:
                 self._is_compiling = True
                 threading.Thread(target=self._compile_queue, name="compiler").start()
 
     def _compile_queue(self) -> None:
-        """Compile what is queued, and end.
+        """Compile what is queued, and end. What cannot be compiled now stays queued.
 
         A process that ends waits for the current compilation and for no other: a thread that is cut
         off inside torch aborts the process.
         """
-        while True:
-            with self._lock:
-                is_over = self.is_broken or not threading.main_thread().is_alive()
-                if is_over or not self._queue:
+        while queued := self._next_queued():
+            if not self._compile(*queued):
+                with self._lock:
+                    self._queue.insert(0, queued)
                     self._is_compiling = False
-                    return
-                shape, compute = self._queue.pop(0)
-            try:
-                with (
-                    _stance_lock,
-                    isolated_tracing(),
-                    _compiler_settings(),
-                    self._handle.using(),
-                    torch.inference_mode(),
-                ):
+                return
+
+    def _next_queued(self) -> tuple[Hashable, Callable[[], Any]] | None:
+        """The next shape to compile, taken off the queue; None ends the thread."""
+        with self._lock:
+            is_over = self.is_broken or not threading.main_thread().is_alive()
+            if is_over or not self._queue:
+                self._is_compiling = False
+                return None
+            return self._queue.pop(0)
+
+    def _compile(self, shape: Hashable, compute: Callable[[], Any]) -> bool:
+        """Compile for one shape. False if that must wait until the network's next job."""
+        try:
+            with _stance_lock, self._handle.using_where_it_is() as is_there:
+                if not is_there:
+                    return False
+                with isolated_tracing(), _compiler_settings(), torch.inference_mode():
                     compute()
-                self._ready.add(shape)
-            except Exception as exc:
-                self.is_broken = True
-                if not threading.main_thread().is_alive():
-                    # The process ends, and the compiler's own threads with it. That is no failure.
-                    return
-                why = " ".join(str(exc).split())[:200]
-                log.warning("COMPILE: eager from now on (%s: %s)", type(exc).__name__, why)
+            self._ready.add(shape)
+        except Exception as exc:
+            self._note_failure(shape, exc)
+        return True
+
+    def _note_failure(self, shape: Hashable, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._requested.discard(shape)
+            log.warning("COMPILE: a shape stays eager for now, it did not fit the memory")
+            return
+        self.is_broken = True
+        # In a process that ends, the compiler's own threads end too. That is no failure.
+        if threading.main_thread().is_alive():
+            why = " ".join(str(error).split())[:200]
+            log.warning("COMPILE: eager from now on (%s: %s)", type(error).__name__, why)
 
 
 def _shape(each: Any) -> Hashable:

@@ -33,6 +33,7 @@ from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, WanMemoryPlan
 from ourvidz_serverless.models.speed import attention
 from ourvidz_serverless.models.speed.regional_compile import check_cache_dir, compile_blocks
+from ourvidz_serverless.models.wan.blocks import move_fewer_bytes
 from ourvidz_serverless.models.wan.network import (
     ImageEncoder,
     WanNetwork,
@@ -217,6 +218,7 @@ class WanLoader:
         self, transformer: Any, handle: ModelHandle, image_encoder: ImageEncoder | None = None
     ) -> WanNetwork:
         """A network with the attention kernel and the compiled blocks that the settings ask for."""
+        move_fewer_bytes(transformer)
         attention.set_backend(transformer, self._settings.attention_backend, self._device)
         blocks = compile_blocks(transformer, handle, self._device, self._settings)
         return WanNetwork(transformer, handle, image_encoder, blocks)

@@ -1,6 +1,10 @@
 """The memory of a host, and of a CPU that simulates a device by counting allocations."""
 
+import os
+import subprocess
+import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,14 @@ from safetensors.torch import save_file
 
 from ourvidz_serverless.models.loading import weight_files
 from ourvidz_serverless.models.memory.device import Device, is_out_of_memory
-from ourvidz_serverless.models.memory.device_memory import CountedMemory, HostMemory
+from ourvidz_serverless.models.memory.device_memory import (
+    CountedMemory,
+    HostMemory,
+    unused_in_graphs,
+)
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
+from tests.files import ROOT
+from tests.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
 KIB = 1 << 10
@@ -99,3 +109,74 @@ def test_the_free_memory_of_the_host_is_within_its_total() -> None:
 
     assert 0 < memory.free_bytes() <= memory.total_bytes
     assert memory.host_free_bytes() <= memory.free_bytes() + (1 << 28)
+
+
+def test_memory_that_a_graph_computes_in_is_not_free() -> None:
+    # As `torch.cuda.memory_snapshot` gives them: the ordinary pool, a graph's, another GPU's.
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 40},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 70, "allocated_size": 20},
+        {"device": 1, "segment_pool_id": (0, 2), "total_size": 900, "allocated_size": 0},
+    ]
+
+    assert unused_in_graphs(segments, 0) == 50
+
+
+def test_a_fence_of_the_second_gpu_stands_in_the_stream_of_that_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Event:
+        def record(self, stream: str) -> None:
+            recorded.append(stream)
+
+    recorded: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+
+    Device(torch.device("cuda", 1), torch.float32).fence().record()
+
+    assert recorded == ["the stream of cuda:1"]
+
+
+def test_a_thread_that_computes_on_the_second_gpu_has_it_as_its_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda name: nullcontext(current.append(name)))
+
+    for index in (0, 1):
+        with Device(torch.device("cuda", index), torch.float32).computing():
+            pass
+
+    assert current == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
+    ],
+)
+def test_torchs_allocator_has_expandable_segments_unless_the_deployer_configures_it(
+    own: dict[str, str], expected: str
+) -> None:
+    code = """
+import os, sys
+import ourvidz_serverless.models
+assert "torch" not in sys.modules
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+    others = {name: each for name, each in os.environ.items() if "ALLOC_CONF" not in name}
+
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**others, **own},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+    assert run.stdout.strip() == expected, run.stderr

@@ -626,3 +626,35 @@ def test_pressure_has_four_levels(used: float, name: str) -> None:
 # minutes, in which hypothesis looks for the shortest run of operations that fails.
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = examples(400, stateful_step_count=40)
+
+
+def test_a_model_that_is_used_where_it_is_stays_and_brings_nothing_to_the_device() -> None:
+    memory = FakeMemory(10)
+    ledger = Ledger(memory)
+    first, second = (
+        ledger.register(FakeModel(8, memory), name, "fake") for name in ("first", "second")
+    )
+    with first.using():
+        """It is on the device, and idle afterwards."""
+
+    with second.using_where_it_is() as is_used:
+        assert not is_used
+        assert [row.state for row in ledger.report()] == ["host", "device"]
+    with first.using_where_it_is() as is_used:
+        assert is_used
+        assert ledger.evict_idle(keep=second.model) == 0
+
+
+def test_a_model_is_not_kept_where_it_is_while_a_job_waits_for_another() -> None:
+    memory = FakeMemory(10)
+    ledger = Ledger(memory)
+    first, second = (
+        ledger.register(FakeModel(8, memory), name, "fake") for name in ("first", "second")
+    )
+    with first.using():
+        waiting = start(lambda: ledger.release(second.model, ledger.acquire(second.model)))
+        wait_until(lambda: ledger.num_waiting)
+
+        with first.using_where_it_is() as is_used:
+            assert not is_used
+    waiting.result(PATIENCE_S)

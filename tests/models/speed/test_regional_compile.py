@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.speed import regional_compile
 from tests.fakes import compiling
+from tests.fakes.devices import FakeMemory, FakeModel
 from tests.files import ROOT
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 from tests.servers import warm_python
 
 #: Each test starts a compiler in a new process.
@@ -136,6 +138,53 @@ def test_a_job_calls_modules_while_the_compiler_traces_in_another_thread() -> No
         thread.join(PATIENCE_S)
 
     assert made.shape == (1, 3)
+
+
+def test_compiling_brings_no_model_back_to_the_device_and_goes_on_after_its_next_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What the compiler does is not this test's concern, only when it is asked.
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    memory = FakeMemory(10)
+    ledger = Ledger(memory)
+    own, other = (ledger.register(FakeModel(8, memory), name, "fake") for name in ("own", "other"))
+    network = compiling.PlainNetwork()
+    blocks = regional_compile.CompiledBlocks(network, own)
+
+    def job() -> None:
+        with torch.inference_mode(), blocks.job():
+            network(torch.zeros(1, 4, 16))
+
+    with other.using():
+        job()
+        job()
+        wait_until(lambda: not blocks.is_compiling)
+    assert blocks.num_ready == 0
+    assert {row.name: row.state for row in ledger.report()} == {"own": "host", "other": "device"}
+    with own.using():
+        job()
+        wait_until(lambda: blocks.num_ready)
+
+    assert not blocks.is_broken
+
+
+def test_a_shape_that_does_not_fit_the_memory_stays_eager_and_may_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*call: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: fail)
+    network = compiling.PlainNetwork()
+    handle = Ledger(FakeMemory(10)).register(FakeModel(8), "own", "fake")
+    blocks = regional_compile.CompiledBlocks(network, handle)
+
+    for _ in range(3):
+        with handle.using(), torch.inference_mode(), blocks.job():
+            network(torch.zeros(1, 4, 16))
+        wait_until(lambda: not blocks.is_compiling)
+
+    assert (blocks.num_ready, blocks.is_broken) == (0, False)
 
 
 def test_a_missing_compiler_is_one_warning_and_jobs_stay_eager(tmp_path: Path) -> None:
