@@ -234,6 +234,16 @@ def test_chat_waits_once_for_the_next_tokens_of_all_replies(replies: Run) -> Non
     assert replies.stages[chat.DECODE].num_waits == 1
 
 
+def test_penalties_cost_the_same_operations_for_any_number_of_replies() -> None:
+    def added(rows: int) -> tuple[int, int]:
+        with shallow():
+            runs = [chat.ours(chat.Job(rows, 16, penalty=penalty)) for penalty in (1.0, 1.1)]
+        without, having = (run.stages[chat.DECODE] for run in runs)
+        return having.kernels - without.kernels, having.up.num - without.up.num
+
+    assert added(3) == added(9) == (8, 1)
+
+
 def test_wan_waits_for_nothing_during_its_steps(video: Run, vace_video: Run) -> None:
     assert (video.step.num_waits, vace_video.step.num_waits) == (0, 0)
 
@@ -253,8 +263,8 @@ RECORDED = {
     ("video", PROMPTS): (165, 2.51),
     ("video", STEP): (506, 14.0),
     ("vace_video", STEP): (696, 4.30),
-    ("replies", chat.PREFILL): (167, 30.6),
-    ("replies", chat.DECODE): (150, 2.21),
+    ("replies", chat.PREFILL): (169, 30.6),
+    ("replies", chat.DECODE): (152, 2.21),
 }
 
 

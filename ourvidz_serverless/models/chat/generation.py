@@ -106,7 +106,6 @@ class Generation:
     def recompute(self) -> None:
         """Compute all tokens again, as after an out-of-memory. The reply keeps its tokens."""
         self.num_computed = 0
-        self.sampler.recount()
 
     def fail(self, error: Exception) -> None:
         """Raise an error in the iteration."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ourvidz_serverless.models.memory.types import Check
@@ -24,9 +24,11 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # a share of the likeliest token's probability
     presence_penalty: float = 0.0  # counts the tokens of the reply
     frequency_penalty: float = 0.0  # counts the tokens of the reply
     repetition_penalty: float = 1.0  # counts the tokens of prompt and reply
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id
     stop: tuple[str, ...] = ()  # end the reply, and are not part of it
     seed: int | None = None
 
@@ -38,6 +40,10 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         neutral = (0.0, 0.0, 1.0)
         return neutral != (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.has_penalties or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
