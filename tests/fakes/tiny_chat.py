@@ -13,8 +13,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -70,6 +72,29 @@ def tiny_network(seed: int = 0, context: int = 512, layers: int = 2, hidden: int
         bos_token_id=None,
     )
     return _that_writes_letters(Qwen2ForCausalLM(config).eval(), tokenizer)
+
+
+def tiny_decoder(kind: type[PreTrainedConfig], **changes: Any) -> Any:
+    """A network of the architecture that a configuration class of transformers describes."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    network = AutoModelForCausalLM.from_config(kind(**{**sizes, **changes}))
+    return _that_writes_letters(network.eval(), tokenizer)
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:

@@ -52,7 +52,8 @@ class ChatRequest:
 
     The instruct model reads the conversation in its chat format, the base model only the texts.
     `truncate` lets the oldest messages go if the conversation is longer than the model's context.
-    With a JSON `schema` the reply is JSON that fits the schema.
+    With a JSON `schema` the reply is JSON that fits the schema. With `thinking` the model thinks
+    before it replies, if it can; its thoughts are no part of the reply.
     """
 
     messages: tuple[Message, ...]
@@ -60,6 +61,7 @@ class ChatRequest:
     model: ModelName = "qwen_instruct"
     truncate: Literal["oldest"] | None = None
     schema: Mapping[str, Any] | None = None
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class ReplyStats:
     tokens_per_second: float | None  # after the first token; None if there was no second one
     swap_s: float  # the time it took to bring the model to the device
     engine: EngineName = "builtin"  # which of `CHAT_ENGINE` wrote the reply
+    num_thought: int = 0  # tokens of the completion that are thoughts
 
 
 class ChatReply(Protocol):
