@@ -124,7 +124,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
 
 def _that_writes_letters(network: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     letters = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
-    is_silent = torch.ones(len(tokenizer), dtype=torch.bool)
+    is_silent = torch.ones(len(network.lm_head.weight), dtype=torch.bool)
     is_silent[letters] = False
     with torch.no_grad():
         network.lm_head.weight[is_silent] = 0

@@ -146,6 +146,7 @@ def test_a_conversation_without_a_system_prompt_gets_none() -> None:
         ({"model": "gpt"}, "model: "),
         ({"truncate": "newest"}, "truncate: "),
         ({"stream": "maybe"}, "stream: "),
+        ({"thinking": 1}, "thinking: "),
         ({"response_format": "xml"}, "response_format.type: "),
         ({"response_format": {"type": "json_schema"}}, "response_format: json_schema: "),
         ({"config": {"temperature": 9}}, "config.temperature: "),
@@ -279,6 +280,7 @@ def test_every_sampling_field_reaches_the_model(talk: Any) -> None:
         "max_tokens": 33,
         "seed": 5,
         "truncate": "oldest",
+        "thinking": True,
         "model": "qwen_base",
     }
 
@@ -290,6 +292,13 @@ def test_every_sampling_field_reaches_the_model(talk: Any) -> None:
     assert rules.items() <= {**asdict(call), **asdict(call.sampling)}.items()
     assert (call.sampling.stop, call.schema) == (("END",), {"type": "object"})
     assert call.sampling.logit_bias == {50256: -100}
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_document_counts_thoughts_that_were_asked_for(talk: Any, thinking: bool) -> None:
+    document, _ = talk("Water.", thinking=thinking)
+
+    assert document.metadata.get("thinking_tokens") == (0 if thinking else None)
 
 
 def test_a_refused_reply_is_not_in_the_document(talk: Any) -> None:

@@ -11,6 +11,7 @@ have secret names in a copy of the tokenizer.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
@@ -44,7 +45,6 @@ class ChatTemplate:
         longest_first = sorted(control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._placeholder = re.compile(rf"{self._secret}m(\d+)q")
-        self._tokenizer, self._ids = _renamed(pretrained.backend_tokenizer, self._names)
         self._stripped = {role: self._strips(role) for role in WITH_ROLE}
 
     def encode(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
@@ -79,8 +79,9 @@ class ChatTemplate:
         """The tokens of a template's text, in which messages replace their placeholders."""
         named = self._control.sub(lambda found: self._names[found.group()], text)
         whole = self._placeholder.sub(lambda found: messages[int(found[1])], named)
-        ids = self._tokenizer.encode(whole, add_special_tokens=False).ids
-        return [self._ids.get(token, token) for token in ids]
+        tokenizer, original = self._renamed
+        ids = tokenizer.encode(whole, add_special_tokens=False).ids
+        return [original.get(token, token) for token in ids]
 
     def last_placeholder(self, text: str) -> int:
         """Where the last placeholder of a template's text begins; -1 for none."""
@@ -96,6 +97,11 @@ class ChatTemplate:
         rest = text.partition(f"{self._secret}m1q")[2].lstrip()
         end = self._control.match(rest)
         return end.group() if end else None
+
+    @functools.cached_property
+    def _renamed(self) -> tuple[Tokenizer, dict[int, int]]:
+        """Made when it is needed: ChatML needs none, and a large vocabulary takes half a second."""
+        return _renamed(self._pretrained.backend_tokenizer, self._names)
 
     def _write(self, messages: Sequence[Message], thinking: bool) -> str:
         text: str = self._pretrained.apply_chat_template(

@@ -56,6 +56,9 @@ class ChatTokenizer:
         #: The model's own template; None for ChatML.
         self.own_template = template if is_own and not is_plain else None
         self._end_of_reply = self.own_template and self.own_template.end_of_reply
+        if self.own_template:
+            # Not by the first request.
+            self.own_template.encode_text("")
         self._own_eos: int | None = pretrained.eos_token_id
         self._begin_reply = _begin_reply(template)
         if has_chatml:
@@ -136,7 +139,7 @@ def _begin_reply_of(template: ChatTemplate, thinking: bool) -> _BeginReply:
         return _BeginReply()
     found = text.rfind(THINK)
     # An example in a system prompt stands before the message, and begins no reply.
-    if found < text.rfind(START) or found < template.last_placeholder(text):
+    if found < 0 or found < text.rfind(START) or found < template.last_placeholder(text):
         return _BeginReply()
     return _BeginReply(text[found:], tuple(template.encode_text(text[found:])))
 
