@@ -242,7 +242,9 @@ def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
             threshold = torch.maximum(threshold, top_k_threshold)
             probabilities = probabilities * (scaled >= top_k_threshold)
         if any(each.top_p < 1 for each in draws):
-            top_p_threshold = find_top_p_threshold(scaled, probabilities, limits.top_p)
+            found = find_top_p_threshold(scaled, probabilities, limits.top_p)
+            # A row without top_p must not lose its least likely tokens to rounding.
+            top_p_threshold = torch.where(limits.top_p < 1, found, -torch.inf)
             threshold = torch.maximum(threshold, top_p_threshold)
         probabilities = probabilities * (scaled >= threshold)
     return _draw_from_blocks(probabilities, limits.number)[:, 0]
