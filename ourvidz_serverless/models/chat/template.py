@@ -138,4 +138,6 @@ def _renamed(backend: Tokenizer, names: Mapping[str, str]) -> tuple[Tokenizer, d
             added.update(content=names[added["content"]], special=True, normalized=False)
         original[added["content"]] = added["id"]
     copy: Tokenizer = Tokenizer.from_str(json.dumps(described))
-    return copy, {copy.token_to_id(name): token for name, token in original.items()}
+    # The copy may have numbered its added tokens anew.
+    ids = copy.get_added_tokens_decoder()
+    return copy, {token: original[added.content] for token, added in ids.items()}

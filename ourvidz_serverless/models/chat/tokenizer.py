@@ -69,7 +69,7 @@ class ChatTokenizer:
     @property
     def eos_ids(self) -> list[int]:
         """The tokens that end a reply."""
-        names = [END, *OTHER_ENDS, *filter(None, [self._end_of_reply])]
+        names = [END, *OTHER_ENDS, self._end_of_reply or END]
         known = [*map(self.backend.token_to_id, names), self._own_eos]
         return list(dict.fromkeys(token for token in known if token is not None))
 
