@@ -24,8 +24,6 @@ from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
 
-
-
 #: The shortest context of WAN's enhancer, in tokens: a system prompt, a prompt, an enhanced prompt.
 ENHANCER_CONTEXT = 1024
 
