@@ -84,7 +84,7 @@ INPUTS = (
     Input(
         "CHAT_INSTRUCT_MODEL",
         "Chat model",
-        "A Qwen2.5, or a Llama with ChatML; named like the SDXL model",
+        "A Qwen, Llama, Mistral or another; named like the SDXL model",
         is_basic=True,
         is_required=True,
     ),

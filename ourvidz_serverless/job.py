@@ -81,14 +81,15 @@ def _parts(value: object) -> Iterable[object]:
     return ()
 
 
-def _no_text_nor_flag(value: object) -> object:
+def no_text_nor_flag(value: object) -> object:
+    """The same value, which may be a number; raises ValueError for a text or a boolean."""
     if isinstance(value, str | bool):
         raise ValueError("Input should be a number")
     return value
 
 
 #: Numbers: "7" and true are refused. 7.0 is a whole number.
-JSON_NUMBER = BeforeValidator(_no_text_nor_flag)
+JSON_NUMBER = BeforeValidator(no_text_nor_flag)
 
 #: Booleans: 1 and "true" are refused, as the contract's `boolean` says.
 Flag = Annotated[bool, Field(strict=True)]

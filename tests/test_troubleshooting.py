@@ -32,7 +32,7 @@ CHECKPOINTS = [
     for name in (
         *("loading/checkpoints.py", "loading/weight_files.py", "chat/loader.py", "wan/loader.py"),
         *("chat/tokenizer.py", "sdxl/networks.py", "sdxl/ip_adapter.py", "sdxl/single_file.py"),
-        "sdxl/vae.py",
+        *("chat/architecture.py", "sdxl/vae.py"),
     )
 ]
 

@@ -114,12 +114,16 @@ export interface ChatConfig {
   top_p?: number | null;
   /** the same as top_k */
   top_k?: number | null;
+  /** the same as min_p */
+  min_p?: number | null;
   /** the same as presence_penalty */
   presence_penalty?: number | null;
   /** the same as frequency_penalty */
   frequency_penalty?: number | null;
   /** the same as repetition_penalty */
   repetition_penalty?: number | null;
+  /** the same as logit_bias */
+  logit_bias?: Record<string, unknown> | null;
   /** the same as stop */
   stop?: string | string[] | null;
   /** the same as seed */
@@ -164,14 +168,17 @@ export interface ChatJob {
   sfw_mode?: boolean | null;
   stream?: boolean | null;
   truncate?: "oldest" | null;
+  thinking?: boolean | null;
   model?: "qwen_instruct" | "qwen_base" | null;
   max_tokens?: number | null;
   temperature?: number | null;
   top_p?: number | null;
   top_k?: number | null;
+  min_p?: number | null;
   presence_penalty?: number | null;
   frequency_penalty?: number | null;
   repetition_penalty?: number | null;
+  logit_bias?: Record<string, unknown> | null;
   stop?: string | string[] | null;
   seed?: number | null;
   response_format?: ResponseFormat | null;

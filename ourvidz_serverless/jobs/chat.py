@@ -96,9 +96,18 @@ MaxTokens = Annotated[int, Field(ge=1, le=2048), JSON_NUMBER]
 Temperature = Annotated[float, Field(ge=0, le=2), JSON_NUMBER]
 TopP = Annotated[float, Field(gt=0, le=1), JSON_NUMBER]
 TopK = Annotated[int, Field(ge=0, le=1000), JSON_NUMBER]
+MinP = Annotated[float, Field(ge=0, le=1), JSON_NUMBER]
 Penalty = Annotated[float, Field(ge=-2, le=2), JSON_NUMBER]
 Repetition = Annotated[float, Field(ge=0.1, le=2), JSON_NUMBER]
 Seed = Annotated[int, Field(ge=0, lt=2**63), JSON_NUMBER]
+
+#: What is added to the logits of tokens: by token id, which is a text as all keys of JSON are.
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100), JSON_NUMBER]
+LogitBias = Annotated[
+    dict[TokenId, Bias],
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+]
 
 #: A text that ends a reply, and how many of them a job may name.
 StopText = Annotated[str, Field(min_length=1, max_length=100)]
@@ -188,15 +197,18 @@ class ChatJob(Job):
     sfw_mode: Flag = False
     stream: Flag = False
     truncate: Literal["oldest"] | None = None
+    thinking: Flag = False
 
     model: ModelName = Field("qwen_instruct", validation_alias=_either("model"))
     max_tokens: MaxTokens | None = Field(None, validation_alias=_either("max_tokens"))
     temperature: Temperature = Field(0.7, validation_alias=_either("temperature"))
     top_p: TopP = Field(0.9, validation_alias=_either("top_p"))
     top_k: TopK = Field(0, validation_alias=_either("top_k"))
+    min_p: MinP = Field(0, validation_alias=_either("min_p"))
     presence_penalty: Penalty = Field(0, validation_alias=_either("presence_penalty"))
     frequency_penalty: Penalty = Field(0, validation_alias=_either("frequency_penalty"))
     repetition_penalty: Repetition = Field(1, validation_alias=_either("repetition_penalty"))
+    logit_bias: LogitBias = Field({}, validation_alias=_either("logit_bias"))
     stop: StopTexts = Field((), validation_alias=_either("stop"))
     seed: Seed | None = Field(None, validation_alias=_either("seed"))
     response_format: ResponseFormat = Field(
@@ -262,15 +274,17 @@ class ChatJob(Job):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
             stop=self.stop,
             seed=self.seed,
         )
         messages = tuple((message.role, message.content) for message in self.conversation)
         schema = self.response_format.reply_schema
-        return ChatRequest(messages, sampling, self.model, self.truncate, schema)
+        return ChatRequest(messages, sampling, self.model, self.truncate, schema, self.thinking)
 
     @property
     def reply_field(self) -> str:
@@ -403,6 +417,8 @@ def _metadata(job: ChatJob, stats: ReplyStats) -> dict[str, Any]:
         metadata["enhancement_source"] = job.model
     if stats.swap_s:
         metadata["model_swap_time"] = round(stats.swap_s, 3)
+    if job.thinking or stats.num_thought:
+        metadata["thinking_tokens"] = stats.num_thought
     if job.truncate:
         metadata["messages_dropped"] = stats.num_dropped
     return metadata

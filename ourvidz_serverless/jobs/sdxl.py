@@ -27,6 +27,7 @@ from ourvidz_serverless.job import (
     Flag,
     Reference,
     Wire,
+    no_text_nor_flag,
 )
 from ourvidz_serverless.jobs.media import (
     JobProgress,
@@ -85,9 +86,11 @@ class Lora(Wire):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_. -]{0,127}$")
     url: str | None = Field(None, pattern=r"^https://", max_length=8192)
     scale: float = Field(1.0, ge=-2.0, le=2.0)
-    distilled: bool = Field(
+    distilled: Flag = Field(
         False, description="made for few steps: LCM, Lightning, Hyper, DMD2; allows 1 step and more"
     )
+
+    _json_number = field_validator("scale", mode="before")(no_text_nor_flag)
 
     @model_validator(mode="after")
     def _one_source(self) -> Lora:
@@ -115,12 +118,17 @@ class SdxlConfig(Wire):
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
     resize_mode: ResizeMode = "crop"
-    reference_required: bool = False
+    reference_required: Flag = False
     output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
     upload_urls: UploadUrls | None = None
     inline: Flag = False
     speed: Speed = "exact"
+
+    _json_numbers = field_validator(
+        *("num_inference_steps", "guidance_scale", "seed", "denoise_strength", "quality"),
+        mode="before",
+    )(no_text_nor_flag)
 
     @field_validator("num_inference_steps")
     @classmethod
@@ -166,14 +174,14 @@ class SdxlMetadata(Wire):
     exact_copy_mode: bool = False
     # `modify`, `copy`, or a video mode in a payload that is not about video: only `copy` counts.
     reference_mode: str | None = None
-    reference_consent: bool = False
+    reference_consent: Flag = False
     content_type: str | None = Field(None, validation_alias=AliasChoices("contentType"))
     nsfw_optimization: bool = False
 
 
 class SdxlJob(MediaJob):
     type: Literal["sdxl_image_fast", "sdxl_image_high"]
-    compel_enabled: bool = False
+    compel_enabled: Flag = False
     compel_weights: str | None = Text
     config: SdxlConfig = SdxlConfig()
     metadata: SdxlMetadata = SdxlMetadata()

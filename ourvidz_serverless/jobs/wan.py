@@ -32,7 +32,7 @@ from ourvidz_serverless.errors import (
     WorkerUnavailable,
 )
 from ourvidz_serverless.guard.admission import check_generated
-from ourvidz_serverless.job import SEEDS, CheckedText, Reference, Wire
+from ourvidz_serverless.job import SEEDS, CheckedText, Flag, Reference, Wire, no_text_nor_flag
 from ourvidz_serverless.jobs.enhancement import as_wan_reads, enhance
 from ourvidz_serverless.jobs.media import (
     JobProgress,
@@ -140,9 +140,15 @@ class WanConfig(Wire):
     single_mode: Literal["first_frame", "subject"] = "first_frame"
     denoise_strength: float | None = Strength
     resize_mode: ResizeMode = "crop"
-    reference_required: bool = False
+    reference_required: Flag = False
     upload_urls: UploadUrls | None = None
     speed: Speed = "exact"
+
+    _json_numbers = field_validator(
+        *("width", "height", "frames", "duration", "fps", "num_images", "num_inference_steps"),
+        *("guidance_scale", "flow_shift", "seed", "denoise_strength"),
+        mode="before",
+    )(no_text_nor_flag)
 
     @field_validator("resolution", mode="before", json_schema_input_type=str | None)
     @classmethod
@@ -175,7 +181,7 @@ class WanMetadata(Wire):
     end_reference_url: str | None = Reference
     reference_strength: float | None = Strength
     denoise_strength: float | None = Strength
-    reference_consent: bool = False
+    reference_consent: Flag = False
     content_type: str | None = Field(None, validation_alias=AliasChoices("contentType"))
     nsfw_optimization: bool = False
 

@@ -255,6 +255,16 @@ def test_chat_waits_once_for_the_next_tokens_of_all_replies(replies: Run) -> Non
     assert replies.stages[chat.DECODE].num_waits == 1
 
 
+def test_penalties_cost_the_same_operations_for_any_number_of_replies() -> None:
+    def added(rows: int) -> tuple[int, int]:
+        with shallow():
+            runs = [chat.ours(chat.Job(rows, 16, penalty=penalty)) for penalty in (1.0, 1.1)]
+        without, having = (run.stages[chat.DECODE] for run in runs)
+        return having.kernels - without.kernels, having.up.num - without.up.num
+
+    assert added(3) == added(9) == (8, 1)
+
+
 def test_wan_waits_for_nothing_during_its_steps(video: Run, vace_video: Run) -> None:
     assert (video.step.num_waits, vace_video.step.num_waits) == (0, 0)
 
@@ -274,8 +284,8 @@ RECORDED = {
     ("video", PROMPTS): (165, 2.51),
     ("video", STEP): (283, 8.57),
     ("vace_video", STEP): (395, 2.81),
-    ("replies", chat.PREFILL): (132, 20.2),
-    ("replies", chat.DECODE): (115, 2.20),
+    ("replies", chat.PREFILL): (134, 20.2),
+    ("replies", chat.DECODE): (117, 2.20),
 }
 
 

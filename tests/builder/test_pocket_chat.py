@@ -101,7 +101,9 @@ def test_sixteen_requests_at_once_get_the_replies_that_each_gets_alone(chat: Any
 def test_replayed_replies_are_the_same_as_computed_replies(chat: Any) -> None:
     fake_graphs = FakeCudaGraphs()
     replayed = ChatModel(
-        *chat_loader.read_folder(chat_loader.POCKET, CPU, True, "none"), CPU, capture=fake_graphs
+        *chat_loader.read_folder(chat_loader.POCKET, chat_loader.ReadOptions(CPU)),
+        CPU,
+        capture=fake_graphs,
     )
     beginnings = ["Once upon a time", "The capital of France is", "The sea is"]
     rules: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}, {}]

@@ -10,12 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import Gemma3TextConfig, Qwen3Config
+
 from ourvidz_serverless.errors import ModelLoadError
 from ourvidz_serverless.models.chat import loader
 from ourvidz_serverless.models.chat.model import Chat, ChatModel
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import FakeCudaGraphs
-from tests.fakes.tiny_chat import CPU, ask, generate_text, tiny_folder
+from tests.fakes.tiny_chat import (
+    CPU,
+    ask,
+    generate_text,
+    tiny_decoder,
+    tiny_folder,
+    tiny_tokenizer,
+)
 from tests.patience import PATIENCE_S
 
 QUESTION = ("user", "What is the capital of France?")
@@ -52,7 +62,11 @@ def replays(place: str) -> dict[str, Any]:
     graphs = FakeCudaGraphs()
 
     def say_hello(**capture: Any) -> str:
-        model = ChatModel(*loader.read_folder(Path(place), CPU, True, "int8"), CPU, **capture)
+        model = ChatModel(
+            *loader.read_folder(Path(place), loader.ReadOptions(CPU, quantized="int8")),
+            CPU,
+            **capture,
+        )
         return generate_text(model, "hello", max_tokens=40)
 
     return {
@@ -62,6 +76,21 @@ def replays(place: str) -> dict[str, Any]:
     }
 
 
+def others(folder: str) -> dict[str, Any]:
+    """For other architectures in int8: what the engine says, and what transformers generates."""
+    tokenizer, said = tiny_tokenizer(), {}
+    for kind in (Qwen3Config, Gemma3TextConfig):
+        place = Path(folder) / kind.__name__
+        tiny_decoder(kind).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        read = loader.read_folder(place, loader.ReadOptions(CPU, quantized="int8", context=512))
+        ids = torch.tensor([tokenizer.encode("hello")])
+        made = read[0].generate(ids, max_new_tokens=20, do_sample=False)
+        theirs = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        said[place.name] = [generate_text(ChatModel(*read, CPU), "hello", max_tokens=20), theirs]
+    return said
+
+
 def tiny(folder: str) -> dict[str, Any]:
     """A model of random weights: its bytes, and what it replies in the cases above."""
     place = tiny_folder(Path(folder))
@@ -69,6 +98,7 @@ def tiny(folder: str) -> dict[str, Any]:
         "full_bytes": load("none", chat_instruct_model=place)[1],
         "dropped": drops(place),
         "replayed": replays(place),
+        "others": others(folder),
     }
 
 

@@ -13,8 +13,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -72,6 +74,29 @@ def tiny_network(seed: int = 0, context: int = 512, layers: int = 2, hidden: int
     return _that_writes_letters(Qwen2ForCausalLM(config).eval(), tokenizer)
 
 
+def tiny_decoder(kind: type[PreTrainedConfig], **changes: Any) -> Any:
+    """A network of the architecture that a configuration class of transformers describes."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    network = AutoModelForCausalLM.from_config(kind(**{**sizes, **changes}))
+    return _that_writes_letters(network.eval(), tokenizer)
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
     """The same network with the Llama architecture and the position scaling of Llama 3."""
     torch.manual_seed(0)
@@ -99,7 +124,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
 
 def _that_writes_letters(network: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     letters = tokenizer.backend_tokenizer.encode(LETTERS, add_special_tokens=False).ids
-    is_silent = torch.ones(len(tokenizer), dtype=torch.bool)
+    is_silent = torch.ones(len(network.lm_head.weight), dtype=torch.bool)
     is_silent[letters] = False
     with torch.no_grad():
         network.lm_head.weight[is_silent] = 0

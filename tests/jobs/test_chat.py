@@ -132,6 +132,11 @@ def test_a_conversation_without_a_system_prompt_gets_none() -> None:
         ({"temperature": 2.1}, "temperature: "),
         ({"top_p": 0}, "top_p: "),
         ({"top_k": -1}, "top_k: "),
+        ({"logit_bias": [5]}, "logit_bias: "),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five.[key]: "),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: "),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5: "),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: "),
         ({"presence_penalty": 2.5}, "presence_penalty: "),
         ({"frequency_penalty": -2.5}, "frequency_penalty: "),
         ({"repetition_penalty": 0}, "repetition_penalty: "),
@@ -141,6 +146,7 @@ def test_a_conversation_without_a_system_prompt_gets_none() -> None:
         ({"model": "gpt"}, "model: "),
         ({"truncate": "newest"}, "truncate: "),
         ({"stream": "maybe"}, "stream: "),
+        ({"thinking": 1}, "thinking: "),
         ({"response_format": "xml"}, "response_format.type: "),
         ({"response_format": {"type": "json_schema"}}, "response_format: json_schema: "),
         ({"config": {"temperature": 9}}, "config.temperature: "),
@@ -160,6 +166,7 @@ BOUNDS = {
     "temperature": (0, 2),
     "top_p": (0.001, 1),
     "top_k": (0, 1000),
+    "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "repetition_penalty": (0.1, 2),
@@ -266,20 +273,32 @@ def test_every_sampling_field_reaches_the_model(talk: Any) -> None:
         "temperature": 0.3,
         "top_p": 0.8,
         "top_k": 20,
+        "min_p": 0.05,
         "presence_penalty": 0.1,
         "frequency_penalty": 0.2,
         "repetition_penalty": 1.1,
         "max_tokens": 33,
         "seed": 5,
         "truncate": "oldest",
+        "thinking": True,
         "model": "qwen_base",
     }
 
-    _, at = talk("x", stop="END", response_format="json_object", **rules)
+    others = {"stop": "END", "response_format": "json_object", "logit_bias": {"50256": -100}}
+
+    _, at = talk("x", **others, **rules)
 
     (call,) = at.models["chat"].calls
     assert rules.items() <= {**asdict(call), **asdict(call.sampling)}.items()
     assert (call.sampling.stop, call.schema) == (("END",), {"type": "object"})
+    assert call.sampling.logit_bias == {50256: -100}
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_document_counts_thoughts_that_were_asked_for(talk: Any, thinking: bool) -> None:
+    document, _ = talk("Water.", thinking=thinking)
+
+    assert document.metadata.get("thinking_tokens") == (0 if thinking else None)
 
 
 def test_a_refused_reply_is_not_in_the_document(talk: Any) -> None:

@@ -191,6 +191,31 @@ def refusal(local: MakeLocal, **config: Any) -> str:
     return failure.message
 
 
+@pytest.mark.parametrize("value", ["7", False])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("num_images", "num_inference_steps", "guidance_scale", "seed", "denoise_strength"),
+        "quality",
+    ],
+)
+def test_a_number_of_the_config_must_be_a_json_number(
+    local: MakeLocal, field: str, value: object
+) -> None:
+    message = refusal(local, **{field: value})
+
+    assert message == f"config.{field}: Input should be a number"
+
+
+def test_a_whole_number_may_have_a_decimal_point(local: MakeLocal) -> None:
+    at = local()
+
+    at.run(sdxl_payload(config={"num_inference_steps": 20.0, "seed": 7.0}))
+
+    (request,) = at.fake_sdxl.requests
+    assert (request.steps, request.seeds) == (20, (7,))
+
+
 def upload_urls(count: int) -> list[str]:
     return [f"https://bucket.example/{index}.png?signature=hush" for index in range(count)]
 

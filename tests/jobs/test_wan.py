@@ -52,6 +52,19 @@ def refusal(**changes: Any) -> str:
     return refused.value.message
 
 
+@pytest.mark.parametrize("value", ["8", True])
+@pytest.mark.parametrize("field", ["width", "frames", "duration", "fps", "guidance_scale", "seed"])
+def test_a_number_of_the_config_must_be_a_json_number(field: str, value: object) -> None:
+    assert refusal(config={field: value}) == f"config.{field}: Input should be a number"
+
+
+@pytest.mark.parametrize("value", ["true", 1])
+def test_consent_must_be_a_json_boolean(value: object) -> None:
+    message = refusal(metadata={"reference_consent": value})
+
+    assert message.startswith("metadata.reference_consent: ")
+
+
 START, END = data_uri(picture(1, 64, 64)), data_uri(picture(2, 64, 64))
 BOTH = {"first_frame": START, "last_frame": END}
 BROKEN = "data:image/png;base64,xxxx"

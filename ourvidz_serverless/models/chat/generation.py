@@ -12,6 +12,7 @@ from ourvidz_serverless.models.chat.pages import Page
 from ourvidz_serverless.models.chat.request import FinishReason, SamplingParams
 from ourvidz_serverless.models.chat.sampling import Sampler
 from ourvidz_serverless.models.chat.text_stream import Decode, TextStream
+from ourvidz_serverless.models.chat.tokenizer import Thoughts
 from ourvidz_serverless.models.memory.types import Check
 
 
@@ -30,6 +31,7 @@ class Generation:
         decode: Decode,
         check: Check = lambda: None,
         grammar: Matcher | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         self.ids = list(prompt)
         self.num_prompt = len(prompt)
@@ -43,7 +45,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self._check = check
         self._is_abandoned = False
-        self._text = TextStream(decode, sampling.stop)
+        self._text = TextStream(decode, sampling.stop, thoughts)
         self._pieces: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._submitted = time.monotonic()
         self._first = self._last = self._submitted
@@ -60,6 +62,10 @@ class Generation:
     @property
     def num_completion(self) -> int:
         return len(self.ids) - self.num_prompt
+
+    @property
+    def num_thought(self) -> int:
+        return self._text.num_thought
 
     @property
     def num_pending(self) -> int:
@@ -106,7 +112,6 @@ class Generation:
     def recompute(self) -> None:
         """Compute all tokens again, as after an out-of-memory. The reply keeps its tokens."""
         self.num_computed = 0
-        self.sampler.recount()
 
     def fail(self, error: Exception) -> None:
         """Raise an error in the iteration."""

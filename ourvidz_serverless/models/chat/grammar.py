@@ -11,7 +11,6 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 
 from ourvidz_serverless.errors import InternalError, InvalidPrompt
-from ourvidz_serverless.models.memory.device import to_device_async
 
 #: White space between JSON's tokens. Without a bound a small model may write spaces for ever.
 SPACE = r"[ \n]{0,8}"
@@ -54,10 +53,10 @@ class Matcher:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
-    def mask(self, logits: torch.Tensor) -> None:
-        """Set the logits of all tokens that do not fit to minus infinity, in one row of logits."""
+    def forbidden(self, vocabulary: int) -> torch.Tensor:
+        """Which of the first `vocabulary` tokens do not fit next, in the host's memory."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        logits.masked_fill_(to_device_async(allowed[: len(logits)] == 0, logits.device), -torch.inf)
+        return allowed[:vocabulary] == 0
 
     def accept(self, token: int) -> None:
         """Move on by a token. Raises InvalidPrompt if the schema is too complex to go on."""

@@ -1,4 +1,4 @@
-"""Loads chat models: Qwen2.5's instruct and base models, or a Llama with ChatML."""
+"""Loads chat models, of any architecture that the engine computes as transformers does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ourvidz_serverless.models.chat import quantization
+from ourvidz_serverless.models.chat import architecture, quantization
 from ourvidz_serverless.models.chat.cache_budget import CacheBudget
 from ourvidz_serverless.models.chat.cuda_graphs import choose_capture
 from ourvidz_serverless.models.chat.engine import EngineLimits
@@ -23,9 +23,6 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.device_memory import open_ledger
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.settings import Settings
-
-#: Decoders whose attention reads every earlier token. The engine's cache supports no other kind.
-ARCHITECTURES = ("qwen2", "llama")
 
 #: The shortest context of WAN's enhancer, in tokens: a system prompt, a prompt, an enhanced prompt.
 ENHANCER_CONTEXT = 1024
@@ -43,7 +40,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
         "qwen_base": ("CHAT_BASE_MODEL", settings.chat_base_model),
     }
     sources = {
-        name: Checkpoint(variable, place, settings, device)
+        name: Checkpoint(variable, place, settings, device, is_plain=name == "qwen_base")
         for name, (variable, place) in named.items()
         if place
     }
@@ -91,6 +88,8 @@ class Checkpoint:
     place: str
     settings: Settings
     device: Device
+    #: Whether the model only continues texts, and needs no chat format.
+    is_plain: bool = False
 
     def read(self) -> tuple[Any, ChatTokenizer]:
         """The network, as transformers loads it, and its tokenizer."""
@@ -98,7 +97,11 @@ class Checkpoint:
         path = self._find()
         with checkpoints.loading(self.variable, path, "chat"):
             is_mapped = checkpoints.is_mapped(path, self.settings.mmap_weights)
-            return read_folder(path, self.device, is_mapped, self.settings.chat_quantization)
+            quantized = self.settings.chat_quantization
+            options = ReadOptions(
+                self.device, is_mapped, quantized, self.settings.chat_context, self.is_plain
+            )
+            return read_folder(path, options)
 
     def model(self, network: Any, tokenizer: ChatTokenizer, limits: EngineLimits) -> ChatModel:
         """A model that answers requests, and that can be read again after it was dropped."""
@@ -121,29 +124,37 @@ class Checkpoint:
         return pocket(self.variable)
 
 
-def read_folder(
-    path: Path, device: Device, is_mapped: bool, quantized: str
-) -> tuple[Any, ChatTokenizer]:
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a folder is read: `context` is the most tokens of a conversation."""
+
+    device: Device
+    is_mapped: bool = True
+    quantized: str = "none"
+    context: int = 8192
+    is_plain: bool = False
+
+
+def read_folder(path: Path, options: ReadOptions) -> tuple[Any, ChatTokenizer]:
     """The network and the tokenizer of a folder. Raises ValueError for one that is not served."""
     weight_files.check_configs(path, ["."])
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError("its attention has a sliding window")
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}")
+    architecture.check(config, options.context)
     checkpoints.check(path)
+    pretrained = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = ChatTokenizer(pretrained, options.is_plain)
+    device, quantized = options.device, options.quantized
     network, loading_info = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=device.dtype,
         attn_implementation="sdpa",
         local_files_only=True,
-        disable_mmap=not is_mapped,
+        disable_mmap=not options.is_mapped,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         **quantization.options(quantized, device),
     )
     weight_files.check_loading_info(loading_info, len(network.state_dict()))
-    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(path, local_files_only=True))
     if quantized == "int4":
         # int4 is packed on the device. From now on the ledger decides where the weights are.
         network = network.to("cpu")

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ourvidz_serverless.errors import WorkerUnavailable
+from ourvidz_serverless.errors import InvalidPrompt, WorkerUnavailable
 from ourvidz_serverless.models.chat.cuda_graphs import Capture
 from ourvidz_serverless.models.chat.engine import Engine, EngineLimits
 from ourvidz_serverless.models.chat.generation import Generation
@@ -18,7 +18,7 @@ from ourvidz_serverless.models.chat.request import (
     ReplyStats,
     SamplingParams,
 )
-from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
+from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer, Thoughts
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors, Read
@@ -43,11 +43,30 @@ class ChatModel(MovableTensors):
         super().__init__([network], device, read)
         self.tokenizer = tokenizer
         self.context: int = network.config.max_position_embeddings
+        self.vocabulary: int = network.config.vocab_size
         configured = network.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
         eos_ids = [*tokenizer.eos_ids, *(token for token in configured if token is not None)]
         self.grammars = Grammars(tokenizer.backend, network.config.vocab_size, eos_ids)
         self.engine = Engine(network, device, eos_ids, limits, capture)
+
+    def check(self, request: ChatRequest) -> None:
+        """Raise InvalidPrompt if a request asks for what this model does not have."""
+        highest = max(request.sampling.logit_bias, default=0)
+        if highest >= self.vocabulary:
+            raise InvalidPrompt(
+                f"logit_bias: {highest} is no token of this model, which has {self.vocabulary}"
+            )
+        thinks = "never" if request.model == "qwen_base" else self.tokenizer.thinks
+        if request.thinking and thinks == "never":
+            raise InvalidPrompt("thinking: Input should be false, this model does not think")
+        if request.schema is not None and (request.thinking or thinks == "always"):
+            raise InvalidPrompt("response_format: Input should be text for a reply with thoughts")
+
+    def thoughts(self, request: ChatRequest) -> Thoughts | None:
+        """The tokens around the thoughts of a reply; None for a reply that has none."""
+        is_chat = request.model != "qwen_base"
+        return self.tokenizer.thoughts(request.thinking) if is_chat else None
 
     def to_host(self) -> None:
         """Take the weights off the device, and free the caches."""
@@ -87,6 +106,7 @@ class EngineReply:
             time_to_first_token_s=generation.time_to_first_token_s,
             tokens_per_second=generation.tokens_per_second,
             swap_s=self._swap_s,
+            num_thought=generation.num_thought,
         )
 
 
@@ -124,6 +144,7 @@ class Chat:
                 f"model: {request.model} is not served here; this worker has {served}"
             )
         model, schema = self.models[request.model], request.schema
+        model.check(request)
         prompt = build_prompt(model.tokenizer, request, min(self._context, model.context))
         generation = Generation(
             prompt.token_ids,
@@ -131,6 +152,7 @@ class Chat:
             model.tokenizer.decode,
             check,
             grammar=None if schema is None else model.grammars.matcher(schema),
+            thoughts=model.thoughts(request),
         )
         use = self.ledger.acquire(model, check)
         model.engine.submit(generation)

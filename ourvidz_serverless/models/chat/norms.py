@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-#: The class names of the norms in transformers, for the architectures that chat serves.
-NORMS = ("Qwen2RMSNorm", "LlamaRMSNorm")
+#: The class names of norms in transformers that are computed so. Others stay as they are.
+NORMS = ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm")
 
 
 def fuse(network: Any) -> None:

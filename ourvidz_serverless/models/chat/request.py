@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ourvidz_serverless.models.memory.types import Check
@@ -24,9 +24,11 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # a share of the likeliest token's probability
     presence_penalty: float = 0.0  # counts the tokens of the reply
     frequency_penalty: float = 0.0  # counts the tokens of the reply
     repetition_penalty: float = 1.0  # counts the tokens of prompt and reply
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id
     stop: tuple[str, ...] = ()  # end the reply, and are not part of it
     seed: int | None = None
 
@@ -39,6 +41,10 @@ class SamplingParams:
         neutral = (0.0, 0.0, 1.0)
         return neutral != (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
 
+    @property
+    def changes_logits(self) -> bool:
+        return self.has_penalties or bool(self.logit_bias)
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
@@ -46,7 +52,8 @@ class ChatRequest:
 
     The instruct model reads the conversation in its chat format, the base model only the texts.
     `truncate` lets the oldest messages go if the conversation is longer than the model's context.
-    With a JSON `schema` the reply is JSON that fits the schema.
+    With a JSON `schema` the reply is JSON that fits the schema. With `thinking` the model thinks
+    before it replies, if it can; its thoughts are no part of the reply.
     """
 
     messages: tuple[Message, ...]
@@ -54,6 +61,7 @@ class ChatRequest:
     model: ModelName = "qwen_instruct"
     truncate: Literal["oldest"] | None = None
     schema: Mapping[str, Any] | None = None
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,7 @@ class ReplyStats:
     tokens_per_second: float | None  # after the first token; None if there was no second one
     swap_s: float  # the time it took to bring the model to the device
     engine: EngineName = "builtin"  # which of `CHAT_ENGINE` wrote the reply
+    num_thought: int = 0  # tokens of the completion that are thoughts
 
 
 class ChatReply(Protocol):

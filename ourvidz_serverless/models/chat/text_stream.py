@@ -1,8 +1,10 @@
-"""From tokens to text: complete characters only, and no letter of a stop string."""
+"""From tokens to text: complete characters only, no thoughts, and no letter of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from ourvidz_serverless.models.chat.tokenizer import Thoughts
 
 #: The decoding of an incomplete character.
 REPLACEMENT = "\ufffd"
@@ -11,10 +13,21 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class TextStream:
-    """The text of one reply while it grows. All that `push` and `finish` return is the reply."""
+    """The text of one reply while it grows. All that `push` and `finish` return is the reply.
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+    A reply that begins with the token before thoughts, or inside them, has no text until the token
+    after them, and no white space behind that. A stop string does not count there.
+    """
+
+    def __init__(
+        self, decode: Decode, stop: Sequence[str] = (), thoughts: Thoughts | None = None
+    ) -> None:
         self._decode = decode
+        self._thoughts = thoughts
+        self._is_thinking = thoughts is not None and thoughts.is_open
+        self._is_blank = False
+        #: The tokens of the thoughts, with those around them.
+        self.num_thought = 0
         self._stop = stop
         self._ids: list[int] = []
         # The text of the tokens before `_num_decoded` was returned or is held. Tokens from
@@ -26,6 +39,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that is certain with this token, often none. May set `is_stopped`."""
+        if self._is_thought(token):
+            return ""
         self._ids.append(token)
         text = self._new_text()
         if text.endswith(REPLACEMENT):
@@ -45,11 +60,27 @@ class TextStream:
         held, self._held = self._held, ""
         return text + ("" if self.is_stopped else held)
 
+    def _is_thought(self, token: int) -> bool:
+        """Count a token if it belongs to the thoughts."""
+        if self._thoughts is None:
+            return False
+        if token == self._thoughts.begin and not self._ids and not self.num_thought:
+            self._is_thinking = True
+        is_thought = self._is_thinking
+        if is_thought:
+            self.num_thought += 1
+            if token == self._thoughts.end:
+                self._is_thinking, self._is_blank = False, True
+        return is_thought
+
     def _new_text(self) -> str:
         before = self._decode(self._ids[self._context : self._num_decoded])
         return self._decode(self._ids[self._context :])[len(before) :]
 
     def _before_stop(self, text: str) -> str:
+        if self._is_blank:
+            text = text.lstrip()
+            self._is_blank = not text
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         self.is_stopped = bool(found)

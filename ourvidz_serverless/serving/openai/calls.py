@@ -38,9 +38,7 @@ EXTENSIONS = (
 UNSUPPORTED_IN_TEXT: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(EXTENSIONS, ()),
     "n": (1,),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0, 0.0),
     "moderation": (),
     "service_tier": ("auto", "default"),
     "store": (False,),

@@ -402,22 +402,3 @@ def test_the_host_waits_for_nothing_but_the_tokens() -> None:
                 sampler.accept(token)
 
     assert [name for name in operations.waits if name != "lift_fresh"] == []
-
-
-@pytest.mark.parametrize("at_once", [1, 5])
-def test_a_step_sends_as_few_numbers_for_a_long_reply_as_for_a_short_one(at_once: int) -> None:
-    logits = torch.randn(at_once, 500, generator=torch.Generator().manual_seed(0))
-    params = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
-    samplers = [
-        Sampler(SamplingParams(max_tokens=99, **params), list(range(200))) for _ in range(at_once)
-    ]
-    sent = []
-    for _ in range(6):
-        with OperationLog() as operations:
-            tokens = sample(logits.clone(), samplers)
-        for sampler, token in zip(samplers, tokens, strict=True):
-            sampler.accept(token)
-        sent.append(operations.waits.count("lift_fresh"))
-
-    # The parameters of all, and the last token of each. The first step sends the prompts instead.
-    assert sent == [1 + at_once] * 6

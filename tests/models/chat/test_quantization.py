@@ -64,6 +64,15 @@ def test_steps_of_a_quantised_model_are_replayed(quantized: Any) -> None:
     assert replayed["num_replayed"] > 0
 
 
+@pytest.mark.parametrize("kind", ["Qwen3Config", "Gemma3TextConfig"])
+def test_a_quantised_model_of_another_architecture_says_what_transformers_generates(
+    quantized: Any, kind: str
+) -> None:
+    ours, theirs = quantized["others"][kind]
+
+    assert ours == theirs != ""
+
+
 def test_a_quantisation_that_the_device_cannot_run_is_refused_before_anything_is_read() -> None:
     settings = Settings(
         families=("chat",),

@@ -1,9 +1,12 @@
 """The text of a reply grows by complete characters, and ends before a stop string."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ourvidz_serverless.models.chat.text_stream import TextStream
+from ourvidz_serverless.models.chat.tokenizer import Thoughts
 from tests.examples import examples
 from tests.fakes.tiny_chat import tiny_tokenizer
 
@@ -55,3 +58,35 @@ def test_a_text_has_complete_characters_up_to_the_first_stop_string(
 def test_letters_that_may_begin_a_stop_string_are_held_back() -> None:
     assert streamed("ab-abc", ["abc"]) == ["", "", "ab-", "", "", "", ""]
     assert streamed("ab", ["abc"]) == ["", "", "ab"]
+
+
+# --- thoughts ---
+
+THINK, END = -1, -2
+
+
+def reply_with_thoughts(*tokens: int | str, is_open: bool = False, **options: Any) -> str:
+    """The text of a reply; a string stands for its letters' tokens."""
+    stream = TextStream(
+        lambda ids: "".join(map(chr, ids)), thoughts=Thoughts(THINK, END, is_open), **options
+    )
+    ids = [
+        token for each in tokens for token in ([each] if isinstance(each, int) else map(ord, each))
+    ]
+    return "".join(map(stream.push, ids)) + stream.finish()
+
+
+def test_thoughts_and_the_white_space_after_them_are_no_part_of_a_reply() -> None:
+    assert reply_with_thoughts(THINK, "\nhm\n", END, "\n\nWater. ") == "Water. "
+
+
+def test_a_reply_may_begin_inside_its_thoughts() -> None:
+    assert reply_with_thoughts("hm", END, "Water.", is_open=True) == "Water."
+
+
+def test_a_reply_that_ends_inside_its_thoughts_has_no_text() -> None:
+    assert reply_with_thoughts(THINK, "hm") == ""
+
+
+def test_a_stop_text_does_not_count_in_thoughts() -> None:
+    assert reply_with_thoughts(THINK, "a.b", END, "c.d", stop=["."]) == "c"

@@ -99,10 +99,15 @@ def test_a_json_schema_is_that_of_the_reply() -> None:
 
 
 def test_our_own_fields_may_stand_beside_openais() -> None:
-    made = job(CHAT, top_k=5, repetition_penalty=1.1, truncate="oldest", content_tier="nsfw")
+    made = job(CHAT, top_k=5, min_p=0.1, truncate="oldest", content_tier="nsfw")
 
-    assert (made.top_k, made.repetition_penalty, made.truncate) == (5, 1.1, "oldest")
+    assert (made.top_k, made.min_p, made.truncate) == (5, 0.1, "oldest")
     assert made.adult
+
+
+@pytest.mark.parametrize("route", [CHAT, TEXT])
+def test_a_bias_of_tokens_is_that_of_the_reply(route: str) -> None:
+    assert job(route, logit_bias={"50256": -100}).request.sampling.logit_bias == {50256: -100}
 
 
 @pytest.mark.parametrize("name", ["type", "prompt", "config"])
@@ -147,8 +152,6 @@ def test_null_means_absent_and_asks_for_nothing() -> None:
         ("n", True),
         ("logprobs", True),
         ("top_logprobs", 3),
-        ("logit_bias", {"50256": -100}),
-        ("min_p", 0.1),
         ("audio", {"voice": "alloy", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("reasoning_effort", "high"),
@@ -174,7 +177,6 @@ def test_what_this_worker_cannot_do_in_a_chat_is_refused_by_its_name(name: str, 
         ("tool_choice", "auto"),
         ("parallel_tool_calls", True),
         ("logprobs", False),
-        ("logit_bias", {}),
         ("modalities", ["text"]),
         ("service_tier", "auto"),
         ("store", False),

@@ -59,6 +59,9 @@ def prompt_of(request: ChatRequest, kept: Sequence[int]) -> tuple[str, dict[str,
 
 def options_of(request: ChatRequest, served: Served) -> dict[str, Any]:
     """All of a request's body but its prompt. Raises InvalidPrompt for what the server lacks."""
+    if request.thinking:
+        # Only some servers keep thoughts out of the reply, and none says so.
+        raise _lacking("thinking")
     body = {"model": served.name, "stream": True, "stream_options": {"include_usage": True}}
     body |= _sampling(request.sampling, served)
     if request.model != "qwen_base" and "chat_template_kwargs" in served.fields:

@@ -78,13 +78,19 @@ def test_a_model_that_can_think_is_told_not_to() -> None:
     assert "chat_template_kwargs" not in options_of(request(), PLAIN)
 
 
+@pytest.mark.parametrize("served", [PLAIN, VLLM])
+def test_thoughts_are_refused(served: Served) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^thinking: not supported by this worker"):
+        options_of(request(thinking=True), served)
+
+
 def test_every_field_of_a_request_is_one_that_the_translation_knows() -> None:
     sampling = {field.name for field in dataclasses.fields(SamplingParams)}
 
     assert sampling <= OPENAI_FIELDS | set(SERVER_FIELDS)
     # A new field needs a line in `translation.py`, or a refusal there.
     assert {field.name for field in dataclasses.fields(ChatRequest)} == {
-        *("messages", "sampling", "model", "truncate", "schema")
+        *("messages", "sampling", "model", "truncate", "schema", "thinking")
     }
 
 
