@@ -30,7 +30,7 @@ ENDINGS = (".py", ".ts", ".md", ".lock", ".txt")
 VARIABLES = {name.upper() for name in Settings.model_fields}
 
 #: Files of the application, and files that are built.
-ELSEWHERE = ("src/", ".cache/", ".venv/")
+ELSEWHERE = ("src/", ".cache/", ".venv/", "outputs/")
 
 #: Links to the repository's pages beside its files, as GitHub resolves them.
 ON_GITHUB = "../../actions/"
