@@ -8,20 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ourvidz_serverless.errors import PromptTooLong
+from ourvidz_serverless.models.chat import truncation
 from ourvidz_serverless.models.chat.request import ChatRequest
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens of a prompt.
-
-    The first `num_shared` of them, up to the end of the system prompts, are those that other
-    requests are likely to begin with. `num_dropped` messages were removed.
-    """
+    """The tokens of a prompt. `num_dropped` messages were removed."""
 
     token_ids: list[int]
-    num_shared: int
     num_dropped: int
 
 
@@ -30,18 +26,13 @@ def build_prompt(tokenizer: ChatTokenizer, request: ChatRequest, context: int) -
 
     Raises PromptTooLong with the counts if prompt and reply are longer than the context.
     """
-    messages = request.messages
     if tokenizer.own_template and request.model != "qwen_base":
         return _build_own_prompt(tokenizer, request, context)
     before, encoded, after = _encode(tokenizer, request)
     limit = context - request.sampling.max_tokens - len(before) - len(after)
     kept = _kept_messages(request, [len(each) for each in encoded], limit)
-    num_system = next(
-        (count for count, index in enumerate(kept) if messages[index][0] != "system"), len(kept)
-    )
     return Prompt(
         before + [token for index in kept for token in encoded[index]] + after,
-        num_shared=len(before) + sum(len(encoded[index]) for index in kept[:num_system]),
         num_dropped=len(encoded) - len(kept),
     )
 
@@ -74,7 +65,7 @@ def _build_own_prompt(tokenizer: ChatTokenizer, request: ChatRequest, context: i
     ids = encoded(choices[min(fits, len(choices) - 1)])
     if len(ids) > limit:
         raise _too_long(len(ids), limit)
-    return Prompt(ids, num_shared=0, num_dropped=len(messages) - len(choices[fits]))
+    return Prompt(ids, num_dropped=len(messages) - len(choices[fits]))
 
 
 def _kept_messages(request: ChatRequest, lengths: Sequence[int], limit: int) -> tuple[int, ...]:
@@ -88,16 +79,9 @@ def _kept_messages(request: ChatRequest, lengths: Sequence[int], limit: int) -> 
 
 def _choices(request: ChatRequest) -> list[tuple[int, ...]]:
     """The indices of the messages that may stay together: all of them, and each time fewer."""
-    roles = [role for role, _ in request.messages]
-    choices = [tuple(range(len(roles)))]
-    droppable = [index for index in choices[0][:-1] if roles[index] != "system"]
-    while request.truncate and droppable:
-        oldest = [droppable.pop(0)]
-        # A conversation does not begin with a reply: replies go with the message before them.
-        while droppable and roles[droppable[0]] == "assistant":
-            oldest.append(droppable.pop(0))
-        choices.append(tuple(index for index in choices[-1] if index not in oldest))
-    return choices
+    groups = truncation.droppable(request.messages) if request.truncate else []
+    counts = range(len(groups) + 1)
+    return [tuple(truncation.kept(len(request.messages), groups[:count])) for count in counts]
 
 
 def _too_long(total: int, limit: int) -> PromptTooLong:

@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 from ourvidz_serverless.errors import DeviceLost, PromptTooLong, WorkerUnavailable
 from ourvidz_serverless.logs import log
+from ourvidz_serverless.models.chat import truncation
 from ourvidz_serverless.models.chat.request import ChatRequest, ModelName, SamplingParams
-from ourvidz_serverless.models.chat.server import failures, truncation
+from ourvidz_serverless.models.chat.server import failures
 from ourvidz_serverless.models.chat.server.client import ServerClient
 from ourvidz_serverless.models.chat.server.process import ServerProcess
 from ourvidz_serverless.models.chat.server.replies import ServerReply

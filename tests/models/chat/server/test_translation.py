@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ourvidz_serverless.errors import InvalidPrompt
+from ourvidz_serverless.models.chat import truncation
 from ourvidz_serverless.models.chat.request import ChatRequest, SamplingParams
-from ourvidz_serverless.models.chat.server import truncation
 from ourvidz_serverless.models.chat.server.translation import (
     FIELDS_OF_OWNER,
     OPENAI_FIELDS,

@@ -11,7 +11,7 @@ def droppable(messages: Sequence[Message]) -> list[list[int]]:
     """The places of the messages that may go, the oldest first, in groups that go together.
 
     System prompts and the last message stay. A reply goes with the message before it, since a
-    conversation does not begin with a reply. `prompt.build_prompt` drops the same.
+    conversation does not begin with a reply.
     """
     groups: list[list[int]] = []
     for index, (role, _) in enumerate(messages[:-1]):
