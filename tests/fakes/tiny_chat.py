@@ -39,6 +39,15 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CONTROL = tuple(AddedToken(name, special=True, normalized=False) for name in SPECIAL)
 LETTERS = string.ascii_lowercase + " "
 
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 def tiny_tokenizer(
     control: Sequence[AddedToken] = CONTROL, **names: str
@@ -110,14 +119,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
         num_key_value_heads=2,
         initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        rope_parameters=LLAMA_3_ROPE,
     )
     return _that_writes_letters(LlamaForCausalLM(config).eval(), tokenizer)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+
+from tests.fakes.recorded_progress import RecordedProgress
 
 #: `cuda`, or `cpu` to try the tests.
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
@@ -52,3 +54,16 @@ def noted_waits() -> Iterator[list[warnings.WarningMessage]]:
             yield waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def waits_in_steps(render: Callable[[RecordedProgress], object]) -> list[str]:
+    """The files in which the host waits for the device between the first step and the last."""
+    noted: list[int] = []
+
+    class Noting(RecordedProgress):
+        def step(self, done: int, total: int) -> None:
+            noted.append(len(waits))
+
+    with noted_waits() as waits:
+        render(Noting())
+    return [str(each.filename) for each in waits[noted[0] : noted[-1]]]

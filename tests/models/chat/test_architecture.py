@@ -24,6 +24,7 @@ from ourvidz_serverless.models.chat import loader as chat_loader
 from ourvidz_serverless.settings import Settings
 from tests.fakes.fake_cuda_graph import FakeCudaGraphs
 from tests.fakes.tiny_chat import (
+    LLAMA_3_ROPE,
     generate_text,
     new_generation,
     texts_of,
@@ -32,14 +33,6 @@ from tests.fakes.tiny_chat import (
     tiny_tokenizer,
 )
 
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 WINDOWED: dict[str, Any] = {
     "sliding_window": 512,
     "layer_types": ["sliding_attention", "full_attention"],
