@@ -17,7 +17,7 @@ gc.disable()
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,19 +25,33 @@ from ourvidz_serverless.models.memory import garbage
 from ourvidz_serverless.serving import runpod_sdk
 from ourvidz_serverless.settings import Settings
 from tests import examples
-from tests.fakes.local_worker import LocalWorker
+from tests.files import ROOT
+from tests.servers import warm_python, warm_worker
 from tests.servers.certificates import write_authority
 from tests.servers.runpod import Platform
 from tests.servers.s3 import SeaweedServer
 from tests.servers.supabase import CallbackReceiver
+
+if TYPE_CHECKING:
+    from tests.fakes.local_worker import LocalWorker
 
 # Remove RunPod's variables, so that the tests run the same on a RunPod machine.
 for name in [name for name in os.environ if name.startswith("RUNPOD_")]:
     del os.environ[name]
 
 examples.load_profile()
-# Without a Python that finds the processor's name, which takes a second.
-runpod_sdk.load()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several processes, all are forked from one server. The first process runs no test.
+
+    So the first one imports neither torch nor the SDK: the others start seconds earlier.
+    """
+    if config.getoption("numprocesses", None):
+        warm_python.share()
+    else:
+        # Without a Python that finds the processor's name, which takes a second.
+        runpod_sdk.load()
 
 
 def pytest_collection_finish() -> None:
@@ -45,13 +59,22 @@ def pytest_collection_finish() -> None:
 
     A model searches whenever it leaves its device, and would look at all of these each time.
     """
-    garbage.leave_out_what_lives()
+    gc.freeze()
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    if Path.cwd() == ROOT:
+        program = f"{sys.executable} -m {warm_worker.__name__}"
+        specs[:] = [type(spec)(f"{spec}//python={program}") for spec in specs]
+
+
 @pytest.fixture
-def local(tmp_path: Path) -> Callable[..., LocalWorker]:
+def local(tmp_path: Path) -> "Callable[..., LocalWorker]":
     """A function that builds a LocalWorker. Keyword arguments replace its parts."""
+    from tests.fakes.local_worker import LocalWorker
+
     return lambda **parts: LocalWorker(tmp_path / "assets", **parts)
 
 

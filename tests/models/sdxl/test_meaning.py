@@ -196,16 +196,16 @@ def test_other_seeds_are_other_pictures(sdxl: Any) -> None:
 # --- the size ---
 
 
-@pytest.mark.parametrize("resolution", ["256x144", "144x256", "512x512"])
+@pytest.mark.parametrize(("resolution", "count"), [("256x144", 3), ("144x256", 3), ("512x512", 1)])
 def test_the_resolution_is_the_pictures_size_and_the_scene_fits_it(
-    sdxl: Any, resolution: str
+    sdxl: Any, resolution: str, count: int
 ) -> None:
     width, height = map(int, resolution.split("x"))
 
     batch = pictures(
         sdxl,
         prompt="a boat on the right on a blue sea under a pink sky, a red sun on the left",
-        config={"resolution": resolution},
+        config={"resolution": resolution, "num_images": count},
     )
 
     assert {picture.shape for picture in batch} == {(height, width, 3)}
