@@ -159,6 +159,14 @@ INPUTS = (
         "Consent for references",
         "In adult mode a reference needs metadata.reference_consent",
     ),
+    Input("SAFETY_MODEL", "Classifiers of pictures", "Image classifiers, comma-separated"),
+    Input("SAFETY_RULES", "Rules for pictures", "LABEL:ACTION:THRESHOLD, such as nsfw:refuse:0.5"),
+    Input("SAFETY_FAIL_OPEN", "Deliver unseen pictures", "If a classifier fails"),
+    Input(
+        "REQUIRE_SAFETY_MODEL",
+        "Require a classifier",
+        "Without one the worker does not start",
+    ),
     Input(
         "SDXL_CONFIG",
         "SDXL configuration",

@@ -42,7 +42,10 @@ class ContractModel(BaseModel):
 
 
 class AssetMetadata(ContractModel):
-    """Pictures and videos have sizes and seeds, texts have not."""
+    """Pictures and videos have sizes and seeds, texts have not.
+
+    `marks` are what the worker's classifiers see in a picture, by its rules.
+    """
 
     format: str
     batch_size: int
@@ -58,6 +61,7 @@ class AssetMetadata(ContractModel):
     frame_num: int | None = None
     fps: float | None = None
     duration_seconds: float | None = None
+    marks: list[str] | None = None
 
 
 class Usage(ContractModel):
@@ -73,6 +77,7 @@ class DocumentMetadata(ContractModel):
     """What the worker knows of the whole job; `timings` are seconds by stage.
 
     `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`.
+    `refused` has the `asset_index` of each picture that was made and is not delivered.
 
     Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is
     the number of frames in the file.
@@ -87,6 +92,7 @@ class DocumentMetadata(ContractModel):
     fps: float | None = None
     vram_used: float | None = None
     cost: float | None = None
+    refused: list[int] | None = None
     warnings: list[str] | None = None
     error_type: Code | None = None
     model: str | None = None

@@ -59,6 +59,8 @@ class Family:
     #: stay loaded.
     main_model: str = ""
     memory_policy: str = "load on demand"
+    #: Whether its jobs make pictures or videos, at which the classifiers of `SAFETY_MODEL` look.
+    makes_pictures: bool = True
     #: Whether a job needs the device alone while it computes. Chat computes its jobs in one batch.
     is_exclusive: bool = True
     #: Jobs that a worker runs at once.
@@ -140,6 +142,7 @@ ROWS = (
         ),
         main_model="qwen_instruct",
         memory_policy="load when possible",
+        makes_pictures=False,
         is_exclusive=False,
         concurrency=64,
         registers_at="register-chat-worker",
@@ -184,6 +187,9 @@ FAMILIES: dict[str, Family] = {family.name: family for family in ROWS}
 
 #: The families by job type.
 FAMILY_OF: dict[str, Family] = {name: each for each in ROWS for name in each.job_types}
+
+#: The classifiers that look at pictures. They are of no family.
+SAFETY_WEIGHTS = Weights("SAFETY_MODEL", "an image classifier", (".",))
 
 
 def load_module(name: str) -> ModuleType:

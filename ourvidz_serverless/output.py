@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,6 +39,16 @@ class Text:
     metadata: Mapping[str, Any]
 
 
+class Inspector(Protocol):
+    """Sees the frames of a video on their way to the encoder."""
+
+    def see(self, piece: np.ndarray) -> None:
+        """Called with each piece, uint8 (frames, height, width, 3)."""
+
+    def end(self) -> None:
+        """Called after the last piece. If it raises, the video has no end, and is never a file."""
+
+
 class FrameQueue:
     """A bounded queue of frames, from the model that decodes them to the encoder.
 
@@ -54,12 +64,16 @@ class FrameQueue:
         self._changed = threading.Condition()
         self._pieces: deque[np.ndarray] = deque()
         self._has_ended = self._is_closed = False
+        #: Set before the first piece, if somebody has to see the frames.
+        self.inspector: Inspector | None = None
 
     def put(self, piece: np.ndarray, check: Callable[[], None]) -> None:
         """Add a piece. While the queue is full, wait and call `check`, which may raise.
 
         A closed queue drops the piece.
         """
+        if self.inspector:
+            self.inspector.see(piece)
         with self._changed:
             while len(self._pieces) == self._depth and not self._is_closed:
                 self._changed.wait(self.POLL_S)
@@ -69,7 +83,9 @@ class FrameQueue:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Mark the end: no further piece will be put."""
+        """Mark the end: no further piece will be put. Raises what the inspector raises."""
+        if self.inspector:
+            self.inspector.end()
         with self._changed:
             self._has_ended = True
             self._changed.notify_all()

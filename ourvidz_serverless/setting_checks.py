@@ -29,6 +29,11 @@ _SHA256 = re.compile(r"sha256=[0-9a-fA-F]{64}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
 _REGION = re.compile(r"(?!\d+$)[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 
+#: What a rule of `SAFETY_RULES` may do, and the threshold of one that names none.
+SAFETY_ACTIONS = ("refuse", "refuse_if_sexual", "sexual", "mark")
+SAFETY_THRESHOLD = 0.5
+
+_SAFETY_RULE = re.compile(rf"(.+?)\s*:\s*({'|'.join(SAFETY_ACTIONS)})(?:\s*:\s*(\d?\.?\d{{1,6}}))?")
 
 #: The models that OpenAI's protocol reaches.
 OPENAI_MODELS = ("qwen_instruct", "qwen_base", "sdxl")
@@ -105,6 +110,36 @@ def named_model(text: str) -> NamedModel:
         models = " or ".join(OPENAI_MODELS)
         raise ValueError(f"Input should be NAME={models}, comma-separated")
     return NamedModel(name, model)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyRule:
+    """What it means if the scores of some labels, in lower case, reach the threshold together."""
+
+    labels: tuple[str, ...]
+    action: str
+    threshold: float
+
+    @property
+    def name(self) -> str:
+        return "|".join(self.labels)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.action}:{self.threshold:g}"
+
+
+def safety_rule(text: str) -> SafetyRule:
+    """A rule, from LABEL:ACTION or LABEL|LABEL:ACTION:THRESHOLD."""
+    match = _SAFETY_RULE.fullmatch(text.strip())
+    labels = tuple(label.strip().lower() for label in match[1].split("|")) if match else ()
+    threshold = float(match[3] or SAFETY_THRESHOLD) if match else 0.0
+    if not match or not all(labels) or not 0 < threshold <= 1:
+        actions = ", ".join(SAFETY_ACTIONS)
+        raise ValueError(
+            "Input should be LABEL:ACTION:THRESHOLD, comma-separated, with several labels as "
+            f"LABEL|LABEL, an action of {actions}, and a threshold above 0, at most 1"
+        )
+    return SafetyRule(labels, match[2], threshold)
 
 
 def is_bucket(text: str) -> bool:

@@ -27,7 +27,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ourvidz_serverless import setting_checks
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.families import FAMILIES, Family, Weights
+from ourvidz_serverless.families import FAMILIES, SAFETY_WEIGHTS, Family, Weights
 
 #: Variables that RunPod sets in its containers: for a queue, for an endpoint, for a pod.
 RUNPOD_VARIABLES = ("RUNPOD_WEBHOOK_POST_OUTPUT", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
@@ -119,6 +119,12 @@ def _named_models(value: object) -> object:
     return tuple(setting_checks.named_model(pair) for pair in value.split(",") if pair.strip())
 
 
+def _safety_rules(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(setting_checks.safety_rule(rule) for rule in value.split(",") if rule.strip())
+
+
 Url = Annotated[str, AfterValidator(setting_checks.http_url)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(setting_checks.header_secret)]
 
@@ -130,6 +136,9 @@ HostTokens = Annotated[
 ]
 NamedModels = Annotated[
     tuple[setting_checks.NamedModel, ...], NoDecode, BeforeValidator(_named_models)
+]
+SafetyRules = Annotated[
+    tuple[setting_checks.SafetyRule, ...], NoDecode, BeforeValidator(_safety_rules)
 ]
 Timesteps = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_words), AfterValidator(_falling)]
 
@@ -287,6 +296,12 @@ class FixedSettings(BaseSettings):
     reference_buckets: Words = ("user-library",)
     require_reference_consent: bool = True
 
+    # Classifiers that look at pictures.
+    safety_model: Words = ()
+    safety_rules: SafetyRules = ()
+    safety_fail_open: bool = False
+    require_safety_model: bool = False
+
     # The bridge from the application's Redis lists, which runs as its own process.
     redis_url: SecretStr | None = None
     bridge_queues: Words = ("sdxl_queue", "chat_queue", "wan_queue")
@@ -352,6 +367,18 @@ class FixedSettings(BaseSettings):
             elif "{model}" in (self.chat_server_command or ""):
                 # The server's model; it has no second one.
                 yield family.weights[0]
+        if self.looks_at_pictures:
+            yield SAFETY_WEIGHTS
+
+    @property
+    def looks_at_pictures(self) -> bool:
+        """Whether this worker makes pictures, and a classifier looks at them."""
+        return bool(self.safety_model) and any(each.makes_pictures for each in self.served)
+
+    def places_of(self, weights: Weights) -> tuple[str, ...]:
+        """The places that the setting of some weights names."""
+        value = self.value_of(weights.setting)
+        return value if isinstance(value, tuple) else () if value is None else (str(value),)
 
     @property
     def chat_models(self) -> dict[str, str | None]:
@@ -441,6 +468,7 @@ def read_for_worker() -> Settings:
         _chat_server_problems(settings),
         storage_problems(settings),
         _half_of_upstash(settings),
+        _safety_problems(settings),
     )
     _refuse(itertools.chain(*problems))
     return settings
@@ -523,6 +551,17 @@ def _chat_server_problems(settings: Settings) -> Iterator[str]:
         yield "CHAT_BASE_MODEL: Input should be unset where CHAT_SERVER_BASE_MODEL names the model"
     if settings.chat_quantization != "none":
         yield "CHAT_QUANTIZATION: Input should be none with CHAT_ENGINE=openai"
+
+
+def _safety_problems(settings: Settings) -> Iterator[str]:
+    """Why pictures cannot be looked at as the settings ask."""
+    makes_pictures = any(family.makes_pictures for family in settings.served)
+    if settings.require_safety_model and makes_pictures and not settings.safety_model:
+        yield "SAFETY_MODEL: Field required with REQUIRE_SAFETY_MODEL=true"
+    if settings.safety_rules and not settings.safety_model:
+        yield "SAFETY_RULES: needs SAFETY_MODEL"
+    if settings.safety_model and not settings.safety_rules:
+        yield "SAFETY_RULES: Field required with SAFETY_MODEL: what its labels mean"
 
 
 def _half_of_upstash(settings: Settings) -> Iterator[str]:

@@ -306,7 +306,7 @@ export interface Asset {
   [key: string]: unknown;
 }
 
-/** Pictures and videos have sizes and seeds, texts have not. */
+/** Pictures and videos have sizes and seeds, texts have not. `marks` are what the worker's classifiers see in a picture, by its rules. */
 export interface AssetMetadata {
   format: string;
   batch_size: number;
@@ -322,10 +322,11 @@ export interface AssetMetadata {
   frame_num?: number | null;
   fps?: number | null;
   duration_seconds?: number | null;
+  marks?: string[] | null;
   [key: string]: unknown;
 }
 
-/** What the worker knows of the whole job; `timings` are seconds by stage. `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
+/** What the worker knows of the whole job; `timings` are seconds by stage. `cost` is the job's share of the device's time, in the currency of `GPU_PRICE_PER_SECOND`. `refused` has the `asset_index` of each picture that was made and is not delivered. Of a video `frame_num` is its seconds times 16, whatever its `fps`: the asset's `frame_num` is the number of frames in the file. */
 export interface DocumentMetadata {
   processing_time?: number | null;
   timings?: Record<string, number> | null;
@@ -336,6 +337,7 @@ export interface DocumentMetadata {
   fps?: number | null;
   vram_used?: number | null;
   cost?: number | null;
+  refused?: number[] | null;
   warnings?: string[] | null;
   error_type?: "CANCELLED" | "CONTENT_REFUSED" | "INTERNAL_ERROR" | "INVALID_PROMPT" | "MODEL_LOAD_ERROR" | "OOM_ERROR" | "RATE_LIMITED" | "REFERENCE_FRAME_ERROR" | "TIMEOUT_ERROR" | "UNAUTHORIZED" | "UPLOAD_ERROR" | "WORKER_UNAVAILABLE" | null;
   model?: string | null;

@@ -65,11 +65,14 @@ class Admission:
             raise WorkerUnavailable("jobs cannot be counted at the moment") from exc
 
 
-def check_generated(texts: Sequence[CheckedText], job: Job, context: JobContext) -> None:
-    """Raise ContentRefused if texts from a model, together with the job's own, are refused."""
+def check_generated(texts: Sequence[CheckedText], job: Job, context: JobContext) -> Signs:
+    """The signs in texts from a model together with the job's own.
+
+    Raises ContentRefused if they are refused.
+    """
     if context.signs is None:
         context.signs = _judge(job.texts, job, context)
-    _judge([*job.texts, *texts], job, context, num_judged=len(job.texts))
+    return _judge([*job.texts, *texts], job, context, num_judged=len(job.texts))
 
 
 def _judge(

@@ -412,7 +412,8 @@ def _prompt(job: WanJob, model: VideoModel, context: JobContext) -> str:
     except (WorkerUnavailable, InvalidPrompt, OutOfMemory, InternalError) as exc:
         context.warnings.append(f"enhancement: {exc.message}; the original prompt was taken")
         return prompt
-    check_generated(as_wan_reads(enhanced, "enhanced_prompt"), job, context)
+    # The model reads this prompt, so its signs count beside those of the pictures.
+    context.signs = check_generated(as_wan_reads(enhanced, "enhanced_prompt"), job, context)
     context.metadata.update(
         enhancement_source="qwen_instruct", enhanced_prompt=enhanced, system_prompt_used=system
     )

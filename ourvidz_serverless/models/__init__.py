@@ -16,10 +16,14 @@ from ourvidz_serverless.families import FAMILIES, load_module
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.no_memory import NoMemory
+from ourvidz_serverless.models.safety import PictureClassifier
 from ourvidz_serverless.settings import Settings
 
 #: The names by which torch's allocator is configured, the newest first.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+#: Loads the classifiers that look at pictures. It imports torch.
+SAFETY_MODULE = "ourvidz_serverless.models.safety.loader"
 
 # torch reads this once, before its first allocation, and this package is imported before torch.
 # Jobs of many sizes, and models that leave and return, cut ordinary segments into pieces that no
@@ -69,9 +73,7 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Model]:
 
     Raises ModelLoadError with one line that names the setting which is invalid.
     """
-    if settings.chat_quantization == "none":
-        # transformers, diffusers and peft import torchao if it is installed, which takes seconds.
-        sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
+    _leave_out_torchao(settings)
     modules = {family.name: load_module(family.models_module) for family in settings.served}
     # Check every family before any of them reads its weights.
     for module in modules.values():
@@ -86,6 +88,25 @@ def load(settings: Settings, ledger: Ledger) -> dict[str, Model]:
         if connect := getattr(module, "connect", None):
             connect(loaded, settings)
     return loaded
+
+
+def load_classifiers(settings: Settings, ledger: Ledger) -> tuple[PictureClassifier, ...]:
+    """The classifiers that look at pictures; none if nobody asks for them.
+
+    Load them before the families, some of which take all the memory that is left. Raises
+    ModelLoadError as `load`.
+    """
+    if not settings.looks_at_pictures:
+        return ()
+    _leave_out_torchao(settings)
+    loaded: tuple[PictureClassifier, ...] = load_module(SAFETY_MODULE).load(settings, ledger)
+    return loaded
+
+
+def _leave_out_torchao(settings: Settings) -> None:
+    """transformers, diffusers and peft import torchao if it is installed, which takes seconds."""
+    if settings.chat_quantization == "none":
+        sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
 
 
 def _warm_up(family: str, model: Model) -> None:

@@ -7,10 +7,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from PIL import Image
 
 from ourvidz_serverless import jobs, logs, models
 from ourvidz_serverless.context import Emit, JobContext, Report, Stop, discard
@@ -30,12 +32,15 @@ from ourvidz_serverless.models import Model
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory import garbage
 from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.safety import PictureClassifier
+from ourvidz_serverless.output import Output, Text, Video
 from ourvidz_serverless.settings import Settings
 from ourvidz_serverless.telemetry import Observed, open_telemetry
 from ourvidz_serverless.worker.administration import Administration
 from ourvidz_serverless.worker.device_cost import DeviceCost
 from ourvidz_serverless.worker.job_files import JobFiles
 from ourvidz_serverless.worker.job_table import JobTable
+from ourvidz_serverless.worker.picture_check import PictureCheck
 from ourvidz_serverless.worker.state import Phase, WorkerState
 
 
@@ -47,6 +52,8 @@ class Parts:
     callback: Callback
     admission: Admission
     poison_jobs: PoisonJobs
+    #: They look at the pictures of jobs.
+    classifiers: tuple[PictureClassifier, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> Parts:
@@ -75,6 +82,7 @@ class Worker:
         self._settings, self._models, self._worker_id = settings, models, worker_id
         self._files, self._admission = parts.files, parts.admission
         self._poison_jobs, self._clock = parts.poison_jobs, clock
+        self._classifiers = parts.classifiers
         self._outbox = Outbox(parts.callback, parts.files.storage, clock)
         # Places for jobs that need the device alone: for those between preparation and delivery,
         # and for the one that computes. A job without a place holds nothing but its payload.
@@ -103,6 +111,7 @@ class Worker:
         if reading:
             ledger.wait_for_files = reading.wait
         worker_id = os.environ.get("RUNPOD_POD_ID") or socket.gethostname()
+        parts = replace(parts, classifiers=models.load_classifiers(settings, ledger))
         loaded = models.load(settings, ledger)
         garbage.leave_out_what_lives()
         return cls(settings, loaded, parts, worker_id, ledger)
@@ -210,10 +219,21 @@ class Worker:
                 context.stage("generate"),
                 self._cost.of(context),
             ):
-                for output in jobs.run(job, model, images, context):
+                for output in self._outputs(job, model, images, context):
                     delivery.submit(output)
             with context.stage("deliver"):
                 return delivery.assets(context.check)
+
+    def _outputs(
+        self, job: Job, model: Model, images: Mapping[str, Image.Image], context: JobContext
+    ) -> Iterator[Output | Text | Video]:
+        """The job's outputs that may be delivered. Raises ContentRefused for the others."""
+        outputs = jobs.run(job, model, images, context)
+        if not self._classifiers:
+            return outputs
+        check = PictureCheck(self._classifiers, self._settings, job, context)
+        check.look_at_references(images)
+        return check.passed(outputs)
 
     def _administer(
         self, job: AdminJob, envelope: Envelope, context: JobContext, announces: bool

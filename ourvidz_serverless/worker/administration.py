@@ -109,10 +109,12 @@ class Administration:
                 f"config.target_worker: {job.target} is not served here; this endpoint serves "
                 f"{served}"
             )
-        return sorted(chosen, key=lambda row: row.name != FAMILIES[row.family].main_model)
+        mains = [family.main_model for family in FAMILIES.values()]
+        return sorted(chosen, key=lambda row: row.name not in mains)
 
     def _health(self, job: AdminJob) -> dict[str, Any]:
-        rows = self._chosen(job)
+        # Without the classifiers, which alone serve nobody.
+        rows = [row for row in self._chosen(job) if row.family in FAMILIES]
         lost = [row.name for row in self._rows if row.state == "absent"]
         status = "degraded" if lost else "healthy"
         answer = {
@@ -220,7 +222,7 @@ class Administration:
         rows = self._chosen(job)
         policies = {name: family.memory_policy for name, family in FAMILIES.items()}
         return {
-            "model_loaded": _is_loaded(rows),
+            "model_loaded": _is_loaded(row for row in rows if row.family in FAMILIES),
             "memory_usage": _gigabytes(sum(map(_on_device, rows))),
             "device": self._device_name,
             # Nothing is compiled before a job needs it.

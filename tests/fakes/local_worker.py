@@ -17,6 +17,7 @@ from ourvidz_serverless.guard.poison_jobs import PoisonJobs
 from ourvidz_serverless.guard.rate_limits import RateLimits
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.models.safety import PictureClassifier
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.net.retries import Retry
 from ourvidz_serverless.references.policy import ReferencePolicy
@@ -98,6 +99,7 @@ class LocalWorker:
     policy: ReferencePolicy | None = None
     upload_policy: Policy | None = None
     credentials: Credentials | None = None
+    classifiers: tuple[PictureClassifier, ...] = ()
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class LocalWorker:
             self.callback,
             Admission(self.settings, self.limits or RateLimits.of(self.settings)),
             PoisonJobs(self.settings.poison_dir),
+            self.classifiers,
         )
         models = self.models or {"sdxl": self.fake_sdxl}
         self.worker = Worker(self.settings, models, parts, "worker-1", self.ledger, self.clock)

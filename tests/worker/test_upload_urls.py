@@ -18,9 +18,12 @@ from PIL import Image
 
 from ourvidz_serverless.delivery.callback import Callback
 from ourvidz_serverless.document import Document
+from ourvidz_serverless.models.memory.device_memory import open_ledger
+from ourvidz_serverless.models.safety import loader
 from ourvidz_serverless.net.addresses import is_public
 from ourvidz_serverless.net.policy import Policy
 from ourvidz_serverless.settings import Settings
+from tests.fakes.landscapes import BOAT, TREE, PainterSdxl
 from tests.fakes.local_worker import QUICK, LocalWorker, sdxl_payload, wan_payload
 from tests.patience import PATIENCE_S, start, wait_until
 from tests.servers.broken_proxy import BrokenProxy, Fault
@@ -107,6 +110,23 @@ def test_each_picture_goes_to_its_own_url(run: Run, bucket: Bucket) -> None:
         data = stored["Body"].read()
         assert stored["ContentType"] == "image/png"
         assert Image.open(io.BytesIO(data)).size == (64, 64)
+
+
+def test_the_url_of_a_refused_picture_gets_no_file(run: Run, bucket: Bucket) -> None:
+    settings = Settings(safety_model="pocket", safety_rules="boat:refuse")
+    urls = [bucket.url(f"left-out/{index}.png") for index in range(3)]
+
+    document = run(
+        *urls,
+        config={"num_images": 3, "resolution": "128x128"},
+        settings=settings,
+        fake_sdxl=PainterSdxl(TREE, BOAT, TREE),
+        classifiers=loader.load(settings, open_ledger(settings)),
+    )
+
+    assert [asset.url[-5:] for asset in document.assets] == ["0.png", "2.png"]
+    with pytest.raises(ClientError, match="NoSuchKey"):
+        bucket.stored("left-out/1.png")
 
 
 def test_a_url_that_is_signed_for_a_content_type_takes_that_format(

@@ -96,10 +96,9 @@ class Wanted:
 def wanted(settings: Settings) -> Iterator[Wanted]:
     """What the settings of the served families name by a repository or a URL."""
     for weights in settings.wanted_weights:
-        place = settings.value_of(weights.setting)
         is_chats = weights.setting == "WAN_ENHANCER_MODEL" and settings.wan_uses_chat_model
-        if place is not None and not is_chats:
-            yield from Wanted.of(str(place), weights)
+        for place in () if is_chats else settings.places_of(weights):
+            yield from Wanted.of(place, weights)
     if config := sdxl_config(settings):
         yield from Wanted.of(config, replace(_SDXL, setting="SDXL_CONFIG"), has_weights=False)
 

@@ -41,16 +41,16 @@ def files(settings: Settings) -> list[Path]:
 def _files(settings: Settings) -> Iterator[Path]:
     is_half = wants_half_precision(settings)
     for weights in settings.wanted_weights:
-        place = settings.value_of(weights.setting)
-        if place is None or str(place) == "pocket":
-            continue
-        path = checkpoints.find(weights.setting, place, settings.model_dirs)
-        inside = [file for each in weights.folders for file in _weights(path / each, is_half)]
-        found = [path] if path.is_file() else inside
-        with checkpoints.loading(weights.setting, path, weights.what):
-            for file in found:
-                checkpoints.header(file)
-        yield from found
+        for place in settings.places_of(weights):
+            if place == "pocket":
+                continue
+            path = checkpoints.find(weights.setting, place, settings.model_dirs)
+            inside = [file for each in weights.folders for file in _weights(path / each, is_half)]
+            found = [path] if path.is_file() else inside
+            with checkpoints.loading(weights.setting, path, weights.what):
+                for file in found:
+                    checkpoints.header(file)
+            yield from found
 
 
 def wants_half_precision(settings: Settings) -> bool:

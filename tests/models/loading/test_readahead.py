@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
 from ourvidz_serverless.errors import ModelLoadError
-from ourvidz_serverless.families import FAMILIES
+from ourvidz_serverless.families import FAMILIES, SAFETY_WEIGHTS
 from ourvidz_serverless.models.loading import readahead
 from ourvidz_serverless.models.loading.readahead import ReadAhead
 from ourvidz_serverless.models.memory.ledger import Ledger
@@ -84,12 +84,13 @@ def test_weights_of_families_that_are_not_served_are_not_read_ahead(tmp_path: Pa
     assert names(tmp_path, families=("chat",), sdxl_model=str(tmp_path / "x.safetensors")) == []
 
 
-def test_the_families_list_every_setting_that_names_weights() -> None:
-    listed = {each.setting.lower() for family in FAMILIES.values() for each in family.weights}
+def test_the_records_list_every_setting_that_names_weights() -> None:
+    weights = [each for family in FAMILIES.values() for each in family.weights]
+    listed = {each.setting.lower() for each in (*weights, SAFETY_WEIGHTS)}
 
     ends = ("_model", "_vae", "_ip_adapter")
     named = {name for name in Settings.model_fields if name.endswith(ends)}
-    assert listed == {name for name in named if not name.startswith("chat_server_")}
+    assert listed == {name for name in named if not name.startswith(("chat_server_", "require_"))}
 
 
 @pytest.mark.parametrize(("command", "found"), [("serve {model}", ["a.safetensors"]), (None, [])])
