@@ -11,13 +11,19 @@ requests at once, at the end of their replies. `steps` are the forwards until th
 complete on a card of 24 GB, beside the weights; each computes a token of every running reply, and
 prompts are computed in the step in which they are admitted. No tensor is computed, so the figures
 are the same on every machine.
+
+The second table counts the forwards until the last reply is complete, each of which reads all
+weights. The engine's forwards have the next token of each running reply, and of prompts at most
+512. `apart` is an engine that computes prompts in one forward, and then replies in another one. The
+requests come together, or one of them in so many forwards. There is room for all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +32,7 @@ from transformers import Qwen2Config
 from benchmarks import architectures, report
 from ourvidz_serverless.models.chat.attention import VARLEN_PAGE
 from ourvidz_serverless.models.chat.cache_budget import CACHE_SHARE
+from ourvidz_serverless.models.chat.engine import EngineLimits
 from ourvidz_serverless.models.chat.kv_cache import bytes_per_token, next_power_of_two, rounded
 from ourvidz_serverless.models.chat.pages import Page, Pages
 
@@ -40,6 +47,10 @@ HEADERS = (
     "computed again",
 )
 
+TOGETHER = "Prompts and replies in one forward, simulated"
+
+TOGETHER = "Prompts and replies in one forward, simulated"
+
 GIB = 1 << 30
 
 #: The bytes of the smallest card that Qwen2.5-7B in 16 bits fits, and of its weights.
@@ -48,6 +59,10 @@ CARD_BYTES, WEIGHT_BYTES = 24 * 10**9, 15_231_233_024
 #: The most tokens of a reply, which the caller asked for, and those that it has: a reply seldom
 #: uses its limit.
 MAX_REPLY, SHORTEST_REPLY, LONGEST_REPLY = 1024, 32, 512
+
+
+#: How often a request comes, in forwards; 0: all at once.
+ARRIVALS = (0, 4)
 
 
 @dataclass(eq=False)
@@ -89,13 +104,17 @@ WORKLOADS = {"16 to 8,000 tokens": wide, "60 short and 4 long": few_long}
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = report.parser(__doc__).parse_args(argv)
-    report.finish("pages", [table()], options.json)
+    report.finish("pages", [table(), forwards_table()], options.json)
+
+
+def _budget() -> tuple[int, int]:
+    """The bytes of a token in the cache, and the tokens that the card has room for."""
+    token_bytes = bytes_per_token(Qwen2Config(**architectures.QWEN_7B), torch.bfloat16)
+    return token_bytes, int(CACHE_SHARE * (CARD_BYTES - WEIGHT_BYTES) / token_bytes)
 
 
 def table() -> report.Table:
-    config = Qwen2Config(**architectures.QWEN_7B)
-    token_bytes = bytes_per_token(config, torch.bfloat16)
-    kv_tokens = int(CACHE_SHARE * (CARD_BYTES - WEIGHT_BYTES) / token_bytes)
+    token_bytes, kv_tokens = _budget()
     rows = []
     for name, make in WORKLOADS.items():
         steps, (fewer, num_again) = padded_steps(make(), kv_tokens), paged_steps(make(), kv_tokens)
@@ -106,6 +125,53 @@ def table() -> report.Table:
         rows.append([name, *memory, steps, fewer, f"{steps / fewer:.1f}", num_again])
     note = f"Room for {kv_tokens} tokens, pages of {VARLEN_PAGE}, at most 64 requests at once."
     return report.table(TITLE, HEADERS, rows, note)
+
+
+def forwards_table() -> report.Table:
+    headers = ("64 requests", "come", "apart", "together", "fewer forwards")
+    rows: list[list[object]] = []
+    for (name, make), every in itertools.product(WORKLOADS.items(), ARRIVALS):
+        apart, together = (num_forwards(make(), every, each) for each in (False, True))
+        when = f"one in {every} forwards" if every else "at once"
+        rows.append([name, when, apart, together, f"{100 * (1 - together / apart):.0f} %"])
+    return report.table(TOGETHER, headers, rows)
+
+
+def num_forwards(requests: Sequence[Request], every: int, are_together: bool) -> int:
+    """The forwards until all requests are answered, of which one comes in `every` forwards."""
+    coming = deque(enumerate(requests))
+    unread: dict[Request, int] = {}
+    now = num_made = 0
+    while coming or unread:
+        now = now if unread else max(now, coming[0][0] * every)
+        while coming and coming[0][0] * every <= now:
+            request = coming.popleft()[1]
+            unread[request] = request.prompt
+        waiting = {each for each, num_tokens in unread.items() if num_tokens}
+        reads = _read_prompts(unread)
+        if not are_together:
+            _draw(each for each in waiting if not unread[each])
+        replies = [each for each, num_tokens in unread.items() if not num_tokens]
+        _draw(replies)
+        made = 1 if are_together else reads + bool(replies)
+        now, num_made = now + made, num_made + made
+        unread = {each: left for each, left in unread.items() if each.num_done < each.reply}
+    return num_made
+
+
+def _read_prompts(unread: dict[Request, int]) -> bool:
+    """Compute the next tokens of prompts by the engine's rule. Returns False if there are none."""
+    most = num_left = EngineLimits().prefill_tokens
+    for request, num_tokens in unread.items():
+        if num_left == most or num_tokens <= num_left:
+            count = min(num_tokens, num_left)
+            unread[request], num_left = num_tokens - count, num_left - count
+    return num_left < most
+
+
+def _draw(requests: Iterable[Request]) -> None:
+    for each in requests:
+        each.num_done += 1
 
 
 def padded_tokens(requests: Sequence[Request]) -> int:

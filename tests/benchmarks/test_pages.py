@@ -9,10 +9,12 @@ from benchmarks import pages
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
-def test_the_document_has_the_simulated_table() -> None:
-    rows = str(pages.table()).splitlines()[2:6]
+def test_the_document_has_the_simulated_tables() -> None:
+    text = DOCUMENT.read_text()
 
-    assert "\n".join(rows) in DOCUMENT.read_text()
+    for table in (pages.table(), pages.forwards_table()):
+        rows = [line for line in str(table).splitlines() if line.startswith("|")]
+        assert "\n".join(rows) in text
 
 
 @pytest.mark.parametrize("name", pages.WORKLOADS)
@@ -32,3 +34,13 @@ def test_requests_are_computed_again_where_pages_run_out_and_all_are_answered() 
 
     assert num_again > 0
     assert all(each.num_done == each.reply for each in requests)
+
+
+def test_a_prompt_in_the_forward_of_the_replies_costs_no_forward_of_its_own() -> None:
+    def requests() -> list[pages.Request]:
+        return [pages.Request(prompt=300, reply=100) for _ in range(4)]
+
+    # Four prompts of 300 tokens are four forwards, and the last reply has 99 more.
+    assert pages.num_forwards(requests(), 0, are_together=True) == 4 + 99
+    # The last prompt's forward is followed by one for all replies.
+    assert pages.num_forwards(requests(), 0, are_together=False) == 2 * 4 + 98

@@ -1,9 +1,9 @@
 """One causal language model, many requests at once: continuous batching in a thread of its own.
 
-Each step of the loop removes requests that were stopped, admits waiting ones, computes one bounded
-packed batch of prompts, and decodes one token of every running reply. So a long prompt delays the
-next token of the others by one batch, not by its whole length, and a cancelled request is gone at
-the next token.
+Each step of the loop removes requests that were stopped, admits waiting ones, and computes one
+packed batch: the next token of every running reply, and a bounded number of tokens of prompts. So a
+long prompt delays the next token of the others by one batch, not by its whole length, the weights
+are read once for both, and a cancelled request is gone at the next token.
 
 A request is its tokens: the prompt, and the reply so far. Keys and values can be computed again
 from them, which is what happens after an out-of-memory, in a smaller batch.
@@ -170,8 +170,7 @@ class Engine:
             with self._device.computing():
                 self._remove_stopped()
                 self._admit_waiting()
-                self._prefill()
-                self._decode()
+                self._compute()
         except Exception as exc:
             if not is_out_of_memory(exc):
                 # The place, not the message: the error's own words may quote a prompt.
@@ -196,45 +195,55 @@ class Engine:
             with self._changed:
                 self._running.append(self._waiting.popleft())
 
-    def _prefill(self) -> None:
-        """Compute the next tokens of prompts, packed: as many as may delay the running replies.
-
-        A prompt that is longer than that is computed in parts. Others are not cut.
-        """
-        batch: list[Generation] = []
-        counts: list[int] = []
-        for generation in list(self._running):
-            if generation not in self._running or generation.num_pending == 1:
-                continue
-            if not generation.pages and not self._begin(generation):
-                continue
-            num_left = self.limits.prefill_tokens - sum(counts)
-            if generation.num_pending == 1 or (batch and generation.num_pending > num_left):
-                continue
-            count = min(generation.num_pending, num_left)
-            if self._reserve(generation, count):
-                batch.append(generation)
-                counts.append(count)
-        if batch:
-            self._advance(batch, counts, self._forward(batch, counts))
-
-    def _decode(self) -> None:
-        """Compute the next token of every reply whose prompt is computed."""
-        growing = [each for each in self._running if each.num_pending == 1]
-        # To reserve pages for one request may make a later one leave.
-        growing = [each for each in growing if each in self._running and self._reserve(each, 1)]
-        if not growing:
+    def _compute(self) -> None:
+        """Compute one batch, and draw the next token of every text that is computed then."""
+        batch, counts = self._next_tokens()
+        if not batch:
             return
-        ones = [1] * len(growing)
+        is_replayable = self.graphs and max(counts) == 1
         try:
-            hidden = self._replay(growing) if self.graphs else self._forward(growing, ones)
+            hidden = self._replay(batch) if is_replayable else self._forward(batch, counts)
         except WrongReplay:
             self._forget_pages()
             return
         num_running = len(self._running)
-        self._advance(growing, ones, hidden)
+        self._advance(batch, counts, hidden)
         if self.batch_limit.note_step(num_running):
             log.info("at most %d requests at once from now on", self.batch_limit.size)
+
+    def _next_tokens(self) -> tuple[list[Generation], list[int]]:
+        """The requests of the next batch, with their pages, and how many tokens of each.
+
+        One token of every reply, and of prompts as many as may delay the replies. A prompt that is
+        longer than that is computed in parts. Others are not cut.
+        """
+        batch: list[Generation] = []
+        counts: list[int] = []
+        num_left = self.limits.prefill_tokens
+        for generation in list(self._running):
+            count = self._num_next(generation, num_left)
+            if count and self._reserve(generation, count):
+                batch.append(generation)
+                counts.append(count)
+                # A reply's token is no part of the bound.
+                num_left -= count if generation.num_pending > 1 else 0
+        return batch, counts
+
+    def _num_next(self, generation: Generation, num_left: int) -> int:
+        """How many tokens of a request to compute, if `num_left` of prompts may be; 0 if it waits.
+
+        It has left if an earlier request took its pages.
+        """
+        if generation not in self._running:
+            return 0
+        is_new = generation.num_pending > 1 and not generation.pages
+        if is_new and not self._begin(generation):
+            return 0
+        num_pending = generation.num_pending
+        if num_pending == 1:
+            return 1
+        is_first = num_left == self.limits.prefill_tokens
+        return min(num_pending, num_left) if is_first or num_pending <= num_left else 0
 
     # --- admission and pages ---
 
@@ -375,7 +384,7 @@ class Engine:
             self._records = False
             self.graphs.record(self._cache.version)
         rows = [
-            [each.ids[-1], each.num_computed, *(page.index for page in each.pages)]
+            [each.ids[each.num_computed], each.num_computed, *(page.index for page in each.pages)]
             for each in growing
         ]
         compute = partial(self._forward, growing, [1] * len(growing))

@@ -312,9 +312,33 @@ def test_requests_that_begin_alike_are_computed_in_one_forward() -> None:
     gate.open()
 
     assert all(rest_of(each) for each in [running, *asked])
-    assert prefills == [3]
+    # The three prompts, and the running reply.
+    assert prefills == [4]
     # Four pages of 32 tokens.
     assert [each.num_reused for each in asked] == [0, 128, 128]
+
+
+def test_a_prompt_is_computed_in_the_forward_of_the_running_replies(model: ChatModel) -> None:
+    network = tiny_network()
+    own = tiny_chat_model(network, prefill_tokens=8)
+    running, late = [f"{at} hello" for at in range(3)], "b" * 20
+    alone = [generate_text(model, text, max_tokens=40) for text in (*running, late)]
+    gate = Gate(steps=0)
+    asked = [new_generation(own, text, check=gate, max_tokens=40) for text in running]
+    for each in asked:
+        own.engine.submit(each)
+    gate.allow(30)  # ten steps of three requests
+    until(lambda: gate.is_blocking)
+    forwards: list[list[int]] = []
+    network.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: forwards.append(kwargs["pages"].batch.counts), with_kwargs=True
+    )
+    own.engine.submit(newcomer := new_generation(own, late, max_tokens=40))
+    gate.open()
+
+    assert [rest_of(each) for each in (*asked, newcomer)] == alone
+    at = next(at for at, counts in enumerate(forwards) if max(counts) > 1)
+    assert forwards[at : at + 4] == [[1, 1, 1, 8], [1, 1, 1, 8], [1, 1, 1, 4], [1, 1, 1, 1]]
 
 
 def test_a_request_waits_for_the_part_of_a_page_that_it_can_copy() -> None:
@@ -329,7 +353,7 @@ def test_a_request_waits_for_the_part_of_a_page_that_it_can_copy() -> None:
     gate.open()
 
     assert all(rest_of(each) for each in [first, *asked])
-    # One token each is left to compute, which no prefill does.
+    # One token each is left to compute then.
     assert prefills == [1]
     assert [each.num_reused for each in asked] == [60, 60]
 
