@@ -103,10 +103,10 @@ def _apply_for(fake: FakeCuda) -> Callable[..., Any]:
         if recurse:
             for child in module.children():
                 child._apply(function)
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
                 with torch.no_grad():
-                    _set(fake, parameter, function(parameter))
+                    module._parameters[name] = _moved(fake, parameter, function(parameter))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _faked(fake, function(buffer))
@@ -115,12 +115,16 @@ def _apply_for(fake: FakeCuda) -> Callable[..., Any]:
     return _apply
 
 
-def _set(fake: FakeCuda, parameter: Any, made: torch.Tensor) -> None:
+def _moved(fake: FakeCuda, parameter: Any, made: torch.Tensor) -> Any:
     if isinstance(parameter, FakeTensor):
         new: Any = _faked(fake, made)
         parameter.data, parameter.fake_device = new, new.fake_device
+    elif isinstance(made, FakeTensor):
+        # A real parameter, such as a LoRA's from its file, cannot have a fake tensor's data.
+        return torch.nn.Parameter(made, parameter.requires_grad)
     else:
         parameter.data = made
+    return parameter
 
 
 def _faked(fake: FakeCuda, tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from benchmarks import architectures
+from benchmarks.dry_run.adapters import add_ip_adapter, write_lora
 from benchmarks.dry_run.fake_cuda import FakeCuda
 from benchmarks.dry_run.installed import device_of, installed
 from benchmarks.dry_run.stages import DECODING, PROMPTS, REFERENCES, WEIGHTS, Marks, Run, Stages
@@ -19,11 +22,12 @@ from ourvidz_serverless.models.memory.device_memory import CudaMemory
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.movable_tensors import MovableParts
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
+from ourvidz_serverless.models.sdxl.ip_adapter import IpAdapter
 from ourvidz_serverless.models.sdxl.loader import STAGES, low_vram_plans
 from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
 from ourvidz_serverless.models.sdxl.pipeline import MAX_BATCH, SdxlModel
 from ourvidz_serverless.models.sdxl.prompt_weighting import plain
-from ourvidz_serverless.models.sdxl.request import ImageRequest, StartImage
+from ourvidz_serverless.models.sdxl.request import ImageRequest, IpAdapterImage, Keeps, StartImage
 from ourvidz_serverless.models.sdxl.resnets import move_fewer_bytes
 from ourvidz_serverless.models.speed import attention
 
@@ -35,7 +39,10 @@ PROMPT, NEGATIVE = "a red circle on a table", "blurred"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Pictures of one request. With a `strength` they start from an image."""
+    """Pictures of one request. With a `strength` they start from an image.
+
+    `keeps` is what the IP-Adapter keeps of an image; without it there is no adapter.
+    """
 
     count: int = 1
     side: int = 1024
@@ -44,6 +51,8 @@ class Job:
     scheduler: str | None = None
     speed: str = "exact"
     is_low_vram: bool = False
+    has_lora: bool = False
+    keeps: Keeps | None = None
 
     def __str__(self) -> str:
         noun = "picture" if self.count == 1 else "pictures"
@@ -53,6 +62,8 @@ class Job:
             self.scheduler or "",
             f"{self.speed}, a shallow step" if self.speed != "exact" else "",
             "LOW_VRAM" if self.is_low_vram else "",
+            "a LoRA" if self.has_lora else "",
+            f"an IP-Adapter that keeps a {self.keeps}" if self.keeps else "",
         ]
         return ", ".join(filter(None, facts))
 
@@ -60,18 +71,20 @@ class Job:
 def ours(job: Job, fake: FakeCuda | None = None) -> Run:
     """What the worker does."""
     fake = fake or FakeCuda()
-    with installed(fake):
+    with installed(fake), TemporaryDirectory() as folder:
         pipe = networks(fake)
         device = device_of(fake, torch.float16)
+        loras, adapter = _loras(job, pipe, folder), _ip_adapter(job, pipe, fake)
         with fake.on():
             prepare(pipe, device)
-            model = model_of(pipe, device, Ledger(CudaMemory(device.name, 0)), job.is_low_vram)
+            ledger = Ledger(CudaMemory(device.name, 0))
+            model = model_of(pipe, device, ledger, job.is_low_vram, adapter)
             stages = Stages(fake)
             model.parts.to_device()
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
             mark_networks(stages, pipe)
-            deque(model.generate(request(job), stages), maxlen=0)
+            deque(model.generate(request(job, loras=loras), stages), maxlen=0)
             stages.mark(DECODING)
     return Run(str(job), "worker", weight_bytes, stages.stages, tuple(stages.plans))
 
@@ -79,8 +92,9 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
 def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
     """What diffusers' pipeline does."""
     fake = fake or FakeCuda()
-    with installed(fake):
+    with installed(fake), TemporaryDirectory() as folder:
         pipe = networks(fake)
+        loras, adapter = _loras(job, pipe, folder), _ip_adapter(job, pipe, fake)
         # diffusers loads the VAE in fp16 too, and widens it for each decode.
         with fake.fake:
             pipe.vae.half()
@@ -90,9 +104,29 @@ def theirs(job: Job, fake: FakeCuda | None = None) -> Run:
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
             mark_networks(stages, pipe)
+            for path, _ in loras:
+                pipe.load_lora_weights(str(path))
+            if adapter:
+                adapter.encode(_ip_adapter_image(job), is_guided=False)
             call(pipe, job, stages)
             stages.mark(DECODING)
     return Run(str(job), "diffusers", weight_bytes, stages.stages)
+
+
+def _loras(job: Job, pipe: Any, folder: str) -> tuple[tuple[Path, float], ...]:
+    return ((write_lora(Path(folder), pipe.unet), 1.0),) if job.has_lora else ()
+
+
+def _ip_adapter(job: Job, pipe: Any, fake: FakeCuda) -> IpAdapter | None:
+    if not job.keeps:
+        return None
+    with fake.fake, architectures.made_on("cpu", torch.float16):
+        return add_ip_adapter(pipe)
+
+
+def _ip_adapter_image(job: Job) -> IpAdapterImage:
+    assert job.keeps
+    return IpAdapterImage(_image(job), job.keeps)
 
 
 def moves() -> Run:
@@ -139,9 +173,15 @@ def prepare(pipe: Any, device: Any) -> None:
     attention.set_backend(pipe.unet, "native", device)
 
 
-def model_of(pipe: Any, device: Any, ledger: Ledger, is_low_vram: bool = False) -> SdxlModel:
+def model_of(
+    pipe: Any,
+    device: Any,
+    ledger: Ledger,
+    is_low_vram: bool = False,
+    adapter: IpAdapter | None = None,
+) -> SdxlModel:
     """The worker's model of these networks."""
-    all_networks = SdxlNetworks(pipe)
+    all_networks = SdxlNetworks(pipe, adapter)
     stages = STAGES if is_low_vram else ()
     parts = MovableParts(all_networks.parts(), device, stages=stages)
     plans = low_vram_plans() if is_low_vram else MemoryPlans(SdxlMemoryPlan(MAX_BATCH))
@@ -156,9 +196,15 @@ def mark_networks(stages: Marks, pipe: Any) -> None:
     stages.before_first(pipe.unet, REFERENCES)
 
 
-def request(job: Job, prompt: str = PROMPT) -> ImageRequest:
+def request(
+    job: Job, prompt: str = PROMPT, loras: tuple[tuple[Path, float], ...] = ()
+) -> ImageRequest:
     """The job for the worker."""
-    reference = StartImage(_image(job), job.strength) if job.strength else None
+    reference: StartImage | IpAdapterImage | None = None
+    if job.strength:
+        reference = StartImage(_image(job), job.strength)
+    elif job.keeps:
+        reference = _ip_adapter_image(job)
     return ImageRequest(
         prompt=plain(prompt),
         negative=plain(NEGATIVE),
@@ -167,6 +213,7 @@ def request(job: Job, prompt: str = PROMPT) -> ImageRequest:
         steps=job.steps,
         guidance_scale=6.0,
         scheduler=job.scheduler,
+        loras=loras,
         reference=reference,
         speed=job.speed,
     )
@@ -175,6 +222,8 @@ def request(job: Job, prompt: str = PROMPT) -> ImageRequest:
 def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
     """The job for diffusers' pipeline; returns its images."""
     options: dict[str, Any] = {"width": job.side, "height": job.side}
+    if job.keeps:
+        options["ip_adapter_image"] = _image(job)
     if job.strength:
         pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
