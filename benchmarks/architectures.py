@@ -106,6 +106,8 @@ WAN_I2V_14B: dict[str, Any] = {
     "image_dim": 1280,
     "added_kv_proj_dim": 5120,
 }
+#: Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers: it reads two images, of 257 patches each.
+WAN_FLF2V_14B: dict[str, Any] = {**WAN_I2V_14B, "pos_embed_seq_len": 2 * 257}
 WAN_IMAGE_ENCODER: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from benchmarks import architectures
 from benchmarks.dry_run.fake_cuda import FakeCuda
 from benchmarks.dry_run.installed import device_of, installed
 from benchmarks.dry_run.stages import WEIGHTS, Run, Stages
+from ourvidz_serverless.models.chat import quantization
 from ourvidz_serverless.models.chat.engine import Engine, EngineLimits
 from ourvidz_serverless.models.chat.generation import Generation
 from ourvidz_serverless.models.chat.request import SamplingParams
@@ -28,17 +30,22 @@ REPLY = 4
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Requests that run at once, each with a prompt of so many tokens."""
+    """Requests that run at once, each with a prompt of so many tokens.
+
+    `quantization` is as in `CHAT_QUANTIZATION`.
+    """
 
     rows: int = 1
     tokens: int = 1000
     is_chunked: bool = False
     penalty: float = 1.0
+    quantization: str = "none"
 
     def __str__(self) -> str:
         noun = "request" if self.rows == 1 else "requests"
         facts = [
             f"Qwen2.5-7B, {self.rows} {noun} of {self.tokens} tokens",
+            self.quantization if self.quantization != "none" else "",
             "in chunks" if self.is_chunked else "",
             f"a penalty of {self.penalty}" if self.penalty != 1 else "",
         ]
@@ -63,6 +70,8 @@ def ours(job: Job, fake: FakeCuda | None = None) -> Run:
         with fake.on():
             stages = Forwards(fake, rows=job.rows)
             MovableTensors([network], device).to_device()
+            if job.quantization != "none":
+                _quantize(network, job.quantization)
             stages.mark(WEIGHTS)
             weight_bytes = fake.live_bytes
             _mark_forwards(stages, network.base_model)
@@ -111,6 +120,16 @@ def _network(fake: FakeCuda) -> Any:
         network = architectures.chat().requires_grad_(False).eval()
     network.config._attn_implementation = "sdpa"
     return network
+
+
+def _quantize(network: Any, name: str) -> None:
+    """Quantise the linear layers, as transformers does for the worker: all but the last one."""
+    # The benchmarks keep other libraries from importing torchao.
+    if sys.modules.get("torchao") is None:
+        sys.modules.pop("torchao", None)
+    from torchao.quantization import quantize_
+
+    quantize_(network.base_model, quantization.config(name))
 
 
 def _generation(job: Job, index: int, are_submitted: threading.Event) -> Generation:

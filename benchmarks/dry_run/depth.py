@@ -20,6 +20,7 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "SDXL_TEXT_2": {"num_hidden_layers": 2},
     "WAN_TRANSFORMER": {"num_layers": 2},
     "WAN_I2V_14B": {"num_layers": 1},
+    "WAN_FLF2V_14B": {"num_layers": 1},
     "WAN_IMAGE_ENCODER": {"num_hidden_layers": 2},
     "WAN_TEXT": {"num_layers": 1},
     "QWEN_7B": {"num_hidden_layers": 2},

@@ -80,6 +80,9 @@ WITHOUT_KERNEL = frozenset(
 #: the dtype of the input.
 FUSED_ON_CUDA = frozenset({"_fused_rms_norm"})
 
+#: The product with weights in four bits, for which torch has no formula of FLOPs.
+INT4_PRODUCT = "_weight_int4pack_mm"
+
 OWN_FOLDER = str(Path(__file__).parent)
 
 COMPOSITE = "CompositeImplicitAutograd"
@@ -457,6 +460,8 @@ def _flops(call: Call, outputs: list[FakeTensor]) -> int:
         return attention.flops(*call.args[:3])
     if call.name == attention.PAGED:
         return attention.paged_flops(call)
+    if call.name == INT4_PRODUCT:
+        return 2 * outputs[0].numel() * int(call.args[0].shape[-1])
     formula = flop_registry.get(call.func.overloadpacket)
     made = outputs[0] if len(outputs) == 1 else tuple(outputs)
     return int(formula(*call.args, **call.kwargs, out_val=made)) if formula else 0

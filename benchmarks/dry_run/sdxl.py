@@ -130,11 +130,14 @@ def _ip_adapter_image(job: Job) -> IpAdapterImage:
 
 
 def moves() -> Run:
-    """The weights to the device, to the host's memory, and to the device again."""
+    """The weights to the device, to the host's memory, and from there and from the disk again.
+
+    What is read from the disk is in the host's memory when it is counted.
+    """
     fake = FakeCuda()
     with installed(fake):
-        pipe = networks(fake)
-        parts = MovableParts(SdxlNetworks(pipe).parts(), device_of(fake, torch.float16))
+        own, read = (SdxlNetworks(networks(fake)).parts() for _ in range(2))
+        parts = MovableParts(own, device_of(fake, torch.float16), lambda: read)
         with fake.on():
             stages = Stages(fake)
             parts.to_device()
@@ -142,7 +145,12 @@ def moves() -> Run:
             parts.to_host()
             stages.mark("to the host")
             parts.to_device()
-            stages.mark("to the device again")
+            stages.mark("from the host to the device")
+            parts.drop()
+            stages.mark("to the disk")
+            parts.load()
+            parts.to_device()
+            stages.mark("from the disk to the device")
     return Run("SDXL's weights", "worker", 0, stages.stages)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from benchmarks import report
 from benchmarks.cards import CARDS
@@ -11,11 +12,12 @@ from benchmarks.dry_run import chat
 from benchmarks.dry_run.counts import Copies, Counts
 from benchmarks.dry_run.stages import DECODING, FIRST_STEP, REFERENCES, STEP, WEIGHTS, Run
 
-TITLES = (COUNTS, FLOORS, WAITS, ATTENTION, MOVES, MEMORY) = (
+TITLES = (COUNTS, FLOORS, WAITS, ATTENTION, FUSED, MOVES, MEMORY) = (
     "Operations, waits, bytes and memory by stage",
     "Floors of the worker's stages, ms",
     "Where the host waits for the device",
     "Attention kernels",
+    "Repeated blocks as the compiler fuses them",
     "Copies of weights",
     "Which card fits what",
 )
@@ -144,3 +146,17 @@ def copies(found: Copies) -> str | None:
         return None
     pinned = f", {found.num_pinned} pinned" if found.num_pinned else ""
     return f"{found.num}: {report.cell(found.num_bytes / 1e6)}{pinned}"
+
+
+def merged(new: report.Table, document: str, families: Sequence[str], family: str) -> report.Table:
+    """A table of one family with the rows that a document has for the others, in their order.
+
+    The first cell of a row begins with the name of its family.
+    """
+    rows: dict[str, list[Sequence[object]]] = {each: [] for each in families}
+    _, _, behind = document.partition(f"**{new.title}**\n\n")
+    for line in behind.partition("\n\n")[0].splitlines()[2:]:
+        cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        rows[next(each for each in families if cells[0].startswith(each))].append(cells)
+    rows[family] = list(new.rows)
+    return report.table(new.title, new.headers, list(chain(*rows.values())), new.note)

@@ -42,7 +42,12 @@ from ourvidz_serverless.models.speed.regional_compile import compile_blocks
 from ourvidz_serverless.models.wan.blocks import move_fewer_bytes
 from ourvidz_serverless.models.wan.network import ImageEncoder, WanNetwork
 from ourvidz_serverless.models.wan.pipeline import WanModel
-from ourvidz_serverless.models.wan.request import References, SamplingDefaults, VideoRequest
+from ourvidz_serverless.models.wan.request import (
+    References,
+    Route,
+    SamplingDefaults,
+    VideoRequest,
+)
 from ourvidz_serverless.models.wan.text_encoder import WanTextEncoder, block_by_block
 from ourvidz_serverless.models.wan.vae import VideoVae
 from ourvidz_serverless.settings import Settings
@@ -50,18 +55,32 @@ from ourvidz_serverless.settings import Settings
 PROMPT, NEGATIVE = "a red circle on a table", "blurred"
 CONFIG = architectures.POCKET / "wan"
 
-Route = Literal["t2v", "vace", "i2v"]
-
 NAMES: dict[Route, str] = {
     "t2v": "WAN T2V 1.3B",
-    "vace": "WAN VACE 1.3B, first and last frame",
+    "vace": "WAN VACE 1.3B",
     "i2v": "WAN I2V 14B",
+    "flf2v": "WAN FLF2V 14B",
+}
+
+#: The images that a job may have, by name, and what each network gets if the job names none.
+Given = Literal["first", "last", "subject"]
+USUALLY_GIVEN: dict[Route, tuple[Given, ...]] = {
+    "t2v": (),
+    "vace": ("first", "last"),
+    "i2v": ("first",),
+    "flf2v": ("first", "last"),
+}
+GIVEN_NAMES: dict[tuple[Given, ...], str] = {
+    ("first", "last"): "first and last frame",
+    ("first",): "first frame",
+    ("last",): "last frame",
+    ("subject",): "a subject",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """WAN's networks, in the fake host's memory. I2V alone has an image encoder."""
+    """WAN's networks, in the fake host's memory. I2V and FLF2V have an image encoder."""
 
     text: Any
     vae: Any
@@ -71,7 +90,10 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One video. VACE gets its first and its last frame, I2V its first one."""
+    """One video. Which images are `given` matters to VACE; the others read what they were made for.
+
+    By default they are the video's first and last frame, for I2V its first one.
+    """
 
     route: Route = "t2v"
     size: tuple[int, int] = (832, 480)
@@ -80,11 +102,17 @@ class Job:
     solver: str = "unipc"
     speed: str = "exact"
     is_low_vram: bool = False
+    given: tuple[Given, ...] = ()
+
+    @property
+    def images(self) -> tuple[Given, ...]:
+        return self.given or USUALLY_GIVEN[self.route]
 
     def __str__(self) -> str:
         width, height = self.size
         facts = [
             NAMES[self.route],
+            GIVEN_NAMES[self.images] if self.route == "vace" else "",
             f"{self.frames} frames of {width}x{height}",
             self.solver if self.solver != "unipc" else "",
             f"{self.speed}, a shallow step" if self.speed != "exact" else "",
@@ -144,7 +172,7 @@ def made(device: str, dtype: torch.dtype, route: Route) -> Modules:
         transformer = _transformer(route)
     with torch.device(device):
         vae, image_encoder = AutoencoderKLWan(**architectures.WAN_VAE), None
-        if route == "i2v":
+        if route in ("i2v", "flf2v"):
             image_encoder = CLIPVisionModel(CLIPVisionConfig(**architectures.WAN_IMAGE_ENCODER))
     for each in filter(None, (text, vae, transformer, image_encoder)):
         each.requires_grad_(False).eval()
@@ -155,6 +183,8 @@ def made(device: str, dtype: torch.dtype, route: Route) -> Modules:
 def _transformer(route: Route) -> Any:
     if route == "i2v":
         return WanTransformer3DModel(**architectures.WAN_I2V_14B)
+    if route == "flf2v":
+        return WanTransformer3DModel(**architectures.WAN_FLF2V_14B)
     config = architectures.WAN_TRANSFORMER
     if route == "t2v":
         return WanTransformer3DModel(**config)
@@ -165,11 +195,11 @@ def _transformer(route: Route) -> Any:
 
 def pipe_of(route: Route, modules: Modules) -> Any:
     """diffusers' pipeline of these networks."""
-    kinds = {"t2v": WanPipeline, "vace": WanVACEPipeline, "i2v": WanImageToVideoPipeline}
+    kinds = {"t2v": WanPipeline, "vace": WanVACEPipeline}
     extra: dict[str, Any] = {}
     if modules.image_encoder:
         extra = {"image_encoder": modules.image_encoder, "image_processor": CLIPImageProcessorPil()}
-    return kinds[route](
+    return kinds.get(route, WanImageToVideoPipeline)(
         tokenizer=_tokenizer(),
         text_encoder=modules.text,
         transformer=modules.transformer,
@@ -251,12 +281,6 @@ def mark_networks(stages: Marks, modules: Modules) -> None:
 
 def request(job: Job, prompt: str = PROMPT) -> VideoRequest:
     """The job for the worker."""
-    image = _image(job)
-    references = {
-        "t2v": References(),
-        "vace": References(first=image, last=image),
-        "i2v": References(first=image),
-    }
     return VideoRequest(
         prompt=prompt,
         negative=NEGATIVE,
@@ -266,7 +290,7 @@ def request(job: Job, prompt: str = PROMPT) -> VideoRequest:
         steps=job.steps,
         guidance_scale=5.0,
         speed=job.speed,
-        references=references[job.route],
+        references=References(**dict.fromkeys(job.images, _image(job))),
     )
 
 
@@ -278,13 +302,7 @@ def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
         return kwargs
 
     width, height = job.size
-    options: dict[str, Any] = {"image": _image(job)} if job.route == "i2v" else {}
-    if job.route == "vace":
-        image, grey = _image(job), Image.new("RGB", job.size, (128, 128, 128))
-        known, unknown = Image.new("L", job.size, 0), Image.new("L", job.size, 255)
-        between = job.frames - 2
-        options["video"] = [image, *[grey] * between, image]
-        options["mask"] = [known, *[unknown] * between, known]
+    options = _vace_options(job) if job.route == "vace" else _image_options(job)
     return pipe(
         prompt=prompt,
         negative_prompt=NEGATIVE,
@@ -298,6 +316,21 @@ def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
         output_type="np",
         **options,
     ).frames[0]
+
+
+def _image_options(job: Job) -> dict[str, Any]:
+    names = {"first": "image", "last": "last_image"}
+    return {names[each]: _image(job) for each in job.images}
+
+
+def _vace_options(job: Job) -> dict[str, Any]:
+    """The known frames in a grey video, with a mask of the unknown ones; a subject beside it."""
+    grey, known = Image.new("RGB", job.size, (128, 128, 128)), Image.new("L", job.size, 0)
+    video, mask = [grey] * job.frames, [Image.new("L", job.size, 255)] * job.frames
+    for index in References(**dict.fromkeys(job.images, grey)).frames(job.frames):
+        video[index], mask[index] = _image(job), known
+    subject = {"reference_images": [_image(job)]} if "subject" in job.images else {}
+    return {"video": video, "mask": mask, **subject}
 
 
 def _image(job: Job) -> Image.Image:

@@ -32,19 +32,25 @@ def options(name: str, device: Device) -> dict[str, Any]:
         return {}
     # torchao warns of kernels for other devices, with their paths.
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    from transformers import TorchAoConfig
+
+    options = {"quantization_config": TorchAoConfig(config(name))}
+    return {**options, "device_map": str(device.name)} if name == "int4" else options
+
+
+def config(name: str) -> Any:
+    """torchao's configuration of a quantisation."""
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int4WeightOnlyConfig,
         Int8WeightOnlyConfig,
     )
-    from transformers import TorchAoConfig
 
     if name == "int4":
-        packed = Int4WeightOnlyConfig(
+        return Int4WeightOnlyConfig(
             group_size=INT4_GROUP,
             int4_packing_format="tile_packed_to_4d",
             set_inductor_config=False,
         )
-        return {"quantization_config": TorchAoConfig(packed), "device_map": str(device.name)}
     kinds = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}
-    return {"quantization_config": TorchAoConfig(kinds[name](set_inductor_config=False))}
+    return kinds[name](set_inductor_config=False)
