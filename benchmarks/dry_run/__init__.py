@@ -3,6 +3,7 @@
     python -m benchmarks.dry_run --quick      one job of each family
     python -m benchmarks.dry_run              all jobs
     python -m benchmarks.dry_run --docs       and write the tables to docs/
+    python -m benchmarks.dry_run --only chat  one family; with --docs too
 
 The networks have the published sizes and no weights. Tensors on `cuda` are fake: a shape, a dtype
 and a size (`fake_cuda`). All else is the worker's own code, and diffusers' and transformers' own
@@ -20,6 +21,9 @@ What the counts are:
   and the libraries' workspaces 0.75 GiB are assumed.
 - Attention's kernel is chosen by torch's rules, written again in `attention`.
 
-What they do not cover: loaders of weights, CUDA graphs, compiled blocks, int4, numbers, and
-whatever depends on them. The host reads 0, or True, from the device.
+- Compiled blocks are a table of their own: Inductor plans their kernels on the same fake device
+  (`fused`).
+
+What they do not cover: loaders of weights, CUDA graphs, numbers, and whatever depends on them. The
+host reads 0, or True, from the device.
 """

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, WanTransformer3DModel
+from transformers import Qwen2Config
 
-from benchmarks import architectures
+from benchmarks import architectures, report
 from benchmarks.cards import CARDS
 from benchmarks.dry_run import __main__ as dry_run
-from benchmarks.dry_run import chat, guard, memory, sdxl, tables, wan
+from benchmarks.dry_run import chat, fused, guard, memory, sdxl, tables, wan
 from benchmarks.dry_run.attention import chosen
 from benchmarks.dry_run.counts import Counts
-from benchmarks.dry_run.depth import shallow
+from benchmarks.dry_run.depth import SHALLOW, shallow
 from benchmarks.dry_run.fake_cuda import RESERVED_BYTES, FakeCuda
 from benchmarks.dry_run.installed import installed
 from benchmarks.dry_run.stages import DECODING, PROMPTS, STEP, Run
+from ourvidz_serverless.models.chat.kv_cache import bytes_per_token
 from ourvidz_serverless.models.memory.device_memory import standalone_handle
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors
 from ourvidz_serverless.models.sdxl.working_memory import decoding_bytes, denoising_bytes
@@ -269,6 +271,45 @@ def test_wan_waits_for_nothing_during_its_steps(video: Run, vace_video: Run) -> 
     assert (video.step.num_waits, vace_video.step.num_waits) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        sdxl.Job(side=256, has_lora=True),
+        sdxl.Job(side=256, keeps="character"),
+        wan.Job("flf2v", frames=5, size=(416, 240)),
+        wan.Job("vace", frames=5, size=(416, 240), given=("subject",)),
+    ],
+    ids=str,
+)
+def test_other_jobs_wait_for_nothing_during_their_steps_either(job: Any) -> None:
+    with shallow():
+        run = memory.run_of(job)(job)
+
+    assert not run.step.waits
+    assert not [line for stage in run.stages.values() for line in stage.mixed]
+
+
+def test_prompts_of_64_conversations_take_little_more_memory_than_their_tokens() -> None:
+    with shallow():
+        run = chat.ours(chat.Job(64, 1000))
+
+    tokens = 64 * 1004 * bytes_per_token(Qwen2Config(**architectures.QWEN_7B), torch.bfloat16)
+    shallow_part = (
+        SHALLOW["QWEN_7B"]["num_hidden_layers"] / architectures.QWEN_7B["num_hidden_layers"]
+    )
+    kept = run.stages[chat.DECODE].peak_bytes - run.weight_bytes
+    assert kept <= 1.25 * tokens * shallow_part + 0.25 * GIB
+
+
+def test_weights_come_from_the_disk_with_as_few_waits_as_at_first() -> None:
+    with shallow():
+        stages = sdxl.moves().stages
+
+    first, again = stages["to the device"], stages["from the disk to the device"]
+    assert (again.up.num_bytes, again.up.num_pinned) == (first.up.num_bytes, first.up.num)
+    assert again.num_waits <= first.num_waits
+
+
 @pytest.mark.parametrize("name", ["pictures", "video", "vace_video", "replies"])
 def test_no_operation_mixes_dtypes(name: str, request: pytest.FixtureRequest) -> None:
     run: Run = request.getfixturevalue(name)
@@ -298,6 +339,16 @@ def test_a_stage_has_at_most_the_recorded_operations_and_bytes(
     operations, gigabytes = RECORDED[name, stage]
     assert found.kernels <= 1.05 * operations
     assert found.num_bytes / 1e9 <= 1.05 * gigabytes
+
+
+def test_the_compiler_plans_at_most_the_recorded_kernels_and_bytes_for_a_wan_block() -> None:
+    block = next(each for each in fused.BLOCKS if each.name.startswith("WAN T2V"))
+
+    found, (operations, num_bytes) = fused.fused(block.make), fused.eager(block.make)
+
+    assert (found.kernels, found.triton) == (24, 10)
+    assert found.kernels < operations
+    assert found.num_bytes / 1e9 <= 1.05 * 7.22 < 0.6 * num_bytes / 1e9
 
 
 #: GiB of the full-size weights that are on the card at the same time, by `test_benchmarks`' numbers
@@ -350,6 +401,15 @@ def test_the_documents_have_the_tables(page: str, titles: Any) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
 
     assert not [title for title in titles if f"**{title}**" not in text]
+
+
+def test_a_family_that_is_counted_alone_leaves_the_rows_of_the_others() -> None:
+    old = report.table("Some", ["work", "GB"], [["A 1", 1], ["A 2", None], ["B 1", 3]], "A note.")
+    new = report.table("Some", ["work", "GB"], [["A 3", 4]], "A note.")
+
+    found = tables.merged(new, f"# Title\n\n{old}\nmore", ["A", "B"], "A")
+
+    assert [list(row) for row in found.rows] == [["A 3", 4], ["B 1", "3"]]
 
 
 @pytest.mark.deep
