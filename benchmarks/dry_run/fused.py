@@ -214,10 +214,10 @@ def _counted(nodes: Sequence[Any], code: str) -> Fused:
         if "MultiOutput" in kinds:
             # What attention writes: Inductor counts what it reads.
             layout = node.node.get_layout()
-            num_bytes += layout.storage_size() * layout.dtype.itemsize
+            num_bytes += int(layout.storage_size()) * layout.dtype.itemsize
         if kinds.isdisjoint(WITHOUT_KERNEL):
             kernels += 1
-            num_bytes += node.get_read_write_buffers_sizes()
+            num_bytes += int(node.get_read_write_buffers_sizes())
     return Fused(kernels, code.count("async_compile.triton("), num_bytes)
 
 

@@ -274,8 +274,8 @@ def test_wan_waits_for_nothing_during_its_steps(video: Run, vace_video: Run) -> 
 @pytest.mark.parametrize(
     "job",
     [
-        sdxl.Job(side=256, has_lora=True),
-        sdxl.Job(side=256, keeps="character"),
+        pytest.param(sdxl.Job(side=256, has_lora=True), marks=pytest.mark.deep),
+        pytest.param(sdxl.Job(side=256, keeps="character"), marks=pytest.mark.deep),
         wan.Job("flf2v", frames=5, size=(416, 240)),
         wan.Job("vace", frames=5, size=(416, 240), given=("subject",)),
     ],
@@ -301,6 +301,7 @@ def test_prompts_of_64_conversations_take_little_more_memory_than_their_tokens()
     assert kept <= 1.25 * tokens * shallow_part + 0.25 * GIB
 
 
+@pytest.mark.deep
 def test_weights_come_from_the_disk_with_as_few_waits_as_at_first() -> None:
     with shallow():
         stages = sdxl.moves().stages
