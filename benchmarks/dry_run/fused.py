@@ -154,7 +154,7 @@ def row(block: Block) -> list[object]:
     saved = block.times * (num_bytes - found.num_bytes)
     gigabytes = [round(each / 1e9, 2) for each in (num_bytes, found.num_bytes, saved)]
     facts = [block.name, block.times, kernels, gigabytes[0], found.kernels, found.triton]
-    return [*facts, gigabytes[1], round(gigabytes[2])]
+    return [*facts, *gigabytes[1:]]
 
 
 def eager(make: Callable[[], Made]) -> tuple[int, int]:
