@@ -26,6 +26,7 @@ from ourvidz_serverless.models.memory.types import Check
 from ourvidz_serverless.models.progress import NoProgress, Progress
 from ourvidz_serverless.models.sdxl import vae
 from ourvidz_serverless.models.sdxl.denoising import Conditioning, Denoiser
+from ourvidz_serverless.models.sdxl.latent_mask import LatentMask, cells_of
 from ourvidz_serverless.models.sdxl.loras import LoraStore, applied
 from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
 from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncoder, same_length
@@ -78,6 +79,10 @@ class SdxlModel:
     @property
     def has_ip_adapter(self) -> bool:
         return self.networks.ip_adapter is not None
+
+    @property
+    def is_inpainting_checkpoint(self) -> bool:
+        return self.networks.is_for_inpainting
 
     def prefetch(self) -> None:
         """Start to move the weights to the device."""
@@ -141,12 +146,19 @@ class SdxlModel:
         for _ in self.generate(request, NoProgress()):
             pass
 
-    def encode(self, image: Image.Image, plan: SdxlMemoryPlan) -> torch.Tensor:
-        """The latent (1, 4, height / 8, width / 8) of an image: the most likely one, no sample."""
+    def encode(
+        self, image: Image.Image, plan: SdxlMemoryPlan, hidden: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """The latent (1, 4, height / 8, width / 8) of an image: the most likely one, no sample.
+
+        The pixels where `hidden` (height, width) is true are replaced by a medium grey.
+        """
         self._to_device(plan, "vae")
         network = self.networks.vae
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(self.device.name)
         pixels = pixels.permute(2, 0, 1)[None].to(network.dtype) / 127.5 - 1
+        if hidden is not None:
+            pixels = pixels * torch.from_numpy(~hidden).to(pixels.device)
         return vae.normalised(network.encode(pixels).latent_dist.mode(), network.config)
 
     def decode(self, decoder: Decoder, latent: torch.Tensor, plan: SdxlMemoryPlan) -> np.ndarray:
@@ -221,6 +233,7 @@ class SdxlModel:
         if request.start:
             encode = functools.partial(self.encode, request.start.image)
             start = fallback.run(self.handle, "condition", encode)
+        mask = self._mask(request, fallback)
         width, height = request.size
         factor, unet = self.networks.pipe.vae_scale_factor, self.networks.unet
         return Denoiser(
@@ -229,11 +242,30 @@ class SdxlModel:
             device=self.device,
             request=request,
             conditioning=conditioning,
-            latent_shape=(unet.config.in_channels, height // factor, width // factor),
+            latent_shape=(unet.config.out_channels, height // factor, width // factor),
             start=start,
             preset=preset,
+            mask=mask,
             graphs=self._graphs_for(request),
         )
+
+    def _mask(
+        self, request: ImageRequest, fallback: OomFallback[SdxlMemoryPlan]
+    ) -> LatentMask | None:
+        """Where a job repaints: everywhere, if it has no mask and the UNet reads one."""
+        mask, reads_mask = request.mask, self.is_inpainting_checkpoint
+        if mask is None and not reads_mask:
+            return None
+        width, height = request.size
+        repainted = np.ones((height, width), bool) if mask is None else np.asarray(mask) > 0
+        cells = cells_of(repainted, self.networks.pipe.vae_scale_factor)
+        cells = cells.to(self.device.name, self.device.dtype)
+        if not reads_mask:
+            return LatentMask(cells)
+        image = request.start.image if request.start else Image.new("RGB", request.size)
+        encode = functools.partial(self.encode, image, hidden=repainted)
+        visible = fallback.run(self.handle, "condition", encode)
+        return LatentMask(cells, visible.to(self.device.dtype))
 
     def _graphs_for(self, request: ImageRequest) -> StepGraphs | None:
         """The graphs, unless a job changes the network: with a preset, a LoRA or an IP-Adapter."""

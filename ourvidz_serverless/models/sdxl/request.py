@@ -23,10 +23,13 @@ class StartImage:
     """Image-to-image: the generation starts from this image, of the request's size.
 
     `strength` is the share of the denoising steps that run, from 0 to 1; at least one step runs.
+    With a `mask`, of mode L and the same size, it is inpainting: only where the mask is not black
+    are pixels made anew. The others come back nearly unchanged, by way of the VAE.
     """
 
     image: Image.Image
     strength: float
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,11 @@ class ImageRequest:
         return self.reference if isinstance(self.reference, StartImage) else None
 
     @property
+    def mask(self) -> Image.Image | None:
+        """Where the start image is repainted; None without one, or if all of it may change."""
+        return self.start.mask if self.start else None
+
+    @property
     def ip_adapter_image(self) -> IpAdapterImage | None:
         return self.reference if isinstance(self.reference, IpAdapterImage) else None
 
@@ -93,6 +101,10 @@ class ImageModel(Protocol):
 
     @property
     def has_ip_adapter(self) -> bool: ...
+
+    @property
+    def is_inpainting_checkpoint(self) -> bool:
+        """Whether the UNet was trained to read a mask."""
 
     def prefetch(self) -> None:
         """Start to move the weights to the device."""
