@@ -30,6 +30,7 @@ TINY: tuple[Work, ...] = (
 FULL: tuple[Work, ...] = (
     *((sdxl, sdxl.Job(count)) for count in (1, 3, 6)),
     (sdxl, sdxl.Job(strength=0.75, steps=4)),
+    (sdxl, sdxl.Job(strength=0.75, steps=4, is_masked=True)),
     (wan, wan.Job("t2v")),
     (wan, wan.Job("vace")),
     (wan, wan.Job("i2v")),
