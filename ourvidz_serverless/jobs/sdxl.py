@@ -125,6 +125,7 @@ class SdxlConfig(Wire):
     image: str | None = Reference
     denoise_strength: float | None = Strength
     scheduler: Scheduler | None = None
+    clip_skip: Annotated[int, Field(ge=0, le=11), JSON_NUMBER] = 0
     resize_mode: SdxlResizeMode = "crop"
     mask: str | None = Reference
     mask_blur: Annotated[int, Field(ge=0, le=64), JSON_NUMBER] = 8
@@ -383,6 +384,7 @@ def run(
         ),
         reference=reference,
         speed=job.config.speed,
+        clip_skip=job.config.clip_skip,
         has_distilled_lora=any(lora.distilled for lora in job.config.loras),
     )
     images = model.generate(request, JobProgress(context))

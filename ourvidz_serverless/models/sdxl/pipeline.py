@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.models.chat.cuda_graphs import Capture
 from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.device import Device
@@ -303,17 +304,20 @@ class SdxlModel:
     def _encode_prompts(
         self, request: ImageRequest, plan: SdxlMemoryPlan, check: Check
     ) -> Conditioning:
-        def embed(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+        def embed(key: tuple[Prompt, int]) -> tuple[torch.Tensor, torch.Tensor]:
             self._to_device(plan, "text")
-            made = self._prompt_encoder.encode(prompt, check)
+            prompt, clip_skip = key
+            made = self._prompt_encoder.encode(prompt, check, clip_skip)
             return made.hidden, made.pooled
 
-        def read(prompt: Prompt) -> Embedding:
+        def read(prompt: Prompt, clip_skip: int = 0) -> Embedding:
             # A LoRA changes the text encoders, so its embeddings are not cached.
-            cached = not request.loras
-            return Embedding(*(self._embeddings.get(embed, prompt) if cached else embed(prompt)))
+            cached, key = not request.loras, (prompt, clip_skip)
+            return Embedding(*(self._embeddings.get(embed, key) if cached else embed(key)))
 
-        rows = [read(request.prompt)]
+        _check_clip_skip(request.clip_skip, self._prompt_encoder.max_clip_skip)
+        # As in diffusers, the negative prompt's embedding leaves out the last layer alone.
+        rows = [read(request.prompt, request.clip_skip)]
         guidance_embed = self._guidance_embed(request.guidance_scale)
         # At a scale of 1 the negative row cancels out, so it is not computed.
         if request.guidance_scale > 1 and guidance_embed is None:
@@ -347,6 +351,14 @@ class SdxlModel:
         assert self.networks.ip_adapter is not None
         self._to_device(plan, "image", "unet")
         return self.networks.ip_adapter.encode(reference, is_guided)
+
+
+def _check_clip_skip(clip_skip: int, most: int) -> None:
+    if clip_skip > most:
+        raise InvalidPrompt(
+            f"config.clip_skip: Input should be at most {most}, "
+            f"since a text encoder of this checkpoint has {most + 1} layers"
+        )
 
 
 def _shape(request: ImageRequest, decoder: Decoder) -> str:

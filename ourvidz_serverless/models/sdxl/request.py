@@ -50,7 +50,8 @@ class ImageRequest:
 
     Without a `negative` the unconditional embedding is the checkpoint's own. `scheduler` is the
     checkpoint's own where it is None. `loras` are files with their scales, and `speed` is a preset
-    of `models.speed`. `has_distilled_lora`: one of the LoRAs was made for few steps.
+    of `models.speed`. `has_distilled_lora`: one of the LoRAs was made for few steps. `clip_skip`
+    layers of the text encoders are left out for the prompt, beside the last one.
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class ImageRequest:
     reference: StartImage | IpAdapterImage | None = None
     speed: str = "exact"
     has_distilled_lora: bool = False
+    clip_skip: int = 0
 
     @property
     def start(self) -> StartImage | None:
