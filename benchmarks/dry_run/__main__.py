@@ -21,6 +21,7 @@ Work = tuple[Any, Any]
 BOTH: tuple[Work, ...] = (
     *((sdxl, sdxl.Job(count)) for count in (1, 3, 6)),
     (sdxl, sdxl.Job(strength=0.75, steps=4)),
+    (sdxl, sdxl.Job(strength=0.75, steps=4, is_masked=True)),
     (sdxl, sdxl.Job(has_lora=True)),
     (sdxl, sdxl.Job(keeps="character")),
     (wan, wan.Job("t2v")),

@@ -9,7 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image
 
 from benchmarks import architectures
@@ -41,13 +45,15 @@ PROMPT, NEGATIVE = "a red circle on a table", "blurred"
 class Job:
     """Pictures of one request. With a `strength` they start from an image.
 
-    `keeps` is what the IP-Adapter keeps of an image; without it there is no adapter.
+    With `is_masked` half of that image is masked, for inpainting. `keeps` is what the IP-Adapter
+    keeps of an image; without it there is no adapter.
     """
 
     count: int = 1
     side: int = 1024
     steps: int = 3
     strength: float | None = None
+    is_masked: bool = False
     scheduler: str | None = None
     speed: str = "exact"
     is_low_vram: bool = False
@@ -58,7 +64,7 @@ class Job:
         noun = "picture" if self.count == 1 else "pictures"
         facts = [
             f"SDXL, {self.count} {noun} of {self.side}x{self.side}",
-            "image-to-image" if self.strength else "",
+            ("inpainting" if self.is_masked else "image-to-image") if self.strength else "",
             self.scheduler or "",
             f"{self.speed}, a shallow step" if self.speed != "exact" else "",
             "LOW_VRAM" if self.is_low_vram else "",
@@ -210,7 +216,7 @@ def request(
     """The job for the worker."""
     reference: StartImage | IpAdapterImage | None = None
     if job.strength:
-        reference = StartImage(_image(job), job.strength)
+        reference = StartImage(_image(job), job.strength, _mask(job))
     elif job.keeps:
         reference = _ip_adapter_image(job)
     return ImageRequest(
@@ -233,9 +239,13 @@ def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
     if job.keeps:
         options["ip_adapter_image"] = _image(job)
     if job.strength:
-        pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+        kind = (
+            StableDiffusionXLInpaintPipeline if job.is_masked else StableDiffusionXLImg2ImgPipeline
+        )
+        pipe = kind(**pipe.components, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
-        options = {"image": _image(job), "strength": job.strength}
+        masked = {**options, "mask_image": _mask(job)} if job.is_masked else {}
+        options = {**masked, "image": _image(job), "strength": job.strength}
 
     def on_step(_: Any, index: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         stages.step(index + 1, job.steps)
@@ -255,3 +265,12 @@ def call(pipe: Any, job: Job, stages: Marks, prompt: str = PROMPT) -> Any:
 
 def _image(job: Job) -> Image.Image:
     return Image.new("RGB", (job.side, job.side), "grey")
+
+
+def _mask(job: Job) -> Image.Image | None:
+    """White in the left half."""
+    if not job.is_masked:
+        return None
+    mask = Image.new("L", (job.side, job.side))
+    mask.paste(255, (0, 0, job.side // 2, job.side))
+    return mask

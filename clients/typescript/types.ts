@@ -53,7 +53,11 @@ export interface SdxlConfig {
   image?: string | null;
   denoise_strength?: number | null;
   scheduler?: "euler" | "euler_a" | "dpmpp_2m" | "dpmpp_2m_karras" | "dpmpp_sde" | "unipc" | "ddim" | "lcm" | null;
-  resize_mode?: "crop" | "pad" | "stretch" | null;
+  clip_skip?: number | null;
+  resize_mode?: "crop" | "pad" | "stretch" | "extend" | null;
+  /** a data URI is part of the request: RunPod takes 10 MB on /run, 20 on /runsync */
+  mask?: string | null;
+  mask_blur?: number | null;
   reference_required?: boolean | null;
   output_format?: "png" | "jpeg" | "webp" | null;
   quality?: number | null;

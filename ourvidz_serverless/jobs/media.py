@@ -54,9 +54,6 @@ class MediaConfig(Protocol):
     def denoise_strength(self) -> float | None: ...
 
     @property
-    def resize_mode(self) -> ResizeMode: ...
-
-    @property
     def reference_required(self) -> bool: ...
 
     @property
@@ -198,9 +195,9 @@ class MediaJob(Job):
             return None
         return ReferenceStrength("metadata.reference_strength", changed=1 - kept, kept=kept)
 
-    def fit(self, reference: Image.Image) -> Image.Image:
-        """A reference at the job's size, resized as the job asks."""
-        return decode.fit(reference, *self.size, self.config.resize_mode)
+    def fit(self, reference: Image.Image, mode: ResizeMode) -> Image.Image:
+        """A reference at the job's size."""
+        return decode.fit(reference, *self.size, mode)
 
     def asset_metadata(
         self, seed: int, steps: int, guidance_scale: float, index: int = 0, batch_size: int = 1

@@ -459,7 +459,7 @@ def _fitted(job: WanJob, images: Mapping[str, Image.Image]) -> References:
             subject=subject and decode.fit(subject, *job.size, "pad", WHITE),
             scale=job.conditioning_scale,
         )
-    fitted = {role: job.fit(image) for role, image in images.items()}
+    fitted = {role: job.fit(image, job.config.resize_mode) for role, image in images.items()}
     return References(
         first=fitted.get("start") or fitted.get("single"),
         last=fitted.get("end"),

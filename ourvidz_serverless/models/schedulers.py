@@ -108,6 +108,18 @@ def take_step(
     return stepped
 
 
+def add_noise(
+    scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Latents with the noise of a timestep, which is on the host, without a wait for the device.
+
+    A scheduler that has begun adds the noise of its next step.
+    """
+    with AsyncTransfers():
+        noisy: torch.Tensor = scheduler.add_noise(latents, noise, timestep.expand(len(noise)))
+    return noisy
+
+
 def try_one_step(config: Any) -> None:
     """Take one step with a checkpoint's own scheduler, on zero latents.
 

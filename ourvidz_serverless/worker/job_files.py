@@ -18,6 +18,7 @@ from ourvidz_serverless.delivery.storage.choose import job_storage, open_storage
 from ourvidz_serverless.delivery.storage.inline import InlineStorage
 from ourvidz_serverless.delivery.upload_urls import UploadUrls
 from ourvidz_serverless.delivery.uploads import Delivery, Send, Uploads
+from ourvidz_serverless.errors import ReferenceFrameError
 from ourvidz_serverless.job import Job
 from ourvidz_serverless.logs import log
 from ourvidz_serverless.net.policy import Policy
@@ -80,11 +81,11 @@ class JobFiles:
         for role, found in fetched.items():
             if isinstance(found, Image.Image):
                 images[role] = found
-            elif job.reference_required:
-                raise found
-            else:
-                reason = found.message.removeprefix("reference: ")
-                context.warnings.append(f"{role}: {reason}; generated without it")
+                continue
+            reason = found.message.removeprefix("reference: ")
+            if job.reference_required:
+                raise ReferenceFrameError(f"{role}: {reason}") from found
+            context.warnings.append(f"{role}: {reason}; generated without it")
         return images
 
     def delivery(self, job: Job, context: JobContext) -> Delivery:

@@ -253,6 +253,13 @@ def test_sdxl_waits_for_nothing_during_its_steps_with_euler(pictures: Run) -> No
     assert not pictures.step.waits
 
 
+def test_inpainting_puts_the_picture_back_after_a_step_without_a_wait() -> None:
+    with shallow():
+        run = sdxl.ours(sdxl.Job(side=256, strength=1.0, is_masked=True))
+
+    assert not run.step.waits
+
+
 def test_chat_waits_once_for_the_next_tokens_of_all_replies(replies: Run) -> None:
     assert replies.stages[chat.DECODE].num_waits == 1
 

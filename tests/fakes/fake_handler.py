@@ -44,6 +44,7 @@ class BlockingSdxl:
     """Makes images slowly. It is not a FakeSdxl, because FakeSdxl's LoraStore imports torch."""
 
     has_ip_adapter = False
+    is_inpainting_checkpoint = False
     loras = None
 
     def __init__(self, hold: str) -> None:

@@ -26,6 +26,7 @@ class FakeSdxl(ImageModel):
 
     loras = LoraStore(None)
     has_ip_adapter = False
+    is_inpainting_checkpoint = False
 
     def __init__(self) -> None:
         self.device = NoDevice()

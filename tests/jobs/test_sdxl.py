@@ -28,6 +28,14 @@ def code(document: Document) -> str | None:
     return document.failure.code if document.failure else None
 
 
+def test_clip_skip_reaches_the_model(local: MakeLocal) -> None:
+    at = local()
+
+    at.run(sdxl_payload(config={"clip_skip": 1}))
+
+    assert at.fake_sdxl.requests[0].clip_skip == 1
+
+
 # --- the content floor and consent ---
 
 OPTIMIZED = {"nsfw_optimization": True}

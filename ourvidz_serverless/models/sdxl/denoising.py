@@ -17,11 +17,13 @@ import torch
 
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.schedulers import (
+    add_noise,
     make_scheduler,
     set_steps,
     take_step,
     timestep_pairs,
 )
+from ourvidz_serverless.models.sdxl.latent_mask import LatentMask
 from ourvidz_serverless.models.sdxl.request import ImageRequest
 from ourvidz_serverless.models.sdxl.step_graphs import StepGraphs
 from ourvidz_serverless.models.speed import attention
@@ -76,6 +78,8 @@ class Denoiser:
 
     `latent_shape` is (4, height / 8, width / 8) of one image. `start` (1, 4, height / 8, width / 8)
     is the latent of the request's start image; without one, the loop starts from noise.
+
+    `mask` is that of a job that inpaints, and of every job of a checkpoint for inpainting.
     """
 
     unet: Any
@@ -86,6 +90,7 @@ class Denoiser:
     latent_shape: tuple[int, int, int]
     start: torch.Tensor | None
     preset: SpeedPreset
+    mask: LatentMask | None = None
     #: The graphs of the UNet's forwards, if this job may use them.
     graphs: StepGraphs | None = None
 
@@ -115,7 +120,8 @@ class Denoiser:
         timesteps = timestep_pairs(scheduler, self.device.name, skipped)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = self._first_latents(scheduler, timesteps[0][0], generators)
+        noise = self._noise(generators)
+        latents = self._first_latents(scheduler, timesteps[0][0], noise)
         inputs = self.conditioning.unet_inputs(len(seeds))
         # As in diffusers' pipelines, the step adds no noise of its own; TCD's does by default.
         options = _accepted(scheduler.step, generator=generators, eta=0.0)
@@ -130,24 +136,53 @@ class Denoiser:
                 cache.begin_forward(index)
                 rows = torch.cat([latents] * self.conditioning.rows)
                 rows = scheduler.scale_model_input(rows, timestep)
+                rows = self.mask.beside(rows) if self.mask else rows
                 predicted = self._predict(rows, sent, inputs, graphs)
                 latents = take_step(scheduler, predicted, timestep, latents, **options)
+                following = timesteps[index + 1][0] if index + 1 < len(timesteps) else None
+                latents = self._with_start(latents, scheduler, following, noise)
                 count.count(self.conditioning.rows, cache.is_full)
                 on_step((index + 1) // scheduler.order)
         stats.add(count)
         return latents
 
-    def _first_latents(
-        self, scheduler: Any, timestep: torch.Tensor, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
+    def _noise(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
         # On the CPU and in fp32, so that a seed has the same noise on every device, and as nearly
         # as possible in every dtype.
         noise = torch.stack([torch.randn(self.latent_shape, generator=each) for each in generators])
-        noise = noise.to(self.device.name, self.device.dtype)
-        if self.start is None:
+        return noise.to(self.device.name, self.device.dtype)
+
+    def _first_latents(
+        self, scheduler: Any, timestep: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The start image's latents with noise, or noise alone.
+
+        As in diffusers' pipelines, inpainting at strength 1 starts from noise alone.
+        """
+        start = self.request.start
+        if self.start is None or (start and start.mask and start.strength >= 1):
             return noise * scheduler.init_noise_sigma
+        return add_noise(scheduler, self.start.to(noise.dtype).expand_as(noise), noise, timestep)
+
+    def _with_start(
+        self,
+        latents: torch.Tensor,
+        scheduler: Any,
+        following: torch.Tensor | None,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """The latents, with the start image's own where nothing is repainted.
+
+        Those have the noise of the `following` timestep, or none after the last step. A UNet that
+        reads the mask was trained to keep the picture, so its latents stay as they are.
+        """
+        if self.mask is None or self.mask.visible is not None:
+            return latents
+        assert self.start is not None
         start = self.start.to(noise.dtype).expand_as(noise)
-        return scheduler.add_noise(start, noise, timestep.expand(len(generators)))
+        if following is not None:
+            start = add_noise(scheduler, start, noise, following)
+        return (1 - self.mask.cells) * start + self.mask.cells * latents
 
     def _predict(
         self,

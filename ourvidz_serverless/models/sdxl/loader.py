@@ -134,6 +134,8 @@ def _read_pipe(path: Path, settings: Settings, dtype: torch.dtype) -> Any:
     networks = {}
     for name, (kind, file) in CLASSES.items():
         config = _read_config(kind, folder / name)
+        if checkpoint is not None and name == "unet":
+            config = single_file.with_own_channels(config, checkpoint)
         own_dtype = torch.float32 if name == "vae" and _overflows(config, dtype) else dtype
         if checkpoint is None:
             files = weight_files.file_names(file, own_dtype)

@@ -1,7 +1,8 @@
 """SDXL's networks, and whether a checkpoint's fit together as SDXL's do (arXiv:2307.01952).
 
-Networks of other kinds have SDXL's classes: UNets for inpainting (9 channels) and for editing (8),
-and the refiner. They would load, and then fail in every job.
+A UNet for inpainting takes nine channels: the latents, the mask, and the latents of what the mask
+leaves of the picture. Networks of other kinds have SDXL's classes too: UNets for editing (8
+channels), and the refiner. They would load, and then fail in every job.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class SdxlNetworks:
     @property
     def vae(self) -> Any:
         return self.pipe.vae
+
+    @property
+    def is_for_inpainting(self) -> bool:
+        """Whether the UNet takes a mask and a masked picture beside the latents."""
+        return bool(self.unet.config.in_channels != self.vae.config.latent_channels)
 
     def parts(self) -> dict[str, list[Any]]:
         """The networks, set to evaluation, by the stage of a job that needs them.
@@ -69,10 +75,10 @@ def check_networks(unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any) 
 
 def _check_channels(unet: Any, vae: Any) -> None:
     channels = vae.latent_channels
-    if unet.in_channels != channels:
+    if unet.in_channels not in (channels, 2 * channels + 1):
         raise ValueError(
-            f"its UNet takes {unet.in_channels} channels, as one for inpainting or editing does, "
-            f"but its latents have {channels}"
+            f"its UNet takes {unet.in_channels} channels, as one for editing does, but its latents "
+            f"have {channels}, and with a mask for inpainting {2 * channels + 1}"
         )
     if unet.out_channels != channels:
         raise ValueError(

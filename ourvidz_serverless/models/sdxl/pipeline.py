@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ourvidz_serverless.errors import InvalidPrompt
 from ourvidz_serverless.models.chat.cuda_graphs import Capture
 from ourvidz_serverless.models.finite import check_finite
 from ourvidz_serverless.models.memory.device import Device
@@ -26,6 +27,7 @@ from ourvidz_serverless.models.memory.types import Check
 from ourvidz_serverless.models.progress import NoProgress, Progress
 from ourvidz_serverless.models.sdxl import vae
 from ourvidz_serverless.models.sdxl.denoising import Conditioning, Denoiser
+from ourvidz_serverless.models.sdxl.latent_mask import LatentMask, cells_of
 from ourvidz_serverless.models.sdxl.loras import LoraStore, applied
 from ourvidz_serverless.models.sdxl.networks import SdxlNetworks
 from ourvidz_serverless.models.sdxl.prompt_encoder import Embedding, PromptEncoder, same_length
@@ -78,6 +80,10 @@ class SdxlModel:
     @property
     def has_ip_adapter(self) -> bool:
         return self.networks.ip_adapter is not None
+
+    @property
+    def is_inpainting_checkpoint(self) -> bool:
+        return self.networks.is_for_inpainting
 
     def prefetch(self) -> None:
         """Start to move the weights to the device."""
@@ -141,12 +147,19 @@ class SdxlModel:
         for _ in self.generate(request, NoProgress()):
             pass
 
-    def encode(self, image: Image.Image, plan: SdxlMemoryPlan) -> torch.Tensor:
-        """The latent (1, 4, height / 8, width / 8) of an image: the most likely one, no sample."""
+    def encode(
+        self, image: Image.Image, plan: SdxlMemoryPlan, hidden: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """The latent (1, 4, height / 8, width / 8) of an image: the most likely one, no sample.
+
+        The pixels where `hidden` (height, width) is true are replaced by a medium grey.
+        """
         self._to_device(plan, "vae")
         network = self.networks.vae
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(self.device.name)
         pixels = pixels.permute(2, 0, 1)[None].to(network.dtype) / 127.5 - 1
+        if hidden is not None:
+            pixels = pixels * torch.from_numpy(~hidden).to(pixels.device)
         return vae.normalised(network.encode(pixels).latent_dist.mode(), network.config)
 
     def decode(self, decoder: Decoder, latent: torch.Tensor, plan: SdxlMemoryPlan) -> np.ndarray:
@@ -221,6 +234,7 @@ class SdxlModel:
         if request.start:
             encode = functools.partial(self.encode, request.start.image)
             start = fallback.run(self.handle, "condition", encode)
+        mask = self._mask(request, fallback)
         width, height = request.size
         factor, unet = self.networks.pipe.vae_scale_factor, self.networks.unet
         return Denoiser(
@@ -229,11 +243,30 @@ class SdxlModel:
             device=self.device,
             request=request,
             conditioning=conditioning,
-            latent_shape=(unet.config.in_channels, height // factor, width // factor),
+            latent_shape=(unet.config.out_channels, height // factor, width // factor),
             start=start,
             preset=preset,
+            mask=mask,
             graphs=self._graphs_for(request),
         )
+
+    def _mask(
+        self, request: ImageRequest, fallback: OomFallback[SdxlMemoryPlan]
+    ) -> LatentMask | None:
+        """Where a job repaints: everywhere, if it has no mask and the UNet reads one."""
+        mask, reads_mask = request.mask, self.is_inpainting_checkpoint
+        if mask is None and not reads_mask:
+            return None
+        width, height = request.size
+        repainted = np.ones((height, width), bool) if mask is None else np.asarray(mask) > 0
+        cells = cells_of(repainted, self.networks.pipe.vae_scale_factor)
+        cells = cells.to(self.device.name, self.device.dtype)
+        if not reads_mask:
+            return LatentMask(cells)
+        image = request.start.image if request.start else Image.new("RGB", request.size)
+        encode = functools.partial(self.encode, image, hidden=repainted)
+        visible = fallback.run(self.handle, "condition", encode)
+        return LatentMask(cells, visible.to(self.device.dtype))
 
     def _graphs_for(self, request: ImageRequest) -> StepGraphs | None:
         """The graphs, unless a job changes the network: with a preset, a LoRA or an IP-Adapter."""
@@ -271,17 +304,20 @@ class SdxlModel:
     def _encode_prompts(
         self, request: ImageRequest, plan: SdxlMemoryPlan, check: Check
     ) -> Conditioning:
-        def embed(prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+        def embed(key: tuple[Prompt, int]) -> tuple[torch.Tensor, torch.Tensor]:
             self._to_device(plan, "text")
-            made = self._prompt_encoder.encode(prompt, check)
+            prompt, clip_skip = key
+            made = self._prompt_encoder.encode(prompt, check, clip_skip)
             return made.hidden, made.pooled
 
-        def read(prompt: Prompt) -> Embedding:
+        def read(prompt: Prompt, clip_skip: int = 0) -> Embedding:
             # A LoRA changes the text encoders, so its embeddings are not cached.
-            cached = not request.loras
-            return Embedding(*(self._embeddings.get(embed, prompt) if cached else embed(prompt)))
+            cached, key = not request.loras, (prompt, clip_skip)
+            return Embedding(*(self._embeddings.get(embed, key) if cached else embed(key)))
 
-        rows = [read(request.prompt)]
+        _check_clip_skip(request.clip_skip, self._prompt_encoder.max_clip_skip)
+        # As in diffusers, the negative prompt's embedding leaves out the last layer alone.
+        rows = [read(request.prompt, request.clip_skip)]
         guidance_embed = self._guidance_embed(request.guidance_scale)
         # At a scale of 1 the negative row cancels out, so it is not computed.
         if request.guidance_scale > 1 and guidance_embed is None:
@@ -315,6 +351,14 @@ class SdxlModel:
         assert self.networks.ip_adapter is not None
         self._to_device(plan, "image", "unet")
         return self.networks.ip_adapter.encode(reference, is_guided)
+
+
+def _check_clip_skip(clip_skip: int, most: int) -> None:
+    if clip_skip > most:
+        raise InvalidPrompt(
+            f"config.clip_skip: Input should be at most {most}, "
+            f"since a text encoder of this checkpoint has {most + 1} layers"
+        )
 
 
 def _shape(request: ImageRequest, decoder: Decoder) -> str:

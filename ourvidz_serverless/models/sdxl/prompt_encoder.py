@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,10 +83,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """One text encoder with its tokenizer."""
+    """One text encoder with its tokenizer. Its last layer and `clip_skip` more are left out."""
 
     tokenizer: Any
     model: Any
+    clip_skip: int = 0
 
     @torch.inference_mode()
     def read(
@@ -150,7 +151,7 @@ class Encoder:
             mask = None if masks is None else masks[part]
             output = self.model(ids[part], mask, output_hidden_states=True)
             # SDXL conditions on the layer before the last of both (arXiv:2307.01952, 2.1).
-            outputs.append((output.hidden_states[-2], output[0][:1]))
+            outputs.append((output.hidden_states[-2 - self.clip_skip], output[0][:1]))
         return torch.cat([hidden for hidden, _ in outputs]), outputs[0][1]
 
     def _weigh(self, rows: Rows, hidden: torch.Tensor, check: Check) -> torch.Tensor:
@@ -211,18 +212,25 @@ class PromptEncoder:
         self._first = Encoder(pipe.tokenizer, pipe.text_encoder)
         self._second = Encoder(pipe.tokenizer_2, pipe.text_encoder_2)
 
-    def encode(self, prompt: Prompt, check: Check = lambda: None) -> Embedding:
+    @property
+    def max_clip_skip(self) -> int:
+        """How many layers can be left out beside the last one, so that one is left."""
+        models = self._first.model, self._second.model
+        return min(int(each.config.num_hidden_layers) for each in models) - 1
+
+    def encode(self, prompt: Prompt, check: Check = lambda: None, clip_skip: int = 0) -> Embedding:
         """The embedding of a prompt. For a short one without weights it is diffusers' own.
 
         `check` is called between forwards; an error that it raises ends the encoding.
         """
-        one, _ = self._first.read(prompt, check)
-        two, pooled = self._second.read(prompt, check)
+        first, second = (replace(each, clip_skip=clip_skip) for each in (self._first, self._second))
+        one, _ = first.read(prompt, check)
+        two, pooled = second.read(prompt, check)
         if two.shape[1] > self._second.tokenizer.model_max_length:
             pooled = self._second.pool(prompt, check)
         # Two vocabularies may need different numbers of chunks for the same words.
         longest = max(one.shape[1], two.shape[1])
-        one, two = self._filled(self._first, one, longest), self._filled(self._second, two, longest)
+        one, two = self._filled(first, one, longest), self._filled(second, two, longest)
         return Embedding(torch.cat([one, two], dim=-1), pooled)
 
     @staticmethod

@@ -23,10 +23,13 @@ class StartImage:
     """Image-to-image: the generation starts from this image, of the request's size.
 
     `strength` is the share of the denoising steps that run, from 0 to 1; at least one step runs.
+    With a `mask`, of mode L and the same size, it is inpainting: only where the mask is not black
+    are pixels made anew. The others come back nearly unchanged, by way of the VAE.
     """
 
     image: Image.Image
     strength: float
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class ImageRequest:
 
     Without a `negative` the unconditional embedding is the checkpoint's own. `scheduler` is the
     checkpoint's own where it is None. `loras` are files with their scales, and `speed` is a preset
-    of `models.speed`. `has_distilled_lora`: one of the LoRAs was made for few steps.
+    of `models.speed`. `has_distilled_lora`: one of the LoRAs was made for few steps. `clip_skip`
+    layers of the text encoders are left out for the prompt, beside the last one.
     """
 
     prompt: Prompt
@@ -61,10 +65,16 @@ class ImageRequest:
     reference: StartImage | IpAdapterImage | None = None
     speed: str = "exact"
     has_distilled_lora: bool = False
+    clip_skip: int = 0
 
     @property
     def start(self) -> StartImage | None:
         return self.reference if isinstance(self.reference, StartImage) else None
+
+    @property
+    def mask(self) -> Image.Image | None:
+        """Where the start image is repainted; None without one, or if all of it may change."""
+        return self.start.mask if self.start else None
 
     @property
     def ip_adapter_image(self) -> IpAdapterImage | None:
@@ -93,6 +103,10 @@ class ImageModel(Protocol):
 
     @property
     def has_ip_adapter(self) -> bool: ...
+
+    @property
+    def is_inpainting_checkpoint(self) -> bool:
+        """Whether the UNet was trained to read a mask."""
 
     def prefetch(self) -> None:
         """Start to move the weights to the device."""

@@ -64,6 +64,15 @@ def text_encoder_2(checkpoint: Tensors, config: Any) -> Tensors:
     return tensors
 
 
+def with_own_channels(config: dict[str, Any], checkpoint: Tensors) -> dict[str, Any]:
+    """A UNet's configuration with the channels that the file's UNet takes: nine for inpainting.
+
+    Files of both kinds are published without a configuration, beside the same one of SDXL's.
+    """
+    first = checkpoint.get(f"{PREFIXES['unet']}input_blocks.0.0.weight")
+    return config if first is None else {**config, "in_channels": first.shape[1]}
+
+
 class _HasConfig:
     """The only attribute that diffusers reads of a model whose weights it converts."""
 

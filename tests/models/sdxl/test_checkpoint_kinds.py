@@ -120,8 +120,7 @@ def test_a_tiny_vae_is_refused_beside_a_vae_with_latents_mean_and_std(playground
 
 #: The differences from the pocket SDXL's UNet, and a part of the error message.
 OTHER_UNETS: dict[str, tuple[dict[str, Any], str]] = {
-    "inpainting": ({"in_channels": 9}, "takes 9 channels, as one for inpainting or editing does"),
-    "editing": ({"in_channels": 8}, "takes 8 channels"),
+    "editing": ({"in_channels": 8}, "takes 8 channels, as one for editing does"),
     "learned variance": ({"out_channels": 8}, "gives 8 channels"),
     # The refiner reads one text encoder of two, and five sizes and scores.
     "refiner's text": ({"cross_attention_dim": 64}, "such as a refiner"),

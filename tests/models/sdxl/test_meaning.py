@@ -33,18 +33,26 @@ ONE = {"num_images": 1}
 EVERYTHING = ("sky", "ground", "colour", "sun", "sun_place", "thing", "thing_place", "clouds")
 
 
-def pictures(model: Any, reference: Image.Image | None = None, **payload: Any) -> list[np.ndarray]:
+def pictures(
+    model: Any,
+    reference: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    **payload: Any,
+) -> list[np.ndarray]:
     """The images of a job's payload: small, of three seeds, unless it sets others."""
     config = {**SMALL, "num_images": 3, "seed": 100}
     payload["config"] = {**config, **payload.pop("config", {})}
     if reference:
         given = {"reference_image_url": "https://images.example/reference.png"}
         payload["metadata"] = {**given, **payload.get("metadata", {})}
+    if mask:
+        payload["config"]["mask"] = "https://images.example/mask.png"
     event = {
         "input": {"id": "job-1", "user_id": "user-1", "type": "sdxl_image_fast", **payload},
     }
     context = JobContext(Stop(), lambda progress: None, Bounds(600))
-    references = {"reference": reference} if reference else {}
+    given = {"reference": reference, "mask": mask}
+    references = {role: each for role, each in given.items() if each}
     job = Envelope.of(event).job(Settings())
     return [output.pixels for output in jobs.run(job, model, references, context)]
 
@@ -257,6 +265,20 @@ def test_an_exact_copy_is_the_reference(sdxl: Any, boat: Image.Image, steps: int
 
     assert distance(copy, np.asarray(boat)) < 6
     assert share([read(copy)], **{name: getattr(SCENE, name) for name in EVERYTHING}) == 1
+
+
+# --- inpainting ---
+
+
+def test_a_thing_under_the_mask_is_removed_and_the_rest_stays(sdxl: Any, boat: Image.Image) -> None:
+    mask = Image.new("RGB", boat.size)
+    mask.paste("white", (140, 120, 256, 256))
+
+    batch = pictures(sdxl, boat, mask, prompt="a blue sea under a pink sky, a yellow sun")
+
+    seen = [read(picture) for picture in batch]
+    assert share(seen, thing=NONE, sky="pink", sun="yellow", sun_place="left") >= 2 / 3
+    assert {distance(each[:, :140], np.asarray(boat)[:, :140]) for each in batch} == {0}
 
 
 # --- reference types, by image to image ---

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from ourvidz_serverless.errors import Cancelled, ModelLoadError, OutOfMemory
+from ourvidz_serverless.errors import Cancelled, InvalidPrompt, ModelLoadError, OutOfMemory
 from ourvidz_serverless.jobs.sdxl import SdxlConfig
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.oom_fallback import MemoryPlans, SdxlMemoryPlan
@@ -78,6 +78,29 @@ def test_image_to_image_equals_diffusers_pipeline(sdxl: Any) -> None:
     )
 
     assert distance(ours, theirs) == 0
+
+
+@pytest.mark.parametrize("negative", [None, "blue"])
+def test_clip_skip_equals_diffusers_pipeline(sdxl: Any, negative: str | None) -> None:
+    request = image_request(size=(128, 64), negative=negative and plain(negative), clip_skip=1)
+
+    (ours,) = sdxl.generate(request, NoProgress())
+
+    assert distance(ours, through_diffusers(sdxl.networks.pipe, request, clip_skip=1)) == 0
+    assert distance(ours, render(sdxl, negative=request.negative)[0]) > 0
+
+
+def test_clip_skip_acts_with_weights(sdxl: Any) -> None:
+    weighted, skipped = (
+        tiny_sdxl.render(sdxl, parse("a (red:1.4) (sun:0.6)"), clip_skip=skip)[0] for skip in (0, 1)
+    )
+
+    assert distance(weighted, skipped) > 0
+
+
+def test_more_layers_than_a_text_encoder_has_are_refused_by_field(sdxl: Any) -> None:
+    with pytest.raises(InvalidPrompt, match=r"^config\.clip_skip: Input should be at most 1, "):
+        render(sdxl, clip_skip=2)
 
 
 def test_a_unet_with_distilled_guidance_equals_diffusers_pipeline(

@@ -280,7 +280,9 @@ def test_every_field_of_every_form_is_a_field_of_the_job() -> None:
         values = {field["at"]: filled(field) for field in fields}
         # Without these fields a job is refused, which proves that it reads them.
         for without in set(values) - {"words", "config.operation"}:
-            forms.append({"type": name, "values": {**values, without: ""}})
+            gone = [each["at"] for each in fields if without in each.get("needs", ())]
+            left = values | dict.fromkeys([without, *gone], "")
+            forms.append({"type": name, "values": left})
         whole.append({"type": name, "values": values})
     complete = {each["type"]: each for each in logic("payloads", forms=whole)}
 

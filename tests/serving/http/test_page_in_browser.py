@@ -402,6 +402,22 @@ def test_a_removed_picture_is_not_sent_and_neither_is_its_use(
     assert not tab.is_visible("[name='metadata.reference_type']")
 
 
+def test_a_mask_is_offered_once_there_is_a_picture_to_repaint(
+    visit: Visit, service: ServedHttp, local: LocalWorker
+) -> None:
+    tab = visit(service)
+    choose_small_picture(tab)
+    before = tab.locator(".picture:visible").count()
+    give(tab, "choose", ".picture", picture_file("orange", (64, 64)))
+    give(tab, "choose", ".picture:nth-of-type(2)", picture_file("white", (64, 64)))
+    run(tab)
+    wait_for_state(tab, "Completed in")
+
+    (request,) = local.fake_sdxl.requests
+    assert before == 1
+    assert request.mask and request.mask.getextrema() == (255, 255)
+
+
 CONSENT = "[name='metadata.reference_consent']"
 
 

@@ -19,6 +19,8 @@ const attached = {};
 let { type: wanted, typed = {}, byHand } = recall("form") ?? {};
 let models = {};
 let inputs = {};
+/** The element of each field. */
+let elements = {};
 let pictureFields = [];
 /** The earlier messages of the conversation on the stage. */
 let earlier = [];
@@ -95,11 +97,12 @@ function valueOf(field) {
 function draw() {
   earlier = [];
   inputs = {};
+  elements = {};
   pictureFields = [];
   let pair;
   const rows = [];
   for (const field of fields()) {
-    const row = field.picture ? pictured(field) : labelled(field);
+    const row = elements[field.at] = field.picture ? pictured(field) : labelled(field);
     if (field.half) {
       if (!pair) rows.push(pair = make("div", { className: "pair" }));
       pair.append(row);
@@ -199,7 +202,7 @@ function keep({ target }) {
 
 function write() {
   for (const field of fields()) {
-    if (field.needs) inputs[field.at].parentElement.hidden = !isNeeded(field);
+    if (field.needs) elements[field.at].hidden = !isNeeded(field);
   }
   const payload = payloadOf(at("type").value, values(), earlier);
   at("payload").value = JSON.stringify(payload, null, 2);

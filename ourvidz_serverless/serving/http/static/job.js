@@ -24,6 +24,14 @@ const USES = [
   { value: "character", label: "character" },
 ];
 
+/** How a picture of another shape gets the size; without a value it is cropped. */
+const FITS = [
+  { value: "", label: "cropped to the size" },
+  { value: "pad", label: "with grey around it" },
+  { value: "stretch", label: "stretched to the size" },
+  { value: "extend", label: "as the middle of a larger picture (outpainting)" },
+];
+
 const LANDSCAPE = "yellow mountains under an orange sky, a yellow sun on the right, " +
   "a house on the left";
 const VOYAGE = "a boat sails left over a blue sea under an orange sky";
@@ -73,6 +81,13 @@ const FORMS = {
     {
       ...number("config.denoise_strength", "Change, from 0 to 1", { min: 0, max: 1, step: 0.05 }),
       hint: "by its use",
+      needs: ["config.image"],
+    },
+    { at: "config.resize_mode", label: "Take it", choices: FITS, needs: ["config.image"] },
+    {
+      at: "config.mask",
+      label: "Mask: only what is white is repainted",
+      picture: true,
       needs: ["config.image"],
     },
     consent("config.image"),
