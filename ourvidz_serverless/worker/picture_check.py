@@ -43,7 +43,11 @@ class PictureCheck:
         self._audit: dict[str, Any] = {}
 
     def look_at_references(self, images: Mapping[str, Image.Image]) -> None:
-        """Raise ContentRefused if one of the references, by role, is refused."""
+        """Raise ContentRefused if one of the references, by role, is refused.
+
+        A mask is not looked at: it says where to paint, and nothing of it is shown.
+        """
+        images = {role: image for role, image in images.items() if role != "mask"}
         if not images:
             return
         self._lacks_consent = self._context.needs_consent and not self._job.reference_consent

@@ -174,6 +174,14 @@ def test_a_refused_reference_ends_the_job_before_anything_is_computed(
     assert at.stored() == []
 
 
+def test_a_mask_says_only_where_so_no_classifier_looks_at_it(looking: MakeLocal) -> None:
+    at = looking(fake_sdxl=PainterSdxl(HOUSE))
+
+    document = at.run(batch(HOUSE, config={"image": data_uri(TREE), "mask": data_uri(BOAT)}))
+
+    assert document.status == "completed"
+
+
 @pytest.mark.parametrize(("consents", "expected"), [(False, "CONTENT_REFUSED"), (True, None)])
 @pytest.mark.parametrize(("reference", "result"), [(TREE, BOAT), (BOAT, TREE)])
 def test_a_sexual_reference_and_a_sexual_result_of_one_need_consent(
