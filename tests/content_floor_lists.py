@@ -9,6 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "data/content_floor"
 FIRST_RUN = FOLDER / "first_run.json"
+LATEST_RUN = FOLDER / "latest_run.json"
 
 
 @dataclass(frozen=True, slots=True)

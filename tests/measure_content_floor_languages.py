@@ -3,7 +3,8 @@
     .venv/bin/python -m tests.measure_content_floor_languages            # tables
     .venv/bin/python -m tests.measure_content_floor_languages --errors   # misses, false alarms
     .venv/bin/python -m tests.measure_content_floor_languages --before   # tables of the first run
-    .venv/bin/python -m tests.measure_content_floor_languages --json     # what first_run.json has
+    .venv/bin/python -m tests.measure_content_floor_languages --after    # tables of latest_run.json
+    .venv/bin/python -m tests.measure_content_floor_languages --json     # what latest_run.json has
 
 A sign of a minor is measured in both modes: alone in adult mode, and beside `SEXUAL` outside it. A
 sexual sign is measured beside `MINOR`. The two anchors are separate texts of the same job."""
@@ -19,7 +20,7 @@ from typing import Any
 
 from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.job import CheckedText
-from tests.content_floor_lists import FIRST_RUN, LanguageList, language_lists
+from tests.content_floor_lists import FIRST_RUN, LATEST_RUN, LanguageList, language_lists
 from tests.disguises import DISGUISES, disguised
 
 SEXUAL = "nude"
@@ -72,39 +73,62 @@ class Row:
     family_life: Count
 
 
-def language_row(words: LanguageList) -> Row:
-    hidden = [text for disguise in DISGUISES.values() for text in disguised(words.signs, disguise)]
-    veiled = [text for disguise in DISGUISES.values() for text in disguised(words.sexual, disguise)]
-    return Row(
-        count(words.signs, in_adult_mode),
-        count(words.signs, beside(SEXUAL)),
-        count(words.sexual, beside(MINOR)),
-        count(hidden, in_adult_mode),
-        count(veiled, beside(MINOR)),
-        count(words.look_alikes, in_adult_mode),
-        count(words.look_alikes, beside(SEXUAL)),
-        count(words.passes_outside_adult_mode, alone),
-    )
+@dataclass(frozen=True, slots=True)
+class LanguageFigures:
+    """What is measured of one language."""
 
-
-def group_counts(lists: list[LanguageList]) -> dict[str, Count]:
-    """Signs of a minor and look-alikes in adult mode, by group, over all languages."""
-    counts: dict[str, list[Count]] = {}
-    for words in lists:
-        for group, texts in words.minor.items():
-            counts.setdefault(f"signs: {group}", []).append(count(texts, in_adult_mode))
-        for group, texts in words.passes_in_adult_mode.items():
-            counts.setdefault(f"look-alikes: {group}", []).append(count(texts, in_adult_mode))
-    return {group.replace("_", " "): together(each) for group, each in counts.items()}
-
-
-def disguise_counts(lists: list[LanguageList]) -> dict[str, Count]:
-    """Signs of a minor in adult mode, by disguise, over all languages.
+    row: Row
+    groups: dict[str, Count]
+    """Signs of a minor and look-alikes in adult mode, by group."""
+    disguises: dict[str, Count]
+    """Signs of a minor in adult mode, by disguise.
 
     Only signs that are recognised without a disguise: a sign that the floor does not know says
     nothing about the disguise."""
-    known = [text for words in lists for text in words.signs if in_adult_mode(text)]
-    return {name: count(disguised(known, way), in_adult_mode) for name, way in DISGUISES.items()}
+
+
+def language_figures(words: LanguageList) -> LanguageFigures:
+    known = frozenset(filter(in_adult_mode, words.signs))
+    refused = {
+        name: {text: in_adult_mode(hide(text)) for text in words.signs if hide(text) != text}
+        for name, hide in DISGUISES.items()
+    }
+    veiled = [text for disguise in DISGUISES.values() for text in disguised(words.sexual, disguise)]
+    hidden = [hit for hits in refused.values() for hit in hits.values()]
+    groups = {
+        f"signs: {group}": (len(known.intersection(texts)), len(texts))
+        for group, texts in words.minor.items()
+    } | {
+        f"look-alikes: {group}": count(texts, in_adult_mode)
+        for group, texts in words.passes_in_adult_mode.items()
+    }
+    row = Row(
+        (len(known), len(words.signs)),
+        count(words.signs, beside(SEXUAL)),
+        count(words.sexual, beside(MINOR)),
+        (sum(hidden), len(hidden)),
+        count(veiled, beside(MINOR)),
+        together(groups[f"look-alikes: {group}"] for group in words.passes_in_adult_mode),
+        count(words.look_alikes, beside(SEXUAL)),
+        count(words.passes_outside_adult_mode, alone),
+    )
+    return LanguageFigures(
+        row,
+        {group.replace("_", " "): each for group, each in groups.items()},
+        {
+            name: (sum(hits[text] for text in known & hits.keys()), len(known & hits.keys()))
+            for name, hits in refused.items()
+        },
+    )
+
+
+def summed(parts: Iterable[dict[str, Count]]) -> dict[str, Count]:
+    """The counts of several languages together, by name."""
+    counts: dict[str, list[Count]] = {}
+    for part in parts:
+        for name, each in part.items():
+            counts.setdefault(name, []).append(each)
+    return {name: together(each) for name, each in counts.items()}
 
 
 def long_texts() -> dict[str, str]:
@@ -136,13 +160,17 @@ def costs() -> dict[str, list[float]]:
 
 def measured() -> dict[str, Any]:
     """Everything that a run of this module measures, ready for JSON."""
-    lists = language_lists()
+    by_language = {words.language: language_figures(words) for words in language_lists()}
     figures = {
         "list_version": content_floor.check("").version,
-        "languages": {words.language: asdict(language_row(words)) for words in lists},
-        "groups": group_counts(lists),
-        "disguises": disguise_counts(lists),
+        "languages": {name: asdict(each.row) for name, each in by_language.items()},
+        "groups": summed(each.groups for each in by_language.values()),
+        "disguises": summed(each.disguises for each in by_language.values()),
         "milliseconds": costs(),
+        "parts": {
+            name: {"groups": each.groups, "disguises": each.disguises}
+            for name, each in by_language.items()
+        },
     }
     as_read: dict[str, Any] = json.loads(json.dumps(figures))
     return as_read
@@ -202,6 +230,12 @@ def first_run() -> dict[str, Any]:
     return figures
 
 
+def latest_run() -> dict[str, Any]:
+    """The figures of today's floor, as they are on the page."""
+    figures: dict[str, Any] = json.loads(LATEST_RUN.read_text(encoding="utf-8"))
+    return figures
+
+
 def errors() -> str:
     """Each miss and each false alarm without a disguise, by language."""
     lines = []
@@ -220,12 +254,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--errors", action="store_true", help="each miss and false alarm")
     parser.add_argument("--before", action="store_true", help="the tables of the first run")
+    parser.add_argument("--after", action="store_true", help="the tables of the latest run")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     options = parser.parse_args()
     if options.errors:
         print(errors())
     elif options.before:
         print(tables(first_run()))
+    elif options.after:
+        print(tables(latest_run()))
     else:
         figures = measured()
         print(json.dumps(figures, indent=1) if options.json else tables(figures))

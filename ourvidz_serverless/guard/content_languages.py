@@ -271,19 +271,19 @@ RUSSIAN_YEARS = "второ третье четверо пяти шести се
 UKRAINIAN_YEARS = "друго третьо четверто пяти шести семи восьми девяти десяти"
 #: Schools, pupils and school years, where a rule below does not make them.
 SCHOOL = f"""
-sixth former*, form(1 2 3 4 5 6) pupil, escuela primaria, escuela secundaria, escuela infantil,
+sixth former*, form (1 2 3 4 5 6) pupil, escuela primaria, escuela secundaria, escuela infantil,
 alumn(a o as os) de primaria, alumn(a o as os) de secundaria, colegial(- es), preescolar(- es),
 jardín de infancia, jardín de niños, jardín infantil, guardería(- s), bachillerato, escola
 primária, escola infantil, escola básica, ensino fundamental, ensino básico, ensino médio, educação
 infantil, jardim de infância, creche(- s), pré escola, pré escolar(- es), colegial de, estudante do
 secundário, estudante do ensino, alun(a o as os) do ensino, alun(a o as os) da escola, école
-primaire, école maternelle, école élémentaire, en maternelle, à la maternelle, à au collège, élèves
-de primaire, élève de primaire, cours élémentaire, cours préparatoire, élève de cp, élève de ce(1
-2), élève de cm(1 2), élève de seconde, élève de première, élève de terminale, classe de seconde,
-classe de terminale, scuola elementare, scuola primaria, scuola media, scuole medie, scuola
-materna, scuola dell infanzia, scuola superiore, scuole superiori, asilo nido, asilo infantile, all
-asilo, liceal(e i), scolarett(a e o i), scolar(a o e i), alunn(a o e i), alunn(a o e i) delle
-medie, studentess(a e) delle superiori, student(e i) delle superiori, grundschule(- n),
+primaire, école maternelle, école élémentaire, en maternelle, à la maternelle, à la crèche, au
+collège, élèves de primaire, élève de primaire, cours élémentaire, cours préparatoire, élève de cp,
+élève de ce (1 2), élève de cm (1 2), élève de seconde, élève de première, élève de terminale,
+classe de seconde, classe de terminale, scuola elementare, scuola primaria, scuola media, scuole
+medie, scuola materna, scuola dell infanzia, scuola superiore, scuole superiori, asilo nido, asilo
+infantile, all asilo, liceal(e i), scolarett(a e o i), scolar(a o e i), alunn(a o e i), alunn(a o e
+i) delle medie, studentess(a e) delle superiori, student(e i) delle superiori, grundschule(- n),
 grundschüler(- in innen n), grundschulkind, schuljunge(- n), schulbub, kita(- s),
 kindertagesstätte, kindergartenkind(- er), vorschule, vorschulkind(- er), gymnasiast(- in innen
 en), hauptschüler(- in innen n), realschüler(- in innen n), mittelschüler(- in innen), mittelstufe,

@@ -1,15 +1,20 @@
 """The lists by language: what they hold, and that the floor does not forget what it knew."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from ourvidz_serverless.guard import content_lexicon
 from tests.content_floor_lists import LanguageList, language_lists
 from tests.disguises import DISGUISES, disguised
 from tests.measure_content_floor_languages import (
     errors,
     first_run,
-    language_row,
+    language_figures,
+    latest_run,
+    summed,
     tables,
 )
 
@@ -50,11 +55,31 @@ def test_the_lists_are_those_of_the_first_run(words: LanguageList) -> None:
 
 
 @every_language
-def test_the_content_floor_loses_no_recognition_in_a_language(words: LanguageList) -> None:
-    now, before = language_row(words), first_run()["languages"][words.language]
+def test_the_kept_figures_are_those_of_todays_floor(words: LanguageList) -> None:
+    kept, now = latest_run(), json.loads(json.dumps(asdict(language_figures(words))))
 
-    fewer = {name for name in HITS if getattr(now, name)[0] < before[name][0]}
+    assert now["row"] == kept["languages"][words.language]
+    assert {"groups": now["groups"], "disguises": now["disguises"]} == kept["parts"][words.language]
+
+
+@every_language
+def test_the_content_floor_loses_no_recognition_in_a_language(words: LanguageList) -> None:
+    # The test above keeps the latest figures true.
+    now, before = (run()["languages"][words.language] for run in (latest_run, first_run))
+
+    fewer = {name for name in HITS if now[name][0] < before[name][0]}
     assert fewer == set()
+
+
+@pytest.mark.parametrize("table", ["groups", "disguises"])
+def test_the_kept_totals_are_the_sums_of_the_languages(table: str) -> None:
+    parts = [part[table] for part in latest_run()["parts"].values()]
+
+    assert {name: list(each) for name, each in summed(parts).items()} == latest_run()[table]
+
+
+def test_the_kept_figures_name_todays_list() -> None:
+    assert latest_run()["list_version"] == content_lexicon.LIST_VERSION
 
 
 @pytest.mark.parametrize(
@@ -91,6 +116,10 @@ def test_a_text_that_a_disguise_leaves_alone_is_not_counted() -> None:
 
 def test_the_page_has_the_tables_of_the_first_run() -> None:
     assert tables(first_run()) in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_tables_of_todays_floor() -> None:
+    assert tables(latest_run()) in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_tables_show_both_kinds_of_error_of_each_language() -> None:
