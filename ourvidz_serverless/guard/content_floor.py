@@ -6,10 +6,11 @@ reads and writes nothing. A text goes through these steps:
 
     prohibitions         "No school or minor context applies.", in a system message only
     unescaped, folded    HTML references, compatibility forms, marks, look-alikes, case
-    read again           without punctuation in words, without leet, without spelling out
+    decoded              escapes and Base64, as a reading of their own
+    read again           without punctuation in words, leet, spelling out, camel case
     tokens               words, numbers, and a comma for every pause
     masked               set phrases that only look like a sign ("minor key")
-    signs                words and phrases, ages, words that were glued together or cut apart
+    signs                words and phrases, ages, limits, words that were glued or cut apart
 
 It is a floor and not a classifier: `docs/content-floor.md` says what it catches, what it misses and
 where it errs, measured. The words are in `content_lexicon`. To change one, also change
@@ -18,12 +19,13 @@ where it errs, measured. The words are in `content_lexicon`. To change one, also
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import html
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain, filterfalse, takewhile
 
 from ourvidz_serverless.errors import ContentRefused
 from ourvidz_serverless.guard import content_lexicon as lexicon
@@ -34,11 +36,14 @@ from ourvidz_serverless.job import CheckedText, Role, Signs
 #: The token in place of words that are no sign where they stand.
 MASK = "·"
 
-#: Rounds in which nested HTML references are replaced.
+#: Rounds in which nested HTML references and other escapes are replaced.
 MAX_UNESCAPES = 4
 
 #: In letters: longer words are not looked up as disguised or glued words.
 MAX_WORD_LETTERS = 30
+
+#: In letters: shorter words are not read backwards.
+MIN_REVERSED_LETTERS = 5
 
 #: In words.
 PHRASE_LENGTHS = range(1, 7)
@@ -47,10 +52,30 @@ PHRASE_LENGTHS = range(1, 7)
 TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
 TAG = re.compile("[\U000e0020-\U000e007e]")
 
+#: Words between a comparison and 18 ("under the age of 18").
+MAX_LIMIT_FILLERS = 3
+
+#: A person, a link and two hedges stand before a number; a span, a half and a unit from it on.
+WORDS_BEFORE_AGE, WORDS_OF_AGE = 4, 8
+
 # HTML references.
 AMPERSANDS = re.compile(r"&(?:amp;)+")
 ZEROS = re.compile(r"&#0+(?=\d)")
 HUGE_REFERENCE = re.compile(r"&#\d{8,}")  # no character; Python refuses to parse such a number
+
+# Escapes of URLs and of programming languages, and Base64 (RFC 4648, with either alphabet).
+PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
+BACKSLASH = re.compile(
+    r"\\u\{([0-9A-Fa-f]{1,5})\}|\\u([0-9A-Fa-f]{4})|\\U000([0-9A-Fa-f]{5})|\\x([0-9A-Fa-f]{2})"
+)
+BASE64 = re.compile(r"(?<![\w+/-])[\w+/-]{12,}", re.ASCII)
+URL_ALPHABET = str.maketrans("-_", "+/")
+
+# "littleGirl", "ALittleGirl"
+SMALL = "".join(filter(str.islower, map(chr, (*range(0x180), *range(0x400, 0x500)))))
+LARGE = "".join(filter(str.isupper, map(chr, (*range(0x180), *range(0x400, 0x500)))))
+CAMEL_WORD = re.compile(r"(?<!\w)\w{2,40}(?!\w)")
+CAMEL = re.compile(f"(?<=[{SMALL}])(?=[{LARGE}])|(?<=[{LARGE}])(?=[{LARGE}][{SMALL}])")
 
 # "niña" is also searched as "ninya".
 TILDE = re.compile("[ñÑ]|[nN]\u0303")
@@ -61,14 +86,26 @@ THOUSANDS = re.compile(r"(?<=\d)[,.](?=\d{3}(?!\d))")
 DECIMALS = re.compile(r"(?<=\d)\.\d{1,2}(?!\d)")
 SPAN = re.compile(r"(?<=\d)\s?-\s?(?=\d)")
 SHORT_AGE = re.compile(r"(?<!\w)(\d{1,2})y(?!\w)")
-HAN = lexicon.HAN_DIGITS
-HAN_AGE = re.compile(rf"(?<![{HAN}两十百千])(?:[{HAN}两]|十[一二三四五六七]?)(?=[歳才岁歲])")
+NUMBER_ENDING = re.compile(fold(r"(?<=\d)-(?:ти|ми|х|го|й|му)(?=\s)"))  # 13-ти
+NUMBER_DOT = re.compile(r"(?<=\d)\.(?=\s(?:geburtstag|lebensjahr|dogum|yas|urodz))")
+YEARS_LETTER = re.compile(r"(?<=\d)\s?[ajr]\.(?=\s(?:alt|de idade|de edad))")  # 16 J. alt
+LIMIT_SIGN = re.compile(r"(?<!\w)(?:<\s?|u[ -]?)(?=18(?!\w))")  # <18, U18
+MINUS_LIMIT = re.compile(r"(?<![^\s(])-\s?(?=18\s(?:years|ans|jahre|jaar|anni|anos|лет|lat)(?!\w))")
+
+# Chinese, Japanese and Korean.
+UNSPACED_SCRIPT = re.compile("[\u3040-\u9fff\uac00-\ud7a3]")
 
 # Words, and how they may be disguised.
 TOKEN = re.compile(r"[0-9]+|[ァ-ヺー]+|[^\W\d_ァ-ヺー]+|[,;.!?|\n。、，]")
 PAUSES = frozenset(",;.!?|\n。、，")
 IN_WORD = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_){1,3}(?=[^\W_])")
 SPELLED = re.compile(r"(?<![^\W_])[^\W_](?:[\W_]{1,3}[^\W_](?![^\W_])){2,}")
+SPELLED_BY_ONE = re.compile(r"(?<![^\W_])[^\W_][आ-औ]?(?:[\W_][^\W_][आ-औ]?(?![^\W_]))+")
+DOUBLED_VOWEL = re.compile(r"([aeiouyиыэюяє])\1")
+VOWELS = re.compile("[aeiouyиыэюяє]{1,30}")
+WORD = re.compile(r"[^\W\d_]+")
+BREAKS = frozenset([PAUSE, "break"])
+BREAK = re.compile(r"\sbreak\s")
 CHUNK = re.compile(r"[a-z0-9@$!|+€£¡]+")
 STRETCHED = re.compile(r"(.)\1\1")
 
@@ -139,10 +176,12 @@ def _without_prohibitions(checked: CheckedText) -> str:
 
 
 def _readings(text: str) -> Iterator[Tokens]:
-    """Every way to read a text, as masked tokens; invisible tags are also read as letters."""
+    """Every way to read a text, as masked tokens; tags and escapes are also read as letters."""
     yield from _visible_readings(text)
-    if TAG.search(text):
-        yield from _visible_readings(text.translate(TAGS))
+    tagless = text.translate(TAGS) if TAG.search(text) else text
+    for other in dict.fromkeys((tagless, _decoded(tagless))):
+        if other != text:
+            yield from _visible_readings(other)
 
 
 def _visible_readings(text: str) -> Iterator[Tokens]:
@@ -150,16 +189,57 @@ def _visible_readings(text: str) -> Iterator[Tokens]:
     unescaped = _unescape(text)
     plain = _plain_numbers(fold(unescaped))
     squeezed = IN_WORD.sub("", plain)
-    forms = [plain, squeezed, _join_spelled_words(plain)]
+    forms = [plain, squeezed, *_joined_letters(plain)]
     if TILDE.search(unescaped):
         forms.append(_plain_numbers(fold(TILDE.sub("ny", unescaped))))
+    if CAMEL.search(unescaped):
+        forms.append(_plain_numbers(fold(CAMEL_WORD.sub(_from_camel_case, unescaped))))
     for form in dict.fromkeys(forms):
         yield _masked(_tokens(form))
         restored = _undisguised(form)
         if restored != form:
             yield _masked(_tokens(restored))
-    joined, split = _joined_words(_masked(_tokens(plain))), _split_words(_tokens(squeezed))
+    tokens = _masked(_tokens(plain))
+    if _is_cut(tokens):
+        yield _masked(_rejoined(tokens))
+    joined, split = _joined_words(tokens), _split_words(_tokens(squeezed))
     yield [*joined, *split, *_unspaced_words(squeezed)]
+
+
+def _from_camel_case(word: re.Match[str]) -> str:
+    """The word in its parts, if one of them is a part of a sign."""
+    apart = CAMEL.sub(" ", word[0])
+    return word[0] if lexicon.CAMEL_PARTS.isdisjoint(WORD.findall(fold(apart))) else apart
+
+
+def _decoded(text: str) -> str:
+    """The text without escapes of URLs and of programming languages, and without Base64."""
+    text = _unescape(text)
+    for _ in range(MAX_UNESCAPES):
+        plain = BACKSLASH.sub(_from_backslash, PERCENT.sub(_from_percent, text))
+        plain = BASE64.sub(_from_base64, plain)
+        if plain == text:
+            break
+        text = plain
+    return text
+
+
+def _from_percent(escapes: re.Match[str]) -> str:
+    return bytes.fromhex(escapes[0].replace("%", "")).decode("utf-8", "replace")
+
+
+def _from_backslash(escape: re.Match[str]) -> str:
+    return chr(int(escape[escape.lastindex or 0], 16))
+
+
+def _from_base64(word: re.Match[str]) -> str:
+    """The text that the word encodes, or the word itself if it encodes none."""
+    digits = word[0].translate(URL_ALPHABET)
+    try:
+        decoded = binascii.a2b_base64(digits + "=" * (-len(digits) % 4)).decode()
+    except ValueError:
+        return word[0]
+    return decoded if decoded.replace("\n", " ").isprintable() else word[0]
 
 
 def _unescape(text: str) -> str:
@@ -175,34 +255,54 @@ def _unescape(text: str) -> str:
 
 def _plain_numbers(text: str) -> str:
     """The text without weights, fractions and separators of thousands; "12-14" as "12 to 14"."""
-    text = WEIGHT.sub("", text)
+    text = MINUS_LIMIT.sub("under ", LIMIT_SIGN.sub("under ", WEIGHT.sub("", text)))
     text = DECIMALS.sub("", THOUSANDS.sub("", text))
-    return SHORT_AGE.sub(r"\1 yo", SPAN.sub(" to ", text))
+    text = YEARS_LETTER.sub(" yo", NUMBER_DOT.sub("", NUMBER_ENDING.sub("", text)))
+    text = SHORT_AGE.sub(r"\1 yo", SPAN.sub(" to ", text))
+    return lexicon.COMPOUND_NUMBER.sub(r"\1\2", text)
 
 
 def _tokens(text: str) -> Tokens:
     return [PAUSE if token in PAUSES else token for token in TOKEN.findall(text)]
 
 
-def _join_spelled_words(text: str) -> str:
-    """The text with spelled-out words joined ("t e e n"), then the known words inside those."""
+def _joined_letters(text: str) -> list[str]:
+    """The text with spelled-out words joined ("t e e n"), if it has any.
+
+    First each run of letters as one word, and the known words inside; then with words where two
+    signs stand between two letters.
+    """
     runs = ["".join(filter(str.isalnum, run)) for run in SPELLED.findall(text)]
+    by_one = SPELLED_BY_ONE.sub(lambda run: "".join(filter(str.isalnum, run[0])), text)
     if not runs:
-        return text
+        return [by_one]
     joined = iter(runs)
     together = " ".join([*runs, *(run.translate(LEET) for run in runs)])
-    found = (word for word in lexicon.KNOWN_WORDS if word in together)
-    return ", ".join([SPELLED.sub(lambda _: next(joined), text), *found])
+    found = dict.fromkeys(lexicon.KNOWN_WORD_STARTS.findall(together))
+    return [", ".join([SPELLED.sub(lambda _: next(joined), text), *found]), by_one]
 
 
 def _undisguised(text: str) -> str:
-    """The text with known words in place of their leet or stretched forms ("l0li", "teeeen")."""
+    """The text with known words in place of their leet, stretched and other disguised forms."""
     # Look up each distinct chunk once: most words of a long text are repeated.
     chunks = {chunk for chunk in set(CHUNK.findall(text)) if len(chunk) <= MAX_WORD_LETTERS}
     known = {chunk: word for chunk in chunks if (word := _undisguised_word(chunk))}
-    if not known:
-        return text
-    return CHUNK.sub(lambda match: known.get(match[0], match[0]), text)
+    if known:
+        text = CHUNK.sub(lambda match: known.get(match[0], match[0]), text)
+    words = {word for word in set(WORD.findall(text)) if len(word) <= MAX_WORD_LETTERS}
+    turned = {word: sign for word in words if (sign := _turned(word))}
+    return WORD.sub(lambda match: turned.get(match[0], match[0]), text) if turned else text
+
+
+def _turned(word: str) -> str | None:
+    """The known word that is written backwards, or with each vowel twice, if any."""
+    single = DOUBLED_VOWEL.sub(r"\1", word)
+    if any(len(run) % 2 for run in VOWELS.findall(word)):
+        single = word  # a word of its own: "nuée"
+    if single != word and word not in lexicon.PARTS and single in lexicon.PARTS:
+        return single
+    backwards = word[::-1] if len(word) >= MIN_REVERSED_LETTERS else ""
+    return backwards if backwards in lexicon.PARTS and word not in lexicon.PARTS else None
 
 
 def _undisguised_word(chunk: str) -> str | None:
@@ -231,6 +331,24 @@ def _joined_words(tokens: Tokens) -> Iterator[str]:
             yield joined + three
 
 
+def _is_cut(tokens: Tokens) -> bool:
+    """Whether two words that follow each other are the halves of a known one."""
+    words = [*filterfalse(BREAKS.__contains__, tokens)]
+    return not lexicon.CUT_PARTS.isdisjoint(map(str.__add__, words, words[1:]))
+
+
+def _rejoined(tokens: Tokens) -> Tokens:
+    """The tokens with words that a space, a new line or BREAK cut in two: known words and parts."""
+    whole, i = [], 0
+    while i < len(tokens):
+        after = i + 2 if not BREAKS.isdisjoint(tokens[i + 1 : i + 2]) else i + 1
+        joined = tokens[i] + tokens[after] if after < len(tokens) else ""
+        is_cut = len(joined) <= MAX_WORD_LETTERS and joined in lexicon.CUT_PARTS
+        whole.append(joined if is_cut else tokens[i])
+        i = after + 1 if is_cut else i + 1
+    return whole
+
+
 def _split_words(tokens: Tokens) -> Iterator[str]:
     """The two known words in each word that was glued together."""
     for token in tokens:
@@ -241,10 +359,14 @@ def _split_words(tokens: Tokens) -> Iterator[str]:
 
 
 def _unspaced_words(text: str) -> Iterator[str]:
-    """Known words of scripts without spaces between words."""
-    together = "".join(text.split())
-    yield from (word for word in lexicon.UNSPACED_WORDS if word in together)
-    if HAN_AGE.search(together):
+    """Known words and ages of scripts without spaces between words."""
+    if not UNSPACED_SCRIPT.search(text):
+        return
+    together = "".join(BREAK.sub("", text).split())
+    yield from lexicon.UNSPACED_WORD.findall(together)
+    yield from (word for word in lexicon.SEX_WORDS if word in together)
+    yield from (word.replace(" ", "") for word in lexicon.KOREAN_WORD.findall(text))
+    if lexicon.UNSPACED_AGE.search(together) or lexicon.UNSPACED_SCHOOL_YEAR.search(text):
         yield fold("未成年")
 
 
@@ -282,8 +404,14 @@ def _is_material(tokens: Tokens, i: int) -> bool:
 
 def _has_minor(tokens: Tokens) -> bool:
     return _contains(tokens, lexicon.MINOR_PHRASES) or any(
-        _is_minors_age(tokens, i) for i, token in enumerate(tokens) if token in lexicon.MINOR_AGES
+        _is_age_of_minor(tokens, i) for i, token in enumerate(tokens) if token in lexicon.AGES
     )
+
+
+def _is_age_of_minor(tokens: Tokens, i: int) -> bool:
+    if tokens[i] in lexicon.EIGHTEENS:
+        return _is_limit(tokens, i)
+    return _is_minors_age(tokens, i)
 
 
 def _is_sexual(tokens: Tokens) -> bool:
@@ -313,33 +441,53 @@ def _phrase_ends(tokens: Tokens, i: int, by_first: Index) -> list[int]:
     return [i + n for n in PHRASE_LENGTHS if tuple(tokens[i : i + n]) in phrases]
 
 
-def _follows_phrase(tokens: Tokens, i: int, by_last: Index) -> bool:
-    """Whether a phrase ends just before `i`."""
+def _phrase_starts(tokens: Tokens, i: int, by_last: Index) -> list[int]:
+    """The starts of the phrases that end just before `i`."""
     phrases = by_last.get(tokens[i - 1]) if i else None
     if not phrases:
-        return False
-    return any(tuple(tokens[max(0, i - n) : i]) in phrases for n in PHRASE_LENGTHS)
+        return []
+    return [i - n for n in PHRASE_LENGTHS if n <= i and tuple(tokens[i - n : i]) in phrases]
+
+
+def _follows_phrase(tokens: Tokens, i: int, by_last: Index) -> bool:
+    """Whether a phrase ends just before `i`."""
+    return bool(_phrase_starts(tokens, i, by_last))
 
 
 def _is_minors_age(tokens: Tokens, i: int) -> bool:
     """Whether the number below 18 at `i`, or the span that begins there, is a person's age."""
-    if _is_after_tens(tokens, i):
+    if _has_no_age_near(tokens, i) or _is_after_tens(tokens, i):
         return False
     end = _end_of_number(tokens, i)
     lead = _start_of_number(tokens, i)
     is_led = _follows_phrase(tokens, lead, lexicon.AGE_LEADS_BY_LAST)
     return (
         _has_unit(tokens, end)
-        or (is_led and not _phrase_ends(tokens, end, lexicon.NOT_AGE_PHRASES))
+        or (
+            tokens[i] in lexicon.LED_AGES
+            and is_led
+            and not _phrase_ends(tokens, end, lexicon.NOT_AGE_PHRASES)
+        )
         or _is_years_of_person(tokens, lead, end)
+        or _is_tag(tokens, lead, end, is_span=end > i + 2)
         or (tokens[i] in lexicon.BARE_AGES and _is_bare_age(tokens, lead, end))
     )
 
 
+def _has_no_age_near(tokens: Tokens, i: int) -> bool:
+    """Whether no word that makes a number an age is near `i`. Nearly all numbers end here."""
+    return (
+        lexicon.AGE_WORDS.isdisjoint(tokens[max(0, i - WORDS_BEFORE_AGE) : i + WORDS_OF_AGE])
+        and not "".join(tokens[i + 1 : i + 2]).startswith(lexicon.AGE_MARK_PREFIXES)
+        and not "".join(tokens[i + 3 : i + 4]).startswith(lexicon.AGE_MARK_PREFIXES)
+    )
+
+
 def _is_after_tens(tokens: Tokens, i: int) -> bool:
-    """Whether "twenty" or "twenty and" stands before `i`."""
+    """Whether "twenty" or "twenty and" stands before `i`; of other languages, only beside words."""
     before = i - 2 if i and tokens[i - 1] in lexicon.AND_WORDS else i - 1
-    return before >= 0 and tokens[before] in lexicon.TENS_WORDS
+    tens = lexicon.TENS_BEFORE.get(tokens[i], ())
+    return before >= 0 and (tokens[before] in lexicon.TENS_WORDS or tokens[before] in tens)
 
 
 def _start_of_number(tokens: Tokens, i: int) -> int:
@@ -349,12 +497,12 @@ def _start_of_number(tokens: Tokens, i: int) -> int:
 
 
 def _end_of_number(tokens: Tokens, i: int) -> int:
-    """The end of "13" and of "13 to 19", where the 13 is at `i`."""
+    """The end of "13", of "13 to 19" and of "13 and a half", where the 13 is at `i`."""
     match tokens[i + 1 : i + 3]:
         case [link, number] if link in lexicon.RANGE_WORDS:
-            is_range = number.isdigit() or number in lexicon.RANGE_ENDS
-            return i + 3 if is_range else i + 1
-    return i + 1
+            if number.isdigit() or number in lexicon.RANGE_ENDS:
+                return i + 3
+    return max([i + 1, *_phrase_ends(tokens, i + 1, lexicon.HALF_PHRASES)])
 
 
 def _has_unit(tokens: Tokens, end: int) -> bool:
@@ -362,8 +510,14 @@ def _has_unit(tokens: Tokens, end: int) -> bool:
     unit_ends = _phrase_ends(tokens, end, lexicon.AGE_UNIT_PHRASES)
     if any(token.startswith(lexicon.AGE_MARK_PREFIXES) for token in tokens[end : end + 1]):
         unit_ends.append(end + 1)
+    return any(not _is_thing(tokens[after : after + 1]) for after in unit_ends)
+
+
+def _is_thing(word: Tokens) -> bool:
+    """Whether a word, if there is one, names a thing that has an age, such as whisky."""
     return any(
-        lexicon.AGED_THING_WORDS.isdisjoint(tokens[after : after + 1]) for after in unit_ends
+        token in lexicon.AGED_THING_WORDS or token.endswith(lexicon.AGED_THING_ENDINGS)
+        for token in word
     )
 
 
@@ -372,8 +526,61 @@ def _is_years_of_person(tokens: Tokens, lead: int, end: int) -> bool:
     unit, following = tokens[end : end + 1], tokens[end + 1 : end + 2]
     if lexicon.YEAR_WORDS.isdisjoint(unit) or not lexicon.TIME_WORDS.isdisjoint(following):
         return False
-    is_led = _follows_phrase(tokens, lead, lexicon.YEAR_LEADS_BY_LAST)
+    is_led = _follows_phrase(tokens, lead, lexicon.YEAR_LEADS_BY_LAST) or (
+        _follows_phrase(tokens, lead, lexicon.AGE_LEADS_BY_LAST)
+        and not _phrase_ends(tokens, end, lexicon.NOT_AGE_PHRASES)
+    )
+    if unit == ["anni"]:
+        is_led = is_led or _follows_phrase(tokens, lead, lexicon.ITALIAN_LEADS_BY_LAST)
     return is_led or _is_after_person(tokens, lead)
+
+
+def _is_tag(tokens: Tokens, lead: int, end: int, is_span: bool) -> bool:
+    """Whether the number and bare years form a whole tag or text ("nude, 13 ans")."""
+    if lexicon.TAG_YEAR_WORDS.isdisjoint(tokens[end : end + 1]):
+        return False
+    leads = lexicon.SPAN_LEADS_BY_LAST if is_span else lexicon.TAG_LEADS_BY_LAST
+    starts = [lead, *_phrase_starts(tokens, lead, leads)]
+    ends = [end + 1, *_phrase_ends(tokens, end + 1, lexicon.HALF_PHRASES)]
+    return any(start == 0 or tokens[start - 1] == PAUSE for start in starts) and any(
+        tokens[stop : stop + 1] in ([], [PAUSE]) for stop in ends
+    )
+
+
+def _is_limit(tokens: Tokens, i: int) -> bool:
+    """Whether the 18 at `i` is an age that somebody has not reached ("jünger als 18")."""
+    if lexicon.LIMIT_WORDS.isdisjoint(tokens[max(0, i - WORDS_BEFORE_AGE) : i + WORDS_OF_AGE]):
+        return False
+    lead = i
+    while lead > max(0, i - MAX_LIMIT_FILLERS) and tokens[lead - 1] in lexicon.LIMIT_FILLERS:
+        lead -= 1
+    is_led = any(_follows_phrase(tokens, at, lexicon.LIMITS_BY_LAST) for at in range(lead, i + 1))
+    years_end = _end_of_years(tokens, i + 1)
+    if years_end and not is_led:
+        is_led = _follows_phrase(tokens, i, lexicon.LIMITS_OF_YEARS_BY_LAST)
+    if is_led and (years_end or tokens[i + 1 : i + 2] in ([], [PAUSE])):
+        return True
+    return any(
+        _is_of_person(tokens, i + 1, end)
+        for at in {i + 1, years_end or i + 1}
+        for end in _phrase_ends(tokens, at, lexicon.LIMIT_END_PHRASES)
+    )
+
+
+def _is_of_person(tokens: Tokens, start: int, end: int) -> bool:
+    """Whether the comparison after 18 names years, a person, or nothing else ("18 से कम")."""
+    is_end = tokens[end : end + 1] in ([], [PAUSE])
+    return is_end or not lexicon.LIMITED_WORDS.isdisjoint(tokens[start : end + 1])
+
+
+def _end_of_years(tokens: Tokens, i: int) -> int | None:
+    """The end of the unit of age at `i`, if there is one and it is no time."""
+    ends = _phrase_ends(tokens, i, lexicon.AGE_UNIT_PHRASES)
+    if tokens[i : i + 1] and tokens[i] in lexicon.YEAR_WORDS:
+        ends.append(i + 1)
+    after = max(ends, default=i)
+    is_time = not lexicon.TIME_WORDS.isdisjoint(tokens[after : after + 1])
+    return after if ends and not is_time else None
 
 
 def _is_bare_age(tokens: Tokens, lead: int, end: int) -> bool:
@@ -386,5 +593,5 @@ def _is_bare_age(tokens: Tokens, lead: int, end: int) -> bool:
 
 def _is_after_person(tokens: Tokens, lead: int) -> bool:
     """Whether "girl", "girl, " or "girl of" stands before `lead`."""
-    before = lead - 2 if lead and tokens[lead - 1] in lexicon.LINKS else lead - 1
+    before = lead - 2 if lead and tokens[lead - 1] in lexicon.LINK_WORDS else lead - 1
     return before >= 0 and tokens[before] in lexicon.PERSON_WORDS

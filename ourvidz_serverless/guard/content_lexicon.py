@@ -10,11 +10,14 @@ Change `LIST_VERSION` with every change of a table; `docs/content-floor.md` says
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
 
+from ourvidz_serverless.guard import content_languages as languages
 from ourvidz_serverless.guard.content_folding import REPEATED, SAME_STROKE, fold
 
-LIST_VERSION = "2026-11-6"
+LIST_VERSION = "2026-11-7"
 
 # Words that by themselves mean a person under 18. A claim of age does not clear them ("teen, 19").
 # Do not add girl, boy, young, petite, baby, babe, student, pupil, daughter, little sister: these
@@ -61,7 +64,8 @@ nieletni, nieletnia, ребенок, ребенка, дети, детей, де�
 
 # Words that make a text sexual, clinical and common ones. Do not add what children do and wear
 # (bath, swimsuit, bare feet, kiss, diaper), virgin and madonna, breast and nursing: a nativity
-# scene would be refused. Do not add what occurs inside other Chinese words (性的, 性交, 做爱).
+# scene would be refused. Do not add what occurs inside other Chinese words (性的), unless
+# `languages.UNSPACED_BENIGN` has those words.
 # Adult mode needs none of these words, so ambiguous ones can be left out.
 SEXUAL = """
 sex, sexy, sexier, sexual, sexually, sexuality, sexualize, sexualized, sexualised, sexting, nude*,
@@ -116,7 +120,7 @@ sex, fair sex, biological sex, sex of the baby, nude color*, nude colour*, nude 
 coloured, nude tone*, nude lipstick, nude lip*, nude heel*, nude pump*, nude makeup, nude palette,
 nude nail*, nude shade*, naked eye*, naked mole, moby dick, dick tracy, dick van dyke, cum laude,
 kick ass, pussy willow*, pussy cat*, blue tits, great tits, coal tits, bottle nipple*, cock a
-doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the city
+doodle, black cock, anal retentive, bottomless pit*, sex pistols, sex and the city, sexual education
 """
 
 # A clause that forbids asks for nothing: "never depict minors", "no one under 18", "refuse sexual
@@ -184,7 +188,7 @@ minute*, percent
 YEARS = "years, yrs, yr, años, ans, anni, jahre, jahren, jaar, лет, года"
 YEAR_LEADS = """
 tiene, tengo, tenía, cumple, tem, tenho, tinha, elle a, il a, j ai, jai, âgée de, âgé de, âgées de,
-ha, ho, ей, ему, мне
+ей, ему, мне
 """
 OF_TIME = "de, di, d, of, ago, experience, later, назад, опыта"
 PERSON = """
@@ -194,7 +198,7 @@ femme, élève*, mädchen, junge, frau, tochter, sohn, meisje, jongen, menina*, 
 garoto*, moça, mulher, filha, filho, ragazza, ragazze, ragazzo, donna, figlia, figlio, девочка,
 девочки, девушка, мальчик, дочь, сын
 """
-LINKS = {",", "de", "di", "of", "von", "mit", "con", "com", "with", "is"}
+LINKS = "de, di, of, von, mit, con, com, with, is"
 # After these, a number alone is an age if its clause ends with it. Only digits and English words
 # count, from FIRST_BARE on: "elf" is eleven in German, and a common tag.
 BARE_LEADS = """
@@ -248,7 +252,7 @@ diciannove, восемнадцать, девятнадцать
 HAN_DIGITS = "一二三四五六七八九"
 # A word that begins with one of these makes the number before it an age. Not 세: 15세기 is the 15th
 # century.
-AGE_MARKS = "歳, 才, 岁, 歲, 살, yearold, yearsold"
+AGE_MARKS = "歳, 才, 岁, 歲, 周岁, 周歲, さい, 살, yearold, yearsold"
 
 Tokens = list[str]
 
@@ -266,16 +270,27 @@ NEUTRAL = "excluded"
 MIN_CUT_LETTERS = 5
 NOT_CUT = {"minor", "minors", "underage", "penis", "porno", "bambino"}
 
+UMLAUT = re.compile("[äöü]")
+WITHOUT_UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
+
 KATAKANA = re.compile("[ァ-ヺー]")
 
 
 def _entries(table: str) -> Iterator[Tokens]:
     """The folded phrases of a table; a phrase with `*` occurs without and with its "s"."""
-    for entry in table.split(","):
+    for entry in _spellings(table):
         words = fold(entry).replace("*", "").split()
         yield words
         if "*" in entry:
             yield [*words[:-1], words[-1] + "s"]
+
+
+def _spellings(table: str) -> Iterator[str]:
+    """The entries of a table; those with an umlaut also without ("maedchen")."""
+    for entry in table.split(","):
+        yield entry
+        if UMLAUT.search(entry):
+            yield entry.translate(WITHOUT_UMLAUTS)
 
 
 def _words(table: str) -> frozenset[str]:
@@ -318,50 +333,203 @@ def _ages_in_a_word() -> str:
     return ", ".join([*german, *russian, *grades, *infants, *japanese])
 
 
+def _keys_in_a_word() -> str:
+    """The minor keys after the punctuation in "B-flat minor" has been left out."""
+    return ", ".join(f"{note}{sign} minor" for note in "abcdefg" for sign in ("flat", "sharp"))
+
+
+def _parts(*tables: str) -> Iterator[str]:
+    """The single words of all entries."""
+    for table in tables:
+        yield from (word for words in _entries(table) for word in words)
+
+
+def _one_of(words: Iterable[str]) -> str:
+    """A pattern of the longest of these words, as a tree of their letters: time per letter."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return _branches(tree)
+
+
+def _branches(node: dict[str, Any]) -> str:
+    parts = [re.escape(letter) + _branches(rest) for letter, rest in node.items() if letter]
+    return f"(?:{'|'.join(parts)}){'?' if '' in node else ''}" if parts else ""
+
+
+def _number_rows() -> Iterator[tuple[str, list[str]]]:
+    """Each language's numbers from one to 19, folded, as words without spaces."""
+    for language, rows in languages.NUMBERS.items():
+        for row in rows:
+            yield language, [fold(number).replace("_", "") for number in row.split()]
+
+
+def _compounds() -> tuple[str, str]:
+    """Patterns of the first and second words of numbers that are two words ("dix sept")."""
+    pairs = {
+        tuple(fold(number).split("_"))
+        for rows in languages.NUMBERS.values()
+        for row in rows
+        for number in row.split()
+        if "_" in number
+    }
+    first, second = zip(*pairs, strict=True)
+    return _one_of(sorted(set(first))), _one_of(sorted(set(second)))
+
+
+def _tens_before() -> dict[str, frozenset[str]]:
+    """For each number below 18, the tens of its language."""
+    tens: dict[str, frozenset[str]] = {}
+    for language, numbers in _number_rows():
+        for number in numbers[:17]:
+            tens[number] = tens.get(number, frozenset()) | _words(languages.TENS[language])
+    return tens
+
+
 def _glued(table: str) -> str:
     """The table, and each of its phrases as one word."""
     return table + "".join(f", {''.join(words)}" for words in _entries(table) if len(words) > 1)
 
 
 # The tables as the floor reads them: words in sets, phrases by their first word.
-MINOR_PHRASES = _index(_glued(MINOR) + ", " + _ages_in_a_word())
-SEXUAL_PHRASES = _index(_glued(SEXUAL))
-BENIGN_PHRASES = _index(BENIGN)
+_OTHER_MINOR, _OTHER_SEXUAL = languages.minor(), languages.sexual()
+MINOR_PHRASES = _index(", ".join([_glued(MINOR), _ages_in_a_word(), _glued(_OTHER_MINOR)]))
+SEXUAL_PHRASES = _index(", ".join([_glued(SEXUAL), _glued(_OTHER_SEXUAL)]))
+BENIGN_PHRASES = _index(
+    ", ".join([BENIGN, _keys_in_a_word(), languages.expanded(languages.BENIGN)])
+)
 DENIAL_WORDS, REFUSAL_WORDS = map(_words, (DENIALS, REFUSALS))
 FILLER_WORDS, FORBIDDEN_WORDS = map(_words, (FILLERS, FORBIDDEN))
 NEGATION_WORDS = DENIAL_WORDS | REFUSAL_WORDS
 PROHIBITION_PATTERN = _prohibition()
 FORBIDDEN_NOUN_PATTERN = re.compile(rf"\b(?:{_either(FORBIDDEN)})\b", re.ASCII | re.IGNORECASE)
 HEDGE_WORDS = _words(HEDGES)
-MATERIAL_WORDS, AGED_THING_WORDS, YEAR_WORDS = map(_words, (MATERIAL, AGED_THINGS, YEARS))
-TIME_WORDS, PERSON_WORDS, TENS_WORDS = map(_words, (OF_TIME, PERSON, TENS))
-AND_WORDS, RANGE_WORDS = map(_words, (AND, RANGES))
-AGE_UNIT_PHRASES, NOT_AGE_PHRASES = map(_index, (AGE_UNITS, NOT_AGES))
+MATERIAL_WORDS = _words(MATERIAL)
+AGED_THING_WORDS = _words(AGED_THINGS) | _words(languages.expanded(languages.AGED_THINGS))
+AGED_THING_ENDINGS = tuple(_words(languages.AGED_THING_ENDINGS))
+TAG_YEAR_WORDS = _words(languages.YEARS)
+YEAR_WORDS = _words(YEARS) | TAG_YEAR_WORDS
+TIME_WORDS = _words(OF_TIME) | _words(languages.OF_TIME)
+PERSON_WORDS = _words(PERSON) | _words(languages.expanded(languages.PERSON))
+LINK_WORDS = _words(LINKS + ", " + languages.LINKS) | {PAUSE}
+TENS_WORDS, AND_WORDS = map(_words, (TENS, AND))
+RANGE_WORDS = _words(RANGES) | _words(languages.RANGES)
+_UNITS = AGE_UNITS + ", " + languages.expanded(languages.AGE_UNITS)
+AGE_UNIT_PHRASES, NOT_AGE_PHRASES = map(_index, (_UNITS, NOT_AGES))
+HALF_PHRASES = _index(languages.HALVES)
 AGE_LEADS_BY_LAST, YEAR_LEADS_BY_LAST, BARE_LEADS_BY_LAST = (
-    _index(table, key=-1) for table in (AGE_LEADS, YEAR_LEADS, BARE_LEADS)
+    _index(table, key=-1)
+    for table in (
+        AGE_LEADS + ", " + languages.AGE_LEADS,
+        YEAR_LEADS + ", " + languages.YEAR_LEADS,
+        BARE_LEADS + ", " + languages.BARE_LEADS,
+    )
 )
+(
+    ITALIAN_LEADS_BY_LAST,
+    TAG_LEADS_BY_LAST,
+    SPAN_LEADS_BY_LAST,
+    LIMITS_BY_LAST,
+    LIMITS_OF_YEARS_BY_LAST,
+) = (
+    _index(languages.expanded(table), key=-1)
+    for table in (
+        languages.ITALIAN_LEADS,
+        languages.TAG_LEADS,
+        languages.SPAN_LEADS,
+        languages.LIMITS,
+        languages.LIMITS_OF_YEARS,
+    )
+)
+#: One of these stands near each number that is an age.
+AGE_WORDS = frozenset(
+    chain(
+        AGE_UNIT_PHRASES,
+        YEAR_WORDS,
+        PERSON_WORDS,
+        AGE_LEADS_BY_LAST,
+        YEAR_LEADS_BY_LAST,
+        BARE_LEADS_BY_LAST,
+    )
+)
+LIMIT_FILLERS = _words(languages.LIMIT_FILLERS)
+LIMIT_END_PHRASES = _index(languages.LIMITS_AFTER)
+#: One of these stands near each 18 that is a limit.
+LIMIT_WORDS = frozenset(chain(LIMITS_BY_LAST, LIMITS_OF_YEARS_BY_LAST, LIMIT_END_PHRASES))
+LIMITED_WORDS = YEAR_WORDS | PERSON_WORDS | {*AGE_LEADS_BY_LAST} | {*AGE_UNIT_PHRASES}
 AGE_MARK_PREFIXES = tuple(_words(AGE_MARKS))
-MINOR_AGES = frozenset(
+_NUMBER_ROWS = list(_number_rows())
+#: Numbers that are an age even without a unit, after a lead ("aged twelve").
+LED_AGES = frozenset(
     {f"{n:0{digits}}" for n in range(18) for digits in (1, 2)}
     | {word for language in NUMBERS for word in fold(language).split()}
 )
-RANGE_ENDS = MINOR_AGES | _words(TOP_TEENS) | TENS_WORDS
+MINOR_AGES = LED_AGES | {number for _, row in _NUMBER_ROWS for number in row[:17]}
+MINOR_AGES |= {f"{number}einhalb" for number in fold(NUMBERS[3]).split()}
+TENS_BEFORE = _tens_before()
+EIGHTEENS = _words("18, eighteen, dieciocho, achtzehn, diciotto")
+EIGHTEENS |= {row[17] for _, row in _NUMBER_ROWS}
+AGES = MINOR_AGES | EIGHTEENS
+RANGE_ENDS = (
+    MINOR_AGES | _words(TOP_TEENS) | TENS_WORDS | {n for _, row in _NUMBER_ROWS for n in row}
+)
 BARE_AGES = frozenset(map(str, range(FIRST_BARE, 18))) | set(NUMBERS[0].split()[FIRST_BARE - 1 :])
+COMPOUND_NUMBER = re.compile(r"(?<!\w)({})[ -]({})(?!\w)".format(*_compounds()))
 
 _INDEXES = (MINOR_PHRASES, SEXUAL_PHRASES)
 _SINGLE_WORDS = sorted({word for index in _INDEXES for word in index if (word,) in index[word]})
-KNOWN_WORDS = [word for word in _SINGLE_WORDS if len(word) > 2]
+_MAIN_WORDS = _words(_glued(MINOR)) | _words(_glued(SEXUAL))
+#: Other languages' words of less than five letters occur in glued words by chance.
+KNOWN_WORDS = [word for word in _SINGLE_WORDS if len(word) > (2 if word in _MAIN_WORDS else 4)]
+KNOWN_WORD_STARTS = re.compile(f"(?=({_one_of(KNOWN_WORDS)}))")
 CUT_WORDS = {word for word in KNOWN_WORDS if len(word) >= MIN_CUT_LETTERS} - NOT_CUT
 GLUED_PARTS = {*KNOWN_WORDS, "girl", "girls", "boy", "boys"}
 GLUED_PREFIXES = {word[:3] for word in GLUED_PARTS}
-UNSPACED_WORDS = [
-    word for word in _SINGLE_WORDS if word[0] >= "\u1100" and not KATAKANA.match(word)
-]
+
+_UNSPACED = [word for word in _SINGLE_WORDS if word[0] >= "\u1100" and not KATAKANA.match(word)]
+_KOREAN = _words(_glued(languages.KOREAN_MINOR + ", " + languages.KOREAN_SEXUAL))
+_BENIGN = _words(languages.UNSPACED_BENIGN) | {f"{char}性" for char in languages.BEFORE_SEX}
+#: Words in texts without their spaces. A longer harmless word is found first, and is no sign.
+UNSPACED_WORD = re.compile(_one_of([*(set(_UNSPACED) - _KOREAN), *_BENIGN]))
+KOREAN_WORD = re.compile(
+    "(?<![가-힣])" + _one_of([*_KOREAN, *_words(_glued(languages.KOREAN_BENIGN))])
+)
+#: 女性 is no sign, but 美女 and 性感内衣 stand in 美女性感内衣.
+SEX_WORDS = [word for word in _UNSPACED if word in _MAIN_WORDS and word[0] == "性"]
+UNSPACED_AGE = re.compile(fold("|".join(languages.UNSPACED_AGES)))
+UNSPACED_SCHOOL_YEAR = re.compile(languages.UNSPACED_SCHOOL_YEARS)
+_SIGN_WORDS = {w for index in _INDEXES for phrases in index.values() for ws in phrases for w in ws}
+#: All words of signs, of ages and of limits, as parts of what a disguise hides.
+PARTS = frozenset(
+    word
+    for word in (
+        *_SIGN_WORDS,
+        *(number for _, row in _NUMBER_ROWS for number in row[:18]),
+        *MINOR_AGES,
+        *EIGHTEENS,
+        *YEAR_WORDS,
+        *_parts(_UNITS, AGE_LEADS, languages.AGE_LEADS, YEAR_LEADS, languages.YEAR_LEADS),
+        *_parts(languages.expanded(languages.LIMITS), languages.LIMITS_AFTER),
+        *_parts(BARE_LEADS, languages.BARE_LEADS),
+    )
+    if len(word) > 2 and word.isalpha()
+)
+# Of four letters only what needs a number beside it: in Dutch, "t een" is no "teen".
+_SHORT_PARTS = {word for word in YEAR_WORDS | MINOR_AGES if len(word) == MIN_CUT_LETTERS - 1}
+CUT_PARTS = frozenset(word for word in PARTS if len(word) >= MIN_CUT_LETTERS) - NOT_CUT
+CUT_PARTS |= _SHORT_PARTS & PARTS
+CAMEL_PARTS = {word for word in PARTS if len(word) > 3} | _MAIN_WORDS | TAG_YEAR_WORDS
+_LEET_TABLES = (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
 LEET_WORDS = {
     word.translate(SAME_STROKE): word
-    for table in (MINOR, SEXUAL, AGE_UNITS, AGE_LEADS, PERSON, ",".join(NUMBERS[0].split()))
+    for table in _LEET_TABLES
     for words in _entries(_glued(table))
     for word in words
 }
+for _part in sorted(PARTS):
+    LEET_WORDS.setdefault(_part.translate(SAME_STROKE), _part)
 # Reversed, so that the first table takes precedence: "teeeen" is teen, not ten.
 STRETCHED_WORDS = {REPEATED.sub(r"\1", drawn): word for drawn, word in reversed(LEET_WORDS.items())}
