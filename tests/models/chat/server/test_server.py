@@ -98,6 +98,13 @@ def test_fields_of_a_server_that_is_not_known_are_those_that_the_setting_lists()
         assert server.bodies[-1]["top_k"] == 7
 
 
+def test_a_salt_that_a_server_may_not_know_ends_the_start() -> None:
+    with ChatServer(owner="somebody") as server:
+        salted = settings_for(server.url, chat_cache_salt="user")
+
+        assert failure_of(salted) == "CHAT_CACHE_SALT: the server is not known to have cache_salt"
+
+
 # --- streams ---
 
 
