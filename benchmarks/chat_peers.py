@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Comparison(workloads[name], sizes["vocab_size"]).row(arms, num_turns)
                 for name in chosen
             ]
-    note = f"float32, greedy, replies of 12 to 64 tokens, {num_turns} turns of each engine"
+    note = f"float32, greedy, replies of 12 to 64 tokens, turns of each engine: {num_turns}"
     found = report.table(TITLE, HEADERS, rows, f"{note}; one thread in each.")
     report.finish("chat_peers", [found], options.json)
 
