@@ -42,7 +42,11 @@ KEY_NAMES = ("worker_api_key", *OTHER_KEY_NAMES)
 #: What a chat's server may have beside OpenAI's own fields.
 SERVER_FIELDS = (
     *("top_k", "min_p", "repetition_penalty", "response_format", "chat_template_kwargs"),
+    "cache_salt",
 )
+
+#: Whose conversations may share what chat has computed of them: everybody's, or each user's own.
+CacheSalt = Literal["none", "user"]
 
 WINDOWS_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
@@ -233,6 +237,7 @@ class FixedSettings(BaseSettings):
     chat_max_batch: int = Field(64, ge=1, le=256)
     chat_kv_tokens: int | None = Field(None, ge=256)
     chat_prefix_tokens: int = Field(16384, ge=0)
+    chat_cache_salt: CacheSalt = "none"
 
     # WAN.
     wan_model: str = "pocket"

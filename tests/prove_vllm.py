@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ CONTEXT = 512
 MODEL = "pocket"
 FRANCE = {"role": "user", "content": "What is the capital of France?"}
 STORY = {"role": "user", "content": "Tell a very long story about the sea."}
+
+#: The tokens of a long reply: nearly the whole context.
+LONG = 450
 
 
 def make_environment(venv: Path) -> None:
@@ -114,39 +117,52 @@ def prove_same_reply(at: LocalWorker) -> None:
     print("replies and counts are those of the worker's own engine:", other.reply["usage"])
 
 
+def run_until_first_words(at: LocalWorker, job_id: str, call: Callable[[], None]) -> Document:
+    """A job with a long reply, during which something is called once: at its first words."""
+    calls = iter([call])
+    payload = chat_payload(id=job_id, messages=[STORY], max_tokens=LONG, temperature=0, stream=True)
+    envelope = Envelope.of({"id": f"rp-{job_id}", "input": payload}, at.settings.families)
+    return at.worker.run(
+        envelope, at.stop, at.progress.append, lambda item: next(calls, lambda: None)()
+    )
+
+
 def prove_cancel(at: LocalWorker, url: str) -> None:
-    """A cancelled job leaves the server's batch."""
-    stop = Stop()
-    payload = chat_payload(id="long", messages=[STORY], max_tokens=450, temperature=0)
-    event = {"id": "rp-long", "input": payload}
-    job = start(at.worker.run, Envelope.of(event), stop, at.progress.append)
-    wait_until(lambda: num_running(url) == 1)
-    stop.set()
-    document = job.result(PATIENCE_S)
+    """A cancelled job leaves the server's batch, which generates no further token of its reply."""
+    before = metric(url, "vllm:generation_tokens_total")
+    document = run_until_first_words(at, "long", at.stop.set)
+    at.stop = Stop()
     assert document.failure and document.failure.code == "CANCELLED", document
-    wait_until(lambda: num_running(url) == 0)
-    print("a cancelled job leaves the server's batch")
+    wait_until(lambda: metric(url, "vllm:num_requests_running") == 0)
+    # The server would have left it too, at the end of the whole reply.
+    num_tokens = metric(url, "vllm:generation_tokens_total") - before
+    assert 0 < num_tokens < LONG, num_tokens
+    print(f"a cancelled job leaves the server's batch, after {num_tokens:g} of {LONG} tokens")
 
 
-def num_running(url: str) -> float:
+def metric(url: str, name: str) -> float:
+    """The sum of a metric's values, of all engines."""
     lines = requests.get(f"{url}/metrics", timeout=PATIENCE_S).text.splitlines()
-    found = [line for line in lines if line.startswith("vllm:num_requests_running{")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
 
 
 def prove_death(at: LocalWorker) -> None:
     """An engine that is killed while it answers is a lost device."""
-    job = start(run, at, id="last", messages=[STORY], max_tokens=450, stream=True)
-    wait_until(lambda: at.streamed)
-    engines = subprocess.run(["pgrep", "-f", "VLLM::EngineCore"], capture_output=True, text=True)
-    group = server_group(at)
-    for pid in map(int, engines.stdout.split()):
-        if os.getpgid(pid) == group:
-            os.kill(pid, signal.SIGKILL)
+    job = start(run_until_first_words, at, "last", lambda: kill_engine(at))
     document = job.result(PATIENCE_S)
     assert document.result().get("refresh_worker") is True, document
-    wait_until(lambda: at.worker.is_lost)
+    assert at.worker.is_lost
     print("a dead engine is a lost device:", document.failure and document.failure.message)
+
+
+def kill_engine(at: LocalWorker) -> None:
+    """Kill vLLM's engine, which is a process of its own below the API's."""
+    group = server_group(at)
+    engines = subprocess.run(["pgrep", "-f", "VLLM::EngineCore"], capture_output=True, text=True)
+    killed = [pid for pid in map(int, engines.stdout.split()) if os.getpgid(pid) == group]
+    assert killed, "the engine's process is not found"
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
 
 
 def server_group(at: LocalWorker) -> int:

@@ -284,7 +284,8 @@ class ChatJob(Job):
         )
         messages = tuple((message.role, message.content) for message in self.conversation)
         schema = self.response_format.reply_schema
-        return ChatRequest(messages, sampling, self.model, self.truncate, schema, self.thinking)
+        thinking, user = self.thinking, self.user_id
+        return ChatRequest(messages, sampling, self.model, self.truncate, schema, thinking, user)
 
     @property
     def reply_field(self) -> str:

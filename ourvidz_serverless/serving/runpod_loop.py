@@ -11,6 +11,8 @@ What the SDK (1.12) does, and what `install` does instead:
   waits grow, with one line in the log when the outage begins, and one when it ends.
 - The SDK takes jobs of any type, up to its concurrency. Here a `Share` limits how many jobs of one
   kind the worker holds.
+- The SDK replaces a worker only after a job. Here a worker that `is_lost` begins no more polls, and
+  ends even if it has no job.
 - In the SDK a stop signal that comes before the job's task has begun is lost, and the job's slot
   may be lost too. Here the job is stopped when it begins.
 
@@ -75,18 +77,23 @@ class Share:
 
 
 def install(
-    close: Callable[[], None], keep: Keep, grace_s: float, share: Share | None = None
+    close: Callable[[], None],
+    keep: Keep,
+    grace_s: float,
+    share: Share | None = None,
+    is_lost: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make `runpod.serverless.start` run this loop.
 
     `close` is called once, at SIGTERM or SIGINT. After it, results are posted for `grace_s` at
     most. While the worker holds as many jobs of `share` as it may, it does not poll at all, because
-    a poll cannot choose the kind of its job. Raises ModelLoadError for another version of the SDK.
+    a poll cannot choose the kind of its job. A worker that `is_lost` ends with its last job. Raises
+    ModelLoadError for another version of the SDK.
     """
     if not runpod.__version__.startswith(SDK):
         raise ModelLoadError(f"runpod: version {SDK}x is needed, {runpod.__version__} is installed")
     rp_scale.JobScaler = functools.partial(
-        Loop, close=close, keep=keep, grace_s=grace_s, share=share
+        Loop, close=close, keep=keep, grace_s=grace_s, share=share, is_lost=is_lost
     )
     rp_ping.log = HeartbeatLog()
 
@@ -101,10 +108,11 @@ class Loop(rp_scale.JobScaler):
         keep: Keep,
         grace_s: float,
         share: Share | None = None,
+        is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(config)
         self._close, self._keep, self._grace_s = close, keep, grace_s
-        self._is_closing, self._ends = False, math.inf
+        self._is_closing, self._is_lost, self._ends = False, is_lost, math.inf
         self._started: set[str] = set()
         self._share, self._in_share = share, set[str]()
         self._job_ended = asyncio.Event()
@@ -116,7 +124,7 @@ class Loop(rp_scale.JobScaler):
     @property
     def is_closing(self) -> bool:
         """Whether the loop begins no more polls for jobs."""
-        return self._is_closing
+        return self._is_closing or self._is_lost()
 
     def handle_shutdown(self, signum: int, frame: object) -> None:
         """The handler of SIGTERM and SIGINT; a second signal changes nothing."""

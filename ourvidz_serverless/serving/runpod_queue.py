@@ -70,6 +70,7 @@ def serve(worker: Worker, settings: Settings) -> None:
         keep=functools.partial(keep_result, worker),
         grace_s=settings.shutdown_grace_s,
         share=share_of(settings),
+        is_lost=lambda: worker.is_lost,
     )
     make_handler_of = make_stream_handler if _streams(settings) else make_handler
     config: dict[str, Any] = {

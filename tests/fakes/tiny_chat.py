@@ -31,6 +31,7 @@ from ourvidz_serverless.models.chat.request import ChatRequest, Message, ModelNa
 from ourvidz_serverless.models.chat.tokenizer import ChatTokenizer
 from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
+from ourvidz_serverless.settings import CacheSalt
 from tests.fakes.devices import fake_ledger
 from tests.patience import PATIENCE_S, start
 
@@ -148,12 +149,13 @@ def tiny_chat_model(
     return ChatModel(network or tiny_network(), tokenizer, CPU, engine_limits, capture=capture)
 
 
-def tiny_chat(context: int = 512, **limits: int) -> Chat:
+def tiny_chat(context: int = 512, cache_salt: CacheSalt = "none", **limits: int) -> Chat:
     """One model that serves under both names."""
     model = tiny_chat_model(tiny_network(context=context), **limits)
     ledger = fake_ledger(model.num_bytes)
     ledger.register(model, "qwen_instruct", "chat")
-    return Chat({"qwen_instruct": model, "qwen_base": model}, CPU, context, ledger)
+    models: dict[ModelName, ChatModel] = {"qwen_instruct": model, "qwen_base": model}
+    return Chat(models, CPU, context, ledger, cache_salt)
 
 
 def tiny_pair(places: int) -> Chat:
@@ -221,13 +223,18 @@ def prompt_ids(reply: EngineReply) -> list[int]:
 
 
 def new_generation(
-    model: ChatModel, prompt: str, check: Any = None, shared: str = "", **sampling: Any
+    model: ChatModel,
+    prompt: str,
+    check: Any = None,
+    shared: str = "",
+    salt: str = "",
+    **sampling: Any,
 ) -> Generation:
     """A request to continue `shared + prompt`, greedy unless `sampling` says otherwise."""
     params = SamplingParams(**{"max_tokens": 12, "temperature": 0, **sampling})
     ids = model.tokenizer.encode(shared + prompt)
     options = {"check": check} if check else {}
-    return Generation(ids, params, model.tokenizer.decode, **options)
+    return Generation(ids, params, model.tokenizer.decode, cache_salt=salt, **options)
 
 
 def text_of(engine: Engine, generation: Generation) -> str:

@@ -16,7 +16,7 @@ from ourvidz_serverless.jobs import chat as chat_jobs
 from ourvidz_serverless.jobs.chat import ChatJob
 from ourvidz_serverless.jobs.envelope import Envelope
 from ourvidz_serverless.models.chat.request import ChatRequest, SamplingParams
-from ourvidz_serverless.settings import Settings
+from ourvidz_serverless.settings import CacheSalt, Settings
 from tests.fakes.clock import Clock
 from tests.fakes.fake_chat import FakeChat
 from tests.fakes.local_worker import LocalWorker, chat_payload
@@ -203,6 +203,7 @@ def test_a_job_that_sets_no_sampling_gets_the_defaults(name: str, max_tokens: in
         (("user", "Hello"),),
         SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.9),
         "qwen_instruct",
+        user="anonymous",
     )
 
 
@@ -658,3 +659,20 @@ def test_a_schema_that_is_not_supported_is_an_invalid_prompt(
 
     assert code(document) == "INVALID_PROMPT"
     assert document.failure.message.startswith("response_format")
+
+
+@pytest.mark.parametrize(("salt", "is_shared"), [("none", True), ("user", False)])
+def test_users_share_what_is_computed_of_a_prompt_unless_the_cache_is_salted(
+    local: MakeLocal, salt: CacheSalt, is_shared: bool
+) -> None:
+    at = local(models={"chat": tiny_chat(cache_salt=salt)}, settings=Settings(families=("chat",)))
+    messages = [{"role": "user", "content": "Tell a story. " * 9}]
+
+    def num_reused(job_id: str, user: str) -> int:
+        document = at.run(chat_payload(id=job_id, user_id=user, messages=messages, max_tokens=2))
+        count: int = document.reply["usage"]["prompt_tokens_reused"]
+        return count
+
+    first, other, again = num_reused("a", "ada"), num_reused("b", "grace"), num_reused("c", "ada")
+
+    assert (first, other > 0, again > 0) == (0, is_shared, True)

@@ -29,8 +29,16 @@ MESSAGE_TOKENS, FORMAT_TOKENS = 4, 3
 #: A process prints at its start which of these variables it has.
 ENVIRONMENT = ("HF_TOKEN", "VLLM_LOGGING_LEVEL", "WORKER_API_KEY")
 
-#: A message with this text ends the server while it answers.
+#: A message with this text ends the server while it answers. With one of the next two the stream
+#: breaks off, and the server is ill; it ends when it has been asked for its health often enough, or
+#: never. The last one is answered with an error, and nothing else is wrong.
 DIE = "Please end now."
+DIE_SLOWLY = "Please end later."
+HANG = "Please answer no more."
+FAIL = "Please fail."
+
+#: How often a server that ends later is asked for its health first.
+NUM_HEALTH_CHECKS = 3
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,15 @@ class ChatServer(LocalServer):
         self.behaviour = behaviour or Behaviour(**changes)
         self.bodies: list[dict[str, Any]] = []
         self.num_writing = self.num_abandoned = 0
+        self.is_ill = self.is_ending = False
+        self.num_health_checks = 0
 
     def answer(self, request: Request) -> Answer:
         is_known = request.headers.get("Authorization") == f"Bearer {self.behaviour.key}"
         if self.behaviour.key and not is_known:
             return _refusal(401, "invalid_api_key", "a key is needed")
+        if request.path == "/health":
+            return self._health()
         if request.path == "/v1/models":
             owner = self.behaviour.owner
             data = [{"id": name, "owned_by": owner} for name in self.behaviour.models]
@@ -74,6 +86,12 @@ class ChatServer(LocalServer):
             return self._complete(body, is_chat="messages" in body)
         return _refusal(404, "not_found", request.path)
 
+    def _health(self) -> Answer:
+        self.num_health_checks += 1
+        if self.is_ending and self.num_health_checks >= NUM_HEALTH_CHECKS:
+            os._exit(3)
+        return Answer(503 if self.is_ill else 200)
+
     def _complete(self, body: dict[str, Any], is_chat: bool) -> Answer:
         with self.changed:
             self.bodies.append(body)
@@ -81,6 +99,8 @@ class ChatServer(LocalServer):
         if prompt_tokens > context:
             message = f"This model's maximum context length is {context} tokens."
             return _refusal(400, "input_tokens", message)
+        if FAIL in json.dumps(body):
+            return _refusal(500, None, "Internal server error")
         if len(body.get("stop", [])) > 4:
             return _refusal(400, "body.stop", "List should have at most 4 items")
         pieces = self._pieces(body, prompt_tokens, is_chat)
@@ -119,6 +139,9 @@ class ChatServer(LocalServer):
             yield _event({"choices": [{**part, "finish_reason": None}]})
             if DIE in json.dumps(body):
                 os._exit(3)
+            if DIE_SLOWLY in json.dumps(body) or HANG in json.dumps(body):
+                self.is_ill, self.is_ending = True, DIE_SLOWLY in json.dumps(body)
+                raise OSError
         part = {"delta": {}} if is_chat else {"text": ""}
         yield _event({"choices": [{**part, "finish_reason": reason}]})
         if self.behaviour.counts_usage:

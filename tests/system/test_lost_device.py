@@ -1,6 +1,10 @@
 """A device that takes no more work from this process: its job may be retried, its worker ends."""
 
 import asyncio
+import os
+import shlex
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +107,27 @@ def test_a_chat_worker_that_lost_its_device_is_replaced(tmp_path: Path) -> None:
         assert process.wait() == 0
     assert result["stopPod"] is True
     assert failure(platform.status(job))["code"] == "INTERNAL_ERROR"
+
+
+def test_a_worker_whose_chat_server_dies_while_it_is_idle_takes_no_further_job(
+    tmp_path: Path,
+) -> None:
+    pids = tmp_path / "pids"
+    program = shlex.quote(sys.executable)
+    env = {
+        "FAMILIES": "chat",
+        "CHAT_ENGINE": "openai",
+        "CHAT_SERVER_COMMAND": (
+            f"{program} -m tests.servers.chat_server --port {{port}} --children {pids}"
+        ),
+        "STORAGE_URL": f"file:{tmp_path / 'assets'}",
+    }
+    with Platform() as platform, WorkerProcess(platform, "handler.py", env=env, cwd=ROOT) as worker:
+        os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
+
+        assert worker.wait() == 0
+        job = platform.submit(chat_payload())
+        assert platform.status(job)["status"] == "IN_QUEUE"
 
 
 @pytest.mark.slow

@@ -256,7 +256,7 @@ class Engine:
 
     def _num_expected(self, newcomer: Generation) -> int:
         """The pages that a request will take for its tokens, beside those that others use."""
-        found = self.pages.find(newcomer.ids[:-1])
+        found = self._find(newcomer)
         in_use = sum(page.num_users > 0 for page in found.pages)
         being_read = max(
             (self._common(newcomer, other) for other in self._running if other.num_pending > 1),
@@ -273,6 +273,8 @@ class Engine:
 
     def _common(self, one: Generation, other: Generation) -> int:
         """The tokens that one request can have from the pages of another."""
+        if one.cache_salt != other.cache_salt:
+            return 0
         return self.pages.shareable(common_length(one.ids[:-1], other.ids))
 
     def _begin(self, generation: Generation) -> bool:
@@ -281,7 +283,7 @@ class Engine:
         It waits for a request before it that is about to compute more of that beginning, or for
         pages.
         """
-        found = self.pages.find(generation.ids[:-1])
+        found = self._find(generation)
         earlier = self._running[: self._running.index(generation)]
         if any(
             other.num_pending > 1 and self._common(generation, other) > found.num_tokens
@@ -291,9 +293,12 @@ class Engine:
         if not self._make_room(generation, self.pages.num_new(found)):
             return False
         # To make room may have dropped pages that were found; the rest is computed.
-        found = self.pages.find(generation.ids[:-1])
-        self._share(generation, found)
+        self._share(generation, self._find(generation))
         return True
+
+    def _find(self, generation: Generation) -> Found:
+        """What the cache holds of a request, without its last token, which is always computed."""
+        return self.pages.find(generation.ids[:-1], generation.cache_salt)
 
     def _share(self, generation: Generation, found: Found) -> None:
         generation.pages = self.pages.share(found.pages)
@@ -322,7 +327,8 @@ class Engine:
         return True
 
     def _take_page(self, generation: Generation) -> Page:
-        page = self.pages.take(generation.pages[-1] if generation.pages else None)
+        parent = generation.pages[-1] if generation.pages else None
+        page = self.pages.take(parent, generation.cache_salt)
         generation.pages.append(page)
         return page
 

@@ -21,7 +21,8 @@ class Generation:
 
     The engine calls `check` at each token while the request waits or runs. What `check` raises
     ends the request and the iteration. To stop the iteration is to cancel the request. The counts
-    and times are complete after the last piece.
+    and times are complete after the last piece. Requests share what is computed of them if they
+    have the same `cache_salt`.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class Generation:
         check: Check = lambda: None,
         grammar: Matcher | None = None,
         thoughts: Thoughts | None = None,
+        cache_salt: str = "",
     ) -> None:
         self.ids = list(prompt)
         self.num_prompt = len(prompt)
+        self.cache_salt = cache_salt
         self.sampling = sampling
         #: The pages of its tokens in the KV cache. At first, how many it is expected to take.
         self.pages: list[Page] = []

@@ -55,7 +55,7 @@ def load(settings: Settings, ledger: Ledger | None = None) -> Chat:
         sources[name].register(models[name], ledger, name, "chat")
     served = {name: models[names[source.place]] for name, source in sources.items()}
     ledger.preload(*served.values())
-    return Chat(served, device, settings.chat_context, ledger)
+    return Chat(served, device, settings.chat_context, ledger, settings.chat_cache_salt)
 
 
 def check(settings: Settings, ledger: Ledger) -> None:

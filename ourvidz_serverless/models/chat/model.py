@@ -23,6 +23,7 @@ from ourvidz_serverless.models.memory.device import Device
 from ourvidz_serverless.models.memory.ledger import Ledger
 from ourvidz_serverless.models.memory.movable_tensors import MovableTensors, Read
 from ourvidz_serverless.models.memory.types import Check
+from ourvidz_serverless.settings import CacheSalt
 
 
 class ChatModel(MovableTensors):
@@ -122,9 +123,10 @@ class Chat:
         device: Device,
         context: int,
         ledger: Ledger,
+        cache_salt: CacheSalt = "none",
     ) -> None:
         self.models, self.device, self.ledger = models, device, ledger
-        self._context = context
+        self._context, self._cache_salt = context, cache_salt
 
     def warm_up(self) -> None:
         """Generate five tokens with each model. A GPU that replays graphs captures all of them."""
@@ -153,6 +155,7 @@ class Chat:
             check,
             grammar=None if schema is None else model.grammars.matcher(schema),
             thoughts=model.thoughts(request),
+            cache_salt=request.user if self._cache_salt == "user" else "",
         )
         use = self.ledger.acquire(model, check)
         model.engine.submit(generation)

@@ -8,6 +8,9 @@ shared, which nobody writes to again; from a page that agrees in part, the part 
 A page that no request uses any more is kept for later requests. If more pages are kept than may be,
 those that were not used longest are dropped, the ends of texts before their beginnings.
 
+A text may have a salt: then it shares pages with texts of the same salt alone. vLLM has the same
+under the same name (`cache_salt`, https://docs.vllm.ai/en/latest/design/prefix_caching/).
+
 This module knows no tensors: a page is an index. Page 0 holds no text. Forwards whose results are
 dropped write there.
 """
@@ -32,6 +35,8 @@ class Page:
     tokens: list[int] = field(default_factory=list)
     num_written: int = 0
     num_users: int = 1
+    #: The salt of the texts that may share it, in the first page of a text.
+    salt: str = ""
     #: The pages that follow in any text, in the order in which they were taken.
     children: dict[Page, None] = field(default_factory=dict)
 
@@ -82,14 +87,18 @@ class Pages:
         rest = num_tokens % self.size
         return num_tokens - rest if rest < MIN_COPIED else num_tokens
 
-    def find(self, ids: Sequence[int]) -> Found:
-        """The longest beginning of a text that is in the cache."""
+    def find(self, ids: Sequence[int], salt: str = "") -> Found:
+        """The longest beginning of a text that is in the cache, under the text's salt."""
         pages: list[Page] = []
         at = self._root
         while True:
             done = len(pages) * self.size
             rest = ids[done : done + self.size]
-            lengths = {child: self._num_usable(child, rest) for child in at.children}
+            lengths = {
+                child: self._num_usable(child, rest)
+                for child in at.children
+                if at is not self._root or child.salt == salt
+            }
             best = max(lengths, key=lengths.__getitem__, default=None)
             if best is not None and lengths[best] == self.size:
                 pages.append(best)
@@ -117,13 +126,13 @@ class Pages:
             page.num_users += 1
         return list(pages)
 
-    def take(self, parent: Page | None) -> Page:
+    def take(self, parent: Page | None, salt: str = "") -> Page:
         """A new page for one request, after its page `parent`, or at the beginning of its text."""
         if self._free:
             index = heapq.heappop(self._free)
         else:
             index, self.num_made = self.num_made, self.num_made + 1
-        page = Page(index, parent or self._root)
+        page = Page(index, parent or self._root, salt=salt)
         (parent or self._root).children[page] = None
         self.num_used += 1
         return page

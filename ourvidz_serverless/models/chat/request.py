@@ -53,7 +53,8 @@ class ChatRequest:
     The instruct model reads the conversation in its chat format, the base model only the texts.
     `truncate` lets the oldest messages go if the conversation is longer than the model's context.
     With a JSON `schema` the reply is JSON that fits the schema. With `thinking` the model thinks
-    before it replies, if it can; its thoughts are no part of the reply.
+    before it replies, if it can; its thoughts are no part of the reply. `user` is who asks: with
+    `CHAT_CACHE_SALT=user` users share nothing in the cache.
     """
 
     messages: tuple[Message, ...]
@@ -62,6 +63,7 @@ class ChatRequest:
     truncate: Literal["oldest"] | None = None
     schema: Mapping[str, Any] | None = None
     thinking: bool = False
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,14 @@ from ourvidz_serverless.serving.openai.served import Served
 
 #: What other servers take in a call for a text. An answer without it would look like one with it.
 EXTENSIONS = (
-    *("allowed_token_ids", "bad_words", "chat_template", "chat_template_kwargs"),
-    *("continue_final_message", "guided_choice", "guided_grammar", "guided_json", "guided_regex"),
+    *("allowed_token_ids", "bad_words", "cache_salt", "chat_template", "continue_final_message"),
+    *("guided_choice", "guided_grammar", "guided_json", "guided_regex"),
     *("ignore_eos", "length_penalty", "min_tokens", "prompt_logprobs", "stop_token_ids"),
     *("structured_outputs", "use_beam_search"),
 )
+
+#: What vLLM and SGLang hand to a chat template. Qwen3's has a switch for thoughts, our `thinking`.
+TEMPLATE_FIELDS, THINKING = "chat_template_kwargs", "enable_thinking"
 
 #: What only some of OpenAI's models can do, with the values that ask for nothing.
 UNSUPPORTED_IN_TEXT: Mapping[str, tuple[Any, ...]] = {
@@ -61,6 +64,7 @@ UNSUPPORTED_IN_CHAT = {
 UNSUPPORTED_IN_COMPLETIONS = {
     **UNSUPPORTED_IN_TEXT,
     "best_of": (1,),
+    TEMPLATE_FIELDS: ({},),
     "echo": (False,),
     "suffix": ("",),
 }
@@ -255,6 +259,8 @@ class ChatCall(TextCall):
     begins_with_role = True
 
     def _name_of(self, field: str) -> str:
+        if field == "thinking" and "thinking" not in self.body:
+            return f"{TEMPLATE_FIELDS}.{THINKING}"
         is_limit = field == "max_tokens" and "max_completion_tokens" in self.body
         return re.sub(r"\.(\d+)", r"[\1]", "max_completion_tokens" if is_limit else field)
 
@@ -268,6 +274,7 @@ class ChatCall(TextCall):
         limits = [self.body[name] for name in LIMITS if name in self.body]
         if len(limits) > 1:
             raise _invalid("max_tokens", "Input should not come with max_completion_tokens")
+        payload |= _thinking(self.body)
         return {**payload, "max_tokens": limits[0]} if limits else payload
 
     def _choice(self, text: str) -> dict[str, Any]:
@@ -423,6 +430,19 @@ def _check_stream_options(body: Mapping[str, Any]) -> None:
         raise _invalid("stream_options", "Input is allowed only where stream is true")
     if not isinstance(options.get("include_usage", False), bool | None):
         raise _invalid("stream_options.include_usage", "Input should be a valid boolean")
+
+
+def _thinking(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `thinking` from the field of Qwen3's template; nothing if the call does not have it."""
+    given = body.get(TEMPLATE_FIELDS, {})
+    if not isinstance(given, Mapping):
+        raise _invalid(TEMPLATE_FIELDS, "Input should be an object")
+    given = {name: value for name, value in given.items() if value is not None}
+    others = dict.fromkeys(given.keys() - {THINKING}, ())
+    _refuse_unsupported(given, others, f"{TEMPLATE_FIELDS}.")
+    if THINKING in given and "thinking" in body:
+        raise _invalid(TEMPLATE_FIELDS, "Input should not come with thinking")
+    return {"thinking": given[THINKING]} if THINKING in given else {}
 
 
 def _refuse_unsupported(

@@ -7,14 +7,18 @@ import pytest
 import torch
 from transformers import (
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -37,11 +41,14 @@ WINDOWED: dict[str, Any] = {
     "sliding_window": 512,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SERVED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "Qwen3": (Qwen3Config, {}),
     "Llama 3": (LlamaConfig, {"rope_parameters": LLAMA_3_ROPE}),
     "Mistral": (MistralConfig, {"sliding_window": None}),
     "Gemma 3": (Gemma3TextConfig, {**WINDOWED, "query_pre_attn_scalar": 16}),
+    "Qwen3's mixture of experts": (Qwen3MoeConfig, {**EXPERTS, "moe_intermediate_size": 32}),
+    "Mixtral": (MixtralConfig, {**EXPERTS, "sliding_window": None}),
 }
 PROMPTS = ["hello", "once upon a time there was a machine", "a", "why is the sky so blue"]
 
@@ -85,6 +92,12 @@ def test_steps_of_such_a_model_are_replayed(name: str) -> None:
     assert graphs.num_replayed > 0
 
 
+DEEPSEEK: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+}
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "a window in all layers": (
         MistralConfig(num_hidden_layers=2, sliding_window=4096),
@@ -95,6 +108,11 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
         "its attention has a window of 1024 tokens; CHAT_CONTEXT=1024, or less, serves it",
     ),
     "pictures": (Gemma3Config(), "gemma3 reads more than text"),
+    "sinks": (GptOssConfig(num_hidden_layers=2, num_local_experts=4), "its attention has sinks"),
+    "compressed keys and values": (
+        DeepseekV3Config(**DEEPSEEK),
+        "its keys and values have another shape than its configuration says",
+    ),
     "capped scores": (Gemma2Config(num_hidden_layers=2), "its attention caps its scores"),
     "scaled logits": (
         CohereConfig(num_hidden_layers=2),

@@ -249,6 +249,19 @@ def test_a_beginning_that_requests_share_is_computed_once() -> None:
     assert later.num_reused == later.num_prompt - 1
 
 
+def test_requests_with_different_salts_share_nothing() -> None:
+    own = tiny_chat_model()
+    asked = [new_generation(own, "a", shared=SYSTEM, salt=salt) for salt in ("ada", "grace", "ada")]
+    texts = texts_of(own.engine, asked)
+    later = new_generation(own, "a", shared=SYSTEM, salt="grace")
+    stranger = new_generation(own, "a", shared=SYSTEM, salt="")
+
+    assert {*texts, text_of(own.engine, later), text_of(own.engine, stranger)} == {texts[0]}
+
+    reused = [each.num_reused for each in (*asked, later, stranger)]
+    assert [each > 0 for each in reused] == [False, False, True, True, False]
+
+
 def test_the_next_turn_of_a_conversation_reuses_the_reply_before_it() -> None:
     own = tiny_chat_model()
     first = new_generation(own, "hello there", max_tokens=106)

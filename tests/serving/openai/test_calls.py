@@ -139,7 +139,40 @@ def test_null_means_absent_and_asks_for_nothing() -> None:
     assert made.temperature == 0.7
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_switch_of_qwen3s_template_is_our_thinking(thinking: bool) -> None:
+    assert job(CHAT, chat_template_kwargs={"enable_thinking": thinking}).thinking is thinking
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": None}])
+def test_template_fields_without_a_value_ask_for_nothing(kwargs: Any) -> None:
+    assert job(CHAT, chat_template_kwargs=kwargs).thinking is False
+
+
 # --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "param"),
+    [
+        ({"enable_thinking": True, "documents": []}, "chat_template_kwargs.documents"),
+        ([], "chat_template_kwargs"),
+    ],
+)
+def test_other_fields_of_a_template_are_refused_by_their_name(kwargs: Any, param: str) -> None:
+    assert error(CHAT, chat_template_kwargs=kwargs)["param"] == param
+
+
+def test_both_names_of_the_switch_for_thoughts_at_once_are_refused() -> None:
+    kwargs = {"enable_thinking": True}
+
+    assert error(CHAT, chat_template_kwargs=kwargs, thinking=False)["code"] == "invalid_value"
+
+
+def test_a_refused_switch_for_thoughts_has_the_callers_name() -> None:
+    made = call(CHAT, chat_template_kwargs={"enable_thinking": True})
+
+    assert made.name_of("thinking") == "chat_template_kwargs.enable_thinking"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +191,7 @@ def test_null_means_absent_and_asks_for_nothing() -> None:
         ("web_search_options", {}),
         ("store", True),
         ("guided_json", {"type": "object"}),
+        ("cache_salt", "mine"),
     ],
 )
 def test_what_this_worker_cannot_do_in_a_chat_is_refused_by_its_name(name: str, value: Any) -> None:

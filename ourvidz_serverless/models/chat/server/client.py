@@ -22,6 +22,9 @@ SHORT_S = 10.0
 #: connection waits in steps that are much shorter.
 WAIT_S = 5.0
 
+#: How long a server that lives may take to say so, in seconds.
+HEALTH_S = 5.0
+
 #: The largest answer to a short request. One to `/tokenize` lists the tokens.
 MAX_BYTES = 4_000_000
 
@@ -45,6 +48,18 @@ class ServerClient:
         listed = answer.json()
         data = listed.get("data") if isinstance(listed, dict) else None
         return [each for each in data if isinstance(each, dict)] if isinstance(data, list) else []
+
+    def is_alive(self) -> bool:
+        """Whether the server answers `GET /health`, as vLLM, SGLang and TGI do, without a 5xx.
+
+        vLLM answers 503 from the death of its engine to its own end. A server that has no such path
+        answers 404, and lives.
+        """
+        try:
+            self._transport.send("GET", f"{self.url}/health", within_s=HEALTH_S)
+        except Fault as fault:
+            return fault.status is not None and fault.status < 500
+        return True
 
     def count_tokens(self, body: Mapping[str, Any]) -> tuple[int, int] | None:
         """The tokens of a prompt, and of the context, by vLLM's `POST /tokenize`.

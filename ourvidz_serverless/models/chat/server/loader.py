@@ -142,7 +142,11 @@ def _find(
     if found not in owners:
         raise ModelLoadError(f"{variable}: the server has no {found}, but {names}")
     fields = FIELDS_OF_OWNER.get(owners[found].lower(), frozenset())
-    return Served(found, frozenset(settings.chat_server_fields) or fields)
+    fields = frozenset(settings.chat_server_fields) or fields
+    salts = settings.chat_cache_salt == "user"
+    if salts and "cache_salt" not in fields:
+        raise ModelLoadError("CHAT_CACHE_SALT: the server is not known to have cache_salt")
+    return Served(found, fields, salts)
 
 
 def _context(client: ServerClient, models: Mapping[ModelName, Served]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -30,6 +31,14 @@ FORMAT_FIELDS = ("model", "chat_template_kwargs")
 #: Tokens that a chat format may add to a conversation: of each message, and beside all of them.
 FORMAT_TOKENS = 16
 SYSTEM_TOKENS = 256
+
+#: How long a server of this worker may fail to answer, after a failed request, until it is given
+#: up, in seconds. vLLM looks every five seconds whether its engine lives, and then takes some more
+#: to end (`VLLM_WATCHDOG_TIME_S`, vllm/entrypoints/launchers/launcher.py, 0.32).
+DYING_S = 60.0
+
+#: How often it is asked meanwhile, in seconds.
+POLL_S = 0.5
 
 
 class ServerDevice:
@@ -95,7 +104,11 @@ class ServerChat:
             )
         check_texts(request.messages)
         options = options_of(request, self._models[request.model])
-        return ServerReply(lambda: self._open(request, options, check), check, self._raise_failure)
+
+        def raise_failure(fault: Fault) -> NoReturn:
+            self._raise_failure(fault, check)
+
+        return ServerReply(lambda: self._open(request, options, check), check, raise_failure)
 
     def _open(
         self, request: ChatRequest, options: Mapping[str, Any], check: Check
@@ -180,12 +193,27 @@ class ServerChat:
         path, prompt = prompt_of(request, kept)
         return self._client.open(path, {**options, **prompt}, check)
 
-    def _raise_failure(self, fault: Fault) -> NoReturn:
-        """Raise what a fault means. If the server of this worker ended, the device is lost."""
+    def _raise_failure(self, fault: Fault, check: Check) -> NoReturn:
+        """Raise what a fault means. If the server of this worker is lost, the device is."""
         log.warning("the chat server: %s", fault)
         is_of_request = fault.status is not None and fault.status < 500
-        if self._process and not is_of_request and self._process.ends_soon():
+        if self._process and not is_of_request and self._is_lost(self._process, check):
             raise DeviceLost(
                 "the device failed, and with it this worker; another one can do the job"
             ) from None
         raise failures.of_fault(fault) from None
+
+    def _is_lost(self, process: ServerProcess, check: Check) -> bool:
+        """Whether a server that failed a request ends, or does not answer within `DYING_S`.
+
+        False as soon as it answers: then it failed this request alone.
+        """
+        until = time.monotonic() + DYING_S
+        while not process.ends_within(POLL_S):
+            if self._client.is_alive():
+                return False
+            if time.monotonic() >= until:
+                log.error("the chat server does not answer, and does not end")
+                return True
+            check()
+        return True

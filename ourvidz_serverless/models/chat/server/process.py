@@ -15,10 +15,6 @@ from ourvidz_serverless.logs import log
 from ourvidz_serverless.models.chat.server import guard, server_log
 from ourvidz_serverless.settings import Settings
 
-#: How long after a failed request the server's end is awaited, in seconds. vLLM's API answers some
-#: requests with errors before it ends, after its engine has died.
-END_S = 5.0
-
 #: The one setting of ours that the server gets too: it may download its model.
 SHARED = "HF_TOKEN"
 
@@ -62,7 +58,7 @@ class ServerProcess:
         if has_ended:
             report()
 
-    def ends_soon(self, within_s: float = END_S) -> bool:
+    def ends_within(self, within_s: float) -> bool:
         """Whether the server has ended, or ends within some seconds."""
         return self._ended.wait(within_s)
 

@@ -40,10 +40,14 @@ CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,60}[|\uff5c]>|<(?:start|end)_o
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One of the server's models: its name there, and what it takes beside OpenAI's fields."""
+    """One of the server's models: its name there, and what it takes beside OpenAI's fields.
+
+    With `salts` the server's cache shares nothing between users.
+    """
 
     name: str
     fields: frozenset[str]
+    salts: bool = False
 
 
 def prompt_of(request: ChatRequest, kept: Sequence[int]) -> tuple[str, dict[str, Any]]:
@@ -64,6 +68,8 @@ def options_of(request: ChatRequest, served: Served) -> dict[str, Any]:
         raise _lacking("thinking")
     body = {"model": served.name, "stream": True, "stream_options": {"include_usage": True}}
     body |= _sampling(request.sampling, served)
+    if served.salts and request.user:
+        body["cache_salt"] = request.user
     if request.model != "qwen_base" and "chat_template_kwargs" in served.fields:
         # Templates of models that can think, such as Qwen3's, let them unless this is said.
         body["chat_template_kwargs"] = {"enable_thinking": False}

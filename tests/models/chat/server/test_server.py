@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
+from ourvidz_serverless.document import Document
 from ourvidz_serverless.errors import Cancelled, DeviceLost, JobError, ModelLoadError
 from ourvidz_serverless.models.chat.server import loader
+from ourvidz_serverless.models.chat.server import model as server_model
 from ourvidz_serverless.models.chat.server.model import ServerChat
 from ourvidz_serverless.settings import Settings
 from tests.fakes.local_worker import LocalWorker, chat_payload
 from tests.fakes.tiny_chat import CancelCheck, ask
 from tests.files import ROOT
 from tests.patience import PATIENCE_S, start, wait_until
-from tests.servers.chat_server import DIE, ENVIRONMENT, ChatServer
+from tests.servers.chat_server import DIE, DIE_SLOWLY, ENVIRONMENT, FAIL, HANG, ChatServer
 from tests.servers.http_service import ServedHttp
 from tests.servers.local_server import free_port
 
@@ -94,6 +96,13 @@ def test_fields_of_a_server_that_is_not_known_are_those_that_the_setting_lists()
             ask(chat, HELLO, max_tokens=5, repetition_penalty=1.1)
 
         assert server.bodies[-1]["top_k"] == 7
+
+
+def test_a_salt_that_a_server_may_not_know_ends_the_start() -> None:
+    with ChatServer(owner="somebody") as server:
+        salted = settings_for(server.url, chat_cache_salt="user")
+
+        assert failure_of(salted) == "CHAT_CACHE_SALT: the server is not known to have cache_salt"
 
 
 # --- streams ---
@@ -296,6 +305,61 @@ def test_a_server_that_dies_loses_the_device_of_its_jobs(local: Callable[..., Lo
     assert document.failure and document.failure.retryable
     assert later.failure and later.failure.code == "WORKER_UNAVAILABLE"
     assert ping.status_code == 503
+
+
+def ask_for(at: LocalWorker, text: str, **changes: Any) -> Document:
+    return at.run(chat_payload(messages=[{"role": "user", "content": text}], **changes))
+
+
+def test_a_server_that_ends_long_after_its_connections_broke_loses_the_device(
+    local: Callable[..., LocalWorker],
+) -> None:
+    with started() as chat:
+        at = local(models={"chat": chat}, settings=settings_for("http://127.0.0.1:1"))
+
+        document = ask_for(at, DIE_SLOWLY)
+
+    assert document.result()["refresh_worker"] is True
+
+
+def test_a_server_that_answers_no_more_and_does_not_end_loses_the_device(
+    local: Callable[..., LocalWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_model, "DYING_S", 1.0)
+    with started() as chat:
+        at = local(models={"chat": chat}, settings=settings_for("http://127.0.0.1:1"))
+
+        document = ask_for(at, HANG)
+
+    assert document.result()["refresh_worker"] is True
+
+
+def test_a_job_that_waits_for_a_servers_end_can_be_cancelled(
+    local: Callable[..., LocalWorker], caplog: pytest.LogCaptureFixture
+) -> None:
+    with started() as chat:
+        at = local(models={"chat": chat}, settings=settings_for("http://127.0.0.1:1"))
+        job = start(ask_for, at, HANG)
+        wait_until(lambda: "the chat server: no answer" in caplog.text)
+
+        at.stop.set()
+
+        document = job.result(PATIENCE_S)
+    assert document.failure and document.failure.code == "CANCELLED"
+    assert not at.worker.is_lost
+
+
+def test_a_server_that_fails_one_request_and_lives_keeps_the_device(
+    local: Callable[..., LocalWorker],
+) -> None:
+    with started() as chat:
+        at = local(models={"chat": chat}, settings=settings_for("http://127.0.0.1:1"))
+
+        failed, next_one = ask_for(at, FAIL), ask_for(at, "Hello", id="next")
+
+    assert failed.failure and failed.failure.code == "INTERNAL_ERROR"
+    assert next_one.status == "completed"
+    assert not at.worker.is_lost
 
 
 def test_a_server_that_dies_between_two_jobs_makes_the_worker_unhealthy(

@@ -90,8 +90,15 @@ def test_every_field_of_a_request_is_one_that_the_translation_knows() -> None:
     assert sampling <= OPENAI_FIELDS | set(SERVER_FIELDS)
     # A new field needs a line in `translation.py`, or a refusal there.
     assert {field.name for field in dataclasses.fields(ChatRequest)} == {
-        *("messages", "sampling", "model", "truncate", "schema", "thinking")
+        *("messages", "sampling", "model", "truncate", "schema", "thinking", "user")
     }
+
+
+def test_a_server_whose_cache_is_salted_gets_the_user_as_the_salt() -> None:
+    salting = dataclasses.replace(VLLM, salts=True)
+
+    assert options_of(request(user="ada"), salting)["cache_salt"] == "ada"
+    assert "cache_salt" not in options_of(request(user="ada"), VLLM)
 
 
 def test_vllm_is_told_what_is_off_since_it_would_take_the_checkpoints_own_values() -> None:
