@@ -7,9 +7,12 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "data/content_floor"
+DATA = Path(__file__).parent / "data"
+FOLDER = DATA / "content_floor"
 FIRST_RUN = FOLDER / "first_run.json"
 LATEST_RUN = FOLDER / "latest_run.json"
+BLIND_FOLDER = DATA / "content_floor_second"
+BLIND_RUN = BLIND_FOLDER / "first_run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class LanguageList:
     passes_in_adult_mode: dict[str, list[str]]
     """Look-alikes by group: adult ages, words that resemble a sign, things such as durations."""
     passes_outside_adult_mode: list[str]
-    """Family life: signs of a minor beside nothing sexual."""
+    """Family life: signs of a minor beside nothing sexual. The second lists have none."""
 
     @property
     def signs(self) -> list[str]:
@@ -34,10 +37,15 @@ class LanguageList:
         return [text for group in self.passes_in_adult_mode.values() for text in group]
 
 
-def language_lists() -> list[LanguageList]:
+def language_lists(folder: Path = FOLDER) -> list[LanguageList]:
     """All languages, in the order of their names."""
-    lists = [_read(path) for path in FOLDER.glob("*.toml")]
+    lists = [_read(path) for path in folder.glob("*.toml")]
     return sorted(lists, key=lambda one: one.language)
+
+
+def blind_lists() -> list[LanguageList]:
+    """The second lists. Their author had read neither the floor nor the first lists."""
+    return language_lists(BLIND_FOLDER)
 
 
 def _read(path: Path) -> LanguageList:
@@ -47,5 +55,5 @@ def _read(path: Path) -> LanguageList:
         table["minor"],
         table["sexual"]["words"],
         table["passes_in_adult_mode"],
-        table["passes_outside_adult_mode"]["texts"],
+        table.get("passes_outside_adult_mode", {"texts": []})["texts"],
     )

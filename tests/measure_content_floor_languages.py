@@ -6,6 +6,8 @@
     .venv/bin/python -m tests.measure_content_floor_languages --after    # tables of latest_run.json
     .venv/bin/python -m tests.measure_content_floor_languages --json     # what latest_run.json has
 
+`--blind` beside --errors, --before, --json or nothing: the same of the second lists.
+
 A sign of a minor is measured in both modes: alone in adult mode, and beside `SEXUAL` outside it. A
 sexual sign is measured beside `MINOR`. The two anchors are separate texts of the same job."""
 
@@ -15,12 +17,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ourvidz_serverless.guard import content_floor
 from ourvidz_serverless.job import CheckedText
-from tests.content_floor_lists import FIRST_RUN, LATEST_RUN, LanguageList, language_lists
+from tests.content_floor_lists import (
+    BLIND_RUN,
+    FIRST_RUN,
+    LATEST_RUN,
+    LanguageList,
+    blind_lists,
+    language_lists,
+)
 from tests.disguises import DISGUISES, disguised
 
 SEXUAL = "nude"
@@ -87,6 +96,45 @@ class LanguageFigures:
     nothing about the disguise."""
 
 
+@dataclass(frozen=True, slots=True)
+class BlindRow:
+    """One language of the second lists. The last count is of false alarms.
+
+    The floor was taught on the first lists. A sign is new if they do not have it."""
+
+    signs_in_adult_mode: Count
+    new_signs: Count
+    sexual_signs: Count
+    new_sexual_signs: Count
+    look_alikes_in_adult_mode: Count
+
+
+def group_counts(words: LanguageList) -> dict[str, Count]:
+    """Signs of a minor and look-alikes in adult mode, by group."""
+    kinds = {"signs": words.minor, "look-alikes": words.passes_in_adult_mode}
+    return {
+        f"{kind}: {group.replace('_', ' ')}": count(texts, in_adult_mode)
+        for kind, groups in kinds.items()
+        for group, texts in groups.items()
+    }
+
+
+def new(texts: list[str], listed: list[str]) -> list[str]:
+    """The texts that are not listed yet, in whatever capitals."""
+    known = set(map(str.casefold, listed))
+    return [text for text in texts if text.casefold() not in known]
+
+
+def blind_row(words: LanguageList, first: LanguageList) -> BlindRow:
+    return BlindRow(
+        count(words.signs, in_adult_mode),
+        count(new(words.signs, first.signs), in_adult_mode),
+        count(words.sexual, beside(MINOR)),
+        count(new(words.sexual, first.sexual), beside(MINOR)),
+        count(words.look_alikes, in_adult_mode),
+    )
+
+
 def language_figures(words: LanguageList) -> LanguageFigures:
     known = frozenset(filter(in_adult_mode, words.signs))
     refused = {
@@ -95,26 +143,19 @@ def language_figures(words: LanguageList) -> LanguageFigures:
     }
     veiled = [text for disguise in DISGUISES.values() for text in disguised(words.sexual, disguise)]
     hidden = [hit for hits in refused.values() for hit in hits.values()]
-    groups = {
-        f"signs: {group}": (len(known.intersection(texts)), len(texts))
-        for group, texts in words.minor.items()
-    } | {
-        f"look-alikes: {group}": count(texts, in_adult_mode)
-        for group, texts in words.passes_in_adult_mode.items()
-    }
     row = Row(
         (len(known), len(words.signs)),
         count(words.signs, beside(SEXUAL)),
         count(words.sexual, beside(MINOR)),
         (sum(hidden), len(hidden)),
         count(veiled, beside(MINOR)),
-        together(groups[f"look-alikes: {group}"] for group in words.passes_in_adult_mode),
+        count(words.look_alikes, in_adult_mode),
         count(words.look_alikes, beside(SEXUAL)),
         count(words.passes_outside_adult_mode, alone),
     )
     return LanguageFigures(
         row,
-        {group.replace("_", " "): each for group, each in groups.items()},
+        group_counts(words),
         {
             name: (sum(hits[text] for text in known & hits.keys()), len(known & hits.keys()))
             for name, hits in refused.items()
@@ -176,13 +217,28 @@ def measured() -> dict[str, Any]:
     return as_read
 
 
+def measured_blind() -> dict[str, Any]:
+    """What today's floor makes of the second lists, ready for JSON."""
+    lists = blind_lists()
+    figures = {
+        "list_version": content_floor.check("").version,
+        "languages": {
+            words.language: asdict(blind_row(words, first))
+            for words, first in zip(lists, language_lists(), strict=True)
+        },
+        "groups": summed(group_counts(words) for words in lists),
+    }
+    as_read: dict[str, Any] = json.loads(json.dumps(figures))
+    return as_read
+
+
 def shown(cell: Count) -> str:
     hits, texts = cell
     return f"{hits} of {texts}"
 
 
 def language_table(rows: dict[str, dict[str, Count]]) -> list[str]:
-    names = [field.name for field in fields(Row)]
+    names = list(next(iter(rows.values())))
     columns = [name.replace("look_alikes", "look-alikes").replace("_", " ") for name in names]
     every = {name: together(row[name] for row in rows.values()) for name in names}
     return [
@@ -224,6 +280,14 @@ def tables(figures: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def blind_tables(figures: dict[str, Any]) -> str:
+    parts = [
+        language_table(figures["languages"]),
+        count_table("all languages, adult mode", figures["groups"]),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
 def first_run() -> dict[str, Any]:
     """The figures of the first run, before anybody changed the floor to suit these lists."""
     figures: dict[str, Any] = json.loads(FIRST_RUN.read_text(encoding="utf-8"))
@@ -236,10 +300,16 @@ def latest_run() -> dict[str, Any]:
     return figures
 
 
-def errors() -> str:
+def blind_run() -> dict[str, Any]:
+    """The figures of the first run on the second lists."""
+    figures: dict[str, Any] = json.loads(BLIND_RUN.read_text(encoding="utf-8"))
+    return figures
+
+
+def errors(lists: list[LanguageList]) -> str:
     """Each miss and each false alarm without a disguise, by language."""
     lines = []
-    for words in language_lists():
+    for words in lists:
         kinds = {
             "missed": [text for text in words.signs if not in_adult_mode(text)],
             "missed, sexual": [text for text in words.sexual if not beside(MINOR)(text)],
@@ -256,9 +326,13 @@ def main() -> None:
     parser.add_argument("--before", action="store_true", help="the tables of the first run")
     parser.add_argument("--after", action="store_true", help="the tables of the latest run")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    parser.add_argument("--blind", action="store_true", help="the same of the second lists")
     options = parser.parse_args()
     if options.errors:
-        print(errors())
+        print(errors(blind_lists() if options.blind else language_lists()))
+    elif options.blind:
+        figures = blind_run() if options.before else measured_blind()
+        print(json.dumps(figures, indent=1) if options.json else blind_tables(figures))
     elif options.before:
         print(tables(first_run()))
     elif options.after:

@@ -3,17 +3,22 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ourvidz_serverless.guard import content_lexicon
-from tests.content_floor_lists import LanguageList, language_lists
+from tests.content_floor_lists import LanguageList, blind_lists, language_lists
 from tests.disguises import DISGUISES, disguised
 from tests.measure_content_floor_languages import (
+    blind_run,
+    blind_tables,
     errors,
     first_run,
     language_figures,
     latest_run,
+    measured_blind,
+    new,
     summed,
     tables,
 )
@@ -27,7 +32,10 @@ HITS = (
     "sexual_signs_in_disguise",
 )
 
+BLIND_HITS = ("signs_in_adult_mode", "sexual_signs")
+
 every_language = pytest.mark.parametrize("words", language_lists(), ids=lambda one: one.language)
+every_blind_language = pytest.mark.parametrize("words", blind_lists(), ids=lambda one: one.language)
 
 
 @every_language
@@ -130,4 +138,46 @@ def test_the_tables_show_both_kinds_of_error_of_each_language() -> None:
 
 
 def test_the_errors_can_be_listed_by_language() -> None:
-    assert len(errors().splitlines()) == 4 * len(language_lists())
+    assert len(errors(language_lists()).splitlines()) == 4 * len(language_lists())
+
+
+def test_the_second_lists_have_the_languages_of_the_first() -> None:
+    assert [one.language for one in blind_lists()] == [one.language for one in language_lists()]
+
+
+@every_blind_language
+def test_a_second_list_has_25_signs_10_sexual_words_and_25_look_alikes(words: LanguageList) -> None:
+    texts = [*words.signs, *words.sexual, *words.look_alikes]
+
+    assert len(set(words.signs)) == 25
+    assert len(set(words.sexual)) == 10
+    assert len(set(words.look_alikes)) == 25
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_content_floor_loses_no_recognition_on_the_second_lists() -> None:
+    now, before = measured_blind()["languages"], blind_run()["languages"]
+
+    fewer = {
+        (language, name)
+        for language, row in before.items()
+        for name in BLIND_HITS
+        if now[language][name][0] < row[name][0]
+    }
+    assert fewer == set()
+
+
+def test_the_first_run_on_the_second_lists_counted_these_lists() -> None:
+    def sizes(figures: dict[str, Any]) -> list[int]:
+        rows = [*figures["languages"].values(), figures["groups"]]
+        return [of for row in rows for _, of in row.values()]
+
+    assert sizes(measured_blind()) == sizes(blind_run())
+
+
+def test_a_text_of_the_first_lists_is_not_new_in_other_capitals() -> None:
+    assert new(["Toddler", "age 14"], ["toddler"]) == ["age 14"]
+
+
+def test_the_page_has_the_tables_of_the_first_run_on_the_second_lists() -> None:
+    assert blind_tables(blind_run()) in PAGE.read_text(encoding="utf-8")
