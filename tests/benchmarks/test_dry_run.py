@@ -283,8 +283,10 @@ def test_wan_waits_for_nothing_during_its_steps(video: Run, vace_video: Run) -> 
     [
         pytest.param(sdxl.Job(side=256, has_lora=True), marks=pytest.mark.deep),
         pytest.param(sdxl.Job(side=256, keeps="character"), marks=pytest.mark.deep),
-        wan.Job("flf2v", frames=5, size=(416, 240)),
-        wan.Job("vace", frames=5, size=(416, 240), given=("subject",)),
+        pytest.param(wan.Job("flf2v", frames=5, size=(416, 240)), marks=pytest.mark.deep),
+        pytest.param(
+            wan.Job("vace", frames=5, size=(416, 240), given=("subject",)), marks=pytest.mark.deep
+        ),
     ],
     ids=str,
 )
