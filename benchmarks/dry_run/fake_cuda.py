@@ -142,7 +142,7 @@ class FakeCuda(TorchDispatchMode):
         self._truth = truth
         self.counts = Counts()
         self.live_bytes = self.device_peak_bytes = 0
-        self._attention = _Attention(self)
+        self._function_mode = _Functions(self)
         # A tensor can be freed in any thread at any moment, even inside these methods.
         self._lock = threading.RLock()
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -162,7 +162,7 @@ class FakeCuda(TorchDispatchMode):
         with self._turn:
             self._thread.is_on = True
             try:
-                with self.fake, self, self._attention:
+                with self.fake, self, self._function_mode:
                     yield self
             finally:
                 self._thread.is_on = False
@@ -415,8 +415,11 @@ class FakeCuda(TorchDispatchMode):
             self.note_wait("copies down")
 
 
-class _Attention(TorchFunctionMode):
-    """Attention, which torch takes apart in another way on CUDA."""
+class _Functions(TorchFunctionMode):
+    """Attention, which torch takes apart in another way on CUDA, and `torch.tensor`.
+
+    `torch.tensor` reads the tensors in a list by a way that no dispatch sees.
+    """
 
     def __init__(self, device: FakeCuda) -> None:
         super().__init__()
@@ -429,6 +432,8 @@ class _Attention(TorchFunctionMode):
         if is_fake and func is F.scaled_dot_product_attention:
             self._device.note_attention(attention.described(*args, **kwargs))
             return attention.attend(*args, **kwargs)
+        if func is torch.tensor and isinstance(first, list):
+            args = ([each.item() if isinstance(each, FakeTensor) else each for each in first],)
         return func(*args, **kwargs)
 
 

@@ -109,6 +109,14 @@ def test_a_number_that_the_host_reads_is_a_wait_with_the_line_that_reads_it(fake
     assert line.startswith("reads a number: test_dry_run.py:")
 
 
+def test_a_tensor_that_is_made_of_a_list_of_tensors_reads_each_of_them(fake: FakeCuda) -> None:
+    with fake.on():
+        made = torch.tensor([torch.ones((), device=CUDA), 2.0])
+
+    assert made.tolist() == [0, 2]
+    assert fake.take().num_waits == 1
+
+
 def test_a_list_of_numbers_comes_down_in_one_copy(fake: FakeCuda) -> None:
     with fake.on():
         assert torch.ones(3, device=CUDA).tolist() == [0, 0, 0]
