@@ -249,7 +249,6 @@ TOP_TEENS = """
 eighteen, nineteen, dieciocho, diecinueve, achtzehn, neunzehn, dezoito, dezenove, diciotto,
 diciannove, восемнадцать, девятнадцать
 """
-HAN_DIGITS = "一二三四五六七八九"
 # A word that begins with one of these makes the number before it an age. Not 세: 15세기 is the 15th
 # century.
 AGE_MARKS = "歳, 才, 岁, 歲, 周岁, 周歲, さい, 살, yearold, yearsold"
